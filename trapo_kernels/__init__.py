@@ -1,0 +1,33 @@
+"""Fused kernels for RL/SFT post-training: logprobs, entropy and policy losses from hidden states; full logits never exist."""
+
+from trapo_kernels import objectives
+from trapo_kernels.api import (
+    LogprobOutput,
+    PolicyLossOutput,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+    token_logprob,
+)
+from trapo_kernels.batch import IGNORE_INDEX, LossTotals, Role, TokenBatch, aggregate, loss_totals
+from trapo_kernels.objective import KL, Gate, Objective, Term
+
+__all__ = [
+    "IGNORE_INDEX",
+    "KL",
+    "Gate",
+    "LogprobOutput",
+    "LossTotals",
+    "Objective",
+    "PolicyLossOutput",
+    "Role",
+    "Term",
+    "TokenBatch",
+    "aggregate",
+    "linear_logprob",
+    "linear_policy_loss",
+    "loss_totals",
+    "objectives",
+    "policy_loss",
+    "token_logprob",
+]

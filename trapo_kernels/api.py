@@ -1,0 +1,295 @@
+"""The public functions: check the input, choose a backend, apply the op."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import autograd, checks, dispatch, terms
+from trapo_kernels.backends import reference
+from trapo_kernels.backends.logits import LogitTransform
+from trapo_kernels.batch import TokenBatch
+from trapo_kernels.objective import Objective
+
+
+class LogprobOutput(NamedTuple):
+    """Nats, fp32 (fp64 for fp64 inputs), in the shape of target; zeros where target is -100. logsumexp carries no gradient."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+    logsumexp: Tensor
+
+
+class PolicyLossOutput(NamedTuple):
+    """loss: 0-d, differentiable. logprob, entropy [N] nats, detached. metrics: 0-d tensors (see `terms.metrics`). passes: 1 when
+    the gradients came from the forward sweep, 2 when the loss was built on `linear_logprob`."""
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]
+    passes: int
+
+
+def linear_logprob(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    process_group: object = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> LogprobOutput:
+    """Log-probability of each target token, and the entropy of its distribution, straight from the hidden states.
+
+    Equivalent to:
+
+        logits = hidden.float() @ lm_head_weight.float().T + bias
+        log_p = (softcap * (logits / softcap).tanh() / temperature).log_softmax(-1)
+        logprob = log_p.gather(1, target[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+
+    Args:
+        hidden: [N, D] float32, bfloat16, float16 or float64.
+        lm_head_weight: [V, D], the dtype of hidden; one row per token id.
+        target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
+        bias: [V] or None.
+        temperature: float > 0 or [N] fp32; divides the logits, and with them the gradient.
+        softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
+        with_entropy: also return the entropy, with gradient.
+        logits_dtype: what logits are rounded to before the softmax: float32, or the dtype of hidden to match a sampler that does.
+        process_group, batch_invariant: reserved by the API; other values than the defaults are refused in this version.
+        backend: "auto", "reference", "torch" (chunked PyTorch), "triton" or "native"; a named one runs or raises.
+
+    Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
+    Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
+    Memory: one chunk of logits; on a GPU at most 4096·152064 of them, 2.3 GiB in fp32. Backward adds dWeight in fp32.
+    Determinism: bitwise repeatable for the same inputs; no atomics.
+    Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
+    """
+    where = "linear_logprob"
+    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
+    checks.head(where, hidden, lm_head_weight, bias)
+    checks.target(where, target, hidden.shape[0], lm_head_weight.shape[0], hidden.device)
+    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant)
+    chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
+    if chosen == "reference":
+        logits = reference.head_logits(hidden, lm_head_weight, bias, logits_dtype)
+        transform = LogitTransform(None, softcap, temperature)
+        logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
+    else:
+        logprob, entropy, row_max, log_sum = autograd.linear_logprob(
+            hidden, lm_head_weight, target, bias, *_split(temperature), softcap, with_entropy, logits_dtype, chosen
+        )
+        logsumexp = (row_max + log_sum).detach()
+    return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    process_group: object = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """A policy loss straight from the hidden states in a single pass: its gradients come out of the forward sweep, 3 GEMMs.
+
+    Equivalent to:
+
+        out = linear_logprob(hidden, lm_head_weight, batch.target, with_entropy=True, ...)
+        loss = policy_loss(out.logprob, out.entropy, batch, objective).loss
+
+    Args:
+        hidden: [N, D]; rows that `batch` ignores may hold anything, NaN included.
+        lm_head_weight: [V, D], the dtype of hidden.
+        batch: `TokenBatch` of N tokens; its weights carry every normaliser, nothing is divided by a count here.
+        objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
+        bias, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
+
+    Returns: `PolicyLossOutput`. An objective with a gate of your own runs in two passes (4 GEMMs), and says so in `passes`.
+    Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
+    Memory: one chunk of logits, plus dHidden and dWeight (fp32) from forward until backward.
+    Determinism: bitwise repeatable for the same inputs; no atomics.
+    Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
+    """
+    where = "linear_policy_loss"
+    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
+    checks.head(where, hidden, lm_head_weight, bias)
+    checks.batch_fits(where, batch, hidden.shape[0], lm_head_weight.shape[0], hidden.device)
+    checks.streams_present(where, batch, objective)
+    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant)
+    chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
+    if chosen == "reference" or not objective.compiled:
+        target = torch.where(batch.active, batch.target, -100)
+        out = linear_logprob(
+            hidden,
+            lm_head_weight,
+            target,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            with_entropy=True,
+            logits_dtype=logits_dtype,
+            backend=chosen,
+        )
+        return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
+    s = terms.streams(batch, objective, _statistics_dtype(hidden))
+    codes, parameters = terms.encode(objective)
+    inputs = (hidden, lm_head_weight, bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    loss, logprob, entropy, *_ = autograd.linear_policy_loss(
+        *inputs,
+        batch.target,
+        terms.pack(s),
+        batch.active_rows,
+        *_split(temperature),
+        softcap,
+        codes,
+        parameters,
+        objective.entropy_coef != 0.0,
+        logits_dtype,
+        needs,
+        chosen,
+    )
+    return _policy_output(loss, logprob, entropy, s, objective, passes=1)
+
+
+def policy_loss(
+    logprob: Tensor, entropy: Tensor | None, batch: TokenBatch, objective: Objective, backend: str = "auto"
+) -> PolicyLossOutput:
+    """The same objective on any logprobs: of another head, of a reduced sequence, of your own kernel.
+
+    Equivalent to: `Σ weight · (-a·V(d)) + β Σ weight · KL - entropy_coef Σ entropy_weight · entropy` (see `Objective`).
+
+    Args:
+        logprob: [N] fp32 or fp64 nats, differentiable. entropy: [N], differentiable; may be None when entropy_coef is 0.
+        batch: `TokenBatch` of N tokens; `target` is not read. objective, backend: as in `linear_policy_loss`.
+
+    Returns: `PolicyLossOutput` with passes = 2.
+    Raises: ValueError for a shape that does not fit, a missing stream, or a missing entropy.
+    Memory: O(N). Determinism: bitwise repeatable. Source: objectives' docstrings.
+    """
+    where = "policy_loss"
+    num_rows, device = len(batch), batch.target.device
+    checks.vector(where, "logprob", logprob, num_rows, device, (torch.float32, torch.float64))
+    if entropy is None:
+        if objective.entropy_coef:
+            raise ValueError(
+                f"{where}: objective {objective.name!r} has entropy_coef = {objective.entropy_coef:g} and needs entropy [N], got "
+                "None. Ask for it with linear_logprob(..., with_entropy=True), or set entropy_coef=0."
+            )
+        entropy = torch.zeros_like(logprob, requires_grad=False)
+    checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
+    checks.streams_present(where, batch, objective)
+    chosen = dispatch.choose(where, backend, device, logprob.dtype)
+    s = terms.streams(batch, objective, logprob.dtype)
+    if chosen == "reference" or not objective.compiled:
+        loss = reference.policy_loss(logprob, entropy, batch, objective)
+    else:
+        loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
+    return _policy_output(loss, logprob, entropy, s, objective, passes=2)
+
+
+def token_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    backend: str = "auto",
+) -> LogprobOutput:
+    """logprob and entropy from logits at hand, without a second [N, V] tensor in the forward pass.
+
+    Equivalent to: `log_p = (logits.float() / temperature).log_softmax(-1)`, then gather and -Σ p log p.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64. target: [...] int64 in [0, V), or -100 to ignore.
+        temperature: float > 0, or fp32 in the shape of target. softcap, with_entropy, backend: as in `linear_logprob`.
+
+    Returns: `LogprobOutput` in the shape of target; logprob and entropy are differentiable in logits.
+    Raises: as `linear_logprob`. Memory: one fp32 chunk; backward writes dLogits. Determinism: bitwise repeatable.
+    Source: the softmax identity above.
+    """
+    where = "token_logprob"
+    if logits.ndim < 1 or logits.shape[:-1] != target.shape or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{where}: logits must have shape [..., V] and target the same leading shape, got {list(logits.shape)} and "
+            f"{list(target.shape)}. Shift with logits[:, :-1] and target[:, 1:]."
+        )
+    if logits.dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{where}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
+    flat, flat_target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(target.shape).reshape(-1)
+    checks.target(where, flat_target, flat.shape[0], flat.shape[1], logits.device)
+    checks.temperature(where, temperature, flat.shape[0], logits.device)
+    checks.softcap(where, softcap)
+    chosen = dispatch.choose(where, backend, logits.device, logits.dtype)
+    if chosen == "reference":
+        exact = flat.to(_statistics_dtype(flat))
+        transform = LogitTransform(None, softcap, temperature)
+        logprob, entropy, logsumexp = reference.logprob_and_entropy(exact, flat_target, transform)
+    else:
+        logprob, entropy, row_max, log_sum = autograd.token_logprob(
+            flat, flat_target, *_split(temperature), softcap, with_entropy, chosen
+        )
+        logsumexp = (row_max + log_sum).detach()
+    shaped = (logprob.reshape(target.shape), entropy.reshape(target.shape), logsumexp.reshape(target.shape))
+    return LogprobOutput(shaped[0], shaped[1] if with_entropy else None, shaped[2])
+
+
+def _policy_output(
+    loss: Tensor, logprob: Tensor, entropy: Tensor, s: terms.Streams, objective: Objective, passes: int
+) -> PolicyLossOutput:
+    with torch.no_grad():
+        logprob, entropy = logprob.detach(), entropy.detach()
+        c = terms.coefficients(logprob, s, objective)
+        return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective), passes)
+
+
+def _check_settings(
+    where: str,
+    hidden: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logits_dtype: torch.dtype,
+    process_group: object,
+    batch_invariant: bool,
+) -> None:
+    checks.temperature(where, temperature, hidden.shape[0], hidden.device)
+    checks.softcap(where, softcap)
+    checks.logits_dtype(where, logits_dtype, hidden)
+    checks.not_yet(where, process_group, batch_invariant)
+
+
+def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """(per-row temperature or None, scalar): the two forms that an op's schema can carry."""
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to the autocast dtype where autocast is on, as torch.nn.functional.linear does."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

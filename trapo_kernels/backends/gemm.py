@@ -1,0 +1,67 @@
+"""The three GEMMs of a head on a chunk of rows, and the dtypes they run in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logits per chunk. GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
+# CPU: 128 MiB of fp32 logits, so that dWeight, read and written once per chunk, is amortised over some 200 rows at 152k.
+_CHUNK_LOGITS = {"cpu": 2**25}
+_CHUNK_LOGITS_GPU = 4096 * 152064
+
+
+def chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
+    """Rows per chunk: a pure function of the shapes, so that the same batch always gives the same bits."""
+    most = max(128, _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS_GPU) // vocab_size)
+    num_chunks = max(1, -(-num_rows // most))
+    even = -(-num_rows // num_chunks)
+    return max(1, -(-even // 128) * 128 if num_chunks > 1 else even)
+
+
+class HeadGemm:
+    """logits = hidden · weightᵀ and its two gradients with fp32 accumulation.
+
+    On a GPU bf16 and fp16 operands stay as they are and the output is fp32. On a CPU, whose bf16 GEMMs are up to 90 times
+    slower than fp32 ones, they are converted to fp32 first: one fp32 copy of the weight lives as long as the call.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype):
+        low_precision = hidden.dtype in (torch.bfloat16, torch.float16)
+        self.upcast = low_precision and hidden.device.type == "cpu"
+        self.mixed = low_precision and not self.upcast
+        self.weight = weight.float() if self.upcast else weight
+        self.statistics_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.operand_dtype = self.weight.dtype  # of hidden, weight and the logit gradient as GEMM operands
+        self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
+        self._hidden_dtype = hidden.dtype
+
+    def operand(self, hidden_chunk: Tensor) -> Tensor:
+        """The chunk [C, D] in the dtype that the GEMMs take."""
+        return hidden_chunk.to(self.operand_dtype)
+
+    def logits(self, hidden_chunk: Tensor, buffer: Tensor) -> Tensor:
+        """hidden_chunk [C, D] · weightᵀ into `buffer[:C]` [C, V], rounded once to `logits_dtype`."""
+        out = buffer[: hidden_chunk.shape[0]]
+        if self.mixed and out.dtype == torch.float32:
+            return torch.ops.aten.mm.dtype_out(hidden_chunk, self.weight.t(), torch.float32, out=out)
+        if out.dtype == self.operand_dtype:
+            return torch.mm(hidden_chunk, self.weight.t(), out=out)
+        return out.copy_(torch.mm(hidden_chunk, self.weight.t()))
+
+    def buffer(self, rows: int) -> Tensor:
+        """Room for a chunk of logits [rows, V]."""
+        return torch.empty(rows, self.weight.shape[0], dtype=self.logits_dtype, device=self.weight.device)
+
+    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
+        """dHidden [C, D] in the dtype of hidden."""
+        return torch.mm(grad_logits, self.weight).to(self._hidden_dtype)
+
+    def add_grad_weight(self, grad_logits: Tensor, hidden_chunk: Tensor, grad_weight: Tensor) -> None:
+        """grad_weight [V, D] fp32 += grad_logitsᵀ · hidden_chunk, accumulated in fp32."""
+        if self.mixed:
+            torch.ops.aten.addmm.dtype_out(
+                grad_weight, grad_logits.t(), hidden_chunk, torch.float32, beta=1, alpha=1, out=grad_weight
+            )
+        else:
+            grad_weight.addmm_(grad_logits.t(), hidden_chunk)

@@ -1,0 +1,35 @@
+"""What lies between the head's GEMM and the softmax, and what is kept of a row of logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """z = softcap · tanh((x + bias) / softcap) / temperature, for raw logits x [N, V]; every part may be absent."""
+
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0  # scalar, or [N] fp32
+
+    def rows(self, index: Tensor | slice) -> LogitTransform:
+        """The transform of some rows."""
+        return self._replace(temperature=self.temperature[index]) if isinstance(self.temperature, Tensor) else self
+
+    def column(self, like: Tensor) -> float | Tensor:
+        """The temperature, broadcastable against [N, V], in the dtype of `like`."""
+        return self.temperature.to(like.dtype)[:, None] if isinstance(self.temperature, Tensor) else self.temperature
+
+
+class RowStatistics(NamedTuple):
+    """Per-row results [N] fp32 (fp64 for fp64 logits), nats; zeros on ignored rows.
+
+    logsumexp = row_max + log_sum is kept in two parts: their fp32 sum would lose log_sum's digits on large logits.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log_sum: Tensor

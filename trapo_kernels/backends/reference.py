@@ -1,0 +1,70 @@
+"""The definition of correct, in plain PyTorch: full logits, log_softmax, potentials, autograd. Meant to be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trapo_kernels.backends.logits import LogitTransform
+from trapo_kernels.batch import Role, TokenBatch
+from trapo_kernels.objective import Objective, Term
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype) -> Tensor:
+    """[N, V] in fp32 (fp64 for fp64 inputs), rounded to `logits_dtype` on the way when that is lower."""
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(exact) @ weight.to(exact).T
+    if logits_dtype != torch.float32:
+        logits = logits.to(logits_dtype).to(exact)
+    return logits if bias is None else logits + bias.to(exact)
+
+
+def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy, logsumexp [N] of logits [N, V] in fp32 or fp64; zeros where target is -100."""
+    counted = target != -100
+    z = torch.where(counted[:, None], logits, 0.0)
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    z = z / transform.column(z)
+    log_p = torch.log_softmax(z, dim=-1)
+    logprob = log_p.gather(1, torch.where(counted, target, 0)[:, None])[:, 0]
+    # A masked column has p = 0 and log p = -inf; it adds nothing to the entropy and receives no gradient.
+    possible = log_p > -torch.inf
+    entropy = -(log_p.exp() * torch.where(possible, log_p, 0.0)).sum(-1)
+    logsumexp = torch.logsumexp(z, dim=-1).detach()
+    return tuple(torch.where(counted, value, 0.0) for value in (logprob, entropy, logsumexp))
+
+
+def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> Tensor:
+    """0-d: Σ w (-a V(d)) + β Σ w KL - entropy_coef Σ w_H H, differentiable in logprob and entropy through the potentials."""
+    zero = torch.zeros_like(logprob)
+    weight = batch.weight.to(logprob.dtype)
+    active = batch.active
+    loss = zero.sum()
+    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
+        if term is None:
+            continue
+        mine = active & (batch.role == code)
+        logp = torch.where(mine, logprob, 0.0)
+        d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
+        signal = batch.advantage if term.signal == "advantage" else torch.ones_like(weight)
+        value = term.gate.value(d, batch.advantage)
+        loss = loss - torch.where(mine, weight * term.scale * signal * value, 0.0).sum()
+    if objective.kl is not None:
+        mine = active & (batch.role == Role.ROLLOUT)
+        logp = torch.where(mine, logprob, 0.0)
+        ratio_d = log_ratio(logp, batch, objective.rollout) if objective.rollout else zero
+        kl = objective.kl.value(torch.where(mine, logp - batch.ref_logprob, 0.0), torch.where(mine, ratio_d, 0.0))
+        loss = loss + objective.kl.beta * torch.where(mine, weight * kl, 0.0).sum()
+    if objective.entropy_coef:
+        entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight
+        loss = loss - objective.entropy_coef * torch.where(active, entropy_weight * entropy, 0.0).sum()
+    return loss
+
+
+def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:
+    """d = logprob - anchor; for "self", and for "old" without old_logprob, zero in value with the gradient of logprob."""
+    if term.anchor == "zero":
+        return logprob
+    anchor = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
+    return logprob - (logprob.detach() if anchor is None else anchor)

@@ -1,0 +1,218 @@
+"""The chunked path: logits of a few thousand rows at a time, never all of them; the row operations come from a backend.
+
+    hidden[C, D] ──GEMM──▶ logits[C, V] ──rows──▶ logprob, entropy [C]
+                                  └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
+                                                                   └─GEMM──▶ grad_weight[V, D] +=
+
+Memory: one chunk of logits beside the results. Order: chunks ascend and every sum has a fixed order, so results are bitwise
+repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import terms
+from trapo_kernels.backends.gemm import HeadGemm, chunk_rows
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from trapo_kernels.objective import Objective
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; the GEMMs of the others are skipped."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """hidden [N, D] in its dtype, weight [V, D] and bias [V] in fp32 (fp64); None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def score(
+    rows: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    with_entropy: bool,
+    logits_dtype: torch.dtype,
+) -> RowStatistics:
+    """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100."""
+    gemm = HeadGemm(hidden, weight, logits_dtype)
+    active = _active_rows(target != -100)
+    out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
+    for index, buffer in _chunks(gemm, hidden.shape[0], active):
+        logits = gemm.logits(gemm.operand(_zeroed(hidden[index], target[index] != -100)), buffer)
+        _put(out, index, rows.statistics(logits, target[index], transform.rows(index), with_entropy))
+    return out
+
+
+def score_backward(
+    rows: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    logits_dtype: torch.dtype,
+    stats: RowStatistics,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk."""
+    gemm = HeadGemm(hidden, weight, logits_dtype)
+    grads = _zero_gradients(hidden, weight, gemm, needs)
+    for index, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
+        hidden_chunk = gemm.operand(_zeroed(hidden[index], target[index] != -100))
+        grad_logits = rows.logprob_gradient(
+            gemm.logits(hidden_chunk, buffer),
+            target[index],
+            transform.rows(index),
+            RowStatistics(*(part[index] for part in stats)),
+            None if grad_logprob is None else grad_logprob[index],
+            None if grad_entropy is None else grad_entropy[index],
+            gemm.operand_dtype,
+        )
+        _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
+    return grads
+
+
+def policy(
+    rows: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    streams: terms.Streams,
+    active_rows: Tensor | None,
+    objective: Objective,
+    transform: LogitTransform,
+    with_entropy_gradient: bool,
+    logits_dtype: torch.dtype,
+    needs: Needs,
+) -> tuple[RowStatistics, Gradients]:
+    """Statistics and the gradients of a policy loss from one sweep: three GEMMs, no recomputation."""
+    gemm = HeadGemm(hidden, weight, logits_dtype)
+    out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
+    grads = _zero_gradients(hidden, weight, gemm, needs)
+    grad_dtype = gemm.operand_dtype if any(needs) else None
+    for index, buffer in _chunks(gemm, hidden.shape[0], active_rows):
+        streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
+        hidden_chunk = gemm.operand(_zeroed(hidden[index], streams_chunk.role != 0))
+        stats, grad_logits = rows.policy(
+            gemm.logits(hidden_chunk, buffer),
+            target[index],
+            transform.rows(index),
+            streams_chunk,
+            objective,
+            with_entropy_gradient,
+            grad_dtype,
+        )
+        _put(out, index, stats)
+        if grad_logits is not None:
+            _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
+    return out, grads
+
+
+def _active_rows(active: Tensor) -> Tensor | None:
+    """Indices of the active rows on a CPU; None on a GPU, where finding them would stall the host."""
+    return active.nonzero().squeeze(1) if active.device.type == "cpu" else None
+
+
+def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tuple[Tensor | slice, Tensor]]:
+    """(which rows, buffer for their logits); slices where all rows are active, so that nothing is copied."""
+    count = num_rows if active is None else active.shape[0]
+    if count == 0:
+        return
+    size = chunk_rows(count, gemm.weight.shape[0], gemm.weight.device.type)
+    buffer = gemm.buffer(min(size, count))
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        yield (rows if active is None or count == num_rows else active[rows]), buffer
+
+
+def _zeroed(hidden_chunk: Tensor, active: Tensor) -> Tensor:
+    """On a GPU, where inactive rows still pass through the GEMMs: zeros in their place, so that their NaNs reach no gradient."""
+    return hidden_chunk if hidden_chunk.device.type == "cpu" else torch.where(active[:, None], hidden_chunk, 0)
+
+
+def _empty_statistics(num_rows: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
+    return RowStatistics(*(torch.zeros(num_rows, dtype=dtype, device=device) for _ in RowStatistics._fields))
+
+
+def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> None:
+    for whole, part in zip(out, chunk, strict=True):
+        whole[index] = part
+
+
+def _zero_gradients(hidden: Tensor, weight: Tensor, gemm: HeadGemm, needs: Needs) -> Gradients:
+    return Gradients(
+        hidden=torch.zeros_like(hidden) if needs.hidden else None,
+        weight=torch.zeros_like(weight, dtype=gemm.statistics_dtype) if needs.weight else None,
+        bias=weight.new_zeros(weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
+    )
+
+
+def _accumulate(gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_chunk: Tensor, index: Tensor | slice) -> None:
+    if grads.hidden is not None:
+        grads.hidden[index] = gemm.grad_hidden(grad_logits)
+    if grads.weight is not None:
+        gemm.add_grad_weight(grad_logits, hidden_chunk, grads.weight)
+    if grads.bias is not None:
+        grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
+
+
+def score_logits(
+    rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool
+) -> RowStatistics:
+    """`score` for logits [N, V] that exist already; they are copied chunk by chunk and left as they are."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    out = _empty_statistics(logits.shape[0], dtype, logits.device)
+    for index in _logit_chunks(logits):
+        _put(
+            out,
+            index,
+            rows.statistics(logits[index].to(dtype, copy=True), target[index], transform.rows(index), with_entropy),
+        )
+    return out
+
+
+def score_logits_backward(
+    rows: ModuleType,
+    logits: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    stats: RowStatistics,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """dL/dlogits [N, V] in the dtype of logits."""
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for index in _logit_chunks(logits):
+        grad[index] = rows.logprob_gradient(
+            logits[index].to(stats.logprob.dtype, copy=True),
+            target[index],
+            transform.rows(index),
+            RowStatistics(*(part[index] for part in stats)),
+            None if grad_logprob is None else grad_logprob[index],
+            None if grad_entropy is None else grad_entropy[index],
+            logits.dtype,
+        )
+    return grad
+
+
+def _logit_chunks(logits: Tensor) -> Iterator[slice]:
+    size = chunk_rows(logits.shape[0], logits.shape[1], logits.device.type)
+    for start in range(0, logits.shape[0], size):
+        yield slice(start, min(start + size, logits.shape[0]))

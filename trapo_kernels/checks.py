@@ -1,0 +1,197 @@
+"""Every input rule and error sentence of the kernels, once: the rule, the actual value, the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trapo_kernels.batch import TokenBatch
+    from trapo_kernels.objective import Objective
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def one_of(where: str, name: str, value: object, allowed: tuple) -> None:
+    """`value` must be one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def finite(where: str, name: str, value: float) -> None:
+    """`value` must be a finite number."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}.")
+
+
+def in_range(where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """`value` must lie in [low, high], or in (low, high] with `open_low`; never NaN."""
+    inside = isinstance(value, int | float) and (low < value if open_low else low <= value) and value <= high
+    if not inside:
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{where}: {name} must lie in {bracket}{low:g}, {high:g}], got {value!r}.")
+
+
+def vector(where: str, name: str, value: Tensor, length: int, device: torch.device, dtypes: tuple) -> None:
+    """`value` must be a tensor of shape [N] on `device` with one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a tensor of shape [N] = [{length}], got {type(value).__name__}.")
+    if tuple(value.shape) != (length,):
+        raise ValueError(
+            f"{where}: {name} must have shape [N] = [{length}], got {list(value.shape)}. "
+            f"Flatten it with {name}.reshape(-1), and give every per-token tensor the same N."
+        )
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. Convert it with {name}.to({dtypes[0]}).")
+    if value.device != device:
+        raise ValueError(f"{where}: {name} must be on {device}, got {value.device}. Move it with {name}.to({str(device)!r}).")
+
+
+def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden [N, D], weight [V, D], bias [V]: floating point, one dtype, one device."""
+    for name, value in (("hidden", hidden), ("lm_head_weight", weight)):
+        shape = "[N, D]" if name == "hidden" else "[V, D]"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}.")
+        if value.ndim != 2:
+            raise ValueError(
+                f"{where}: {name} must have shape {shape}, got {list(value.shape)}. "
+                f"Flatten batch and sequence with {name}.reshape(-1, {name}.shape[-1])."
+            )
+        if value.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{where}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{where}: hidden [N, D] and lm_head_weight [V, D] must agree in D, got {hidden.shape[1]} and {weight.shape[1]}. "
+            "The weight holds one row per token id, as in torch.nn.Linear(D, V).weight."
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{where}: hidden and lm_head_weight must have one dtype, got {hidden.dtype} and {weight.dtype}. "
+            "Cast one of them, or call under torch.autocast."
+        )
+    if hidden.device != weight.device:
+        raise ValueError(f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}.")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{where}: lm_head_weight [V, D] must not be empty, got {list(weight.shape)}.")
+    if bias is not None:
+        vector(where, "bias", bias, weight.shape[0], hidden.device, FLOAT_DTYPES)
+
+
+def target(where: str, value: Tensor, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    """target [N] int64 in [0, V), or -100 for a row to ignore. The range is checked on the CPU only (no sync): on a GPU a target
+    outside it gives that row a NaN logprob."""
+    vector(where, "target", value, num_rows, device, (torch.int64,))
+    if device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(value.min()), int(value.max())
+    bad = (value < 0) & (value != -100) | (value >= vocab_size)
+    if (low < 0 or high >= vocab_size) and bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{where}: target must lie in [0, V) = [0, {vocab_size}), or be -100 to ignore a row, got {int(value[row])} at row "
+            f"{row}. Check that the tokenizer and the head have the same vocabulary."
+        )
+
+
+def temperature(where: str, value: float | Tensor, num_rows: int, device: torch.device) -> None:
+    """A positive float, or a positive [N] fp32 tensor that needs no gradient."""
+    if isinstance(value, Tensor):
+        vector(where, "temperature", value, num_rows, device, (torch.float32, torch.float64))
+        if value.requires_grad:
+            raise ValueError(
+                f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
+            )
+        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+            raise ValueError(f"{where}: temperature must be > 0, got {float(value.min())}. For greedy sampling score at 1.0.")
+    elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
+        raise ValueError(f"{where}: temperature must be a finite number > 0, got {value!r}. For greedy sampling score at 1.0.")
+
+
+def softcap(where: str, value: float | None) -> None:
+    """None, or a finite positive number."""
+    if value is not None and not (isinstance(value, int | float) and 0.0 < value < math.inf):
+        raise ValueError(f"{where}: softcap must be None or a finite number > 0, got {value!r}. Pass None for no cap.")
+
+
+def logits_dtype(where: str, value: torch.dtype, hidden: Tensor) -> None:
+    """The dtype that logits are rounded to: float32, or that of the hidden states."""
+    if value not in (torch.float32, hidden.dtype):
+        raise TypeError(f"{where}: logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {value}.")
+
+
+def not_yet(where: str, process_group: object, batch_invariant: bool) -> None:
+    """Arguments of the fixed API that this version refuses rather than ignores."""
+    if process_group is not None:
+        raise ValueError(
+            f"{where}: process_group must be None: a head sharded over the vocabulary is not supported in this version, got "
+            f"{process_group!r}. Gather the head's weight, or shard it with FSDP2 and call the op inside lm_head.forward."
+        )
+    if batch_invariant:
+        raise ValueError(
+            f"{where}: batch_invariant must be False: fixed GEMM shapes are not supported in this version, got "
+            f"{batch_invariant!r}. The default path is bitwise repeatable from run to run for the same batch."
+        )
+
+
+def token_batch(batch: TokenBatch) -> None:
+    """Shapes, dtypes, devices and roles of a TokenBatch."""
+    where = "TokenBatch"
+    if not isinstance(batch.target, Tensor) or batch.target.ndim != 1:
+        shape = list(batch.target.shape) if isinstance(batch.target, Tensor) else type(batch.target).__name__
+        raise ValueError(f"{where}: target must be a tensor of shape [N], got {shape}. Flatten it with target.reshape(-1).")
+    length, device = batch.target.shape[0], batch.target.device
+    floats = (torch.float32, torch.float64)
+    vector(where, "target", batch.target, length, device, (torch.int64,))
+    vector(where, "role", batch.role, length, device, (torch.uint8,))
+    for name in ("advantage", "weight"):
+        vector(where, name, getattr(batch, name), length, device, floats)
+    for name in ("old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight"):
+        value = getattr(batch, name)
+        if value is not None:
+            vector(where, name, value, length, device, floats)
+            if value.requires_grad:
+                raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
+    if batch.active_rows is not None and (batch.active_rows.ndim != 1 or batch.active_rows.dtype != torch.int64):
+        raise ValueError(
+            f"{where}: active_rows must be int64 of shape [M], got {batch.active_rows.dtype} {list(batch.active_rows.shape)}. "
+            "Leave it out to have it found."
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        if length and int(batch.role.max()) > 2:
+            raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(batch.role.max())}.")
+        weight = torch.where(batch.role != 0, batch.weight, 0.0)
+        if not bool(torch.isfinite(weight).all()):
+            row = int((~torch.isfinite(weight)).nonzero()[0])
+            raise ValueError(
+                f"{where}: weight must be finite on every row that is not ignored, got {float(weight[row])} at row {row}."
+            )
+
+
+def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    """The batch must describe the rows at hand; targets of ignored rows are not looked at."""
+    if len(batch) != num_rows:
+        raise ValueError(
+            f"{where}: the batch must have one token per row, N = {num_rows}, got {len(batch)}. "
+            "Pass the hidden states of exactly the positions that the batch scores."
+        )
+    if batch.target.device != device:
+        raise ValueError(
+            f"{where}: the batch must be on {device}, got {batch.target.device}. Move it with batch.to({str(device)!r})."
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        target(where, torch.where(batch.role != 0, batch.target, -100), num_rows, vocab_size, device)
+
+
+def streams_present(where: str, batch: TokenBatch, objective: Objective) -> None:
+    """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy)."""
+    for name in sorted(objective.streams - {"old_logprob"}):
+        if getattr(batch, name) is None:
+            raise ValueError(
+                f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
+                f"Pass TokenBatch(..., {name}=...), or drop the KL term or anchor that needs it."
+            )

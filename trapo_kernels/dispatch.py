@@ -1,0 +1,60 @@
+"""Picks a backend, once per call; the only reader of the environment."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+from trapo_kernels import checks
+
+BACKENDS = ("auto", "reference", "torch", "triton", "native")
+_log = logging.getLogger("trapo_kernels")
+
+
+def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs: the named one or an error with the reason; for "auto" Triton on a GPU, chunked PyTorch on a CPU."""
+    checks.one_of(where, "backend", backend, BACKENDS)
+    if backend == "auto":
+        chosen = "triton" if why_not("triton", device, dtype) is None and device.type == "cuda" else "torch"
+        _say_once(where, chosen, device.type, str(dtype))
+        return chosen
+    reason = why_not(backend, device, dtype)
+    if reason:
+        raise RuntimeError(f'{where}: backend="{backend}" cannot run: {reason} Use backend="auto" to have one chosen.')
+    return backend
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when `backend` runs on `device` with `dtype`, else a sentence with the reason."""
+    if backend in ("reference", "torch"):
+        return None
+    if backend == "native":
+        return "this version has no compiled extension."
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton."
+    if dtype == torch.float64:
+        return 'its statistics are fp32 and the inputs are float64; backend="torch" and "reference" compute in fp64.'
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
+    return None
+
+
+def rows(backend: str) -> ModuleType:
+    """The row operations of a chunked backend."""
+    if backend == "triton":
+        from trapo_kernels.backends import triton_ops
+
+        return triton_ops
+    from trapo_kernels.backends import rows_torch
+
+    return rows_torch
+
+
+@functools.cache
+def _say_once(where: str, chosen: str, device_type: str, dtype: str) -> None:
+    _log.info('%s: backend="auto" chose "%s" on %s for %s', where, chosen, device_type, dtype)

@@ -1,0 +1,192 @@
+"""The per-token arithmetic of an objective on [N] vectors: streams, coefficients dL/dlogp and dL/dH, loss and metrics.
+
+Everything here costs O(N), nothing against the [N, V] work; the compiled kernels repeat only `coefficients`, inside their sweep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from trapo_kernels.batch import Role, TokenBatch
+from trapo_kernels.objective import GATES, KL, KL_ESTIMATORS, Objective, Term, Truncate
+
+_MAX_PARAMETERS = 3  # of a gate
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A batch seen through an objective: all that the coefficient of a token needs besides its logprob; tensors are [N].
+
+    `anchor` is what logp is compared with (0 where the anchor is zero, logp itself for "self", written as NaN), `signal` =
+    weight · scale · (advantage or 1), `kl_weight` = β · weight on rollout tokens, `grad_entropy` = -entropy_coef
+    · entropy weight.
+    """
+
+    role: Tensor  # uint8, IGNORED on rows that cannot contribute
+    anchor: Tensor
+    signal: Tensor
+    advantage: Tensor
+    kl_weight: Tensor | None
+    ref_logprob: Tensor | None
+    grad_entropy: Tensor
+
+
+def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.float32) -> Streams:
+    """Fold scales, anchors and normalisers of `objective` into per-token vectors of `dtype`."""
+    active = batch.active
+    role = torch.where(active, batch.role, Role.IGNORED)
+    weight, advantage = batch.weight.to(dtype), batch.advantage.to(dtype)
+    anchor, signal = torch.zeros_like(weight), torch.zeros_like(weight)
+    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
+        if term is None:
+            continue
+        mine = role == code
+        amount = weight * term.scale
+        signal = torch.where(mine, amount * advantage if term.signal == "advantage" else amount, signal)
+        anchor = torch.where(mine, _anchor(term, batch, weight), anchor)
+    entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(dtype)
+    kl_weight = ref_logprob = None
+    if objective.kl is not None:
+        kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * weight, 0.0)
+        ref_logprob = batch.ref_logprob.to(dtype)
+    return Streams(
+        role=role,
+        anchor=anchor,
+        signal=signal,
+        advantage=advantage,
+        kl_weight=kl_weight,
+        ref_logprob=ref_logprob,
+        grad_entropy=torch.where(active, -objective.entropy_coef * entropy_weight, 0.0),
+    )
+
+
+def _anchor(term: Term, batch: TokenBatch, like: Tensor) -> Tensor:
+    if term.anchor == "zero":
+        return torch.zeros_like(like)
+    stream = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
+    return torch.full_like(like, float("nan")) if stream is None else stream.to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a token's logprob amounts to under an objective; tensors are [N]."""
+
+    loss: Tensor  # without the entropy bonus
+    grad_logprob: Tensor
+    ratio: Tensor
+    slope: Tensor  # G(d), before signal and weight
+    kl: Tensor | None
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficients:
+    """Loss and dL/dlogp of every token from explicit slopes; rows with role IGNORED are exact zeros whatever they hold."""
+    counted = s.role != Role.IGNORED
+    logprob = torch.where(counted, logprob, 0.0)
+    d = torch.where(s.anchor.isnan() | ~counted, 0.0, logprob - s.anchor)
+    zero = torch.zeros_like(d)
+    value, slope, low, high = zero, zero, zero.bool(), zero.bool()
+    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
+        if term is None:
+            continue
+        mine = s.role == code
+        gate_low, gate_high = term.gate.clipped(d, s.advantage)
+        value = torch.where(mine, term.gate.value(d, s.advantage), value)
+        slope = torch.where(mine, term.gate.slope(d, s.advantage), slope)
+        low, high = torch.where(mine, gate_low, low), torch.where(mine, gate_high, high)
+    loss = torch.where(counted, -s.signal * value, 0.0)
+    grad = torch.where(counted, -s.signal * slope, 0.0)
+    kl = None
+    if objective.kl is not None:
+        rollout = s.role == Role.ROLLOUT
+        d_ref = torch.where(rollout, logprob - s.ref_logprob, 0.0)
+        kl = objective.kl.value(d_ref, d)
+        loss = loss + torch.where(rollout, s.kl_weight * kl, 0.0)
+        grad = grad + torch.where(rollout, s.kl_weight * objective.kl.slope(d_ref, d), 0.0)
+    return Coefficients(loss, grad, torch.where(counted, d.exp(), 1.0), slope, kl, low, high)
+
+
+def total_loss(c: Coefficients, s: Streams, entropy: Tensor) -> Tensor:
+    """0-d: Σ token loss + Σ dL/dH · H, summed in fp64 so that the order of tokens does not show."""
+    bonus = torch.where(s.grad_entropy == 0, 0.0, s.grad_entropy * entropy)
+    return (c.loss.double().sum() + bonus.double().sum()).to(c.loss.dtype)
+
+
+def metrics(logprob: Tensor, entropy: Tensor, c: Coefficients, s: Streams, objective: Objective) -> dict[str, Tensor]:
+    """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
+
+    Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Expert:
+    `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/ratio`,
+    `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`, `rollout/kl_ref` with a KL term.
+    """
+    out: dict[str, Tensor] = {}
+    for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
+        mine = s.role == code
+        count = mine.sum()
+
+        def mean(x: Tensor, mine=mine, count=count) -> Tensor:
+            return torch.where(mine, x, 0).sum(dtype=torch.float32) / count.clamp(min=1)
+
+        out[f"{name}/count"] = count.float()
+        out[f"{name}/logprob"], out[f"{name}/prob"] = mean(logprob), mean(logprob.exp())
+        out[f"{name}/entropy"] = mean(entropy)
+        if name == "expert" and objective.expert is not None:
+            out["expert/trsft_weight"] = mean(c.slope)
+            if isinstance(objective.expert.gate, Truncate):
+                out["expert/share_below_alpha"] = mean((c.ratio < objective.expert.gate.high).float())
+        if name == "rollout" and objective.rollout is not None:
+            out["rollout/ratio"] = mean(c.ratio)
+            out["rollout/ratio_max"] = torch.cat([torch.where(mine, c.ratio, 0), c.ratio.new_zeros(1)]).max().float()
+            out["rollout/clip_low"], out["rollout/clip_high"] = (
+                mean(c.clipped_low.float()),
+                mean(c.clipped_high.float()),
+            )
+            if c.kl is not None:
+                out["rollout/kl_ref"] = mean(c.kl)
+    return out
+
+
+def encode(objective: Objective) -> tuple[list[int], list[float]]:
+    """An objective as plain numbers, the only form that passes through a `torch.library` op."""
+    codes: list[int] = []
+    parameters: list[float] = []
+    for term in (objective.expert, objective.rollout):
+        codes.append(0 if term is None else term.gate.code)
+        values = [] if term is None else [getattr(term.gate, field.name) for field in fields(term.gate)]
+        parameters += values + [0.0] * (_MAX_PARAMETERS - len(values))
+    codes.append(0 if objective.kl is None else 1 + KL_ESTIMATORS.index(objective.kl.estimator))
+    return codes, parameters
+
+
+def decode(codes: list[int], parameters: list[float]) -> Objective:
+    """The gates and the KL of an encoded objective; anchors, signals and scales live in the streams already."""
+    terms: list[Term | None] = [None, None]
+    for i, code in enumerate(codes[:2]):
+        if code:
+            gate = GATES[code]
+            terms[i] = Term(gate(*parameters[_MAX_PARAMETERS * i :][: len(fields(gate))]))
+    kl = KL(1.0, KL_ESTIMATORS[codes[2] - 1]) if codes[2] else None
+    return Objective(expert=terms[0], rollout=terms[1], kl=kl)
+
+
+_STREAM_NAMES = [field.name for field in fields(Streams)]
+NUM_STREAMS = len(_STREAM_NAMES)
+GRAD_ENTROPY = _STREAM_NAMES.index("grad_entropy")
+
+
+def pack(s: Streams) -> list[Tensor]:
+    """The streams as the tensor list of a `torch.library` op; an absent one is an empty tensor."""
+    return [s.role.new_empty(0) if value is None else value for value in vars(s).values()]
+
+
+def unpack(tensors: list[Tensor]) -> Streams:
+    """The way back from `pack`."""
+    s = dict(zip(_STREAM_NAMES, tensors, strict=True))
+    present = s["role"].numel() > 0
+    for name in ("kl_weight", "ref_logprob"):
+        s[name] = s[name] if present and s[name].numel() else None
+    return Streams(**s)
