@@ -269,6 +269,7 @@ class Sapo(Gate):
         return 4.0 * soft / tau
 
     def slope(self, d, advantage):
+        d = d.clamp(max=20.0)  # beyond it s(1-s) is exactly 0, and only r could overflow
         soft, _ = self._soft(d, advantage)
         return 4.0 * soft * (1.0 - soft) * d.exp()
 

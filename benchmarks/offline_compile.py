@@ -1,0 +1,119 @@
+"""Does every Triton kernel compile for sm_80, sm_90 and sm_100 without spilling registers? Needs no GPU.
+
+    python -m benchmarks.offline_compile            # a table: registers, stack, spills, shared memory
+    python -m benchmarks.offline_compile --json     # the same as JSON lines
+
+Each kernel is compiled once per architecture for the variants that real calls use: every gate, with and without entropy gradient,
+bias, softcap and per-row temperature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 24
+
+
+def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
+    """(label, kernel, constexprs) of every compiled variant."""
+    from trapo_kernels import objectives, terms
+    from trapo_kernels.backends.triton_ops import row_gradient, row_policy, row_statistics, token_coefficient
+    from trapo_kernels.backends.triton_ops.launch import TILE
+    from trapo_kernels.objective import GATES
+
+    plain = {"HAS_BIAS": False, "HAS_ROW_TEMPERATURE": False, "HAS_SOFTCAP": False, "BLOCK_V": TILE["BLOCK_V"]}
+    full = {"HAS_BIAS": True, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": True, "BLOCK_V": TILE["BLOCK_V"]}
+    for name, transform in (("plain", plain), ("bias+temperature+softcap", full)):
+        for entropy in (False, True):
+            label = f"{name}{', entropy' if entropy else ''}"
+            yield f"row_statistics ({label})", row_statistics.row_statistics_kernel, transform | {"WITH_ENTROPY": entropy}
+            yield f"row_gradient ({label})", row_gradient.row_gradient_kernel, transform | {"WITH_ENTROPY": entropy}
+    presets: dict[tuple[int, ...], list[str]] = {}  # presets with the same gates are the same compiled kernel
+    for preset in objectives.PRESETS.values():
+        objective = preset(entropy_coef=0.001)
+        presets.setdefault(tuple(terms.encode(objective)[0]), []).append(objective.name)
+    for codes, names in presets.items():
+        gates = dict(zip(("EXPERT_GATE", "ROLLOUT_GATE", "KL_CODE"), codes, strict=True))
+        flags = {"WITH_ENTROPY_GRADIENT": True, "WITH_GRADIENT": True}
+        yield f"row_policy ({', '.join(names)})", row_policy.row_policy_kernel, plain | gates | flags
+    heaviest = {"EXPERT_GATE": 9, "ROLLOUT_GATE": 9, "KL_CODE": 4, "WITH_ENTROPY_GRADIENT": True, "WITH_GRADIENT": True}
+    yield "row_policy (sapo/sapo, k3_corrected, bias+temperature+softcap)", row_policy.row_policy_kernel, full | heaviest
+    for code, gate in GATES.items():
+        codes = {"EXPERT_GATE": code, "ROLLOUT_GATE": code, "KL_CODE": 4, "BLOCK_N": token_coefficient.BLOCK_N}
+        yield f"token_coefficient ({gate.__name__.lower()})", token_coefficient.token_coefficient_kernel, codes
+
+
+def compile_one(kernel: object, constexprs: dict[str, object], architecture: int) -> dict[str, int]:
+    """Registers, stack, spills (bytes) and shared memory (bytes) of one kernel for one architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from trapo_kernels.backends.triton_ops.launch import TILE
+
+    signature = {name: _type_of(name) for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    options = {k: v for k, v in TILE.items() if k != "BLOCK_V"} if "BLOCK_V" in constexprs else {}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return _resources(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+
+
+def _type_of(argument: str) -> str:
+    if argument.isupper() and not re.fullmatch(r"[er]\d", argument):
+        return "constexpr"
+    if argument.endswith("_ptr"):
+        special = {"target_ptr": "*i64", "role_ptr": "*u8", "grad_ptr": "*bf16", "bias_ptr": "*bf16"}
+        return special.get(argument, "*fp32")
+    return "i32" if argument.endswith("stride") or argument in ("vocab_size", "num_tokens") else "fp32"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        sass = subprocess.run([tool, "--dump-sass", file.name], check=True, capture_output=True, text=True).stdout
+    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return {"registers": int(fields["REG"]), "stack_bytes": int(fields["STACK"]), "spill_instructions": spills}
+
+
+def table() -> list[dict[str, object]]:
+    """One row per kernel variant and architecture."""
+    return [
+        {"kernel": label, "sm": architecture} | compile_one(kernel, constexprs, architecture)
+        for label, kernel, constexprs in variants()
+        for architecture in ARCHITECTURES
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a Markdown table")
+    as_json = parser.parse_args().json
+    rows = table()
+    columns = list(rows[0])
+    if not as_json:
+        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print(json.dumps(row) if as_json else "| " + " | ".join(str(row[column]) for column in columns) + " |")
+    bad = [r for r in rows if r["spill_instructions"] or r["stack_bytes"] or r["shared_bytes"] > SHARED_MEMORY_LIMIT[r["sm"]]]
+    for row in bad:
+        print(f"spills or does not fit: {row}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Triton row operations of the chunked path, one kernel per file; the same functions as `rows_torch`."""
+
+from trapo_kernels.backends.triton_ops.row_gradient import logprob_gradient
+from trapo_kernels.backends.triton_ops.row_policy import policy
+from trapo_kernels.backends.triton_ops.row_statistics import statistics
+from trapo_kernels.backends.triton_ops.token_coefficient import coefficients
+
+__all__ = ["coefficients", "logprob_gradient", "policy", "statistics"]

@@ -1,0 +1,42 @@
+"""What the row launchers share: the pinned tile, the transform's arguments, the buffer of the gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from trapo_kernels.backends.logits import LogitTransform
+
+# One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. The register cap
+# keeps ptxas from stopping at 64 and spilling 2 of them (sapo gates with bias and softcap on sm_90); no variant uses more than 71.
+# Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
+TILE = {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 96}
+
+
+def tile(vocab_size: int) -> dict[str, int]:
+    """BLOCK_V and launch options for a row of `vocab_size` logits; small vocabularies fit one smaller tile."""
+    return TILE | {"BLOCK_V": min(TILE["BLOCK_V"], triton.next_power_of_2(vocab_size))}
+
+
+def transform_arguments(transform: LogitTransform, logits: Tensor) -> dict[str, object]:
+    """bias, temperature and softcap as kernel arguments; an absent pointer is the logits' own and never read."""
+    per_row = isinstance(transform.temperature, Tensor)
+    return {
+        "bias_ptr": logits if transform.bias is None else transform.bias.contiguous(),
+        "temperature_ptr": transform.temperature.float().contiguous() if per_row else logits,
+        "temperature": 1.0 if per_row else float(transform.temperature),
+        "softcap": 1.0 if transform.softcap is None else float(transform.softcap),
+        "HAS_BIAS": transform.bias is not None,
+        "HAS_ROW_TEMPERATURE": per_row,
+        "HAS_SOFTCAP": transform.softcap is not None,
+    }
+
+
+def gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
+    """[C, V] of `grad_dtype` over the memory of `logits` (row r starts where row r of the logits does), or new if it is wider."""
+    if grad_dtype == logits.dtype:
+        return logits
+    if grad_dtype.itemsize > logits.dtype.itemsize:
+        return torch.empty_like(logits, dtype=grad_dtype)
+    return logits.view(grad_dtype)[:, : logits.shape[1]]
