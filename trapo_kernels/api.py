@@ -81,7 +81,7 @@ def linear_logprob(
     _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     if chosen == "reference":
-        logits = reference.head_logits(hidden, lm_head_weight, bias, logits_dtype)
+        logits = reference.head_logits(hidden, lm_head_weight, target, bias, logits_dtype)
         transform = LogitTransform(None, softcap, temperature)
         logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
     else:

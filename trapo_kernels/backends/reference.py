@@ -10,9 +10,15 @@ from trapo_kernels.batch import Role, TokenBatch
 from trapo_kernels.objective import Objective, Term
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype) -> Tensor:
-    """[N, V] in fp32 (fp64 for fp64 inputs), rounded to `logits_dtype` on the way when that is lower."""
+def head_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logits_dtype: torch.dtype
+) -> Tensor:
+    """[N, V] in fp32 (fp64 for fp64 inputs), rounded to `logits_dtype` on the way when that is lower.
+
+    Hidden states of rows with target -100 are replaced by zeros first: 0 · NaN in dWeight would still be NaN.
+    """
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    hidden = torch.where((target != -100)[:, None], hidden, 0)
     logits = hidden.to(exact) @ weight.to(exact).T
     if logits_dtype != torch.float32:
         logits = logits.to(logits_dtype).to(exact)

@@ -12,7 +12,7 @@ from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.objective import Objective
 
-_FLOOR = -1e4  # stands for -inf after the row maximum is subtracted: exp is exactly 0, and 0 · _FLOOR is 0 instead of NaN
+_FLOOR = -1e30  # stands for -inf after the row maximum is subtracted: exp is exactly 0, and 0 · _FLOOR is 0 instead of NaN
 
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
@@ -81,6 +81,7 @@ def _statistics(centred: Tensor, row_max: Tensor, target: Tensor, with_entropy: 
     # A target outside the vocabulary reaches this line on a GPU only (see checks.target); it makes its row NaN.
     shifted_target = centred.gather(1, index)[:, 0]
     shifted_target = torch.where(ignored | (target == index[:, 0]), shifted_target, float("nan"))
+    shifted_target = torch.where(shifted_target == _FLOOR, float("-inf"), shifted_target)
     exponential = centred.exp()
     total = exponential.sum(-1)
     others = exponential.scatter(1, index, 0.0).sum(-1) if _is_peaked(total) else total - exponential.gather(1, index)[:, 0]

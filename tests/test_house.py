@@ -1,0 +1,113 @@
+"""Contract 8: imports flow one way, files stay small, README's Python runs, kernels compile offline without spilling."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What a module may import from this project: every arrow not listed here turns back and is refused.
+ALLOWED = {
+    "trapo_kernels/checks.py": set(),
+    "trapo_kernels/batch.py": {"checks"},
+    "trapo_kernels/objective.py": {"checks"},
+    "trapo_kernels/objectives.py": {"objective"},
+    "trapo_kernels/terms.py": {"batch", "objective"},
+    "trapo_kernels/dispatch.py": {"checks", "backends"},
+    "trapo_kernels/backends": {"terms", "objective", "batch", "backends"},
+    "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
+    "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "objective"},
+    "trapo_kernels/__init__.py": {"api", "batch", "objective", "objectives"},
+}
+
+
+def _imports(path):
+    """(module, names) of every import at run time; `if TYPE_CHECKING:` blocks draw no arrow."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names]
+
+
+def _rooms(module, names):
+    """The parts of trapo_kernels that an import reaches."""
+    parts = module.split(".")
+    if parts[0] != "trapo_kernels":
+        return set()
+    return {parts[1]} if len(parts) > 1 else set(names)
+
+
+def _arrows(path):
+    return set().union(*(_rooms(module, names) for module, names in _imports(path)), set())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trapo_kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernel_imports_flow_one_way(path):
+    name = str(path.relative_to(ROOT))
+    room = "trapo_kernels/backends" if name.startswith("trapo_kernels/backends") else name
+    assert room in ALLOWED, f"{name} is a new room of the house: say in ALLOWED what it may import"
+    assert _arrows(path) <= ALLOWED[room], f"{name} imports {_arrows(path) - ALLOWED[room]}: that arrow turns back"
+    assert not any(module.startswith(("trapo_train", "benchmarks", "transformers")) for module, _ in _imports(path))
+
+
+def test_the_check_refuses_an_arrow_that_turns_back(tmp_path):
+    bad = tmp_path / "checks.py"
+    bad.write_text("from trapo_kernels import api\nimport trapo_kernels.autograd\n")
+    assert _arrows(bad) == {"api", "autograd"}
+    assert not _arrows(bad) <= ALLOWED["trapo_kernels/checks.py"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trapo_train").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_trainer_uses_public_names_only(path):
+    import trapo_kernels
+
+    for module, names in _imports(path):
+        assert not module.startswith("trapo_kernels."), f"{path.name} reaches into {module}"
+        if module == "trapo_kernels":
+            assert set(names) <= set(trapo_kernels.__all__), f"{path.name} imports {set(names) - set(trapo_kernels.__all__)}"
+
+
+def test_only_dispatch_reads_the_environment():
+    readers = [p.name for p in (ROOT / "trapo_kernels").rglob("*.py") if "os.environ" in p.read_text() or "getenv" in p.read_text()]
+    assert readers == ["dispatch.py"]
+
+
+def test_files_and_functions_stay_small():
+    for path in [*(ROOT / "trapo_kernels").rglob("*.py"), *(ROOT / "trapo_train").rglob("*.py")]:
+        text = path.read_text()
+        assert text.count("\n") <= 400, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines; split it by job"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and path.name != "api.py":
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 70, f"{path.name}:{node.name} has {length} lines"
+
+
+def test_readme_python_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks, "the README has lost its example"
+    for block in blocks:
+        result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_sm_80_90_100_without_spilling():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "benchmarks.offline_compile"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    for architecture in ("80", "90", "100"):
+        assert f"| {architecture} |" in result.stdout
+    committed = (ROOT / "benchmarks" / "results" / "offline_compile.md").read_text()
+    kernels = {line.split("|")[1] for line in result.stdout.splitlines() if "row_" in line or "token_" in line}
+    assert kernels and all(kernel in committed for kernel in kernels), "regenerate results/offline_compile.md"

@@ -1,0 +1,68 @@
+"""The packer's arithmetic: every normaliser is a weight, and totals make any split add up."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, loss_totals
+
+# Sequences 0: 1 ignored, 2 expert, 2 rollout · 1: 3 rollout · 2: 1 expert, 1 rollout
+ROLE = torch.tensor([0, 2, 2, 1, 1, 1, 1, 1, 2, 1], dtype=torch.uint8)
+SEQUENCE = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("constant", [0] + [1 / (3 * 8)] * 9),
+        ("token_mean", [0] + [1 / 9] * 9),
+        ("role_mean", [0, 1 / 3, 1 / 3] + [1 / 6] * 5 + [1 / 3, 1 / 6]),
+        ("sequence_mean", [0] + [1 / 12] * 4 + [1 / 9] * 3 + [1 / 6] * 2),
+        ("sequence_sum", [0] + [1 / 3] * 9),
+    ],
+)
+def test_weights(mode, expected):
+    torch.testing.assert_close(aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("mode", ["constant", "token_mean", "role_mean", "sequence_mean", "sequence_sum"])
+def test_parts_with_the_totals_of_the_whole_equal_the_whole(mode):
+    whole = aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8)
+    parts = [slice(0, 5), slice(5, 8), slice(8, 10)]
+    totals = sum((loss_totals(ROLE[p], SEQUENCE[p]) for p in parts), LossTotals(0, 0, 0))
+    assert totals == loss_totals(ROLE, SEQUENCE)
+    split = [aggregate(ROLE[p], SEQUENCE[p], mode=mode, max_tokens=8, totals=totals) for p in parts]
+    assert torch.equal(torch.cat(split), whole)
+
+
+def test_share_multiplies_and_is_not_counted():
+    share = torch.where(ROLE == Role.EXPERT, 0.5, 1.0)
+    plain = aggregate(ROLE, SEQUENCE, mode="token_mean")
+    torch.testing.assert_close(aggregate(ROLE, SEQUENCE, mode="token_mean", share=share), plain * share)
+
+
+def test_a_role_without_tokens_and_an_empty_batch_give_no_nan():
+    only_rollouts = torch.ones(3, dtype=torch.uint8)
+    assert torch.isfinite(aggregate(only_rollouts, torch.zeros(3, dtype=torch.int64), mode="role_mean")).all()
+    empty = torch.zeros(0, dtype=torch.uint8)
+    assert aggregate(empty, torch.zeros(0, dtype=torch.int64), mode="sequence_mean").shape == (0,)
+
+
+def test_unknown_mode_and_missing_length_are_refused():
+    with pytest.raises(ValueError, match="mode must be one of .*got 'mean'"):
+        aggregate(ROLE, SEQUENCE, mode="mean")
+    with pytest.raises(ValueError, match="needs max_tokens > 0, got None"):
+        aggregate(ROLE, SEQUENCE, mode="constant")
+
+
+def test_active_rows_are_found_once_and_move_with_the_batch():
+    weight = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    b = TokenBatch(
+        torch.zeros(4, dtype=torch.int64),
+        torch.tensor([0, 1, 1, 2], dtype=torch.uint8),
+        torch.ones(4),
+        weight,
+        entropy_weight=torch.tensor([1.0, 0.0, 0.0, 0.5]),
+    )
+    assert b.active_rows.tolist() == [1, 3]
+    assert b.to(cases.DEVICE).active_rows.tolist() == [1, 3]

@@ -1,0 +1,86 @@
+"""Bad input gets the rule, the actual value and the remedy, before anything is computed."""
+
+import pytest
+import torch
+
+from trapo_kernels import TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss, token_logprob
+
+N, D, V = 4, 3, 7
+HIDDEN, WEIGHT, TARGET = torch.randn(N, D), torch.randn(V, D), torch.arange(N)
+
+
+def _batch(**changes):
+    streams = {
+        "target": TARGET,
+        "role": torch.ones(N, dtype=torch.uint8),
+        "advantage": torch.ones(N),
+        "weight": torch.ones(N),
+    }
+    return TokenBatch(**(streams | changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((HIDDEN[None], WEIGHT, TARGET), {}, r"hidden must have shape \[N, D\], got \[1, 4, 3\]. Flatten"),
+        ((HIDDEN, WEIGHT.T, TARGET), {}, "must agree in D, got 3 and 7"),
+        ((HIDDEN.bfloat16(), WEIGHT, TARGET), {}, "one dtype, got torch.bfloat16 and torch.float32"),
+        ((HIDDEN.long(), WEIGHT, TARGET), {}, "hidden must be float32, bfloat16, float16 or float64, got torch.int64"),
+        ((HIDDEN, WEIGHT, TARGET[None]), {}, r"target must have shape \[N\] = \[4\], got \[1, 4\]. Flatten it"),
+        ((HIDDEN, WEIGHT, TARGET.int()), {}, "target must be torch.int64, got torch.int32"),
+        ((HIDDEN, WEIGHT, TARGET + 5), {}, r"target must lie in \[0, V\) = \[0, 7\).*got 7 at row 2"),
+        ((HIDDEN, WEIGHT, TARGET - 1), {}, "got -1 at row 0"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.tensor([1.0, 1, 1, -1])}, "temperature must be > 0, got -1.0"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.ones(3)}, r"temperature must have shape \[N\] = \[4\], got \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET), {"softcap": -30.0}, "softcap must be None or a finite number > 0, got -30.0"),
+        ((HIDDEN, WEIGHT, TARGET), {"bias": torch.ones(3)}, r"bias must have shape \[N\] = \[7\], got \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET), {"logits_dtype": torch.float16}, "logits_dtype must be torch.float32 or the dtype of hidden"),
+        ((HIDDEN, WEIGHT, TARGET), {"backend": "cuda"}, "backend must be one of 'auto'.*got 'cuda'"),
+        ((HIDDEN, WEIGHT, TARGET), {"backend": "native"}, 'backend="native" cannot run: .*compiled extension'),
+        ((HIDDEN, WEIGHT, TARGET), {"process_group": object()}, "process_group must be None"),
+        ((HIDDEN, WEIGHT, TARGET), {"batch_invariant": True}, "batch_invariant must be False"),
+        ((HIDDEN.double(), WEIGHT.double(), TARGET), {"backend": "triton"}, 'backend="triton" cannot run: .*float64'),
+    ],
+)
+def test_linear_logprob(arguments, options, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=f"^linear_logprob: {message}|{message}"):
+        linear_logprob(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"role": torch.ones(N)}, "role must be torch.uint8, got torch.float32"),
+        ({"role": torch.full((N,), 3, dtype=torch.uint8)}, r"role must be .*\(0, 1, 2\), got 3"),
+        ({"advantage": torch.ones(N, 1)}, r"advantage must have shape \[N\] = \[4\], got \[4, 1\]"),
+        ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
+        ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
+        ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
+    ],
+)
+def test_token_batch(changes, message):
+    with pytest.raises((ValueError, TypeError), match=f"^TokenBatch: {message}"):
+        _batch(**changes)
+
+
+def test_linear_policy_loss_and_policy_loss():
+    with pytest.raises(ValueError, match="one token per row, N = 3, got 4"):
+        linear_policy_loss(HIDDEN[:3], WEIGHT, _batch(), objectives.trapo())
+    with pytest.raises(ValueError, match=r"'grpo' reads batch.ref_logprob, got None"):
+        linear_policy_loss(HIDDEN, WEIGHT, _batch(), objectives.grpo(beta=0.1))
+    with pytest.raises(ValueError, match="has entropy_coef = 0.001 and needs entropy"):
+        policy_loss(torch.zeros(N), None, _batch(), objectives.trapo())
+    with pytest.raises(ValueError, match=r"\[0, 7\).*got 10 at row 3"):
+        linear_policy_loss(HIDDEN, WEIGHT, _batch(target=TARGET + 7 * (TARGET == 3)), objectives.sft())
+
+
+def test_token_logprob():
+    with pytest.raises(ValueError, match=r"same leading shape, got \[4, 7\] and \[3\]"):
+        token_logprob(torch.randn(N, V), TARGET[:3])
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run: the tensors are on the CPU'):
+        linear_logprob(HIDDEN, WEIGHT, TARGET, backend="triton")

@@ -1,0 +1,144 @@
+"""Contract 2: eager fp64 = policy_loss ∘ linear_logprob = linear_policy_loss, for every preset and backend."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob, linear_policy_loss, objectives, policy_loss, token_logprob
+
+PRESETS = list(objectives.PRESETS)
+SETTINGS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 4.0, "temperature": 1.3},
+}
+
+
+def _beta(name, scale=1.0):
+    """GRPO is tested with its KL term; k3 = exp(ref - logp) overflows fp32 for everyone where logits are peaked."""
+    return 0.2 if name == "grpo" and scale == 1.0 else 0.0
+
+
+def _objective(name, beta=None):
+    options = {"beta": _beta(name) if beta is None else beta} if name == "grpo" else {}
+    return objectives.PRESETS[name](entropy_coef=0.03, **options)
+
+
+def _eager(name, inputs, b, settings, beta):
+    hidden, weight, bias = inputs
+    logprob, entropy = cases.eager_statistics(hidden, weight, b.target, bias, **settings)
+    return cases.eager_loss(name, logprob, entropy, b, entropy_coef=0.03, beta=beta)
+
+
+def test_every_preset_has_a_published_formula_here():
+    assert set(cases.PUBLISHED) == set(PRESETS)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_fp64_equality(backend, name, setting, scale):
+    inputs = cases.head(23, 7, 57, scale=scale)
+    b = cases.batch(23, 57)
+    expected = _eager(name, inputs, b, SETTINGS[setting], _beta(name))
+    hidden, weight, bias = inputs
+    single = linear_policy_loss(hidden, weight, b, _objective(name), bias=bias, backend=backend, **SETTINGS[setting])
+    scored = linear_logprob(hidden, weight, b.target, bias=bias, with_entropy=True, backend=backend, **SETTINGS[setting])
+    composed = policy_loss(scored.logprob, scored.entropy, b, _objective(name), backend=backend)
+    expected_grads = cases.gradients(expected, inputs)
+    size = max(1.0, *(g.abs().max().item() for g in expected_grads))
+    for out in (single, composed):
+        assert cases.error(out.loss, expected) < 1e-11 * max(1.0, abs(expected.item()))
+        for grad, expected_grad in zip(cases.gradients(out.loss, inputs), expected_grads, strict=True):
+            assert cases.error(grad, expected_grad) < 1e-11 * size
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_triton_is_as_close_to_fp64_as_fp32_eager(name, scale):
+    shape = (19, 7, 2500)  # two tiles of the vocabulary, the second ragged
+    exact_inputs, exact_batch = cases.head(*shape, scale=scale), cases.batch(19, 2500)
+    beta = _beta(name, scale)
+    exact_loss = _eager(name, exact_inputs, exact_batch, {}, beta)
+    exact = [exact_loss, *cases.gradients(exact_loss, exact_inputs)]
+
+    inputs, b = cases.head(*shape, torch.float32, scale), cases.batch(19, 2500, torch.float32)
+    eager_loss = _eager(name, inputs, b, {}, beta)
+    eager = [eager_loss, *cases.gradients(eager_loss, inputs)]
+    hidden, weight, bias = inputs
+    out = linear_policy_loss(hidden, weight, b, _objective(name, beta), bias=bias, backend="triton")
+    for ours, theirs, truth in zip([out.loss, *cases.gradients(out.loss, inputs)], eager, exact, strict=True):
+        floor = 4e-7 * max(1e-2, truth.abs().max().item())
+        assert cases.error(ours, truth) <= 2 * cases.error(theirs, truth) + floor
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_policy_loss_of_a_compiled_backend_equals_the_reference(backend, name):
+    b = cases.batch(300, 50, torch.float32)
+    logprob = (-4 * torch.rand(300)).to(cases.DEVICE).requires_grad_()
+    entropy = torch.rand(300).to(cases.DEVICE).requires_grad_()
+    results = []
+    for which in ("reference", backend):
+        out = policy_loss(logprob, entropy, b, _objective(name), backend=which)
+        results.append([out.loss, *cases.gradients(out.loss, (logprob, entropy)), *out.metrics.values()])
+    for reference, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=1e-7)
+
+
+def test_metrics_agree_across_backends_and_with_a_hand_computation():
+    hidden, weight, _ = cases.head(40, 8, 90, torch.float32)
+    b = cases.batch(40, 90, torch.float32)
+    outs = [linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=w) for w in ("reference", *cases.CHUNKED)]
+    for out in outs[1:]:
+        assert out.metrics.keys() == outs[0].metrics.keys()
+        for key, value in out.metrics.items():
+            torch.testing.assert_close(value, outs[0].metrics[key], rtol=1e-5, atol=1e-6, msg=key)
+    logprob, entropy = cases.eager_statistics(hidden, weight, b.target)
+    expert, rollout, metrics = b.role == 2, b.role == 1, outs[0].metrics
+    p, ratio = logprob.exp(), (logprob - b.old_logprob).exp()
+    by_hand = {
+        "expert/count": expert.sum().float(),
+        "expert/prob": p[expert].mean(),
+        "expert/entropy": entropy[expert].mean(),
+        "expert/trsft_weight": (p / 0.1).clamp(max=1)[expert].mean(),
+        "expert/share_below_alpha": (p < 0.1)[expert].float().mean(),
+        "rollout/logprob": logprob[rollout].mean(),
+        "rollout/ratio": ratio[rollout].mean(),
+        "rollout/ratio_max": ratio[rollout].max(),
+    }
+    for key, value in by_hand.items():
+        torch.testing.assert_close(metrics[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("temperature", [0.6, "per token"])
+def test_token_logprob_equals_eager_fp64_in_value_and_gradient(backend, temperature):
+    logits = (5 * torch.randn(4, 9, 33, dtype=torch.float64, device=cases.DEVICE)).requires_grad_()
+    target = torch.randint(33, (4, 9), device=cases.DEVICE)
+    if temperature == "per token":
+        temperature = torch.rand(4, 9, dtype=torch.float64, device=cases.DEVICE) + 0.5
+    out = token_logprob(logits, target, temperature=temperature, softcap=6.0, with_entropy=True, backend=backend)
+    column = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
+    log_p = (6.0 * torch.tanh(logits / 6.0) / column).log_softmax(-1)
+    logprob, entropy = log_p.gather(-1, target[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    assert out.logprob.shape == target.shape
+    assert cases.error(out.logprob, logprob) < 1e-12 and cases.error(out.entropy, entropy) < 1e-12
+    upstream = torch.randn_like(logprob)
+    ours = cases.gradients((out.logprob * upstream - 0.3 * out.entropy * upstream).sum(), logits)[0]
+    theirs = cases.gradients((logprob * upstream - 0.3 * entropy * upstream).sum(), logits)[0]
+    assert cases.error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_token_logprob_triton_matches_the_reference(dtype):
+    logits = (5 * torch.randn(11, 2100, device=cases.DEVICE)).to(dtype).requires_grad_()
+    target = torch.randint(2100, (11,), device=cases.DEVICE)
+    target[3] = -100
+    grads = []
+    for backend in ("reference", "triton"):
+        out = token_logprob(logits, target, temperature=0.8, with_entropy=True, backend=backend)
+        grads.append([out.logprob, out.entropy, *cases.gradients((out.logprob + 0.2 * out.entropy).sum(), logits)])
+    for reference, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=torch.finfo(dtype).eps, atol=1e-5)

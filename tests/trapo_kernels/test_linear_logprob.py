@@ -1,0 +1,187 @@
+"""Accuracy and edges of linear_logprob: every dtype, peaked and flat logits, ragged sizes, ignored rows, strange layouts."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("shape", [(5, 3, 2), (1, 1, 1), (33, 17, 131), (130, 24, 1031)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_error_is_at_most_twice_that_of_eager_with_fp32_logits(backend, dtype, shape, scale):
+    if backend not in cases.backends(dtype) or (backend == "triton" and shape[0] > 100):
+        pytest.skip("triton computes in fp32; the interpreter is too slow for the largest shape")
+    hidden, weight, bias = cases.head(*shape, dtype, scale)
+    target = torch.randint(shape[2], (shape[0],), device=cases.DEVICE)
+    upstream = torch.randn(2, shape[0], device=cases.DEVICE)
+
+    def loss(logprob, entropy):
+        return (logprob * upstream[0].to(logprob.dtype) + entropy * upstream[1].to(logprob.dtype)).sum()
+
+    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    exact = cases.eager_statistics(*exact_inputs[:2], target, exact_inputs[2])
+    exact_grads = cases.gradients(loss(*exact), exact_inputs)
+    upcast = torch.float64 if dtype == torch.float64 else torch.float32
+    eager = cases.eager_statistics(hidden.to(upcast), weight.to(upcast), target, bias.to(upcast))
+    eager_grads = cases.gradients(loss(*eager), (hidden, weight, bias))
+    out = linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, backend=backend)
+    grads = cases.gradients(loss(out.logprob, out.entropy), (hidden, weight, bias))
+    floor = torch.finfo(upcast).eps
+    triples = zip([out.logprob, out.entropy, *grads], [*eager, *eager_grads], [*exact, *exact_grads], strict=True)
+    for ours, theirs, truth in triples:
+        assert cases.error(ours, truth) <= 2 * cases.error(theirs, truth) + 4 * floor * max(1.0, truth.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_target_gradient_is_right_as_p_approaches_one(backend):
+    """1 - p = 1e-9 is far below fp32's resolution at 1; p computed first would give a gradient that is off by 100 %."""
+    gap = torch.tensor([5.0, 12.0, 20.7])  # logit of the target above the other
+    hidden, weight = gap[:, None].to(cases.DEVICE).requires_grad_(), torch.tensor([[1.0], [0.0]], device=cases.DEVICE)
+    out = linear_logprob(hidden, weight, torch.zeros(3, dtype=torch.int64, device=cases.DEVICE), backend=backend)
+    exact = torch.sigmoid(-gap.double())  # 1 - p, the gradient of logp with respect to the gap
+    (grad,) = cases.gradients(out.logprob.sum(), (hidden,))
+    torch.testing.assert_close(grad[:, 0].double().cpu(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.logprob.double().cpu(), -torch.log1p((-gap.double()).exp()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_columns_masked_to_minus_infinity_have_no_probability_and_no_gradient(backend):
+    hidden, weight, _ = cases.head(6, 5, 40, torch.float32)
+    bias = torch.zeros(40, device=cases.DEVICE)
+    bias[10:] = float("-inf")
+    target = torch.randint(10, (6,), device=cases.DEVICE)
+    out = linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, backend=backend)
+    small = linear_logprob(hidden, weight[:10], target, with_entropy=True, backend="reference")
+    torch.testing.assert_close(out.logprob, small.logprob)
+    torch.testing.assert_close(out.entropy, small.entropy)
+    grad_hidden, grad_weight = cases.gradients((out.logprob + out.entropy).sum(), (hidden, weight))
+    assert torch.isfinite(grad_hidden).all()
+    assert (grad_weight[10:] == 0).all() and torch.isfinite(grad_weight).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize("kind", ["equal", "one huge"])
+def test_extreme_logits(backend, kind):
+    weight = torch.zeros(50, 4, device=cases.DEVICE)
+    if kind == "one huge":
+        weight[7] = 1e4
+    hidden, target = torch.ones(3, 4, device=cases.DEVICE), torch.tensor([7, 7, 8], device=cases.DEVICE)
+    out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend)
+    expected = torch.tensor([-3.9120230054] * 3) if kind == "equal" else torch.tensor([0.0, 0.0, -4e4])
+    torch.testing.assert_close(out.logprob.cpu(), expected)
+    torch.testing.assert_close(out.entropy.cpu(), torch.full((3,), 3.9120230054 if kind == "equal" else 0.0))
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_ignored_rows_filled_with_nan_change_no_bit(backend):
+    hidden, weight, _ = cases.head(30, 6, 70, torch.float32)
+    target = torch.randint(70, (30,), device=cases.DEVICE)
+    target[::3] = -100
+    results = []
+    for fill in (0.0, float("nan")):
+        poisoned = torch.where((target == -100)[:, None], fill, hidden.detach()).requires_grad_()
+        out = linear_logprob(poisoned, weight, target, with_entropy=True, backend=backend)
+        results.append([*out, *cases.gradients((out.logprob - out.entropy).sum(), (poisoned, weight))])
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+    assert (results[0][0][::3] == 0).all() and (results[0][3][::3] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_no_rows_and_only_ignored_rows_still_run_backward(backend):
+    for num_rows in (0, 4):
+        hidden, weight, _ = cases.head(num_rows, 6, 20, torch.float32)
+        out = linear_logprob(hidden, weight, torch.full((num_rows,), -100, device=cases.DEVICE), backend=backend)
+        grad_hidden, grad_weight = cases.gradients(out.logprob.sum(), (hidden, weight))
+        assert grad_hidden.shape == hidden.shape and (grad_weight == 0).all()
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_per_token_temperature_equals_one_call_per_temperature(backend):
+    hidden, weight, _ = cases.head(6, 5, 40, torch.float32)
+    target = torch.randint(40, (6,), device=cases.DEVICE)
+    temperature = torch.tensor([0.5, 0.5, 1.0, 1.0, 2.0, 2.0], device=cases.DEVICE)
+    out = linear_logprob(hidden, weight, target, temperature=temperature, with_entropy=True, backend=backend)
+    for i, value in enumerate((0.5, 1.0, 2.0)):
+        rows = slice(2 * i, 2 * i + 2)
+        part = linear_logprob(hidden[rows], weight, target[rows], temperature=value, with_entropy=True, backend=backend)
+        torch.testing.assert_close(out.logprob[rows], part.logprob)
+        torch.testing.assert_close(out.entropy[rows], part.entropy)
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_non_contiguous_inputs(backend):
+    hidden, weight, _ = cases.head(12, 10, 30, torch.float32)
+    target = torch.randint(30, (24,), device=cases.DEVICE)[::2]
+    strided_hidden, strided_weight = hidden.t().contiguous().t(), weight.repeat(1, 2)[:, ::2].repeat(1, 2)[:, :10]
+    out = linear_logprob(strided_hidden, strided_weight, target, backend=backend)
+    expected = linear_logprob(hidden, strided_weight.contiguous(), target, backend="reference")
+    torch.testing.assert_close(out.logprob, expected.logprob)
+    ours = cases.gradients(out.logprob.sum(), (hidden, weight))
+    for grad, reference in zip(ours, cases.gradients(expected.logprob.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
+def test_many_chunks_equal_one(monkeypatch):
+    from trapo_kernels.backends import gemm
+
+    hidden, weight, _ = cases.head(700, 5, 40)
+    target = torch.randint(40, (700,), device=cases.DEVICE)
+    results = []
+    for budget in (2**25, 128 * 40):
+        monkeypatch.setattr(gemm, "_CHUNK_LOGITS", {"cpu": budget, "cuda": budget})
+        out = linear_logprob(hidden, weight, target, backend="torch")
+        results.append([out.logprob, *cases.gradients(out.logprob.sum(), (hidden, weight))])
+    assert gemm.chunk_rows(700, 40, "cpu") == 128
+    for one, many in zip(*results, strict=True):
+        assert cases.error(many, one) < 1e-12
+
+
+def test_logits_dtype_rounds_logits_as_a_low_precision_sampler_does():
+    hidden, weight, _ = cases.head(9, 16, 60, torch.bfloat16, 5.0)
+    target = torch.randint(60, (9,), device=cases.DEVICE)
+    rounded = (hidden.float() @ weight.float().T).bfloat16().float().log_softmax(-1).gather(1, target[:, None])[:, 0]
+    for backend in ("reference", *cases.CHUNKED):
+        out = linear_logprob(hidden, weight, target, logits_dtype=torch.bfloat16, backend=backend)
+        torch.testing.assert_close(out.logprob, rounded, rtol=0, atol=1e-5)
+
+
+def test_activation_checkpointing_and_retained_graphs_give_the_same_gradient():
+    hidden, weight, _ = cases.head(12, 10, 30, torch.float32)
+    target = torch.randint(30, (12,), device=cases.DEVICE)
+
+    def f(h, w):
+        return linear_logprob(h, w, target, with_entropy=True, backend="torch").logprob.sum()
+
+    expected = cases.gradients(f(hidden, weight), (hidden, weight))
+    loss = checkpoint(f, hidden, weight, use_reentrant=False)
+    for _ in range(2):
+        for grad, reference in zip(cases.gradients(loss, (hidden, weight)), expected, strict=True):
+            assert torch.equal(grad, reference)
+
+
+def test_autocast_casts_as_linear_does():
+    hidden, weight, _ = cases.head(6, 8, 30, torch.float32)
+    target = torch.randint(30, (6,), device=cases.DEVICE)
+    with torch.autocast(cases.DEVICE, torch.bfloat16):
+        out = linear_logprob(hidden, weight, target)
+    expected = linear_logprob(hidden.bfloat16(), weight.bfloat16(), target)
+    assert torch.equal(out.logprob, expected.logprob)
+    assert cases.gradients(out.logprob.sum(), (hidden,))[0].dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_more_than_two_to_the_31_logits(backend):
+    num_rows, vocab_size = 16800, 131072  # 2.2e9 logits
+    hidden = torch.randn(num_rows, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocab_size, 64, device="cuda", dtype=torch.bfloat16) / 8
+    target = torch.randint(vocab_size, (num_rows,), device="cuda")
+    out = linear_logprob(hidden, weight, target, backend=backend)
+    last = slice(num_rows - 64, None)
+    reference = linear_logprob(hidden[last], weight, target[last], backend="reference")
+    torch.testing.assert_close(out.logprob[last], reference.logprob, rtol=0, atol=1e-4)

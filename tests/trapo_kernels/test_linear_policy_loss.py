@@ -1,0 +1,163 @@
+"""Contracts of the single pass: normalisation, nothing is nothing, only what is asked, repeatable bits."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import Objective, TokenBatch, linear_policy_loss, objectives
+from trapo_kernels.backends import gemm
+from trapo_kernels.objective import Gate, Term
+
+SINGLE_PASS = ["torch", "triton"]
+
+
+def _subset(b, rows):
+    fields = ("target", "role", "advantage", "weight", "old_logprob", "ref_logprob", "entropy_weight")
+    return TokenBatch(**{name: getattr(b, name)[rows] for name in fields})
+
+
+@pytest.mark.parametrize("name", ["trapo", "grpo", "luffy"])
+@pytest.mark.parametrize("num_parts", [1, 2, 5, 31])
+def test_any_split_into_micro_batches_in_any_order_gives_the_same_gradient(name, num_parts):
+    hidden, weight, _ = cases.head(62, 6, 40)
+    b = cases.batch(62, 40)
+    objective = objectives.PRESETS[name](entropy_coef=0.1)
+    whole = cases.gradients(linear_policy_loss(hidden, weight, b, objective).loss, (hidden, weight))
+    order = torch.randperm(62, device=cases.DEVICE)
+    loss = sum(
+        linear_policy_loss(hidden[rows], weight, _subset(b, rows), objective).loss for rows in order.tensor_split(num_parts)
+    )
+    for part, reference in zip(cases.gradients(loss, (hidden, weight)), whole, strict=True):
+        assert cases.error(part, reference) < 1e-14
+
+
+@pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
+def test_ignored_rows_filled_with_nan_change_no_bit(backend):
+    objective = objectives.trapo(entropy_coef=0.1)
+    clean = cases.batch(40, 30, torch.float32)
+    ignored = clean.role == 0
+    assert ignored.any()
+    nan = torch.where(ignored, float("nan"), 0.0)
+    streams = {name: getattr(clean, name) + nan for name in ("advantage", "weight", "old_logprob", "entropy_weight")}
+    poisoned = TokenBatch(torch.where(ignored, 999_999, clean.target), clean.role, **streams)
+    hidden, weight, _ = cases.head(40, 6, 30, torch.float32)
+    results = []
+    for b, fill in ((clean, 0.0), (poisoned, float("nan"))):
+        h = torch.where(ignored[:, None], fill, hidden.detach()).requires_grad_()
+        out = linear_policy_loss(h, weight, b, objective, backend=backend)
+        results.append([out.loss, out.logprob, out.entropy, *cases.gradients(out.loss, (h, weight)), *out.metrics.values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
+def test_a_batch_of_ignored_rows_runs_backward_to_zeros(backend):
+    hidden, weight, bias = cases.head(5, 6, 30, torch.float32)
+    b = cases.batch(5, 30, torch.float32, roles=(0,))
+    out = linear_policy_loss(hidden, weight, b, objectives.trapo(), bias=bias, backend=backend)
+    assert out.loss == 0 and out.metrics["expert/count"] == 0
+    for grad in cases.gradients(out.loss, (hidden, weight, bias)):
+        assert (grad == 0).all()
+
+
+def test_rows_that_cannot_contribute_never_reach_a_gemm(monkeypatch):
+    seen = []
+    original = gemm.HeadGemm.logits
+    monkeypatch.setattr(gemm.HeadGemm, "logits", lambda self, h, out: seen.append(h.shape[0]) or original(self, h, out))
+    hidden, weight, _ = cases.head(50, 6, 30, torch.float32)
+    weights = torch.ones(50)
+    weights[::2] = 0.0
+    b = cases.batch(50, 30, torch.float32, roles=(1, 2), weight=weights, entropy_weight=None)
+    b = TokenBatch(b.target, b.role, b.advantage, b.weight, active_rows=b.active.nonzero().squeeze(1))
+    out = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend="torch")
+    assert sum(seen) == 25
+    assert (out.logprob[::2] == 0).all() and (out.logprob[1::2] != 0).all()
+
+
+@pytest.mark.parametrize(("frozen", "gemms"), [("weight", ["hidden"]), ("hidden", ["weight"]), ("both", [])])
+def test_gradients_that_nobody_asked_for_cost_no_gemm(monkeypatch, frozen, gemms):
+    ran = []
+    for method, label in (("grad_hidden", "hidden"), ("add_grad_weight", "weight")):
+        original = getattr(gemm.HeadGemm, method)
+        monkeypatch.setattr(gemm.HeadGemm, method, lambda *a, o=original, label=label: ran.append(label) or o(*a))
+    hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
+    hidden.requires_grad_(frozen not in ("hidden", "both"))
+    weight.requires_grad_(frozen not in ("weight", "both"))
+    linear_policy_loss(hidden, weight, cases.batch(8, 30, torch.float32), objectives.trapo(), backend="torch")
+    assert ran == gemms
+
+
+def test_no_grad_computes_no_gradient(monkeypatch):
+    monkeypatch.setattr(gemm.HeadGemm, "grad_hidden", lambda *a: pytest.fail("a gradient GEMM ran under no_grad"))
+    hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
+    with torch.no_grad():
+        linear_policy_loss(hidden, weight, cases.batch(8, 30, torch.float32), objectives.trapo(), backend="torch")
+
+
+@pytest.mark.parametrize("backend", SINGLE_PASS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeatable_bits_and_upstream_scaling(backend, dtype):
+    hidden, weight, _ = cases.head(20, 6, 30, dtype)
+    b = cases.batch(20, 30, torch.float32)
+
+    def run(upstream):
+        out = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
+        return out.loss.detach(), *cases.gradients(out.loss * upstream, (hidden, weight))
+
+    first, second, scaled = run(1.0), run(1.0), run(0.3)
+    for a, c in zip(first, second, strict=True):
+        assert torch.equal(a, c)
+    for a, c in zip(first[1:], scaled[1:], strict=True):
+        torch.testing.assert_close(c, a * 0.3, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
+        assert c.dtype == dtype
+
+
+def test_without_old_logprob_the_ratio_is_one_and_carries_the_gradient():
+    hidden, weight, _ = cases.head(20, 6, 30)
+    b = cases.batch(20, 30, roles=(1,), old_logprob=None, entropy_weight=None)
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    expected = (-b.weight * b.advantage * (logprob - logprob.detach()).exp()).sum()
+    for backend in ("reference", "torch"):
+        out = linear_policy_loss(hidden, weight, b, objectives.trapo(entropy_coef=0.0), backend=backend)
+        assert cases.error(out.loss, expected) < 1e-13 and out.metrics["rollout/ratio"] == 1
+        for grad, reference in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+            assert cases.error(grad, reference) < 1e-13
+
+
+class _Squared(Gate):
+    """V = d²/2, G = d: a gate of a user's own."""
+
+    def value(self, d, advantage):
+        return d * d / 2
+
+    def slope(self, d, advantage):
+        return d
+
+
+def test_a_gate_of_your_own_runs_in_two_passes_and_says_so():
+    hidden, weight, _ = cases.head(20, 6, 30)
+    b = cases.batch(20, 30)
+    out = linear_policy_loss(hidden, weight, b, Objective(expert=Term(_Squared())), backend="torch")
+    assert out.passes == 2
+    assert linear_policy_loss(hidden, weight, b, objectives.trapo(), backend="torch").passes == 1
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    expected = (-b.weight * logprob**2 / 2)[b.role == 2].sum()
+    assert cases.error(out.loss, expected) < 1e-12
+    for grad, reference in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+        assert cases.error(grad, reference) < 1e-12
+
+
+def test_low_precision_weight_gradient_is_accumulated_in_fp32(monkeypatch):
+    """Many small chunks in bf16: the error must not grow with their number, as it does in a bf16 accumulator."""
+    hidden, weight, _ = cases.head(2048, 8, 16, torch.bfloat16)
+    b = cases.batch(2048, 16, torch.float32)
+    errors = []
+    truth_hidden, truth_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    truth = linear_policy_loss(truth_hidden, truth_weight, b, objectives.sft(), backend="reference").loss
+    (truth_grad,) = cases.gradients(truth, (truth_weight,))
+    for budget in (2**25, 128 * 16):
+        monkeypatch.setattr(gemm, "_CHUNK_LOGITS", {"cpu": budget, "cuda": budget})
+        out = linear_policy_loss(hidden, weight, b, objectives.sft(), backend="torch")
+        errors.append(cases.error(cases.gradients(out.loss, (weight,))[0], truth_grad))
+    rounding = torch.finfo(torch.bfloat16).eps * truth_grad.abs().max().item()
+    assert max(errors) <= rounding

@@ -1,0 +1,126 @@
+"""Gates are (V, G) pairs with V' = G; objectives encode, decode and print."""
+
+import math
+
+import pytest
+import torch
+
+from trapo_kernels import KL, Objective, Term, objectives, terms
+from trapo_kernels.objective import GATES, Band, Clip, One, Phi, Power, Ratio, Sapo, Shape, Truncate
+
+GATE_CASES = [
+    One(),
+    Ratio(),
+    Clip(0.2, 0.28),
+    Clip(0.2, 0.2, dual=3.0),
+    Truncate(high=0.1, scale=10.0),
+    Truncate(high=1.0),
+    Truncate(low=0.8, high=1.28),
+    Band(0.5, 2.0),
+    Shape(0.1),
+    Power(0.5),
+    Phi(),
+    Sapo(1.0, 1.5),
+]
+
+
+def _grid(gate):
+    """Log-ratios on both sides of every kink, none within 1e-3 of one."""
+    d = torch.linspace(-6.0, 2.5, 4001, dtype=torch.float64)
+    kinks = [math.log(s) for s in gate.scalars if 0 < s < math.inf] if isinstance(gate, Clip | Truncate | Band) else []
+    for kink in kinks:
+        d = d[(d - kink).abs() > 1e-3]
+    return d
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("gate", GATE_CASES, ids=str)
+def test_slope_is_the_derivative_of_value_by_finite_differences_and_by_autograd(gate, sign):
+    d = _grid(gate).requires_grad_()
+    advantage = torch.full_like(d, sign)
+    step = 1e-6
+    difference = (gate.value(d.detach() + step, advantage) - gate.value(d.detach() - step, advantage)) / (2 * step)
+    slope = gate.slope(d.detach(), advantage)
+    torch.testing.assert_close(difference, slope, rtol=1e-6, atol=1e-8)
+    (autograd,) = torch.autograd.grad(gate.value(d, advantage).sum(), d)
+    torch.testing.assert_close(autograd, slope, rtol=1e-12, atol=1e-12)
+
+
+def test_every_gate_is_tested_above():
+    assert {type(gate) for gate in GATE_CASES} == set(GATES.values())
+
+
+@pytest.mark.parametrize("gate", [Clip(0.2, 0.28, dual=3.0), Truncate(low=0.8, high=1.28), Band(0.5, 2.0)], ids=str)
+def test_clip_branches_are_exercised(gate):
+    d = _grid(gate)
+    low_up, high_up = gate.clipped(d, torch.ones_like(d))
+    low_down, high_down = gate.clipped(d, -torch.ones_like(d))
+    assert high_up.any() and not high_up.all()
+    assert low_down.any() and not low_down.all()
+    if isinstance(gate, Clip):
+        assert not low_up.any() and high_down.any() and (gate.slope(d, -torch.ones_like(d))[low_down | high_down] == 0).all()
+    else:
+        assert low_up.any()
+
+
+def test_values_are_continuous_where_the_potential_changes_branch():
+    for gate in (Truncate(high=0.1, scale=10.0), Truncate(low=0.8, high=1.28), Clip(), Band(0.5, 2.0)):
+        for kink in (math.log(s) for s in gate.scalars[:2] if 0 < s < math.inf):
+            sides = torch.tensor([kink - 1e-9, kink + 1e-9], dtype=torch.float64)
+            for sign in (1.0, -1.0):
+                below, above = gate.value(sides, torch.full_like(sides, sign))
+                assert abs(below - above) < 1e-7
+
+
+def test_extreme_log_ratios_give_no_nan():
+    d = torch.tensor([-1e4, -200.0, 0.0, 200.0, 1e4])
+    for gate in GATE_CASES:
+        for sign in (1.0, -1.0):
+            slope = gate.slope(d, torch.full_like(d, sign))
+            if not isinstance(gate, Phi):  # r(1-r) at r = inf is -inf; its anchor is zero, where r ≤ 1
+                assert not slope.isnan().any(), gate
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_corrected"])
+def test_kl_slope_is_the_derivative_of_its_value(estimator):
+    logprob = torch.linspace(-4, 0, 101, dtype=torch.float64, requires_grad=True)
+    kl = KL(0.1, estimator)
+    value = kl.value(logprob + 1.3, logprob + 2.1)
+    (grad,) = torch.autograd.grad(value.sum(), logprob)
+    torch.testing.assert_close(grad, kl.slope(logprob.detach() + 1.3, logprob.detach() + 2.1))
+
+
+def test_trsft_limits_are_sft_and_dft():
+    logp = torch.linspace(-8, -1e-3, 200, dtype=torch.float64)
+    one = torch.ones_like(logp)
+    assert torch.equal(objectives.trsft(alpha=1.0).expert.gate.slope(logp, one), objectives.dft().expert.gate.slope(logp, one))
+    tiny = objectives.trsft(alpha=1e-9).expert.gate.slope(logp, one)
+    torch.testing.assert_close(tiny, objectives.sft().expert.gate.slope(logp, one))
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_presets_survive_the_op_boundary_and_print_their_formula(name):
+    objective = objectives.PRESETS[name](entropy_coef=0.25)
+    decoded = terms.decode(*terms.encode(objective))
+    for role in ("expert", "rollout"):
+        ours, back = getattr(objective, role), getattr(decoded, role)
+        assert (back is None) == (ours is None) and (ours is None or back.gate == ours.gate)
+    assert name in str(objective) and "0.25" in str(objective)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: objectives.trapo(alpha=0.0), r"alpha must lie in \(0, 1\], got 0.0"),
+        (lambda: objectives.trapo(alpha=1.5), r"alpha must lie in \(0, 1\], got 1.5"),
+        (lambda: objectives.trapo(entropy_coef=float("nan")), "entropy_coef must lie in .* got nan"),
+        (lambda: objectives.grpo(epsilon_low=-0.1), r"low must lie in \[0, 1\], got -0.1"),
+        (lambda: objectives.luffy(gamma=0.0), r"gamma must lie in \(0, inf\], got 0.0"),
+        (lambda: KL(0.1, "k4"), "estimator must be one of 'k1'.*got 'k4'"),
+        (lambda: Term(One(), anchor="past"), "anchor must be one of .*got 'past'"),
+        (lambda: Objective(), "needs a term for expert or rollout tokens"),
+    ],
+)
+def test_bad_parameters_say_the_rule_and_the_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,74 @@
+"""The torch.library ops: schemas, fakes, torch.compile, double backward."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import autograd, linear_logprob, linear_policy_loss, objectives, policy_loss, terms, token_logprob
+
+
+def _policy_arguments(backend):
+    hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
+    b, objective = cases.batch(6, 20, torch.float32), objectives.trapo()
+    streams = terms.pack(terms.streams(b, objective))
+    settings = (None, 0.8, None, *terms.encode(objective), True, torch.float32, [True, True, True], backend)
+    return hidden, weight, bias, b.target, streams, b.active_rows, *settings
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_opcheck(backend):
+    hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
+    target = torch.randint(20, (6,), device=cases.DEVICE)
+    temperature = torch.rand(6, device=cases.DEVICE) + 0.5
+    # test_aot_dispatch compiles with dynamic shapes; here the batch is fixed and compiling it is a test of its own below.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    logprob_arguments = (hidden, weight, target, bias, temperature, 1.0, 5.0, True, torch.float32, backend)
+    torch.library.opcheck(autograd.linear_logprob, logprob_arguments, test_utils=checks)
+    torch.library.opcheck(autograd.linear_policy_loss, _policy_arguments(backend), test_utils=checks)
+    logits = torch.randn(6, 20, device=cases.DEVICE, requires_grad=True)
+    torch.library.opcheck(autograd.token_logprob, (logits, target, None, 1.0, None, True, backend), test_utils=checks)
+    streams = terms.pack(terms.streams(cases.batch(6, 20, torch.float32), objectives.trapo()))
+    logprob, entropy = (torch.rand(6, device=cases.DEVICE, requires_grad=True) for _ in range(2))
+    policy_arguments = (logprob, entropy, streams, *terms.encode(objectives.trapo()), backend)
+    torch.library.opcheck(autograd.policy_loss, policy_arguments, test_utils=checks)
+
+
+def test_compile_fullgraph_gives_the_same_bits():
+    hidden, weight, _ = cases.head(12, 5, 20, torch.float32)
+    b = cases.batch(12, 20, torch.float32)
+
+    def step(h, w):
+        scored = linear_logprob(h, w, b.target, with_entropy=True)
+        return linear_policy_loss(h, w, b, objectives.trapo()).loss + scored.logprob.sum() + scored.entropy.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager = cases.gradients(step(hidden, weight), (hidden, weight))
+    for ours, expected in zip(cases.gradients(compiled(hidden, weight), (hidden, weight)), eager, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_double_backward_raises_a_clear_error():
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    b = cases.batch(6, 20, torch.float32)
+    logits = torch.randn(6, 20, device=cases.DEVICE, requires_grad=True)
+    logprob = torch.zeros(6, device=cases.DEVICE, requires_grad=True)
+    losses = {
+        "linear_logprob": (linear_logprob(hidden, weight, b.target).logprob.sum(), hidden),
+        "linear_policy_loss": (linear_policy_loss(hidden, weight, b, objectives.trapo()).loss, hidden),
+        "token_logprob": (token_logprob(logits, b.target).logprob.sum(), logits),
+        "policy_loss": (policy_loss(logprob, logprob, b, objectives.trapo()).loss, logprob),
+    }
+    for name, (loss, x) in losses.items():
+        with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_auto_says_its_choice_once(caplog):
+    from trapo_kernels import dispatch
+
+    dispatch._say_once.cache_clear()
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    with caplog.at_level("INFO", logger="trapo_kernels"):
+        for _ in range(3):
+            linear_logprob(hidden, weight, torch.zeros(6, dtype=torch.int64, device=cases.DEVICE))
+    assert len(caplog.records) == 1 and 'backend="auto" chose' in caplog.text

@@ -1,0 +1,91 @@
+"""Packed attention: choosing it, and refusing what it cannot do; its equality to one sequence at a time is in test_model.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from trapo_train import attention
+from trapo_train.attention import PACKED_IMPLEMENTATION, check_attention, choose_attention, segment_arguments
+
+SHAPE = dict(
+    vocab_size=13, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+    intermediate_size=24, max_position_embeddings=64,
+)  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+}
+
+
+def build(config, implementation=PACKED_IMPLEMENTATION):
+    torch.manual_seed(0)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class._from_config(config, attn_implementation=implementation).double()
+
+
+def test_no_mask_is_built_for_a_packed_row(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("a mask was built")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", refuse)
+    monkeypatch.setitem(attention.AttentionMaskInterface._global_mapping, PACKED_IMPLEMENTATION, refuse)
+    model = build(CONFIGS["qwen2"])
+    packed = segment_arguments(model, [5, 3], torch.device("cpu"))
+    model.model(input_ids=torch.arange(8)[None], use_cache=False, **packed)
+
+
+def test_generate_is_that_of_sdpa():
+    token_ids = torch.tensor([[0, 0, 3, 5], [1, 2, 3, 4]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    arguments = dict(input_ids=token_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ours = build(CONFIGS["llama"]).eval().generate(**arguments)
+    theirs = build(CONFIGS["llama"], "sdpa").eval().generate(**arguments)
+    assert torch.equal(ours, theirs)
+
+
+def test_lost_segment_lengths_are_noticed():
+    with pytest.raises(ValueError, match="did not pass segment_lengths"):
+        model = build(CONFIGS["llama"])
+        model.model(input_ids=torch.arange(4)[None], attention_mask=torch.empty(1, 1, 0, 0), use_cache=False)
+
+
+def test_flash_attention_runs_or_is_refused():
+    with pytest.raises(ValueError, match=r"flash_attention_2 cannot run: the package flash-attn is not installed"):
+        choose_attention("flash_attention_2", device=torch.device("cuda"), compute_dtype=torch.bfloat16)
+    assert choose_attention("auto", device=torch.device("cpu"), compute_dtype=torch.float32) == PACKED_IMPLEMENTATION
+
+
+def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(monkeypatch):
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    bf16, cuda = torch.bfloat16, torch.device("cuda")
+    assert choose_attention("auto", device=cuda, compute_dtype=bf16) == "flash_attention_2"
+    with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
+        choose_attention("flash_attention_2", device=torch.device("cpu"), compute_dtype=bf16)
+    with pytest.raises(ValueError, match=r"needs model\.dtype=bfloat16, got float32"):
+        choose_attention("flash_attention_2", device=cuda, compute_dtype=torch.float32)
+
+
+def test_flash_attention_gets_the_boundaries():
+    model = build(CONFIGS["llama"])
+    model.config._attn_implementation_internal = "flash_attention_2"
+    arguments = segment_arguments(model, [4, 2, 3], torch.device("cpu"))
+    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
+    assert arguments["cu_seq_lens_q"].dtype == torch.int32
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 4
+
+
+def test_unsupported_attention_is_refused():
+    softcapped = build(Gemma2Config(**SHAPE))
+    with pytest.raises(ValueError, match=r"caps them at 50\.0.*flash_attention_2"):
+        check_attention(softcapped)
+    chunked = build(CONFIGS["llama"])
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(ValueError, match="LlamaForCausalLM has chunked_attention"):
+        check_attention(chunked)
+    old = build(CONFIGS["llama"])
+    old._supports_attention_backend = False
+    with pytest.raises(ValueError, match="does not"):
+        check_attention(old)

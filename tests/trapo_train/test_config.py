@@ -1,0 +1,147 @@
+"""Configuration files, overrides and recipes, and what a mistake in them says."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from trapo_train.config import RunConfig, load_config, to_yaml
+from trapo_train.data import DataConfig
+from trapo_train.plans import PlanConfig, Rung
+from trapo_train.schema import ConfigError
+
+TEXT = """
+output_dir: runs/x
+steps: 10
+prompts_per_step: 4
+reward: pointer_chasing
+model: {scratch: {}}
+data:
+  task: pointer_chasing
+  task_options: {depths: [3, 6], expert_noise: 0.15}
+plan: {name: release}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def load(path, *overrides):
+    return load_config(path, list(overrides))
+
+
+def test_a_file_becomes_nested_dataclasses(file):
+    config = load(file)
+    assert (config.seed, config.steps, config.eval_data) == (0, 10, None)
+    assert config.data.task_options.depths == (3, 6)
+    assert config.plan == PlanConfig("release")
+
+
+def test_overrides_replace_create_and_are_yaml(file):
+    config = load(
+        file,
+        "seed=3",
+        "plan.name=ladder",
+        "plan.rungs=[{samples: 4}, {samples: 4, prefix_ratio: 0.5, threshold: 1e-1}]",
+        "eval_data.task=pointer_chasing",
+        "eval_data.split=test",
+        "data.task_options.expert_noise=1e-3",
+        "data.system_prompt=null",
+    )
+    assert config.seed == 3
+    assert config.plan.rungs == (Rung(4), Rung(4, 0.5, 0.1))
+    assert config.eval_data == DataConfig(task="pointer_chasing", split="test")
+    assert config.data.task_options.expert_noise == 0.001
+    assert config.data.task_options.depths == (3, 6)
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.5e-6", "-2e3", ".5E+1", "0.1", "3"])
+def test_numbers_with_exponents_are_numbers(file, text):
+    config = load(file, f"plan={{name: ladder, rungs: [{{samples: 1}}, {{samples: 1, threshold: {text}}}]}}")
+    assert config.plan.rungs[1].threshold == float(text)
+
+
+def test_to_yaml_and_back(tmp_path, file):
+    config = load(file, "plan={name: ladder, rungs: [{samples: 2}, {samples: 1, threshold: 1e-7}]}", "eval_data.path=ä.jsonl")
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "resolved.yaml") == config
+    assert set(yaml.safe_load(to_yaml(config))) == set(RunConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["plan.nmae=grpo"], "override 'plan.nmae=grpo': unknown key 'plan.nmae'. Did you mean 'plan.name'?"),
+        (["step=3"], "override 'step=3': unknown key 'step'. Did you mean 'steps'?"),
+        (["steps=many"], "override 'steps=many': steps must be int, got 'many' (text)."),
+        (["steps=0"], "with override 'steps=0': steps must be at least 1, got 0."),
+        (["seed=-1"], "seed must be at least 0, got -1."),
+        (["reward=''"], "reward must not be empty"),
+        (["plan.name=gropo"], "plan.name must be one of ['paper', 'release', 'grpo'"),
+        (["plan.num_samples=3"], "run.yaml with override 'plan.num_samples=3': plan: num_samples is fixed by the plan"),
+        (["plan.num_samples=3", "plan={name: grpo, num_samples: 0}"], "override 'plan={name: grpo, num_samples: 0}': plan:"),
+        (["data.path=x"], "run.yaml with override 'data.path=x': data: Give either task or path"),
+        (["data.task_options.depths=[9]"], "data.task_options: depths must be a non-empty list of steps in [1, 8]"),
+        (["data.max_prompt_tokens=1.5"], "data.max_prompt_tokens must be int, got 1.5 (float)."),
+        (["steps"], "override 'steps': must have the form section.key=value."),
+        (["=3"], "override '=3': must have the form"),
+        (["plan..name=3"], "must have the form"),
+        (["steps.a=3"], "override 'steps.a=3': steps is no section, its value is 10."),
+        (["steps=[1"], "override 'steps=[1': not valid YAML"),
+        (["data=null"], "override 'data=null': data must be a section with the keys task, path"),
+    ],
+)
+def test_mistakes_in_overrides(file, overrides, words):
+    with pytest.raises(ConfigError) as error:
+        load(file, *overrides)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "a configuration must be a mapping of keys to values, got NoneType"),
+        ("- 1", "got list"),
+        ("a: [", "run.yaml: not valid YAML"),
+        (TEXT + "steps: 20", "the key steps is given twice"),
+        (TEXT + "stepps: 20", "run.yaml: unknown key 'stepps'. Did you mean 'steps'?"),
+        (TEXT.replace("steps: 10", "").replace("reward", "# reward"), "run.yaml: steps, reward must be set."),
+        (TEXT.replace("data:", "eval_data:"), "run.yaml: data: Give either task or path"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "run.yaml")
+    assert words in str(error.value)
+
+
+def test_a_path_may_name_a_recipe(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(TEXT)
+    monkeypatch.setattr("trapo_train.config.resources.files", lambda package: tmp_path)
+    assert load("small", "steps=5").steps == 5
+    with pytest.raises(ConfigError, match="recipe small with override 'steps=0': steps must be at least 1"):
+        load("small", "steps=0")
+    with pytest.raises(ConfigError, match=r"no file 'smal' and no recipe of that name\. The recipes are: small\."):
+        load("smal")
+
+
+def test_a_run_config_can_be_made_in_python(file):
+    config = load(file)
+    again = RunConfig(
+        output_dir="runs/x",
+        steps=10,
+        prompts_per_step=4,
+        reward="pointer_chasing",
+        model=config.model,
+        data=config.data,
+        plan=PlanConfig("release"),
+    )
+    assert again == config
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        replace(config, steps=0)

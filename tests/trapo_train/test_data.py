@@ -1,0 +1,352 @@
+"""Loading problems from every kind of source, every rule for prompts and experts, and a resumable order."""
+
+import json
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from trapo_train.data import DataConfig, ProblemOrder, load_problems
+from trapo_train.rewards import RewardError, exact_match
+from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ROWS = [
+    {"prompt": "1+1=", "solution": "2", "expert": "2", "level": 1},
+    {"prompt": "1+2=", "solution": "3", "expert": "4", "level": 2},
+    {"prompt": "2+2=", "solution": "4", "expert": None, "level": 3},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def tokenizer():
+    """Bytes as tokens, with a template, that puts <s> before a text and </s> behind it, as some tokenizers do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """Load rows through a jsonl file."""
+
+    def load(rows, reward=None, **options):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        return load_problems(DataConfig(path=str(file), **options), tokenizer, reward)
+
+    return load
+
+
+def test_text_rows(load, tokenizer):
+    problems = load(ROWS)
+    assert [problem.prompt for problem in problems] == ["1+1=", "1+2=", "2+2="]
+    assert [problem.index for problem in problems] == [0, 1, 2]
+    assert tokenizer.decode(problems[0].prompt_ids) == "<s>1+1="  # open at its end
+    assert [problem.solution for problem in problems] == ["2", "3", "4"]
+    assert problems[1].columns == {"level": 2}
+    assert problems[0].experts[0].text == "2</s>"
+    assert tokenizer.decode(problems[0].experts[0].token_ids) == "2</s>"
+    assert problems[2].experts == ()
+    assert len(problems) == problems.report.problems == 3
+    assert problems.report.without_expert == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "pattern", "saved", "saved dict", "folder"])
+def test_every_source_gives_the_same_problems(kind, tmp_path, tokenizer, load):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    dataset = datasets.Dataset.from_list(ROWS)
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        dataset.to_json(path)
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "parquet":
+        dataset.to_parquet(path)
+    elif kind == "saved":
+        dataset.save_to_disk(path)
+    elif kind == "saved dict":
+        datasets.DatasetDict(train=dataset).save_to_disk(path)
+    else:
+        dataset.to_parquet(folder / "rows.parquet")
+        path = folder / "*.parquet" if kind == "pattern" else folder
+    loaded = load_problems(DataConfig(path=str(path)), tokenizer, None)
+    expected = load(ROWS)
+    assert list(loaded) == list(expected)
+    assert loaded.fingerprint == expected.fingerprint
+    assert loaded.fingerprint != load(ROWS[:2]).fingerprint
+
+
+def test_splits_and_limits(load):
+    assert [p.prompt for p in load(ROWS, split="test[1:]")] == ["1+2=", "2+2="]
+    assert [p.prompt for p in load(ROWS, num_problems=2)] == ["1+1=", "1+2="]
+    assert len(load(ROWS, num_problems=99)) == 3
+
+
+def test_experts_are_verified_counted_and_kept_or_dropped(load):
+    kept = load(ROWS, exact_match)
+    assert (kept.report.experts, kept.report.rejected_experts, kept.report.dropped_experts) == (2, 1, 0)
+    assert len(kept[1].experts) == 1
+    dropped = load(ROWS, exact_match, on_rejected_expert="drop")
+    assert (dropped.report.rejected_experts, dropped.report.dropped_experts, dropped.report.without_expert) == (1, 1, 2)
+    assert [len(problem.experts) for problem in dropped] == [1, 0, 0]
+    assert "1 rejected by the reward, 1 of them dropped" in str(dropped.report)
+
+
+def test_only_the_rejected_traces_of_a_problem_are_dropped(load):
+    problems = load([{"prompt": "p", "solution": "2", "expert": ["1", "2", "3"]}], exact_match, on_rejected_expert="drop")
+    assert [expert.text for expert in problems[0].experts] == ["2</s>"]
+
+
+def test_no_opinion_rejects_no_expert(load):
+    rows = [{"prompt": "p", "solution": None, "expert": "4"}, ROWS[0] | {"level": None}]
+    assert load(rows, exact_match).report.rejected_experts == 0
+
+
+def test_a_failing_reward_names_itself_and_the_row(load):
+    def broken(prompts, completions, level, **columns):
+        return [1 / (2 - value) for value in level]
+
+    with pytest.raises(RewardError, match="'broken' raised on row 1: ZeroDivisionError"):
+        load(ROWS, broken)
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts"),
+    [
+        ("a", ["a"]),
+        ("a</s>", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (["a", ""], ["a"]),
+        ("", []),
+        ([], []),
+        ({"role": "assistant", "content": "a"}, ["a"]),
+        ([{"role": "assistant", "content": "a"}], ["a"]),
+        ([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}], ["a", "b"]),
+        ([[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]], ["a", "b"]),
+    ],
+)
+def test_forms_of_an_expert(load, tokenizer, cell, texts):
+    (problem,) = load([{"prompt": "p", "solution": "s", "expert": cell}])
+    assert [expert.text for expert in problem.experts] == [text + "</s>" for text in texts]
+    for expert in problem.experts:
+        assert expert.token_ids[-1] == tokenizer.eos_token_id
+        assert expert.token_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_chat_prompts_are_rendered_with_the_generation_prompt(load, tokenizer):
+    messages = [{"role": "user", "content": "hi"}]
+    (problem,) = load([{"prompt": messages, "solution": "s", "expert": "e"}])
+    assert problem.prompt == "<user>hi</s><assistant>"
+    assert tokenizer.decode(problem.prompt_ids) == problem.prompt  # the template's special tokens and no further ones
+    (problem,) = load([{"prompt": messages, "solution": "s", "expert": "e"}], system_prompt="Think.")
+    assert problem.prompt == "<system>Think.</s><user>hi</s><assistant>"
+    own = [{"role": "system", "content": "Own."}, *messages]
+    (problem,) = load([{"prompt": own, "solution": "s", "expert": "e"}], system_prompt="Think.")
+    assert problem.prompt == "<system>Own.</s><user>hi</s><assistant>"
+
+
+def test_text_prompts_as_chat(load):
+    assert load(ROWS, as_chat=True)[0].prompt == "<user>1+1=</s><assistant>"
+    assert load(ROWS, system_prompt="Think.")[0].prompt == "<system>Think.</s><user>1+1=</s><assistant>"
+
+
+def test_a_chat_prompt_without_template(load, tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"row 0: a chat prompt needs a tokenizer with a chat template"):
+        load([{"prompt": [{"role": "user", "content": "hi"}], "solution": "s", "expert": "e"}])
+    with pytest.raises(ValueError, match="as_chat and system_prompt"):
+        load(ROWS, system_prompt="Think.")
+
+
+def test_a_template_that_refuses(load, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(ValueError, match="row 0: the chat template refused the prompt: no system role here"):
+        load(ROWS, as_chat=True)
+
+
+def test_columns_by_other_names_and_in_structs(load, caplog):
+    rows = [{"q": "1+1=", "solution": "long text", "reward_model": {"ground_truth": "2"}, "target": "2", "prompts": 1, "n": 7}]
+    options = {"prompt_column": "q", "solution_column": "reward_model.ground_truth", "expert_column": "target"}
+    (problem,) = load(rows, exact_match, **options)
+    assert problem.solution == "2"
+    assert problem.columns == {"reward_model": {"ground_truth": "2"}, "n": 7}
+    assert "'solution' is left out" in caplog.text and "'prompts' is left out" in caplog.text
+
+
+def test_columns_may_be_absent_where_that_is_said(load):
+    (problem,) = load([{"prompt": "p"}], solution_column=None, expert_column=None)
+    assert (problem.solution, problem.experts, problem.columns) == (None, (), {})
+
+
+def test_whole_numbers_are_solutions(load):
+    assert load([{"prompt": "p", "solution": 42, "expert": "e"}])[0].solution == "42"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "error", "words"),
+    [
+        (ROWS, {"prompt_column": "question"}, ValueError, "no column 'question' (prompt_column); it has ['prompt',"),
+        (ROWS, {"solution_column": "answer"}, ValueError, "Set solution_column to one of them, or to null."),
+        ([{"prompt": "p", "solution": "s"}], {}, ValueError, "no column 'expert' (expert_column)"),
+        (
+            [{"prompt": "p", "solution": {"a": "s"}, "expert": "e"}],
+            {"solution_column": "solution.b"},
+            ValueError,
+            "row 0: column 'solution.b' has no field 'b': the value there has the fields ['a']",
+        ),
+        ([{"prompt": 5, "solution": "s", "expert": "e"}], {}, TypeError, "row 0: a prompt must be text or a non-empty"),
+        ([{"prompt": [], "solution": "s", "expert": "e"}], {}, TypeError, "row 0: a prompt must be text or a non-empty"),
+        ([{"prompt": [{"role": "user"}], "solution": "s", "expert": "e"}], {}, TypeError, "row 0: a prompt must be"),
+        ([{"prompt": "p", "solution": 0.5, "expert": "e"}], {}, TypeError, "row 0: a solution must be text, a whole"),
+        ([{"prompt": "p", "solution": "s", "expert": 5}], {}, TypeError, "row 0: an expert trace must be text or"),
+        (
+            [{"prompt": "p", "solution": "s", "expert": [{"role": "user", "content": "x"}]}],
+            {},
+            ValueError,
+            "must be one assistant message, got the roles ['user']",
+        ),
+        ([{"prompt": "p", "solution": "s", "expert": "a</s>b"}], {}, ValueError, "'</s>' before its end"),
+        (ROWS, {"max_prompt_tokens": 4}, ValueError, "row 0: the prompt has 5 tokens, max_prompt_tokens is 4. Raise"),
+        (ROWS, {"max_prompt_tokens": 4, "on_long_prompt": "drop"}, ValueError, "it has 3 rows, and no prompt in them is within"),
+        (ROWS, {"split": "train[:0]"}, ValueError, "Check that it is there, readable and not empty."),
+    ],
+)
+def test_bad_rows(load, rows, options, error, words):
+    with pytest.raises(error) as raised:
+        load(rows, **options)
+    assert words in str(raised.value)
+
+
+def test_an_empty_prompt(load, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ValueError, match="row 1: the prompt is empty"):
+        load([ROWS[0], ROWS[1] | {"prompt": ""}])
+
+
+def test_long_prompts_are_dropped_and_counted(load):
+    problems = load([*ROWS, ROWS[0] | {"prompt": "1+1+1+1="}], max_prompt_tokens=5, on_long_prompt="drop")
+    assert len(problems) == 3
+    assert problems.report.dropped_prompts == 1
+
+
+def test_files_that_cannot_be_read(tmp_path, tokenizer):
+    broken = tmp_path / "broken.parquet"
+    broken.write_text("no parquet")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    no_rows = tmp_path / "no_rows.json"
+    no_rows.write_text("[]")
+    for path, words in [
+        ("no_such_file.jsonl", "there is no file 'no_such_file.jsonl'"),
+        (str(broken), "broken.parquet', split 'train', failed"),
+        (str(empty), "not empty."),
+        (str(no_rows), "not empty."),
+    ]:
+        with pytest.raises(ValueError) as error:
+            load_problems(DataConfig(path=path), tokenizer, None)
+        assert words in str(error.value)
+
+
+def test_a_tokenizer_without_end_of_sequence(load, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        load(ROWS)
+
+
+def test_the_demo_task():
+    tokenizer = build_tokenizer()
+    options = PointerChasingConfig(depths=(3, 6), expert_noise=0.3)
+    config = DataConfig(task="pointer_chasing", num_problems=200, task_options=options, on_rejected_expert="drop")
+    problems = load_problems(config, tokenizer, pointer_chasing_reward)
+    assert len(problems) == 200
+    assert {problem.columns["depth"] for problem in problems} == {3, 6}
+    assert tokenizer.decode(problems[0].prompt_ids) == problems[0].prompt
+    # A trace of 3 steps is right with probability .73³ = .39, one of 6 with .15.
+    assert 0.6 < problems.report.rejected_experts / 200 < 0.85
+    assert problems.report.without_expert == problems.report.dropped_experts == problems.report.rejected_experts
+    kept = next(problem for problem in problems if problem.experts)
+    assert tokenizer.decode(kept.experts[0].token_ids).endswith(f"#{kept.solution}$")
+    held_out = load_problems(DataConfig(task="pointer_chasing", split="test", num_problems=50), tokenizer, None)
+    assert not {problem.prompt for problem in held_out} & {problem.prompt for problem in problems}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "Give either task or path"),
+        ({"task": "pointer_chasing", "path": "x"}, "Give either task or path"),
+        ({"task": "sorting"}, "task must be one of ['pointer_chasing'], got 'sorting'"),
+        ({"path": "x", "task_options": PointerChasingConfig(num_nodes=8, depths=(2,))}, "belong to a task"),
+        ({"path": "x", "max_prompt_tokens": 0}, "at least 1, got 0"),
+        ({"path": "x", "num_problems": 0}, "at least 1 or null, got 0"),
+        ({"path": "x", "on_long_prompt": "cut"}, "one of ['error', 'drop'], got 'cut'"),
+        ({"path": "x", "on_rejected_expert": "no"}, "one of ['keep', 'drop'], got 'no'"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError) as error:
+        DataConfig(**options)
+    assert words in str(error.value)
+
+
+def test_order_visits_every_problem_once_per_epoch():
+    order = ProblemOrder(10, seed=0)
+    steps = [order.next(4) for _ in range(10)]
+    visits = [index for step in steps for index in step]
+    epochs = [visits[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # reshuffled
+    assert all(len(set(step)) == 4 for step in steps)  # across the border of two epochs too
+
+
+def test_a_request_for_more_than_there_are_repeats_as_little_as_possible():
+    taken = ProblemOrder(3, seed=0).next(8)
+    assert sorted(taken[:3]) == sorted(taken[3:6]) == [0, 1, 2]
+    assert len(set(taken[6:])) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_step_repeats_a_problem_whatever_the_sizes(seed):
+    order = ProblemOrder(7, seed=seed)
+    for count in (3, 7, 5, 1, 6, 7, 2, 4) * 3:
+        assert len(set(order.next(count))) == count
+
+
+def test_order_is_a_function_of_the_seed_and_resumes_exactly():
+    order, again, other = ProblemOrder(20, seed=1), ProblemOrder(20, seed=1), ProblemOrder(20, seed=2)
+    for _ in range(3):
+        first = order.next(7)
+        assert again.next(7) == first
+    assert other.next(7) != ProblemOrder(20, seed=1).next(7)
+    state = json.loads(json.dumps(order.state_dict()))
+    resumed = ProblemOrder(20, seed=1)
+    resumed.load_state_dict(state)
+    expected = [order.next(7) for _ in range(10)]
+    assert [resumed.next(7) for _ in range(10)] == expected
+
+
+def test_bad_orders():
+    with pytest.raises(ValueError, match="num_problems must be at least 1, got 0"):
+        ProblemOrder(0, seed=0)
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        ProblemOrder(3, seed=0).next(0)
+    with pytest.raises(ValueError, match="num_problems = 4, the saved run had 3"):
+        ProblemOrder(4, seed=0).load_state_dict(ProblemOrder(3, seed=0).state_dict())
+    with pytest.raises(ValueError, match="seed = 1, the saved run had 0"):
+        ProblemOrder(3, seed=1).load_state_dict(ProblemOrder(3, seed=0).state_dict())

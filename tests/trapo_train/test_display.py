@@ -1,0 +1,153 @@
+"""metrics.jsonl survives kills and resumes; the console says the same things with and without a terminal."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from trapo_train.display import MetricsLog, NullReporter, Reporter, evaluation_line, format_seconds, read_metrics
+
+
+def reporter_to(tmp_path, *, terminal=False, **options):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=140, color_system=None)
+    return Reporter(tmp_path, console, **options)
+
+
+def run_steps(reporter, first, last, total=60):
+    reporter.start(SimpleNamespace(steps=total), None)
+    for step in range(first, last + 1):
+        reporter.step({"step": step, "loss": 0.5, "reward/mean": 0.25, "guided_share": 0.5, "tokens_per_s": 1234.0})
+
+
+def output_of(reporter):
+    return reporter.console.file.getvalue()
+
+
+def test_every_call_leaves_one_row_of_valid_json(tmp_path):
+    reporter = reporter_to(tmp_path)
+    run_steps(reporter, 1, 3)
+    reporter.evaluation({"step": 3, "accuracy": 0.5, "accuracy/depth_3": 0.25})
+    reporter.event("checkpoint saved")
+    rows = read_metrics(tmp_path)  # flushed: readable while the file is still open
+    assert [row["kind"] for row in rows] == ["train", "train", "train", "eval", "event"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 3]
+    assert rows[-1]["text"] == "checkpoint saved"
+    assert rows[3]["accuracy/depth_3"] == 0.25
+
+
+def test_tensors_become_numbers_and_non_finite_values_are_named(tmp_path):
+    reporter = reporter_to(tmp_path)
+    reporter.start(SimpleNamespace(steps=1), None)
+    values = {"step": 1, "loss": torch.tensor(0.5), "grad_norm": float("nan"), "histogram": [1, float("inf")]}
+    reporter.step(values)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row["loss"] == 0.5
+    assert row["grad_norm"] is None and row["histogram"] == [1, None]
+    assert row["non_finite"] == ["grad_norm", "histogram"]
+
+
+def test_a_value_json_cannot_hold_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match=r"Tensor for 'reward'.*tolist"):
+        reporter_to(tmp_path).step({"step": 1, "reward": torch.zeros(2)})
+
+
+def test_a_torn_last_line_is_left_out_and_counted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    with pytest.warns(UserWarning, match=r"1 torn last line \(12 bytes\) after 1 complete rows"):
+        assert read_metrics(path) == [{"kind": "train", "step": 1}]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind"\n{"kind": "train", "step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+def test_a_missing_file_says_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match="output directory of a run"):
+        read_metrics(tmp_path)
+
+
+def test_appending_after_a_kill_cuts_the_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    MetricsLog(path).append({"kind": "train", "step": 2})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_rewind_drops_what_came_after_and_continues(tmp_path):
+    reporter = reporter_to(tmp_path)
+    run_steps(reporter, 1, 5)
+    reporter.evaluation({"step": 4, "accuracy": 0.5})
+    reporter.rewind(3)
+    run_steps(reporter, 4, 4)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert "dropped 3 rows after step 3" in output_of(reporter)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_rewind_of_a_run_without_metrics_is_nothing(tmp_path):
+    reporter_to(tmp_path).rewind(10)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_without_a_terminal_about_twenty_rows_and_no_control_codes(tmp_path):
+    reporter = reporter_to(tmp_path)
+    run_steps(reporter, 1, 60)
+    reporter.finish(None)
+    lines = output_of(reporter).splitlines()
+    steps = [int(line.split()[0]) for line in lines if " % " in line]
+    assert steps == [1, *range(3, 61, 3)]
+    assert "\x1b" not in output_of(reporter)
+
+
+def test_a_slow_run_shows_every_step(tmp_path):
+    reporter = reporter_to(tmp_path, row_seconds=0.0)
+    run_steps(reporter, 1, 7, total=1000)
+    assert [line.split()[0] for line in output_of(reporter).splitlines()] == ["step", *"1234567"]
+
+
+def test_only_recorded_metrics_get_a_column(tmp_path):
+    reporter = reporter_to(tmp_path)
+    run_steps(reporter, 1, 1)
+    heading, row = output_of(reporter).splitlines()
+    assert heading.split() == ["step", "reward", "guided", "loss", "tokens/s", "ETA"]
+    assert row.split()[:4] == ["1", "0.250", "50", "%"]
+    assert len(heading) == len(row)
+
+
+def test_a_metric_that_is_missing_later_leaves_a_dash(tmp_path):
+    reporter = reporter_to(tmp_path, row_seconds=0.0)
+    run_steps(reporter, 1, 1)
+    reporter.step({"step": 2, "loss": float("nan")})
+    assert output_of(reporter).splitlines()[-1].split()[:4] == ["2", "–", "–", "nan"]
+
+
+def test_on_a_terminal_the_bar_is_gone_after_close(tmp_path):
+    reporter = reporter_to(tmp_path, terminal=True)
+    with reporter:
+        run_steps(reporter, 1, 2)
+        assert reporter._progress is not None
+    assert reporter._progress is None
+    assert output_of(reporter).rstrip().endswith("\x1b[2K")  # the live line erased
+
+
+def test_evaluation_line_shows_groups_and_the_standard_error():
+    row = {"kind": "eval", "step": 3, "accuracy": 0.5, "accuracy_stderr": 0.03, "accuracy/depth_3": 0.25}
+    assert evaluation_line(row) == "accuracy 0.500 ± 0.030  depth 3 0.250"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75, "1:15"), (3700, "1:01:40"), (-1, "0:00")])
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_null_reporter_answers_every_call_of_the_reporter():
+    public = {name for name in vars(Reporter) if not name.startswith("_")} - {"close"}
+    assert public == {name for name in vars(NullReporter) if not name.startswith("_")}

@@ -1,0 +1,144 @@
+"""Headroom with a scripted engine whose success depends on the length of the prefix that it is given."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from trapo_train.evaluate import standard_error
+from trapo_train.headroom import HeadroomConfig, measure_headroom
+from trapo_train.records import Completion, ExpertTrace, Problem
+from trapo_train.rollout import RolloutConfig
+from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
+
+TOKENIZER = build_tokenizer()
+ROLLOUT = RolloutConfig(max_response_tokens=20, paragraph_break="|", snap_window=0.0)
+EXPERT = "ab|bc|cd|de#de$"
+CONFIG = HeadroomConfig(fractions=(0.0, 0.25, 0.75), samples_per_prompt=4, group_by="depth", seed=3)
+
+
+def ids(text):
+    return tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def problem(index, depth=4, experts=(EXPERT,)):
+    prompt = f"ab?a{depth}:"
+    traces = tuple(ExpertTrace(text, ids(text)) for text in experts)
+    return Problem(index, prompt, ids(prompt), "de", traces, {"depth": depth})
+
+
+class PrefixEngine:
+    """Answers num_right(prompt, prefix) of each 4 copies right; depth and prefix are read from the prompt."""
+
+    def __init__(self, num_right):
+        self.num_right = num_right
+        self.calls = []
+
+    def generate(self, prompts, params):
+        self.calls.append(params)
+        completions = []
+        for i, prompt in enumerate(prompts):
+            head, prefix = TOKENIZER.decode(list(prompt)).split(":")
+            right = i % 4 < self.num_right(int(head[-1]), prefix)
+            text = EXPERT[len(prefix) :] if right else "a$"
+            completions.append(Completion(ids(text), (0.0,) * len(text), "stop"))
+        return completions
+
+
+def measure(num_right, problems=None, config=CONFIG, rollout=ROLLOUT):
+    engine = PrefixEngine(num_right)
+    problems = problems or [problem(0, 4), problem(1, 6)]
+    return measure_headroom(engine, problems, pointer_chasing_reward, TOKENIZER, config, rollout), engine
+
+
+def test_rows_and_gain():
+    report, engine = measure(lambda depth, prefix: min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3))
+    assert [(row.fraction, row.group) for row in report.rows] == [
+        (fraction, group) for fraction in (0.0, 0.25, 0.75) for group in ("depth_4", "depth_6", "all")
+    ]
+    assert [row.pass_rate for row in report.rows] == [0.25, 0, 0.125, 0.5, 0.25, 0.375, 1.0, 0.75, 0.875]
+    assert [row.n for row in report.rows] == [1, 1, 2] * 3
+    assert report.overall()[0].standard_error == pytest.approx(standard_error([0.25, 0.0]))
+    assert report.gain == 0.75
+    assert report.gain_standard_error == 0.0  # paired: both problems gain the same
+    [params] = engine.calls
+    assert (params.temperature, params.seed) == (1.0, 3)
+    assert params.budgets(24) == [20] * 8 + [17] * 8 + [10] * 8
+    good, sentence = report.verdict()
+    assert good
+    assert re.search(r"got 12\.5% without and 87\.5% after 75% .*\+75\.0 ± 0\.0 points, 2 problems", sentence)
+
+
+def test_gain_is_that_of_the_best_fraction():
+    report, _ = measure(lambda depth, prefix: {0: 1, 3: 3, 10: 2}[len(prefix)])
+    assert report.gain == 0.5
+    assert "after 25% of the expert trace" in report.verdict()[1]
+
+
+@pytest.mark.parametrize(
+    ("rights", "message"),
+    [
+        ((1, 1), r"raise the pass rate by at least 10 points, got 25\.0% without.*first train it"),
+        ((0, 4), r"unguided pass rate must be 5% to 60%, got 0\.0%.*easier problems"),
+        ((3, 4), r"unguided pass rate must be 5% to 60%, got 75\.0%.*harder problems"),
+    ],
+)
+def test_verdict_refuses_with_rule_actual_and_remedy(rights, message):
+    report, _ = measure(lambda depth, prefix: rights[bool(prefix)])
+    good, sentence = report.verdict()
+    assert not good
+    assert re.search(message, sentence)
+
+
+def test_the_limits_of_the_verdict_are_the_configs():
+    lax = replace(CONFIG, min_gain=0.2, min_unguided=0.0, max_unguided=0.3)
+    assert measure(lambda depth, prefix: 1 + bool(prefix), config=lax)[0].verdict()[0]
+    assert not measure(lambda depth, prefix: 1 + bool(prefix), config=replace(lax, min_gain=0.3))[0].verdict()[0]
+
+
+def test_only_problems_with_an_accepted_expert_are_measured_each_with_its_first_accepted_one():
+    problems = [
+        problem(0, experts=()),
+        problem(1, experts=("ab#ab$",)),
+        problem(2, experts=("ab#ab$", EXPERT)),
+        problem(3, experts=(EXPERT + "a" * 10,)),  # longer than a response may be
+        problem(4),
+        problem(5),
+    ]
+    seen = []
+    config = replace(CONFIG, num_problems=2)
+    report, _ = measure(lambda depth, prefix: seen.append(prefix) or 4, problems, config)
+    assert report.overall()[0].n == 2
+    assert report.num_rejected == 3
+    assert set(seen) == {"", EXPERT[:3], EXPERT[:10]}
+
+
+def test_answers_that_the_prefix_already_states_are_reported():
+    report, _ = measure(lambda depth, prefix: 4, config=replace(CONFIG, fractions=(0.0, 0.25, 0.9)))
+    assert [row.answer_in_prefix for row in report.overall()] == [0.0, 0.0, 1.0]
+
+
+def test_too_few_accepted_experts_is_an_error():
+    with pytest.raises(ValueError, match=r"at least 2 problems with an expert trace.*got 1 of 2"):
+        measure(lambda depth, prefix: 4, [problem(0), problem(1, experts=("ab#ab$",))])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fractions": (0.25, 0.5)},
+        {"fractions": (0.0,)},
+        {"fractions": (0.0, 0.5, 0.5)},
+        {"fractions": (0.0, 1.0)},
+        {"samples_per_prompt": 0},
+        {"temperature": 0.0},
+        {"num_problems": 1},
+        {"min_gain": 0.0},
+        {"min_unguided": 1.0},
+        {"max_unguided": 0.05},
+    ],
+)
+def test_config_refuses_values_out_of_range(fields):
+    [(name, value)] = fields.items()
+    with pytest.raises(ValueError, match=re.escape(name) + r" must be .*, got " + re.escape(repr(value))):
+        HeadroomConfig(**fields)

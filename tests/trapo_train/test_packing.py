@@ -1,0 +1,163 @@
+"""Packing: budgets, positions, roles and weights; that gradients do not depend on the split is in test_model.py."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from trapo_kernels import Role, objectives
+from trapo_train.packing import PackingConfig, pack
+from trapo_train.records import Problem, Sample
+
+MAX_RESPONSE = 16
+
+
+def make_sample(
+    index: int = 0, prompt: int = 3, prefix: int = 0, completion: int = 4, advantage: float = 0.5, weight: float = 1.0
+) -> Sample:
+    generator = random.Random(f"{index}/{prompt}/{prefix}/{completion}")
+    draw = lambda count: tuple(generator.randrange(11) for _ in range(count))  # noqa: E731
+    return Sample(
+        problem=Problem(index=index, prompt="", prompt_ids=draw(prompt)),
+        micro_group=1,
+        prefix_ratio=0.0,
+        prefix_ids=draw(prefix),
+        completion_ids=draw(completion),
+        completion_logprobs=tuple(-1.0 - 0.1 * i for i in range(completion)),
+        finish_reason="stop",
+        prefix_weight=weight,
+        advantage=advantage,
+    )
+
+
+def mixed_samples() -> list[Sample]:
+    return [
+        make_sample(0, prompt=3, completion=5, advantage=0.75),
+        make_sample(0, prompt=3, completion=2, advantage=-0.25),
+        make_sample(0, prompt=3, prefix=4, completion=3, advantage=0.5, weight=0.5),
+        make_sample(0, prompt=3, prefix=7, completion=0, advantage=0.0),
+        make_sample(1, prompt=5, completion=6, advantage=0.0),
+        make_sample(1, prompt=5, prefix=2, completion=6, advantage=0.0, weight=0.0),
+        make_sample(2, prompt=1, completion=1, advantage=-1.0),
+        make_sample(2, prompt=1, completion=9, advantage=1.0),
+    ]
+
+
+def one(samples, objective, aggregation="constant", max_tokens=1000):
+    (micro_batch,) = pack(samples, PackingConfig(max_tokens, aggregation), objective, max_response_tokens=MAX_RESPONSE)
+    return micro_batch
+
+
+def test_positions_score_the_next_token():
+    micro_batch = one([make_sample(prompt=3, prefix=2, completion=2)], objectives.trapo())
+    sample = make_sample(prompt=3, prefix=2, completion=2)
+    tokens = [*sample.problem.prompt_ids, *sample.prefix_ids, *sample.completion_ids]
+    assert micro_batch.input_ids.tolist() == [tokens[:-1]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert micro_batch.loss_positions.tolist() == [2, 3, 4, 5]
+    assert micro_batch.batch.target.tolist() == tokens[3:]
+    assert micro_batch.batch.role.tolist() == [Role.EXPERT, Role.EXPERT, Role.ROLLOUT, Role.ROLLOUT]
+    torch.testing.assert_close(micro_batch.batch.rollout_logprob, torch.tensor([0.0, 0.0, -1.0, -1.1]))
+
+
+def test_every_loss_token_of_a_packed_row_points_at_its_own_token():
+    samples = mixed_samples()
+    for micro_batch in pack(samples, PackingConfig(24), objectives.trapo(), max_response_tokens=MAX_RESPONSE):
+        starts = [0]
+        for length in micro_batch.segment_lengths:
+            starts.append(starts[-1] + length)
+        ends = set(starts[1:])
+        assert starts[-1] == micro_batch.input_ids.shape[1] <= 24
+        for position, target in zip(micro_batch.loss_positions.tolist(), micro_batch.batch.target.tolist(), strict=True):
+            if position + 1 not in ends:  # inside a sequence the next input is the target
+                assert micro_batch.input_ids[0, position + 1] == target
+
+
+def test_row_is_sorted_by_length():
+    micro_batch = one(mixed_samples(), objectives.trapo())
+    assert list(micro_batch.segment_lengths) == sorted(micro_batch.segment_lengths, reverse=True)
+
+
+def test_constant_weights_and_prefix_shares():
+    samples = [make_sample(prefix=2, completion=2, weight=0.5), make_sample(prefix=2, completion=1, weight=0.5)]
+    batch = one(samples, objectives.trapo()).batch
+    unit = 1 / (2 * MAX_RESPONSE)
+    expected = torch.where(batch.role == Role.EXPERT, 0.5 * unit, unit)
+    torch.testing.assert_close(batch.weight, expected)
+    torch.testing.assert_close(batch.entropy_weight, torch.full((7,), unit))  # the bonus does not share
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "role_mean", "sequence_mean"])
+def test_weights_of_a_plain_mean_sum_to_one(aggregation):
+    samples = [make_sample(completion=5, advantage=1.0), make_sample(completion=2, advantage=2.0)]
+    batch = one(samples, objectives.dr_grpo(), aggregation).batch
+    assert float(batch.weight.sum()) == pytest.approx(1.0)
+
+
+def test_zero_advantage_counts_but_is_dropped():
+    samples = [make_sample(completion=4, advantage=1.0), make_sample(completion=4, advantage=0.0)]
+    batch = one(samples, objectives.dr_grpo(), "token_mean").batch
+    assert len(batch) == 4
+    torch.testing.assert_close(batch.weight, torch.full((4,), 1 / 8))
+
+
+def test_zero_advantage_keeps_its_entropy_bonus():
+    batch = one([make_sample(completion=4, advantage=0.0)], objectives.trapo(entropy_coef=0.01)).batch
+    assert batch.weight.tolist() == [0.0] * 4
+    torch.testing.assert_close(batch.entropy_weight, torch.full((4,), 1 / MAX_RESPONSE))
+
+
+def test_prefix_without_trsft_is_in_neither_loss():
+    sample = make_sample(prefix=3, completion=2, advantage=1.0, weight=0.0)
+    assert one([sample], objectives.trapo(entropy_coef=0.0)).batch.role.tolist() == [Role.ROLLOUT] * 2
+    batch = one([sample], objectives.trapo(entropy_coef=0.01), "token_mean").batch
+    assert batch.weight.tolist() == [0.0] * 3 + [0.5] * 2
+    torch.testing.assert_close(batch.entropy_weight, torch.full((5,), 0.2))
+
+
+def test_a_role_without_a_term_enters_no_loss_and_no_denominator():
+    sample = make_sample(prefix=3, completion=2, advantage=1.0)
+    on_rollouts = one([sample], objectives.dr_grpo(), "token_mean").batch
+    assert on_rollouts.role.tolist() == [Role.ROLLOUT] * 2
+    assert on_rollouts.weight.tolist() == [0.5] * 2
+    on_expert = one([sample], objectives.sft(), "token_mean").batch
+    assert on_expert.role.tolist() == [Role.EXPERT] * 3
+    torch.testing.assert_close(on_expert.weight, torch.full((3,), 1 / 3))
+
+
+def test_demonstration_with_zero_advantage_is_silent_under_luffy_only():
+    sample = make_sample(prefix=5, completion=0, advantage=0.0)
+    assert one([sample], objectives.luffy()).batch.weight.tolist() == [0.0]
+    assert len(one([sample], objectives.trapo()).batch) == 5
+
+
+def test_nothing_to_learn_gives_one_empty_micro_batch():
+    micro_batch = one([make_sample(advantage=0.0)], objectives.dr_grpo())
+    assert micro_batch.batch.role.tolist() == [Role.IGNORED]
+    assert micro_batch.batch.weight.tolist() == [0.0]
+    assert one([], objectives.dr_grpo()).segment_lengths == (1,)
+
+
+def test_pad_to_fills_up_and_refuses_to_cut():
+    samples, config = mixed_samples(), PackingConfig(24)
+    packed = pack(samples, config, objectives.trapo(), max_response_tokens=MAX_RESPONSE)
+    padded = pack(samples, config, objectives.trapo(), max_response_tokens=MAX_RESPONSE, pad_to=len(packed) + 2)
+    assert len(padded) == len(packed) + 2
+    with pytest.raises(ValueError, match="pad_to = 1"):
+        pack(samples, config, objectives.trapo(), max_response_tokens=MAX_RESPONSE, pad_to=1)
+
+
+def test_bad_samples_are_refused_with_a_remedy():
+    with pytest.raises(ValueError, match=r"one of problem 7 has 13 \(prompt 3, response 10\).*max_tokens to at least 13"):
+        one([make_sample(7, completion=10)], objectives.trapo(), max_tokens=12)
+    with pytest.raises(ValueError, match="problem 4 has 0"):
+        one([make_sample(4, prompt=0)], objectives.trapo())
+
+
+def test_config_checks_its_fields():
+    with pytest.raises(ValueError, match=r"max_tokens must be at least 1"):
+        PackingConfig(max_tokens=0)
+    with pytest.raises(ValueError, match="aggregation must be one of constant"):
+        PackingConfig(aggregation="mean")

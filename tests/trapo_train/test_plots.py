@@ -1,0 +1,146 @@
+"""Every figure is drawn from metrics as the trainer records them, says what it shows, and refuses what is missing."""
+
+import itertools
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from trapo_train import plots
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def train_row(step, reward=0.3):
+    row = {"kind": "train", "step": step, "reward/unguided": reward + 0.01 * (step % 3), "guided_share": 0.4}
+    row |= {f"guided_share/micro_group_{i}": 0.2 * i for i in (1, 2, 3, 4)}
+    row |= {"entropy/rollout": 0.5, "entropy/expert": 0.7, "trsft/weight_histogram": [3.0] + [0.0] * 8 + [1.0]}
+    return row
+
+
+def eval_row(step, accuracy=0.5):
+    return {"kind": "eval", "step": step, "accuracy": accuracy, "accuracy_stderr": 0.05, "accuracy/depth_2": 0.6}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    rows = [eval_row(0), *(train_row(step) for step in range(1, 7)), eval_row(6), {"kind": "event", "step": 6}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, for looking inside."""
+    figures = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
+    return figures
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def headroom_rows():
+    return [
+        SimpleNamespace(fraction=f, group=group, pass_rate=0.2 + 0.5 * f, n=32, standard_error=0.07)
+        for f in (0.0, 0.25, 0.5, 0.75)
+        for group in ("depth_10", "depth_9", "all")
+    ]
+
+
+def test_plot_run_draws_what_the_run_recorded(run_dir):
+    paths = plots.plot_run(run_dir)
+    names = ["unguided_reward.png", "guided_share.png", "entropy.png", "trsft_weights.png"]
+    assert [path.name for path in paths] == names
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        width = int.from_bytes(path.read_bytes()[16:20], "big")
+        assert width == 1800
+
+
+def test_plot_run_without_guidance_leaves_those_figures_out(tmp_path):
+    row = {"kind": "train", "step": 1, "reward/unguided": 0.5, "trsft/weight_histogram": []}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert [path.name for path in plots.plot_run(tmp_path)] == ["unguided_reward.png"]
+
+
+def test_plot_run_with_nothing_to_plot_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "event", "step": 0, "text": "started"}\n')
+    with pytest.raises(ValueError, match="none of the 1 rows"):
+        plots.plot_run(tmp_path)
+
+
+def test_a_missing_metric_is_named(tmp_path):
+    with pytest.raises(ValueError, match="reward/unguided is not in these metrics"):
+        plots.plot_unguided_reward([eval_row(0)], tmp_path / "x.png")
+
+
+def test_headroom_labels_each_group_in_order_and_all(tmp_path, drawn):
+    plots.plot_headroom(SimpleNamespace(rows=headroom_rows()), tmp_path / "headroom.png")
+    shown = texts(drawn[0])
+    assert shown.index("depth 9") < shown.index("depth 10") < shown.index("all problems")
+    assert "pass rate" in shown and "expert prefix given, % of the trace" in shown
+
+
+def test_trsft_histogram_is_normalised_per_window(tmp_path, drawn):
+    plots.plot_trsft_weights([train_row(step) for step in range(1, 31)], tmp_path / "trsft.png")
+    axes = drawn[0].axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["steps 1–3", "steps 15–17", "steps 28–30"]
+    for axis in axes:
+        heights = [bar.get_height() for bar in axis.patches]
+        assert heights[0] == pytest.approx(0.75) and sum(heights) == pytest.approx(1)
+
+
+def test_trsft_histogram_of_one_step_is_one_panel(tmp_path, drawn):
+    plots.plot_trsft_weights([train_row(1)], tmp_path / "trsft.png")
+    assert len(drawn[0].axes) == 1
+
+
+def test_comparison_says_which_run_was_not_evaluated(tmp_path, drawn):
+    runs = {"trapo": [train_row(1), train_row(2), eval_row(2)], "grpo": [train_row(1), train_row(2)]}
+    plots.plot_comparison(runs, tmp_path / "compare.png")
+    assert len(drawn[0].axes) == 2
+    assert {"trapo", "grpo\n(not evaluated)"} <= set(texts(drawn[0]))
+
+
+def test_compare_runs_tells_equal_names_apart(tmp_path, drawn):
+    for parent in ("a", "b"):
+        directory = tmp_path / parent / "trapo"
+        directory.mkdir(parents=True)
+        (directory / "metrics.jsonl").write_text(json.dumps(eval_row(1)) + "\n")
+    plots.compare_runs([tmp_path / "a" / "trapo", tmp_path / "b" / "trapo"], tmp_path / "compare.png")
+    assert {"a/trapo", "b/trapo"} <= set(texts(drawn[0]))
+
+
+def test_accuracy_by_group_skips_groups_a_run_lacks(tmp_path, drawn):
+    evaluations = {"base": {"accuracy/depth_1": 0.2, "accuracy/depth_2": 0.1}, "TRAPO": {"accuracy/depth_2": 0.6}}
+    plots.plot_accuracy_by_group(evaluations, tmp_path / "accuracy.png")
+    assert {"base", "TRAPO", "depth 1", "depth 2"} <= set(texts(drawn[0]))
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"trapo\[train\]"):
+        plots.plot_unguided_reward([train_row(1)], tmp_path / "x.png")
+
+
+def test_running_mean_is_centred_and_keeps_the_length():
+    assert plots.running_mean([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+    assert plots.running_mean([1, 2], 1) == [1, 2]
+
+
+@pytest.mark.parametrize("positions", [[0.5, 0.5, 0.5], [1, 0, 0.05, 0.95], [0.0], [0.3, 0.31, 0.35, 0.36, 0.9]])
+def test_spread_keeps_order_and_gap_and_mean(positions):
+    placed = plots.spread(positions, 0.1)
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    gaps = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
+    assert all(gap >= 0.1 - 1e-9 for gap in gaps)
+    assert math.isclose(sum(placed), sum(positions))
+
+
+def test_spread_leaves_distant_labels_alone():
+    assert plots.spread([0.9, 0.1], 0.1) == [0.9, 0.1]

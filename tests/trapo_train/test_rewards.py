@@ -1,0 +1,186 @@
+"""Rewards: what is passed to them, what is accepted from them, and grading of real answers."""
+
+import logging
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trapo_train.records import Problem
+from trapo_train.rewards import RewardError, exact_match, judge, load_reward, math_verify, score
+from trapo_train.tasks import pointer_chasing_reward
+
+MATH_EVAL = Path(__file__).parents[3] / "shared" / "data" / "math_eval"
+
+
+def problems(count):
+    return [Problem(10 + i, f"prompt {i}", (1,), f"s{i}", columns={"depth": i}) for i in range(count)]
+
+
+def returning(values):
+    def fixed_reward(prompts, completions, **columns):
+        return values
+
+    return fixed_reward
+
+
+def test_a_reward_gets_every_column_as_a_list():
+    calls = []
+
+    def spy(**arguments):
+        calls.append(arguments)
+        return [1, 2]
+
+    assert score(spy, problems(2), ["a", "b"]) == [1.0, 2.0]
+    assert calls == [{"prompts": ["prompt 0", "prompt 1"], "completions": ["a", "b"], "solution": ["s0", "s1"], "depth": [0, 1]}]
+
+
+def test_numbers_of_any_kind_become_floats():
+    values = score(returning([1, True, 0.5, np.float32(0.25), Fraction(1, 8)]), problems(5), ["x"] * 5)
+    assert values == [1.0, 1.0, 0.5, 0.25, 0.125]
+    assert all(type(value) is float for value in values)
+    assert score(returning(np.array([0.0, 1.0])), problems(2), ["x"] * 2) == [0.0, 1.0]
+
+
+def test_none_is_no_opinion_counts_as_zero_and_is_reported(caplog):
+    reward = returning([None, 1.0, None])
+    assert judge(reward, problems(3), ["x"] * 3) == [None, 1.0, None]
+    with caplog.at_level(logging.WARNING):
+        assert score(reward, problems(3), ["x"] * 3) == [0.0, 1.0, 0.0]
+    assert "'fixed_reward' has no opinion (None) on 2 of 3 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0], "one number per row = 2, got 1"),
+        ([1.0, 2.0, 3.0], "one number per row = 2, got 3"),
+        ([1.0, float("nan")], "finite numbers, got nan on row 11"),
+        ([float("inf"), 1.0], "finite numbers, got inf on row 10"),
+        ([1.0, "1"], "numbers or None, got '1' (str) on row 11"),
+        ([[1.0], 1.0], "got [1.0] (list) on row 10"),
+        (None, "a list with one number per row, got NoneType"),
+        (1.0, "a list with one number per row, got float"),
+        ("ab", "a list with one number per row, got str"),
+    ],
+)
+def test_bad_returns(values, words):
+    with pytest.raises(RewardError) as error:
+        score(returning(values), problems(2), ["x", "y"])
+    assert words in str(error.value)
+    assert "'fixed_reward'" in str(error.value)
+
+
+def test_an_exception_is_wrapped_with_the_reward_and_the_row():
+    def picky(prompts, completions, **columns):
+        return [1 / (completion != "bad") for completion in completions]
+
+    with pytest.raises(RewardError, match=r"'picky' raised on row 12: ZeroDivisionError.*'bad'") as error:
+        score(picky, problems(4), ["a", "b", "bad", "c"])
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_an_exception_of_the_whole_batch_only():
+    def lonely(prompts, completions, **columns):
+        if len(completions) > 1:
+            raise OSError("too many")
+        return [1.0]
+
+    with pytest.raises(RewardError, match="raised on 2 rows, though on none of them alone"):
+        score(lonely, problems(2), ["a", "b"])
+
+
+def test_texts_and_problems_must_match_and_may_be_none():
+    with pytest.raises(ValueError, match="one text per problem = 2, got 1"):
+        score(exact_match, problems(2), ["a"])
+    assert score(returning(None), [], []) == []
+
+
+def test_exact_match():
+    assert exact_match(["p"] * 3, [" 5\n", "6", "x"], ["5", "5", None], depth=[0]) == [1.0, 0.0, None]
+
+
+def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
+    assert load_reward("exact_match") is exact_match
+    assert load_reward("pointer_chasing") is pointer_chasing_reward
+    assert load_reward("trapo_train.rewards:exact_match") is exact_match
+    (tmp_path / "my_own_rewards.py").write_text("def length(completions, **columns):\n    return [len(c) for c in completions]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert score(load_reward("my_own_rewards:length"), problems(1), ["abc"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("exact_mach", "Did you mean 'exact_match'?"),
+        ("nothing like it", "or a path like my_rewards:my_reward, got 'nothing like it'"),
+        ("module:", "got 'module:'"),
+        ("no_such_module_here:f", "importing the module 'no_such_module_here' failed"),
+        ("trapo_train.rewards:no_such", "has no function 'no_such'"),
+        ("trapo_train.rewards:MATH_TIME_LIMIT_S", "has no function"),
+    ],
+)
+def test_rewards_that_cannot_be_loaded(name, words):
+    with pytest.raises(ValueError) as error:
+        load_reward(name)
+    assert words in str(error.value)
+
+
+def test_math_verify_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"pip install 'trapo\[math\]'"):
+        load_reward("math_verify")
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "expected"),
+    [
+        ("so it is \\boxed{\\frac{1}{2}}", "0.5", 1.0),
+        ("so it is \\boxed{0.5}", "\\frac12", 1.0),
+        ("The final answer is $x = 3$.", "3", 1.0),
+        ("\\boxed{4}", "3", 0.0),
+        ("\\boxed{(1, 2]}", "(1,2]", 1.0),
+        ("\\boxed{[1, 2]}", "(1,2]", 0.0),
+        ("3 + 1 = 4, and then", "4", 0.0),
+        ("", "4", 0.0),
+        ("\\boxed{4", "4", 0.0),
+        ("\\boxed{4}", None, None),
+        ("\\boxed{4}", "", None),
+        ("\\boxed{4}", "$4$", 1.0),
+        ("\\boxed{4}", "\\boxed{4}", 1.0),
+    ],
+)
+def test_math_verify(completion, solution, expected):
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
+    assert math_verify(["p"], [completion], [solution], depth=[1]) == [expected]
+
+
+def test_math_verify_works_outside_the_main_thread():
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(math_verify, ["p"], ["\\boxed{4}"], ["4"]).result() == [1.0]
+
+
+@pytest.mark.parametrize("name", ["aime", "amc", "math"])
+def test_math_verify_on_real_answers(name):
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
+    file = MATH_EVAL / f"{name}.parquet"
+    if not file.is_file():
+        pytest.skip(f"{file.name} is not there: real answers are checked where shared/data/math_eval is")
+    import pyarrow.parquet
+
+    cells = pyarrow.parquet.read_table(file, columns=["reward_model"]).column("reward_model").to_pylist()
+    answers = sorted({cell["ground_truth"] for cell in cells})[:60]
+    rows = ["p"] * len(answers)
+    right = math_verify(rows, [f"Hence the answer is \\boxed{{{answer}}}." for answer in answers], answers)
+    assert right == [1.0] * len(answers)
+    shifted = answers[1:] + answers[:1]
+    wrong = math_verify(rows, [f"Hence the answer is \\boxed{{{answer}}}." for answer in shifted], answers)
+    # A few neighbours in the sorted list are equal, such as 30^\circ and 30.
+    assert sum(wrong) <= 0.05 * len(answers)
+    assert math_verify(rows, ["No answer."] * len(answers), answers) == [0.0] * len(answers)

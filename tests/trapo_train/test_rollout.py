@@ -1,0 +1,239 @@
+"""Rollouts with a scripted engine: what is sampled, when, after which prefix, with which budget, and how it is judged."""
+
+from dataclasses import replace
+
+import pytest
+
+from trapo_train.plans import PlanConfig, build_plan
+from trapo_train.records import Completion, ExpertTrace, Problem, Request
+from trapo_train.rewards import RewardError
+from trapo_train.rollout import RolloutConfig, drop_long_experts, run_plans
+from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
+
+TOKENIZER = build_tokenizer()
+CONFIG = RolloutConfig(max_response_tokens=20, paragraph_break="|")
+EXPERT = "ab|bc|cd|de#de$"
+RIGHT, WRONG = "#de$", "#aa$"
+
+
+def ids(text):
+    return tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def text_of(token_ids):
+    return TOKENIZER.decode(list(token_ids))
+
+
+def problem(index=0, prompt="ab,bc?a4:", solution="de", experts=(EXPERT,)):
+    return Problem(index, prompt, ids(prompt), solution, tuple(ExpertTrace(text, ids(text)) for text in experts))
+
+
+class ScriptedEngine:
+    """Answers each prompt by `script(text)`, cut to its budget; remembers its calls as [(text, budget), …]."""
+
+    def __init__(self, script):
+        self.script = script
+        self.calls = []
+        self.params = []
+
+    def generate(self, prompts, params):
+        budgets = params.budgets(len(prompts))
+        texts = [text_of(prompt) for prompt in prompts]
+        self.calls.append(list(zip(texts, budgets, strict=True)))
+        self.params.append(params)
+        completions = []
+        for text, budget in zip(texts, budgets, strict=True):
+            token_ids = ids(self.script(text))[:budget]
+            reason = "stop" if token_ids[-1] == TOKENIZER.eos_token_id else "length"
+            completions.append(Completion(token_ids, (-0.5,) * len(token_ids), reason))
+        return completions
+
+
+def always(text):
+    return lambda prompt: text
+
+
+def run(problems, plan="paper", script=None, reward=pointer_chasing_reward, config=CONFIG, **plan_options):
+    engine = ScriptedEngine(script or always(WRONG))
+    plan = plan if callable(plan) else build_plan(PlanConfig(plan, **plan_options))
+    return run_plans(problems, plan, engine, reward, TOKENIZER, config), engine
+
+
+def test_ladder_is_climbed_when_everything_fails():
+    result, engine = run([problem()])
+    [group] = result.groups
+    assert [s.micro_group for s in group] == [1, 1, 1, 1, 2, 2, 3, 4]
+    assert [text_of(s.prefix_ids) for s in group] == [""] * 4 + ["ab|"] * 2 + ["ab|bc|cd|"] + [EXPERT]
+    assert [s.reward for s in group] == [0.0] * 7 + [1.0]
+    assert [s.finish_reason for s in group] == ["stop"] * 7 + ["expert"]
+    assert group[-1].completion_ids == group[-1].completion_logprobs == ()
+    assert text_of(group[4].completion_ids) == WRONG
+    assert len(group[4].completion_logprobs) == len(ids(WRONG))
+    assert len(engine.calls) == 3  # micro-group 4 generates nothing
+
+
+def test_ladder_is_not_climbed_when_everything_is_right():
+    result, engine = run([problem()], script=always(RIGHT))
+    assert all(not s.guided and s.finish_reason == "stop" for s in result.groups[0])
+    assert [len(call) for call in engine.calls] == [4, 2, 1, 1]
+    assert {budget for call in engine.calls for _, budget in call} == {20}
+
+
+def test_prefix_follows_the_prompt_and_reduces_the_budget():
+    _, engine = run([problem()])
+    assert engine.calls[1] == [("ab,bc?a4:ab|", 17)] * 2
+    assert engine.calls[2] == [("ab,bc?a4:ab|bc|cd|", 11)]
+
+
+def test_no_response_is_longer_than_the_budget_even_if_the_expert_just_fits():
+    config = replace(CONFIG, max_response_tokens=len(ids(EXPERT)), snap_window=0.0)
+    plan = lambda problem: iter_requests([Request(1, 0.99), Request(1, 1.0)])  # noqa: E731
+    result, engine = run([problem()], plan, script=always("||||||"), config=config)
+    assert [budget for _, budget in engine.calls[0]] == [2]
+    assert [len(s.prefix_ids) + len(s.completion_ids) for s in result.groups[0]] == [15, 15]
+
+
+def iter_requests(requests):
+    """A plan's generator that asks for `requests` whatever the rewards."""
+    for request in requests:  # noqa: UP028 (`yield from` would send the rewards on to the list)
+        yield request
+
+
+def test_each_round_is_one_engine_call_for_all_live_problems_in_order():
+    problems = [problem(i, f"ab?a{i + 1}:") for i in range(3)]
+    sent = {}
+
+    def plan(problem):
+        for round_number in range(3 - problem.index):
+            sent[problem.index, round_number] = yield Request(2)
+
+    result, engine = run(problems, plan, script=lambda text: RIGHT if text == "ab?a2:" else WRONG)
+    assert [[text for text, _ in call] for call in engine.calls] == [
+        ["ab?a1:"] * 2 + ["ab?a2:"] * 2 + ["ab?a3:"] * 2,
+        ["ab?a1:"] * 2 + ["ab?a2:"] * 2,
+        ["ab?a1:"] * 2,
+    ]
+    assert [[s.problem.index for s in group] for group in result.groups] == [[0] * 6, [1] * 4, [2] * 2]
+    assert sent[1, 0] == [1.0, 1.0]
+    assert sent[0, 2] == [0.0, 0.0]
+
+
+def test_full_trajectories_make_no_engine_call():
+    result, engine = run([problem(0), problem(1)], "sft")
+    assert engine.calls == []
+    assert [text_of(s.prefix_ids) for group in result.groups for s in group] == [EXPERT] * 2
+    assert result.metrics["reward/mean"] == 1.0
+    assert "finished_share" not in result.metrics
+
+
+def test_a_full_trajectory_never_waits_for_the_generation_of_another_problem():
+    """Problem 1 is past its expert trace before the first engine call, so its next request joins that call."""
+    plans = {0: [Request(1)], 1: [Request(2, 1.0), Request(1)]}
+    result, engine = run([problem(0), problem(1)], lambda problem: iter_requests(plans[problem.index]))
+    assert [len(call) for call in engine.calls] == [2]
+    assert [s.micro_group for s in result.groups[1]] == [1, 1, 2]
+
+
+def test_reward_sees_the_response_or_the_completion_alone():
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        return pointer_chasing_reward(prompts, completions, **columns)
+
+    plan = lambda problem: iter_requests([Request(1, 0.5), Request(1, 1.0)])  # noqa: E731
+    run([problem()], plan, script=always("a#aa$"), reward=reward)
+    assert seen == ["ab|bc|cd|a#aa", "ab|bc|cd|de#de"]
+    seen.clear()
+    run([problem()], plan, script=always("a#aa$"), reward=reward, config=replace(CONFIG, verify="completion"))
+    assert seen == ["a#aa", "ab|bc|cd|de#de"]  # nothing was generated after a full trace, so it is judged whole
+
+
+def test_verifying_the_completion_denies_the_reward_for_an_answer_in_the_prefix():
+    plan = lambda problem: iter_requests([Request(1, 0.99)])  # noqa: E731
+    config = replace(CONFIG, snap_window=0.0)
+    result, _ = run([problem()], plan, script=always("e$"), config=config)
+    assert (result.groups[0][0].reward, result.metrics["answer_in_prefix"]) == (1.0, 1.0)
+    result, _ = run([problem()], plan, script=always("e$"), config=replace(config, verify="completion"))
+    assert (result.groups[0][0].reward, result.metrics["answer_in_prefix"]) == (0.0, 1.0)
+
+
+def test_metrics():
+    script = lambda text: RIGHT if text.startswith("ab?a1:") else "aaaaaaaaaaaaaaaaaaaaaaaa"  # noqa: E731
+    result, _ = run([problem(0, "ab?a1:"), problem(1, "ab?a2:")], script=script)
+    metrics = result.metrics
+    assert metrics["reward/mean"] == (8 + 1) / 16
+    assert metrics["reward/unguided"] == metrics["reward/micro_group_1"] == 0.5
+    assert metrics["reward/micro_group_4"] == 1.0
+    assert metrics["guided_share"] == 4 / 16
+    assert [metrics[f"guided_share/micro_group_{k}"] for k in (1, 2, 3, 4)] == [0, 0.5, 0.5, 0.5]
+    assert metrics["answer_in_prefix"] == 0.0
+    assert metrics["finished_share"] == 8 / 15
+    assert metrics["response_tokens"] == 8 * 4 + 7 * 20 + 15
+    assert metrics["completion_tokens_mean"] == (8 * 4 + 4 * 20 + 2 * 17 + 11) / 15
+    assert metrics["reward/none_count"] == 0
+
+
+def test_none_counts_as_zero_and_is_counted():
+    result, _ = run([problem()], "grpo", num_samples=3, reward=lambda completions, **columns: [None, 1.0, None])
+    assert [s.reward for s in result.groups[0]] == [0.0, 1.0, 0.0]
+    assert result.metrics["reward/none_count"] == 2
+
+
+def test_sampling_parameters_reach_the_engine():
+    _, engine = run([problem()], "grpo", config=replace(CONFIG, temperature=0.7, top_p=0.9))
+    assert (engine.params[0].temperature, engine.params[0].top_p, engine.params[0].seed) == (0.7, 0.9, None)
+
+
+def test_problem_without_expert_and_no_problems():
+    result, engine = run([problem(experts=())])
+    assert [len(call) for call in engine.calls] == [4, 2, 1, 1]
+    assert "answer_in_prefix" not in result.metrics
+    result, _ = run([])
+    assert result.groups == []
+
+
+def test_an_expert_longer_than_the_budget_is_refused_before_any_work():
+    config = replace(CONFIG, max_response_tokens=14)
+    engine = ScriptedEngine(always(WRONG))
+    plan = build_plan(PlanConfig("paper"))
+    with pytest.raises(ValueError, match=r"max_response_tokens = 14, got 15 tokens in problem 1.*drop_long_experts"):
+        run_plans([problem(0, experts=()), problem(1)], plan, engine, pointer_chasing_reward, TOKENIZER, config)
+    assert engine.calls == []
+
+
+def test_drop_long_experts():
+    problems = [problem(0, experts=(EXPERT, "ab#ab$")), problem(1, experts=("ab#ab$",))]
+    kept, dropped = drop_long_experts(problems, 14)
+    assert dropped == 1
+    assert [[e.text for e in p.experts] for p in kept] == [["ab#ab$"], ["ab#ab$"]]
+
+
+def test_a_plan_that_names_a_missing_expert_is_refused():
+    with pytest.raises(ValueError, match="one of the 1 expert traces of problem 0, got 1"):
+        run([problem()], lambda problem: iter_requests([Request(1, 0.5, expert_index=1)]))
+
+
+def test_a_failing_reward_names_the_row():
+    with pytest.raises(RewardError, match="row 7"):
+        run([problem(7)], reward=lambda completions, **columns: [float("nan")] * len(completions))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("max_response_tokens", 0),
+        ("paragraph_break", ""),
+        ("snap_window", 1.5),
+        ("verify", "prefix"),
+        ("correct_at", float("nan")),
+        ("engine", "vllm"),
+        ("max_batch_tokens", 1),
+    ],
+)
+def test_config_refuses_values_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .*, got"):
+        RolloutConfig(**{field: value})

@@ -1,0 +1,237 @@
+"""One optimizer step: what it updates, what it reports, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trapo_kernels import Role, objectives
+from trapo_train.attention import PACKED_IMPLEMENTATION
+from trapo_train.model import install_policy_head, policy_forward
+from trapo_train.packing import PackingConfig, pack
+from trapo_train.records import Problem, Sample
+from trapo_train.step import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    build_objective,
+    build_optimizer,
+    build_scheduler,
+    optimizer_step,
+)
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation=PACKED_IMPLEMENTATION)
+    install_policy_head(model, compute_dtype=torch.float32)
+    return model
+
+
+def make_samples(advantages=(0.5, -0.5, 0.25), prefixes=(0, 0, 4)) -> list[Sample]:
+    generator = random.Random(0)
+    draw = lambda count: tuple(generator.randrange(11) for _ in range(count))  # noqa: E731
+    return [
+        Sample(
+            problem=Problem(index, "", draw(3)), micro_group=1, prefix_ratio=0.0, prefix_ids=draw(prefix),
+            completion_ids=draw(5), completion_logprobs=(-2.0,) * 5, finish_reason="stop", advantage=advantage,
+        )
+        for index, (advantage, prefix) in enumerate(zip(advantages, prefixes, strict=True))
+    ]  # fmt: skip
+
+
+def packed(samples, objective, max_tokens=1000):
+    return pack(samples, PackingConfig(max_tokens), objective, max_response_tokens=10)
+
+
+def step(model, micro_batches, objective, config=None, optimizer=None, scheduler=None):
+    config = config or OptimizerConfig(learning_rate=1e-2)
+    optimizer = optimizer or build_optimizer(model, config)
+    scheduler = scheduler or build_scheduler(optimizer, config, steps=10)
+    return optimizer_step(model, optimizer, scheduler, micro_batches, objective, 1.0, config.max_grad_norm)
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_step_lowers_the_loss_and_clears_the_gradients():
+    model, objective = make_model(), objectives.sft()
+    micro_batches = packed(make_samples(prefixes=(3, 3, 4)), objective)
+    config = OptimizerConfig(learning_rate=1e-2)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, steps=10)
+    losses = [step(model, micro_batches, objective, config, optimizer, scheduler)["loss"] for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_metrics_of_a_step_do_not_depend_on_the_split():
+    objective = objectives.trapo(entropy_coef=0.01)
+    results = []
+    for max_tokens in (1000, 14):
+        micro_batches = packed(make_samples(), objective, max_tokens)
+        results.append(step(make_model(), micro_batches, objective))
+    whole, split = results
+    assert split.pop("micro_batches") > whole.pop("micro_batches") == 1
+    assert whole.pop("trsft/weight_histogram") == split.pop("trsft/weight_histogram")
+    assert whole == pytest.approx(split, rel=1e-5)
+
+
+def test_metrics_describe_the_tokens():
+    model, objective = make_model(), objectives.trapo(alpha=0.1)
+    (micro_batch,) = packed(make_samples(), objective)
+    out = policy_forward(model, micro_batch, objective)
+    expert, rollout = (micro_batch.batch.role == role for role in (Role.EXPERT, Role.ROLLOUT))
+    metrics = step(model, [micro_batch], objective)
+    assert metrics["loss"] == pytest.approx(float(out.loss.detach()))
+    assert metrics["loss_tokens"] == 4 + 15
+    assert metrics["entropy/rollout"] == pytest.approx(float(out.entropy[rollout].mean()), rel=1e-5)
+    assert metrics["entropy/expert"] == pytest.approx(float(out.entropy[expert].mean()), rel=1e-5)
+    trsft = (out.logprob[expert].exp() / 0.1).clamp(max=1.0)
+    assert metrics["trsft/weight_mean"] == pytest.approx(float(trsft.mean()), rel=1e-5)
+    assert metrics["trsft/share_below_alpha"] == pytest.approx(float((trsft < 1).float().mean()))
+    assert metrics["trsft/weight_histogram"] == torch.histc(trsft, 10, 0, 1).int().tolist()
+    assert sum(metrics["trsft/weight_histogram"]) == 4
+    assert metrics["rollout/mismatch_kl"] == pytest.approx(-2.0 - float(out.logprob[rollout].mean()), rel=1e-5)
+    assert metrics["rollout/mismatch_above_10_percent"] > 0.5
+    assert metrics["rollout/ratio_max"] == 1.0
+
+
+def test_sampler_that_agrees_has_no_mismatch():
+    model, objective = make_model(), objectives.dr_grpo()
+    (micro_batch,) = packed(make_samples(prefixes=(0, 0, 0)), objective)
+    agreed = replace(micro_batch.batch, rollout_logprob=policy_forward(model, micro_batch, objective).logprob)
+    metrics = step(model, [replace(micro_batch, batch=agreed)], objective)
+    assert metrics["rollout/mismatch_kl"] == 0.0
+    assert metrics["rollout/mismatch_above_10_percent"] == 0.0
+
+
+def test_a_role_without_tokens_is_not_reported():
+    objective = objectives.trapo()
+    metrics = step(make_model(), packed(make_samples(prefixes=(0, 0, 0)), objective), objective)
+    assert not [name for name in metrics if "expert" in name or "trsft" in name]
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_gradients_are_clipped_to_the_norm_and_reported_before():
+    objective = objectives.trapo()
+    micro_batches = packed(make_samples(), objective)
+    config = OptimizerConfig("SGD", learning_rate=1.0, max_grad_norm=1e-3)
+    model = make_model()
+    before = weights(model)
+    metrics = step(model, micro_batches, objective, config)
+    assert metrics["grad_norm"] > 1e-2
+    assert float((weights(model) - before).norm()) == pytest.approx(1e-3, rel=1e-2)
+    free = make_model()
+    step(free, micro_batches, objective, replace(config, max_grad_norm=0.0))
+    assert float((weights(free) - before).norm()) == pytest.approx(metrics["grad_norm"], rel=1e-2)
+
+
+def test_non_finite_step_changes_nothing_but_the_schedule():
+    model, objective = make_model(), objectives.trapo()
+    micro_batches = packed(make_samples(), objective)
+    config = OptimizerConfig(learning_rate=1e-2, schedule="linear")
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, steps=10)
+    step(model, micro_batches, objective, config, optimizer, scheduler)
+    before, state = weights(model), torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()])
+    overflow = torch.full_like(micro_batches[0].batch.weight, -1e4)  # a ratio of e^10000
+    broken = replace(micro_batches[0].batch, old_logprob=overflow)
+    metrics = step(model, [replace(micro_batches[0], batch=broken)], objective, config, optimizer, scheduler)
+    assert metrics["skipped_step"] == 1
+    assert torch.equal(weights(model), before)
+    assert torch.equal(torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]), state)
+    metrics = step(model, micro_batches, objective, config, optimizer, scheduler)
+    assert metrics["skipped_step"] == 0
+    assert metrics["learning_rate"] == pytest.approx(1e-2 * 0.8)
+
+
+def test_a_step_without_any_loss_moves_momentum_only():
+    model, objective = make_model(), objectives.dr_grpo()
+    metrics = step(model, packed(make_samples((0.0, 0.0, 0.0)), objective), objective)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["loss_tokens"] == 0
+    assert metrics["skipped_step"] == 0
+
+
+def test_weight_decay_spares_vectors():
+    model = make_model()
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.1))
+    decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop", "Adafactor", "NAdam"])
+def test_optimizers_by_name(name):
+    model, objective = make_model(), objectives.trapo()
+    before = weights(model)
+    step(model, packed(make_samples(), objective), objective, OptimizerConfig(name, learning_rate=1e-2))
+    assert not torch.equal(weights(model), before)
+
+
+def test_schedules_by_name():
+    parameter = torch.nn.Linear(1, 1, bias=False)
+    options = {"schedule": "cosine_with_min_lr", "schedule_options": {"min_lr": 1e-4}, "warmup_steps": 2}
+    config = OptimizerConfig(learning_rate=1e-3, **options)
+    optimizer = build_optimizer(parameter, config)
+    scheduler = build_scheduler(optimizer, config, steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:3] == pytest.approx([0.0, 5e-4, 1e-3])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(objectives.PRESETS))
+def test_every_preset_is_a_valid_objective(name):
+    assert build_objective(ObjectiveConfig(name)) == objectives.PRESETS[name]()
+
+
+def test_objective_options_reach_the_preset():
+    assert build_objective(ObjectiveConfig("trapo", {"alpha": 0.3})) == objectives.trapo(alpha=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trappo",), "name must be one of trapo, sft, .*got 'trappo'"),
+        (("trapo", {"alhpa": 0.1}), "options of trapo are alpha, entropy_coef, got 'alhpa'. Did you mean 'alpha'"),
+        (("trapo", {"alpha": 2.0}), r"alpha must lie in \(0, 1\], got 2"),
+    ],
+)
+def test_objective_config_is_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "Adamw"}, "name must be an optimizer of torch.optim .*AdamW.*got 'Adamw'"),
+        ({"name": "LBFGS"}, "got 'LBFGS'"),
+        ({"name": "SGD", "betas": (0.9, 0.9)}, "SGD takes lr, .*got 'betas'. Leave it out"),
+        ({"options": {"momentum": 0.9}}, "AdamW takes .*got 'momentum'"),
+        ({"name": "SGD", "options": {"nesterov": True}}, "SGD refuses its arguments: .*[Nn]esterov"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), or null, got \(0.9, 1.0\)"),
+        ({"schedule": "cosin"}, "schedule must be one of linear, cosine.*got 'cosin'"),
+        ({"schedule": "reduce_lr_on_plateau"}, "schedule must be one of"),
+        ({"schedule": "cosine", "schedule_options": {"min": 1}}, "schedule cosine refuses its arguments: .*'min'"),
+        ({"schedule": "constant", "warmup_steps": 3}, "Use constant_with_warmup"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
+    ],
+)
+def test_optimizer_config_is_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**fields)

@@ -1,0 +1,162 @@
+"""Attention over a packed row: every sequence sees itself only, without padding and without a [T, T] mask.
+
+A packed row holds several sequences one after the other, [1, T]. The backend "sdpa_packed" runs causal
+`scaled_dot_product_attention` once per run of equal-length neighbours, on views of the row; the segment lengths are
+Python ints, so nothing waits for the device. The packer sorts a row by length, so that there are few runs.
+"flash_attention_2" hands the boundaries to flash-attn's varlen kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+logger = logging.getLogger(__name__)
+
+ATTENTIONS = ("auto", "sdpa_packed", "flash_attention_2")
+PACKED_IMPLEMENTATION = "trapo_packed"  # the name that transformers knows our function by
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def choose_attention(attention: str, *, device: torch.device, compute_dtype: torch.dtype) -> str:
+    """The `attn_implementation` for transformers; a named backend is honoured or refused, "auto" logs its choice.
+
+    Raises: ValueError when flash_attention_2 is asked for and cannot run.
+    """
+    obstacle = None
+    if not is_flash_attn_2_available():
+        obstacle = "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
+    elif device.type != "cuda":
+        obstacle = f"it needs a CUDA device, got {device}"
+    elif compute_dtype != torch.bfloat16:
+        obstacle = f"it needs model.dtype=bfloat16, got {str(compute_dtype).removeprefix('torch.')}"
+    if attention == "flash_attention_2" and obstacle:
+        raise ValueError(f"model.attention=flash_attention_2 cannot run: {obstacle}. Use model.attention=sdpa_packed or auto.")
+    if attention == "auto":
+        attention = "sdpa_packed" if obstacle else "flash_attention_2"
+        logger.info("attention: %s", attention)
+    return PACKED_IMPLEMENTATION if attention == "sdpa_packed" else attention
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention would be silently wrong on a packed row.
+
+    Raises: ValueError naming what the model does that the backend cannot do.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    other_types = sorted(set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"model: packing needs a model that uses transformers' attention interface, {name} does not. "
+            "Use an architecture of transformers itself, with model.trust_remote_code=false."
+        )
+    if other_types or getattr(config, "attention_chunk_size", None):
+        kinds = ", ".join(other_types) or "chunked attention"
+        raise ValueError(
+            f"model: packing supports full and sliding-window causal attention, {name} has {kinds}. "
+            "Use a model with softmax attention over one contiguous window."
+        )
+    if model.config._attn_implementation == PACKED_IMPLEMENTATION and getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"model.attention=sdpa_packed cannot cap attention logits, {name} caps them at "
+            f"{config.attn_logit_softcapping}. Use model.attention=flash_attention_2 with model.dtype=bfloat16."
+        )
+
+
+def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the model's body that carry the boundaries of a packed row to its attention."""
+    if model.config._attn_implementation == PACKED_IMPLEMENTATION:
+        # transformers hands a 4-d mask through unread, so no mask is built and no position is compared.
+        return {"segment_lengths": tuple(segment_lengths), "attention_mask": torch.empty(1, 1, 0, 0, device=device)}
+    boundaries = F.pad(torch.tensor(segment_lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    boundaries = boundaries.to(device, non_blocking=True)
+    longest = max(segment_lengths)
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segment_lengths: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment of a packed row; without `segment_lengths`, transformers' own SDPA.
+
+    Args:
+        query: [1, heads, T, head_dim]; `key` and `value` [1, kv_heads, T, head_dim].
+        segment_lengths: tokens of each sequence of the row, summing to T.
+        sliding_window: tokens that a query sees, itself included; None for all earlier ones.
+
+    Returns: [1, T, heads, head_dim] and no attention weights.
+    """
+    if segment_lengths is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise ValueError(
+                f"packed attention: {type(module).__name__} did not pass segment_lengths on to its attention. "
+                "Use an architecture of transformers itself."
+            )
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    for unsupported in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise ValueError(
+                f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed cannot do. "
+                "Use model.attention=flash_attention_2 or another model."
+            )
+    runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
+    sizes = [length * count for length, count in runs]
+    # split, not slices: its backward is one concatenation instead of one full-row addition per run
+    parts = zip(runs, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True)
+    outputs = []
+    for (length, count), *qkv in parts:
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # views [count, heads, length, head_dim]
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        output = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [count · length, heads, head_dim]
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED_IMPLEMENTATION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_IMPLEMENTATION, sdpa_mask)  # generate() runs padded batches through SDPA's mask

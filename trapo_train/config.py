@@ -1,0 +1,165 @@
+"""The configuration of a run: one frozen dataclass whose sections belong to the modules that use them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trapo_train.advantages import AdvantageConfig
+from trapo_train.checkpoint import CheckpointConfig
+from trapo_train.data import DataConfig
+from trapo_train.evaluate import EvalConfig
+from trapo_train.model import ModelConfig
+from trapo_train.packing import PackingConfig
+from trapo_train.plans import PlanConfig
+from trapo_train.rollout import RolloutConfig
+from trapo_train.schema import ConfigError, KeyPath, build
+from trapo_train.step import ObjectiveConfig, OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines a training run."""
+
+    output_dir: str
+    """Folder for metrics, plots, checkpoints and the resolved configuration."""
+    steps: int
+    """Optimizer steps, at least 1."""
+    prompts_per_step: int
+    """Problems sampled for each optimizer step, at least 1."""
+    data: DataConfig
+    """Training problems."""
+    eval_data: DataConfig | None = None
+    """Held-out problems; null for no evaluation."""
+    reward: str
+    """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward."""
+    seed: int = 0
+    """Seed of everything random in the run, at least 0; data sections have their own for generated problems."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model and tokenizer."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What is sampled for each problem."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How it is sampled."""
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    """How rewards become advantages."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer and its learning rate."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """How samples become micro-batches."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """When and how the held-out problems are sampled."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are saved and how many are kept."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("steps", 1), ("prompts_per_step", 1), ("seed", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
+        for name in ("output_dir", "reward"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty.")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a YAML file, or a recipe of the package by its name, and apply overrides such as "plan.name=grpo".
+
+    An override's value is YAML too: 3, 1e-6, true, null, [1, 2]. It replaces the value at its key; missing sections on the
+    way are created.
+
+    Raises:
+        ConfigError: naming the key, the rule, the value and where it was set, for anything that is not a valid
+            configuration.
+    """
+    file, text = _read(str(path))
+    values = _parse_yaml(text, file)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: a configuration must be a mapping of keys to values, got {type(values).__name__}.")
+    applied: list[tuple[KeyPath, str]] = []
+    for override in overrides:
+        applied.append((_apply_override(values, override), override))
+
+    def origin(key: KeyPath) -> str:
+        for target, override in reversed(applied):
+            if key[: len(target)] == target:
+                return f"override {override!r}"
+        beneath = [repr(override) for target, override in applied if target[: len(key)] == key]
+        return f"{file} with override {', '.join(beneath)}" if beneath else file
+
+    return build(RunConfig, values, origin)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the configuration as YAML with every key spelled out; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-6 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {', '.join(sorted(twice))} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+
+
+def _read(path: str) -> tuple[str, str]:
+    """Return the name and the text of a configuration file or packaged recipe."""
+    if Path(path).is_file():
+        return path, Path(path).read_text(encoding="utf-8")
+    recipes = resources.files("trapo_train") / "recipes"
+    recipe = recipes / f"{path}.yaml"
+    if "/" not in path and recipe.is_file():
+        return f"recipe {path}", recipe.read_text(encoding="utf-8")
+    names = sorted(entry.name.removesuffix(".yaml") for entry in recipes.iterdir() if entry.name.endswith(".yaml"))
+    raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(names)}.")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
+    """Set one value in place and return its key path."""
+    key, equals, text = override.partition("=")
+    path = tuple(key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r}: must have the form section.key=value.")
+    section = values
+    for depth, name in enumerate(path[:-1], start=1):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(path[:depth])} is no section, its value is {section!r}.")
+    section[path[-1]] = _parse_yaml(text, f"override {override!r}")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """Replace tuples by lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

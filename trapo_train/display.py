@@ -1,0 +1,336 @@
+"""What a run writes while it trains: `metrics.jsonl`, always, and progress on the console.
+
+On a terminal a bar moves at the bottom and a table row is kept now and then; elsewhere (a log file, CI) only the rows
+are printed. Both come from the same metrics dictionary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the progress table: the metric it shows, its heading and how a value is written."""
+
+    metric: str
+    heading: str
+    write: Callable[[float], str]
+    style: str = ""
+
+    @property
+    def width(self) -> int:
+        """Characters, including the gap to the column before."""
+        return max(len(self.heading), 6) + 2
+
+
+def _fixed(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+COLUMNS = (
+    Column("reward/mean", "reward", _fixed(3)),
+    Column("reward/unguided", "unguided", _fixed(3), "bold"),
+    Column("guided_share", "guided", _percent),
+    Column("loss", "loss", _fixed(4)),
+    Column("entropy/rollout", "entropy", _fixed(3)),
+    Column("entropy/expert", "expert entropy", _fixed(3)),
+    Column("grad_norm", "grad norm", _fixed(2), "dim"),
+    Column("tokens_per_s", "tokens/s", _count, "dim"),
+    Column("peak_memory_mib", "peak MiB", _count, "dim"),
+)
+ROWS_PER_RUN = 20
+ROWS_PER_HEADER = 25
+
+
+class NullReporter:
+    """What a trainer may tell a reporter; this one says nothing: for tests, and for ranks other than the first."""
+
+    def start(self, config: Any, report: Any) -> None:
+        """Ignore the start of a run."""
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Ignore one step."""
+
+    def evaluation(self, metrics: dict[str, Any]) -> None:
+        """Ignore one evaluation."""
+
+    def event(self, text: str) -> None:
+        """Ignore a message."""
+
+    def finish(self, summary: Any) -> None:
+        """Ignore the end of a run."""
+
+    def rewind(self, step: int) -> None:
+        """Ignore a resume."""
+
+
+def _plain(key: str, value: Any, non_finite: list[str]) -> Any:
+    """`value` as JSON can hold it; a NaN or infinity, which it cannot, becomes null and its key is noted."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a 0-d tensor or numpy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite.append(key)
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_plain(key, item, non_finite) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"metrics: values must be numbers, strings or lists of them, got {type(value).__name__} for {key!r}. "
+        "Convert it before reporting, for example with .tolist()."
+    )
+
+
+def metrics_row(kind: str, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """One row of `metrics.jsonl`; values that are not finite are null, with their names under "non_finite"."""
+    non_finite: list[str] = []
+    row = {"kind": kind, "step": step}
+    row |= {key: _plain(key, value, non_finite) for key, value in metrics.items() if key not in row}
+    if non_finite:
+        row["non_finite"] = sorted(set(non_finite))
+    return row
+
+
+def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a metrics file and the number of bytes of a torn last line (0 when the file ends cleanly)."""
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop()  # empty when the file ends with a newline, as every complete row does
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: every line must be one JSON object, line {number} is not ({error}). Delete that line."
+            ) from error
+    return rows, len(torn)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All complete rows of a `metrics.jsonl`; `path` is the file or the run directory that holds it.
+
+    A last line without its newline is what a killed run leaves: it is left out, with a warning that says so.
+    Raises FileNotFoundError where there is no such file, ValueError for a damaged line anywhere else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METRICS_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no metrics here. Give the output directory of a run that has started.")
+    rows, torn = _parse_metrics(path)
+    if torn:
+        warnings.warn(f"{path}: left out 1 torn last line ({torn} bytes) after {len(rows)} complete rows", stacklevel=2)
+    return rows
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per line, flushed row by row, so that a killed run loses at most one row."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: Any = None
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row; a torn line left by a killed run is cut off first."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def rewind(self, step: int) -> int:
+        """Drop every row after `step`, and return how many: the file is replaced in one move, or not at all."""
+        self.close()
+        if not self.path.exists():
+            return 0
+        rows, _ = _parse_metrics(self.path)
+        kept = [row for row in rows if row["step"] <= step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        return len(rows) - len(kept)
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _cut_torn_line(self) -> None:
+        if self.path.exists():
+            content = self.path.read_bytes()
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                os.truncate(self.path, complete)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` → `1:15`, `3700` → `1:01:40`."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Reporter:
+    """Writes `metrics.jsonl` under `output_dir` and shows progress on `console`.
+
+    A table row is kept for every twentieth part of the run, at the first and last step, and after `row_seconds` without
+    one. Use it as a context manager, or call `close`, so that an interrupted run leaves a usable terminal.
+    """
+
+    def __init__(self, output_dir: str | Path, console: Console | None = None, row_seconds: float = 30.0) -> None:
+        self.log = MetricsLog(Path(output_dir) / METRICS_FILE)
+        self.console = console or Console()
+        self.row_seconds = row_seconds
+        self._steps = 0
+        self._last_step = 0
+        self._columns: tuple[Column, ...] = ()
+        self._rows_shown = 0
+        self._steps_seen = 0
+        self._started = self._last_row = time.monotonic()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self, config: Any, report: Any) -> None:
+        """Begin a run of `config.steps` steps; `report` is what loading the data found, printed as it says itself."""
+        self._steps = config.steps
+        self._started = self._last_row = time.monotonic()
+        if report is not None:
+            self._say(str(report), "dim")
+        if self.console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.description}"),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.add_task("starting", total=self._steps, completed=self._last_step)
+            self._progress.start()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Record one training step; `metrics` holds at least "step" (counted from 1)."""
+        step = int(metrics["step"])
+        self.log.append(metrics_row("train", step, metrics))
+        self._last_step = step
+        self._steps_seen += 1
+        if not self._columns:
+            self._columns = tuple(column for column in COLUMNS if column.metric in metrics)
+        if self._wants_row(step):
+            self._print_row(step, metrics)
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=step, description=self._live_line(step, metrics))
+
+    def evaluation(self, metrics: dict[str, Any]) -> None:
+        """Record one evaluation and print its accuracy, with the standard error and each group where they are given."""
+        step = int(metrics.get("step", self._last_step))
+        row = metrics_row("eval", step, metrics)
+        self.log.append(row)
+        self._say(f"{step:>6}  held-out {evaluation_line(row)}", "cyan")
+
+    def event(self, text: str) -> None:
+        """Record something worth reading later: a checkpoint, a skipped step, a resume."""
+        self.log.append(metrics_row("event", self._last_step, {"text": text}))
+        self._say(text, "dim")
+
+    def finish(self, summary: Any) -> None:
+        """End the display; `summary` is printed as it says itself."""
+        self.close()
+        elapsed = format_seconds(time.monotonic() - self._started)
+        self._say(f"{self._steps_seen} steps in {elapsed}, metrics in {self.log.path}", "dim")
+        if summary is not None:
+            self._say(str(summary))
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded after `step`, before training continues from there."""
+        dropped = self.log.rewind(step)
+        self._last_step = step
+        if dropped:
+            self._say(f"metrics: dropped {dropped} rows after step {step}, they are computed again", "dim")
+
+    def close(self) -> None:
+        """Restore the terminal and close the file."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self.log.close()
+
+    def _say(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def _wants_row(self, step: int) -> bool:
+        every = max(1, math.ceil(self._steps / ROWS_PER_RUN))
+        overdue = time.monotonic() - self._last_row >= self.row_seconds
+        return self._steps_seen == 1 or step == self._steps or step % every == 0 or overdue
+
+    def _print_row(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._rows_shown % ROWS_PER_HEADER == 0:
+            headings = "".join(f"{column.heading:>{column.width}}" for column in self._columns)
+            self._say(f"{'step':>6}{headings}{'ETA':>9}", "bold")
+        line = Text(f"{step:>6}")
+        for column in self._columns:
+            line.append(f"{_written(column, metrics):>{column.width}}", style=column.style)
+        line.append(f"{self._eta(step):>9}", style="dim")
+        self.console.print(line, soft_wrap=True)
+        self._rows_shown += 1
+        self._last_row = time.monotonic()
+
+    def _live_line(self, step: int, metrics: dict[str, Any]) -> str:
+        shown = [column for column in self._columns if column.style != "dim"]
+        values = "  ".join(f"{column.heading} {_written(column, metrics)}" for column in shown)
+        return f"ETA {self._eta(step)}  {values}"
+
+    def _eta(self, step: int) -> str:
+        per_step = (time.monotonic() - self._started) / self._steps_seen
+        return format_seconds(per_step * (self._steps - step))
+
+
+def _written(column: Column, metrics: dict[str, Any]) -> str:
+    value = metrics.get(column.metric)
+    return "–" if value is None else column.write(float(value))
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+    """`accuracy 0.450 ± 0.031  depth 3 0.470  depth 6 0.430` from an evaluation's metrics."""
+    parts = []
+    for key, value in row.items():
+        name, _, group = key.partition("/")
+        if name == "accuracy" and value is not None:
+            error = row.get("accuracy_stderr" if not group else f"accuracy_stderr/{group}")
+            spread = f" ± {error:.3f}" if error is not None and not group else ""
+            parts.append(f"{group.replace('_', ' ') or 'accuracy'} {value:.3f}{spread}")
+    return "  ".join(parts) or "no accuracy reported"

@@ -1,0 +1,192 @@
+"""Headroom: does an expert prefix help this model on these problems? Measured before training, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from trapo_train.engine import Engine
+from trapo_train.evaluate import group_problems, standard_error
+from trapo_train.records import Problem, Request, Sample
+from trapo_train.rewards import RewardFn
+from trapo_train.rollout import RolloutConfig, complete, draft, drop_long_experts, judge_samples
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class HeadroomConfig:
+    """What to measure, and what counts as headroom."""
+
+    fractions: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    """Shares of the expert trace to start from, rising from 0 and below 1; at least two."""
+    samples_per_prompt: int = 4
+    """Responses sampled for each problem and fraction, at least 1."""
+    temperature: float = 1.0
+    """Sampling temperature, above 0."""
+    num_problems: int | None = 128
+    """The first so many problems that have an accepted expert trace, at least 2; null takes all."""
+    group_by: str | None = None
+    """Dataset column whose values get a pass rate each, such as depth; null for none."""
+    min_gain: float = 0.10
+    """Smallest rise of the pass rate that counts as headroom, in (0, 1)."""
+    min_unguided: float = 0.05
+    """Smallest unguided pass rate, in [0, 1): below it, samples without a prefix teach nothing."""
+    max_unguided: float = 0.60
+    """Largest unguided pass rate, in (min_unguided, 1]: above it, there is little left to learn."""
+    seed: int = 0
+    """Seed of the samples, so that models are compared on equal draws."""
+
+    def __post_init__(self) -> None:
+        fractions = self.fractions
+        rising = all(low < high for low, high in pairwise(fractions))
+        checks = [
+            (
+                "fractions",
+                len(fractions) >= 2 and fractions[0] == 0 and rising and fractions[-1] < 1,
+                "at least two shares, rising from 0 and below 1",
+            ),
+            ("samples_per_prompt", self.samples_per_prompt >= 1, "at least 1"),
+            ("temperature", 0 < self.temperature < float("inf"), "a finite number above 0"),
+            ("num_problems", self.num_problems is None or self.num_problems >= 2, "null or at least 2"),
+            ("min_gain", 0 < self.min_gain < 1, "in (0, 1)"),
+            ("min_unguided", 0 <= self.min_unguided < 1, "in [0, 1)"),
+            ("max_unguided", self.min_unguided < self.max_unguided <= 1, "in (min_unguided, 1]"),
+        ]
+        for name, holds, rule in checks:
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class HeadroomRow:
+    """The pass rate of one group of problems after one fraction of the expert trace."""
+
+    fraction: float
+    group: str
+    """A value of the grouping column, such as depth_3, or "all" for every problem."""
+    pass_rate: float
+    n: int
+    """Problems in the group."""
+    standard_error: float
+    """Of pass_rate, over problems; NaN for one problem."""
+    answer_in_prefix: float
+    """Share of the problems whose prefix already states the solution."""
+
+
+@dataclass(frozen=True)
+class HeadroomReport:
+    """Pass rates by fraction and group, and the gain: the best guided pass rate minus the unguided one."""
+
+    config: HeadroomConfig
+    rows: tuple[HeadroomRow, ...]
+    gain: float
+    gain_standard_error: float
+    """Over problems, paired: the same problems with and without the prefix."""
+    num_rejected: int
+    """Problems left out because the verifier accepts none of their expert traces."""
+
+    def overall(self) -> list[HeadroomRow]:
+        """Return the rows of all problems together, one per fraction."""
+        return [row for row in self.rows if row.group == ALL]
+
+    def verdict(self) -> tuple[bool, str]:
+        """Return whether there is headroom for guided training, and a sentence with rule, actual value and remedy."""
+        config, unguided, best = self.config, self.overall()[0], self._best()
+        found = (
+            f"got {unguided.pass_rate:.1%} without and {best.pass_rate:.1%} after {best.fraction:.0%} of the expert trace "
+            f"({100 * self.gain:+.1f} ± {100 * self.gain_standard_error:.1f} points, {unguided.n} problems)"
+        )
+        window = f"{config.min_unguided:.0%} to {config.max_unguided:.0%}"
+        if unguided.pass_rate < config.min_unguided:
+            remedy = "Take easier problems or a stronger model, or train it longer before."
+            return False, f"No headroom: the unguided pass rate must be {window}, {found}. {remedy}"
+        if unguided.pass_rate > config.max_unguided:
+            return False, f"No headroom: the unguided pass rate must be {window}, {found}. Take harder problems."
+        if self.gain < config.min_gain:
+            remedy = "The model cannot continue from these traces: first train it on some, or take traces closer to it."
+            rule = f"an expert prefix must raise the pass rate by at least {100 * config.min_gain:.0f} points"
+            return False, f"No headroom: {rule}, {found}. {remedy}"
+        return True, f"Headroom: an expert prefix raises the pass rate, {found}."
+
+    def _best(self) -> HeadroomRow:
+        return max(self.overall()[1:], key=lambda row: row.pass_rate)
+
+
+def measure_headroom(
+    engine: Engine,
+    problems: Sequence[Problem],
+    reward: RewardFn,
+    tokenizer: Any,
+    config: HeadroomConfig,
+    rollout: RolloutConfig,
+) -> HeadroomReport:
+    """Sample every problem after each fraction of its expert trace, in one engine call, and return the pass rates.
+
+    Only problems with an expert trace that the verifier accepts are measured, each with its first such trace: a wrong
+    trace would say nothing about the model. The engine's own random state is left alone.
+
+    Args:
+        rollout: its max_response_tokens, top_p, verify, correct_at and how traces are cut; the temperature is the config's.
+
+    Raises:
+        ValueError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
+    """
+    chosen, num_rejected = _accepted(problems, reward, tokenizer, config, rollout)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"headroom: needs at least 2 problems with an expert trace of at most {rollout.max_response_tokens} tokens that "
+            f"the verifier accepts, got {len(chosen)} of {len(problems)}. Check the expert column and the reward."
+        )
+    groups = {**group_problems(chosen, config.group_by), ALL: list(range(len(chosen)))}
+    drafts = [
+        [draft(problem, Request(config.samples_per_prompt, fraction), 1, tokenizer, rollout) for problem in chosen]
+        for fraction in config.fractions
+    ]
+    samples = [sample for per_fraction in drafts for group in per_fraction for sample in group]
+    complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed)
+    judge_samples(samples, reward, tokenizer, rollout)
+
+    rows, overall_rates = [], []
+    for fraction, per_problem in zip(config.fractions, drafts, strict=True):
+        rates = [fmean(sample.reward >= rollout.correct_at for sample in group) for group in per_problem]
+        for name, positions in groups.items():
+            rows.append(_row(fraction, name, [rates[i] for i in positions], [per_problem[i][0] for i in positions]))
+        overall_rates.append(rates)
+    best = max(overall_rates[1:], key=fmean)
+    gains = [guided - unguided for guided, unguided in zip(best, overall_rates[0], strict=True)]
+    return HeadroomReport(config, tuple(rows), fmean(gains), standard_error(gains), num_rejected)
+
+
+def _accepted(
+    problems: Sequence[Problem], reward: RewardFn, tokenizer: Any, config: HeadroomConfig, rollout: RolloutConfig
+) -> tuple[list[Problem], int]:
+    """Return the first problems with an accepted trace, each with that trace only, and how many had none."""
+    limit = config.num_problems or len(problems)
+    chosen: list[Problem] = []
+    num_rejected = 0
+    while len(chosen) < limit and len(chosen) + num_rejected < len(problems):
+        start = len(chosen) + num_rejected
+        # A block of what is still missing: grading may be slow, and a data set long.
+        block, _ = drop_long_experts(problems[start : start + limit - len(chosen)], rollout.max_response_tokens)
+        traces = [
+            [draft(problem, Request(1, 1.0, i), 1, tokenizer, rollout)[0] for i in range(len(problem.experts))]
+            for problem in block
+        ]
+        judge_samples([trace for per_problem in traces for trace in per_problem], reward, tokenizer, rollout)
+        for problem, per_problem in zip(block, traces, strict=True):
+            judged = zip(problem.experts, per_problem, strict=True)
+            accepted = [expert for expert, trace in judged if trace.reward >= rollout.correct_at]
+            if accepted:
+                chosen.append(replace(problem, experts=(accepted[0],)))
+            else:
+                num_rejected += 1
+    return chosen, num_rejected
+
+
+def _row(fraction: float, group: str, rates: list[float], samples: list[Sample]) -> HeadroomRow:
+    stated = fmean(sample.answer_in_prefix for sample in samples)
+    return HeadroomRow(fraction, group, fmean(rates), len(rates), standard_error(rates), stated)

@@ -1,0 +1,299 @@
+"""Loading a causal LM with a policy head, and running it on a packed micro-batch.
+
+The policy head is the model's own output head; given a call, it runs the fused op inside its `forward`, which is where
+FSDP2 has gathered its weight. Without one it is a plain Linear, so `generate` and `save_pretrained` work unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from trapo_kernels import Objective, linear_logprob, linear_policy_loss
+from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
+from trapo_train.packing import MicroBatch
+
+ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """The shape of a model that starts from random weights; its vocabulary is the tokenizer's."""
+
+    architecture: Literal["llama", "qwen2", "qwen3"] = "llama"
+    """Hugging Face architecture: llama, qwen2 or qwen3."""
+    hidden_size: int = 128
+    """Width of the residual stream, a multiple of num_heads with an even quotient (rotary embeddings turn pairs)."""
+    num_layers: int = 3
+    """Decoder layers, at least 1."""
+    num_heads: int = 4
+    """Query heads, at least 1."""
+    num_kv_heads: int = 4
+    """Key and value heads, a divisor of num_heads; fewer than num_heads is grouped-query attention."""
+    intermediate_size: int = 384
+    """Width of the MLP, at least 1."""
+    max_position: int = 512
+    """Longest sequence in tokens, prompt and response together, at least 2."""
+    tie_word_embeddings: bool = False
+    """Whether the output head shares the input embedding's weight."""
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}.")
+        counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+        for name, least in [(name, 1) for name in counts] + [("max_position", 2)]:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size must be a multiple of 2 · num_heads = {2 * self.num_heads}, got {self.hidden_size}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which causal LM to train and how to run it; give either `name_or_path` or `scratch`."""
+
+    name_or_path: str | None = None
+    """Hugging Face name or local directory of a causal LM with its tokenizer."""
+    scratch: ScratchConfig | None = None
+    """Shape of a model with random weights, in place of `name_or_path`."""
+    tokenizer: str | None = None
+    """Name or directory of the tokenizer; by default the model's own, or the task's for a model from scratch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type, float32 or bfloat16; weights, gradients and optimizer state are float32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in backward: less memory for about a third more time."""
+    attention: Literal["auto", "sdpa_packed", "flash_attention_2"] = "auto"
+    """auto (flash-attn where it can run, else sdpa_packed), sdpa_packed or flash_attention_2."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model; off, because that code is not checked by anyone."""
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.scratch is None):
+            given = "both" if self.scratch is not None else "neither"
+            raise ValueError(
+                f"Give exactly one of name_or_path and scratch, got {given}. "
+                "Set model.name_or_path=<name or directory>, or model.scratch.hidden_size=128 for random weights."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}.")
+
+
+class PolicyHead(nn.Linear):
+    """A model's output head that can run the fused op on its own weight.
+
+    `compute_dtype` is what hidden states and weight are cast to for the op; `softcap` caps the logits inside it.
+    """
+
+    compute_dtype: torch.dtype
+    softcap: float | None
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, *, compute_dtype: torch.dtype, softcap: float | None) -> PolicyHead:
+        """A head that holds the very parameters of `linear`, so that tied weights stay tied."""
+        with torch.device("meta"):
+            head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        head.weight = linear.weight
+        head.bias = linear.bias
+        head.compute_dtype, head.softcap = compute_dtype, softcap
+        return head
+
+    def forward(self, hidden: Tensor, loss_fn: Callable[..., Any] | None = None) -> Any:
+        """Logits of `hidden` [..., D]; or `loss_fn(hidden, weight, bias, softcap, logits_dtype)` of hidden [N, D]."""
+        if loss_fn is None:
+            return super().forward(hidden)
+        # The op chooses its own precision: autocast would turn its fp32 statistics into bf16.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return loss_fn(
+                hidden.to(self.compute_dtype),
+                self.weight.to(self.compute_dtype),
+                bias=self.bias,
+                softcap=self.softcap,
+                logits_dtype=torch.promote_types(self.compute_dtype, torch.float32),
+            )
+
+
+def load_model_and_tokenizer(
+    config: ModelConfig,
+    *,
+    task_tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model with float32 weights on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
+
+    Args:
+        config: where the model comes from and how it runs.
+        task_tokenizer: the tokenizer of a generated task, used by a model from scratch.
+        seed: of the random weights of a model from scratch.
+
+    Raises: ValueError for a model that the packed step would train wrongly, with what to use instead.
+    """
+    device = torch.device(device)
+    tokenizer = _load_tokenizer(config, task_tokenizer)
+    implementation = choose_attention(config.attention, device=device, compute_dtype=DTYPES[config.dtype])
+    common = {"dtype": torch.float32, "attn_implementation": implementation}
+    if config.scratch is not None:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(_scratch_config(config.scratch, tokenizer), **common)
+    else:
+        common["trust_remote_code"] = config.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **common)
+    model.to(device)
+    install_policy_head(model, compute_dtype=DTYPES[config.dtype])
+    check_attention(model)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
+            f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype) -> PolicyHead:
+    """Replace the model's output head by a `PolicyHead` over the same parameters, and check that the logits stay.
+
+    Raises: ValueError where the model's logits are not softcap(head(hidden)), which is all that the fused op knows.
+    """
+    linear = model.get_output_embeddings()
+    if type(linear) not in (nn.Linear, PolicyHead):
+        raise ValueError(
+            f"model: the output head must be a torch.nn.Linear, {type(model).__name__} has {type(linear).__name__}. "
+            "Load the model without quantisation or adapters on its head."
+        )
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap)
+    model.set_output_embeddings(head)
+    _check_logits(model, head)
+    return head
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, head: PolicyHead) -> None:
+    # Some architectures scale or shift logits after the head; a two-token forward finds out for any of them.
+    training = model.training
+    model.eval()
+    token_ids = torch.tensor([[0, 1]], device=head.weight.device)
+    logits = model(input_ids=token_ids, use_cache=False).logits.float()
+    expected = head(model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state).float()
+    model.train(training)
+    if head.softcap is not None:
+        expected = head.softcap * torch.tanh(expected / head.softcap)
+    error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    if not error < 1e-3:
+        raise ValueError(
+            f"model: logits must be the output head's, softcapped at most; those of {type(model).__name__} are off by "
+            f"{float(error):.2g} of their maximum. Such an architecture is not supported."
+        )
+
+
+def policy_head(model: PreTrainedModel) -> PolicyHead:
+    """The model's `PolicyHead`; raises TypeError for a model that `load_model_and_tokenizer` has not prepared."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, PolicyHead):
+        raise TypeError(
+            f"model: the output head must be a PolicyHead, got {type(head).__name__}. Call install_policy_head(model)."
+        )
+    return head
+
+
+def policy_forward(model: PreTrainedModel, micro_batch: MicroBatch, objective: Objective, temperature: float = 1.0) -> Any:
+    """Run one packed micro-batch and its loss; only the positions that carry a loss reach the head.
+
+    Args:
+        micro_batch: on the model's device.
+        objective: a preset or composition of `trapo_kernels`.
+        temperature: > 0, the sampling temperature of the rollouts; it divides the logits.
+
+    Returns: what `linear_policy_loss` returns: loss (0-d), logprob and entropy [N], metrics.
+    """
+
+    def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Any:
+        return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=temperature, **head_arguments)
+
+    return _run_head(model, micro_batch, loss_fn)
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Logprob and entropy [N] in nats of the micro-batch's loss rows under the current policy, without gradients."""
+
+    def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Any:
+        target = micro_batch.batch.target
+        return linear_logprob(hidden, weight, target, temperature=temperature, with_entropy=True, **head_arguments)
+
+    out = _run_head(model, micro_batch, score_fn)
+    return out.logprob, out.entropy
+
+
+def precision(model: PreTrainedModel) -> torch.autocast:
+    """A context in which the model's body computes in its `compute_dtype`, whatever its weights are stored in."""
+    head = policy_head(model)
+    mixed = head.compute_dtype != head.weight.dtype
+    return torch.autocast(head.weight.device.type, dtype=head.compute_dtype if mixed else None, enabled=mixed)
+
+
+def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable[..., Any]) -> Any:
+    device = micro_batch.input_ids.device
+    with precision(model):
+        hidden = model.base_model(
+            input_ids=micro_batch.input_ids,
+            position_ids=micro_batch.position_ids,
+            use_cache=False,
+            **segment_arguments(model, micro_batch.segment_lengths, device),
+        ).last_hidden_state[0]  # [T, D]
+        return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn)
+
+
+def _load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    source = config.tokenizer or config.name_or_path
+    if source is not None:
+        # A plain tokenizer file is what it says: beside a qwen2 model AutoTokenizer would make it a Qwen2Tokenizer, with
+        # that one's pre-tokenisation and an extra token (transformers 5.23; test_scratch_model_exports_and_loads_again).
+        plain = get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend"
+        loader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    if task_tokenizer is None:
+        raise ValueError(
+            "model: a model from scratch needs a tokenizer, and this dataset brings none. "
+            "Set model.tokenizer=<name or directory>, or train on a generated task such as data.task=pointer_chasing."
+        )
+    return task_tokenizer
+
+
+def _scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return ARCHITECTURES[scratch.architecture](
+        vocab_size=len(tokenizer),
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.num_layers,
+        num_attention_heads=scratch.num_heads,
+        num_key_value_heads=scratch.num_kv_heads,
+        head_dim=scratch.hidden_size // scratch.num_heads,
+        intermediate_size=scratch.intermediate_size,
+        max_position_embeddings=scratch.max_position,
+        tie_word_embeddings=scratch.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,237 @@
+"""Samples → micro-batches: a token budget per row, no padding, every normaliser folded into weights once per step.
+
+Weights are computed over all samples of the optimizer step before they are split, so the gradient does not depend on
+how many micro-batches there are or in which order they come. Tokens that cannot contribute are dropped here, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import Objective, Role, TokenBatch, aggregate
+from trapo_train.records import Sample
+
+AGGREGATIONS = ("constant", "token_mean", "role_mean", "sequence_mean")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How the samples of one optimizer step become micro-batches and how their losses are averaged."""
+
+    max_tokens: int = 16384
+    """Token budget of one micro-batch, at least the longest prompt plus response."""
+    aggregation: Literal["constant", "token_mean", "role_mean", "sequence_mean"] = "constant"
+    """Divisor of the summed loss: constant (sequences · longest response allowed), token_mean (loss tokens), role_mean
+    (loss tokens of the same role) or sequence_mean (mean of each sequence, then of the sequences)."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1 token, got {self.max_tokens}.")
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One packed row of T tokens and its N loss rows.
+
+    `input_ids` and `position_ids` are [1, T]; `segment_lengths` are the tokens of each sequence, summing to T.
+    `loss_positions` [N] are the positions in the row whose next token is scored; `batch` holds those N tokens.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_lengths: tuple[int, ...]
+    loss_positions: Tensor
+    batch: TokenBatch
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            loss_positions=self.loss_positions.to(device, non_blocking=True),
+            batch=self.batch.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _LossTokens:
+    """The response tokens of all samples, one sample after the other; tensors are [R], on the host."""
+
+    target: Tensor
+    role: Tensor
+    advantage: Tensor
+    weight: Tensor
+    entropy_weight: Tensor
+    rollout_logprob: Tensor
+    sample: Tensor  # which sample a token belongs to
+    offset: Tensor  # its place in the response
+
+    def select(self, rows: Tensor) -> _LossTokens:
+        """The given rows [M] int64 of every tensor."""
+        return _LossTokens(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+def pack(
+    samples: Sequence[Sample],
+    config: PackingConfig,
+    objective: Objective,
+    *,
+    max_response_tokens: int,
+    pad_to: int | None = None,
+) -> list[MicroBatch]:
+    """Pack all samples of one optimizer step into micro-batches of at most `config.max_tokens` tokens.
+
+    A prefix token is an EXPERT token whose weight is multiplied by `prefix_weight`, a completion token a ROLLOUT token
+    with the sample's advantage. A role that the objective does not train enters no denominator and carries at most the
+    entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0, count in the denominators;
+    then they are dropped, and so are samples without any token left.
+
+    Args:
+        samples: every sample of the step, in any order.
+        objective: says which roles are trained, by which signal, and whether there is an entropy bonus.
+        max_response_tokens: longest response allowed, tokens; the divisor of aggregation "constant".
+        pad_to: number of micro-batches to return, filled up with empty ones, so that all ranks run equally many.
+
+    Returns: at least one micro-batch, on the host; a step without any loss gets an empty one, whose gradient is zero.
+    Raises: ValueError for a sample longer than the budget, an empty prompt, or more micro-batches than `pad_to`.
+    """
+    lengths = [_segment_length(sample, config.max_tokens) for sample in samples]
+    tokens = _loss_tokens(samples, config, objective, max_response_tokens)
+    tokens = tokens.select(((tokens.weight != 0) | (tokens.entropy_weight != 0)).nonzero().squeeze(1))
+    counts = torch.bincount(tokens.sample, minlength=len(samples)).tolist()
+    rows = torch.arange(len(tokens.sample)).split(counts)
+    bins = _first_fit_decreasing([i for i, count in enumerate(counts) if count], lengths, config.max_tokens)
+    micro_batches = [_micro_batch([samples[i] for i in members], tokens, [rows[i] for i in members]) for members in bins]
+    wanted = max(len(micro_batches), 1) if pad_to is None else pad_to
+    if len(micro_batches) > wanted:
+        raise ValueError(
+            f"pack: the samples must fit into pad_to = {wanted} micro-batches of {config.max_tokens} tokens, "
+            f"got {len(micro_batches)}. Raise packing.max_tokens, or pad_to to the largest number of any rank."
+        )
+    return micro_batches + [_empty_micro_batch()] * (wanted - len(micro_batches))
+
+
+def _segment_length(sample: Sample, max_tokens: int) -> int:
+    """Tokens that the model reads for a sample: all but the last, which is only ever a target."""
+    prompt, response = len(sample.problem.prompt_ids), len(sample.prefix_ids) + len(sample.completion_ids)
+    if prompt == 0:
+        raise ValueError(
+            f"pack: a prompt must have at least 1 token to predict from, problem {sample.problem.index} has 0. "
+            "Drop the problem or give it a begin-of-sequence token."
+        )
+    if prompt + response > max_tokens:
+        raise ValueError(
+            f"pack: a sample must fit into packing.max_tokens = {max_tokens} tokens, one of problem "
+            f"{sample.problem.index} has {prompt + response} (prompt {prompt}, response {response}). "
+            f"Set packing.max_tokens to at least {prompt + response}, or shorten rollout.max_response_tokens."
+        )
+    return prompt + response - 1
+
+
+def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Objective, max_response_tokens: int) -> _LossTokens:
+    """Role, signal and weight of every response token; a sample has two parts, its prefix and its completion."""
+    parts = torch.tensor([n for s in samples for n in (len(s.prefix_ids), len(s.completion_ids))], dtype=torch.int64)
+    response_lengths = parts.reshape(-1, 2).sum(1)
+
+    def spread(prefix_and_completion: Sequence[tuple], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(prefix_and_completion, dtype=dtype).reshape(-1).repeat_interleave(parts)
+
+    kind = spread([(Role.EXPERT, Role.ROLLOUT)] * len(samples), torch.uint8)
+    advantage = spread([(s.advantage, s.advantage) for s in samples], torch.float32)
+    share = spread([(s.prefix_weight, 1.0) for s in samples], torch.float32)
+    sample = torch.arange(len(samples)).repeat_interleave(response_lengths)
+    normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens}
+
+    trained = torch.zeros_like(kind, dtype=torch.bool)
+    silent = torch.zeros_like(trained)  # in the loss and its denominators, but with a gradient of exactly zero
+    for role, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
+        if term is not None:
+            trained |= kind == role
+            has_kl = objective.kl is not None and role == Role.ROLLOUT
+            if term.signal == "advantage" and not has_kl:
+                silent |= (kind == role) & (advantage == 0)
+    trained &= share != 0
+    weight = aggregate(torch.where(trained, kind, Role.IGNORED), sample, share=share, **normalise)
+    entropy_weight = torch.zeros_like(weight)
+    if objective.entropy_coef:  # one bonus for all response tokens: expert and rollout tokens share its denominator
+        entropy_weight = aggregate(torch.full_like(kind, Role.ROLLOUT), sample, **normalise)
+    return _LossTokens(
+        target=torch.tensor([t for s in samples for t in (*s.prefix_ids, *s.completion_ids)], dtype=torch.int64),
+        role=kind,
+        advantage=advantage,
+        weight=torch.where(silent, 0.0, weight),
+        entropy_weight=entropy_weight,
+        rollout_logprob=torch.tensor(
+            [x for s in samples for x in (*(0.0,) * len(s.prefix_ids), *s.completion_logprobs)], dtype=torch.float32
+        ),
+        sample=sample,
+        offset=torch.cat([torch.arange(n) for n in response_lengths.tolist()] or [sample]),
+    )
+
+
+def _first_fit_decreasing(members: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Bins of at most `max_tokens`, longest first; equal lengths become neighbours, as packed attention wants."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(members, key=lambda i: -lengths[i]):
+        found = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
+        if found is None:
+            found = len(bins)
+            bins.append([])
+            free.append(max_tokens)
+        bins[found].append(i)
+        free[found] -= lengths[i]
+    return bins
+
+
+def _micro_batch(samples: Sequence[Sample], tokens: _LossTokens, rows: Sequence[Tensor]) -> MicroBatch:
+    input_ids, lengths, first_positions = [], [], []
+    for sample in samples:
+        # The position before the first response token scores it: the last token of the prompt.
+        first_positions.append(len(input_ids) + len(sample.problem.prompt_ids) - 1)
+        segment = (*sample.problem.prompt_ids, *sample.prefix_ids, *sample.completion_ids)[:-1]
+        input_ids.extend(segment)
+        lengths.append(len(segment))
+    chosen = tokens.select(torch.cat(list(rows)))
+    counts = torch.tensor([len(row) for row in rows])
+    return MicroBatch(
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        segment_lengths=tuple(lengths),
+        loss_positions=torch.tensor(first_positions).repeat_interleave(counts) + chosen.offset,
+        batch=TokenBatch(
+            target=chosen.target,
+            role=chosen.role,
+            advantage=chosen.advantage,
+            weight=chosen.weight,
+            entropy_weight=chosen.entropy_weight,
+            rollout_logprob=chosen.rollout_logprob,
+        ),
+    )
+
+
+def _empty_micro_batch() -> MicroBatch:
+    """One token in no loss: it runs forward and backward like any other and adds exactly nothing."""
+    nothing = torch.zeros(1)
+    return MicroBatch(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        position_ids=torch.zeros(1, 1, dtype=torch.int64),
+        segment_lengths=(1,),
+        loss_positions=torch.zeros(1, dtype=torch.int64),
+        batch=TokenBatch(
+            target=torch.zeros(1, dtype=torch.int64),
+            role=torch.full((1,), Role.IGNORED, dtype=torch.uint8),
+            advantage=nothing,
+            weight=nothing,
+            entropy_weight=nothing,
+            rollout_logprob=nothing,
+        ),
+    )

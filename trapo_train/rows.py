@@ -1,0 +1,141 @@
+"""Read dataset rows and turn their cells into texts: prompts, solutions and expert traces."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trapo_train.tasks import generate_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trapo_train.data import DataConfig
+
+FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
+DEFAULT_TASK_PROBLEMS = 1000
+
+
+def load_rows(config: DataConfig) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    """Return the column names and the rows of the configured task or dataset, at most `num_problems` of them."""
+    if config.task is not None:
+        num_problems = config.num_problems or DEFAULT_TASK_PROBLEMS
+        rows = generate_rows(config.task_options, num_problems=num_problems, split=config.split, seed=config.seed)
+        return list(rows[0]), rows
+    try:
+        dataset = _load_dataset(config.path, config.name, config.split)
+    except Exception as error:
+        # datasets hides the reason of a failed read in the cause.
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"Reading the dataset {config.path!r}, split {config.split!r}, failed: {type(reason).__name__}: {reason}. "
+            "Check that it is there, readable and not empty."
+        ) from error
+    if config.num_problems is not None:
+        dataset = dataset.select(range(min(config.num_problems, len(dataset))))
+    return dataset.column_names, dataset
+
+
+def cell(row: dict[str, Any], column: str, where: str) -> Any:
+    """Return a row's value in a column; a dot in the column name reaches into a struct, if no column is called so."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for key in column.split("."):
+        if not isinstance(value, dict) or key not in value:
+            present = f"has the fields {sorted(value)}" if isinstance(value, dict) else f"is {type(value).__name__}"
+            raise ValueError(f"{where}: column {column!r} has no field {key!r}: the value there {present}.")
+        value = value[key]
+    return value
+
+
+def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """Return the text of a prompt: as it is, or rendered with the chat template and its generation prompt."""
+    if isinstance(value, str):
+        if not wants_chat(value, config):
+            return value
+        messages = [{"role": "user", "content": value}]
+    else:
+        messages = _messages(value, f"{where}: a prompt")
+    if config.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
+            "of an instruction-tuned model, set tokenizer.chat_template, or give the prompt as text without "
+            "as_chat and system_prompt."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise ValueError(f"{where}: the chat template refused the prompt: {error}") from error
+
+
+def wants_chat(prompt: Any, config: DataConfig) -> bool:
+    """Return whether a prompt is rendered with the chat template."""
+    return config.as_chat or config.system_prompt is not None or not isinstance(prompt, str)
+
+
+def solution_text(value: Any, where: str) -> str | None:
+    """Return a solution as text; whole numbers are spelled, None stays."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(f"{where}: a solution must be text, a whole number or null, got {_shown(value)}. Convert the column.")
+
+
+def trace_texts(value: Any, where: str) -> list[str]:
+    """Return the expert traces of a cell: text, an assistant message, or a list of these; empty ones are left out."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        value = [value]
+    return [text for text in (_trace_text(item, where) for item in value) if text]
+
+
+def _load_dataset(path: str, name: str | None, split: str) -> Any:
+    import datasets
+
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = datasets.load_from_disk(path)
+        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    if folder.suffix not in FILE_SUFFIXES:
+        return datasets.load_dataset(path, name, split=split)
+    if not glob.glob(path):
+        raise FileNotFoundError(f"there is no file {path!r}")
+    # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read
+    # it too, but asks the hub to count the download first and waits for an answer where there is no network.
+    files = {re.match(r"\w*", split).group(): path}
+    reader = datasets.Dataset.from_parquet if folder.suffix == ".parquet" else datasets.Dataset.from_json
+    return reader(files, split=split)
+
+
+def _trace_text(item: Any, where: str) -> str:
+    if item is None or isinstance(item, str):
+        return item or ""
+    messages = _messages(item if isinstance(item, list) else [item], f"{where}: an expert trace")
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"{where}: an expert trace must be one assistant message, got the roles {roles}.")
+    return messages[0]["content"]
+
+
+def _messages(value: Any, what: str) -> list[dict[str, str]]:
+    good = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not good or not value:
+        raise TypeError(
+            f"{what} must be text or a non-empty list of messages with text under 'role' and 'content', got {_shown(value)}."
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _shown(value: Any) -> str:
+    return f"{repr(value)[:100]} ({type(value).__name__})"

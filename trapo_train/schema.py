@@ -1,0 +1,150 @@
+"""Build nested frozen dataclasses from plain mappings, strictly: unknown keys, wrong types and bad ranges are errors."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+KeyPath = tuple[str, ...]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what is wrong with it, and where it was set."""
+
+
+def build(cls: type[T], values: Any, origin: Callable[[KeyPath], str], path: KeyPath = ()) -> T:
+    """Build dataclass `cls` from a mapping, nested dataclasses included.
+
+    `origin(path)` says where the value at a key path was set, for the error messages. Whole numbers are accepted for
+    floats, null for optional fields only. A section that is left out is built from its own defaults.
+
+    Raises:
+        ConfigError: for an unknown or missing key, a wrong type, or a value that the dataclass's own check refuses.
+    """
+    if not isinstance(values, dict):
+        raise _wrong_type(values, f"a section with the keys {_listed(cls)}", origin, path)
+    known = {item.name: item for item in fields(cls) if item.init}
+    for key in values:
+        if key not in known:
+            raise ConfigError(_unknown_key(str(key), known, origin, path))
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    missing = []
+    for name, item in known.items():
+        if name in values:
+            arguments[name] = _convert(values[name], hints[name], origin, (*path, name))
+        elif is_dataclass(hints[name]):
+            arguments[name] = build(hints[name], {}, origin, (*path, name))
+        elif item.default is MISSING and item.default_factory is MISSING:
+            missing.append(".".join((*path, name)))
+    if missing:
+        raise ConfigError(f"{origin(path)}: {', '.join(missing)} must be set.")
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        section = ".".join(path)
+        named = not section or str(error).startswith(section)
+        raise ConfigError(f"{origin(path)}: {'' if named else section + ': '}{error}") from error
+
+
+def _convert(value: Any, expected: Any, origin: Callable[[KeyPath], str], path: KeyPath) -> Any:
+    kind = typing.get_origin(expected) or expected
+    arguments = typing.get_args(expected)
+    if kind is Any:
+        return value
+    if kind in (Union, types.UnionType):
+        return _convert_union(value, expected, origin, path)
+    if kind is Literal:
+        return _convert_choice(value, arguments, origin, path)
+    if is_dataclass(kind):
+        return build(kind, value, origin, path)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        items = _item_types(arguments, len(value))
+        if items is None:
+            raise _wrong_type(value, _type_name(expected), origin, path)
+        pairs = enumerate(zip(value, items, strict=True))
+        return kind(_convert(entry, item, origin, (*path, str(i))) for i, (entry, item) in pairs)
+    if kind is dict and isinstance(value, dict):
+        item = arguments[1] if arguments else Any
+        return {str(key): _convert(entry, item, origin, (*path, str(key))) for key, entry in value.items()}
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind in (bool, int, str) and type(value) is kind:
+        return value
+    raise _wrong_type(value, _type_name(expected), origin, path)
+
+
+def _item_types(arguments: tuple[Any, ...], length: int) -> list[Any] | None:
+    """Return the type of each entry of a list or tuple type; None if it fixes another length."""
+    if not arguments:
+        return [Any] * length
+    if len(arguments) == 1 or arguments[1] is Ellipsis:
+        return [arguments[0]] * length
+    return list(arguments) if len(arguments) == length else None
+
+
+def _convert_union(value: Any, expected: Any, origin: Callable[[KeyPath], str], path: KeyPath) -> Any:
+    members = typing.get_args(expected)
+    if value is None and type(None) in members:
+        return None
+    members = tuple(member for member in members if member is not type(None))
+    if len(members) == 1 and value is not None:
+        return _convert(value, members[0], origin, path)
+    for member in members:
+        try:
+            return _convert(value, member, origin, path)
+        except ConfigError:
+            continue
+    raise _wrong_type(value, _type_name(expected), origin, path)
+
+
+def _convert_choice(value: Any, choices: tuple[Any, ...], origin: Callable[[KeyPath], str], path: KeyPath) -> Any:
+    if any(value == choice and type(value) is type(choice) for choice in choices):
+        return value
+    raise ConfigError(
+        f"{origin(path)}: {'.'.join(path)} must be one of {list(choices)}, got {value!r}."
+        f"{_did_you_mean(str(value), [str(choice) for choice in choices])}"
+    )
+
+
+def _wrong_type(value: Any, expected: str, origin: Callable[[KeyPath], str], path: KeyPath) -> ConfigError:
+    key = ".".join(path) or "the configuration"
+    got = "null" if value is None else f"{value!r} ({_type_name(type(value))})"
+    return ConfigError(f"{origin(path)}: {key} must be {expected}, got {got}.")
+
+
+def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str], path: KeyPath) -> str:
+    full = ".".join((*path, key))
+    near = _did_you_mean(full, [".".join((*path, name)) for name in known])
+    section = f"section {'.'.join(path)!r}" if path else "the configuration"
+    return f"{origin((*path, key))}: unknown key {full!r}.{near} The keys of {section} are: {', '.join(known)}."
+
+
+def _did_you_mean(word: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _listed(cls: type) -> str:
+    return ", ".join(item.name for item in fields(cls) if item.init)
+
+
+def _type_name(expected: Any) -> str:
+    kind = typing.get_origin(expected) or expected
+    arguments = [argument for argument in typing.get_args(expected) if argument is not Ellipsis]
+    if kind in (Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if kind in (list, tuple):
+        kinds = [_type_name(argument) for argument in arguments]
+        if len(kinds) > 1:
+            return f"a list of {len(kinds)}: {', '.join(kinds)}"
+        return f"a list of {kinds[0]}" if kinds else "a list"
+    if is_dataclass(kind):
+        return f"a section with the keys {_listed(kind)}"
+    names = {bool: "true or false", int: "int", float: "float", str: "text", dict: "a mapping", type(None): "null"}
+    return names.get(kind, str(expected))

@@ -1,0 +1,268 @@
+"""One optimizer step: objective, optimizer and schedule by name; micro-batches in, new weights and metrics out."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
+
+from trapo_kernels import Objective, PolicyLossOutput, Role, objectives
+from trapo_train.model import policy_forward
+from trapo_train.packing import MicroBatch
+
+HISTOGRAM_BINS = 10
+_UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
+_UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metric every step
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which policy loss to minimise."""
+
+    name: str = "trapo"
+    """A preset of trapo_kernels.objectives: trapo, sft, trsft, dft, grpo, dr_grpo, dapo or luffy."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the preset, such as alpha in (0, 1] and entropy_coef of trapo."""
+
+    def __post_init__(self) -> None:
+        build_objective(self)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become new weights."""
+
+    name: str = "AdamW"
+    """Class of torch.optim."""
+    learning_rate: float = 1e-6
+    """Peak learning rate, above 0."""
+    betas: tuple[float, float] | None = None
+    """Decay of the first and second moment, each in [0, 1); null for the optimizer's own."""
+    weight_decay: float = 0.0
+    """Decay of matrices, at least 0; vectors (norms, biases) are never decayed."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, such as momentum of SGD."""
+    schedule: str = "constant_with_warmup"
+    """Learning-rate schedule of transformers.get_scheduler, such as constant_with_warmup, linear or cosine."""
+    warmup_steps: int = 0
+    """Optimizer steps from 0 to the peak learning rate, at least 0."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, such as min_lr of cosine_with_min_lr."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger L2 norm are scaled down to it, at least 0; 0 never clips."""
+    max_skipped_steps: int = 3
+    """Steps in a row with a loss or gradient that is not finite, skipped before the run stops, at least 0."""
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("betas", self.betas is None or _are_betas(self.betas), "two numbers in [0, 1), or null"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
+            ("max_skipped_steps", self.max_skipped_steps >= 0, "at least 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps must be 0 with the schedule constant, got {self.warmup_steps}. Use constant_with_warmup."
+            )
+        # Building both on one tiny matrix finds every argument that they refuse, before a model is loaded.
+        optimizer = build_optimizer(nn.Linear(1, 1, bias=False), self)
+        build_scheduler(optimizer, self, steps=max(2, self.warmup_steps + 1))
+
+
+def _are_betas(betas: Sequence[float]) -> bool:
+    return len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The configured preset.
+
+    Raises: ValueError for an unknown preset, an unknown option, or an option out of range.
+    """
+    preset = objectives.PRESETS.get(config.name)
+    if preset is None:
+        raise ValueError(f"name must be one of {', '.join(objectives.PRESETS)}, got {config.name!r}.")
+    allowed = list(inspect.signature(preset).parameters)
+    for option in config.options:
+        if option not in allowed:
+            near = difflib.get_close_matches(option, allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{hint}")
+    return preset(**config.options)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The configured optimizer over all trainable parameters of `model`, in a fused implementation where it has one.
+
+    Raises: ValueError for an unknown optimizer or an argument that it does not take.
+    """
+    cls = getattr(torch.optim, config.name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls is Optimizer or config.name in _UNFIT_OPTIMIZERS:
+        known = [name for name in vars(torch.optim) if name not in (*_UNFIT_OPTIMIZERS, "Optimizer")]
+        known = [name for name in known if isinstance(getattr(torch.optim, name), type)]
+        raise ValueError(f"name must be an optimizer of torch.optim ({', '.join(sorted(known))}), got {config.name!r}.")
+    accepted = inspect.signature(cls).parameters
+    arguments: dict[str, Any] = {"lr": config.learning_rate}
+    if "fused" in accepted:
+        arguments["fused"] = True
+    if config.betas is not None:
+        arguments["betas"] = config.betas
+    arguments |= config.options
+    for name in [*arguments, *(["weight_decay"] if config.weight_decay else [])]:
+        if name not in accepted:
+            raise ValueError(
+                f"{config.name} takes {', '.join(n for n in accepted if n != 'params')}, got {name!r}. Leave it out."
+            )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim >= 2]}, {"params": [p for p in trainable if p.ndim < 2]}]
+    if "weight_decay" in accepted:
+        groups[0]["weight_decay"], groups[1]["weight_decay"] = config.weight_decay, 0.0
+    try:
+        return cls([group for group in groups if group["params"]], **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{config.name} refuses its arguments: {error}.") from error
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LRScheduler:
+    """The configured learning-rate schedule over `steps` optimizer steps.
+
+    Raises: ValueError for an unknown schedule or an argument that it does not take.
+    """
+    known = [schedule.value for schedule in SchedulerType if schedule.value not in _UNFIT_SCHEDULES]
+    if config.schedule not in known:
+        raise ValueError(f"schedule must be one of {', '.join(known)}, got {config.schedule!r}.")
+    try:
+        return get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schedule {config.schedule} refuses its arguments: {error}. See schedule_options.") from error
+
+
+def optimizer_step(
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    micro_batches: Sequence[MicroBatch],
+    objective: Objective,
+    temperature: float,
+    max_grad_norm: float,
+) -> dict[str, Any]:
+    """Accumulate the gradients of all micro-batches, clip them, and update the weights once.
+
+    A step whose loss or gradient norm is not finite leaves weights and optimizer state alone and reports
+    "skipped_step" = 1; the schedule goes on. The metrics reach the host in one transfer at the end.
+
+    Args:
+        temperature: > 0, the sampling temperature of the rollouts.
+        max_grad_norm: L2 norm that gradients are scaled down to; 0 never clips.
+
+    Returns: loss, grad_norm (before clipping), learning_rate, loss_tokens, micro_batches, skipped_step; and for each role
+        that has tokens, entropy/<role> in nats and the kernel's metrics (see `linear_policy_loss`), TrSFT's under trsft/.
+    """
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    device = next(model.parameters()).device
+    tally = _Tally()
+    for micro_batch in micro_batches:
+        micro_batch = micro_batch.to(device)
+        out = policy_forward(model, micro_batch, objective, temperature)
+        out.loss.backward()
+        tally.add(out, micro_batch, objective)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    metrics = tally.result({"grad_norm": grad_norm})
+    finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    learning_rate = optimizer.param_groups[0]["lr"]
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    scheduler.step()
+    return metrics | {
+        "learning_rate": learning_rate,
+        "micro_batches": len(micro_batches),
+        "skipped_step": int(not finite),
+    }
+
+
+class _Tally:
+    """Metrics of one step over its micro-batches, kept on the device: sums, means weighted by their role's count, maxima."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, out: PolicyLossOutput, micro_batch: MicroBatch, objective: Objective) -> None:
+        """Take in one micro-batch."""
+        batch = micro_batch.batch
+        metrics = dict(out.metrics)
+        if batch.rollout_logprob is not None:
+            metrics |= _mismatch(out.logprob, batch.rollout_logprob, batch.role == Role.ROLLOUT)
+        self._add("loss", out.loss.detach().double())
+        for name, value in metrics.items():
+            role = name.split("/")[0]
+            if name.endswith("_max"):
+                self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
+            elif name.endswith("/count"):
+                self._add(name, value.double())
+            else:
+                self._add(name, value.double() * metrics[f"{role}/count"])
+        if "expert/share_below_alpha" in metrics:  # the expert gate truncates: TrSFT, or DFT with alpha = 1
+            weight = objective.expert.gate.slope(out.logprob, batch.advantage).clamp(max=1.0)
+            trained = (batch.role == Role.EXPERT) & (batch.weight != 0)
+            self._add("histogram", torch.histc(torch.where(trained, weight, -1.0), HISTOGRAM_BINS, 0.0, 1.0).double())
+
+    def result(self, extra: dict[str, Tensor]) -> dict[str, Any]:
+        """All metrics as Python numbers, `extra` included, after one transfer."""
+        histogram = self._sums.pop("histogram", None)
+        scalars = self._sums | self._maxima | extra
+        parts = [value.double().reshape(-1) for value in scalars.values()]
+        numbers = torch.cat(parts if histogram is None else [*parts, histogram]).tolist()
+        values = dict(zip(scalars, numbers, strict=False))
+        counts = {role: values.pop(f"{role}/count", 0.0) for role in ("expert", "rollout")}
+        metrics: dict[str, Any] = {"loss_tokens": int(sum(counts.values()))}
+        for name, value in values.items():
+            role = name.split("/")[0]
+            if role not in counts:
+                metrics[name] = value
+            elif counts[role]:
+                metrics[_RENAMED.get(name, name)] = value if name in self._maxima else value / counts[role]
+        if counts["expert"] and histogram is not None:
+            metrics["trsft/weight_histogram"] = [int(count) for count in numbers[-HISTOGRAM_BINS:]]
+        return metrics
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+_RENAMED = {
+    "rollout/entropy": "entropy/rollout",
+    "expert/entropy": "entropy/expert",
+    "expert/trsft_weight": "trsft/weight_mean",
+    "expert/share_below_alpha": "trsft/share_below_alpha",
+}
+
+
+def _mismatch(logprob: Tensor, rollout_logprob: Tensor, rollout: Tensor) -> dict[str, Tensor]:
+    """How far the trainer is from the sampler on the sampler's own tokens: KL estimate in nats, share off by over 10 %."""
+    count = rollout.sum().clamp(min=1)
+    difference = torch.where(rollout, logprob.float() - rollout_logprob, 0.0)
+    off = (difference.exp() - 1.0).abs() > 0.1
+    return {
+        "rollout/mismatch_kl": -difference.sum() / count,
+        "rollout/mismatch_above_10_percent": off.sum().float() / count,
+    }
