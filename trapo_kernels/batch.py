@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from trapo_kernels import checks
 IGNORE_INDEX = -100
 
 
-class Role(IntEnum):
-    """What a token is to the loss."""
+class Role:
+    """What a token is to the loss; plain integers, because torch.compile cannot compare a tensor with an enum member."""
 
     IGNORED = 0  # in no loss; its hidden state is never read
     ROLLOUT = 1  # sampled by the policy: the ratio loss

@@ -21,7 +21,8 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype) -
     checks.one_of(where, "backend", backend, BACKENDS)
     if backend == "auto":
         chosen = "triton" if why_not("triton", device, dtype) is None and device.type == "cuda" else "torch"
-        _say_once(where, chosen, device.type, str(dtype))
+        if not torch.compiler.is_compiling():  # a logging call would break the graph
+            _say_once(where, chosen, device.type, str(dtype))
         return chosen
     reason = why_not(backend, device, dtype)
     if reason:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
@@ -192,8 +193,12 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dir
     directory = Path(directory)
     unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
+    progress_bar = is_progress_bar_enabled()
+    disable_progress_bar()
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    if progress_bar:
+        enable_progress_bar()
     if directory.exists():
         shutil.rmtree(directory)
     unfinished.rename(directory)

@@ -81,8 +81,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     _check_output_dir(config, store)
     trainer = Trainer(config)
     if config.checkpoint.resume:
-        trainer.resume(store)
-        reporter.rewind(trainer.step)
+        resumed = trainer.resume(store)
+        reporter.rewind(trainer.step if resumed else -1)  # without a checkpoint step 0 is recorded again, too
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
     reporter.start(config, trainer.data_report)
@@ -263,11 +263,11 @@ class Trainer:
             "rng": rng_state(),
         }
 
-    def resume(self, store: CheckpointStore) -> None:
-        """Continue exactly where the newest checkpoint of `store` was saved; without one, from the start."""
+    def resume(self, store: CheckpointStore) -> bool:
+        """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""
         found = store.load(self.fingerprint)
         if found is None:
-            return
+            return False
         _, state = found
         for name in ("step", "evaluated_at", "skipped_in_a_row"):
             setattr(self, name, state[name])
@@ -275,6 +275,7 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         restore_rng_state(state["rng"])
         self.notes.append(f"resumed from step {self.step}")
+        return True
 
     def _check_objective(self) -> None:
         guided = any(rung.prefix_ratio > 0 for rung in plan_rungs(self.config.plan))
