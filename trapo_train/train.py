@@ -247,7 +247,7 @@ class Trainer:
         free = [*_FREE_SECTIONS]
         if self.config.optimizer.schedule.startswith("constant"):
             free.append("steps")  # other schedules depend on it
-        return {"config": {k: v for k, v in config.items() if k not in free}, "data": self.data_fingerprint}
+        return {"config": {k: v for k, v in config.items() if k not in free}, "data": self.data_fingerprint[:16]}
 
     def state_dict(self) -> dict[str, Any]:
         """All state of the run, as tensors and plain values."""

@@ -1,0 +1,51 @@
+# `make demo` and `make test` set everything up on a machine with Python ≥ 3.11, pip, make and a C++ compiler.
+#
+#   PYTHON=python3.12   the interpreter that makes the environment
+#   TORCH=torch==2.13.0 the torch to install first; set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels to avoid the CUDA packages
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python
+# The GPU machine's own interpreter serves where no environment was made: it brings a CUDA torch.
+GPU_RUN := $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3)
+
+.PHONY: help demo test test-fast lint format gpu-test gpu-bench clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s $$'\t'
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"trapo needs Python 3.11 or newer, found {sys.version.split()[0]}. Pass PYTHON=/path/to/python3.11.")'
+	@echo "== environment: $(VENV), with $(TORCH) (once, 1-2 minutes)"
+	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready  ## train a base model, then TRAPO from it, on a laptop CPU; about 5 minutes, plots in runs/demo
+	@$(VENV)/bin/trapo-train demo --output runs/demo
+
+test: $(VENV)/.ready  ## every test that this machine can run
+	@echo "== the whole suite (make test-fast leaves out the slow ones)"
+	@$(RUN) -m pytest
+
+test-fast: $(VENV)/.ready  ## the default subset, without `slow`
+	@$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/.ready  ## ruff, check only
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+format: $(VENV)/.ready  ## ruff, in place
+	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+
+gpu-test:  ## kernel correctness on a CUDA device, under 9 minutes; writes benchmarks/results/<gpu>/tests.md
+	@PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu_test
+
+gpu-bench:  ## the GPU tables, resumable, under 9 minutes a call; writes benchmarks/results/<gpu>
+	@PYTHONPATH=. $(GPU_RUN) -m benchmarks --device cuda --budget 8.5 --out benchmarks/results
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,222 @@
+"""Checkpoints: whole or not there, refused when damaged, never running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import threading
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trapo_train import checkpoint
+from trapo_train.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    CheckpointStore,
+    StopSignal,
+    compare_fingerprints,
+    export_model,
+    restore_rng_state,
+    rng_state,
+)
+from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.tasks import build_tokenizer
+
+FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
+
+
+def make_state(value: float = 1.0) -> dict:
+    return {"model": {"weight": torch.full((3, 2), value)}, "step": 7, "rates": (0.1, None, "x"), "rng": rng_state()}
+
+
+@pytest.fixture
+def store(tmp_path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+
+def test_load_returns_what_was_saved(store):
+    assert store.load(FINGERPRINT) is None
+    store.save(5, make_state(1.0), FINGERPRINT)
+    store.save(10, make_state(2.0), FINGERPRINT)
+    step, state = store.load(FINGERPRINT)
+    assert step == 10
+    assert torch.equal(state["model"]["weight"], torch.full((3, 2), 2.0))
+    assert state["rates"] == (0.1, None, "x")
+
+
+def test_only_the_newest_are_kept(store):
+    for step in (1, 2, 3, 10):
+        store.save(step, make_state(), FINGERPRINT)
+    assert store.steps() == [3, 10]
+
+
+def test_tied_tensors_stay_tied(store):
+    weight = torch.ones(4)
+    store.save(1, {"a": weight, "b": weight}, FINGERPRINT)
+    _, state = store.load(FINGERPRINT)
+    assert state["a"].data_ptr() == state["b"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.truncate(path / "state.pt", 100), "state.pt has 100 of .* bytes"),
+        (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is not readable"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not readable"),
+        (lambda path: flip_byte(path / "state.pt"), "state.pt does not match its SHA-256"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_and_the_intact_one_offered(store, damage, message):
+    store.save(5, make_state(1.0), FINGERPRINT)
+    path = store.save(10, make_state(2.0), FINGERPRINT)
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"{message}.*Delete {path} to resume from step 5, which is intact"):
+        store.load(FINGERPRINT)
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    assert store.load(FINGERPRINT)[0] == 5
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_when_none_is_intact_it_says_so(store):
+    for step in (1, 2):
+        os.truncate(store.save(step, make_state(), FINGERPRINT) / "state.pt", 10)
+    with pytest.raises(CheckpointError, match="There is no intact one before it"):
+        store.load(FINGERPRINT)
+
+
+def test_a_state_with_code_in_it_is_not_run(store):
+    path = store.save(1, make_state(), FINGERPRINT)
+
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(store.directory / "attacked"),))
+
+    torch.save({"model": Attack()}, path / "state.pt")
+    digest = checkpoint._digest(path / "state.pt")
+    manifest = (path / "manifest.json").read_text()
+    old = json.loads(manifest)
+    old["state"] = digest
+    (path / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(pickle.UnpicklingError):
+        store.load(FINGERPRINT)
+    assert not (store.directory / "attacked").exists()
+
+
+def test_different_run_is_refused_with_the_differences(store):
+    store.save(1, make_state(), FINGERPRINT)
+    other = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.2}}, "data": "abd"}
+    with pytest.raises(CheckpointError) as error:
+        store.load(other)
+    assert "config.optimizer.learning_rate was 0.1, is 0.2; data was 'abc', is 'abd'" in str(error.value)
+
+
+def test_fingerprints_compare_missing_keys_too():
+    assert compare_fingerprints({"a": 1}, {"a": 1, "b": {"c": 2}}) == ["b was None, is {'c': 2}"]
+    assert compare_fingerprints({"a": {"x": 1}}, {"a": {"x": 1}}) == []
+
+
+def test_a_failed_save_leaves_the_last_one(store, monkeypatch):
+    store.save(1, make_state(), FINGERPRINT)
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be saved.*The last one is .*step_00000001"):
+        store.save(2, make_state(), FINGERPRINT)
+    assert store.steps() == [1]
+    assert store.load(FINGERPRINT)[0] == 1
+    assert [path.name for path in store.directory.iterdir()] == ["step_00000001"]
+
+
+def test_a_save_killed_before_the_rename_is_invisible_and_cleaned_up(store, monkeypatch):
+    store.save(1, make_state(), FINGERPRINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync_directory", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.save(2, make_state(), FINGERPRINT)
+    assert len(list(store.directory.iterdir())) == 2
+    assert store.load(FINGERPRINT)[0] == 1
+    store.save(3, make_state(), FINGERPRINT)
+    assert sorted(path.name for path in store.directory.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_a_step_is_saved_once(store):
+    store.save(1, make_state(), FINGERPRINT)
+    with pytest.raises(CheckpointError, match="exists already"):
+        store.save(1, make_state(), FINGERPRINT)
+
+
+def draw() -> list[float]:
+    return [random.random(), random.gauss(0, 1), numpy.random.normal(), float(torch.rand(1)), float(torch.randn(1))]
+
+
+def test_random_states_survive_a_checkpoint(store):
+    draw()
+    store.save(1, {"rng": rng_state()}, FINGERPRINT)
+    expected = [draw(), draw()]
+    random.seed(5)
+    numpy.random.seed(5)
+    torch.manual_seed(5)
+    restore_rng_state(store.load(FINGERPRINT)[1]["rng"])
+    assert [draw(), draw()] == expected
+
+
+def test_export_is_loaded_by_transformers_and_replaced_as_a_whole(tmp_path):
+    scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=build_tokenizer())
+    export_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "stale.txt").touch()
+    with torch.no_grad():
+        model.lm_head.weight += 1.0
+    export_model(model, tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model" / "stale.txt").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", use_safetensors=True)
+    token_ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(again.eval()(token_ids).logits, model.eval()(token_ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab|")["input_ids"] == tokenizer("ab|")["input_ids"]
+    assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_stop_signal_catches_sigterm_and_gives_it_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_stop_signal_works_outside_the_main_thread():
+    seen = []
+
+    def body():
+        with StopSignal() as stop:
+            seen.append(stop.received)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(("fields", "message"), [({"every": -1}, "every must be"), ({"keep": 0}, "keep must be")])
+def test_config_checks_its_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CheckpointConfig(**fields)

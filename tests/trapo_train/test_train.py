@@ -1,0 +1,320 @@
+"""The loop: it learns, it resumes to the same bits, and it refuses what it cannot train before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from trapo_kernels import objectives
+from trapo_train import train
+from trapo_train.config import RunConfig, load_config
+from trapo_train.display import Reporter, read_metrics
+from trapo_train.records import Sample
+from trapo_train.schema import ConfigError
+from trapo_train.step import NonFiniteError
+from trapo_train.train import Trainer, run
+
+MEASURED = ("tokens_per_s", "peak_memory_mib", "time/rollout_s", "time/update_s")
+TINY = {
+    "steps": 6,
+    "prompts_per_step": 3,
+    "reward": "pointer_chasing",
+    "data": {"task": "pointer_chasing", "num_problems": 8, "task_options": {"depths": [1, 2]}},
+    "model": {
+        "scratch": {
+            "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 24,
+            "max_position": 80,
+        }
+    },
+    "rollout": {"max_response_tokens": 16, "paragraph_break": "|"},
+    "packing": {"max_tokens": 200},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+    "checkpoint": {"every": 2},
+}  # fmt: skip
+EVALUATED = (
+    "eval_data={task: pointer_chasing, split: test, num_problems: 4, task_options: {depths: [1, 2]}}",
+    "evaluation.every=3",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_config(directory: Path, name: str, *overrides: str) -> RunConfig:
+    file = directory / "run.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    return load_config(file, [f"output_dir={directory / name}", *overrides])
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """A function that builds the tiny configuration with overrides, in its own output directory."""
+    return partial(build_config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> RunConfig:
+    """The tiny run with evaluations, trained without interruption."""
+    config = build_config(tmp_path_factory.mktemp("whole"), "run", *EVALUATED)
+    train_to_end(config)
+    return config
+
+
+class StopAfter(Reporter):
+    """Sends this process SIGTERM, or raises, once a step has been reported."""
+
+    def __init__(self, output_dir, step: int, error: Exception | None = None) -> None:
+        super().__init__(output_dir)
+        self.stop_step, self.error = step, error
+
+    def step(self, metrics):
+        super().step(metrics)
+        if metrics["step"] == self.stop_step:
+            if self.error is not None:
+                raise self.error
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_to_end(config: RunConfig):
+    return run(config, Reporter(config.output_dir))
+
+
+def rows(config: RunConfig) -> list[dict]:
+    """What was recorded, without the events and without what was measured."""
+    recorded = [row for row in read_metrics(config.output_dir) if row["kind"] != "event"]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in recorded]
+
+
+def exported(config: RunConfig) -> bytes:
+    return (Path(config.output_dir) / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_metrics_config_checkpoints_and_a_model(configure):
+    config = configure("whole", *EVALUATED)
+    summary = train_to_end(config)
+    assert (summary.steps, summary.interrupted) == (6, False)
+    output_dir = Path(config.output_dir)
+    assert load_config(output_dir / "config.yaml") == config
+    assert sorted(path.name for path in (output_dir / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    AutoModelForCausalLM.from_pretrained(output_dir / "model")
+    steps = [row for row in rows(config) if row["kind"] == "train"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0, 3, 6]
+    expected = {
+        "loss", "grad_norm", "learning_rate", "reward/mean", "reward/unguided", "reward/micro_group_1", "guided_share",
+        "guided_share/micro_group_4", "entropy/rollout", "entropy/expert", "trsft/weight_mean",
+        "trsft/share_below_alpha", "trsft/weight_histogram", "response_tokens", "answer_in_prefix",
+    }  # fmt: skip
+    assert expected <= set(steps[0])
+    assert steps[0]["learning_rate"] == 0.0
+    assert steps[2]["learning_rate"] == pytest.approx(1e-2)
+    assert summary.evaluation.keys() >= {"accuracy"}
+    assert len(summary.groups) == 3
+    assert all(isinstance(sample, Sample) for group in summary.groups for sample in group)
+
+
+def test_sft_learns_the_traces(configure):
+    config = configure(
+        "sft", "plan.name=sft", "objective.name=sft", "steps=30", "packing.aggregation=token_mean", "checkpoint.every=0"
+    )
+    summary = train_to_end(config)
+    losses = [row["loss"] for row in rows(config)]
+    assert losses[-1] < 0.75 * losses[0]
+    assert "rollout/logprob" not in summary.metrics
+    assert summary.metrics["guided_share"] == 1.0
+
+
+@pytest.mark.parametrize("stop_step", [1, 3, 4])
+def test_sigterm_saves_and_the_resumed_run_is_bitwise_the_same(configure, whole, stop_step):
+    stopped = configure("stopped", *EVALUATED)
+    summary = run(stopped, StopAfter(stopped.output_dir, stop_step))
+    assert (summary.steps, summary.interrupted) == (stop_step, True)
+    assert "checkpoint.resume=true" in str(summary)
+    assert not (Path(stopped.output_dir) / "model").exists()
+    resumed = configure("stopped", *EVALUATED, "checkpoint.resume=true")
+    assert train_to_end(resumed).steps == 6
+    assert exported(resumed) == exported(whole)
+    assert rows(resumed) == rows(whole)
+
+
+def test_a_run_that_dies_between_checkpoints_repeats_the_lost_step(configure, whole):
+    broken = configure("broken", *EVALUATED)
+    with pytest.raises(OSError, match="power cut"):
+        run(broken, StopAfter(broken.output_dir, 5, OSError("power cut")))
+    resumed = configure("broken", *EVALUATED, "checkpoint.resume=true")
+    train_to_end(resumed)
+    assert exported(resumed) == exported(whole)
+    assert rows(resumed) == rows(whole)
+
+
+def test_resume_without_a_checkpoint_starts_over(configure, whole):
+    broken = configure("broken", *EVALUATED)
+    with pytest.raises(OSError, match="power cut"):
+        run(broken, StopAfter(broken.output_dir, 1, OSError("power cut")))
+    resumed = configure("broken", *EVALUATED, "checkpoint.resume=true")
+    train_to_end(resumed)
+    assert rows(resumed) == rows(whole)
+
+
+def test_a_finished_run_can_be_continued_with_more_steps_and_evaluating_changes_nothing(configure, whole):
+    train_to_end(configure("long", "steps=4"))
+    summary = train_to_end(configure("long", "steps=6", "checkpoint.resume=true"))
+    assert summary.steps == 6
+    assert exported(configure("long")) == exported(whole)
+
+
+def test_resume_refuses_another_run(configure):
+    train_to_end(configure("run", "steps=2"))
+    other = configure("run", "checkpoint.resume=true", "optimizer.learning_rate=0.1", "data.num_problems=9")
+    with pytest.raises(
+        RuntimeError, match=r"num_problems was 8, is 9; config\.optimizer\.learning_rate was 0\.01, is 0\.1; data was"
+    ):
+        train_to_end(other)
+
+
+def test_steps_belong_to_the_run_where_the_schedule_depends_on_them(configure):
+    train_to_end(configure("run", "steps=2", "optimizer.schedule=linear"))
+    with pytest.raises(RuntimeError, match=r"config\.steps was 2, is 3"):
+        train_to_end(configure("run", "steps=3", "optimizer.schedule=linear", "checkpoint.resume=true"))
+
+
+def test_used_output_dir_is_refused(configure):
+    train_to_end(configure("run", "steps=1", "checkpoint.every=0"))
+    with pytest.raises(ValueError, match=r"already holds a run.*checkpoint\.resume=true"):
+        train_to_end(configure("run"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.name=sft", "plan.name=grpo"], "objective sft trains on expert tokens alone, and plan grpo has none"),
+        (["packing.max_tokens=20"], r"fit into packing\.max_tokens = 20, got 30 \+ 16 = 46 tokens"),
+        (["model.scratch.max_position=32"], r"fit into the model's positions = 32, got 30 \+ 16 = 46"),
+        (["objective.name=sft", "plan.name=sft", "rollout.max_response_tokens=2"], "none of the 8 problems has an expert"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatch, overrides, message):
+    monkeypatch.setattr(train, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
+    config = configure("refused", *overrides)
+    with pytest.raises(ValueError, match=message):
+        train_to_end(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model={}", "Give exactly one of name_or_path and scratch"),
+        ("objective.options={alhpa: 1}", "Did you mean 'alpha'"),
+        ("packing.agregation=constant", "Did you mean 'packing.aggregation'"),
+        ("model.dtype=bf16", "model.dtype must be one of"),
+    ],
+)
+def test_bad_config_names_the_key(configure, override, message):
+    with pytest.raises(ConfigError, match=message):
+        configure("bad", override)
+
+
+def test_expert_traces_that_are_too_long_are_left_out_and_said(configure):
+    config = configure("long", "rollout.max_response_tokens=8", "steps=1")
+    train_to_end(config)
+    events = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert any("expert traces longer than rollout.max_response_tokens = 8" in text for text in events)
+
+
+def test_kl_term_compares_with_the_model_before_training(configure):
+    config = configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: 0.1, entropy_coef: 1.0}}")
+    train_to_end(config)
+    divergence = [row["rollout/kl_ref"] for row in rows(config) if "rollout/kl_ref" in row]
+    assert divergence[0] == pytest.approx(0.0, abs=1e-9)
+    assert divergence[-1] > 0.0
+
+
+def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
+    real, calls = train.optimizer_step, []
+
+    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
+        calls.append(len(calls))
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] += float("nan") if len(calls) > 2 else 0.0
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(train, "optimizer_step", poisoned)
+    # expert traces only: the engine refuses to sample from broken weights itself
+    config = configure("poisoned", "plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*Resume from the last checkpoint"):
+        train_to_end(config)
+    dumped = (Path(config.output_dir) / "non_finite_step_4.jsonl").read_text().splitlines()
+    assert json.loads(dumped[0])["problem"]["prompt"]
+    assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
+
+
+def test_bfloat16_runs_end_to_end(configure):
+    summary = train_to_end(configure("bf16", "model.dtype=bfloat16", "steps=2", "model.gradient_checkpointing=true"))
+    assert summary.steps == 2
+    assert summary.metrics["rollout/mismatch_kl"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_the_seed_decides_the_run(configure):
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        torch.manual_seed(len(name))  # whatever the process did before must not matter
+        train_to_end(configure(name, "steps=2", f"seed={seed}"))
+    assert exported(configure("first")) == exported(configure("second"))
+    assert exported(configure("first")) != exported(configure("other"))
+
+
+def test_trainer_uses_the_configured_preset(configure):
+    trainer = Trainer(configure("preset", "objective={name: trapo, options: {alpha: 0.3}}"))
+    assert trainer.objective == objectives.trapo(alpha=0.3)
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from trapo_train.config import load_config
+from trapo_train.display import Reporter
+from trapo_train.train import run
+config = load_config(sys.argv[1], sys.argv[2:])
+run(config, Reporter(config.output_dir))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(configure, tmp_path):
+    steps = ("steps=40", "checkpoint.every=1", "checkpoint.resume=true")
+    whole, killed = configure("whole", *steps), configure("killed", *steps)
+    train_to_end(whole)
+    arguments = [str(tmp_path / "run.yaml"), f"output_dir={killed.output_dir}", *steps]
+    kills = 0
+    for delay in (0.15, 0.4, 0.9, 1.3, None):
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.DEVNULL)
+        if delay is None:
+            assert process.wait(timeout=120) == 0
+            break
+        metrics, size = Path(killed.output_dir) / "metrics.jsonl", -1
+        size = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
+            time.sleep(0.01)  # until it has trained a step
+        time.sleep(delay)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 2
+    assert exported(killed) == exported(whole)
+    assert rows(killed) == rows(whole)
