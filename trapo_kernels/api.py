@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from trapo_kernels import autograd, checks, dispatch, terms
 from trapo_kernels.backends import reference
@@ -43,7 +44,7 @@ def linear_logprob(
     softcap: float | None = None,
     with_entropy: bool = False,
     logits_dtype: torch.dtype = torch.float32,
-    process_group: object = None,
+    process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
     backend: str = "auto",
 ) -> LogprobOutput:
@@ -65,7 +66,9 @@ def linear_logprob(
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
         with_entropy: also return the entropy, with gradient.
         logits_dtype: what logits are rounded to before the softmax: float32, or the dtype of hidden to match a sampler that does.
-        process_group, batch_invariant: reserved by the API; other values than the defaults are refused in this version.
+        process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
+            bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
+        batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton" or "native"; a named one runs or raises.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
@@ -77,8 +80,8 @@ def linear_logprob(
     where = "linear_logprob"
     hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     checks.head(where, hidden, lm_head_weight, bias)
-    checks.target(where, target, hidden.shape[0], lm_head_weight.shape[0], hidden.device)
-    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant)
+    checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
+    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     if chosen == "reference":
         logits = reference.head_logits(hidden, lm_head_weight, target, bias, logits_dtype)
@@ -86,7 +89,17 @@ def linear_logprob(
         logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
     else:
         logprob, entropy, row_max, log_sum = autograd.linear_logprob(
-            hidden, lm_head_weight, target, bias, *_split(temperature), softcap, with_entropy, logits_dtype, chosen
+            hidden,
+            lm_head_weight,
+            target,
+            bias,
+            *_split(temperature),
+            softcap,
+            with_entropy,
+            logits_dtype,
+            batch_invariant,
+            _group_name(process_group),
+            chosen,
         )
         logsumexp = (row_max + log_sum).detach()
     return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
@@ -102,7 +115,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype = torch.float32,
-    process_group: object = None,
+    process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
@@ -129,9 +142,9 @@ def linear_policy_loss(
     where = "linear_policy_loss"
     hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     checks.head(where, hidden, lm_head_weight, bias)
-    checks.batch_fits(where, batch, hidden.shape[0], lm_head_weight.shape[0], hidden.device)
+    checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     checks.streams_present(where, batch, objective)
-    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant)
+    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     if chosen == "reference" or not objective.compiled:
         target = torch.where(batch.active, batch.target, -100)
@@ -144,6 +157,8 @@ def linear_policy_loss(
             softcap=softcap,
             with_entropy=True,
             logits_dtype=logits_dtype,
+            process_group=process_group,
+            batch_invariant=batch_invariant,
             backend=chosen,
         )
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
@@ -162,6 +177,8 @@ def linear_policy_loss(
         parameters,
         objective.entropy_coef != 0.0,
         logits_dtype,
+        batch_invariant,
+        _group_name(process_group),
         needs,
         chosen,
     )
@@ -268,13 +285,23 @@ def _check_settings(
     temperature: float | Tensor,
     softcap: float | None,
     logits_dtype: torch.dtype,
-    process_group: object,
+    process_group: ProcessGroup | None,
     batch_invariant: bool,
+    backend: str,
 ) -> None:
     checks.temperature(where, temperature, hidden.shape[0], hidden.device)
     checks.softcap(where, softcap)
     checks.logits_dtype(where, logits_dtype, hidden)
-    checks.not_yet(where, process_group, batch_invariant)
+    checks.mode(where, process_group, batch_invariant, backend)
+
+
+def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:
+    """V where this process has the whole head; None where only the ranks together know it."""
+    return weight.shape[0] if process_group is None else None
+
+
+def _group_name(process_group: ProcessGroup | None) -> str:
+    return "" if process_group is None else process_group.group_name
 
 
 def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:

@@ -49,12 +49,14 @@ def linear_logprob(
     softcap: float | None,
     with_entropy: bool,
     logits_dtype: torch.dtype,
+    batch_invariant: bool,
+    group_name: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, row_max, log_sum) [N]."""
     transform = LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature)
-    rows = dispatch.rows(backend)
-    return tuple(sweep.score(rows, hidden, weight, target, transform, with_entropy, logits_dtype))
+    mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
+    return tuple(sweep.score(dispatch.rows(backend), hidden, weight, target, transform, with_entropy, mode))
 
 
 @linear_logprob.register_fake
@@ -75,6 +77,8 @@ def linear_logprob_backward(
     temperature: float,
     softcap: float | None,
     logits_dtype: torch.dtype,
+    batch_invariant: bool,
+    group_name: str,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,11 +89,11 @@ def linear_logprob_backward(
         weight,
         target,
         LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
-        logits_dtype,
         RowStatistics(*statistics),
         grad_logprob,
         grad_entropy,
         sweep.Needs(*needs),
+        sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
     grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
     grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
@@ -97,7 +101,7 @@ def linear_logprob_backward(
 
 
 @linear_logprob_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, target, bias, row_temperature, statistics, t, s, d, needs, backend):
+def _(grad_logprob, grad_entropy, hidden, weight, target, bias, row_temperature, statistics, t, s, d, i, g, needs, backend):
     return tuple(
         torch.empty_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
@@ -105,7 +109,7 @@ def _(grad_logprob, grad_entropy, hidden, weight, target, bias, row_temperature,
 
 def _linear_logprob_setup(ctx, inputs, output):
     hidden, weight, target, bias, row_temperature, *settings = inputs
-    ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.logits_dtype, ctx.backend = settings
+    ctx.temperature, ctx.softcap, ctx.with_entropy, *ctx.mode, ctx.backend = settings
     ctx.save_for_backward(hidden, weight, target, bias, row_temperature, *output)
     ctx.set_materialize_grads(False)
 
@@ -115,7 +119,7 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     hidden, weight, target, bias, row_temperature, *statistics = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logprob is None and grad_entropy is None:
-        return (None,) * 10
+        return (None,) * 12
     grads = linear_logprob_backward(
         grad_logprob,
         grad_entropy if ctx.with_entropy else None,
@@ -127,12 +131,12 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
         statistics,
         ctx.temperature,
         ctx.softcap,
-        ctx.logits_dtype,
+        *ctx.mode,
         needs,
         ctx.backend,
     )
     grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
 
 
 linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear_logprob_setup)
@@ -156,6 +160,8 @@ def linear_policy_loss(
     parameters: list[float],
     with_entropy_gradient: bool,
     logits_dtype: torch.dtype,
+    batch_invariant: bool,
+    group_name: str,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -172,15 +178,15 @@ def linear_policy_loss(
         objective,
         LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
         with_entropy_gradient,
-        logits_dtype,
         sweep.Needs(*needs),
+        sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
     c = terms.coefficients(stats.logprob, s, objective)
     return terms.total_loss(c, s, stats.entropy), stats.logprob, stats.entropy, *_or_empty(grads, hidden)
 
 
 @linear_policy_loss.register_fake
-def _(hidden, weight, bias, target, streams, active_rows, r, t, s, codes, parameters, e, d, needs, backend):
+def _(hidden, weight, bias, target, streams, active_rows, r, t, s, codes, parameters, e, d, i, g, needs, backend):
     dtype = _statistics_dtype(hidden)
     vector = hidden.new_empty(hidden.shape[0], dtype=dtype)
     grad_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
@@ -202,7 +208,7 @@ def _linear_policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is not None:
         for i, (grad, need, dtype) in enumerate(zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)):
             grads[i] = _scaled(grad, grad_loss, dtype) if need else None
-    return (*grads, None, [None] * terms.NUM_STREAMS, *(None,) * 10)
+    return (*grads, None, [None] * terms.NUM_STREAMS, *(None,) * 12)
 
 
 linear_policy_loss.register_autograd(_linear_policy_loss_backward, setup_context=_linear_policy_loss_setup)

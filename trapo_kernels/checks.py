@@ -82,11 +82,11 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         vector(where, "bias", bias, weight.shape[0], hidden.device, FLOAT_DTYPES)
 
 
-def target(where: str, value: Tensor, num_rows: int, vocab_size: int, device: torch.device) -> None:
-    """target [N] int64 in [0, V), or -100 for a row to ignore. The range is checked on the CPU only (no sync): on a GPU a target
-    outside it gives that row a NaN logprob."""
+def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
+    """target [N] int64 in [0, V), or -100 for a row to ignore. The range is checked on the CPU only (no sync): on a GPU, and where
+    V is the sum over the ranks of a process group (None here), a target outside it gives that row a NaN logprob."""
     vector(where, "target", value, num_rows, device, (torch.int64,))
-    if device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+    if vocab_size is None or device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = int(value.min()), int(value.max())
     bad = (value < 0) & (value != -100) | (value >= vocab_size)
@@ -124,17 +124,19 @@ def logits_dtype(where: str, value: torch.dtype, hidden: Tensor) -> None:
         raise TypeError(f"{where}: logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {value}.")
 
 
-def not_yet(where: str, process_group: object, batch_invariant: bool) -> None:
-    """Arguments of the fixed API that this version refuses rather than ignores."""
-    if process_group is not None:
-        raise ValueError(
-            f"{where}: process_group must be None: a head sharded over the vocabulary is not supported in this version, got "
-            f"{process_group!r}. Gather the head's weight, or shard it with FSDP2 and call the op inside lm_head.forward."
+def mode(where: str, process_group: object, batch_invariant: object, backend: str) -> None:
+    """process_group: None or a torch.distributed group; batch_invariant: a bool; both need a chunked backend."""
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"{where}: process_group must be a torch.distributed.ProcessGroup whose ranks hold the shards of the vocabulary, or None, "
+            f"got {type(process_group).__name__}. Pass torch.distributed.new_group(...) or torch.distributed.group.WORLD."
         )
-    if batch_invariant:
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"{where}: batch_invariant must be True or False, got {batch_invariant!r}.")
+    if backend == "reference" and (process_group is not None or batch_invariant):
         raise ValueError(
-            f"{where}: batch_invariant must be False: fixed GEMM shapes are not supported in this version, got "
-            f"{batch_invariant!r}. The default path is bitwise repeatable from run to run for the same batch."
+            f'{where}: backend "reference" has the whole head and one GEMM, got process_group={process_group}, batch_invariant='
+            f'{batch_invariant}. Use backend="auto".'
         )
 
 
@@ -172,7 +174,7 @@ def token_batch(batch: TokenBatch) -> None:
             )
 
 
-def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int, device: torch.device) -> None:
+def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
     """The batch must describe the rows at hand; targets of ignored rows are not looked at."""
     if len(batch) != num_rows:
         raise ValueError(

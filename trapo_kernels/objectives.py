@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trapo_kernels.objective import KL, Clip, Objective, One, Ratio, Shape, Term, Truncate
+from trapo_kernels.gates import Clip, One, Ratio, Shape, Truncate
+from trapo_kernels.objective import KL, Objective, Term
 
 
 def trapo(alpha: float = 0.1, entropy_coef: float = 0.001) -> Objective:

@@ -5,13 +5,16 @@ Everything here costs O(N), nothing against the [N, V] work; the compiled kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from trapo_kernels.batch import Role, TokenBatch
-from trapo_kernels.objective import GATES, KL, KL_ESTIMATORS, Objective, Term, Truncate
+from trapo_kernels.gates import GATES, Truncate
+from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
+from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
 _MAX_PARAMETERS = 3  # of a gate
 
@@ -21,8 +24,8 @@ class Streams:
     """A batch seen through an objective: all that the coefficient of a token needs besides its logprob; tensors are [N].
 
     `anchor` is what logp is compared with (0 where the anchor is zero, logp itself for "self", written as NaN), `signal` =
-    weight · scale · (advantage or 1), `kl_weight` = β · weight on rollout tokens, `grad_entropy` = -entropy_coef
-    · entropy weight.
+    weight · scale · (advantage or 1), `advantage` = what chooses the side of a clip (1 where the signal is "one"), `kl_weight` = β
+    · weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
     """
 
     role: Tensor  # uint8, IGNORED on rows that cannot contribute
@@ -45,7 +48,9 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
             continue
         mine = role == code
         amount = weight * term.scale
-        signal = torch.where(mine, amount * advantage if term.signal == "advantage" else amount, signal)
+        if term.signal == "one":
+            advantage = torch.where(mine, 1.0, advantage)
+        signal = torch.where(mine, amount * advantage, signal)
         anchor = torch.where(mine, _anchor(term, batch, weight), anchor)
     entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(dtype)
     kl_weight = ref_logprob = None
@@ -110,6 +115,37 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficie
     return Coefficients(loss, grad, torch.where(counted, d.exp(), 1.0), slope, kl, low, high)
 
 
+def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: TokenBatch, mine: Tensor) -> Reduced:
+    """The term's reduction over the sequences of its tokens `mine` [N] bool; `logprob`, `entropy`, `d` [N] lose their gradient.
+
+    A token with weight 0 takes no part: it is pooled into no ratio and counts in no quantile.
+    """
+    mine = mine & (batch.weight != 0)
+    advantage = batch.advantage if term.signal == "advantage" else torch.ones_like(d)
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(mine, x, 0.0).to(d.dtype)
+
+    with torch.no_grad():
+        sequences = Sequences(batch.sequence_id, mine)
+        seen = (logprob.detach(), entropy.detach(), d.detach(), advantage, batch.ref_logprob)
+        return term.reduction.reduce(Tokens(*map(own, seen), sequences))
+
+
+def pooled(s: Streams, logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> tuple[Streams, Tensor]:
+    """The streams as the gates of a reduced objective see them, and [N] bool, the tokens that carry gradient; for the metrics."""
+    anchor, signal, flows = s.anchor, s.signal, torch.ones_like(s.role, dtype=torch.bool)
+    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
+        if term is not None and term.reduces(batch.old_logprob is None):
+            mine = s.role == code
+            d = torch.where(s.anchor.isnan() | ~mine, 0.0, logprob - s.anchor)
+            of_role = reduced(term, logprob, entropy, d, batch, mine)
+            anchor = torch.where(mine, logprob - of_role.log_ratio, anchor)
+            signal = torch.where(mine, signal * of_role.factor, signal)
+            flows = flows & (of_role.flows | ~mine)
+    return replace(s, anchor=anchor, signal=signal), flows
+
+
 def total_loss(c: Coefficients, s: Streams, entropy: Tensor) -> Tensor:
     """0-d: Σ token loss + Σ dL/dH · H, summed in fp64 so that the order of tokens does not show."""
     bonus = torch.where(s.grad_entropy == 0, 0.0, s.grad_entropy * entropy)
@@ -159,6 +195,7 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         values = [] if term is None else [getattr(term.gate, field.name) for field in fields(term.gate)]
         parameters += values + [0.0] * (_MAX_PARAMETERS - len(values))
     codes.append(0 if objective.kl is None else 1 + KL_ESTIMATORS.index(objective.kl.estimator))
+    parameters.append(math.inf if objective.kl is None else objective.kl.clamp)
     return codes, parameters
 
 
@@ -168,8 +205,8 @@ def decode(codes: list[int], parameters: list[float]) -> Objective:
     for i, code in enumerate(codes[:2]):
         if code:
             gate = GATES[code]
-            terms[i] = Term(gate(*parameters[_MAX_PARAMETERS * i :][: len(fields(gate))]))
-    kl = KL(1.0, KL_ESTIMATORS[codes[2] - 1]) if codes[2] else None
+            terms[i] = Term(gate(*parameters[_MAX_PARAMETERS * i :][: len(fields(gate))]), anchor="old")
+    kl = KL(1.0, KL_ESTIMATORS[codes[2] - 1], parameters[-1]) if codes[2] else None
     return Objective(expert=terms[0], rollout=terms[1], kl=kl)
 
 

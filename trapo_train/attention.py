@@ -137,25 +137,38 @@ def packed_attention_forward(
     runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
     sizes = [length * count for length, count in runs]
     # split, not slices: its backward is one concatenation instead of one full-row addition per run
-    parts = zip(runs, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True)
-    outputs = []
-    for (length, count), *qkv in parts:
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # views [count, heads, length, head_dim]
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [count · length, heads, head_dim]
+    parts = [states[0].split(sizes, dim=1) for states in (query, key, value)]
+    outputs = [
+        _attend_run(length, count, *qkv, sliding_window=sliding_window, dropout=dropout, scaling=scaling)
+        for (length, count), *qkv in zip(runs, *parts, strict=True)
+    ]
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _attend_run(
+    length: int,
+    count: int,
+    *qkv: Tensor,
+    sliding_window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Causal attention of `count` neighbouring segments of `length` tokens; `qkv` are [heads, count · length, head_dim]."""
+    q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # views [count, heads, length, head_dim]
+    mask = None
+    if sliding_window is not None and length > sliding_window:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+    output = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output.transpose(1, 2).flatten(0, 1)  # [count · length, heads, head_dim]
 
 
 AttentionInterface.register(PACKED_IMPLEMENTATION, packed_attention_forward)

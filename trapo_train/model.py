@@ -6,6 +6,7 @@ FSDP2 has gathered its weight. Without one it is a plain Linear, so `generate` a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,15 +160,17 @@ def load_model_and_tokenizer(
         common["trust_remote_code"] = config.trust_remote_code
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **common)
     model.to(device)
-    install_policy_head(model, compute_dtype=DTYPES[config.dtype])
     check_attention(model)
+    install_policy_head(model, compute_dtype=DTYPES[config.dtype])
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23, but 5.17 knows no other name
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
 
 

@@ -38,8 +38,13 @@ def _batch(**changes):
         ((HIDDEN, WEIGHT, TARGET), {"logits_dtype": torch.float16}, "logits_dtype must be torch.float32 or the dtype of hidden"),
         ((HIDDEN, WEIGHT, TARGET), {"backend": "cuda"}, "backend must be one of 'auto'.*got 'cuda'"),
         ((HIDDEN, WEIGHT, TARGET), {"backend": "native"}, 'backend="native" cannot run: .*compiled extension'),
-        ((HIDDEN, WEIGHT, TARGET), {"process_group": object()}, "process_group must be None"),
-        ((HIDDEN, WEIGHT, TARGET), {"batch_invariant": True}, "batch_invariant must be False"),
+        (
+            (HIDDEN, WEIGHT, TARGET),
+            {"process_group": object()},
+            "process_group must be a torch.distributed.ProcessGroup.*got object",
+        ),
+        ((HIDDEN, WEIGHT, TARGET), {"batch_invariant": 1}, "batch_invariant must be True or False, got 1"),
+        ((HIDDEN, WEIGHT, TARGET), {"batch_invariant": True, "backend": "reference"}, 'backend "reference" has the whole head'),
         ((HIDDEN.double(), WEIGHT.double(), TARGET), {"backend": "triton"}, 'backend="triton" cannot run: .*float64'),
     ],
 )

@@ -120,7 +120,9 @@ def test_without_old_logprob_the_ratio_is_one_and_carries_the_gradient():
     for backend in ("reference", "torch"):
         out = linear_policy_loss(hidden, weight, b, objectives.trapo(entropy_coef=0.0), backend=backend)
         assert cases.error(out.loss, expected) < 1e-13 and out.metrics["rollout/ratio"] == 1
-        for grad, reference in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+        for grad, reference in zip(
+            cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True
+        ):
             assert cases.error(grad, reference) < 1e-13
 
 
@@ -143,7 +145,9 @@ def test_a_gate_of_your_own_runs_in_two_passes_and_says_so():
     logprob, _ = cases.eager_statistics(hidden, weight, b.target)
     expected = (-b.weight * logprob**2 / 2)[b.role == 2].sum()
     assert cases.error(out.loss, expected) < 1e-12
-    for grad, reference in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+    for grad, reference in zip(
+        cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True
+    ):
         assert cases.error(grad, reference) < 1e-12
 
 

@@ -10,9 +10,7 @@ from trapo_kernels.batch import Role, TokenBatch
 from trapo_kernels.objective import Objective, Term
 
 
-def head_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logits_dtype: torch.dtype
-) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logits_dtype: torch.dtype) -> Tensor:
     """[N, V] in fp32 (fp64 for fp64 inputs), rounded to `logits_dtype` on the way when that is lower.
 
     Hidden states of rows with target -100 are replaced by zeros first: 0 · NaN in dWeight would still be NaN.

@@ -15,6 +15,9 @@ from trapo_kernels.objective import Objective
 _FLOOR = -1e30  # stands for -inf after the row maximum is subtracted: exp is exactly 0, and 0 · _FLOOR is 0 instead of NaN
 
 
+STATISTICS_OVERWRITE = True  # whether `statistics` destroys the logits
+
+
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row; destroys `logits`."""
     return _statistics(*_centre(logits, transform)[:2], target, with_entropy)[0]
@@ -48,15 +51,13 @@ def policy(
 ) -> tuple[RowStatistics, Tensor | None]:
     """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss in one go; destroys `logits`."""
     centred, row_max, slope = _centre(logits, transform)
-    counted = streams.role != 0
-    target = torch.where(counted, target, -100)
     stats, exponential, total = _statistics(centred, row_max, target, with_entropy=True)
     if grad_dtype is None:
         return stats, None
     c = terms.coefficients(stats.logprob, streams, objective).grad_logprob
     probability = exponential.div_(total[:, None])
     grad = _gradient(centred, probability, target, stats, c, streams.grad_entropy if with_entropy_gradient else None)
-    return stats, _undo_transform(grad, transform, slope, counted).to(grad_dtype)
+    return stats, _undo_transform(grad, transform, slope, streams.role != 0).to(grad_dtype)
 
 
 def _centre(logits: Tensor, transform: LogitTransform, row_max: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -112,6 +113,8 @@ def _gradient(centred: Tensor, probability: Tensor, target: Tensor, stats: RowSt
         tail = probability_target * e * (stats.logprob + stats.entropy)
         at_target = at_target - torch.where(probability_target == 0, 0.0, tail)
     index = target.clamp(0, grad.shape[1] - 1)[:, None]
+    # A target of -1 lies on another rank's shard of the vocabulary: no column of this one is special.
+    at_target = torch.where(target < 0, grad.gather(1, index)[:, 0], at_target)
     return grad.scatter_(1, index, at_target[:, None])
 
 

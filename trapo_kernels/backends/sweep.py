@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.gemm import HeadGemm, chunk_rows
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from trapo_kernels.backends.vocab_parallel import VocabShard, target_for_statistics
 from trapo_kernels.objective import Objective
 
 
@@ -30,6 +32,18 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+class Mode(NamedTuple):
+    """How the sweep runs, beyond what it computes; plain values, so that they pass through a `torch.library` op."""
+
+    logits_dtype: torch.dtype
+    batch_invariant: bool
+    group_name: str  # of the process group that the vocabulary is sharded over; "" for a whole head
+
+    def shard(self, weight: Tensor) -> VocabShard | None:
+        """This rank's shard of the vocabulary, or None."""
+        return VocabShard(self.group_name, weight.shape[0], weight.device) if self.group_name else None
 
 
 class Gradients(NamedTuple):
@@ -47,15 +61,20 @@ def score(
     target: Tensor,
     transform: LogitTransform,
     with_entropy: bool,
-    logits_dtype: torch.dtype,
+    mode: Mode,
 ) -> RowStatistics:
     """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100."""
-    gemm = HeadGemm(hidden, weight, logits_dtype)
-    active = _active_rows(target != -100)
+    gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
+    shard = mode.shard(weight)
+    target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
-    for index, buffer in _chunks(gemm, hidden.shape[0], active):
+    for index, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
         logits = gemm.logits(gemm.operand(_zeroed(hidden[index], target[index] != -100)), buffer)
-        _put(out, index, rows.statistics(logits, target[index], transform.rows(index), with_entropy))
+        if shard is None:
+            stats = rows.statistics(logits, target[index], transform.rows(index), with_entropy)
+        else:
+            stats = _sharded_statistics(rows, logits, target[index], transform.rows(index), shard, keep_logits=False)
+        _put(out, index, stats)
     return out
 
 
@@ -65,15 +84,17 @@ def score_backward(
     weight: Tensor,
     target: Tensor,
     transform: LogitTransform,
-    logits_dtype: torch.dtype,
     stats: RowStatistics,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     needs: Needs,
+    mode: Mode,
 ) -> Gradients:
     """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk."""
-    gemm = HeadGemm(hidden, weight, logits_dtype)
-    grads = _zero_gradients(hidden, weight, gemm, needs)
+    gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
+    shard = mode.shard(weight)
+    target = target if shard is None else shard.local_target(target)
+    grads = _zero_gradients(hidden, weight, gemm, needs, shard)
     for index, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
         hidden_chunk = gemm.operand(_zeroed(hidden[index], target[index] != -100))
         grad_logits = rows.logprob_gradient(
@@ -86,7 +107,7 @@ def score_backward(
             gemm.operand_dtype,
         )
         _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
-    return grads
+    return _reduced(grads, shard, hidden.dtype)
 
 
 def policy(
@@ -99,18 +120,22 @@ def policy(
     objective: Objective,
     transform: LogitTransform,
     with_entropy_gradient: bool,
-    logits_dtype: torch.dtype,
     needs: Needs,
+    mode: Mode,
 ) -> tuple[RowStatistics, Gradients]:
     """Statistics and the gradients of a policy loss from one sweep: three GEMMs, no recomputation."""
-    gemm = HeadGemm(hidden, weight, logits_dtype)
+    gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
+    shard = mode.shard(weight)
+    target = torch.where(streams.role != 0, target, -100)
+    target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
-    grads = _zero_gradients(hidden, weight, gemm, needs)
+    grads = _zero_gradients(hidden, weight, gemm, needs, shard)
     grad_dtype = gemm.operand_dtype if any(needs) else None
+    policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     for index, buffer in _chunks(gemm, hidden.shape[0], active_rows):
         streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
         hidden_chunk = gemm.operand(_zeroed(hidden[index], streams_chunk.role != 0))
-        stats, grad_logits = rows.policy(
+        stats, grad_logits = policy_rows(
             gemm.logits(hidden_chunk, buffer),
             target[index],
             transform.rows(index),
@@ -122,7 +147,35 @@ def policy(
         _put(out, index, stats)
         if grad_logits is not None:
             _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
-    return out, grads
+    return out, _reduced(grads, shard, hidden.dtype)
+
+
+def _sharded_statistics(
+    rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, shard: VocabShard, keep_logits: bool
+) -> RowStatistics:
+    logits = logits.clone() if keep_logits and rows.STATISTICS_OVERWRITE else logits
+    local = rows.statistics(logits, target_for_statistics(target), transform, True)
+    return shard.combine(local, target)
+
+
+def _sharded_policy(
+    rows: ModuleType,
+    shard: VocabShard,
+    logits: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    streams: terms.Streams,
+    objective: Objective,
+    with_entropy_gradient: bool,
+    grad_dtype: torch.dtype | None,
+) -> tuple[RowStatistics, Tensor | None]:
+    """`rows.policy` in two launches, because the ranks must agree on the statistics between them."""
+    stats = _sharded_statistics(rows, logits, target, transform, shard, keep_logits=grad_dtype is not None)
+    if grad_dtype is None:
+        return stats, None
+    c = terms.coefficients(stats.logprob, streams, objective).grad_logprob
+    e = streams.grad_entropy if with_entropy_gradient else None
+    return stats, rows.logprob_gradient(logits, target, transform, stats, c, e, grad_dtype)
 
 
 def _active_rows(active: Tensor) -> Tensor | None:
@@ -135,8 +188,8 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tu
     count = num_rows if active is None else active.shape[0]
     if count == 0:
         return
-    size = chunk_rows(count, gemm.weight.shape[0], gemm.weight.device.type)
-    buffer = gemm.buffer(min(size, count))
+    size = chunk_rows(count, gemm.weight.shape[0], gemm.weight.device.type, gemm.batch_invariant)
+    buffer = gemm.buffer(size if gemm.batch_invariant else min(size, count))
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         yield (rows if active is None or count == num_rows else active[rows]), buffer
@@ -156,12 +209,21 @@ def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> Non
         whole[index] = part
 
 
-def _zero_gradients(hidden: Tensor, weight: Tensor, gemm: HeadGemm, needs: Needs) -> Gradients:
+def _zero_gradients(hidden: Tensor, weight: Tensor, gemm: HeadGemm, needs: Needs, shard: VocabShard | None) -> Gradients:
+    if shard is not None:
+        gemm.grad_hidden_dtype = gemm.statistics_dtype  # the ranks' parts are summed before they are rounded
     return Gradients(
-        hidden=torch.zeros_like(hidden) if needs.hidden else None,
+        hidden=torch.zeros_like(hidden, dtype=gemm.grad_hidden_dtype) if needs.hidden else None,
         weight=torch.zeros_like(weight, dtype=gemm.statistics_dtype) if needs.weight else None,
         bias=weight.new_zeros(weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
     )
+
+
+def _reduced(grads: Gradients, shard: VocabShard | None, hidden_dtype: torch.dtype) -> Gradients:
+    if shard is None or grads.hidden is None:
+        return grads
+    shard.sum_over_ranks(grads.hidden)
+    return grads._replace(hidden=grads.hidden.to(hidden_dtype))
 
 
 def _accumulate(gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_chunk: Tensor, index: Tensor | slice) -> None:

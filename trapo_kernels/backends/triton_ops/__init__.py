@@ -5,4 +5,6 @@ from trapo_kernels.backends.triton_ops.row_policy import policy
 from trapo_kernels.backends.triton_ops.row_statistics import statistics
 from trapo_kernels.backends.triton_ops.token_coefficient import coefficients
 
-__all__ = ["coefficients", "logprob_gradient", "policy", "statistics"]
+STATISTICS_OVERWRITE = False  # whether `statistics` destroys the logits
+
+__all__ = ["STATISTICS_OVERWRITE", "coefficients", "logprob_gradient", "policy", "statistics"]

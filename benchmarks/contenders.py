@@ -1,0 +1,370 @@
+"""Who competes: one small adapter each. A contender that cannot do a job says why; none is handed an easier job.
+
+Every adapter is `prepare(problem) -> call`, and `call() -> Result` does the whole job: forward, loss, and the gradients of hidden
+and weight. Peers that give per-token logprobs get the loss on top in plain PyTorch, as their users would write it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import EPSILON, Case, Problem, Result, textbook_loss
+from trapo_kernels import linear_logprob, linear_policy_loss, policy_loss
+
+Call = Callable[[], Result]
+
+
+class Contender(NamedTuple):
+    """`absent(device)` and `cannot(case)` give a sentence, or None when it runs; `ours` and `floor` say which kind it is."""
+
+    name: str
+    about: str
+    prepare: Callable[[Problem], Call]
+    absent: Callable[[torch.device], str | None]
+    cannot: Callable[[Case], str | None]
+    ours: bool = False
+    floor: bool = False
+
+
+def _finish(problem: Problem, loss: Tensor, logprob: Tensor | None = None, entropy: Tensor | None = None) -> Result:
+    """The backward of every contender."""
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    detached = (None if x is None else x.detach() for x in (logprob, entropy))
+    return Result(*detached, loss.detach(), grad_hidden, grad_weight)
+
+
+def _from_logprob(function: Callable[[Problem, bool], tuple[Tensor, Tensor | None]]) -> Callable[[Problem], Call]:
+    """An adapter from `function(problem, with_entropy) -> (logprob, entropy)`."""
+
+    def prepare(problem: Problem) -> Call:
+        def call() -> Result:
+            with_entropy = problem.job.entropy != "none"
+            if problem.job.objective is None:
+                with torch.no_grad():
+                    return Result(*function(problem, with_entropy))
+            logprob, entropy = function(problem, with_entropy)
+            loss = textbook_loss(problem.case.job, logprob, entropy, problem.batch)
+            return _finish(problem, loss, logprob, entropy)
+
+        return call
+
+    return prepare
+
+
+def _nothing_wrong(case_or_device: object) -> None:
+    return None
+
+
+def _needs(*packages: str, gpu: bool) -> Callable[[torch.device], str | None]:
+    """absent(): the packages must import, and the device must be a GPU where `gpu` says so."""
+
+    def absent(device: torch.device) -> str | None:
+        for package in packages:
+            try:
+                importlib.import_module(package)
+            except ModuleNotFoundError as error:
+                return f"{package} does not import: {error}. Install it to have it measured."
+            except Exception as error:
+                return f"{package} fails on import: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return "its kernels need a CUDA device." if gpu and device.type != "cuda" else None
+
+    return absent
+
+
+def _without_entropy(jobs: tuple[str, ...], why: str = "") -> Callable[[Case], str | None]:
+    """cannot(): no entropy, and of the other jobs those not in `jobs` for the reason `why`."""
+
+    def cannot(case: Case) -> str | None:
+        if case.job == "score":
+            return "returns no entropy."
+        if case.job == "trapo":
+            return "has no entropy, so no entropy gradient."
+        return None if case.job in jobs else why
+
+    return cannot
+
+
+# The floor: bare GEMMs, nothing else
+
+
+def _floor(gemms: int) -> Contender:
+    def prepare(problem: Problem) -> Call:
+        hidden, weight = problem.hidden.detach(), problem.weight.detach()
+        rows = max(1, min(hidden.shape[0], 2**33 // weight.shape[0]))  # whole, unless the logits pass 2^33 elements
+        logits = torch.empty(rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device).normal_()
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+        def call() -> Result:
+            for start in range(0, hidden.shape[0], rows):
+                part = hidden[start : start + rows]
+                out = logits[: part.shape[0]]
+                for _ in range(gemms - 2 if gemms > 1 else 1):
+                    torch.mm(part, weight.t(), out=out)
+                if gemms > 1:
+                    torch.mm(out, weight, out=grad_hidden[start : start + rows])
+                    torch.mm(out.t(), part, out=grad_weight)
+            return Result()
+
+        return call
+
+    def cannot(case: Case) -> str | None:
+        return None if (case.job == "score") == (gemms == 1) else "is the floor of another path."
+
+    about = f"the floor: {gemms} bare GEMM{'s' if gemms > 1 else ''} of torch.mm into preallocated outputs"
+    return Contender(f"floor, {gemms} GEMM{'s' if gemms > 1 else ''}", about, prepare, _nothing_wrong, cannot, floor=True)
+
+
+# PyTorch
+
+
+def _eager_statistics(hidden: Tensor, weight: Tensor, target: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    log_p = (hidden @ weight.t()).float().log_softmax(-1)
+    logprob = log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+    return logprob, -(log_p.exp() * log_p).sum(-1) if with_entropy else None
+
+
+def _eager(problem: Problem, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    return _eager_statistics(problem.hidden, problem.weight, problem.target, with_entropy)
+
+
+def _compiled(problem: Problem) -> Call:
+    torch.compiler.reset()  # a fresh compilation per case, not the ninth recompilation of the first
+    statistics = torch.compile(_eager_statistics, dynamic=False)
+    return _from_logprob(lambda p, with_entropy: statistics(p.hidden, p.weight, p.target, with_entropy))(problem)
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        return "torch.compile needs a C++ compiler on a CPU, and none of g++, c++, clang++ is on the path."
+    return None
+
+
+def _torch_absent(device: torch.device) -> str | None:
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return None
+    return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13."
+
+
+def _torch_lce(chunked: bool) -> Callable[[Problem], Call]:
+    def loss(p: Problem, reduction: str) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+        return torch.nn.functional.linear_cross_entropy(p.hidden, p.weight, p.target, reduction=reduction, options=options)
+
+    return _mean_or_each(loss)
+
+
+def _mean_or_each(loss: Callable[[Problem, str], Tensor]) -> Callable[[Problem], Call]:
+    """A cross-entropy: its own mean for SFT, per-token losses under a policy loss otherwise."""
+
+    def prepare(problem: Problem) -> Call:
+        if problem.case.job == "sft":
+            return lambda: _finish(problem, loss(problem, "mean"))
+        return _from_logprob(lambda p, _: (-loss(p, "none"), None))(problem)
+
+    return prepare
+
+
+# Peers
+
+
+def _liger(accum_dtype: torch.dtype | None) -> Callable[[Problem], Call]:
+    def loss(p: Problem, reduction: str) -> Tensor:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(reduction=reduction, accum_dtype=accum_dtype)(p.weight, p.hidden, p.target)
+
+    return _mean_or_each(loss)
+
+
+def _liger_grpo(problem: Problem) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    length = problem.sequence_length
+    fused = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=problem.hidden.is_cuda, use_ref_model=False, epsilon_low=EPSILON, epsilon_high=EPSILON, loss_type="bnpo"
+    )
+    batch, shape = problem.batch, (-1, length)
+
+    def call() -> Result:
+        loss = fused(
+            problem.hidden.view(*shape, problem.hidden.shape[1]),
+            problem.weight,
+            batch.target.view(shape),
+            batch.active.view(shape).float(),
+            batch.advantage.view(shape)[:, 0],
+            old_per_token_logps=batch.old_logprob.view(shape),
+        )[0]
+        return _finish(problem, loss)
+
+    return call
+
+
+def _grpo_only(case: Case) -> str | None:
+    if case.job == "trapo":
+        return "has one loss for all tokens and no entropy gradient."
+    if case.job != "grpo":
+        return "computes the GRPO loss only."
+    length = case.sequence_length or max(1, case.num_rows // 8)
+    return f"needs sequences of one length; {case.num_rows} rows are no multiple of {length}." if case.num_rows % length else None
+
+
+def _cut_cross_entropy(p: Problem, reduction: str) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(p.hidden, p.weight, p.target, reduction=reduction)
+
+
+def _cce_cannot(case: Case) -> str | None:
+    if case.dtype == "float32":
+        return "its backward needs bfloat16 or float16."
+    return _without_entropy(("sft", "grpo"))(case)
+
+
+def _trl(problem: Problem, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    from trl.kernels import ChunkedLogProbFunction
+
+    outputs = ("entropy",) if with_entropy else ()
+    target = problem.target.clamp(min=0)
+    # 8192 columns per tile is TRL's own setting, _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(
+        problem.hidden, problem.weight, None, target, 1.0, 8192, None, 1.0, outputs
+    )
+    return logprob, entropy
+
+
+def _quack(problem: Problem) -> Call:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda: _finish(problem, chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.target))
+
+
+def _quack_cannot(case: Case) -> str | None:
+    if case.num_rows % 8 or case.vocab_size % 8:
+        return "needs N and V divisible by 8."
+    return _without_entropy(("sft",), "gives one summed loss: a per-token policy loss cannot follow it.")(case)
+
+
+def _verl(problem: Problem, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(problem.hidden, problem.weight, problem.target.clamp(min=0), 1.0, "none")
+
+
+def _verl_cannot(case: Case) -> str | None:
+    return f"needs D divisible by 128, got {case.hidden_size}." if case.hidden_size % 128 else None
+
+
+# Ours
+
+
+@contextlib.contextmanager
+def _chunk(case: Case, device_type: str):
+    """The chunk set to `case.chunk_rows` for one call. There is no public switch: a chunk is a pure function of the shapes."""
+    from trapo_kernels.backends import gemm
+
+    if not case.chunk_rows:
+        yield
+        return
+    before = dict(gemm._CHUNK_LOGITS)
+    gemm._CHUNK_LOGITS[device_type] = case.chunk_rows * case.vocab_size
+    try:
+        yield
+    finally:
+        gemm._CHUNK_LOGITS.clear()
+        gemm._CHUNK_LOGITS.update(before)
+
+
+def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
+    def prepare(problem: Problem) -> Call:
+        hidden, weight, batch, objective = problem.hidden, problem.weight, problem.batch, problem.job.objective
+        settings = {"backend": backend, "logits_dtype": getattr(torch, problem.case.logits_dtype)}
+
+        def call() -> Result:
+            with _chunk(problem.case, hidden.device.type):
+                if objective is None:
+                    with torch.no_grad():
+                        out = linear_logprob(hidden, weight, problem.target, with_entropy=True, **settings)
+                    return Result(out.logprob, out.entropy)
+                if single_pass:
+                    out = linear_policy_loss(hidden, weight, batch, objective, **settings)
+                    return _finish(problem, out.loss, out.logprob, out.entropy)
+                wanted = problem.job.entropy != "none"
+                stats = linear_logprob(hidden, weight, problem.target, with_entropy=wanted, **settings)
+                out = policy_loss(stats.logprob, stats.entropy, batch, objective, backend=backend)
+                return _finish(problem, out.loss, stats.logprob, stats.entropy)
+
+        return call
+
+    return prepare
+
+
+def _backend_absent(backend: str) -> Callable[[torch.device], str | None]:
+    def absent(device: torch.device) -> str | None:
+        tiny = torch.zeros(1, 1, device=device)
+        try:
+            linear_logprob(tiny, tiny, torch.zeros(1, dtype=torch.int64, device=device), backend=backend)
+        except RuntimeError as error:
+            return str(error).partition("cannot run: ")[2] or str(error)
+        return None
+
+    return absent
+
+
+def _only_losses(case: Case) -> str | None:
+    return "is the same as single-pass where there is no backward." if case.job == "score" else None
+
+
+def _ours_both(backend: str) -> list[Contender]:
+    absent = _backend_absent(backend)
+    about = f"trapo_kernels, backend {backend!r}"
+    one, two = _ours(backend, single_pass=True), _ours(backend, single_pass=False)
+    two_about = f"{about}: policy_loss after linear_logprob, logits recomputed in backward"
+    return [
+        Contender(f"ours ({backend})", f"{about}: single pass", one, absent, _nothing_wrong, ours=True),
+        Contender(f"ours, two-phase ({backend})", two_about, two, absent, _only_losses, ours=True),
+    ]
+
+
+CONTENDERS: list[Contender] = [
+    _floor(1),
+    _floor(3),
+    _floor(4),
+    Contender("eager", "PyTorch, full logits in the head's dtype, fp32 softmax", _from_logprob(_eager), _nothing_wrong, _nothing_wrong),
+    Contender("torch.compile", "the same under torch.compile", _compiled, _no_compiler, _nothing_wrong),
+    Contender(
+        "F.linear_cross_entropy", "torch's own, reference path", _torch_lce(False), _torch_absent, _without_entropy(("sft", "grpo"))
+    ),
+    Contender(
+        "F.linear_cross_entropy, chunked", "torch's own, default options", _torch_lce(True), _torch_absent,
+        _without_entropy(("sft", "grpo")),
+    ),
+    Contender(
+        "Liger FLCE", "liger-kernel", _liger(None), _needs("liger_kernel.transformers", gpu=True), _without_entropy(("sft", "grpo"))
+    ),
+    Contender(
+        "Liger FLCE, fp32 dWeight", "liger-kernel, accum_dtype=float32", _liger(torch.float32),
+        _needs("liger_kernel.transformers", gpu=True), _without_entropy(("sft", "grpo")),
+    ),
+    Contender("Liger fused GRPO", "liger-kernel", _liger_grpo, _needs("liger_kernel.chunked_loss", gpu=False), _grpo_only),
+    Contender(
+        "cut-cross-entropy", "default gradient filter", _mean_or_each(_cut_cross_entropy), _needs("cut_cross_entropy", gpu=True),
+        _cce_cannot,
+    ),
+    Contender("TRL chunked logprob", "trl.kernels", _from_logprob(_trl), _needs("trl.kernels", gpu=False), _nothing_wrong),
+    Contender("quack", "quack-kernels, chunks of 4096", _quack, _needs("quack.linear_cross_entropy", gpu=True), _quack_cannot),
+    Contender(
+        "verl", "verl.utils.kernel", _from_logprob(_verl), _needs("verl.utils.kernel.linear_cross_entropy", gpu=True), _verl_cannot
+    ),
+    *_ours_both("triton"),
+    *_ours_both("torch"),
+    *_ours_both("native"),
+    *_ours_both("reference"),
+]  # fmt: skip
+BY_NAME = {contender.name: contender for contender in CONTENDERS}

@@ -1,0 +1,297 @@
+"""One cell of the matrix: its shapes, its data, the textbook loss, and the fp64 truth that every contender is held to.
+
+The data look like a language model's, because near-uniform logits hide errors (p → 1 has its own numerics) and noise has no labels:
+
+- The head's rows are N(0, 1/D), so each has norm 1. Row n of `hidden` is noise, which gives every token a logit of N(0, 1), plus the
+  rows of 4 candidate tokens, each scaled so that softmax gives it a probability drawn beforehand.
+- 70 % of the positions are sure (one candidate has 1 - 10^-u, u uniform in 1…4), 30 % are forks (the mass is spread evenly over
+  the simplex of the 4 candidates and the rest): the split that arXiv 2506.01939 finds in rollouts of reasoning models.
+- Candidates are log-uniform in rank, Zipf's law, scattered over the vocabulary. A rollout's target is drawn from the drawn
+  probabilities, so it is on-policy; an expert's is replaced by a Zipf token in 15 % of the positions, so it can surprise.
+- "flat" cells keep the noise alone, with uniform targets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import Objective, Role, TokenBatch, objectives
+
+CANDIDATES = 4
+SURE_SHARE = 0.7
+SURPRISE_SHARE = 0.15
+ALPHA, ENTROPY_COEF, EPSILON = 0.1, 0.001, 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compute at which shape. `job` is one of JOBS; `active` is the share of rows with a non-zero weight.
+
+    `chunk_rows` and `logits_dtype` are ours alone. `measure`: "time", "error" (accuracy only), "first_call", or "longest".
+    `contenders`: names to run, empty for all. `with_memory`: measure the peak too; on a CPU that costs a process per contender.
+    """
+
+    question: str
+    job: str
+    num_rows: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    peaked: bool = True
+    active: float = 1.0
+    sequence_length: int = 0  # tokens; 0: an eighth of the rows, one group of 8 samples
+    chunk_rows: int = 0  # 0: the backend's own rule
+    logits_dtype: str = "float32"
+    measure: str = "time"
+    with_memory: bool = False
+    contenders: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> str:
+        return f"N={self.num_rows} D={self.hidden_size} V={self.vocab_size}"
+
+    @property
+    def title(self) -> str:
+        """The case in words, without the question's name."""
+        extra = [] if self.peaked else ["flat logits"]
+        if self.active < 1.0:
+            extra.append(f"{self.active:g} of the rows active")
+        if self.chunk_rows:
+            extra.append(f"chunk {self.chunk_rows} rows")
+        if self.logits_dtype != "float32":
+            extra.append(f"{self.logits_dtype} logits")
+        return ", ".join([f"{self.job}, {self.shape}, {self.dtype}", *extra])
+
+    @property
+    def key(self) -> dict[str, object]:
+        """The configuration as it is written to and compared with a results file; `contenders` is no part of it."""
+        return {name: value for name, value in asdict(self).items() if name != "contenders"}
+
+    @property
+    def gemm_flop(self) -> int:
+        """FLOP of one GEMM, 2·N·D·V."""
+        return 2 * self.num_rows * self.hidden_size * self.vocab_size
+
+
+class Job(NamedTuple):
+    """A computation that a user needs; `gemms` is the floor's count, `entropy` "none", "value" or "gradient"."""
+
+    about: str
+    gemms: int
+    entropy: str
+    objective: Objective | None  # None: no loss, forward only
+
+
+JOBS = {
+    "score": Job("logprob and entropy of every target, forward only", 1, "value", None),
+    "sft": Job("mean cross-entropy, forward and backward", 3, "none", objectives.sft()),
+    "trapo": Job(
+        "TRAPO: TrSFT on expert tokens, ratio loss on rollout tokens, entropy bonus with gradient; forward and backward",
+        3,
+        "gradient",
+        objectives.trapo(alpha=ALPHA, entropy_coef=ENTROPY_COEF),
+    ),
+    "grpo": Job(
+        "GRPO's clipped ratio loss, mean over tokens; forward and backward", 3, "none", objectives.grpo(EPSILON, EPSILON)
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """The tensors of a case: hidden [N, D] and weight [V, D] in its dtype (leaves that require grad unless the job only scores),
+    target [N] int64 with -100 on inactive rows, and the batch, whose sequences are `sequence_length` rows each."""
+
+    case: Case
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    batch: TokenBatch
+    sequence_length: int
+
+    @property
+    def job(self) -> Job:
+        return JOBS[self.case.job]
+
+
+def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
+    """The same tensors for the same case, device and seed, in any process."""
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    weight = torch.empty(case.vocab_size, case.hidden_size, device=device, dtype=dtype)
+    weight.normal_(0.0, case.hidden_size**-0.5, generator=generator)
+    hidden, target = _hidden_and_target(case, weight, generator)
+    length = case.sequence_length or max(1, case.num_rows // 8)
+    batch = _batch(case, target, length, torch.Generator().manual_seed(seed))
+    old_logprob = _logprob(hidden, weight, target)
+    old_logprob += 0.05 * torch.randn(case.num_rows, device=device, generator=generator)
+    batch = TokenBatch(**{k: v for k, v in vars(batch.to(device)).items() if k != "old_logprob"}, old_logprob=old_logprob)
+    needs_grad = JOBS[case.job].objective is not None
+    hidden, weight = hidden.to(dtype).requires_grad_(needs_grad), weight.requires_grad_(needs_grad)
+    return Problem(case, hidden, weight, torch.where(batch.active, target, -100), batch, length)
+
+
+def _hidden_and_target(case: Case, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """hidden [N, D] fp32 and target [N] int64 as the module's docstring describes."""
+    n, device = case.num_rows, weight.device
+    hidden = torch.randn(n, case.hidden_size, device=device, generator=generator)
+    if not case.peaked:
+        return hidden, torch.randint(case.vocab_size, (n,), device=device, generator=generator)
+    share = _shares(n, device, generator)  # [N, 5]: 4 candidates and the rest of the vocabulary
+    ratio = share[:, :-1].log() - share[:, -1:].log()
+    strength = ratio.clamp(min=0)
+    for _ in range(3):  # the candidates' own rows overlap with the rest by N(0, 1/D) each, which lifts the rest's mass
+        variance = 1.0 + (strength.square().sum(1, keepdim=True) / case.hidden_size).clamp(max=4.0)
+        strength = (ratio + math.log(case.vocab_size) + variance / 2).clamp(min=0)
+    candidate = _zipf((n, CANDIDATES), case.vocab_size, device, generator)
+    for k in range(CANDIDATES):
+        row = weight[candidate[:, k]].float()
+        hidden += strength[:, k : k + 1] * row / row.square().sum(1, keepdim=True)
+    drawn = torch.multinomial(share, 1, generator=generator)[:, 0]
+    other = _zipf((n,), case.vocab_size, device, generator)
+    target = torch.cat([candidate, other[:, None]], 1).gather(1, drawn[:, None])[:, 0]
+    surprise = torch.rand(n, device=device, generator=generator) < SURPRISE_SHARE
+    return hidden, torch.where(surprise & (_roles(n, case).to(device) == Role.EXPERT), other, target)
+
+
+def _shares(n: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """[N, 5] probabilities of the candidates and of the rest; rows sum to 1."""
+
+    def uniform(*shape):
+        return torch.rand(*shape, device=device, generator=generator)
+
+    left = 10.0 ** -(1.0 + 3.0 * uniform(n, 1))
+    sure = torch.cat([1.0 - left, (left / CANDIDATES).expand(n, CANDIDATES)], 1)
+    fork = -uniform(n, CANDIDATES + 1).clamp(min=1e-6).log() + 1e-3
+    return torch.where(uniform(n, 1) < SURE_SHARE, sure, fork / fork.sum(1, keepdim=True))
+
+
+def _zipf(shape: tuple[int, ...], vocab_size: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Token ids with P(rank) ∝ 1/rank, ranks scattered over the vocabulary by a multiplicative hash."""
+    rank = (torch.rand(*shape, device=device, generator=generator) * math.log(vocab_size)).exp().long() - 1
+    return (rank * 2654435761 + 12345) % vocab_size
+
+
+def _roles(n: int, case: Case) -> Tensor:
+    """[N] uint8: in each group of 8 sequences one is an expert trace and two start with an expert prefix of half their length, as
+    in TRAPO's ladder; SFT has expert tokens alone, GRPO and scoring rollout tokens alone."""
+    if case.job != "trapo":
+        return torch.full((n,), Role.EXPERT if case.job == "sft" else Role.ROLLOUT, dtype=torch.uint8)
+    length = case.sequence_length or max(1, n // 8)
+    row = torch.arange(n)
+    sample, place = row // length % 8, row % length
+    expert = (sample == 7) | ((sample >= 5) & (place < length // 2))
+    return torch.where(expert, Role.EXPERT, Role.ROLLOUT).to(torch.uint8)
+
+
+def _batch(case: Case, target: Tensor, length: int, generator: torch.Generator) -> TokenBatch:
+    """Host tensors; each sequence has one advantage, reward minus the mean of its group of 8; inactive rows are spread evenly."""
+    n = case.num_rows
+    row = torch.arange(n)
+    sequence = row // length
+    reward = (torch.rand(int(sequence[-1]) + 1, generator=generator) < 0.5).float()
+    group = torch.arange(len(reward)) // 8
+    mean = torch.zeros(int(group[-1]) + 1).scatter_reduce(0, group, reward, "mean", include_self=False)
+    active = (row * case.active).floor() != ((row + 1) * case.active).floor()
+    return TokenBatch(
+        target=target.cpu(),
+        role=torch.where(active, _roles(n, case), Role.IGNORED),
+        advantage=(reward - mean[group])[sequence],
+        weight=active.float() / active.sum().clamp(min=1),
+        old_logprob=torch.zeros(n),
+    )
+
+
+def _blocks(num_rows: int, vocab_size: int, itemsize: int) -> list[slice]:
+    """Row blocks whose logits fill at most 256 MiB."""
+    step = max(1, 2**28 // (vocab_size * itemsize))
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+
+
+@torch.no_grad()
+def _logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """[N] fp32, block by block; in the head's precision, which is what a sampler would have reported."""
+    out = torch.empty(len(target), device=hidden.device)
+    for block in _blocks(len(target), weight.shape[0], 4):
+        logits = (hidden[block].to(weight.dtype) @ weight.T).float()
+        out[block] = logits.gather(1, target[block, None])[:, 0] - logits.logsumexp(1)
+    return out
+
+
+def textbook_loss(job: str, logprob: Tensor, entropy: Tensor | None, batch: TokenBatch) -> Tensor:
+    """0-d: the published loss in plain PyTorch, summed over any rows; weights are zero on inactive ones.
+
+    Kept apart from `trapo_kernels.objective` on purpose: it is what every peer's logprobs are turned into a loss with.
+    """
+    weight, advantage = batch.weight.to(logprob.dtype), batch.advantage.to(logprob.dtype)
+    if job == "sft":
+        return -(weight * logprob).sum()
+    ratio = (logprob - batch.old_logprob.to(logprob.dtype)).exp()
+    if job == "grpo":
+        return -(weight * torch.minimum(ratio * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)).sum()
+    trsft = logprob.exp().clamp(max=ALPHA) / ALPHA + (logprob - math.log(ALPHA)).clamp(min=0)
+    value = torch.where(batch.role == Role.EXPERT, trsft, advantage * ratio)
+    return -(weight * value).sum() - ENTROPY_COEF * (weight * entropy).sum()
+
+
+class Result(NamedTuple):
+    """What a contender hands back; None where the job does not ask for it or the contender does not expose it."""
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    loss: Tensor | None = None
+    grad_hidden: Tensor | None = None
+    grad_weight: Tensor | None = None
+
+
+def truth(problem: Problem) -> Result:
+    """The job in fp64, from the same (already rounded) inputs, row block by row block; autograd of the textbook."""
+    case, batch = problem.case, problem.batch
+    weight = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
+    target = problem.batch.target
+    logprob, entropy = (torch.empty(case.num_rows, dtype=torch.float64, device=weight.device) for _ in range(2))
+    loss, grad_hidden = 0.0, []
+    for block in _blocks(case.num_rows, case.vocab_size, 8):
+        hidden = problem.hidden[block].detach().double().requires_grad_(weight.requires_grad)
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        logp = log_p.gather(1, target[block, None])[:, 0]
+        h = -(log_p.exp() * log_p).sum(-1)
+        logprob[block], entropy[block] = logp.detach(), h.detach()
+        if problem.job.objective is not None:
+            streams = {k: v[block] for k, v in vars(batch).items() if v is not None and k != "active_rows"}
+            part = textbook_loss(case.job, logp, h, TokenBatch(**streams))
+            part.backward()
+            loss = loss + part.detach()
+            grad_hidden.append(hidden.grad)
+    if problem.job.objective is None:
+        return Result(logprob, entropy)
+    return Result(logprob, entropy, loss, torch.cat(grad_hidden), weight.grad)
+
+
+def errors(result: Result, exact: Result, batch: TokenBatch) -> dict[str, float]:
+    """Distances from the truth: nats for logprob and entropy (largest, active rows), relative L2 for gradients, relative for the
+    loss. A NaN anywhere makes its entry NaN."""
+    found: dict[str, float] = {}
+    for name in ("logprob", "entropy"):
+        got, want = getattr(result, name), getattr(exact, name)
+        if got is not None:
+            found[f"{name}_max_nats"] = (got.double() - want)[batch.active].abs().max().item()
+    for name in ("grad_hidden", "grad_weight"):
+        got, want = getattr(result, name), getattr(exact, name)
+        if got is not None:
+            found[f"{name}_relative"] = _distance(got, want) / max(want.norm().item(), 1e-300)
+    if result.loss is not None:
+        scale = max(abs(float(exact.loss)), 1e-3)  # a loss near zero is a sum of terms near one that cancel
+        found["loss_relative"] = abs(float(result.loss) - float(exact.loss)) / scale
+    return found
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    """‖got - want‖₂ in fp64, in pieces, so that no fp64 copy of a whole gradient is made."""
+    pieces = zip(got.split(8192), want.split(8192), strict=True)
+    return sum((g.double() - w).square().sum() for g, w in pieces).sqrt().item()

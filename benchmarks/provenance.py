@@ -1,0 +1,95 @@
+"""Where a number comes from: device, driver, clocks, revision, versions, command."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "verl")
+
+
+def folder(device: str) -> str:
+    """The name of this device's folder under results/: "cpu", or the GPU's name in lower case with dashes."""
+    if device == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+@functools.cache
+def environment(device: str) -> dict[str, object]:
+    """What every row carries besides its figures."""
+    return {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "driver": smi("driver_version") if device == "cuda" else None,
+        "revision": revision(),
+        "command": command(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def command() -> str:
+    """The runner's command line as it was typed, the interpreter's path left out."""
+    return " ".join(["python -m benchmarks", *sys.argv[1:]])
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return f"{names[0].strip() if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def smi(field: str) -> str | None:
+    """One field of nvidia-smi for the current GPU; None where the tool is missing or refuses."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    lines = out.stdout.strip().splitlines()
+    return lines[torch.cuda.current_device()] if lines else None
+
+
+@functools.cache
+def revision() -> str:
+    """The commit, plus a hash of the kernels' and benchmarks' sources where they differ from it or there is no repository."""
+    sources = sorted([*(ROOT / "trapo_kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    if commit is None:
+        return f"no-repository+{digest}"
+    changed = _git("status", "--porcelain", "--", "trapo_kernels", "benchmarks/*.py", "csrc")
+    return f"{commit}+{digest}" if changed else commit
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        out = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of everything that runs or competes here."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,34 @@
+"""batch_invariant=True: a row's bits do not depend on the rest of the batch; the default makes no such promise, only repeatability."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_row_has_the_same_bits_in_any_batch(backend, dtype):
+    hidden, weight, _ = cases.head(150, 48, 67, dtype)
+    target = torch.randint(67, (150,), device=cases.DEVICE)
+    with torch.no_grad():
+        whole = linear_logprob(hidden, weight, target, with_entropy=True, batch_invariant=True, backend=backend)
+        for rows in (slice(0, 1), slice(3, 70), slice(149, 150), torch.randperm(150, device=cases.DEVICE)[:99]):
+            part = linear_logprob(hidden[rows], weight, target[rows], with_entropy=True, batch_invariant=True, backend=backend)
+            for ours, expected in zip(part, whole, strict=True):
+                assert torch.equal(ours, expected[rows])
+
+
+def test_gradients_are_those_of_the_default_path_and_bitwise_repeatable():
+    hidden, weight, bias = cases.head(150, 48, 67)
+    b, objective = cases.batch(150, 67), objectives.trapo(entropy_coef=0.1)
+
+    def run(batch_invariant):
+        out = linear_policy_loss(hidden, weight, b, objective, bias=bias, batch_invariant=batch_invariant)
+        return [out.loss, *cases.gradients(out.loss, (hidden, weight, bias))]
+
+    first, second, default = run(True), run(True), run(False)
+    for a, again, other in zip(first, second, default, strict=True):
+        assert torch.equal(a, again)
+        assert cases.error(a, other) < 1e-13

@@ -1,0 +1,55 @@
+"""A head sharded over the vocabulary on real processes (gloo): results and gradients equal those of the whole head."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+
+NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 40, 6, 101
+
+
+def _expected(scale, dtype, objective):
+    """Whole-head results: (logprob, entropy, logsumexp, grads of scoring, loss, grads of the policy loss)."""
+    inputs = cases.head(NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE, dtype, scale)
+    b = cases.batch(NUM_ROWS, VOCAB_SIZE, dtype)
+    return inputs, b, _run(*inputs, b, objective, None)
+
+
+def _run(hidden, weight, bias, b, objective, group):
+    settings = {"bias": bias, "temperature": 0.8, "softcap": 20.0, "process_group": group, "backend": "torch"}
+    target = torch.where(b.active, b.target, -100)
+    out = linear_logprob(hidden, weight, target, with_entropy=True, **settings)
+    scoring = cases.gradients((out.logprob - 0.3 * out.entropy).sum(), (hidden, weight, bias))
+    policy = linear_policy_loss(hidden, weight, b, objective, **settings)
+    return [*out, *scoring, policy.loss, *cases.gradients(policy.loss, (hidden, weight, bias))]
+
+
+def _worker(rank, world_size, path, scale, dtype):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+    objective = objectives.trapo(entropy_coef=0.1)
+    (hidden, weight, bias), b, expected = _expected(scale, dtype, objective)
+    edges = torch.tensor([0, *(VOCAB_SIZE * k // 7 + 5 for k in range(1, world_size)), VOCAB_SIZE])  # uneven shards
+    mine = slice(int(edges[rank]), int(edges[rank + 1]))
+    shard = [x.detach()[mine].clone().requires_grad_() for x in (weight, bias)]
+    actual = _run(hidden, *shard, b, objective, dist.group.WORLD)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for i, (ours, whole) in enumerate(zip(actual, expected, strict=True)):
+        whole = whole[mine] if whole.shape[:1] == (VOCAB_SIZE,) else whole
+        assert ours.dtype == whole.dtype
+        assert cases.error(ours, whole) <= tolerance * max(1.0, whole.abs().max().item()), f"output {i} on rank {rank}"
+    gathered = [torch.empty_like(actual[0]) for _ in range(world_size)]
+    dist.all_gather(gathered, actual[0].detach())
+    assert all(torch.equal(other, gathered[0]) for other in gathered), "ranks disagree on logprob"
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "scale", "dtype"),
+    [(1, 1.0, torch.float64), (2, 40.0, torch.float64), (3, 1.0, torch.float64), (2, 1.0, torch.float32)],
+)
+def test_sharded_equals_whole(tmp_path, world_size, scale, dtype):
+    mp.spawn(_worker, (world_size, tmp_path / "store", scale, dtype), nprocs=world_size)

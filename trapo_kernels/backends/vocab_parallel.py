@@ -1,0 +1,71 @@
+"""A head sharded over the vocabulary: rank r holds rows [offset_r, offset_r + V_r) of the weight, shards may be uneven.
+
+Every rank computes the statistics of its own columns; five numbers per row and rank then meet in one all-gather per chunk, and each
+rank derives the same global statistics from them. dWeight stays local; dHidden is summed over the ranks once per call.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from trapo_kernels.backends.logits import RowStatistics
+
+_ELSEWHERE = -1  # the target's column lies on another rank
+_IGNORED = -100
+
+
+class VocabShard:
+    """This rank's part of the vocabulary, and the collectives that make the parts one softmax. No host sync."""
+
+    def __init__(self, group_name: str, local_vocab_size: int, device: torch.device):
+        self.group = _resolve_process_group(group_name)
+        sizes = self._gather(torch.tensor([local_vocab_size], device=device))[:, 0]
+        rank = dist.get_rank(self.group)
+        self.rank = rank
+        self.offset = sizes[:rank].sum()
+        self.end = self.offset + sizes[rank]
+
+    def local_target(self, target: Tensor) -> Tensor:
+        """[C] the column within this shard; -1 where another rank has it, -100 where the row is ignored."""
+        here = (target >= self.offset) & (target < self.end)
+        return torch.where(here, target - self.offset, torch.where(target == _IGNORED, _IGNORED, _ELSEWHERE))
+
+    def combine(self, local: RowStatistics, local_target: Tensor) -> RowStatistics:
+        """Global statistics [C] from the local ones; identical on every rank, zeros on ignored rows.
+
+        A target that no rank has makes its row NaN.
+        """
+        owns = local_target >= 0
+        mean = local.log_sum - local.entropy  # E[z - row_max] over the local columns
+        payload = torch.stack([local.row_max, local.log_sum, mean, torch.where(owns, local.logprob, 0.0), owns.to(mean.dtype)])
+        row_max, log_sum, mean, logprob, owner = self._gather(payload).unbind(1)  # [world, C] each
+        global_max = row_max.amax(0)
+        share = (row_max - global_max + log_sum).exp()  # Σ exp(z - global_max) of each shard
+        total = share.sum(0)
+        global_log_sum = total.log()
+        # p → 1 keeps its digits: the owner's logprob is exact there, and the other shards enter through log(1 + their mass).
+        owner_mass = (owner * (row_max + log_sum)).sum(0)
+        others = torch.where(owner > 0, float("-inf"), row_max + log_sum - owner_mass).logsumexp(0)
+        global_logprob = logprob.sum(0) - F.softplus(others)
+        global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))
+        moment = torch.where(share > 0, share * (mean + row_max - global_max), 0.0).sum(0)
+        stats = RowStatistics(global_logprob, global_log_sum - moment / total, global_max, global_log_sum)
+        return RowStatistics(*(torch.where(local_target == _IGNORED, 0.0, value) for value in stats))
+
+    def sum_over_ranks(self, grad_hidden: Tensor) -> None:
+        """Add up the ranks' partial dHidden in place."""
+        dist.all_reduce(grad_hidden, group=self.group)
+
+    def _gather(self, value: Tensor) -> Tensor:
+        out = [torch.empty_like(value) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(out, value, group=self.group)
+        return torch.stack(out)
+
+
+def target_for_statistics(local_target: Tensor) -> Tensor:
+    """A valid column for every row that is not ignored; the logprob of a column that is not the target's goes unused."""
+    return torch.where(local_target == _ELSEWHERE, 0, local_target)
