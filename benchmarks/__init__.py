@@ -1,1 +1,1 @@
-"""Benchmarks and offline proofs; each question is one file, run as `python -m benchmarks.<question>`."""
+"""What would a user gain? `python -m benchmarks` answers on any machine; each question is one file of `benchmarks/questions`."""

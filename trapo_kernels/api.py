@@ -133,7 +133,8 @@ def linear_policy_loss(
         objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
         bias, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
 
-    Returns: `PolicyLossOutput`. An objective with a gate of your own runs in two passes (4 GEMMs), and says so in `passes`.
+    Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences whose
+        ratios are not all 1, two terms on one role) runs in two, 4 GEMMs, and says so in `passes`; see `Objective.two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
     Memory: one chunk of logits, plus dHidden and dWeight (fp32) from forward until backward.
     Determinism: bitwise repeatable for the same inputs; no atomics.
@@ -146,7 +147,7 @@ def linear_policy_loss(
     checks.streams_present(where, batch, objective)
     _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
-    if chosen == "reference" or not objective.compiled:
+    if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
         target = torch.where(batch.active, batch.target, -100)
         out = linear_logprob(
             hidden,
@@ -182,7 +183,7 @@ def linear_policy_loss(
         needs,
         chosen,
     )
-    return _policy_output(loss, logprob, entropy, s, objective, passes=1)
+    return _policy_output(loss, logprob, entropy, batch, s, objective, passes=1)
 
 
 def policy_loss(
@@ -204,21 +205,24 @@ def policy_loss(
     num_rows, device = len(batch), batch.target.device
     checks.vector(where, "logprob", logprob, num_rows, device, (torch.float32, torch.float64))
     if entropy is None:
-        if objective.entropy_coef:
+        if objective.needs_entropy:
             raise ValueError(
                 f"{where}: objective {objective.name!r} has entropy_coef = {objective.entropy_coef:g} and needs entropy [N], got "
                 "None. Ask for it with linear_logprob(..., with_entropy=True), or set entropy_coef=0."
+                if objective.entropy_coef
+                else f"{where}: objective {objective.name!r} weighs tokens by their entropy and needs entropy [N], got None. "
+                "Ask for it with linear_logprob(..., with_entropy=True)."
             )
         entropy = torch.zeros_like(logprob, requires_grad=False)
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
     checks.streams_present(where, batch, objective)
     chosen = dispatch.choose(where, backend, device, logprob.dtype)
     s = terms.streams(batch, objective, logprob.dtype)
-    if chosen == "reference" or not objective.compiled:
+    if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
     else:
         loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
-    return _policy_output(loss, logprob, entropy, s, objective, passes=2)
+    return _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
 
 
 def token_logprob(
@@ -271,11 +275,17 @@ def token_logprob(
 
 
 def _policy_output(
-    loss: Tensor, logprob: Tensor, entropy: Tensor, s: terms.Streams, objective: Objective, passes: int
+    loss: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    batch: TokenBatch,
+    s: terms.Streams,
+    objective: Objective,
+    passes: int,
 ) -> PolicyLossOutput:
     with torch.no_grad():
         logprob, entropy = logprob.detach(), entropy.detach()
-        c = terms.coefficients(logprob, s, objective)
+        c, s = terms.evaluated(logprob, entropy, s, batch, objective)
         return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective), passes)
 
 

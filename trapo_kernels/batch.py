@@ -36,6 +36,7 @@ class TokenBatch:
         entropy_weight: fp32, weight of the entropy bonus; None means `weight`.
         active_rows: int64 [M], the rows that can contribute, in order. Found here when the tensors are on the CPU (no sync). On a
             GPU pass what the packer knows; without it every row goes through the GEMMs with the inactive ones zeroed.
+        sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
 
     Raises: ValueError or TypeError with rule, actual value and remedy.
     """
@@ -49,6 +50,7 @@ class TokenBatch:
     rollout_logprob: Tensor | None = None
     entropy_weight: Tensor | None = None
     active_rows: Tensor | None = None
+    sequence_id: Tensor | None = None
 
     def __post_init__(self):
         checks.token_batch(self)

@@ -158,6 +158,8 @@ def token_batch(batch: TokenBatch) -> None:
             vector(where, name, value, length, device, floats)
             if value.requires_grad:
                 raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
+    if batch.sequence_id is not None:
+        vector(where, "sequence_id", batch.sequence_id, length, device, (torch.int64,))
     if batch.active_rows is not None and (batch.active_rows.ndim != 1 or batch.active_rows.dtype != torch.int64):
         raise ValueError(
             f"{where}: active_rows must be int64 of shape [M], got {batch.active_rows.dtype} {list(batch.active_rows.shape)}. "
@@ -191,9 +193,10 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 
 def streams_present(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy)."""
-    for name in sorted(objective.streams - {"old_logprob"}):
+    for name in sorted(objective.reads(on_policy=batch.old_logprob is None) - {"old_logprob"}):
         if getattr(batch, name) is None:
+            reason = "reduction" if name == "sequence_id" else "KL term or anchor"
             raise ValueError(
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
-                f"Pass TokenBatch(..., {name}=...), or drop the KL term or anchor that needs it."
+                f"Pass TokenBatch(..., {name}=...), or drop the {reason} that needs it."
             )

@@ -132,8 +132,10 @@ def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: Toke
         return term.reduction.reduce(Tokens(*map(own, seen), sequences))
 
 
-def pooled(s: Streams, logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> tuple[Streams, Tensor]:
-    """The streams as the gates of a reduced objective see them, and [N] bool, the tokens that carry gradient; for the metrics."""
+def evaluated(
+    logprob: Tensor, entropy: Tensor, s: Streams, batch: TokenBatch, objective: Objective
+) -> tuple[Coefficients, Streams]:
+    """Coefficients of the objective's first layer and the streams as its gates see them, reductions applied; for the metrics."""
     anchor, signal, flows = s.anchor, s.signal, torch.ones_like(s.role, dtype=torch.bool)
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is not None and term.reduces(batch.old_logprob is None):
@@ -143,7 +145,10 @@ def pooled(s: Streams, logprob: Tensor, entropy: Tensor, batch: TokenBatch, obje
             anchor = torch.where(mine, logprob - of_role.log_ratio, anchor)
             signal = torch.where(mine, signal * of_role.factor, signal)
             flows = flows & (of_role.flows | ~mine)
-    return replace(s, anchor=anchor, signal=signal), flows
+    s = replace(s, anchor=anchor, signal=signal)
+    c = coefficients(logprob, s, objective)
+    low, high = c.clipped_low | (~flows & (s.advantage < 0)), c.clipped_high | (~flows & (s.advantage >= 0))
+    return replace(c, grad_logprob=torch.where(flows, c.grad_logprob, 0.0), clipped_low=low, clipped_high=high), s
 
 
 def total_loss(c: Coefficients, s: Streams, entropy: Tensor) -> Tensor:

@@ -215,9 +215,7 @@ def policy_head(model: PreTrainedModel) -> PolicyHead:
     """The model's `PolicyHead`; raises TypeError for a model that `load_model_and_tokenizer` has not prepared."""
     head = model.get_output_embeddings()
     if not isinstance(head, PolicyHead):
-        raise TypeError(
-            f"model: the output head must be a PolicyHead, got {type(head).__name__}. Call install_policy_head(model)."
-        )
+        raise TypeError(f"model: the output head must be a PolicyHead, got {type(head).__name__}. Call install_policy_head(model).")
     return head
 
 

@@ -93,9 +93,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     interrupted = trainer.step < config.steps
     if not interrupted:
         export_model(trainer.model, trainer.tokenizer, output_dir / MODEL_DIR)
-    summary = RunSummary(
-        trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups
-    )
+    summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform
 from trapo_kernels.batch import Role, TokenBatch
 from trapo_kernels.objective import Objective, Term
@@ -41,29 +42,35 @@ def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransfor
 
 def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> Tensor:
     """0-d: Σ w (-a V(d)) + β Σ w KL - entropy_coef Σ w_H H, differentiable in logprob and entropy through the potentials."""
-    zero = torch.zeros_like(logprob)
-    weight = batch.weight.to(logprob.dtype)
-    active = batch.active
-    loss = zero.sum()
-    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
-        if term is None:
-            continue
-        mine = active & (batch.role == code)
-        logp = torch.where(mine, logprob, 0.0)
-        d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
-        signal = batch.advantage if term.signal == "advantage" else torch.ones_like(weight)
-        value = term.gate.value(d, batch.advantage)
-        loss = loss - torch.where(mine, weight * term.scale * signal * value, 0.0).sum()
-    if objective.kl is not None:
-        mine = active & (batch.role == Role.ROLLOUT)
-        logp = torch.where(mine, logprob, 0.0)
-        ratio_d = log_ratio(logp, batch, objective.rollout) if objective.rollout else zero
-        kl = objective.kl.value(torch.where(mine, logp - batch.ref_logprob, 0.0), torch.where(mine, ratio_d, 0.0))
-        loss = loss + objective.kl.beta * torch.where(mine, weight * kl, 0.0).sum()
-    if objective.entropy_coef:
-        entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight
-        loss = loss - objective.entropy_coef * torch.where(active, entropy_weight * entropy, 0.0).sum()
+    loss = logprob.new_zeros(())
+    weight, active = batch.weight.to(logprob.dtype), batch.active
+    for layer in objective.layers:
+        for code, term in ((Role.EXPERT, layer.expert), (Role.ROLLOUT, layer.rollout)):
+            if term is not None:
+                loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code))
+        if layer.kl is not None:
+            mine = active & (batch.role == Role.ROLLOUT)
+            logp = torch.where(mine, logprob, 0.0)
+            ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
+            kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob, 0.0), torch.where(mine, ratio_d, 0.0))
+            loss = loss + layer.kl.beta * torch.where(mine, weight * kl, 0.0).sum()
+        if layer.entropy_coef:
+            entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight
+            loss = loss - layer.entropy_coef * torch.where(active, entropy_weight * entropy, 0.0).sum()
     return loss
+
+
+def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, mine: Tensor) -> Tensor:
+    """0-d: Σ -weight · scale · signal · V(d) over the tokens `mine` [N] bool."""
+    logp = torch.where(mine, logprob, 0.0)
+    d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
+    signal = batch.advantage if term.signal == "advantage" else torch.ones_like(logp)
+    amount = batch.weight.to(logp.dtype) * term.scale * signal
+    if term.reduces(on_policy=batch.old_logprob is None):
+        pooled = terms.reduced(term, logprob, entropy, d, batch, mine)
+        d = pooled.log_ratio + torch.where(pooled.flows, logp - logp.detach(), 0.0)  # pooled in value, logp's in gradient
+        amount = amount * pooled.factor
+    return -torch.where(mine, amount * term.gate.value(d, signal), 0.0).sum()
 
 
 def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:

@@ -1,4 +1,4 @@
-"""dL/dlogp of a token inside a kernel: the slopes G of `trapo_kernels.objective`, compiled in by their codes.
+"""dL/dlogp of a token inside a kernel: the slopes G of `trapo_kernels.gates`, compiled in by their codes.
 
 The functions are elementwise: they serve one row's scalar and a block of tokens alike.
 """
@@ -64,32 +64,39 @@ def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
 @triton.jit
 def coefficient(
     logprob, role, anchor, signal, advantage, kl_weight, ref_logprob,
-    e0, e1, e2, r0, r1, r2,
+    e0, e1, e2, r0, r1, r2, k0,
     EXPERT_GATE: tl.constexpr, ROLLOUT_GATE: tl.constexpr, KL_CODE: tl.constexpr,
 ):  # fmt: skip
-    """c = dL/dlogp = -signal · G(d) + kl_weight · K(logp - ref); the anchor is NaN where it is the policy itself (d = 0)."""
+    """c = dL/dlogp = -signal · G(d) + kl_weight · K(logp - ref); the anchor is NaN where it is the policy itself (d = 0).
+
+    k0 is the clamp on |logp - ref|: beyond it the estimate is flat, and of k3_corrected only r still has a slope.
+    """
     d = tl.where(anchor != anchor, 0.0, logprob - anchor)
     g = tl.where(role == 2, slope(EXPERT_GATE, d, advantage, e0, e1, e2), slope(ROLLOUT_GATE, d, advantage, r0, r1, r2))
     c = -signal * g
     if KL_CODE > 0:
         d_ref = tl.where(role == 1, logprob - ref_logprob, 0.0)
+        held = tl.minimum(tl.maximum(d_ref, -k0), k0)
+        beyond = 0.0
         if KL_CODE == 1:
             k = d_ref * 0.0 + 1.0
         elif KL_CODE == 2:
             k = d_ref
         elif KL_CODE == 3:
-            k = -expm1(-d_ref)
+            k = -expm1(-held)
         else:
             k = tl.exp(d) * d_ref
+            beyond = tl.exp(d) * (expm1(-held) + held)
+        k = tl.where(held == d_ref, k, beyond)
         c += tl.where(role == 1, kl_weight * k, 0.0)
     return c
 
 
 def gate_arguments(objective: Objective) -> dict[str, float | int]:
     """The scalars and codes that `coefficient` takes, as keyword arguments of a kernel."""
-    (expert_code, rollout_code, kl_code), _ = terms.encode(objective)
+    (expert_code, rollout_code, kl_code), parameters = terms.encode(objective)
     expert = objective.expert.gate.scalars if objective.expert else (0.0, 0.0, 0.0)
     rollout = objective.rollout.gate.scalars if objective.rollout else (0.0, 0.0, 0.0)
-    names = ("e0", "e1", "e2", "r0", "r1", "r2")
+    names = ("e0", "e1", "e2", "r0", "r1", "r2", "k0")
     codes = {"EXPERT_GATE": expert_code, "ROLLOUT_GATE": rollout_code, "KL_CODE": kl_code}
-    return dict(zip(names, expert + rollout, strict=True)) | codes
+    return dict(zip(names, (*expert, *rollout, parameters[-1]), strict=True)) | codes

@@ -1,0 +1,258 @@
+"""The runner: question by question, case by case, every contender checked against fp64 before it is timed."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import isolate, measure, provenance, questions, report, store
+from benchmarks.account import memory_formula
+from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.problem import Case, Problem, build, errors, truth
+
+RESERVE_SECONDS = 12  # for the report
+WRONG = {"logprob_max_nats": 0.25, "entropy_max_nats": 0.25, "grad_hidden_relative": 0.05, "grad_weight_relative": 0.05}
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+class BudgetSpent(BaseException):
+    """The budget is over: the case at hand is given up, the finished ones are kept. No `except Exception` may swallow it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m benchmarks`."""
+    options = _parser().parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: --device cuda needs a CUDA device, and torch sees none. Use --device cpu.", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    path = Path(options.out) / provenance.folder(options.device) / "results.jsonl"
+    work = [(n, case) for n in options.questions or questions.NAMES for case in questions.load(n).cases(options.device, options.small)]
+    budget = Budget(options.budget * 60 - RESERVE_SECONDS)
+    left = len(work)
+    try:
+        with budget:
+            for index, (name, case) in enumerate(work):
+                label = f"[{index + 1}/{len(work)} {name}, {(time.monotonic() - started) / 60:.1f} of {options.budget:g} min]"
+                _one(case, options, path, label, budget.remaining() / (len(work) - index))
+                left -= 1
+    except BudgetSpent:
+        _say(f"the budget of {options.budget:g} min is spent: {left} of {len(work)} cases are left. The same command goes on with them.")
+    else:
+        _say("nothing is left to measure.")
+    if path.exists():
+        _say(f"report: {report.write(path)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(questions.NAMES)}; none means all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=15.0, metavar="MINUTES", help="ends by then with what it has")
+    parser.add_argument("--out", default="benchmarks/results", metavar="DIR")
+    parser.add_argument("--small", action="store_true", help="tiny shapes: a dry run of every code path, no figures to quote")
+    parser.add_argument("--skip", action="append", default=[], metavar="CONTENDER", help="leave a contender out; repeatable")
+    parser.add_argument("--rounds", type=int, default=measure.MAX_ROUNDS, help="at most this many timed rounds per case")
+
+    def known(values: argparse.Namespace) -> argparse.Namespace:
+        for value, allowed in ((values.questions, questions.NAMES), (values.skip, [c.name for c in CONTENDERS])):
+            for name in value:
+                if name not in allowed:
+                    parser.error(f"{name!r} is not one of: {', '.join(allowed)}")
+        return values
+
+    plain = parser.parse_args
+    parser.parse_args = lambda arguments=None: known(plain(arguments))
+    return parser
+
+
+class Budget:
+    """Raises BudgetSpent from an alarm, wherever the program is, after `seconds`."""
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds until the end, at least 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    def __enter__(self) -> Budget:
+        self._before = signal.signal(signal.SIGALRM, self._ring)
+        if self.remaining() == 0.0:
+            raise BudgetSpent
+        signal.setitimer(signal.ITIMER_REAL, self.remaining())
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    @staticmethod
+    def _ring(*_) -> None:
+        raise BudgetSpent
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _one(case: Case, options: argparse.Namespace, path: Path, label: str, seconds: float) -> None:
+    """Measure one case and append its rows, unless they are there."""
+    chosen = [c for c in CONTENDERS if c.name not in options.skip and (not case.contenders or c.name in case.contenders)]
+    environment = provenance.environment(options.device)
+    if store.finished(store.read(path), case, [c.name for c in chosen], environment):
+        _say(f"{label} {case.title}: already measured")
+        return
+    _say(f"{label} {case.title}")
+    rows = {c.name: _excused(c, case, options.device) for c in chosen}
+    able = [c for c in chosen if rows[c.name] is None]
+    rows |= _MEASURES[case.measure](case, able, options, seconds)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    for row in rows.values():
+        row["note"] = row.get("note") or ""
+    shared = {"case": case.key, "title": case.title, "measured_at": now, "environment": environment}
+    store.append(path, [{"contender": name} | row | shared for name, row in rows.items()])
+    for name, row in rows.items():
+        if row["status"] not in ("absent", "cannot"):
+            _say(f"    {name}: {_brief(row)}")
+
+
+def _excused(contender: Contender, case: Case, device: str) -> dict | None:
+    """A row that says why a contender does not run here, or None."""
+    reason = contender.absent(torch.device(device))
+    if reason is not None:
+        return {"status": "absent", "reason": reason}
+    reason = contender.cannot(case)
+    return None if reason is None else {"status": "cannot", "reason": reason}
+
+
+def _brief(row: dict) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row.get('reason', '')}"
+    parts = [f"{row['median_ms']:.2f} ms" if "median_ms" in row else "", f"{row['ratio']:.2f} × floor" if "ratio" in row else ""]
+    parts += [f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else "", f"first {row['first_call_ms']:.0f} ms" if "first_call_ms" in row else ""]
+    parts += [f"{row['longest_tokens']} tokens" if "longest_tokens" in row else ""]
+    return ", ".join(part for part in parts if part) or "checked"
+
+
+def _time(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
+    """Check all, then time those that passed, interleaved with the floor, then their memory."""
+    problem = build(case, options.device)
+    rows, calls = _check(problem, able)
+    if case.measure == "error" or not calls:
+        return rows
+    floor = next((c.name for c in able if c.floor and c.name in calls), None)
+    timings = measure.interleave(calls, measure.clock(options.device), seconds / 2, 2 if options.small else options.rounds)
+    for name, timing in timings.items():
+        rows[name] |= measure.summary(timing, timings[floor] if floor else None)
+        if options.device == "cuda":
+            rows[name] |= {"sm_clock": provenance.smi("clocks.sm")} | measure.cuda_counts(calls[name])
+    if case.with_memory or options.device == "cuda":
+        for contender in able:
+            if contender.name in calls and not contender.floor:
+                rows[contender.name] |= _memory(case, contender.name, options.device, calls[contender.name])
+    return rows
+
+
+def _check(problem: Problem, able: list[Contender]) -> tuple[dict[str, dict], dict[str, Callable]]:
+    """(row with status and errors, call) of each contender; only those that agree with fp64 keep their call."""
+    exact = truth(problem)
+    rows, calls = {}, {}
+    active = exact.logprob[problem.batch.active]
+    data = {"mean_logprob": active.mean().item(), "mean_entropy": exact.entropy[problem.batch.active].mean().item()}
+    for contender in able:
+        if contender.floor:
+            rows[contender.name], calls[contender.name] = {"status": "ok"}, contender.prepare(problem)
+            continue
+        row, call = _attempt(lambda contender=contender: contender.prepare(problem))
+        if call is not None:
+            row, result = _attempt(call)
+        if row is None:
+            row = {"status": "ok", "errors": errors(result, exact, problem.batch), "data": data}
+            bad = [f"{k} {v:.2g}, at most {WRONG[k]:g}" for k, v in row["errors"].items() if k in WRONG and not v <= WRONG[k]]
+            if bad:
+                row |= {"status": "wrong", "reason": "; ".join(bad)}
+            else:
+                calls[contender.name] = call
+            del result
+        rows[contender.name] = row
+        _free(problem)
+    return rows, calls
+
+
+def _attempt(call: Callable[[], object]) -> tuple[dict | None, object]:
+    """(None, result), or (row that says what went wrong, None)."""
+    try:
+        return None, call()
+    except _OUT_OF_MEMORY as error:
+        return {"status": "out of memory", "reason": str(error).splitlines()[0]}, None
+    except Exception as error:
+        return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}, None
+
+
+def _free(problem: Problem) -> None:
+    gc.collect()
+    if problem.hidden.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def _memory(case: Case, name: str, device: str, call: Callable) -> dict[str, object]:
+    formula = memory_formula(name, case, device)
+    found = {} if formula is None else {"formula_mib": formula[0], "formula": formula[1]}
+    if device == "cuda":
+        return found | {"peak_mib": measure.cuda_peak_mib(call)}
+    row, isolated = _attempt(lambda: isolate.measure(case, name, device, seconds=300))
+    return found | ({"peak_mib": isolated["peak_mib"]} if row is None else {"note": f"peak memory: {row['reason']}"})
+
+
+def _first_call(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
+    rows = {}
+    for contender in able:
+        if contender.floor:
+            rows[contender.name] = {"status": "cannot", "reason": "has nothing to compile."}
+            continue
+        row, found = _attempt(lambda c=contender: isolate.measure(case, c.name, options.device, 600, cold_caches=True))
+        rows[contender.name] = row or {"status": "ok", **found}
+    return rows
+
+
+def _longest(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
+    """Double N until it does not fit; powers of two only, and at most 2^21 tokens."""
+    rows = {}
+    for contender in able:
+        if contender.floor:
+            rows[contender.name] = {"status": "cannot", "reason": "keeps all logits by design."}
+            continue
+        tokens, row = 0, {"status": "ok"}
+        for k in range(12, 22):
+            problem = build(Case(**case.key | {"num_rows": 2**k}), options.device)
+            failed, result = _attempt(lambda c=contender, p=problem: c.prepare(p)())
+            _free(problem)
+            del problem, result
+            if failed is not None:
+                row["stopped_by"] = f"{failed['status']}: {failed['reason']}"
+                break
+            tokens = 2**k
+        rows[contender.name] = row | {"longest_tokens": tokens}
+    return rows
+
+
+def _step(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
+    step = questions.load(case.question)
+    names = [c.name for c in able]
+    failed, found = _attempt(lambda: step.run(case, options.device, names, seconds))
+    if failed is not None:
+        return {name: dict(failed) for name in names}
+    return {name: {"status": "ok", **figures} for name, figures in found.items()}
+
+
+_MEASURES = {"time": _time, "error": _time, "first_call": _first_call, "longest": _longest, "step": _step}

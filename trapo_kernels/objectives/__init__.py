@@ -1,0 +1,84 @@
+"""Presets: each method of the field as data for the same kernels. `print(objectives.trapo())` shows its formula."""
+
+from __future__ import annotations
+
+import inspect
+
+from trapo_kernels.objective import Objective
+from trapo_kernels.objectives import imitation, mixed, on_policy
+from trapo_kernels.objectives.imitation import dft, iw_sft, iw_sft_token, psft, sft, trsft
+from trapo_kernels.objectives.mixed import (
+    chord_mu,
+    chord_phi,
+    exgrpo,
+    hpt,
+    luffy,
+    prefix_rft,
+    reft,
+    relift,
+    srft,
+    trapo,
+    uft,
+)
+from trapo_kernels.objectives.on_policy import (
+    cispo,
+    dapo,
+    dr_grpo,
+    gmpo,
+    grpo,
+    gspo,
+    ppo,
+    reinforce_pp,
+    rloo,
+    sapo,
+)
+
+PRESETS = {preset.__name__: preset for preset in (trapo, *imitation.PRESETS, *on_policy.PRESETS, *mixed.PRESETS)}
+
+__all__ = [
+    "PRESETS",
+    "chord_mu",
+    "chord_phi",
+    "cispo",
+    "dapo",
+    "dft",
+    "dr_grpo",
+    "exgrpo",
+    "gmpo",
+    "grpo",
+    "gspo",
+    "hpt",
+    "iw_sft",
+    "iw_sft_token",
+    "luffy",
+    "ppo",
+    "prefix_rft",
+    "psft",
+    "reft",
+    "reinforce_pp",
+    "relift",
+    "rloo",
+    "sapo",
+    "sft",
+    "srft",
+    "table",
+    "trapo",
+    "trsft",
+    "uft",
+]
+
+
+def table() -> str:
+    """The presets as a Markdown table: system, preset, one pass or two, source; read off their docstrings and data."""
+    lines = ["| system | preset | passes | source |", "|---|---|---|---|"]
+    for name, preset in PRESETS.items():
+        text = inspect.cleandoc(preset.__doc__)
+        system, source = text.split(":", 1)[0], " ".join(text.rsplit("Source:", 1)[1].split()).rstrip(".")
+        lines.append(f"| {system} | `{name}` | {_passes(preset())} | {source} |")
+    return "\n".join(lines) + "\n"
+
+
+def _passes(objective: Objective) -> str:
+    if objective.two_passes(on_policy=False) is None:
+        return "1"
+    return "2, but 1 when old = current" if objective.two_passes(on_policy=True) is None else "2"

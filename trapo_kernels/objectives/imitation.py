@@ -1,0 +1,73 @@
+"""Presets for expert tokens alone: supervised fine-tuning and its trust-region relatives."""
+
+from __future__ import annotations
+
+from trapo_kernels.gates import Clip, One, Truncate
+from trapo_kernels.objective import Objective, Term
+from trapo_kernels.sequence import TrajectoryWeight
+
+
+def sft(entropy_coef: float = 0.0) -> Objective:
+    """SFT: -logp on expert tokens, dL/dlogp = -1.
+
+    Source: cross-entropy.
+    """
+    return Objective(expert=Term(One()), entropy_coef=entropy_coef, name="sft")
+
+
+def trsft(alpha: float = 0.1, entropy_coef: float = 0.0) -> Objective:
+    """TrSFT: TRAPO's expert term alone, dL/dlogp = -min(p/α, 1), on a dataset of expert traces.
+
+    Source: arXiv 2512.17636, section 3.1.
+    """
+    return Objective(expert=trsft_term("trsft", alpha), entropy_coef=entropy_coef, name="trsft")
+
+
+def dft(entropy_coef: float = 0.0) -> Objective:
+    """DFT: SFT with every token's gradient scaled by its probability, dL/dlogp = -p. The paper's value is -sg(p)·logp, ours -p.
+
+    Source: arXiv 2508.05629, equation 9.
+    """
+    return Objective(expert=Term(Truncate(high=1.0)), entropy_coef=entropy_coef, name="dft")
+
+
+def iw_sft_token(cap: float = 16.0, entropy_coef: float = 0.0) -> Objective:
+    """iw-SFT per token: dL/dlogp = -min(π/π_ref, cap), an importance weight for each token by itself.
+
+    The token-wise form of `iw_sft`, in one pass. `cap` > 0. The reference is the model that fine-tuning starts from.
+
+    Source: arXiv 2507.12856.
+    """
+    return Objective(expert=Term(Truncate(high=cap), anchor="ref"), entropy_coef=entropy_coef, name="iw_sft_token")
+
+
+def iw_sft(cap: float = 16.0, pool: str = "sum", entropy_coef: float = 0.0) -> Objective:
+    """iw-SFT: SFT whose sequences are weighted by sg(min(π(y)/π_ref(y), cap)).
+
+    `pool`: "sum" of the log-ratios, the ratio of the whole sequence, or "mean", which does not shrink with its length.
+
+    Source: arXiv 2507.12856.
+    """
+    term = Term(One(), reduction=TrajectoryWeight(cap, pool))
+    return Objective(expert=term, entropy_coef=entropy_coef, name="iw_sft")
+
+
+def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
+    """PSFT: PPO's clip with advantage 1 on expert tokens; a token stops training once r > 1 + ε_high.
+
+    `old_logprob` is the policy at the start of the batch's updates; with a single update the ratio is 1 and this is SFT. With
+    advantage 1 the lower bound never acts.
+
+    Source: arXiv 2508.17784.
+    """
+    return Objective(expert=Term(Clip(epsilon_low, epsilon_high), anchor="old"), entropy_coef=entropy_coef, name="psft")
+
+
+def trsft_term(preset: str, alpha: float) -> Term:
+    """V = p/α below α and 1 + log(p/α) above; α in (0, 1]."""
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"objectives.{preset}: alpha must lie in (0, 1], got {alpha}. The paper uses 0.1; 1 is DFT.")
+    return Term(Truncate(high=alpha, scale=1.0 / alpha))
+
+
+PRESETS = (sft, trsft, dft, iw_sft_token, iw_sft, psft)

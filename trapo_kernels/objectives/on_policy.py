@@ -1,0 +1,147 @@
+"""Presets for rollout tokens alone: the policy losses of reinforcement learning."""
+
+from __future__ import annotations
+
+import math
+
+from trapo_kernels.gates import Clip, One, Ratio, Sapo, Truncate
+from trapo_kernels.objective import KL, Objective, Term
+from trapo_kernels.sequence import MeanRatio
+
+
+def ppo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual: float = math.inf, entropy_coef: float = 0.0) -> Objective:
+    """PPO: -min(r·A, clip(r, 1-ε_low, 1+ε_high)·A), on advantages from GAE or anywhere else.
+
+    `dual` ≥ 1 also caps r at it where A < 0: the dual clip of arXiv 1912.09729.
+
+    Source: arXiv 1707.06347, equation 7.
+    """
+    return clipped("ppo", epsilon_low, epsilon_high, dual, entropy_coef)
+
+
+def grpo(
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    beta: float = 0.0,
+    kl: str = "k3",
+    entropy_coef: float = 0.0,
+    kl_clamp: float = math.inf,
+    delta: float = math.inf,
+) -> Objective:
+    """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
+
+    The paper averages over each sequence, then over sequences: pack with `aggregate(mode="sequence_mean")`. `kl_clamp`: nats, bound on
+    |log π/π_ref| in the KL. `delta` ≥ 1: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
+
+    Source: arXiv 2402.03300, equation 3.
+    """
+    return clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, KL(beta, kl, kl_clamp) if beta else None)
+
+
+def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
+    """Dr.GRPO: GRPO's clip without its biases: advantages without std, and `aggregate(mode="constant")`.
+
+    Source: arXiv 2503.20783, section 3.2.
+    """
+    return clipped("dr_grpo", epsilon_low, epsilon_high, math.inf, entropy_coef)
+
+
+def dapo(epsilon_low: float = 0.2, epsilon_high: float = 0.28, entropy_coef: float = 0.0) -> Objective:
+    """DAPO: the clip-higher asymmetric clip, no KL; pack with `aggregate(mode="token_mean")`.
+
+    Source: arXiv 2503.14476, equation 8.
+    """
+    return clipped("dapo", epsilon_low, epsilon_high, math.inf, entropy_coef)
+
+
+def cispo(
+    epsilon_high: float | None = None, epsilon_low: float | None = None, bounds: str = "absolute", entropy_coef: float = 0.0
+) -> Objective:
+    """CISPO: dL/dlogp = -A·sg(clip(r)): the importance weight is clipped, the gradient of the token never is.
+
+    `bounds`: what the two numbers mean, which differs between libraries. "absolute", as in TRL: r ≤ `epsilon_high` (5 by default)
+    and no floor. "relative", as in verl: 1 - `epsilon_low` ≤ r ≤ 1 + `epsilon_high` (0.2 each by default). The published value is
+    -sg(clip(r))·A·logp, ours the potential with the same gradient. Pack with `aggregate(mode="token_mean")`.
+
+    Source: arXiv 2506.13585.
+    """
+    if bounds not in ("absolute", "relative"):
+        raise ValueError(f"objectives.cispo: bounds must be one of 'absolute', 'relative', got {bounds!r}.")
+    if bounds == "absolute" and epsilon_low is not None:
+        raise ValueError(
+            f'objectives.cispo: epsilon_low must be None with bounds="absolute", which have no floor, got {epsilon_low}. '
+            'Use bounds="relative" for 1 ± ε.'
+        )
+    if bounds == "absolute":
+        gate = Truncate(high=5.0 if epsilon_high is None else epsilon_high)
+    else:
+        low, high = (0.2 if epsilon is None else epsilon for epsilon in (epsilon_low, epsilon_high))
+        gate = Truncate(low=1.0 - low, high=1.0 + high)
+    return Objective(rollout=Term(gate, anchor="old", signal="advantage"), entropy_coef=entropy_coef, name="cispo")
+
+
+def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, entropy_coef: float = 0.0) -> Objective:
+    """SAPO: a sigmoid instead of a clip, -A·4σ(τ(r-1))/τ; τ by the sign of the advantage.
+
+    Source: arXiv 2511.20347.
+    """
+    term = Term(Sapo(tau_positive, tau_negative), anchor="old", signal="advantage")
+    return Objective(rollout=term, entropy_coef=entropy_coef, name="sapo")
+
+
+def rloo(entropy_coef: float = 0.0) -> Objective:
+    """RLOO: REINFORCE, -A·logp, on advantages with a leave-one-out baseline; no ratio, so one update per batch.
+
+    Source: arXiv 2402.14740.
+    """
+    return Objective(rollout=Term(One(), signal="advantage"), entropy_coef=entropy_coef, name="rloo")
+
+
+def reinforce_pp(
+    epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta: float = 0.0, kl: str = "k2", entropy_coef: float = 0.0
+) -> Objective:
+    """REINFORCE++: PPO's clip on advantages normalised over the whole batch instead of the group.
+
+    The KL is part of the reward in the plain version; the version with a baseline has it in the loss: `beta` > 0, k2.
+
+    Source: arXiv 2501.03262.
+    """
+    return clipped("reinforce_pp", epsilon_low, epsilon_high, math.inf, entropy_coef, KL(beta, kl) if beta else None)
+
+
+def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: float = 0.0) -> Objective:
+    """GSPO: PPO's clip on the sequence ratio s = exp(mean_t log r_t).
+
+    Written as GSPO-token, s = sg(s)·π/sg(π), whose gradient is that of GSPO where advantage and weight are constant in a sequence.
+    Pack with `aggregate(mode="sequence_mean")`.
+
+    Source: arXiv 2507.18071.
+    """
+    term = Term(Clip(epsilon_low, epsilon_high), anchor="old", signal="advantage", reduction=MeanRatio())
+    return Objective(rollout=term, entropy_coef=entropy_coef, name="gspo")
+
+
+def gmpo(clip: float = 0.4, entropy_coef: float = 0.0) -> Objective:
+    """GMPO: -A·(Π_t r_t)^(1/|y|), each token's log-ratio first clipped to `clip` nats on the side that its advantage pushes.
+
+    Pack with `aggregate(mode="sequence_mean")`.
+
+    Source: arXiv 2507.20673.
+    """
+    term = Term(Ratio(), anchor="old", signal="advantage", reduction=MeanRatio(clip))
+    return Objective(rollout=term, entropy_coef=entropy_coef, name="gmpo")
+
+
+def clip_term(epsilon_low: float, epsilon_high: float, dual: float = math.inf, scale: float = 1.0) -> Term:
+    """PPO's clip of π/π_old on the advantage."""
+    return Term(Clip(epsilon_low, epsilon_high, dual), anchor="old", signal="advantage", scale=scale)
+
+
+def clipped(
+    name: str, epsilon_low: float, epsilon_high: float, dual: float, entropy_coef: float, kl: KL | None = None
+) -> Objective:
+    """An objective of PPO's clip on rollouts."""
+    return Objective(rollout=clip_term(epsilon_low, epsilon_high, dual), kl=kl, entropy_coef=entropy_coef, name=name)
+
+
+PRESETS = (ppo, grpo, dr_grpo, dapo, cispo, sapo, rloo, reinforce_pp, gspo, gmpo)
