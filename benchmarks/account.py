@@ -22,8 +22,9 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
     """(MiB, formula) of our backends' peak above the inputs; None for contenders whose allocations are not ours to predict.
 
     C chunk rows, M active rows, b bytes per input element. The PyTorch backend needs the chunk three times (logits, their
-    exponentials, one temporary), Triton works in place. Single pass: the peak is either the sweep, which holds one chunk beside
-    dHidden and the fp32 dWeight, or the backward, which holds both gradients unscaled and scaled.
+    exponentials, one temporary), and a fourth from the second chunk on: the gradient of the one before. Triton works in place.
+    Single pass: the peak is either the sweep, which holds one chunk beside dHidden and the fp32 dWeight, or the backward, which
+    holds both gradients unscaled and scaled.
     """
     if not contender.startswith("ours") or "reference" in contender or "native" in contender:
         return None
@@ -33,9 +34,9 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
     m = round(n * case.active) if host else n  # a GPU knows the active rows too when the packer passes them
     c = min(m, case.chunk_rows or chunk_rows(m, v, device_type))
     logit_bytes = getattr(torch, case.logits_dtype).itemsize
-    copies = 3 if "torch" in contender else 1
-    chunk = copies * c * v * (4 if copies == 3 else logit_bytes)
-    chunk_text = f"{copies}·4·C·V" if copies == 3 else f"{logit_bytes}·C·V"
+    copies = 1 if "torch" not in contender else 3 if c == m or case.job == "score" else 4
+    chunk = copies * c * v * (4 if copies > 1 else logit_bytes)
+    chunk_text = f"{copies}·4·C·V" if copies > 1 else f"{logit_bytes}·C·V"
     upcast = 4 * v * d if host and b < 4 else 0
     grads, extra = b * n * d + 4 * v * d, "" if not upcast else " + 4·V·D"
     if case.job == "score":
@@ -49,8 +50,8 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
 
 
 class Prediction(NamedTuple):
-    """Milliseconds of the parts, and the ratio to the floor if the GEMMs' own extra traffic hides behind their arithmetic (`hidden`)
-    or adds up (`exposed`)."""
+    """Milliseconds of the parts, and the ratio to the floor if the GEMMs' own extra traffic hides behind their arithmetic
+    (`hidden`) or adds up (`exposed`)."""
 
     gemm_ms: float
     floor_ms: float
@@ -115,7 +116,9 @@ def arithmetic(case: Case, p: Prediction) -> list[str]:
     """The prediction of one shape, line by line."""
     n, d, v = case.num_rows, case.hidden_size, case.vocab_size
     per_logit = 4 if case.job == "score" else 10
-    second = "" if case.job == "score" else f"; a row is {4 * v // 1024} KiB and hundreds are in flight, so the L2 serves no second read"
+    second = (
+        "" if case.job == "score" else f"; a row is {4 * v // 1024} KiB and hundreds are in flight, so the L2 serves no second read"
+    )
     parts = "4 read" if case.job == "score" else "4 read + 4 read again + 2 written"
     lines = [
         f"- one GEMM: 2·{n}·{d}·{v} = {case.gemm_flop:.3e} FLOP / {GEMM_TFLOPS:g} TFLOP/s = {p.gemm_ms:.1f} ms; floor: "
@@ -130,7 +133,10 @@ def arithmetic(case: Case, p: Prediction) -> list[str]:
             "ms, unless hidden in that GEMM",
             f"- zero fill, and the backward's scaling and rounding of both gradients: {p.backward_ms:.2f} ms",
         ]
-    return [*lines, f"- predicted ratio to the floor: **{p.hidden:.2f}** if all of the GEMMs' traffic hides, **{p.exposed:.2f}** if none"]
+    return [
+        *lines,
+        f"- predicted ratio to the floor: **{p.hidden:.2f}** if all of the GEMMs' traffic hides, **{p.exposed:.2f}** if none",
+    ]
 
 
 def todo() -> str:
@@ -139,7 +145,8 @@ def todo() -> str:
         "# What awaits a GPU",
         "",
         "No figure below was measured on a kernel of this project: each is arithmetic from two rates of one H200, "
-        f"{GEMM_TFLOPS:g} TFLOP/s for a bf16 GEMM and {COPY_TBPS:g} TB/s for a copy. `python -m benchmarks.account` writes this file.",
+        f"{GEMM_TFLOPS:g} TFLOP/s for a bf16 GEMM and {COPY_TBPS:g} TB/s for a copy. `python -m benchmarks.account` writes this "
+        "file.",
         "",
         "## Commands",
         "",

@@ -233,9 +233,7 @@ def _trl(problem: Problem, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
     outputs = ("entropy",) if with_entropy else ()
     target = problem.target.clamp(min=0)
     # 8192 columns per tile is TRL's own setting, _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py
-    logprob, entropy, *_ = ChunkedLogProbFunction.apply(
-        problem.hidden, problem.weight, None, target, 1.0, 8192, None, 1.0, outputs
-    )
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(problem.hidden, problem.weight, None, target, 1.0, 8192, None, 1.0, outputs)
     return logprob, entropy
 
 
@@ -275,6 +273,11 @@ def _chunk(case: Case, device_type: str):
     before = dict(gemm._CHUNK_LOGITS)
     gemm._CHUNK_LOGITS[device_type] = case.chunk_rows * case.vocab_size
     try:
+        got = gemm.chunk_rows(case.num_rows, case.vocab_size, device_type)
+        if got != case.chunk_rows:
+            raise ValueError(
+                f"chunk_rows must be a multiple of 128 that divides N evenly, got {case.chunk_rows}; it would be {got}."
+            )
         yield
     finally:
         gemm._CHUNK_LOGITS.clear()
@@ -322,49 +325,43 @@ def _only_losses(case: Case) -> str | None:
 
 
 def _ours_both(backend: str) -> list[Contender]:
+    """Single pass and two-phase; the reference has one way only, full logits and autograd."""
     absent = _backend_absent(backend)
     about = f"trapo_kernels, backend {backend!r}"
     one, two = _ours(backend, single_pass=True), _ours(backend, single_pass=False)
     two_about = f"{about}: policy_loss after linear_logprob, logits recomputed in backward"
+    first = Contender(f"ours ({backend})", f"{about}: single pass", one, absent, _nothing_wrong, ours=True)
+    if backend == "reference":
+        return [first._replace(about=f"{about}: full logits, autograd")]
     return [
-        Contender(f"ours ({backend})", f"{about}: single pass", one, absent, _nothing_wrong, ours=True),
+        first,
         Contender(f"ours, two-phase ({backend})", two_about, two, absent, _only_losses, ours=True),
     ]
 
 
+_cross_entropy_only = _without_entropy(("sft", "grpo"))
+_liger_flce, _liger_chunked = _needs("liger_kernel.transformers", gpu=True), _needs("liger_kernel.chunked_loss", gpu=False)
+_cce, _trl_kernels = _needs("cut_cross_entropy", gpu=True), _needs("trl.kernels", gpu=False)
+_quack_lce, _verl_lce = (
+    _needs(name, gpu=True) for name in ("quack.linear_cross_entropy", "verl.utils.kernel.linear_cross_entropy")
+)
+# name, about, prepare, absent, cannot
+_THEIRS = [
+    ("eager", "PyTorch: full logits in the head's dtype, fp32 softmax", _from_logprob(_eager), _nothing_wrong, _nothing_wrong),
+    ("torch.compile", "the same function, compiled", _compiled, _no_compiler, _nothing_wrong),
+    ("F.linear_cross_entropy", "torch's own, reference path", _torch_lce(False), _torch_absent, _cross_entropy_only),
+    ("F.linear_cross_entropy, chunked", "torch's own, default options", _torch_lce(True), _torch_absent, _cross_entropy_only),
+    ("Liger FLCE", "liger-kernel, defaults", _liger(None), _liger_flce, _cross_entropy_only),
+    ("Liger FLCE, fp32 dWeight", "accum_dtype=float32", _liger(torch.float32), _liger_flce, _cross_entropy_only),
+    ("Liger fused GRPO", "liger-kernel, LigerFusedLinearGRPOLoss, bnpo", _liger_grpo, _liger_chunked, _grpo_only),
+    ("cut-cross-entropy", "Apple's, default gradient filter", _mean_or_each(_cut_cross_entropy), _cce, _cce_cannot),
+    ("TRL chunked logprob", "trl.kernels.ChunkedLogProbFunction", _from_logprob(_trl), _trl_kernels, _nothing_wrong),
+    ("quack", "quack-kernels, chunks of 4096 rows", _quack, _quack_lce, _quack_cannot),
+    ("verl", "verl.utils.kernel.linear_cross_entropy", _from_logprob(_verl), _verl_lce, _verl_cannot),
+]
 CONTENDERS: list[Contender] = [
-    _floor(1),
-    _floor(3),
-    _floor(4),
-    Contender("eager", "PyTorch, full logits in the head's dtype, fp32 softmax", _from_logprob(_eager), _nothing_wrong, _nothing_wrong),
-    Contender("torch.compile", "the same under torch.compile", _compiled, _no_compiler, _nothing_wrong),
-    Contender(
-        "F.linear_cross_entropy", "torch's own, reference path", _torch_lce(False), _torch_absent, _without_entropy(("sft", "grpo"))
-    ),
-    Contender(
-        "F.linear_cross_entropy, chunked", "torch's own, default options", _torch_lce(True), _torch_absent,
-        _without_entropy(("sft", "grpo")),
-    ),
-    Contender(
-        "Liger FLCE", "liger-kernel", _liger(None), _needs("liger_kernel.transformers", gpu=True), _without_entropy(("sft", "grpo"))
-    ),
-    Contender(
-        "Liger FLCE, fp32 dWeight", "liger-kernel, accum_dtype=float32", _liger(torch.float32),
-        _needs("liger_kernel.transformers", gpu=True), _without_entropy(("sft", "grpo")),
-    ),
-    Contender("Liger fused GRPO", "liger-kernel", _liger_grpo, _needs("liger_kernel.chunked_loss", gpu=False), _grpo_only),
-    Contender(
-        "cut-cross-entropy", "default gradient filter", _mean_or_each(_cut_cross_entropy), _needs("cut_cross_entropy", gpu=True),
-        _cce_cannot,
-    ),
-    Contender("TRL chunked logprob", "trl.kernels", _from_logprob(_trl), _needs("trl.kernels", gpu=False), _nothing_wrong),
-    Contender("quack", "quack-kernels, chunks of 4096", _quack, _needs("quack.linear_cross_entropy", gpu=True), _quack_cannot),
-    Contender(
-        "verl", "verl.utils.kernel", _from_logprob(_verl), _needs("verl.utils.kernel.linear_cross_entropy", gpu=True), _verl_cannot
-    ),
-    *_ours_both("triton"),
-    *_ours_both("torch"),
-    *_ours_both("native"),
-    *_ours_both("reference"),
-]  # fmt: skip
+    *(_floor(gemms) for gemms in (1, 3, 4)),
+    *(Contender(*peer) for peer in _THEIRS),
+    *(ours for backend in ("triton", "torch", "native", "reference") for ours in _ours_both(backend)),
+]
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

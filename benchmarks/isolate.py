@@ -1,7 +1,7 @@
 """One contender in a process of its own: its peak memory above the inputs, and what its first call costs.
 
-A fork server that has imported torch and run nothing serves the CPU; a GPU needs fresh interpreters, because a CUDA context does not
-survive a fork. Each child builds the same inputs from the same seed.
+A fork server that has imported torch and run nothing serves the CPU; a GPU needs fresh interpreters, because a CUDA context
+does not survive a fork. Each child builds the same inputs from the same seed.
 """
 
 from __future__ import annotations

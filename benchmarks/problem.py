@@ -2,12 +2,12 @@
 
 The data look like a language model's, because near-uniform logits hide errors (p → 1 has its own numerics) and noise has no labels:
 
-- The head's rows are N(0, 1/D), so each has norm 1. Row n of `hidden` is noise, which gives every token a logit of N(0, 1), plus the
-  rows of 4 candidate tokens, each scaled so that softmax gives it a probability drawn beforehand.
-- 70 % of the positions are sure (one candidate has 1 - 10^-u, u uniform in 1…4), 30 % are forks (the mass is spread evenly over
-  the simplex of the 4 candidates and the rest): the split that arXiv 2506.01939 finds in rollouts of reasoning models.
+- The head's rows are N(0, 1/D), so each has norm 1. Row n of `hidden` is noise, which gives every token a logit of N(0, 1), plus
+  the rows of 4 candidate tokens, each scaled so that softmax gives it about a probability drawn beforehand.
+- 80 % of the positions are sure (one candidate has 1 - 10^-u, u uniform in 1…4), 20 % are forks (the mass falls anywhere in the
+  simplex of the 4 candidates, a tenth of a share on the rest): the split that arXiv 2506.01939 finds in reasoning models' rollouts.
 - Candidates are log-uniform in rank, Zipf's law, scattered over the vocabulary. A rollout's target is drawn from the drawn
-  probabilities, so it is on-policy; an expert's is replaced by a Zipf token in 15 % of the positions, so it can surprise.
+  probabilities, so it is on-policy; an expert's is replaced by a Zipf token in 5 % of the positions, so it can surprise.
 - "flat" cells keep the noise alone, with uniform targets.
 """
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from trapo_kernels import Objective, Role, TokenBatch, objectives
 
 CANDIDATES = 4
-SURE_SHARE = 0.7
-SURPRISE_SHARE = 0.15
+SURE_SHARE = 0.8
+SURPRISE_SHARE = 0.05
 ALPHA, ENTROPY_COEF, EPSILON = 0.1, 0.001, 0.2
 
 
@@ -96,9 +96,7 @@ JOBS = {
         "gradient",
         objectives.trapo(alpha=ALPHA, entropy_coef=ENTROPY_COEF),
     ),
-    "grpo": Job(
-        "GRPO's clipped ratio loss, mean over tokens; forward and backward", 3, "none", objectives.grpo(EPSILON, EPSILON)
-    ),
+    "grpo": Job("GRPO's clipped ratio loss, mean over tokens; forward and backward", 3, "none", objectives.grpo(EPSILON, EPSILON)),
 }
 
 
@@ -168,6 +166,7 @@ def _shares(n: int, device: torch.device, generator: torch.Generator) -> Tensor:
     left = 10.0 ** -(1.0 + 3.0 * uniform(n, 1))
     sure = torch.cat([1.0 - left, (left / CANDIDATES).expand(n, CANDIDATES)], 1)
     fork = -uniform(n, CANDIDATES + 1).clamp(min=1e-6).log() + 1e-3
+    fork[:, -1] *= 0.1
     return torch.where(uniform(n, 1) < SURE_SHARE, sure, fork / fork.sum(1, keepdim=True))
 
 
@@ -207,9 +206,9 @@ def _batch(case: Case, target: Tensor, length: int, generator: torch.Generator) 
     )
 
 
-def _blocks(num_rows: int, vocab_size: int, itemsize: int) -> list[slice]:
-    """Row blocks whose logits fill at most 256 MiB."""
-    step = max(1, 2**28 // (vocab_size * itemsize))
+def _blocks(num_rows: int, weight: Tensor, itemsize: int) -> list[slice]:
+    """Row blocks whose logits fill at most 256 MiB, or 2 GiB on a GPU."""
+    step = max(1, 2 ** (31 if weight.is_cuda else 28) // (weight.shape[0] * itemsize))
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
@@ -217,7 +216,7 @@ def _blocks(num_rows: int, vocab_size: int, itemsize: int) -> list[slice]:
 def _logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """[N] fp32, block by block; in the head's precision, which is what a sampler would have reported."""
     out = torch.empty(len(target), device=hidden.device)
-    for block in _blocks(len(target), weight.shape[0], 4):
+    for block in _blocks(len(target), weight, 4):
         logits = (hidden[block].to(weight.dtype) @ weight.T).float()
         out[block] = logits.gather(1, target[block, None])[:, 0] - logits.logsumexp(1)
     return out
@@ -253,10 +252,10 @@ def truth(problem: Problem) -> Result:
     """The job in fp64, from the same (already rounded) inputs, row block by row block; autograd of the textbook."""
     case, batch = problem.case, problem.batch
     weight = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
-    target = problem.batch.target
+    target = batch.target
     logprob, entropy = (torch.empty(case.num_rows, dtype=torch.float64, device=weight.device) for _ in range(2))
     loss, grad_hidden = 0.0, []
-    for block in _blocks(case.num_rows, case.vocab_size, 8):
+    for block in _blocks(case.num_rows, weight, 8):
         hidden = problem.hidden[block].detach().double().requires_grad_(weight.requires_grad)
         log_p = (hidden @ weight.T).log_softmax(-1)
         logp = log_p.gather(1, target[block, None])[:, 0]

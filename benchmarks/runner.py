@@ -8,14 +8,14 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import isolate, measure, provenance, questions, report, store
 from benchmarks.account import memory_formula
-from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.contenders import BY_NAME, CONTENDERS, Contender
 from benchmarks.problem import Case, Problem, build, errors, truth
 
 RESERVE_SECONDS = 12  # for the report
@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     path = Path(options.out) / provenance.folder(options.device) / "results.jsonl"
-    work = [(n, case) for n in options.questions or questions.NAMES for case in questions.load(n).cases(options.device, options.small)]
+    work = [
+        (n, case) for n in options.questions or questions.NAMES for case in questions.load(n).cases(options.device, options.small)
+    ]
     budget = Budget(options.budget * 60 - RESERVE_SECONDS)
     left = len(work)
     try:
@@ -45,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
                 _one(case, options, path, label, budget.remaining() / (len(work) - index))
                 left -= 1
     except BudgetSpent:
-        _say(f"the budget of {options.budget:g} min is spent: {left} of {len(work)} cases are left. The same command goes on with them.")
+        _say(
+            f"the budget of {options.budget:g} min is spent: {left} of {len(work)} cases are left. "
+            "The same command goes on with them."
+        )
     else:
         _say("nothing is left to measure.")
     if path.exists():
@@ -55,24 +60,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(questions.NAMES)}; none means all")
+    parser.add_argument(
+        "questions",
+        nargs="*",
+        metavar="QUESTION",
+        type=_one_of(questions.NAMES),
+        help=f"of {', '.join(questions.NAMES)}; none means all",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=15.0, metavar="MINUTES", help="ends by then with what it has")
     parser.add_argument("--out", default="benchmarks/results", metavar="DIR")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a dry run of every code path, no figures to quote")
-    parser.add_argument("--skip", action="append", default=[], metavar="CONTENDER", help="leave a contender out; repeatable")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="CONTENDER", type=_one_of(list(BY_NAME)), help="leave one out; repeatable"
+    )
     parser.add_argument("--rounds", type=int, default=measure.MAX_ROUNDS, help="at most this many timed rounds per case")
-
-    def known(values: argparse.Namespace) -> argparse.Namespace:
-        for value, allowed in ((values.questions, questions.NAMES), (values.skip, [c.name for c in CONTENDERS])):
-            for name in value:
-                if name not in allowed:
-                    parser.error(f"{name!r} is not one of: {', '.join(allowed)}")
-        return values
-
-    plain = parser.parse_args
-    parser.parse_args = lambda arguments=None: known(plain(arguments))
     return parser
+
+
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"{value!r} is not one of: {', '.join(names)}")
+        return value
+
+    return check
 
 
 class Budget:
@@ -139,7 +151,10 @@ def _brief(row: dict) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row.get('reason', '')}"
     parts = [f"{row['median_ms']:.2f} ms" if "median_ms" in row else "", f"{row['ratio']:.2f} × floor" if "ratio" in row else ""]
-    parts += [f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else "", f"first {row['first_call_ms']:.0f} ms" if "first_call_ms" in row else ""]
+    parts += [
+        f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else "",
+        f"first {row['first_call_ms']:.0f} ms" if "first_call_ms" in row else "",
+    ]
     parts += [f"{row['longest_tokens']} tokens" if "longest_tokens" in row else ""]
     return ", ".join(part for part in parts if part) or "checked"
 

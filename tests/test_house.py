@@ -17,6 +17,7 @@ ALLOWED = {
     "trapo_kernels/batch.py": {"checks"},
     "trapo_kernels/gates.py": {"checks"},
     "trapo_kernels/sequence.py": {"checks"},
+    "trapo_kernels/corrections.py": {"batch", "checks", "sequence"},
     "trapo_kernels/objective.py": {"checks", "gates", "sequence"},
     "trapo_kernels/objectives": {"gates", "objective", "sequence", "objectives"},
     "trapo_kernels/terms.py": {"batch", "gates", "objective", "sequence"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "trapo_kernels/backends": {"terms", "objective", "batch", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "objective"},
-    "trapo_kernels/__init__.py": {"api", "batch", "objective", "objectives"},
+    "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "objective", "objectives", "sequence"},
 }
 
 

@@ -1,6 +1,6 @@
 """Fused kernels for RL/SFT post-training: logprobs, entropy and policy losses from hidden states; full logits never exist."""
 
-from trapo_kernels import objectives
+from trapo_kernels import corrections, gates, objectives, sequence
 from trapo_kernels.api import (
     LogprobOutput,
     PolicyLossOutput,
@@ -10,7 +10,8 @@ from trapo_kernels.api import (
     token_logprob,
 )
 from trapo_kernels.batch import IGNORE_INDEX, LossTotals, Role, TokenBatch, aggregate, loss_totals
-from trapo_kernels.objective import KL, Gate, Objective, Term
+from trapo_kernels.gates import Gate
+from trapo_kernels.objective import KL, Objective, Term
 
 __all__ = [
     "IGNORE_INDEX",
@@ -24,10 +25,13 @@ __all__ = [
     "Term",
     "TokenBatch",
     "aggregate",
+    "corrections",
+    "gates",
     "linear_logprob",
     "linear_policy_loss",
     "loss_totals",
     "objectives",
     "policy_loss",
+    "sequence",
     "token_logprob",
 ]

@@ -76,33 +76,36 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class LossTotals:
-    """Denominators of one optimizer step, summed over all micro-batches and ranks."""
+    """Denominators of one optimizer step, summed over all micro-batches and ranks; `prompts` only where they were counted."""
 
     expert_tokens: int
     rollout_tokens: int
     sequences: int
+    prompts: int = 0
 
     def __add__(self, other: LossTotals) -> LossTotals:
         return LossTotals(
             self.expert_tokens + other.expert_tokens,
             self.rollout_tokens + other.rollout_tokens,
             self.sequences + other.sequences,
+            self.prompts + other.prompts,
         )
 
 
-def loss_totals(role: Tensor, sequence_id: Tensor) -> LossTotals:
-    """Count the loss tokens per role and the sequences of `role` [N] and `sequence_id` [N] int64 (host tensors).
+def loss_totals(role: Tensor, sequence_id: Tensor, prompt_id: Tensor | None = None) -> LossTotals:
+    """Count the loss tokens per role, the sequences and the prompts; `role`, `sequence_id`, `prompt_id` are host tensors [N].
 
-    Every distinct id counts as a sequence, also one whose tokens are all ignored: an empty sequence still belongs to the mean.
+    Every distinct id counts, also one whose tokens are all ignored: an empty sequence still belongs to the mean.
     """
     return LossTotals(
         expert_tokens=int((role == Role.EXPERT).sum()),
         rollout_tokens=int((role == Role.ROLLOUT).sum()),
         sequences=int(sequence_id.unique().numel()),
+        prompts=0 if prompt_id is None else int(prompt_id.unique().numel()),
     )
 
 
-AGGREGATIONS = ("constant", "token_mean", "role_mean", "sequence_mean", "sequence_sum")
+AGGREGATIONS = ("constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean")
 
 
 def aggregate(
@@ -113,6 +116,7 @@ def aggregate(
     max_tokens: int | None = None,
     totals: LossTotals | None = None,
     share: Tensor | None = None,
+    prompt_id: Tensor | None = None,
 ) -> Tensor:
     """Fold the normaliser of the loss into a weight per token, so that no later sum ever divides by a count.
 
@@ -123,34 +127,48 @@ def aggregate(
     Args:
         role: [N] uint8 `Role`, host tensor.
         sequence_id: [N] int64, which sequence a token belongs to; a sequence is never split over calls.
-        mode: "constant": 1 / (sequences · max_tokens), the unbiased form of Dr.GRPO; "token_mean": 1 / loss tokens, DAPO;
-            "role_mean": 1 / loss tokens of the same role, CHORD; "sequence_mean": the mean over sequences of each sequence's
-            token mean, GRPO; "sequence_sum": the mean over sequences of each sequence's token sum.
-        max_tokens: L of "constant", tokens, > 0.
+        mode: "constant": 1 / (sequences · max_tokens), the unbiased form of Dr.GRPO; "length": 1 / max_tokens, as TRAPO's release
+            does; "token_mean": 1 / loss tokens, DAPO; "role_mean": 1 / loss tokens of the same role, CHORD; "sequence_mean": the
+            mean over sequences of each sequence's token mean, GRPO; "sequence_sum": the mean over sequences of each sequence's
+            token sum; "prompt_mean": the mean over prompts of the token mean over all sequences of a prompt.
+        max_tokens: L of "constant" and "length", tokens, > 0.
         totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone.
         share: [N] fp32 factor, such as 1/k for k copies of one expert prefix; it multiplies the weight and is not counted.
+        prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
 
     Returns: weight [N] fp32, zero on ignored tokens.
-    Raises: ValueError for an unknown mode or a missing `max_tokens`.
+    Raises: ValueError for an unknown mode, or a missing `max_tokens`, `prompt_id` or count of prompts.
     """
     checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
-    if mode == "constant" and (max_tokens is None or max_tokens <= 0):
+    if mode in ("constant", "length") and (max_tokens is None or max_tokens <= 0):
+        raise ValueError(f'aggregate: mode "{mode}" needs max_tokens > 0, got {max_tokens}. Pass the longest response in tokens.')
+    if mode == "prompt_mean" and prompt_id is None:
+        raise ValueError('aggregate: mode "prompt_mean" needs prompt_id [N] int64, got None. Pass the prompt of every token.')
+    totals = totals or loss_totals(role, sequence_id, prompt_id)
+    if mode == "prompt_mean" and totals.prompts == 0 and len(role):
         raise ValueError(
-            f'aggregate: mode "constant" needs max_tokens > 0, got {max_tokens}. Pass the longest response in tokens.'
+            'aggregate: mode "prompt_mean" needs totals with prompts > 0, got 0. '
+            "Count them with loss_totals(role, sequence_id, prompt_id)."
         )
-    totals = totals or loss_totals(role, sequence_id)
     counted = role != Role.IGNORED
-    if mode == "constant":
-        denominator = torch.full(role.shape, float(totals.sequences * (max_tokens or 1)))
-    elif mode == "token_mean":
-        denominator = torch.full(role.shape, float(totals.expert_tokens + totals.rollout_tokens))
+    if mode == "token_mean":
+        denominator = float(totals.expert_tokens + totals.rollout_tokens)
     elif mode == "role_mean":
         denominator = torch.where(role == Role.EXPERT, float(totals.expert_tokens), float(totals.rollout_tokens))
-    elif mode == "sequence_sum":
-        denominator = torch.full(role.shape, float(totals.sequences))
+    elif mode == "sequence_mean":
+        denominator = _tokens_per_group(sequence_id, counted) * float(totals.sequences)
+    elif mode == "prompt_mean":
+        denominator = _tokens_per_group(prompt_id, counted) * float(totals.prompts)
     else:
-        _, compact_id = sequence_id.unique(return_inverse=True)
-        tokens = torch.bincount(compact_id[counted], minlength=int(compact_id.max()) + 1 if len(compact_id) else 0)
-        denominator = tokens[compact_id] * float(totals.sequences)
+        sequences = 1 if mode == "length" else totals.sequences
+        denominator = float(sequences * (1 if mode == "sequence_sum" else max_tokens))
+    denominator = torch.as_tensor(denominator).expand(role.shape)
     weight = torch.where(counted, 1.0 / denominator.clamp(min=1.0), 0.0).float()
     return weight if share is None else weight * share
+
+
+def _tokens_per_group(group_id: Tensor, counted: Tensor) -> Tensor:
+    """[N] int64: counted tokens in the group of each token."""
+    _, compact_id = group_id.unique(return_inverse=True)
+    tokens = torch.bincount(compact_id[counted], minlength=int(compact_id.max()) + 1 if len(compact_id) else 0)
+    return tokens[compact_id]

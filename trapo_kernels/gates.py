@@ -139,11 +139,14 @@ class Truncate(Gate):
     high: float = math.inf
     scale: float = 1.0
     code: ClassVar[int] = 4
-    formula: ClassVar[str] = "∫ {scale:g}·clamp(r, {low:g}, {high:g})"
+    formula: ClassVar[str] = "∫ clamp(r, {low:g}, {high:g}) d log r"
 
     def __post_init__(self):
         checks.in_range("Truncate", "low", self.low, 0.0, math.inf)
         checks.in_range("Truncate", "high", self.high, self.low, math.inf, open_low=True)
+
+    def __str__(self):
+        return ("" if self.scale == 1.0 else f"{self.scale:g}·") + super().__str__()
 
     @property
     def scalars(self):
@@ -244,7 +247,7 @@ class Phi(Gate):
     """V = r - r²/2, G = r(1-r): CHORD-φ, which trains neither what the model knows nor what it finds impossible."""
 
     code: ClassVar[int] = 8
-    formula: ClassVar[str] = "r - r²/2"
+    formula: ClassVar[str] = "(r - r²/2)"
 
     def value(self, d, advantage):
         ratio = d.exp()

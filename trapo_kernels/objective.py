@@ -128,8 +128,8 @@ class Objective:
             term = self.rollout
             if term is None or term.anchor != "old" or term.reduction:
                 raise ValueError(
-                    f'Objective: the KL estimator "k3_corrected" needs a rollout term with anchor "old" and no reduction, got {term}. '
-                    'Use the estimator "k3", or anchor the rollout term at "old".'
+                    'Objective: the KL estimator "k3_corrected" needs a rollout term with anchor "old" and no reduction, got '
+                    f'{term}. Use the estimator "k3", or anchor the rollout term at "old".'
                 )
 
     def __str__(self):

@@ -171,7 +171,7 @@ class EntropyWeight(Reduction):
     coef: float
     sign: int = -1
     positive_only: bool = False
-    formula: ClassVar[str] = "times {coef:g}·exp({sign:+d}·mean H of its sequence)"
+    formula: ClassVar[str] = "times {coef:g}·exp(mean H of its sequence)"
     needs_entropy: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -179,7 +179,8 @@ class EntropyWeight(Reduction):
         checks.one_of("EntropyWeight", "sign", self.sign, (-1, 1))
 
     def __str__(self):
-        return super().__str__() + (" where A > 0" if self.positive_only else "")
+        text = super().__str__() if self.sign > 0 else super().__str__().replace("exp(", "exp(-")
+        return text + (" where A > 0" if self.positive_only else "")
 
     def reduce(self, tokens):
         d = tokens.log_ratio

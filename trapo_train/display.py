@@ -7,10 +7,10 @@ are printed. Both come from the same metrics dictionary.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -142,7 +144,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path}: no metrics here. Give the output directory of a run that has started.")
     rows, torn = _parse_metrics(path)
     if torn:
-        warnings.warn(f"{path}: left out 1 torn last line ({torn} bytes) after {len(rows)} complete rows", stacklevel=2)
+        logger.warning("%s: left out 1 torn last line (%d bytes) after %d complete rows", path, torn, len(rows))
     return rows
 
 

@@ -55,9 +55,7 @@ def decode_after(before: Sequence[int], token_ids: Sequence[int], tokenizer: Any
     return tokenizer.decode(context + list(token_ids), skip_special_tokens=False)[len(start) :]
 
 
-def _append_tokens(
-    line: Text, token_ids: Sequence[int], segment: Segment, show: View, before: Sequence[int] = ()
-) -> None:
+def _append_tokens(line: Text, token_ids: Sequence[int], segment: Segment, show: View, before: Sequence[int] = ()) -> None:
     """Add the tokens of one segment; of one longer than `show.max_tokens` the middle is left out, and counted."""
     if not token_ids:
         return
@@ -107,9 +105,7 @@ def _render_sample(number: int, sample: Sample, show: View) -> Group:
     return Group(_header(number, sample), Padding(response, (0, 0, 1, 2), expand=False))
 
 
-def render_group(
-    samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int = 240, color: bool = True
-) -> RenderableType:
+def render_group(samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int = 240, color: bool = True) -> RenderableType:
     """The samples of one problem, each with a line of facts and its response token by token, as rich prints them.
 
     Args:

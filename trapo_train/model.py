@@ -53,6 +53,8 @@ class ScratchConfig:
     """Longest sequence in tokens, prompt and response together, at least 2."""
     tie_word_embeddings: bool = False
     """Whether the output head shares the input embedding's weight."""
+    initializer_range: float = 0.02
+    """Standard deviation of the random weights, above 0; narrow models learn sooner with about 1/√hidden_size."""
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -61,6 +63,8 @@ class ScratchConfig:
         for name, least in [(name, 1) for name in counts] + [("max_position", 2)]:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not self.initializer_range > 0:
+            raise ValueError(f"initializer_range must be above 0, got {self.initializer_range}.")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 · num_heads = {2 * self.num_heads}, got {self.hidden_size}.")
         if self.num_heads % self.num_kv_heads:
@@ -294,6 +298,7 @@ def _scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) 
         intermediate_size=scratch.intermediate_size,
         max_position_embeddings=scratch.max_position,
         tie_word_embeddings=scratch.tie_word_embeddings,
+        initializer_range=scratch.initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -28,6 +28,8 @@ class PackingConfig:
     aggregation: Literal["constant", "token_mean", "role_mean", "sequence_mean"] = "constant"
     """Divisor of the summed loss: constant (sequences · longest response allowed), token_mean (loss tokens), role_mean
     (loss tokens of the same role) or sequence_mean (mean of each sequence, then of the sequences)."""
+    train_on_prompt: bool = False
+    """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -104,6 +106,8 @@ def pack(
     Raises: ValueError for a sample longer than the budget, an empty prompt, or more micro-batches than `pad_to`.
     """
     lengths = [_segment_length(sample, config.max_tokens) for sample in samples]
+    if config.train_on_prompt:
+        samples = [_with_prompt_as_prefix(sample) for sample in samples]
     tokens = _loss_tokens(samples, config, objective, max_response_tokens)
     tokens = tokens.select(((tokens.weight != 0) | (tokens.entropy_weight != 0)).nonzero().squeeze(1))
     counts = torch.bincount(tokens.sample, minlength=len(samples)).tolist()
@@ -134,6 +138,11 @@ def _segment_length(sample: Sample, max_tokens: int) -> int:
             f"Set packing.max_tokens to at least {prompt + response}, or shorten rollout.max_response_tokens."
         )
     return prompt + response - 1
+
+
+def _with_prompt_as_prefix(sample: Sample) -> Sample:
+    first, rest = sample.problem.prompt_ids[:1], sample.problem.prompt_ids[1:]
+    return replace(sample, problem=replace(sample.problem, prompt_ids=first), prefix_ids=(*rest, *sample.prefix_ids))
 
 
 def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Objective, max_response_tokens: int) -> _LossTokens:

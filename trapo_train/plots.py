@@ -34,9 +34,7 @@ STYLE = {
 }
 
 
-def _new_figure(
-    title: str, subtitle: str, *, panels: int = 1, right: float = 0.84, height: float = 4.8
-) -> tuple[Any, Any]:
+def _new_figure(title: str, subtitle: str, *, panels: int = 1, right: float = 0.84, height: float = 4.8) -> tuple[Any, Any]:
     """A figure with a title, a line below that says how to read it, and `panels` axes side by side."""
     try:
         from matplotlib import rc_context
@@ -93,9 +91,7 @@ def _label_right(axis: Any, labels: list[tuple[str, float, str]], fontsize: floa
         anchor = dict(xycoords=axis.get_yaxis_transform(), textcoords=axis.get_yaxis_transform())
         leader = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
         arrow = leader if abs(placed - y) > 0.15 * gap else None
-        axis.annotate(
-            text, (1.0, y), (1.035, placed), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor
-        )
+        axis.annotate(text, (1.0, y), (1.035, placed), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
 
 
 def _ramp(count: int) -> list[Any]:
@@ -213,9 +209,7 @@ def _draw_held_out(axis: Any, rows: Sequence[Row], colour: Any, name: str) -> li
         return []
     errors = [row.get("accuracy_stderr") or 0.0 for row in points]
     steps, values = [row["step"] for row in points], [row["accuracy"] for row in points]
-    axis.errorbar(
-        steps, values, errors, color=colour, marker="o", markersize=7, linewidth=1.4, elinewidth=1.6, zorder=4
-    )
+    axis.errorbar(steps, values, errors, color=colour, marker="o", markersize=7, linewidth=1.4, elinewidth=1.6, zorder=4)
     return [(name, values[-1], colour)]
 
 
@@ -284,9 +278,7 @@ def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
         axis.annotate(f"{100 * share[-1]:.0f} %", (1 - 0.5 / bins, share[-1]), (0, 4), ha="center", color=PALETTE[0],
                       textcoords="offset points", fontsize=11.5, fontweight="bold")  # fmt: skip
         first, last = window[0][0], window[-1][0]
-        axis.set_title(
-            f"step {first}" if first == last else f"steps {first}–{last}", fontsize=12, color=INK, loc="left"
-        )
+        axis.set_title(f"step {first}" if first == last else f"steps {first}–{last}", fontsize=12, color=INK, loc="left")
         axis.set_xticks([0, 0.5, 1])
     _percent_axis(axes[0], 0, min(1.0, 1.15 * highest))
     axes[len(axes) // 2].set_xlabel("TrSFT weight  min(p / α, 1)")
@@ -362,9 +354,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
         if any(key == metric or (metric.endswith("/") and key.startswith(metric)) for key in recorded)
     ]
     if not paths:
-        raise ValueError(
-            f"{run_dir}: none of the {len(rows)} rows holds a metric that can be plotted. Train some steps first."
-        )
+        raise ValueError(f"{run_dir}: none of the {len(rows)} rows holds a metric that can be plotted. Train some steps first.")
     return paths
 
 

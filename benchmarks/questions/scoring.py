@@ -1,4 +1,4 @@
-"""logprob and entropy, forward only"""
+"""logprob and entropy, forward only: what does scoring rollouts cost?"""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ ABOUT = __doc__
 
 def cases(device: str, small: bool) -> list[Case]:
     """The job "score" at the main shapes."""
-    return main_cases("scoring", "score", device, small, cpu_shapes= what does scoring rollouts cost?:2)
+    return main_cases("scoring", "score", device, small, cpu_shapes=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import MODELS, SMALL
+from benchmarks.questions.shapes import ALL_BUT_COMPILE, MODELS, SMALL
 
 ABOUT = __doc__
 
@@ -11,9 +11,10 @@ ABOUT = __doc__
 def cases(device: str, small: bool) -> list[Case]:
     """A sweep over N at one head, then every model's head at N = 8192, then ragged sizes; a CPU sweeps N at a small head."""
     if small:
-        return [Case("sweep", "trapo", n, *SMALL[1:], "float32", with_memory=True) for n in (16, 32)]
+        return [Case("sweep", "trapo", n, *SMALL[1:], "float32") for n in (16, 32)]
     if device == "cpu":
-        return [Case("sweep", "trapo", n, 256, 32768, "float32", with_memory=True) for n in (64, 256, 1024)]
+        settings = {"dtype": "float32", "with_memory": True, "contenders": ALL_BUT_COMPILE}
+        return [Case("sweep", "trapo", n, 256, 32768, **settings) for n in (64, 256, 1024)]
     head = MODELS["Qwen2.5-Math-7B"]
     lengths = [Case("sweep", "trapo", 2**k, *head, "bfloat16", with_memory=True) for k in (12, 10, 13, 14, 16, 11)]
     models = [Case("sweep", "trapo", 8192, *other, "bfloat16", with_memory=True) for other in MODELS.values() if other != head]

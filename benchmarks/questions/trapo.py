@@ -1,4 +1,4 @@
-"""TRAPO's loss with entropy gradient, forward and backward"""
+"""TRAPO's loss with entropy gradient, forward and backward: what does one micro-batch cost?"""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ ABOUT = __doc__
 
 def cases(device: str, small: bool) -> list[Case]:
     """The job "trapo" at the main shapes."""
-    return main_cases("trapo", "trapo", device, small, cpu_shapes= what does one micro-batch cost?:6)
+    return main_cases("trapo", "trapo", device, small, cpu_shapes=6)

@@ -15,12 +15,12 @@ SETTINGS = {
 
 
 def _beta(name, scale=1.0):
-    """GRPO is tested with its KL term; k3 = exp(ref - logp) overflows fp32 for everyone where logits are peaked."""
-    return 0.2 if name == "grpo" and scale == 1.0 else 0.0
+    """What can have a KL term is tested with it; k3 = exp(ref - logp) overflows fp32 for everyone where logits are peaked."""
+    return 0.2 if name in ("grpo", "uft") and scale == 1.0 else 0.0
 
 
 def _objective(name, beta=None):
-    options = {"beta": _beta(name) if beta is None else beta} if name == "grpo" else {}
+    options = {"beta": _beta(name) if beta is None else beta} if name in ("grpo", "uft") else {}
     return objectives.PRESETS[name](entropy_coef=0.03, **options)
 
 

@@ -6,7 +6,8 @@ import torch
 from tests.trapo_kernels import cases
 from trapo_kernels import Objective, TokenBatch, linear_policy_loss, objectives
 from trapo_kernels.backends import gemm
-from trapo_kernels.objective import Gate, Term
+from trapo_kernels.gates import Gate
+from trapo_kernels.objective import Term
 
 SINGLE_PASS = ["torch", "triton"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trapo_kernels import KL, Objective, Term, objectives, terms
-from trapo_kernels.objective import GATES, Band, Clip, One, Phi, Power, Ratio, Sapo, Shape, Truncate
+from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Power, Ratio, Sapo, Shape, Truncate
 
 GATE_CASES = [
     One(),

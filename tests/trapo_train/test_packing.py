@@ -161,3 +161,13 @@ def test_config_checks_its_fields():
         PackingConfig(max_tokens=0)
     with pytest.raises(ValueError, match="aggregation must be one of constant"):
         PackingConfig(aggregation="mean")
+
+
+def test_train_on_prompt_scores_every_token_but_the_first():
+    sample = make_sample(prompt=3, prefix=4, completion=0)
+    config = PackingConfig(aggregation="token_mean", train_on_prompt=True)
+    (micro_batch,) = pack([sample], config, objectives.sft(), max_response_tokens=MAX_RESPONSE)
+    tokens = [*sample.problem.prompt_ids, *sample.prefix_ids]
+    expert = micro_batch.batch.role == Role.EXPERT
+    assert micro_batch.loss_positions[expert].tolist() == list(range(6))
+    assert micro_batch.batch.target[expert].tolist() == tokens[1:]

@@ -52,15 +52,14 @@ def iw_sft(cap: float = 16.0, pool: str = "sum", entropy_coef: float = 0.0) -> O
     return Objective(expert=term, entropy_coef=entropy_coef, name="iw_sft")
 
 
-def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
-    """PSFT: PPO's clip with advantage 1 on expert tokens; a token stops training once r > 1 + ε_high.
+def psft(epsilon: float = 0.2, entropy_coef: float = 0.0) -> Objective:
+    """PSFT: PPO's clip with advantage 1 on expert tokens; a token stops training once r > 1 + ε.
 
-    `old_logprob` is the policy at the start of the batch's updates; with a single update the ratio is 1 and this is SFT. With
-    advantage 1 the lower bound never acts.
+    `old_logprob` is the policy at the start of the batch's updates; with a single update the ratio is 1 and this is SFT.
 
     Source: arXiv 2508.17784.
     """
-    return Objective(expert=Term(Clip(epsilon_low, epsilon_high), anchor="old"), entropy_coef=entropy_coef, name="psft")
+    return Objective(expert=Term(Clip(epsilon, epsilon), anchor="old"), entropy_coef=entropy_coef, name="psft")
 
 
 def trsft_term(preset: str, alpha: float) -> Term:

@@ -40,14 +40,10 @@ def exgrpo(gamma: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0
     Source: arXiv 2510.02245.
     """
     expert = Term(Shape(gamma), anchor="rollout", signal="advantage")
-    return Objective(
-        expert=expert, rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="exgrpo"
-    )
+    return Objective(expert=expert, rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="exgrpo")
 
 
-def prefix_rft(
-    epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float = 0.2, entropy_coef: float = 0.0
-) -> Objective:
+def prefix_rft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float = 0.2, entropy_coef: float = 0.0) -> Objective:
     """Prefix-RFT: PPO's clip on completion and expert prefix alike; of a prefix only the `share` of largest entropy trains.
 
     The quantile is taken per prefix, so that it does not depend on the micro-batch. Expert tokens carry the sample's advantage, and
@@ -84,8 +80,8 @@ def srft(gamma: float = 0.1, expert_coef: float = 0.5, positive_coef: float = 0.
     """SRFT: entropy-weighted SFT plus LUFFY's shaped loss on the demonstration, REINFORCE on rollouts.
 
     Demonstration: expert_coef·e^(-H)·(-logp) - A·p/(p+γ). Rollouts: -A·logp, times positive_coef·e^(H) where A > 0; the paper has
-    rewards ±1 in the place of A. H is the entropy without gradient, pooled here over the sequence, so that it does not depend on the
-    micro-batch.
+    rewards ±1 in the place of A. H is the entropy without gradient, pooled here over the sequence, so that it does not depend
+    on the micro-batch.
 
     Source: arXiv 2506.19767.
     """
@@ -141,18 +137,14 @@ def reft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: floa
 
     Source: arXiv 2401.08967.
     """
-    return Objective(
-        expert=Term(One()), rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="reft"
-    )
+    return Objective(expert=Term(One()), rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="reft")
 
 
 def _ratio_term() -> Term:
     return Term(Ratio(), anchor="old", signal="advantage")
 
 
-def _chord(
-    name: str, expert: Term, mu: float, epsilon_low: float, epsilon_high: float, entropy_coef: float
-) -> Objective:
+def _chord(name: str, expert: Term, mu: float, epsilon_low: float, epsilon_high: float, entropy_coef: float) -> Objective:
     if not 0.0 <= mu <= 1.0:
         raise ValueError(f"objectives.{name}: mu must lie in [0, 1], got {mu}. It is the share of the expert loss.")
     rollout = clip_term(epsilon_low, epsilon_high, scale=1.0 - mu)

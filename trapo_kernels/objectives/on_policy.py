@@ -30,8 +30,8 @@ def grpo(
 ) -> Objective:
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
-    The paper averages over each sequence, then over sequences: pack with `aggregate(mode="sequence_mean")`. `kl_clamp`: nats, bound on
-    |log π/π_ref| in the KL. `delta` ≥ 1: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
+    The paper averages over each sequence, then over sequences: pack with `aggregate(mode="sequence_mean")`. `kl_clamp`: nats,
+    bound on |log π/π_ref| in the KL. `delta` ≥ 1: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
 
     Source: arXiv 2402.03300, equation 3.
     """

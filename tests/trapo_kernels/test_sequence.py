@@ -1,0 +1,223 @@
+"""Reductions over whole sequences: pooled as the papers define, in two passes, and in one where every ratio is 1."""
+
+import math
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import Objective, Role, Term, TokenBatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels.gates import Clip, One
+from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduction, Sequences, TopEntropy, TrajectoryWeight
+
+REDUCED = [name for name, preset in objectives.PRESETS.items() if preset().two_passes(on_policy=False)]
+
+
+def _sequence_batch(dtype=torch.float64, **changes):
+    """30 rollout tokens of 4 interleaved sequences; advantage and weight are constant in a sequence, as in GSPO's paper."""
+    labels = torch.randint(4, (30,), generator=torch.Generator().manual_seed(3))
+    advantage = torch.tensor([1.5, -0.7, 0.4, -2.0], dtype=dtype)[labels]
+    weight = 0.25 / torch.bincount(labels, minlength=4)[labels].to(dtype)
+    streams = {"sequence_id": labels, "advantage": advantage, "weight": weight} | changes
+    return cases.batch(30, 50, dtype, roles=(1,), **streams)
+
+
+def test_sums_means_and_ranks_equal_a_loop_over_sequences():
+    labels = torch.tensor([900, -4, 900, 7, -4, 900, 7], device=cases.DEVICE)
+    counted = torch.tensor([1, 1, 1, 1, 0, 1, 0], dtype=torch.bool, device=cases.DEVICE)
+    x = torch.tensor([3.0, 1.0, 5.0, 2.0, float("nan"), 4.0, 9.0], device=cases.DEVICE)
+    sequences = Sequences(labels, counted)
+    assert sequences.sum(x).tolist() == [12, 1, 12, 2, 1, 12, 2]
+    assert sequences.mean(x).tolist() == [4, 1, 4, 2, 1, 4, 2]
+    assert sequences.count().tolist() == [3, 1, 3, 1, 1, 3, 1]
+    ranks = sequences.rank(x)[counted]
+    assert ranks.tolist() == [2, 0, 0, 0, 1]
+    empty = Sequences(labels[:0], counted[:0])
+    assert empty.mean(x[:0]).shape == (0,) and empty.rank(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("epsilon", [0.3, 1e9])
+def test_gspo_equals_the_loss_of_whole_sequences(backend, epsilon):
+    """Without any stop-gradient: 1/G Σ_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean log r)."""
+    hidden, weight, _ = cases.head(30, 6, 50)
+    b = _sequence_batch(old_logprob=torch.rand(30, dtype=torch.float64) - 4.5)
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    expected = 0
+    for label in range(4):
+        rows = b.sequence_id == label
+        ratio, a = (logprob - b.old_logprob)[rows].mean().exp(), b.advantage[rows][0]
+        expected = expected - torch.minimum(ratio * a, ratio.clamp(1 - min(epsilon, 1.0), 1 + epsilon) * a) / 4
+    objective = objectives.gspo(epsilon_low=min(epsilon, 1.0), epsilon_high=epsilon)
+    out = linear_policy_loss(hidden, weight, b, objective, backend=backend)
+    assert cases.error(out.loss, expected) < 1e-13 and out.passes == 2
+    for ours, theirs in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+        assert theirs.abs().max() > 0
+        assert cases.error(ours, theirs) < 1e-13
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.4, math.inf])
+def test_gmpo_equals_the_geometric_mean_of_whole_sequences(clip):
+    hidden, weight, _ = cases.head(30, 6, 50)
+    b = _sequence_batch(old_logprob=torch.rand(30, dtype=torch.float64) - 4.5)
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    expected, clipped = 0, 0
+    for label in range(4):
+        rows = b.sequence_id == label
+        a = b.advantage[rows][0]
+        d = (logprob - b.old_logprob)[rows]
+        bounded = d.clamp(max=clip) if a >= 0 else d.clamp(min=-clip)
+        clipped += int((bounded != d).sum())
+        expected = expected - a * bounded.mean().exp() / 4
+    out = linear_policy_loss(hidden, weight, b, objectives.gmpo(clip=clip), backend="torch")
+    assert cases.error(out.loss, expected) < 1e-13
+    for ours, theirs in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+        assert cases.error(ours, theirs) < 1e-13
+    share = out.metrics["rollout/clip_low"] + out.metrics["rollout/clip_high"]
+    assert share == pytest.approx(clipped / 30) and (clipped > 0) == (clip < math.inf)
+
+
+def test_the_ratio_in_the_metrics_is_the_pooled_one():
+    b = _sequence_batch()
+    logprob = -3 * torch.rand(30, dtype=torch.float64, device=cases.DEVICE)
+    metrics = policy_loss(logprob, None, b, objectives.gspo()).metrics
+    pooled = torch.stack([(logprob - b.old_logprob)[b.sequence_id == k].mean().exp() for k in range(4)])
+    torch.testing.assert_close(metrics["rollout/ratio_max"].double(), pooled.max(), rtol=1e-6, atol=0)
+    outside = torch.where(b.advantage >= 0, pooled[b.sequence_id] > 1 + 4e-4, pooled[b.sequence_id] < 1 - 3e-4)
+    share = metrics["rollout/clip_low"] + metrics["rollout/clip_high"]
+    assert share.item() == pytest.approx(outside.double().mean().item())
+
+
+@pytest.mark.parametrize("name", ["gspo", "gmpo"])
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_fast_path_where_old_is_current(name, backend):
+    dtype = torch.float32
+    hidden, weight, _ = cases.head(30, 6, 50, dtype)
+    objective = objectives.PRESETS[name](entropy_coef=0.02)
+    old, _ = cases.eager_statistics(hidden.detach(), weight.detach(), _sequence_batch(dtype).target)
+    with_old, without = _sequence_batch(dtype, old_logprob=old), _sequence_batch(dtype, old_logprob=None, sequence_id=None)
+    slow = linear_policy_loss(hidden, weight, with_old, objective, backend=backend)
+    fast = linear_policy_loss(hidden, weight, without, objective, backend=backend)
+    assert (slow.passes, fast.passes) == (2, 2 if backend == "reference" else 1)
+    torch.testing.assert_close(fast.loss, slow.loss, rtol=1e-5, atol=1e-7)
+    for ours, theirs in zip(
+        cases.gradients(fast.loss, (hidden, weight)), cases.gradients(slow.loss, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_passes_say_which_way_the_loss_went(name):
+    hidden, weight, _ = cases.head(14, 6, 30)
+    objective = objectives.PRESETS[name]()
+    out = linear_policy_loss(hidden, weight, cases.batch(14, 30), objective, backend="torch")
+    assert out.passes == (2 if name in REDUCED else 1)
+    assert ("2 passes" in str(objective)) == (out.passes == 2)
+
+
+def test_the_reduced_presets_are_those_of_the_field():
+    assert set(REDUCED) == {"gspo", "gmpo", "iw_sft", "prefix_rft", "srft"}
+
+
+def _expert_batch(entropy, **changes):
+    """One sequence of as many expert tokens as `entropy` has, weight 1."""
+    n = len(entropy)
+    ones = torch.ones(n, dtype=torch.float64)
+    streams = {"advantage": ones, "weight": ones, "ref_logprob": -ones, "sequence_id": torch.zeros(n, dtype=torch.int64)} | changes
+    return TokenBatch(torch.zeros(n, dtype=torch.int64), torch.full((n,), Role.EXPERT, dtype=torch.uint8), **streams)
+
+
+def _slopes(objective, logprob, entropy, b):
+    logprob = logprob.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(policy_loss(logprob, entropy, b, objective).loss, logprob)
+    return grad
+
+
+@pytest.mark.parametrize(("n", "kept"), [(1, 1), (4, 1), (5, 1), (6, 2), (10, 2)])
+def test_top_entropy_trains_the_ceiling_of_a_fifth(n, kept):
+    entropy = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    objective = Objective(expert=Term(One(), reduction=TopEntropy(0.2)))
+    slopes = _slopes(objective, -entropy - 1, entropy, _expert_batch(entropy))
+    assert slopes.nonzero().squeeze(1).tolist() == sorted(entropy.topk(kept).indices.tolist())
+
+
+def test_a_token_without_weight_takes_no_part():
+    entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    b = _expert_batch(entropy, weight=weight, entropy_weight=torch.ones(4, dtype=torch.float64))
+    top = _slopes(Objective(expert=Term(One(), reduction=TopEntropy(0.3))), -entropy, entropy, b)
+    assert top.tolist() == [0, 0, -1, 0]
+    pooled = _slopes(Objective(expert=Term(One(), reduction=EntropyWeight(0.5))), -entropy, entropy, b)
+    torch.testing.assert_close(pooled, -0.5 * weight * math.exp(-2.0))
+
+
+@pytest.mark.parametrize(("pool", "log_weight"), [("sum", 3 * 0.7), ("mean", 0.7)])
+def test_iw_sft_weighs_a_sequence_by_its_capped_ratio(pool, log_weight):
+    logprob = torch.full((3,), -0.3, dtype=torch.float64)
+    b = _expert_batch(logprob)  # ref_logprob = -1, so every log-ratio is 0.7
+    uncapped = _slopes(objectives.iw_sft(cap=16.0, pool=pool), logprob, None, b)
+    torch.testing.assert_close(uncapped, torch.full_like(logprob, -math.exp(log_weight)))
+    capped = _slopes(objectives.iw_sft(cap=1.5, pool=pool), logprob, None, b)
+    torch.testing.assert_close(capped, torch.full_like(logprob, -1.5))
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_ignored_rows_filled_with_nan_change_no_bit(name):
+    objective = objectives.PRESETS[name](entropy_coef=0.1)
+    clean = cases.batch(40, 30, torch.float32)
+    ignored = clean.role == 0
+    names = ("advantage", "weight", "old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight")
+    streams = {name: torch.where(ignored, float("nan"), getattr(clean, name)) for name in names}
+    poisoned = TokenBatch(clean.target, clean.role, **streams, sequence_id=clean.sequence_id)
+    hidden, weight, _ = cases.head(40, 6, 30, torch.float32)
+    results = []
+    for b, fill in ((clean, 0.0), (poisoned, float("nan"))):
+        h = torch.where(ignored[:, None], fill, hidden.detach()).requires_grad_()
+        out = linear_policy_loss(h, weight, b, objective, backend="torch")
+        results.append([out.loss, *cases.gradients(out.loss, (h, weight)), *out.metrics.values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_compile_fullgraph(name):
+    """A graph without breaks is also one without a host sync."""
+    hidden, weight, _ = cases.head(12, 5, 20, torch.float32)
+    b, objective = cases.batch(12, 20, torch.float32), objectives.PRESETS[name](entropy_coef=0.1)
+
+    def step(h, w):
+        return linear_policy_loss(h, w, b, objective, backend="torch").loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager = cases.gradients(step(hidden, weight), (hidden, weight))
+    for ours, expected in zip(cases.gradients(compiled(hidden, weight), (hidden, weight)), eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_what_is_missing_is_named():
+    hidden, weight, _ = cases.head(12, 5, 20)
+    b = cases.batch(12, 20, sequence_id=None)
+    with pytest.raises(ValueError, match=r"'gspo' reads batch.sequence_id, got None. Pass .*drop the reduction"):
+        linear_policy_loss(hidden, weight, b, objectives.gspo())
+    with pytest.raises(ValueError, match="'srft' weighs tokens by their entropy and needs entropy"):
+        policy_loss(torch.zeros(12, dtype=torch.float64, device=cases.DEVICE), None, cases.batch(12, 20), objectives.srft())
+    with pytest.raises(TypeError, match="sequence_id must be torch.int64, got torch.int32"):
+        cases.batch(12, 20, sequence_id=torch.zeros(12, dtype=torch.int32))
+    with pytest.raises(NotImplementedError, match=r"Reduction must implement reduce\(tokens\)"):
+        Reduction().reduce(None)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MeanRatio(clip=0.0), r"clip must lie in \(0, inf\], got 0.0"),
+        (lambda: TrajectoryWeight(cap=-1.0), r"cap must lie in \(0, inf\], got -1.0"),
+        (lambda: TrajectoryWeight(pool="max"), "pool must be one of 'sum', 'mean', got 'max'"),
+        (lambda: TopEntropy(1.5), r"share must lie in \(0, 1\], got 1.5"),
+        (lambda: EntropyWeight(0.1, sign=2), "sign must be one of -1, 1, got 2"),
+        (lambda: Term(Clip(), signal="gain"), "signal must be one of .*got 'gain'"),
+    ],
+)
+def test_bad_parameters_say_the_rule_and_the_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

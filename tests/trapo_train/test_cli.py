@@ -1,0 +1,139 @@
+"""The commands do what they say on a tiny model, and what the user can correct is told in one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trapo_train import cli, train
+from trapo_train.display import read_metrics
+
+TINY = """
+output_dir: {output}
+steps: 2
+prompts_per_step: 2
+reward: pointer_chasing
+model: {{scratch: {{hidden_size: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2, intermediate_size: 16, max_position: 128}}}}
+data: {{task: pointer_chasing, num_problems: 8}}
+eval_data: {{task: pointer_chasing, split: test, num_problems: 6}}
+plan: {{name: paper}}
+objective: {{name: trapo}}
+rollout: {{max_response_tokens: 32, paragraph_break: "|"}}
+evaluation: {{every: 1, group_by: depth}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(output=tmp_path / "run"))
+    return str(path)
+
+
+@pytest.fixture
+def finished_run(config, tmp_path):
+    assert cli.main(["run", config]) == 0
+    return tmp_path / "run"
+
+
+def test_run_writes_metrics_plots_and_the_model(finished_run, capsys):
+    assert [row["step"] for row in read_metrics(finished_run) if row["kind"] == "train"] == [1, 2]
+    assert (finished_run / "plots" / "unguided_reward.png").exists()
+    assert (finished_run / "model" / "model.safetensors").exists()
+
+
+def test_overrides_reach_the_run(config, tmp_path):
+    assert cli.main(["run", config, "steps=1", "plan.name=grpo", "objective.name=dr_grpo"]) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert len(rows) == 1 and rows[0]["guided_share"] == 0
+
+
+def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, capsys):
+    assert cli.main(["eval", str(finished_run)]) == 0
+    last = [row for row in read_metrics(finished_run) if row["kind"] == "eval"][-1]
+    shown = next(line for line in capsys.readouterr().out.splitlines() if " all " in line)
+    assert f"{last['accuracy']:.3f}" in shown
+
+
+def test_headroom_of_a_random_model_fails_and_says_so(config, tmp_path, capsys):
+    assert cli.main(["headroom", config, "--num-problems", "4", "--samples", "1"]) == 1
+    assert "No headroom" in capsys.readouterr().out
+    assert (tmp_path / "run" / "headroom.png").exists() and (tmp_path / "run" / "headroom.json").exists()
+
+
+def test_inspect_prints_a_group_without_training(config, tmp_path, capsys):
+    assert cli.main(["inspect", config, "--problem", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("micro-group 1") == 4 and out.count("micro-group 4") == 1
+    assert "problem 3" in out and "⟦" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_plot_and_compare(finished_run, tmp_path, capsys):
+    assert cli.main(["plot", str(finished_run)]) == 0
+    assert cli.main(["compare", str(finished_run), "--output", str(tmp_path / "out.png")]) == 0
+    assert (tmp_path / "out.png").exists()
+    assert cli.main(["compare", str(finished_run), str(finished_run)]) == 0
+    assert (tmp_path / "compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "no_such_recipe"], "no recipe of that name"),
+        (["run", "CONFIG", "step=3"], "Did you mean 'steps'"),
+        (["run", "CONFIG", "optimizer.learning_rate=fast"], "optimizer.learning_rate must be float"),
+        (["run", "CONFIG", "reward=no_module:reward"], "no_module"),
+        (["run", "CONFIG", "model.scratch=null", "model.name_or_path=/no/such/model"], "/no/such/model"),
+        (["eval", "CONFIG", "eval_data=null"], "eval_data"),
+        (["inspect", "CONFIG", "--problem", "8"], "must be in [0, 7], got 8"),
+        (["plot", "no_such_run"], "no_such_run"),
+        (["eval", "EMPTY"], "config.yaml"),
+    ],
+)
+def test_what_the_user_can_correct_is_one_line_and_exit_code_2(arguments, words, config, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = [{"CONFIG": config, "EMPTY": str(empty)}.get(argument, argument) for argument in arguments]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("trapo-train: error: ") and words in error
+    assert "Traceback" not in error
+
+
+def test_traceback_on_request(config, capsys):
+    assert cli.main(["run", "--traceback", config, "step=3"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_used_output_dir_is_refused(finished_run, config, capsys):
+    assert cli.main(["run", config]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(config, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", config])
+
+
+def test_ctrl_c_ends_cleanly(config, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert cli.main(["run", config]) == 130
+    assert capsys.readouterr().err == "trapo-train: interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "headroom", "inspect", "plot", "compare", "demo"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: trapo-train" in capsys.readouterr().out
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, trapo_train.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

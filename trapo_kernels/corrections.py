@@ -1,0 +1,146 @@
+"""Static corrections: factors per token, known before the update, that the packer multiplies into `weight`.
+
+    weight = aggregate(role, sequence_id, mode=...) * tis(role, old_logprob, rollout_logprob)
+
+The sampler and the trainer compute different logprobs for the same policy; ρ = exp(old - rollout) of a rollout token corrects for
+it. Expert tokens always get factor 1. Everything is tensor arithmetic without a host sync, on the host or on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import checks
+from trapo_kernels.batch import Role
+from trapo_kernels.sequence import Sequences
+
+LEVELS = ("token", "sequence", "geometric")
+
+
+def tis(
+    role: Tensor,
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    *,
+    cap: float = 2.0,
+    level: str = "token",
+    sequence_id: Tensor | None = None,
+) -> Tensor:
+    """Truncated importance sampling: min(ρ, cap) on rollout tokens, [N] in the dtype of old_logprob.
+
+    Args:
+        role: [N] uint8 `Role`. old_logprob, rollout_logprob: [N] fp32 or fp64 nats; read on rollout tokens only.
+        cap: largest factor, > 0.
+        level: "token"; "sequence", the product over the sequence; or "geometric", its length-mean. The last two need sequence_id
+            [N] int64, and whole sequences.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    checks.in_range("tis", "cap", cap, 0.0, math.inf, open_low=True)
+    log_ratio = _log_ratio("tis", role, old_logprob, rollout_logprob, level, sequence_id)
+    return log_ratio.clamp(max=math.log(cap)).exp()
+
+
+def mis(
+    role: Tensor,
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    *,
+    low: float = 0.0,
+    high: float = 2.0,
+    level: str = "sequence",
+    sequence_id: Tensor | None = None,
+) -> Tensor:
+    """Masked importance sampling: ρ where low ≤ ρ ≤ high, else 0, [N]; arguments as in `tis`.
+
+    Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference mismatch".
+    """
+    checks.in_range("mis", "low", low, 0.0, math.inf)
+    checks.in_range("mis", "high", high, low, math.inf, open_low=True)
+    ratio = _log_ratio("mis", role, old_logprob, rollout_logprob, level, sequence_id).exp()
+    return torch.where((ratio >= low) & (ratio <= high) | (role != Role.ROLLOUT), ratio, 0.0)
+
+
+def icepop(role: Tensor, old_logprob: Tensor, rollout_logprob: Tensor, *, low: float = 0.5, high: float = 5.0) -> Tensor:
+    """IcePop: `mis` for each token by itself, ρ where low ≤ ρ ≤ high, else 0, [N].
+
+    Source: the IcePop note of the Ling team, 2025, with these bounds.
+    """
+    return mis(role, old_logprob, rollout_logprob, low=low, high=high, level="token")
+
+
+def sequence_mask(
+    role: Tensor,
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    sequence_id: Tensor,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    advantage: Tensor | None = None,
+) -> Tensor:
+    """1 on the rollout tokens of sequences whose geometric-mean ratio lies in [low, high], else 0, [N]; 1 on expert tokens.
+
+    advantage: [N]; given, only tokens with a negative advantage are masked, as in DeepSeek-V3.2's off-policy sequence mask.
+
+    Source: arXiv 2512.02556 for the one-sided form.
+    """
+    checks.in_range("sequence_mask", "low", low, 0.0, math.inf)
+    checks.in_range("sequence_mask", "high", high, low, math.inf, open_low=True)
+    ratio = _log_ratio("sequence_mask", role, old_logprob, rollout_logprob, "geometric", sequence_id).exp()
+    kept = (ratio >= low) & (ratio <= high) | (role != Role.ROLLOUT)
+    if advantage is not None:
+        kept = kept | (advantage >= 0)
+    return kept.to(old_logprob.dtype)
+
+
+def duplicate_share(prefix_id: Tensor, sequence_id: Tensor) -> Tensor:
+    """1/k for the tokens of each of k sequences that share one prefix, [N] fp32; pass it to `aggregate(share=...)`.
+
+    prefix_id: [N] int64, equal for tokens of the same prefix in whatever sequence, negative on all other tokens (share 1).
+    sequence_id: [N] int64. A prefix counts once per sequence, however many tokens it has there.
+    """
+    inside = prefix_id >= 0
+    # The first token of a (prefix, sequence) pair stands for the pair: sort by sequence, then stably by prefix.
+    order = sequence_id.argsort(stable=True)
+    order = order[prefix_id[order].argsort(stable=True)]
+    prefix, sequence = prefix_id[order], sequence_id[order]
+    first = torch.ones_like(inside)
+    first[1:] = (prefix[1:] != prefix[:-1]) | (sequence[1:] != sequence[:-1])
+    stands = torch.empty_like(inside).scatter_(0, order, first)
+    copies = Sequences(prefix_id, inside).sum(stands.double())
+    return torch.where(inside, 1.0 / copies.clamp(min=1), 1.0).float()
+
+
+def drop_overlong(role: Tensor, sequence_id: Tensor, finished: Tensor) -> Tensor:
+    """The roles [N] uint8 with the rollout tokens of unfinished sequences IGNORED: DAPO's overlong filtering.
+
+    finished: [N] bool, true on a token that ends its sequence, such as `target == eos`; a sequence without one was cut off. Call it
+    before `aggregate`, so that the dropped tokens are in no denominator; their sequence still counts as one.
+
+    Source: arXiv 2503.14476, section 3.4.
+    """
+    ends = Sequences(sequence_id, finished).sum(torch.ones_like(role, dtype=torch.float64))
+    return torch.where((role == Role.ROLLOUT) & (ends == 0), Role.IGNORED, role).to(torch.uint8)
+
+
+def _log_ratio(
+    where: str, role: Tensor, old_logprob: Tensor, rollout_logprob: Tensor, level: str, sequence_id: Tensor | None
+) -> Tensor:
+    """log ρ [N] at the given level, 0 on tokens that are no rollout."""
+    checks.one_of(where, "level", level, LEVELS)
+    length, device = role.shape[0], role.device
+    checks.vector(where, "old_logprob", old_logprob, length, device, (torch.float32, torch.float64))
+    checks.vector(where, "rollout_logprob", rollout_logprob, length, device, (torch.float32, torch.float64))
+    mine = role == Role.ROLLOUT
+    log_ratio = torch.where(mine, old_logprob - rollout_logprob, 0.0)
+    if level == "token":
+        return log_ratio
+    if sequence_id is None:
+        raise ValueError(f'{where}: level "{level}" needs sequence_id [N] int64, got None. Pass it, or use level="token".')
+    sequences = Sequences(sequence_id, mine)
+    pooled = sequences.sum(log_ratio) if level == "sequence" else sequences.mean(log_ratio)
+    return torch.where(mine, pooled, 0.0).to(old_logprob.dtype)

@@ -1,0 +1,207 @@
+"""The command line: `trapo-train run | eval | headroom | inspect | plot | compare | demo`.
+
+What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
+`--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from trapo_train.config import RunConfig
+
+EXIT_OK, EXIT_NEGATIVE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+CONFIG_HELP = "YAML file, packaged recipe such as demo_trapo, or (not for run) the directory of a finished run"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args, Console())
+    except KeyboardInterrupt:
+        print("trapo-train: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        if args.traceback:
+            traceback.print_exc()
+        else:
+            print(f"trapo-train: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a user can correct: our own errors and those of files and missing packages. Anything else is a bug."""
+    from trapo_train.checkpoint import CheckpointError
+    from trapo_train.rewards import RewardError
+    from trapo_train.step import NonFiniteError
+
+    return (ValueError, OSError, ImportError, CheckpointError, RewardError, NonFiniteError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trapo-train", description="RL and SFT post-training of language models with expert prefixes."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    configured = argparse.ArgumentParser(add_help=False, parents=[common])
+    configured.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    configured.add_argument("overrides", metavar="key=value", nargs="*", help="for example optimizer.learning_rate=1e-5")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, parent: argparse.ArgumentParser, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[parent], help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    add("run", _run, configured, "Train as configured; metrics, plots and the model go to output_dir.")
+    add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
+    headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
+    headroom.add_argument("--num-problems", type=int, default=128, help="problems to measure, at least 2 (128)")
+    headroom.add_argument("--samples", type=int, default=4, help="responses per problem and prefix, at least 1 (4)")
+    inspect = add("inspect", _inspect, configured, "Sample one problem's group and print it token by token, without training.")
+    inspect.add_argument("--problem", type=int, default=0, metavar="N", help="which training problem, from 0 (0)")
+    inspect.add_argument("--max-tokens", type=int, default=240, help="longest prefix or completion shown in full (240)")
+    plot = add("plot", _plot, common, "Draw the plots of a run into its directory.")
+    plot.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
+    compare = add("compare", _compare, common, "Draw several runs into one figure.")
+    compare.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="output_dir of each run")
+    compare.add_argument("--output", metavar="PNG", help="the figure (compare.png beside the first run)")
+    demo = add("demo", _demo, common, "Train a base model from scratch, then TRAPO from it, and show that it learned.")
+    demo.add_argument("--output", metavar="DIR", default="runs/demo", help="where everything goes (runs/demo)")
+    demo.add_argument("--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="repeat for each seed (0)")
+    demo.add_argument("--compare", action="store_true", help="also train GRPO and SFT from the same base")
+    return parser
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train import train
+    from trapo_train.display import Reporter
+    from trapo_train.plots import plot_run
+
+    config = _load(args, finished_run=False)
+    with Reporter(config.output_dir, console) as reporter:
+        summary = train.run(config, reporter)
+    if summary.steps and not summary.interrupted:
+        _print_paths(plot_run(config.output_dir), console)
+    return EXIT_OK
+
+
+def _eval(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.train import Trainer
+
+    config = _load(args)
+    if config.eval_data is None:
+        raise ValueError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
+    metrics = Trainer(config).evaluate()
+    table = Table("", "accuracy", "± standard error", title="held-out accuracy", title_justify="left")
+    for key, value in metrics.items():
+        name, _, group = key.partition("/")
+        if name == "accuracy":
+            error = metrics[f"accuracy_stderr/{group}" if group else "accuracy_stderr"]
+            table.add_row(group.replace("_", " ") or "all", f"{value:.3f}", f"{error:.3f}")
+    console.print(table)
+    others = {key: value for key, value in metrics.items() if not key.startswith("accuracy")}
+    console.print("  ".join(f"{key} {value:g}" for key, value in others.items()), highlight=False)
+    return EXIT_OK
+
+
+def _headroom(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.demo import measure, show_headroom
+    from trapo_train.headroom import HeadroomConfig
+    from trapo_train.train import Trainer
+
+    config = _load(args)
+    settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
+    report = measure(Trainer(config), settings)
+    return EXIT_OK if show_headroom(report, Path(config.output_dir), console) else EXIT_NEGATIVE
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.advantages import assign_advantages, assign_prefix_weights
+    from trapo_train.inspect import render_group
+    from trapo_train.model import precision
+    from trapo_train.rollout import run_plans
+    from trapo_train.train import Trainer
+
+    trainer = Trainer(_load(args))
+    if not 0 <= args.problem < len(trainer.problems):
+        raise ValueError(f"inspect: --problem must be in [0, {len(trainer.problems) - 1}], got {args.problem}.")
+    config = trainer.config
+    with precision(trainer.model):
+        result = run_plans(
+            [trainer.problems[args.problem]], trainer.plan, trainer.engine, trainer.reward, trainer.tokenizer, config.rollout
+        )
+    assign_advantages(result.groups, config.advantage)
+    group = result.groups[0]
+    assign_prefix_weights(group)
+    color = console.color_system is not None
+    console.print(render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color))
+    return EXIT_OK
+
+
+def _plot(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.plots import plot_run
+
+    _print_paths(plot_run(args.run_dir), console)
+    return EXIT_OK
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.plots import compare_runs
+
+    path = args.output or Path(args.run_dirs[0]).resolve().parent / "compare.png"
+    _print_paths([compare_runs(args.run_dirs, path)], console)
+    return EXIT_OK
+
+
+def _demo(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.demo import run_demo
+
+    learned = run_demo(Path(args.output), seeds=args.seeds, compare=args.compare, console=console)
+    return EXIT_OK if learned else EXIT_NEGATIVE
+
+
+def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
+    """The configuration; for the directory of a finished run its own, with the model that it trained."""
+    from trapo_train.config import load_config
+    from trapo_train.train import CONFIG_FILE, MODEL_DIR
+
+    _quiet_libraries()
+    directory = Path(args.config)
+    if not (finished_run and directory.is_dir()):
+        return load_config(args.config, args.overrides)
+    for name in (CONFIG_FILE, MODEL_DIR):
+        if not (directory / name).exists():
+            raise FileNotFoundError(f"{directory}: the directory of a finished run holds {name}, this one does not.")
+    trained = ["model.scratch=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
+    return load_config(directory / CONFIG_FILE, [*trained, *args.overrides])
+
+
+def _quiet_libraries() -> None:
+    """No progress bars of transformers between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _print_paths(paths: Sequence[Path], console: Console) -> None:
+    for path in paths:
+        console.print(f"wrote {path}", style="dim", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

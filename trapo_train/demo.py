@@ -1,0 +1,259 @@
+"""The demo: a base model from scratch → headroom → TRAPO from it → held-out accuracy, and one annotated group.
+
+Everything is measured where it is printed: nothing here knows what the result should be, and a base without headroom or a
+run that did not learn is reported as such.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trapo_train.config import RunConfig, load_config
+from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics
+from trapo_train.headroom import HeadroomConfig, HeadroomReport, measure_headroom
+from trapo_train.inspect import render_group
+from trapo_train.model import precision
+from trapo_train.plots import (
+    group_label,
+    group_order,
+    plot_accuracy_by_group,
+    plot_comparison,
+    plot_headroom,
+    plot_run,
+)
+from trapo_train.records import Sample
+from trapo_train.train import MODEL_DIR, RunSummary, Trainer, run
+
+CLEAR_STANDARD_ERRORS = 2.0
+LABELS = {"trapo": "TRAPO", "grpo": "GRPO", "sft": "SFT"}
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """What one seed came to: held-out evaluations of the base and of each method trained from it."""
+
+    seed: int
+    evaluations: dict[str, dict[str, Any]]
+    """"base", "trapo" and, where compared, "grpo" and "sft"."""
+
+    @property
+    def gain(self) -> float:
+        """Held-out accuracy of TRAPO minus the base's, in [-1, 1]."""
+        return self.evaluations["trapo"]["accuracy"] - self.evaluations["base"]["accuracy"]
+
+    @property
+    def gain_standard_error(self) -> float:
+        """Of the gain, as if the two evaluations were independent; they share their problems, so it is an upper estimate."""
+        return math.hypot(*(self.evaluations[name]["accuracy_stderr"] for name in ("base", "trapo")))
+
+    @property
+    def learned(self) -> bool:
+        """Whether held-out accuracy is clearly above the base's."""
+        return self.gain > CLEAR_STANDARD_ERRORS * self.gain_standard_error
+
+
+def run_demo(
+    output: Path,
+    *,
+    seeds: Sequence[int],
+    compare: bool,
+    console: Console,
+    overrides: Mapping[str, Sequence[str]] | None = None,
+) -> bool:
+    """Run the demo once per seed under `output`, replacing an earlier demo there; returns whether every seed learned.
+
+    Args:
+        seeds: of the weights, the problems and the samples; the held-out problems are the same for all.
+        compare: also train GRPO and SFT from the same base.
+        overrides: configuration overrides by recipe, such as {"demo_base": ["steps=10"]}.
+    """
+    started = time.monotonic()
+    results = []
+    for seed in seeds:
+        directory = output if len(seeds) == 1 else output / f"seed_{seed}"
+        if len(seeds) > 1:
+            console.rule(f"seed {seed}")
+        result = _run_seed(directory, seed, compare, console, overrides or {})
+        if result is None:
+            return False
+        results.append(result)
+    if len(results) > 1:
+        _show_seeds(results, console)
+    learned = all(result.learned for result in results)
+    _say(console, f"the demo took {format_seconds(time.monotonic() - started)}", "dim")
+    return learned
+
+
+def _run_seed(
+    output: Path, seed: int, compare: bool, console: Console, overrides: Mapping[str, Sequence[str]]
+) -> SeedResult | None:
+    """All stages for one seed; None when the base has no headroom, because then guided training has nothing to show."""
+    methods = ["trapo", *(["grpo", "sft"] if compare else [])]
+    stages = 3 + len(methods)
+    base_model = output / "base" / MODEL_DIR
+    configs = {"base": _configure("base", output, seed, [], overrides)}
+    for name in methods:
+        model = [f"model.name_or_path={json.dumps(str(base_model))}"]
+        configs[name] = _configure(name, output, seed, model, overrides)
+    for name in configs:
+        _clear(output / name)
+
+    summaries: dict[str, RunSummary] = {}
+    with _stage(console, f"1/{stages} base model from scratch: SFT on noisy expert traces"):
+        _train(configs["base"], console)
+    with _stage(console, f"2/{stages} headroom: does an expert prefix help this base?"):
+        trainer = Trainer(configs["trapo"])
+        report = measure(trainer, HeadroomConfig(group_by=configs["trapo"].evaluation.group_by))
+        if not show_headroom(report, output, console):
+            return None
+    for number, name in enumerate(methods, start=3):
+        with _stage(console, f"{number}/{stages} {LABELS[name]} from the base"):
+            summaries[name] = _train(configs[name], console)
+    with _stage(console, f"{stages}/{stages} held-out accuracy and plots"):
+        result = _gather(output, seed, methods)
+        _show_result(result, console)
+        for path in _draw(output, result, methods):
+            _say(console, f"wrote {path}", "dim")
+    _show_group(summaries["trapo"], trainer.tokenizer, console)
+    return result
+
+
+def _configure(name: str, output: Path, seed: int, further: Sequence[str], overrides: Mapping[str, Sequence[str]]) -> RunConfig:
+    recipe = f"demo_{name}"
+    fixed = [f"output_dir={json.dumps(str(output / name))}", f"seed={seed}", f"data.seed={2 * seed + (name != 'base')}"]
+    return load_config(recipe, [*fixed, *further, *overrides.get(recipe, ())])
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an earlier demo wrote; a directory that is no run is left alone, and the run then says so itself."""
+    if (directory / METRICS_FILE).exists():
+        shutil.rmtree(directory)
+
+
+def _train(config: RunConfig, console: Console) -> RunSummary:
+    with Reporter(config.output_dir, console) as reporter:
+        return run(config, reporter)
+
+
+def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
+    """The headroom of the trainer's model on its held-out problems, or on its training problems where there are none."""
+    problems = trainer.eval_problems or trainer.problems
+    with precision(trainer.model):
+        return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
+
+
+def show_headroom(report: HeadroomReport, directory: Path, console: Console) -> bool:
+    """Print pass rates and verdict, write headroom.json and headroom.png to `directory`; returns the verdict."""
+    table = Table("pass rate after …", *(f"{fraction:.0%}" for fraction in report.config.fractions))
+    for group in dict.fromkeys(row.group for row in report.rows):
+        rows = [row for row in report.rows if row.group == group]
+        table.add_row(group_label(group), *(_accuracy(row.pass_rate, row.standard_error) for row in rows))
+    stated = [f"{row.answer_in_prefix:.0%}" for row in report.overall()]
+    table.add_row("answer in the prefix", *stated, style="dim")
+    console.print(table)
+    holds, sentence = report.verdict()
+    _say(console, sentence, "green" if holds else "bold red")
+    path = plot_headroom(report, directory / "headroom.png")
+    rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in report.rows]
+    summary = {"verdict": holds, "sentence": sentence, "gain": report.gain, "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    _say(console, f"wrote {path} and {path.with_suffix('.json').name}", "dim")
+    return holds
+
+
+def _gather(output: Path, seed: int, methods: Sequence[str]) -> SeedResult:
+    """The base's evaluation is TRAPO's at step 0; every method's own is its last."""
+    evaluations: dict[str, dict[str, Any]] = {}
+    for name in methods:
+        rows = [row for row in read_metrics(output / name) if row["kind"] == "eval"]
+        evaluations.setdefault("base", rows[0])
+        evaluations[name] = rows[-1]
+    return SeedResult(seed, evaluations)
+
+
+def _accuracy(value: float, standard_error: float | None) -> str:
+    known = standard_error is not None and standard_error == standard_error
+    return f"{value:.2f} ± {standard_error:.2f}" if known else f"{value:.2f}"
+
+
+def result_table(result: SeedResult) -> Table:
+    """Held-out accuracy ± 1 standard error by group, a column per model."""
+    table = Table("held-out accuracy", *(LABELS.get(name, name) for name in result.evaluations))
+    keys = {key for row in result.evaluations.values() for key in row if key.startswith("accuracy/")}
+    for key in [*sorted(keys, key=group_order), "accuracy"]:
+        _, _, group = key.partition("/")
+        stderr = f"accuracy_stderr/{group}" if group else "accuracy_stderr"
+        cells = [_accuracy(row[key], row.get(stderr)) if key in row else "–" for row in result.evaluations.values()]
+        table.add_row(group_label(group) or "all", *cells, style="" if group else "bold")
+    return table
+
+
+def _show_result(result: SeedResult, console: Console) -> None:
+    console.print(result_table(result))
+    gain = f"{100 * result.gain:+.1f} ± {100 * result.gain_standard_error:.1f} points held-out"
+    if result.learned:
+        _say(console, f"TRAPO learned: {gain} over its base.", "bold green")
+    else:
+        rule = f"the gain must exceed {CLEAR_STANDARD_ERRORS:g} standard errors"
+        _say(console, f"TRAPO is not clearly above its base: {rule}, got {gain}.", "bold red")
+
+
+def _show_seeds(results: Sequence[SeedResult], console: Console) -> None:
+    names = list(results[0].evaluations)
+    table = Table("held-out accuracy", *(LABELS.get(name, name) for name in names), "TRAPO - base, points")
+    for result in results:
+        cells = [_accuracy(row["accuracy"], row["accuracy_stderr"]) for row in result.evaluations.values()]
+        table.add_row(f"seed {result.seed}", *cells, f"{100 * result.gain:+.1f}")
+    means = [fmean(result.evaluations[name]["accuracy"] for result in results) for name in names]
+    gain = fmean(result.gain for result in results)
+    table.add_row("mean", *(f"{mean:.2f}" for mean in means), f"{100 * gain:+.1f}", style="bold")
+    console.print(table)
+
+
+def _draw(output: Path, result: SeedResult, methods: Sequence[str]) -> list[Path]:
+    evaluations = {LABELS.get(name, name): row for name, row in result.evaluations.items()}
+    paths = [*plot_run(output / "trapo"), plot_accuracy_by_group(evaluations, output / "accuracy.png")]
+    if len(methods) > 1:
+        runs = {LABELS[name]: read_metrics(output / name) for name in methods}
+        paths.append(plot_comparison(runs, output / "compare.png"))
+    return paths
+
+
+def most_telling(groups: Sequence[list[Sample]]) -> list[Sample]:
+    """The group that shows most: guided samples beside unguided ones, failures beside successes."""
+
+    def score(group: list[Sample]) -> tuple[int, int]:
+        continued = sum(sample.guided and bool(sample.completion_ids) for sample in group)
+        kinds = len({(sample.guided, bool(sample.completion_ids), sample.reward > 0) for sample in group})
+        return kinds, continued
+
+    return max(groups, key=score)
+
+
+def _show_group(summary: RunSummary, tokenizer: Any, console: Console) -> None:
+    _say(console, "\none group of the last step, token by token", "bold")
+    console.print(render_group(most_telling(summary.groups), tokenizer, color=console.color_system is not None))
+
+
+@contextmanager
+def _stage(console: Console, title: str) -> Iterator[None]:
+    started = time.monotonic()
+    _say(console, f"\n== {title}", "bold")
+    yield
+    _say(console, f"   took {format_seconds(time.monotonic() - started)}", "dim")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
