@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class Timing(NamedTuple):
@@ -35,12 +36,14 @@ class CudaClock:
     """CUDA events around each call; before the cold one a buffer of four times the L2 is overwritten."""
 
     def __init__(self):
-        size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 * 2**20
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self._half = properties.total_memory // 2
+        size = getattr(properties, "L2_cache_size", 0) or 64 * 2**20
         self._flush = torch.empty(4 * size, dtype=torch.uint8, device="cuda")
 
     def time(self, call: Callable[[], object]) -> tuple[float, float | None]:
         """(hot, cold) milliseconds; the cold call comes first and leaves the L2 as the hot one finds it."""
-        if torch.cuda.memory_reserved() > torch.cuda.get_device_properties().total_memory // 2:
+        if torch.cuda.memory_reserved() > self._half:
             torch.cuda.empty_cache()  # else the allocator would do it inside the timed call; the extra call refills its cache
             call()
         self._flush.zero_()
@@ -65,7 +68,8 @@ def clock(device: str) -> CpuClock | CudaClock:
 def interleave(calls: dict[str, Callable], ticker: CpuClock | CudaClock, seconds: float, most: int) -> dict[str, Timing]:
     """Round after round of all calls, so that a drifting machine drifts for all; the order rotates, so that none is always first.
 
-    One warm-up round, then at least MIN_ROUNDS (or `most`, if fewer) and at most `most` rounds within about `seconds`.
+    One warm-up round, then at least MIN_ROUNDS (or `most`, if fewer) and at most `most` rounds within about `seconds`. A call that
+    runs out of memory beside the others leaves the rounds, and is missing from the answer.
     """
     timings = {name: Timing([], []) for name in calls}
     names = list(calls)
@@ -73,19 +77,28 @@ def interleave(calls: dict[str, Callable], ticker: CpuClock | CudaClock, seconds
     gc.disable()
     try:
         start = time.perf_counter()
-        for name in names:
-            calls[name]()
+        for name in list(names):
+            _once(name, names, calls, ticker)
         per_round = time.perf_counter() - start
         rounds = max(min(MIN_ROUNDS, most), min(most, int(seconds / max(per_round, 1e-6))))
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                hot, cold = ticker.time(calls[name])
-                timings[name].hot_ms.append(hot)
+                hot, cold = _once(name, names, calls, ticker) or (None, None)
+                if hot is not None:
+                    timings[name].hot_ms.append(hot)
                 if cold is not None:
                     timings[name].cold_ms.append(cold)
     finally:
         gc.enable()
-    return timings
+    return {name: timings[name] for name in names}
+
+
+def _once(name: str, names: list[str], calls: dict, ticker: CpuClock | CudaClock) -> tuple[float, float | None] | None:
+    try:
+        return ticker.time(calls[name])
+    except OUT_OF_MEMORY:
+        names.remove(name)
+        return None
 
 
 def summary(timing: Timing, floor: Timing | None) -> dict[str, object]:
@@ -119,8 +132,9 @@ def cuda_peak_mib(call: Callable[[], object]) -> float:
     return peak / 2**20
 
 
-def cuda_counts(call: Callable[[], object]) -> dict[str, int]:
-    """Launches (kernels, copies and fills seen by the profiler) and host syncs (as torch's sync debug mode reports them)."""
+def cuda_counts(call: Callable[[], object]) -> dict[str, int | None]:
+    """Launches (kernels, copies and fills seen by the profiler; None where it sees none, because it may not look) and host syncs
+    (as torch's sync debug mode reports them)."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
@@ -134,4 +148,4 @@ def cuda_counts(call: Callable[[], object]) -> dict[str, int]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     syncs = sum("synchroniz" in str(warning.message) for warning in caught)
-    return {"launches": launches, "host_syncs": syncs}
+    return {"launches": launches or None, "host_syncs": syncs}

@@ -20,7 +20,6 @@ from benchmarks.problem import Case, Problem, build, errors, truth
 
 RESERVE_SECONDS = 12  # for the report
 WRONG = {"logprob_max_nats": 0.25, "entropy_max_nats": 0.25, "grad_hidden_relative": 0.05, "grad_weight_relative": 0.05}
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class BudgetSpent(BaseException):
@@ -35,22 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     path = Path(options.out) / provenance.folder(options.device) / "results.jsonl"
-    work = [
-        (n, case) for n in options.questions or questions.NAMES for case in questions.load(n).cases(options.device, options.small)
-    ]
+    work, done = _pending(options, path)
+    _say(f"{len(work)} cases to measure, {done} of this revision are there already: {path}")
     budget = Budget(options.budget * 60 - RESERVE_SECONDS)
     left = len(work)
     try:
         with budget:
-            for index, (name, case) in enumerate(work):
-                label = f"[{index + 1}/{len(work)} {name}, {(time.monotonic() - started) / 60:.1f} of {options.budget:g} min]"
-                _one(case, options, path, label, budget.remaining() / (len(work) - index))
+            for index, case in enumerate(work):
+                minutes = f"{(time.monotonic() - started) / 60:.1f} of {options.budget:g} min"
+                _say(f"[{index + 1}/{len(work)} {case.question}, {minutes}] {case.title}")
+                _one(case, options, path, budget.remaining() / (len(work) - index))
                 left -= 1
     except BudgetSpent:
-        _say(
-            f"the budget of {options.budget:g} min is spent: {left} of {len(work)} cases are left. "
-            "The same command goes on with them."
-        )
+        _say(f"the budget of {options.budget:g} min is spent: {left} cases are left. The same command goes on with them.")
     else:
         _say("nothing is left to measure.")
     if path.exists():
@@ -117,14 +113,22 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _one(case: Case, options: argparse.Namespace, path: Path, label: str, seconds: float) -> None:
-    """Measure one case and append its rows, unless they are there."""
-    chosen = [c for c in CONTENDERS if c.name not in options.skip and (not case.contenders or c.name in case.contenders)]
-    environment = provenance.environment(options.device)
-    if store.finished(store.read(path), case, [c.name for c in chosen], environment):
-        _say(f"{label} {case.title}: already measured")
-        return
-    _say(f"{label} {case.title}")
+def _pending(options: argparse.Namespace, path: Path) -> tuple[list[Case], int]:
+    """The cases that the results file lacks, and how many it has."""
+    names = options.questions or questions.NAMES
+    cases = [case for name in names for case in questions.load(name).cases(options.device, options.small)]
+    rows, environment = store.read(path), provenance.environment(options.device)
+    work = [c for c in cases if not store.finished(rows, c, [x.name for x in _chosen(c, options)], environment)]
+    return work, len(cases) - len(work)
+
+
+def _chosen(case: Case, options: argparse.Namespace) -> list[Contender]:
+    return [c for c in CONTENDERS if c.name not in options.skip and (not case.contenders or c.name in case.contenders)]
+
+
+def _one(case: Case, options: argparse.Namespace, path: Path, seconds: float) -> None:
+    """Measure one case within about `seconds` and append its rows."""
+    chosen, environment = _chosen(case, options), provenance.environment(options.device)
     rows = {c.name: _excused(c, case, options.device) for c in chosen}
     able = [c for c in chosen if rows[c.name] is None]
     rows |= _MEASURES[case.measure](case, able, options, seconds)
@@ -167,13 +171,15 @@ def _time(case: Case, able: list[Contender], options: argparse.Namespace, second
         return rows
     floor = next((c.name for c in able if c.floor and c.name in calls), None)
     timings = measure.interleave(calls, measure.clock(options.device), seconds / 2, 2 if options.small else options.rounds)
+    for name in calls.keys() - timings.keys():
+        rows[name] |= {"status": "out of memory", "reason": "beside the inputs and the floor's buffers, while it was timed"}
     for name, timing in timings.items():
-        rows[name] |= measure.summary(timing, timings[floor] if floor else None)
+        rows[name] |= measure.summary(timing, timings.get(floor))
         if options.device == "cuda":
             rows[name] |= {"sm_clock": provenance.smi("clocks.sm")} | measure.cuda_counts(calls[name])
     if case.with_memory or options.device == "cuda":
         for contender in able:
-            if contender.name in calls and not contender.floor:
+            if contender.name in timings and not contender.floor:
                 rows[contender.name] |= _memory(case, contender.name, options.device, calls[contender.name])
     return rows
 
@@ -185,10 +191,10 @@ def _check(problem: Problem, able: list[Contender]) -> tuple[dict[str, dict], di
     active = exact.logprob[problem.batch.active]
     data = {"mean_logprob": active.mean().item(), "mean_entropy": exact.entropy[problem.batch.active].mean().item()}
     for contender in able:
-        if contender.floor:
-            rows[contender.name], calls[contender.name] = {"status": "ok"}, contender.prepare(problem)
-            continue
         row, call = _attempt(lambda contender=contender: contender.prepare(problem))
+        if call is not None and contender.floor:
+            rows[contender.name], calls[contender.name] = {"status": "ok"}, call
+            continue
         if call is not None:
             row, result = _attempt(call)
         if row is None:
@@ -208,7 +214,7 @@ def _attempt(call: Callable[[], object]) -> tuple[dict | None, object]:
     """(None, result), or (row that says what went wrong, None)."""
     try:
         return None, call()
-    except _OUT_OF_MEMORY as error:
+    except measure.OUT_OF_MEMORY as error:
         return {"status": "out of memory", "reason": str(error).splitlines()[0]}, None
     except Exception as error:
         return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}, None

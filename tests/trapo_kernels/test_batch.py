@@ -5,10 +5,12 @@ import torch
 
 from tests.trapo_kernels import cases
 from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, loss_totals
+from trapo_kernels.batch import AGGREGATIONS
 
 # Sequences 0: 1 ignored, 2 expert, 2 rollout · 1: 3 rollout · 2: 1 expert, 1 rollout
 ROLE = torch.tensor([0, 2, 2, 1, 1, 1, 1, 1, 2, 1], dtype=torch.uint8)
 SEQUENCE = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+PROMPT = torch.tensor([4, 4, 4, 4, 4, 4, 4, 4, 9, 9])  # sequences 0 and 1 answer one prompt
 
 
 @pytest.mark.parametrize(
@@ -19,19 +21,29 @@ SEQUENCE = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
         ("role_mean", [0, 1 / 3, 1 / 3] + [1 / 6] * 5 + [1 / 3, 1 / 6]),
         ("sequence_mean", [0] + [1 / 12] * 4 + [1 / 9] * 3 + [1 / 6] * 2),
         ("sequence_sum", [0] + [1 / 3] * 9),
+        ("length", [0] + [1 / 8] * 9),
+        ("prompt_mean", [0] + [1 / 14] * 7 + [1 / 4] * 2),
     ],
 )
 def test_weights(mode, expected):
-    torch.testing.assert_close(aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8), torch.tensor(expected))
+    torch.testing.assert_close(aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8, prompt_id=PROMPT), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("mode", ["constant", "token_mean", "role_mean", "sequence_mean", "sequence_sum"])
+def test_every_mode_is_tested_above():
+    tested = next(mark for mark in test_weights.pytestmark if mark.name == "parametrize").args[1]
+    assert {mode for mode, _ in tested} == set(AGGREGATIONS)
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_parts_with_the_totals_of_the_whole_equal_the_whole(mode):
-    whole = aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8)
-    parts = [slice(0, 5), slice(5, 8), slice(8, 10)]
+    whole = aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8, prompt_id=PROMPT)
+    parts = [slice(0, 8), slice(8, 10)] if mode == "prompt_mean" else [slice(0, 5), slice(5, 8), slice(8, 10)]
     totals = sum((loss_totals(ROLE[p], SEQUENCE[p]) for p in parts), LossTotals(0, 0, 0))
     assert totals == loss_totals(ROLE, SEQUENCE)
-    split = [aggregate(ROLE[p], SEQUENCE[p], mode=mode, max_tokens=8, totals=totals) for p in parts]
+    if mode == "prompt_mean":
+        totals = sum((loss_totals(ROLE[p], SEQUENCE[p], PROMPT[p]) for p in parts), LossTotals(0, 0, 0))
+        assert totals == loss_totals(ROLE, SEQUENCE, PROMPT)
+    split = [aggregate(ROLE[p], SEQUENCE[p], mode=mode, max_tokens=8, totals=totals, prompt_id=PROMPT[p]) for p in parts]
     assert torch.equal(torch.cat(split), whole)
 
 
@@ -51,8 +63,13 @@ def test_a_role_without_tokens_and_an_empty_batch_give_no_nan():
 def test_unknown_mode_and_missing_length_are_refused():
     with pytest.raises(ValueError, match="mode must be one of .*got 'mean'"):
         aggregate(ROLE, SEQUENCE, mode="mean")
-    with pytest.raises(ValueError, match="needs max_tokens > 0, got None"):
-        aggregate(ROLE, SEQUENCE, mode="constant")
+    for mode in ("constant", "length"):
+        with pytest.raises(ValueError, match=f'mode "{mode}" needs max_tokens > 0, got None'):
+            aggregate(ROLE, SEQUENCE, mode=mode)
+    with pytest.raises(ValueError, match="needs prompt_id .* got None"):
+        aggregate(ROLE, SEQUENCE, mode="prompt_mean")
+    with pytest.raises(ValueError, match="needs totals with prompts > 0, got 0. Count them"):
+        aggregate(ROLE, SEQUENCE, mode="prompt_mean", prompt_id=PROMPT, totals=loss_totals(ROLE, SEQUENCE))
 
 
 def test_active_rows_are_found_once_and_move_with_the_batch():

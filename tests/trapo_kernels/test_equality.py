@@ -48,10 +48,24 @@ def test_fp64_equality(backend, name, setting, scale):
     composed = policy_loss(scored.logprob, scored.entropy, b, _objective(name), backend=backend)
     expected_grads = cases.gradients(expected, inputs)
     size = max(1.0, *(g.abs().max().item() for g in expected_grads))
+    assert single.metrics.keys() == composed.metrics.keys()
+    for key, value in single.metrics.items():
+        torch.testing.assert_close(value, composed.metrics[key], rtol=1e-6, atol=1e-6, msg=key)
     for out in (single, composed):
         assert cases.error(out.loss, expected) < 1e-11 * max(1.0, abs(expected.item()))
         for grad, expected_grad in zip(cases.gradients(out.loss, inputs), expected_grads, strict=True):
             assert cases.error(grad, expected_grad) < 1e-11 * size
+
+
+@pytest.mark.parametrize("name", cases.SURROGATES)
+def test_gradient_is_that_of_the_published_loss_with_a_stop_gradient(name):
+    hidden, weight, _ = cases.head(40, 6, 50)
+    b = cases.batch(40, 50)
+    logprob, entropy = cases.eager_statistics(hidden, weight, b.target)
+    expected = cases.eager_loss(name, logprob, entropy, b, formulas=cases.SURROGATES)
+    loss = linear_policy_loss(hidden, weight, b, objectives.PRESETS[name](entropy_coef=0.0), backend="torch").loss
+    for ours, theirs in zip(cases.gradients(loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+        assert cases.error(ours, theirs) < 1e-12
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])

@@ -1,12 +1,16 @@
-"""Gates are (V, G) pairs with V' = G; objectives encode, decode and print."""
+"""Gates are (V, G) pairs with V' = G, compiled to the same slopes; objectives encode, decode, print and refuse."""
 
 import math
+import textwrap
 
 import pytest
 import torch
 
-from trapo_kernels import KL, Objective, Term, objectives, terms
+from tests.trapo_kernels import cases
+from trapo_kernels import KL, Objective, Term, gates, linear_policy_loss, objectives, policy_loss, terms
+from trapo_kernels.backends import triton_ops
 from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Power, Ratio, Sapo, Shape, Truncate
+from trapo_kernels.objective import KL_ESTIMATORS
 
 GATE_CASES = [
     One(),
@@ -19,9 +23,11 @@ GATE_CASES = [
     Band(0.5, 2.0),
     Shape(0.1),
     Power(0.5),
+    Power(2.0),
     Phi(),
     Sapo(1.0, 1.5),
 ]
+KL_CASES = [None, *(KL(0.3, estimator, clamp) for estimator in KL_ESTIMATORS for clamp in (math.inf, 0.8))]
 
 
 def _grid(gate):
@@ -81,13 +87,80 @@ def test_extreme_log_ratios_give_no_nan():
                 assert not slope.isnan().any(), gate
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_corrected"])
-def test_kl_slope_is_the_derivative_of_its_value(estimator):
-    logprob = torch.linspace(-4, 0, 101, dtype=torch.float64, requires_grad=True)
-    kl = KL(0.1, estimator)
+@pytest.mark.parametrize("clamp", [math.inf, 1.0])
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_kl_slope_is_the_derivative_of_its_value(estimator, clamp):
+    logprob = torch.linspace(-4, 0, 102, dtype=torch.float64, requires_grad=True)
+    kl = KL(0.1, estimator, clamp)
     value = kl.value(logprob + 1.3, logprob + 2.1)
     (grad,) = torch.autograd.grad(value.sum(), logprob)
-    torch.testing.assert_close(grad, kl.slope(logprob.detach() + 1.3, logprob.detach() + 2.1))
+    slope = kl.slope(logprob.detach() + 1.3, logprob.detach() + 2.1)
+    torch.testing.assert_close(grad, slope)
+    step, x = 1e-6, logprob.detach()
+    up, down = (kl.value(x + 1.3 + s, x + 2.1 + s) for s in (step, -step))
+    torch.testing.assert_close((up - down) / (2 * step), slope, rtol=1e-6, atol=1e-8)
+    if clamp < math.inf and estimator != "k3_corrected":
+        outside = (x + 1.3).abs() > clamp
+        assert outside.any() and (slope[outside] == 0).all()
+
+
+def test_a_clamped_kl_stays_finite_where_the_plain_one_overflows():
+    far = torch.tensor([-200.0])
+    assert KL(0.1).value(far, far).isinf()
+    assert KL(0.1, clamp=10.0).value(far, far).item() == pytest.approx(math.exp(10.0) - 1 - 10.0)
+
+
+@pytest.mark.parametrize("kl", KL_CASES, ids=str)
+@pytest.mark.parametrize("gate", GATE_CASES, ids=str)
+def test_triton_coefficients_equal_the_slopes_of_every_gate_and_kl(gate, kl):
+    """Both roles, both signs of the advantage, ratios on both sides of every bound; own anchor and policy itself."""
+    n = 512
+    logprob = torch.linspace(-7.0, -0.01, n, device=cases.DEVICE)
+    old = torch.where(torch.arange(n) % 5 == 0, float("nan"), -4 * torch.rand(n))
+    b = cases.batch(n, 50, torch.float32, old_logprob=old)
+    objective = Objective(expert=Term(gate, anchor="old"), rollout=Term(gate, anchor="old", signal="advantage"), kl=kl)
+    s = terms.streams(b, objective)
+    expected = terms.coefficients(logprob, s, objective).grad_logprob
+    compiled = triton_ops.coefficients(logprob, s, objective)
+    assert (compiled[b.role == 0] == 0).all() and (compiled[b.role == 1] != 0).any()
+    torch.testing.assert_close(compiled, expected, rtol=3e-6, atol=3e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("gate", GATE_CASES, ids=str)
+def test_every_gate_runs_in_the_single_pass(gate, backend):
+    hidden, weight, _ = cases.head(20, 6, 40, torch.float32)
+    b = cases.batch(20, 40, torch.float32)
+    objective = Objective(Term(gate, scale=0.5), Term(gate, anchor="old", signal="advantage"), KL(0.1, "k2"), 0.01)
+    results = []
+    for which in ("reference", backend):
+        out = linear_policy_loss(hidden, weight, b, objective, backend=which)
+        results.append([out.loss, *cases.gradients(out.loss, (hidden, weight)), *out.metrics.values()])
+    assert out.passes == 1
+    for reference, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-5, atol=2e-6 * max(1.0, reference.abs().max().item()))
+
+
+def test_a_clip_follows_the_sign_of_the_signal_and_not_of_an_advantage_it_does_not_use():
+    """An expert token of a bad sample has a negative advantage; imitation (PSFT) clips above all the same."""
+    b = cases.batch(40, 50, roles=(2,))
+    logprob = (b.old_logprob + 0.5).requires_grad_()  # r = 1.65, beyond 1 + ε
+    for backend in ("reference", "torch"):
+        (grad,) = torch.autograd.grad(policy_loss(logprob, None, b, objectives.psft(), backend=backend).loss, logprob)
+        assert (b.advantage < 0).any() and (grad == 0).all()
+
+
+def test_the_custom_gate_of_the_docs_is_a_gate():
+    """The example in `Gate`'s docstring, run as it stands."""
+    example = textwrap.dedent(gates.Gate.__doc__.split("in the output:\n")[1])
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    scope = {"Gate": gates.Gate, "Objective": Objective, "Term": Term}
+    exec(example, scope)
+    gate, objective = scope["Tempered"](), scope["objective"]
+    d = torch.linspace(-2, 2, 101, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(gate.value(d, d).sum(), d)
+    torch.testing.assert_close(slope, gate.slope(d.detach(), d))
+    assert not objective.compiled and "2 passes: the gate Tempered has no compiled form" in str(objective)
 
 
 def test_trsft_limits_are_sft_and_dft():
@@ -119,6 +192,12 @@ def test_presets_survive_the_op_boundary_and_print_their_formula(name):
         (lambda: KL(0.1, "k4"), "estimator must be one of 'k1'.*got 'k4'"),
         (lambda: Term(One(), anchor="past"), "anchor must be one of .*got 'past'"),
         (lambda: Objective(), "needs a term for expert or rollout tokens"),
+        (lambda: KL(0.1, clamp=0.0), r"clamp must lie in \(0, inf\], got 0.0"),
+        (lambda: Objective(rollout=Term(One()), kl=KL(0.1, "k3_corrected")), 'needs a rollout term with anchor "old"'),
+        (lambda: objectives.chord_mu(mu=1.2), r"chord_mu: mu must lie in \[0, 1\], got 1.2"),
+        (lambda: objectives.cispo(bounds="open"), "bounds must be one of 'absolute', 'relative', got 'open'"),
+        (lambda: objectives.cispo(epsilon_low=0.2), 'epsilon_low must be None with bounds="absolute".*got 0.2'),
+        (lambda: objectives.grpo(delta=0.5), r"dual must lie in \[1, inf\], got 0.5"),
     ],
 )
 def test_bad_parameters_say_the_rule_and_the_value(build, message):

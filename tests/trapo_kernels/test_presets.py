@@ -1,0 +1,42 @@
+"""The presets as a list: documented, registered, and in step with the README's table."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from trapo_kernels import Objective, objectives
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_a_preset_names_its_system_and_its_source(name):
+    preset = objectives.PRESETS[name]
+    text = inspect.cleandoc(preset.__doc__)
+    assert re.match(r"\S.{1,30}?: \S", text) and text.count("Source:") == 1
+    assert getattr(objectives, name) is preset and name in objectives.__all__
+    assert isinstance(preset(), Objective) and preset().name == name
+
+
+def test_the_presets_are_those_of_the_field():
+    wanted = """trapo sft dft iw_sft_token psft ppo grpo dr_grpo dapo cispo sapo rloo reinforce_pp gspo luffy exgrpo prefix_rft
+        chord_mu chord_phi srft uft relift hpt reft gmpo iw_sft trsft"""
+    assert set(objectives.PRESETS) == set(wanted.split())
+
+
+def test_the_table_has_a_row_per_preset_and_says_how_many_passes():
+    head, _, *rows = objectives.table().splitlines()
+    assert head == "| system | preset | passes | source |" and len(rows) == len(objectives.PRESETS)
+    passes = {row.split("|")[2].strip(" `"): row.split("|")[3].strip() for row in rows}
+    assert passes["trapo"] == "1" and passes["gspo"] == "2, but 1 when old = current" and passes["srft"] == "2"
+    assert all(row.count("|") == 5 and "  " not in row for row in rows)
+
+
+def test_the_readme_has_the_table_of_the_presets():
+    text = README.read_text() if README.exists() else ""
+    block = re.search(r"<!-- objectives -->\n(.*?)<!-- /objectives -->", text, re.S)
+    if block is None or not block.group(1).strip():
+        pytest.skip("the README has no table between <!-- objectives --> and <!-- /objectives --> yet")
+    assert block.group(1).strip() == objectives.table().strip(), "paste objectives.table() between the marks"
