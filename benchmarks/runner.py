@@ -221,8 +221,9 @@ def _attempt(call: Callable[[], object]) -> tuple[dict | None, object]:
 
 
 def _free(problem: Problem) -> None:
-    gc.collect()
+    """Give a GPU's memory back before the next contender asks for it."""
     if problem.hidden.is_cuda:
+        gc.collect()
         torch.cuda.empty_cache()
 
 

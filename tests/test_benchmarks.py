@@ -165,9 +165,9 @@ def test_the_triton_adapters_run_under_the_interpreter():
 def test_eager_and_ours_agree_with_fp64(job, active):
     problem = build(Case("test", job, 48, 32, 264, "float64", active=active), "cpu")
     exact = truth(problem)
-    for name in ("eager", "ours (torch)", "ours (reference)"):
+    for name, tolerance in (("eager", 1e-4), ("ours (torch)", 1e-9), ("ours (reference)", 1e-9)):  # eager's softmax is fp32
         found = errors(BY_NAME[name].prepare(problem)(), exact, problem.batch)
-        assert found and all(value < 1e-5 for value in found.values()), (name, found)  # eager computes its softmax in fp32
+        assert found and all(value < tolerance for value in found.values()), (name, found)
 
 
 def test_the_data_look_like_a_language_model():

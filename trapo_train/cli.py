@@ -171,6 +171,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
 def _demo(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.demo import run_demo
 
+    _quiet_libraries()
     learned = run_demo(Path(args.output), seeds=args.seeds, compare=args.compare, console=console)
     return EXIT_OK if learned else EXIT_NEGATIVE
 

@@ -62,8 +62,8 @@ def _save(figure: Any, path: str | Path) -> Path:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move label positions apart, keeping their order, until neighbours are at least `gap` apart; the mean stays."""
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    """Move label positions at least `gap` apart, keeping their order and mean; of equal ones the first goes on top."""
+    order = sorted(range(len(positions)), key=lambda i: (positions[i], -i))
     clusters: list[tuple[list[int], float]] = []  # members from low to high, centre
     for i in order:
         members, centre = [i], positions[i]
@@ -267,22 +267,24 @@ def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
         panels=len(windows),
         right=0.975,
     )
-    highest = 0.0
     for axis, window in zip(axes, windows, strict=True):
         bins = len(window[0][1])
         totals = [sum(counts[i] for _, counts in window) for i in range(bins)]
         share = [total / sum(totals) for total in totals]
-        highest = max(highest, *share)
         colours = [PALETTE[5]] * (bins - 1) + [PALETTE[0]]
         axis.bar([(i + 0.5) / bins for i in range(bins)], share, width=0.86 / bins, color=colours)
-        axis.annotate(f"{100 * share[-1]:.0f} %", (1 - 0.5 / bins, share[-1]), (0, 4), ha="center", color=PALETTE[0],
+        axis.annotate(f"{100 * share[-1]:.1f} %", (1 - 0.5 / bins, share[-1]), (0, 4), ha="center", color=PALETTE[0],
                       textcoords="offset points", fontsize=11.5, fontweight="bold")  # fmt: skip
         first, last = window[0][0], window[-1][0]
         axis.set_title(f"step {first}" if first == last else f"steps {first}–{last}", fontsize=12, color=INK, loc="left")
         axis.set_xticks([0, 0.5, 1])
-    _percent_axis(axes[0], 0, min(1.0, 1.15 * highest))
+    # A policy that knows its expert puts nearly every token into the last bin; the few held back show on a log scale only.
+    axes[0].set_yscale("log")
+    axes[0].set_ylim(5e-4, 2.0)
+    axes[0].set_yticks([0.001, 0.01, 0.1, 1.0], ["0.1 %", "1 %", "10 %", "100 %"])
+    axes[0].minorticks_off()
     axes[len(axes) // 2].set_xlabel("TrSFT weight  min(p / α, 1)")
-    axes[0].set_ylabel("expert tokens")
+    axes[0].set_ylabel("expert tokens, log scale")
     return _save(figure, path)
 
 

@@ -136,10 +136,15 @@ def test_running_mean_is_centred_and_keeps_the_length():
 @pytest.mark.parametrize("positions", [[0.5, 0.5, 0.5], [1, 0, 0.05, 0.95], [0.0], [0.3, 0.31, 0.35, 0.36, 0.9]])
 def test_spread_keeps_order_and_gap_and_mean(positions):
     placed = plots.spread(positions, 0.1)
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    order = sorted(range(len(positions)), key=lambda i: (positions[i], -i))
     gaps = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
     assert all(gap >= 0.1 - 1e-9 for gap in gaps)
     assert math.isclose(sum(placed), sum(positions))
+
+
+def test_spread_puts_the_first_of_equals_on_top():
+    first, second = plots.spread([0.5, 0.5], 0.1)
+    assert first > second
 
 
 def test_spread_leaves_distant_labels_alone():
