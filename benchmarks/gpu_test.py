@@ -23,7 +23,7 @@ TESTS = "tests/trapo_kernels"
 
 
 class Recorder:
-    """A pytest plugin that counts outcomes and stops the session when its time is over."""
+    """A pytest plugin that counts outcomes and ends the run when its time is over."""
 
     def __init__(self, seconds: float):
         self._end = time.monotonic() + seconds

@@ -53,7 +53,7 @@ def _device_name(device: str) -> str:
 
 
 def smi(field: str) -> str | None:
-    """One field of nvidia-smi for the current GPU; None where the tool is missing or refuses."""
+    """One field of nvidia-smi for the current GPU; None where it is missing or refuses."""
     try:
         out = subprocess.run(
             ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, check=True

@@ -92,6 +92,8 @@ def _table(group: list[Row]) -> list[str]:
         said = row["reason"] if row["status"] == "cannot" else f"{row['status']}: {row['reason']}"
         lines.append(f"- {row['contender']}: {said}")
     lines += [f"- {row['contender']}: {row['note']}" for row in ran if row.get("note")]
+    if any(row.get("partial") for row in group):
+        lines += ["", "The budget ended before this case was whole: some figures are missing."]
     return lines
 
 

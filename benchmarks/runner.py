@@ -127,11 +127,23 @@ def _chosen(case: Case, options: argparse.Namespace) -> list[Contender]:
 
 
 def _one(case: Case, options: argparse.Namespace, path: Path, seconds: float) -> None:
-    """Measure one case within about `seconds` and append its rows."""
+    """Measure one case within about `seconds` and append its rows; those with figures also when the budget ends in its midst."""
     chosen, environment = _chosen(case, options), provenance.environment(options.device)
     rows = {c.name: _excused(c, case, options.device) for c in chosen}
     able = [c for c in chosen if rows[c.name] is None]
-    rows |= _MEASURES[case.measure](case, able, options, seconds)
+    try:
+        _MEASURES[case.measure](case, able, options, seconds, rows)
+    except BudgetSpent:
+        _write(case, path, {name: row | {"partial": True} for name, row in rows.items() if _has_figures(row)}, environment)
+        raise
+    _write(case, path, rows, environment)
+
+
+def _has_figures(row: dict | None) -> bool:
+    return row is not None and ("ratio" in row or "first_call_ms" in row or "longest_tokens" in row)
+
+
+def _write(case: Case, path: Path, rows: dict[str, dict], environment: dict) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for row in rows.values():
         row["note"] = row.get("note") or ""
@@ -163,12 +175,16 @@ def _brief(row: dict) -> str:
     return ", ".join(part for part in parts if part) or "checked"
 
 
-def _time(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
+Rows = dict[str, dict]  # by contender; None for one that still has to be measured
+
+
+def _time(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
     """Check all, then time those that passed, interleaved with the floor, then their memory."""
     problem = build(case, options.device)
-    rows, calls = _check(problem, able)
+    checked, calls = _check(problem, able)
+    rows |= checked
     if case.measure == "error" or not calls:
-        return rows
+        return
     floor = next((c.name for c in able if c.floor and c.name in calls), None)
     timings = measure.interleave(calls, measure.clock(options.device), seconds / 2, 2 if options.small else options.rounds)
     for name in calls.keys() - timings.keys():
@@ -181,7 +197,6 @@ def _time(case: Case, able: list[Contender], options: argparse.Namespace, second
         for contender in able:
             if contender.name in timings and not contender.floor:
                 rows[contender.name] |= _memory(case, contender.name, options.device, calls[contender.name])
-    return rows
 
 
 def _check(problem: Problem, able: list[Contender]) -> tuple[dict[str, dict], dict[str, Callable]]:
@@ -217,7 +232,7 @@ def _attempt(call: Callable[[], object]) -> tuple[dict | None, object]:
     except measure.OUT_OF_MEMORY as error:
         return {"status": "out of memory", "reason": str(error).splitlines()[0]}, None
     except Exception as error:
-        return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}, None
+        return {"status": "failed", "reason": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}, None
 
 
 def _free(problem: Problem) -> None:
@@ -231,31 +246,29 @@ def _memory(case: Case, name: str, device: str, call: Callable) -> dict[str, obj
     formula = memory_formula(name, case, device)
     found = {} if formula is None else {"formula_mib": formula[0], "formula": formula[1]}
     if device == "cuda":
-        return found | {"peak_mib": measure.cuda_peak_mib(call)}
-    row, isolated = _attempt(lambda: isolate.measure(case, name, device, seconds=300))
-    return found | ({"peak_mib": isolated["peak_mib"]} if row is None else {"note": f"peak memory: {row['reason']}"})
+        row, peak = _attempt(lambda: measure.cuda_peak_mib(call))
+    else:
+        row, peak = _attempt(lambda: isolate.measure(case, name, device, seconds=300)["peak_mib"])
+    return found | ({"peak_mib": peak} if row is None else {"note": f"peak memory: {row['reason']}"})
 
 
-def _first_call(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
-    rows = {}
+def _first_call(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
     for contender in able:
         if contender.floor:
             rows[contender.name] = {"status": "cannot", "reason": "has nothing to compile."}
             continue
         row, found = _attempt(lambda c=contender: isolate.measure(case, c.name, options.device, 600, cold_caches=True))
         rows[contender.name] = row or {"status": "ok", **found}
-    return rows
 
 
-def _longest(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
-    """Double N until it does not fit; powers of two only, and at most 2^21 tokens."""
-    rows = {}
+def _longest(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
+    """Double N until it does not fit; powers of two only, at most 2^19 tokens, beyond which building the inputs is the limit."""
     for contender in able:
         if contender.floor:
             rows[contender.name] = {"status": "cannot", "reason": "keeps all logits by design."}
             continue
         tokens, row = 0, {"status": "ok"}
-        for k in range(12, 22):
+        for k in range(12, 20):
             problem = build(Case(**case.key | {"num_rows": 2**k}), options.device)
             failed, result = _attempt(lambda c=contender, p=problem: c.prepare(p)())
             _free(problem)
@@ -265,16 +278,16 @@ def _longest(case: Case, able: list[Contender], options: argparse.Namespace, sec
                 break
             tokens = 2**k
         rows[contender.name] = row | {"longest_tokens": tokens}
-    return rows
 
 
-def _step(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float) -> dict[str, dict]:
+def _step(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
     step = questions.load(case.question)
     names = [c.name for c in able]
     failed, found = _attempt(lambda: step.run(case, options.device, names, seconds))
-    if failed is not None:
-        return {name: dict(failed) for name in names}
-    return {name: {"status": "ok", **figures} for name, figures in found.items()}
+    if failed is None:
+        rows |= {name: {"status": "ok", **figures} for name, figures in found.items()}
+    else:
+        rows |= {name: dict(failed) for name in names}
 
 
 _MEASURES = {"time": _time, "error": _time, "first_call": _first_call, "longest": _longest, "step": _step}

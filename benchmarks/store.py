@@ -37,12 +37,14 @@ def append(path: Path, rows: list[Row]) -> None:
 
 
 def finished(rows: list[Row], case: Case, contenders: list[str], environment: Row) -> bool:
-    """Whether every contender has a row for this case at the same revision, on the same device, with the same versions."""
+    """Whether every contender has a whole row for this case at the same revision, on the same device, with the same versions."""
     same = ("device", "revision", "versions", "threads")
     found = {
         row["contender"]
         for row in rows
-        if row["case"] == case.key and all(row["environment"].get(name) == environment[name] for name in same)
+        if not row.get("partial")
+        and row["case"] == case.key
+        and all(row["environment"].get(name) == environment[name] for name in same)
     }
     return set(contenders) <= found
 

@@ -183,16 +183,16 @@ def _draw_closed_form(axis: Any, free: dict[float, Tensor], palette: tuple[str, 
     axis.set_ylabel("probability")
     axis.grid(axis="x", visible=False)
     axis.legend(frameon=False, fontsize=9.5, loc="upper right")
-    axis.text(0.97, 0.4, "λ: the expert's mass that is kept", transform=axis.transAxes, ha="right", fontsize=9.5, color=grey)
-    axis.set_title("Tokens the expert gives less than αλ are dropped", fontsize=11.5, fontweight="bold", loc="left")
+    axis.text(0.97, 0.3, "λ: the expert's mass that is kept", transform=axis.transAxes, ha="right", fontsize=9.5, color=grey)
+    axis.set_title("Expert tokens below αλ are dropped", fontsize=11.5, fontweight="bold", loc="left")
 
 
 def _draw_push(axis: Any, palette: tuple[str, ...], grey: str) -> None:
     p = torch.logspace(-5, 0, 200, dtype=torch.float64)
     curves = (
-        ("SFT: 1/p", objectives.sft(), grey, 3e-4),
-        ("TrSFT, α = 0.01: at most 1/α", objectives.trsft(0.01), palette[2], 1.3e-5),
-        ("TrSFT, α = 0.1: at most 1/α", objectives.trsft(0.1), palette[1], 1.3e-5),
+        ("SFT: 1/p", objectives.sft(), grey, 2.5e-4),
+        ("TrSFT, α = 0.01: ≤ 1/α", objectives.trsft(0.01), palette[2], 1.3e-5),
+        ("TrSFT, α = 0.1: ≤ 1/α", objectives.trsft(0.1), palette[1], 1.3e-5),
         ("DFT: 1", objectives.dft(), palette[0], 1.3e-5),
     )
     for label, objective, colour, x in curves:

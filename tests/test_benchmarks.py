@@ -130,6 +130,20 @@ def test_the_budget_interrupts_a_case_and_keeps_the_finished_ones(tmp_path, monk
     assert all(row["case"]["peaked"] for row in store.read(tmp_path / "cpu" / "results.jsonl"))
 
 
+def test_figures_of_an_interrupted_case_are_kept_and_measured_again(tmp_path, monkeypatch):
+    def spent(*_):
+        raise runner.BudgetSpent
+
+    monkeypatch.setattr(runner, "_memory", spent)
+    assert run(tmp_path, "trapo", "--budget", "1") == 0
+    path = tmp_path / "cpu" / "results.jsonl"
+    assert all(row["partial"] and row["ratio"] > 0 for row in store.read(path)) and store.read(path)
+    assert "before this case was whole" in (path.parent / "report.md").read_text()
+    case = questions.load("trapo").cases("cpu", small=True)[0]
+    names = [row["contender"] for row in store.read(path)]
+    assert not store.finished(store.read(path), case, names, provenance.environment("cpu"))
+
+
 def test_a_wrong_contender_is_named_and_not_timed():
     problem = build(SMALL, "cpu")
     eager = BY_NAME["eager"].prepare(problem)

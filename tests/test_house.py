@@ -81,9 +81,7 @@ def test_trainer_uses_public_names_only(path):
 
 
 def test_only_dispatch_reads_the_environment():
-    readers = [
-        p.name for p in (ROOT / "trapo_kernels").rglob("*.py") if "os.environ" in p.read_text() or "getenv" in p.read_text()
-    ]
+    readers = [p.name for p in (ROOT / "trapo_kernels").rglob("*.py") if "os.environ" in p.read_text() or "getenv" in p.read_text()]
     assert readers == ["dispatch.py"]
 
 

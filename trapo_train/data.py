@@ -280,8 +280,7 @@ def _expert(text: str, tokenizer: PreTrainedTokenizerBase, at: str) -> ExpertTra
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id in token_ids:
         raise ValueError(
-            f"{at}: an expert trace has the end-of-sequence token {tokenizer.eos_token!r} before its end. "
-            "Remove it from the text."
+            f"{at}: an expert trace has the end-of-sequence token {tokenizer.eos_token!r} before its end. Remove it from the text."
         )
     return ExpertTrace(text + tokenizer.eos_token, (*token_ids, tokenizer.eos_token_id))
 

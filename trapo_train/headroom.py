@@ -173,8 +173,7 @@ def _accepted(
         # A block of what is still missing: grading may be slow, and a data set long.
         block, _ = drop_long_experts(problems[start : start + limit - len(chosen)], rollout.max_response_tokens)
         traces = [
-            [draft(problem, Request(1, 1.0, i), 1, tokenizer, rollout)[0] for i in range(len(problem.experts))]
-            for problem in block
+            [draft(problem, Request(1, 1.0, i), 1, tokenizer, rollout)[0] for i in range(len(problem.experts))] for problem in block
         ]
         judge_samples([trace for per_problem in traces for trace in per_problem], reward, tokenizer, rollout)
         for problem, per_problem in zip(block, traces, strict=True):

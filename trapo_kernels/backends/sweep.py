@@ -235,9 +235,7 @@ def _accumulate(gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_ch
         grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
 
 
-def score_logits(
-    rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool
-) -> RowStatistics:
+def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """`score` for logits [N, V] that exist already; they are copied chunk by chunk and left as they are."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = _empty_statistics(logits.shape[0], dtype, logits.device)

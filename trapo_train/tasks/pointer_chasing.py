@@ -57,9 +57,7 @@ class PointerChasingConfig:
             raise ValueError(f"expert_noise must be a probability in [0, 1], got {self.expert_noise}.")
 
 
-def generate_rows(
-    config: PointerChasingConfig, *, num_problems: int, split: str = "train", seed: int = 0
-) -> list[dict[str, Any]]:
+def generate_rows(config: PointerChasingConfig, *, num_problems: int, split: str = "train", seed: int = 0) -> list[dict[str, Any]]:
     """Generate `num_problems` rows with the columns prompt, solution, expert and depth.
 
     Row i depends on (seed, split, i) and on the configuration only. `expert_noise` changes the expert column and
