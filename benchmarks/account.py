@@ -21,8 +21,8 @@ COPY_TBPS = 4.3  # bytes read plus bytes written per second of a large copy ther
 def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float, str] | None:
     """(MiB, formula) of our backends' peak above the inputs; None for contenders whose allocations are not ours to predict.
 
-    C chunk rows, M active rows, b bytes per input element. The PyTorch backend needs the chunk three times (logits, their
-    exponentials, one temporary), and a fourth from the second chunk on: the gradient of the one before. Triton works in place.
+    C chunk rows, M active rows, b bytes per input element. The PyTorch backend needs the chunk three times: logits, their
+    exponentials, one temporary. Triton works in place.
     Single pass: the peak is either the sweep, which holds one chunk beside dHidden and the fp32 dWeight, or the backward, which
     holds both gradients unscaled and scaled.
     """
@@ -34,7 +34,7 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
     m = round(n * case.active) if host else n  # a GPU knows the active rows too when the packer passes them
     c = min(m, case.chunk_rows or chunk_rows(m, v, device_type))
     logit_bytes = getattr(torch, case.logits_dtype).itemsize
-    copies = 1 if "torch" not in contender else 3 if c == m or case.job == "score" else 4
+    copies = 3 if "torch" in contender else 1
     chunk = copies * c * v * (4 if copies > 1 else logit_bytes)
     chunk_text = f"{copies}·4·C·V" if copies > 1 else f"{logit_bytes}·C·V"
     upcast = 4 * v * d if host and b < 4 else 0

@@ -1,6 +1,6 @@
 """Does every Triton kernel compile for sm_80, sm_90 and sm_100 without spilling registers? Needs no GPU.
 
-    python -m benchmarks.offline_compile            # a table: registers, stack, spills, shared memory
+    python -m benchmarks.offline_compile            # a table: registers, stack, spills, shared memory; results/offline_compile.md
     python -m benchmarks.offline_compile --json     # the same as JSON lines
 
 Each kernel is compiled once per architecture for the variants that real calls use: every gate, with and without entropy gradient,
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)
@@ -106,6 +107,7 @@ def main() -> int:
     rows = table()
     columns = list(rows[0])
     if not as_json:
+        print(f"`python -m benchmarks.offline_compile`, triton {version('triton')}, {len(rows)} compiles\n")
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print(json.dumps(row) if as_json else "| " + " | ".join(str(row[column]) for column in columns) + " |")

@@ -128,8 +128,8 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
     """process_group: None or a torch.distributed group; batch_invariant: a bool; both need a chunked backend."""
     if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
         raise TypeError(
-            f"{where}: process_group must be a torch.distributed.ProcessGroup whose ranks hold the shards of the vocabulary, or None, "
-            f"got {type(process_group).__name__}. Pass torch.distributed.new_group(...) or torch.distributed.group.WORLD."
+            f"{where}: process_group must be a torch.distributed.ProcessGroup whose ranks hold the shards of the vocabulary, or "
+            f"None, got {type(process_group).__name__}. Pass torch.distributed.new_group(...) or torch.distributed.group.WORLD."
         )
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"{where}: batch_invariant must be True or False, got {batch_invariant!r}.")

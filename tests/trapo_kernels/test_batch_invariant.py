@@ -1,4 +1,4 @@
-"""batch_invariant=True: a row's bits do not depend on the rest of the batch; the default makes no such promise, only repeatability."""
+"""batch_invariant=True: a row's bits do not depend on the rest of the batch; the default is only repeatable."""
 
 import pytest
 import torch

@@ -107,6 +107,7 @@ def score_backward(
             gemm.operand_dtype,
         )
         _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
+        del grad_logits  # before the next chunk's logits, not after
     return _reduced(grads, shard, hidden.dtype)
 
 
@@ -147,6 +148,7 @@ def policy(
         _put(out, index, stats)
         if grad_logits is not None:
             _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
+        del grad_logits  # before the next chunk's logits, not after
     return out, _reduced(grads, shard, hidden.dtype)
 
 
