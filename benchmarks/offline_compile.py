@@ -21,12 +21,13 @@ from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 24
+TENSOR_CORE = {80: ("mma.sync",), 90: ("wgmma.mma_async",), 100: ("tcgen05.mma",)}  # the PTX a fused GEMM must contain
 
 
 def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
     """(label, kernel, constexprs) of every compiled variant."""
     from trapo_kernels import objectives, terms
-    from trapo_kernels.backends.triton_ops import row_gradient, row_policy, row_statistics, token_coefficient
+    from trapo_kernels.backends.triton_ops import fused_head, row_gradient, row_policy, row_statistics, token_coefficient
     from trapo_kernels.backends.triton_ops.launch import TILE
     from trapo_kernels.objective import GATES
 
@@ -37,6 +38,10 @@ def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
             label = f"{name}{', entropy' if entropy else ''}"
             yield f"row_statistics ({label})", row_statistics.row_statistics_kernel, transform | {"WITH_ENTROPY": entropy}
             yield f"row_gradient ({label})", row_gradient.row_gradient_kernel, transform | {"WITH_ENTROPY": entropy}
+    flags = {"HAS_BIAS": False, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": False}
+    yield "fused_scoring (bf16)", fused_head.fused_scoring_kernel, flags | fused_head.TILE
+    flags = {"HAS_BIAS": True, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": True}
+    yield "fused_scoring (bf16, bias+temperature+softcap)", fused_head.fused_scoring_kernel, flags | fused_head.TILE
     presets: dict[tuple[int, ...], list[str]] = {}  # presets with the same gates are the same compiled kernel
     for preset in objectives.PRESETS.values():
         objective = preset(entropy_coef=0.001)
@@ -52,20 +57,25 @@ def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
         yield f"token_coefficient ({gate.__name__.lower()})", token_coefficient.token_coefficient_kernel, codes
 
 
-def compile_one(kernel: object, constexprs: dict[str, object], architecture: int) -> dict[str, int]:
-    """Registers, stack, spills (bytes) and shared memory (bytes) of one kernel for one architecture."""
+def compile_one(kernel: object, constexprs: dict[str, object], architecture: int) -> dict[str, object]:
+    """Registers, stack (bytes), spills, shared memory (bytes) and tensor-core instruction of one kernel for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from trapo_kernels.backends.triton_ops.launch import TILE
 
+    launch = ("num_warps", "num_stages", "maxnreg")
+    options = {k: v for k, v in ({} if "BLOCK_N" in constexprs else TILE).items() if k in launch}
+    options |= {k: constexprs[k] for k in launch if k in constexprs}
+    constexprs = {k: v for k, v in constexprs.items() if k not in launch}
     signature = {name: _type_of(name) for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    aligned = ("hidden_stride", "weight_stride", "hidden_size")  # as in every model; other widths load element by element
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {k: v for k, v in TILE.items() if k != "BLOCK_V"} if "BLOCK_V" in constexprs else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return _resources(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+    used = next((name for name in TENSOR_CORE[architecture] if name in compiled.asm["ptx"]), "-")
+    return _resources(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared, "tensor_core": used}
 
 
 def _type_of(argument: str) -> str:
@@ -73,8 +83,10 @@ def _type_of(argument: str) -> str:
         return "constexpr"
     if argument.endswith("_ptr"):
         special = {"target_ptr": "*i64", "role_ptr": "*u8", "grad_ptr": "*bf16", "bias_ptr": "*bf16"}
+        special |= {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
         return special.get(argument, "*fp32")
-    return "i32" if argument.endswith("stride") or argument in ("vocab_size", "num_tokens") else "fp32"
+    counts = ("vocab_size", "num_tokens", "num_rows", "hidden_size", "tiles_per_split")
+    return "i32" if argument.endswith("stride") or argument in counts else "fp32"
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -100,6 +112,12 @@ def table() -> list[dict[str, object]]:
     ]
 
 
+def _is_sound(row: dict[str, object]) -> bool:
+    fits = row["shared_bytes"] <= SHARED_MEMORY_LIMIT[row["sm"]]
+    on_tensor_cores = row["tensor_core"] != "-" or not row["kernel"].startswith("fused_scoring (bf16")
+    return fits and on_tensor_cores and not row["spill_instructions"] and not row["stack_bytes"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a Markdown table")
@@ -111,9 +129,9 @@ def main() -> int:
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print(json.dumps(row) if as_json else "| " + " | ".join(str(row[column]) for column in columns) + " |")
-    bad = [r for r in rows if r["spill_instructions"] or r["stack_bytes"] or r["shared_bytes"] > SHARED_MEMORY_LIMIT[r["sm"]]]
+    bad = [row for row in rows if not _is_sound(row)]
     for row in bad:
-        print(f"spills or does not fit: {row}", file=sys.stderr)
+        print(f"spills, does not fit or misses the tensor cores: {row}", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -69,7 +69,8 @@ def linear_logprob(
         process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
             bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
-        backend: "auto", "reference", "torch" (chunked PyTorch), "triton" or "native"; a named one runs or raises.
+        backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "triton_fused" (scoring whose logits stay on the chip;
+            its backward is "triton"'s) or "native"; a named one runs or raises.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
@@ -303,6 +304,7 @@ def _check_settings(
     checks.softcap(where, softcap)
     checks.logits_dtype(where, logits_dtype, hidden)
     checks.mode(where, process_group, batch_invariant, backend)
+    checks.fused_scoring(where, backend, logits_dtype, process_group, batch_invariant)
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

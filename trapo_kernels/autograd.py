@@ -55,8 +55,11 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, row_max, log_sum) [N]."""
     transform = LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature)
+    rows = dispatch.rows(backend)
+    if backend == "triton_fused":
+        return tuple(rows.fused_scoring(hidden, weight, target, transform))
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
-    return tuple(sweep.score(dispatch.rows(backend), hidden, weight, target, transform, with_entropy, mode))
+    return tuple(sweep.score(rows, hidden, weight, target, transform, with_entropy, mode))
 
 
 @linear_logprob.register_fake

@@ -140,6 +140,17 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
         )
 
 
+def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_group: object, batch_invariant: bool) -> None:
+    """Backend "triton_fused" has fp32 logits of a whole head."""
+    if backend != "triton_fused":
+        return
+    if logits_dtype != torch.float32 or process_group is not None or batch_invariant:
+        raise ValueError(
+            f'{where}: backend "triton_fused" keeps fp32 logits on the chip, so logits_dtype must be torch.float32, process_group None '
+            f"and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend=\"triton\"."
+        )
+
+
 def token_batch(batch: TokenBatch) -> None:
     """Shapes, dtypes, devices and roles of a TokenBatch."""
     where = "TokenBatch"

@@ -12,13 +12,14 @@ import torch
 
 from trapo_kernels import checks
 
-BACKENDS = ("auto", "reference", "torch", "triton", "native")
+BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native")
 _log = logging.getLogger("trapo_kernels")
 
 
 def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: the named one or an error with the reason; for "auto" Triton on a GPU, chunked PyTorch on a CPU."""
-    checks.one_of(where, "backend", backend, BACKENDS)
+    backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name != "triton_fused")
+    checks.one_of(where, "backend", backend, backends)
     if backend == "auto":
         chosen = "triton" if why_not("triton", device, dtype) is None and device.type == "cuda" else "torch"
         if not torch.compiler.is_compiling():  # a logging call would break the graph
@@ -47,7 +48,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 def rows(backend: str) -> ModuleType:
     """The row operations of a chunked backend."""
-    if backend == "triton":
+    if backend in ("triton", "triton_fused"):
         from trapo_kernels.backends import triton_ops
 
         return triton_ops

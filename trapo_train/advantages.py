@@ -3,39 +3,67 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
 from trapo_train.records import Sample
 
+CENTERS = ("mean", "leave_one_out", "none")
+BASELINES = ("all", "unguided", "same_prefix")
+NORMALISATIONS = ("none", "group_std", "batch_std", "batch")
+
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """How rewards become advantages."""
+    """How rewards become advantages: what is subtracted, over which samples, and what it is divided by.
 
-    normalise: Literal["none", "group_std"] = "none"
-    """none: reward − baseline (TRAPO, Dr.GRPO); group_std: divided by the deviation of the problem's rewards (GRPO)."""
-    baseline: Literal["all", "unguided"] = "all"
-    """The samples of the problem whose mean reward is subtracted: all (guided and expert ones too) or unguided."""
+    | method                        | center        | normalise                     |
+    |-------------------------------|---------------|-------------------------------|
+    | TRAPO, Dr.GRPO                | mean          | none                          |
+    | GRPO                          | mean          | group_std, or batch_std       |
+    | RLOO                          | leave_one_out | none                          |
+    | REINFORCE++                   | none          | batch                         |
+    | REINFORCE++ with a baseline   | mean          | batch                         |
+    """
+
+    normalise: Literal["none", "group_std", "batch_std", "batch"] = "none"
+    """Divisor: none; group_std or batch_std, the deviation of the rewards of the problem or of the step; batch, whitening:
+    minus the mean, then divided by the deviation, of all advantages of the step."""
+    baseline: Literal["all", "unguided", "same_prefix"] = "all"
+    """Which samples of the problem a sample is compared with: all (guided and expert ones too), the unguided ones, or
+    those that start from the same prefix."""
+    center: Literal["mean", "leave_one_out", "none"] = "mean"
+    """What is subtracted: the mean reward of the baseline samples, that of the others among them, or nothing."""
 
     def __post_init__(self) -> None:
-        if self.normalise not in ("none", "group_std"):
-            raise ValueError(f'normalise must be "none" or "group_std", got {self.normalise!r}.')
-        if self.baseline not in ("all", "unguided"):
-            raise ValueError(f'baseline must be "all" or "unguided", got {self.baseline!r}.')
+        for name, allowed in (("normalise", NORMALISATIONS), ("baseline", BASELINES), ("center", CENTERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.center == "none" and self.normalise in ("group_std", "batch_std"):
+            raise ValueError(
+                f'center "none" goes with normalise "none" or "batch", got {self.normalise!r}: a deviation is no scale for '
+                'rewards that are not centred. Use center="mean".'
+            )
+        if self.center == "none" and self.baseline != "all":
+            raise ValueError(f'center "none" subtracts no baseline, got baseline {self.baseline!r}. Leave baseline out.')
 
 
 def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> None:
-    """Set `advantage` of every sample; each group holds all samples of one problem.
+    """Set `advantage` of every sample; each group holds all samples of one problem, and all groups are one step.
 
-    advantage = reward − mean reward of the baseline samples, with `group_std` divided by the standard deviation
-    (n − 1) of all rewards of the group. It is exactly 0 where there is nothing to compare: a group whose rewards are
-    all equal, a group of one sample, and with baseline="unguided" a group without unguided sample.
+    Deviations are those of a sample (n - 1). Nothing is ever divided by zero: where there is nothing to compare, the
+    centred advantage is exactly 0. That is a sample whose baseline has no (other) sample, such as a group of one, and a
+    group (with baseline="same_prefix": the samples of one prefix) whose rewards are all equal. With center="none" the
+    advantage is the reward, of single samples too. With normalise="batch" a step whose advantages are all equal gets 0;
+    advantages of 0 from before count in its mean and deviation. Whitening weighs samples equally, whatever their length.
 
     Raises:
         ValueError: if a group mixes problems, because its baseline would then mean nothing.
     """
+    samples = [sample for group in groups for sample in group]
+    batch_scale = _deviation([sample.reward for sample in samples]) if config.normalise == "batch_std" else 1.0
     for group in groups:
         indices = {sample.problem.index for sample in group}
         if len(indices) > 1:
@@ -43,16 +71,12 @@ def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> No
                 f"assign_advantages: a group must hold the samples of one problem, got problems {sorted(indices)}. "
                 "Group the samples by problem.index."
             )
-        rewards = [sample.reward for sample in group]
-        baseline = [sample.reward for sample in group if config.baseline == "all" or not sample.guided]
-        if not baseline or min(rewards) == max(rewards):
-            for sample in group:
-                sample.advantage = 0.0
-            continue
-        mean = fmean(baseline)
-        scale = stdev(rewards) if config.normalise == "group_std" else 1.0
-        for sample in group:
-            sample.advantage = (sample.reward - mean) / scale
+        for peers in _peers(group, config):
+            scale = _deviation([s.reward for s in peers]) if config.normalise == "group_std" else batch_scale
+            for sample, value in zip(peers, _centred(peers, config), strict=True):
+                sample.advantage = value / scale
+    if config.normalise == "batch":
+        _whiten(samples)
 
 
 def assign_prefix_weights(group: list[Sample]) -> None:
@@ -60,3 +84,87 @@ def assign_prefix_weights(group: list[Sample]) -> None:
     copies = Counter(sample.prefix_ids for sample in group if sample.guided)
     for sample in group:
         sample.prefix_weight = 1.0 / copies[sample.prefix_ids] if sample.guided else 1.0
+
+
+def gae(
+    rewards: Sequence[float],
+    values: Sequence[float],
+    *,
+    discount: float = 1.0,
+    smoothing: float = 0.95,
+    bootstrap: float = 0.0,
+) -> list[float]:
+    """Generalised advantage estimates of the tokens of one response, from its rewards and a critic's values.
+
+    Equivalent to, with value_T = bootstrap:
+
+        δ_t = reward_t + discount · value_(t+1) - value_t          A_t = Σ_k (discount · smoothing)^k δ_(t+k)
+
+    It serves a value stream of your own: the trainer has no value model, and its samples one advantage for all tokens.
+
+    Args:
+        rewards: one per token; an outcome reward stands on the last one, a KL penalty on every one.
+        values: the critic's estimate of the return before each token, as many as rewards.
+        discount: γ in [0, 1]. smoothing: λ in [0, 1]; 0 is one-step TD, 1 the return minus the value.
+        bootstrap: value after the last token; 0 where the response ended, the critic's where it was cut off.
+
+    Returns: one advantage per token; advantage + value is the critic's target.
+    Raises: ValueError for lists of different lengths or factors outside [0, 1].
+    Source: arXiv 1506.02438, equation 16.
+    """
+    if len(rewards) != len(values):
+        raise ValueError(f"gae: needs one value per reward, got {len(rewards)} rewards and {len(values)} values.")
+    for name, factor in (("discount", discount), ("smoothing", smoothing)):
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(f"gae: {name} must lie in [0, 1], got {factor}.")
+    advantages: list[float] = []
+    advantage, following = 0.0, bootstrap
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = reward + discount * following - value + discount * smoothing * advantage
+        following = value
+        advantages.append(advantage)
+    return advantages[::-1]
+
+
+def _peers(group: list[Sample], config: AdvantageConfig) -> list[list[Sample]]:
+    """The samples of a problem that are compared with each other."""
+    if config.baseline != "same_prefix":
+        return [group] if group else []
+    by_prefix: dict[tuple[int, ...], list[Sample]] = {}
+    for sample in group:
+        by_prefix.setdefault(sample.prefix_ids, []).append(sample)
+    return list(by_prefix.values())
+
+
+def _centred(peers: list[Sample], config: AdvantageConfig) -> list[float]:
+    """Reward minus baseline of each of the peers, exactly 0 where all rewards are equal."""
+    rewards = [sample.reward for sample in peers]
+    if config.center == "none":
+        return rewards
+    if min(rewards) == max(rewards):
+        return [0.0] * len(peers)
+    inside = [config.baseline != "unguided" or not sample.guided for sample in peers]
+    baseline = [reward for reward, counts in zip(rewards, inside, strict=True) if counts]
+    centred = []
+    for reward, counts in zip(rewards, inside, strict=True):
+        others = baseline
+        if config.center == "leave_one_out" and counts:
+            others = list(baseline)
+            others.remove(reward)
+        centred.append(reward - fmean(others) if others else 0.0)
+    return centred
+
+
+def _whiten(samples: list[Sample]) -> None:
+    values = [sample.advantage for sample in samples]
+    if not values:
+        return
+    mean, scale = fmean(values), _deviation(values)
+    equal = min(values) == max(values)
+    for sample in samples:
+        sample.advantage = 0.0 if equal else (sample.advantage - mean) / scale
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation (n - 1); 1 where there is none, because what is divided by it is 0 there."""
+    return stdev(values) if len(values) > 1 and min(values) != max(values) else 1.0

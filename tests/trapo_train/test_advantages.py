@@ -1,8 +1,19 @@
 """Advantages and prefix weights of groups small enough to compute by hand."""
 
+import math
+from statistics import stdev
+
 import pytest
 
-from trapo_train.advantages import AdvantageConfig, assign_advantages, assign_prefix_weights
+from trapo_train.advantages import (
+    BASELINES,
+    CENTERS,
+    NORMALISATIONS,
+    AdvantageConfig,
+    assign_advantages,
+    assign_prefix_weights,
+    gae,
+)
 from trapo_train.records import Problem, Sample
 
 
@@ -65,8 +76,124 @@ def test_identical_prefixes_share_one_weight():
     assert group[0].prefix_weight == 1.0
 
 
-def test_bad_options():
-    with pytest.raises(ValueError, match='normalise must be "none" or "group_std", got \'std\''):
-        AdvantageConfig(normalise="std")
-    with pytest.raises(ValueError, match='baseline must be "all" or "unguided", got \'mean\''):
-        AdvantageConfig(baseline="mean")
+def grouped(*groups):
+    """Samples without prefix from lists of rewards, one group per list."""
+    return [[sample(reward, index=index) for reward in rewards] for index, rewards in enumerate(groups)]
+
+
+def step_advantages(groups, **options):
+    assign_advantages(groups, AdvantageConfig(**options))
+    return [s.advantage for group in groups for s in group]
+
+
+def test_batch_std_divides_by_the_deviation_of_all_rewards_of_the_step():
+    deviation = stdev([0.0, 1.0, 4.0, 6.0])
+    assert step_advantages(grouped([0.0, 1.0], [4.0, 6.0]), normalise="batch_std") == pytest.approx(
+        [-0.5 / deviation, 0.5 / deviation, -1.0 / deviation, 1.0 / deviation]
+    )
+
+
+def test_rloo_leaves_the_sample_itself_out():
+    rewards = [0.0, 1.0, 1.0, 4.0]
+    expected = [r - (sum(rewards) - r) / 3 for r in rewards]
+    assert step_advantages(grouped(rewards), center="leave_one_out") == pytest.approx(expected)
+
+
+def test_rloo_with_the_unguided_baseline_compares_guided_samples_with_all_unguided_ones():
+    group = [sample(0.0), sample(1.0), sample(1.0, (7,))]
+    assert advantages(group, center="leave_one_out", baseline="unguided") == [-1.0, 1.0, 0.5]
+
+
+def test_rloo_without_another_unguided_sample_is_zero():
+    assert advantages([sample(1.0), sample(0.0, (7,))], center="leave_one_out", baseline="unguided") == [0.0, -1.0]
+
+
+def test_reinforce_pp_whitens_the_rewards_of_the_step():
+    values = step_advantages(grouped([0.0, 1.0, 1.0], [2.0]), center="none", normalise="batch")
+    deviation = stdev([0.0, 1.0, 1.0, 2.0])
+    assert values == pytest.approx([-1.0 / deviation, 0.0, 0.0, 1.0 / deviation])
+
+
+def test_reinforce_pp_with_a_baseline_whitens_what_the_group_mean_leaves():
+    values = step_advantages(grouped([0.0, 1.0], [4.0, 6.0]), normalise="batch")
+    deviation = stdev([-0.5, 0.5, -1.0, 1.0])
+    assert values == pytest.approx([-0.5 / deviation, 0.5 / deviation, -1.0 / deviation, 1.0 / deviation])
+
+
+def test_without_centre_the_advantage_is_the_reward():
+    assert step_advantages(grouped([2.0], [1.0, 1.0]), center="none") == [2.0, 1.0, 1.0]
+
+
+def test_same_prefix_compares_samples_that_start_alike():
+    group = [sample(0.0), sample(1.0), sample(1.0, (7,)), sample(0.0, (7,)), sample(1.0, (7, 8))]
+    assert advantages(group, baseline="same_prefix") == [-0.5, 0.5, 0.5, -0.5, 0.0]
+    assert advantages(group, baseline="same_prefix", center="leave_one_out") == [-1.0, 1.0, 1.0, -1.0, 0.0]
+    scale = stdev([0.0, 1.0])
+    assert advantages(group, baseline="same_prefix", normalise="group_std") == pytest.approx(
+        [-0.5 / scale, 0.5 / scale, 0.5 / scale, -0.5 / scale, 0.0]
+    )
+
+
+VALID = [
+    {"normalise": normalise, "baseline": baseline, "center": center}
+    for normalise in NORMALISATIONS
+    for baseline in BASELINES
+    for center in CENTERS
+    if center != "none" or (baseline == "all" and normalise in ("none", "batch"))
+]
+
+
+@pytest.mark.parametrize("options", VALID, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize("rewards", [[], [[]], [[1.0]], [[0.1] * 3, [0.1]], [[0.1, 0.1, 0.1], [0.0, 1.0]]])
+def test_nothing_to_compare_is_never_nan(options, rewards):
+    groups = grouped(*rewards)
+    values = step_advantages(groups, **options)
+    assert all(math.isfinite(value) for value in values)
+    equal = [value for value, group in zip(values, [g for g in groups for _ in g], strict=True) if len({s.reward for s in group}) == 1]
+    if options["center"] != "none" and equal:
+        assert len(set(equal)) == 1
+        assert equal[0] == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize(("discount", "smoothing"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.0), (0.9, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize("bootstrap", [0.0, 0.7])
+def test_gae_is_the_sum_of_the_paper(discount, smoothing, bootstrap):
+    rewards, values = [0.1, -0.2, 0.0, 1.0], [0.3, 0.5, -0.1, 0.8]
+    following = [*values[1:], bootstrap]
+    deltas = [r + discount * n - v for r, n, v in zip(rewards, following, values, strict=True)]
+    naive = [sum((discount * smoothing) ** k * deltas[t + k] for k in range(4 - t)) for t in range(4)]
+    got = gae(rewards, values, discount=discount, smoothing=smoothing, bootstrap=bootstrap)
+    assert got == pytest.approx(naive)
+
+
+def test_gae_with_smoothing_one_is_the_return_minus_the_value():
+    assert gae([0.0, 0.0, 1.0], [0.2, 0.4, 0.9], smoothing=1.0) == pytest.approx([0.8, 0.6, 0.1])
+    assert gae([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0], []), "one value per reward, got 1 rewards and 0 values"),
+        (([1.0], [1.0], 1.5), r"discount must lie in \[0, 1\], got 1.5"),
+        (([1.0], [1.0], 1.0, -0.1), r"smoothing must lie in \[0, 1\], got -0.1"),
+    ],
+)
+def test_gae_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gae(*arguments[:2], **dict(zip(("discount", "smoothing"), arguments[2:], strict=False)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalise": "std"}, "normalise must be one of none, group_std, batch_std, batch, got 'std'"),
+        ({"baseline": "mean"}, "baseline must be one of all, unguided, same_prefix, got 'mean'"),
+        ({"center": "median"}, "center must be one of mean, leave_one_out, none, got 'median'"),
+        ({"center": "none", "normalise": "group_std"}, "got 'group_std'.*Use center=\"mean\""),
+        ({"center": "none", "baseline": "unguided"}, "got baseline 'unguided'. Leave baseline out"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdvantageConfig(**options)

@@ -1,5 +1,6 @@
 """Triton row operations of the chunked path, one kernel per file; the same functions as `rows_torch`."""
 
+from trapo_kernels.backends.triton_ops.fused_head import fused_scoring
 from trapo_kernels.backends.triton_ops.row_gradient import logprob_gradient
 from trapo_kernels.backends.triton_ops.row_policy import policy
 from trapo_kernels.backends.triton_ops.row_statistics import statistics
@@ -7,4 +8,4 @@ from trapo_kernels.backends.triton_ops.token_coefficient import coefficients
 
 STATISTICS_OVERWRITE = False  # whether `statistics` destroys the logits
 
-__all__ = ["STATISTICS_OVERWRITE", "coefficients", "logprob_gradient", "policy", "statistics"]
+__all__ = ["STATISTICS_OVERWRITE", "coefficients", "fused_scoring", "logprob_gradient", "policy", "statistics"]

@@ -1,0 +1,91 @@
+"""Schedules: their endpoints and middles, how they are built from a configuration, and what they refuse."""
+
+import math
+
+import pytest
+
+from trapo_train.schedules import Constant, Cosine, Linear, Staircase, WarmUp, build_schedule, is_schedule
+
+
+def test_constant():
+    assert [build_schedule(3)(step) for step in (0, 1, 10**9)] == [3.0, 3.0, 3.0]
+
+
+def test_linear_endpoints():
+    schedule = Linear(1.0, 0.0, 4)
+    assert [schedule(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_cosine_endpoints_and_middle():
+    schedule = Cosine(0.95, 0.05, 10)
+    assert schedule(0) == 0.95
+    assert schedule(5) == pytest.approx(0.5)
+    assert schedule(10) == schedule(11) == 0.05
+    assert schedule(1) == pytest.approx(0.05 + 0.9 * (1 + math.cos(math.pi / 10)) / 2)
+    values = [schedule(step) for step in range(11)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_cosine_may_drop_at_its_end():
+    schedule = Cosine(0.95, 0.05, 10, after=0.0)
+    assert schedule(9) > 0.05
+    assert schedule(10) == 0.0
+    assert schedule.bounds == (0.0, 0.95)
+
+
+def test_warm_up_then_decay():
+    schedule = WarmUp(0.0, 4, Cosine(0.8, 0.2, 10))
+    assert [schedule(step) for step in (0, 2, 4)] == pytest.approx([0.0, 0.4, 0.8])
+    assert schedule(9) == pytest.approx(0.5)
+    assert schedule(14) == schedule(100) == 0.2
+    assert schedule.bounds == (0.0, 0.8)
+
+
+def test_staircase_holds_each_value():
+    schedule = Staircase((3, 2, 1), 2)
+    assert [schedule(step) for step in range(8)] == [3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.5, Constant(0.5)),
+        ({"schedule": "constant", "value": 1}, Constant(1.0)),
+        ({"schedule": "linear", "start": 0, "end": 1, "steps": 3}, Linear(0.0, 1.0, 3)),
+        ({"schedule": "cosine", "start": 0, "end": 1, "steps": 3}, Cosine(0.0, 1.0, 3)),
+        ({"schedule": "warm_up", "start": 0, "steps": 2, "after": 1}, WarmUp(0.0, 2, Constant(1.0))),
+        ({"schedule": "staircase", "values": [1, 2], "every": 3}, Staircase((1.0, 2.0), 3)),
+        (Linear(0.0, 1.0, 3), Linear(0.0, 1.0, 3)),
+    ],
+)
+def test_built_from_a_configuration(value, expected):
+    schedule = build_schedule(value)
+    assert schedule == expected
+    low, high = schedule.bounds
+    assert all(low <= schedule(step) <= high for step in range(10))
+
+
+def test_which_values_are_schedules():
+    assert is_schedule({"schedule": "linear"})
+    assert not is_schedule({"start": 0}) and not is_schedule(0.5) and not is_schedule("linear")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"schedule": "cosin"}, "schedule must be one of constant, linear, .*got 'cosin'"),
+        ({"schedule": "linear", "start": 0, "end": 1}, "steps must be set"),
+        ({"schedule": "linear", "start": 0, "end": 1, "step": 3}, "got 'step'. Did you mean 'steps'"),
+        ({"schedule": "linear", "start": 0, "end": 1, "steps": 0}, "at least 1 step, got 0"),
+        ({"schedule": "cosine", "start": math.nan, "end": 1, "steps": 3}, "start .*finite number, got nan"),
+        ({"schedule": "cosine", "start": "a", "end": 1, "steps": 3}, "start .*finite number, got 'a'"),
+        ({"schedule": "staircase", "values": [], "every": 3}, "at least one finite number"),
+        ({"start": 0}, "mapping with the key schedule"),
+        ("linear", "got 'linear'"),
+        (True, "got True"),
+        (math.inf, "got inf"),
+    ],
+)
+def test_bad_schedules_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        build_schedule(value)

@@ -1,0 +1,213 @@
+"""Scalar schedules: a number as a function of the optimizer step, as data, for any scalar of an objective or a plan.
+
+    {schedule: cosine, start: 0.9, end: 0.05, steps: 200}  →  Cosine(0.9, 0.05, 200)  →  schedule(step)
+
+The first optimizer step is step 0. Schedules have no state, so a resumed run continues them exactly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+
+class Schedule:
+    """A number per optimizer step; `bounds` are the smallest and the largest value that it takes."""
+
+    def __call__(self, step: int) -> float:
+        """The value at `step` ≥ 0."""
+        raise NotImplementedError(f"{type(self).__name__} must implement __call__(step).")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Two numbers between which every value lies, ends included."""
+        raise NotImplementedError(f"{type(self).__name__} must implement bounds.")
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same value at every step."""
+
+    value: float
+    """The value."""
+
+    def __post_init__(self) -> None:
+        _check_finite(self, "value")
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.value, self.value
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """From `start` at step 0 to `end` at step `steps` on a straight line, then `end`."""
+
+    start: float
+    """Value at step 0."""
+    end: float
+    """Value from step `steps` on."""
+    steps: int
+    """Steps from start to end, at least 1."""
+
+    def __post_init__(self) -> None:
+        _check_finite(self, "start", "end")
+        _check_count(self, "steps")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * step / self.steps
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return min(self.start, self.end), max(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """From `start` at step 0 to `end` at step `steps` on half a cosine, flat at both ends, then `end`, or `after` if given."""
+
+    start: float
+    """Value at step 0."""
+    end: float
+    """Value that the curve reaches at step `steps`."""
+    steps: int
+    """Steps from start to end, at least 1."""
+    after: float | None = None
+    """Value from step `steps` on; null for `end`. UFT, for one, drops from 0.05 to 0 there."""
+
+    def __post_init__(self) -> None:
+        _check_finite(self, "start", "end", *([] if self.after is None else ["after"]))
+        _check_count(self, "steps")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return self.end if self.after is None else self.after
+        return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * step / self.steps)) / 2.0
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        values = [self.start, self.end, *([] if self.after is None else [self.after])]
+        return min(values), max(values)
+
+
+@dataclass(frozen=True)
+class WarmUp(Schedule):
+    """From `start` on a straight line to where `after` begins, which it reaches at step `steps`; then `after`, from its step 0."""
+
+    start: float
+    """Value at step 0."""
+    steps: int
+    """Steps of the warm-up, at least 1."""
+    after: Schedule
+    """What follows, a number or a schedule of its own."""
+
+    def __post_init__(self) -> None:
+        _check_finite(self, "start")
+        _check_count(self, "steps")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return self.after(step - self.steps)
+        return self.start + (self.after(0) - self.start) * step / self.steps
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        low, high = self.after.bounds
+        return min(self.start, low), max(self.start, high)
+
+
+@dataclass(frozen=True)
+class Staircase(Schedule):
+    """Values one after the other, each held for `every` steps, the last one for ever."""
+
+    values: tuple[float, ...]
+    """The values, at least one."""
+    every: int
+    """Steps per value, at least 1."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, (list, tuple)) or not self.values or not all(map(_is_finite, self.values)):
+            raise ValueError(f"values of a staircase must be a list of at least one finite number, got {self.values!r}.")
+        object.__setattr__(self, "values", tuple(float(value) for value in self.values))
+        _check_count(self, "every")
+
+    def __call__(self, step: int) -> float:
+        return self.values[min(step // self.every, len(self.values) - 1)]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "warm_up": WarmUp,
+    "staircase": Staircase,
+}
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether a value of a configuration describes a schedule: a mapping with the key "schedule"."""
+    return isinstance(value, Mapping) and "schedule" in value
+
+
+def build_schedule(value: Any) -> Schedule:
+    """Build a schedule from a number, a mapping such as {schedule: linear, start: 0, end: 1, steps: 100}, or a schedule.
+
+    Raises: ValueError for an unknown schedule, an argument that is unknown, missing or out of range, or any other value.
+    """
+    if isinstance(value, Schedule):
+        return value
+    if _is_finite(value):
+        return Constant(float(value))
+    if not is_schedule(value):
+        raise ValueError(
+            f"A schedule must be a finite number or a mapping with the key schedule, one of {', '.join(SCHEDULES)}, got {value!r}."
+        )
+    name = value["schedule"]
+    arguments = {key: entry for key, entry in value.items() if key != "schedule"}
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}.")
+    cls = SCHEDULES[name]
+    known = [field.name for field in fields(cls)]
+    for key in arguments:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{hint}")
+    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in arguments]
+    if missing:
+        raise ValueError(f"The schedule {name} needs {', '.join(known)}, {', '.join(missing)} must be set.")
+    if name == "warm_up":
+        arguments["after"] = build_schedule(arguments["after"])
+    return cls(**arguments)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_finite(schedule: Schedule, *names: str) -> None:
+    for name in names:
+        value = getattr(schedule, name)
+        if not _is_finite(value):
+            raise ValueError(f"{name} of a {type(schedule).__name__} schedule must be a finite number, got {value!r}.")
+        object.__setattr__(schedule, name, float(value))  # YAML writes 0 for 0.0
+
+
+def _check_count(schedule: Schedule, name: str) -> None:
+    value = getattr(schedule, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{name} of a {type(schedule).__name__} schedule must be a whole number of at least 1 step, got {value!r}."
+        )
