@@ -71,7 +71,9 @@ def compile_one(kernel: object, constexprs: dict[str, object], architecture: int
     constexprs = {k: v for k, v in constexprs.items() if k not in launch}
     signature = {name: _type_of(name) for name in kernel.arg_names}
     aligned = ("hidden_stride", "weight_stride", "hidden_size")  # as in every model; other widths load element by element
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in aligned}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in aligned
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     used = next((name for name in TENSOR_CORE[architecture] if name in compiled.asm["ptx"]), "-")

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from trapo_kernels import autograd, checks, dispatch, terms
 from trapo_kernels.backends import reference
-from trapo_kernels.backends.logits import LogitTransform
+from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.objective import Objective
 
@@ -62,7 +62,8 @@ def linear_logprob(
         lm_head_weight: [V, D], the dtype of hidden; one row per token id.
         target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
         bias: [V] or None.
-        temperature: float > 0 or [N] fp32; divides the logits, and with them the gradient.
+        temperature: float > 0 or [N] fp32; divides the logits, and with them the gradient. torch.compile specialises on a float:
+            pass a tensor where it varies.
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
         with_entropy: also return the entropy, with gradient.
         logits_dtype: what logits are rounded to before the softmax: float32, or the dtype of hidden to match a sampler that does.
@@ -74,7 +75,8 @@ def linear_logprob(
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
-    Memory: one chunk of logits; on a GPU at most 4096·152064 of them, 2.3 GiB in fp32. Backward adds dWeight in fp32.
+    Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU 2^25,
+        128 MiB. Backward adds dWeight in fp32.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
@@ -135,20 +137,24 @@ def linear_policy_loss(
         bias, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
 
     Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences whose
-        ratios are not all 1, two terms on one role) runs in two, 4 GEMMs, and says so in `passes`; see `Objective.two_passes`.
+        ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
+        in two, 4 GEMMs, and says so in `passes`; see `Objective.two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
-    Memory: one chunk of logits, plus dHidden and dWeight (fp32) from forward until backward.
+    Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """
     where = "linear_policy_loss"
     hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
     checks.head(where, hidden, lm_head_weight, bias)
+    checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
+    checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     checks.streams_present(where, batch, objective)
     _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
-    if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
+    # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
+    if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
         target = torch.where(batch.active, batch.target, -100)
         out = linear_logprob(
             hidden,
@@ -164,7 +170,7 @@ def linear_policy_loss(
             backend=chosen,
         )
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
-    s = terms.streams(batch, objective, _statistics_dtype(hidden))
+    s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
     inputs = (hidden, lm_head_weight, bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
@@ -203,6 +209,8 @@ def policy_loss(
     Memory: O(N). Determinism: bitwise repeatable. Source: objectives' docstrings.
     """
     where = "policy_loss"
+    checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
+    checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     num_rows, device = len(batch), batch.target.device
     checks.vector(where, "logprob", logprob, num_rows, device, (torch.float32, torch.float64))
     if entropy is None:
@@ -235,7 +243,7 @@ def token_logprob(
     with_entropy: bool = False,
     backend: str = "auto",
 ) -> LogprobOutput:
-    """logprob and entropy from logits at hand, without a second [N, V] tensor in the forward pass.
+    """logprob and entropy from logits at hand; contiguous ones are not copied whole in the forward pass.
 
     Equivalent to: `log_p = (logits.float() / temperature).log_softmax(-1)`, then gather and -Σ p log p.
 
@@ -257,13 +265,18 @@ def token_logprob(
         raise TypeError(f"{where}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
     flat, flat_target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if isinstance(temperature, Tensor):
-        temperature = temperature.expand(target.shape).reshape(-1)
+        if temperature.shape != target.shape:
+            raise ValueError(
+                f"{where}: temperature must be a float or have the shape of target, {list(target.shape)}, got "
+                f"{list(temperature.shape)}. Use temperature.expand_as(target)."
+            )
+        temperature = temperature.reshape(-1)
     checks.target(where, flat_target, flat.shape[0], flat.shape[1], logits.device)
     checks.temperature(where, temperature, flat.shape[0], logits.device)
     checks.softcap(where, softcap)
     chosen = dispatch.choose(where, backend, logits.device, logits.dtype)
     if chosen == "reference":
-        exact = flat.to(_statistics_dtype(flat))
+        exact = flat.to(statistics_dtype(flat))
         transform = LogitTransform(None, softcap, temperature)
         logprob, entropy, logsumexp = reference.logprob_and_entropy(exact, flat_target, transform)
     else:
@@ -287,7 +300,7 @@ def _policy_output(
     with torch.no_grad():
         logprob, entropy = logprob.detach(), entropy.detach()
         c, s = terms.evaluated(logprob, entropy, s, batch, objective)
-        return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective), passes)
+        return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective, batch.weight), passes)
 
 
 def _check_settings(
@@ -327,8 +340,5 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    lower = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in lower else x for x in tensors)

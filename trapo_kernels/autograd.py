@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
-from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 
 
 def _refuse_double_backward(op: str) -> None:
@@ -22,12 +22,8 @@ def _refuse_double_backward(op: str) -> None:
         )
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """upstream · grad, multiplied in fp32 and rounded once; the upstream gradient stays on the device."""
+    """upstream · grad, multiplied in fp32 and rounded to `dtype`; the upstream gradient stays on the device."""
     return torch.mul(grad, upstream.view([1] * grad.ndim), out=torch.empty_like(grad, dtype=dtype))
 
 
@@ -64,7 +60,7 @@ def linear_logprob(
 
 @linear_logprob.register_fake
 def _(hidden, weight, target, *args):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden)) for _ in range(4))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden)) for _ in range(4))
 
 
 @torch.library.custom_op("trapo::linear_logprob_backward", mutates_args=())
@@ -190,7 +186,7 @@ def linear_policy_loss(
 
 @linear_policy_loss.register_fake
 def _(hidden, weight, bias, target, streams, active_rows, r, t, s, codes, parameters, e, d, i, g, needs, backend):
-    dtype = _statistics_dtype(hidden)
+    dtype = statistics_dtype(hidden)
     vector = hidden.new_empty(hidden.shape[0], dtype=dtype)
     grad_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
     grad_weight = torch.empty_like(weight, dtype=dtype) if needs[1] else hidden.new_empty(0)
@@ -281,7 +277,7 @@ def token_logprob(
 
 @token_logprob.register_fake
 def _(logits, target, *args):
-    return tuple(logits.new_empty(logits.shape[0], dtype=_statistics_dtype(logits)) for _ in range(4))
+    return tuple(logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits)) for _ in range(4))
 
 
 @torch.library.custom_op("trapo::token_logprob_backward", mutates_args=())

@@ -32,10 +32,11 @@ class TokenBatch:
         old_logprob: fp32 nats under the policy that sampled, the ratio's denominator. None: the batch is strictly on-policy,
             so the ratio is 1 in value and carries the gradient of logprob.
         ref_logprob: fp32 nats under the frozen reference of the KL term; needed only when the objective has one.
-        rollout_logprob: fp32 nats as the sampler reported them; needed only by terms anchored at "rollout".
         entropy_weight: fp32, weight of the entropy bonus; None means `weight`.
-        active_rows: int64 [M], the rows that can contribute, in order. Found here when the tensors are on the CPU (no sync). On a
-            GPU pass what the packer knows; without it every row goes through the GEMMs with the inactive ones zeroed.
+        rollout_logprob: fp32 nats as the sampler reported them; needed only by terms anchored at "rollout".
+        active_rows: int64 [M], the rows that can contribute, ascending. Found here when the tensors are on the CPU (no sync), so
+            leave it out, and pass active_rows=None to `dataclasses.replace`. On a GPU, where it cannot be checked, pass what the
+            packer knows; without it every row goes through the GEMMs with the inactive ones zeroed.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
 
     Raises: ValueError or TypeError with rule, actual value and remedy.
@@ -47,15 +48,18 @@ class TokenBatch:
     weight: Tensor
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
-    rollout_logprob: Tensor | None = None
     entropy_weight: Tensor | None = None
+    rollout_logprob: Tensor | None = None
     active_rows: Tensor | None = None
     sequence_id: Tensor | None = None
 
     def __post_init__(self):
         checks.token_batch(self)
-        if self.active_rows is None and self.role.device.type == "cpu" and not torch.compiler.is_compiling():
-            object.__setattr__(self, "active_rows", self.active.nonzero().squeeze(1))
+        if self.role.device.type == "cpu" and not torch.compiler.is_compiling():
+            found = self.active.nonzero().squeeze(1)
+            if self.active_rows is None:
+                object.__setattr__(self, "active_rows", found)
+            checks.active_rows(self.active_rows, found)
 
     @property
     def active(self) -> Tensor:
@@ -69,9 +73,10 @@ class TokenBatch:
         return self.target.shape[0]
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on `device`, with `active_rows` found before the move, so that no sync follows."""
+        """The same batch on `device`; what a CPU knew of `active_rows` moves along, so that no sync follows on a GPU."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenBatch(**{name: None if t is None else t.to(device, non_blocking=True) for name, t in moved.items()})
+        later = torch.device(device).type != "cpu"  # on a CPU the copy is read at once
+        return TokenBatch(**{name: None if t is None else t.to(device, non_blocking=later) for name, t in moved.items()})
 
 
 @dataclass(frozen=True)

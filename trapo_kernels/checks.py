@@ -79,6 +79,12 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{where}: lm_head_weight [V, D] must not be empty, got {list(weight.shape)}.")
     if bias is not None:
+        if not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.shape[0],):
+            actual = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(
+                f"{where}: bias must have shape [V] = [{weight.shape[0]}], one value per row of lm_head_weight, got {actual}. "
+                "Pass torch.nn.Linear.bias of the same head."
+            )
         vector(where, "bias", bias, weight.shape[0], hidden.device, FLOAT_DTYPES)
 
 
@@ -147,7 +153,7 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
     if logits_dtype != torch.float32 or process_group is not None or batch_invariant:
         raise ValueError(
             f'{where}: backend "triton_fused" keeps fp32 logits on the chip, so logits_dtype must be torch.float32, process_group None '
-            f"and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend=\"triton\"."
+            f'and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend="triton".'
         )
 
 
@@ -171,6 +177,15 @@ def token_batch(batch: TokenBatch) -> None:
                 raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
     if batch.sequence_id is not None:
         vector(where, "sequence_id", batch.sequence_id, length, device, (torch.int64,))
+    for name in ("advantage", "weight"):
+        if getattr(batch, name).requires_grad:
+            raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
+    if batch.active_rows is not None and not isinstance(batch.active_rows, Tensor):
+        raise TypeError(
+            f"{where}: active_rows must be a tensor, got {type(batch.active_rows).__name__}. Leave it out to have it found."
+        )
+    if batch.active_rows is not None and batch.active_rows.device != device:
+        raise ValueError(f"{where}: active_rows must be on {device}, got {batch.active_rows.device}. Move it there.")
     if batch.active_rows is not None and (batch.active_rows.ndim != 1 or batch.active_rows.dtype != torch.int64):
         raise ValueError(
             f"{where}: active_rows must be int64 of shape [M], got {batch.active_rows.dtype} {list(batch.active_rows.shape)}. "
@@ -185,6 +200,22 @@ def token_batch(batch: TokenBatch) -> None:
             raise ValueError(
                 f"{where}: weight must be finite on every row that is not ignored, got {float(weight[row])} at row {row}."
             )
+
+
+def active_rows(given: Tensor, found: Tensor) -> None:
+    """active_rows must be exactly the rows that can contribute."""
+    if not torch.equal(given, found):
+        raise ValueError(
+            "TokenBatch: active_rows must be the rows whose role is not IGNORED and whose weight or entropy weight is not 0, "
+            f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {given[:8].tolist()}"
+            f"{'…' if len(given) > 8 else ''} ({len(given)} rows). Leave it out, or pass active_rows=None to dataclasses.replace."
+        )
+
+
+def is_a(where: str, name: str, value: object, expected: type, example: str) -> None:
+    """`value` must be an instance of `expected`."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{where}: {name} must be a {expected.__name__}, got {type(value).__name__}. Pass {example}.")
 
 
 def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | None, device: torch.device) -> None:

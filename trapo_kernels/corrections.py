@@ -41,7 +41,7 @@ def tis(
     """
     checks.in_range("tis", "cap", cap, 0.0, math.inf, open_low=True)
     log_ratio = _log_ratio("tis", role, old_logprob, rollout_logprob, level, sequence_id)
-    return log_ratio.clamp(max=math.log(cap)).exp()
+    return torch.where(role == Role.ROLLOUT, log_ratio.clamp(max=math.log(cap)).exp(), 1.0)
 
 
 def mis(

@@ -40,6 +40,7 @@ class Term:
     reduction: Reduction | None = None
 
     def __post_init__(self):
+        checks.is_a("Term", "gate", self.gate, Gate, "one of trapo_kernels.gates, such as Clip()")
         checks.one_of("Term", "anchor", self.anchor, ANCHORS)
         checks.one_of("Term", "signal", self.signal, SIGNALS)
         checks.finite("Term", "scale", self.scale)

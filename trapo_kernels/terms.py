@@ -17,13 +17,14 @@ from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
 _MAX_PARAMETERS = 3  # of a gate
+SELF = float("inf")  # an anchor that stands for the policy itself; no logprob is +inf, and NaN is left to mean trouble
 
 
 @dataclass(frozen=True)
 class Streams:
     """A batch seen through an objective: all that the coefficient of a token needs besides its logprob; tensors are [N].
 
-    `anchor` is what logp is compared with (0 where the anchor is zero, logp itself for "self", written as NaN), `signal` =
+    `anchor` is what logp is compared with (0 where the anchor is zero, logp itself for "self" and for weight 0, written as +inf), `signal` =
     weight · scale · (advantage or 1), `advantage` = what chooses the side of a clip (1 where the signal is "one"), `kl_weight` = β
     · weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
     """
@@ -52,6 +53,7 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
             advantage = torch.where(mine, 1.0, advantage)
         signal = torch.where(mine, amount * advantage, signal)
         anchor = torch.where(mine, _anchor(term, batch, weight), anchor)
+    anchor = torch.where(weight == 0, SELF, anchor)  # only its entropy counts: d = 0, so that 0 · r stays 0 whatever r would be
     entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(dtype)
     kl_weight = ref_logprob = None
     if objective.kl is not None:
@@ -72,7 +74,7 @@ def _anchor(term: Term, batch: TokenBatch, like: Tensor) -> Tensor:
     if term.anchor == "zero":
         return torch.zeros_like(like)
     stream = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
-    return torch.full_like(like, float("nan")) if stream is None else stream.to(like.dtype)
+    return torch.full_like(like, SELF) if stream is None else stream.to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficie
     """Loss and dL/dlogp of every token from explicit slopes; rows with role IGNORED are exact zeros whatever they hold."""
     counted = s.role != Role.IGNORED
     logprob = torch.where(counted, logprob, 0.0)
-    d = torch.where(s.anchor.isnan() | ~counted, 0.0, logprob - s.anchor)
+    d = torch.where((s.anchor == SELF) | ~counted, 0.0, logprob - s.anchor)
     zero = torch.zeros_like(d)
     value, slope, low, high = zero, zero, zero.bool(), zero.bool()
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
@@ -107,7 +109,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficie
     grad = torch.where(counted, -s.signal * slope, 0.0)
     kl = None
     if objective.kl is not None:
-        rollout = s.role == Role.ROLLOUT
+        rollout = (s.role == Role.ROLLOUT) & (s.kl_weight != 0)
         d_ref = torch.where(rollout, logprob - s.ref_logprob, 0.0)
         kl = objective.kl.value(d_ref, d)
         loss = loss + torch.where(rollout, s.kl_weight * kl, 0.0)
@@ -140,7 +142,7 @@ def evaluated(
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is not None and term.reduces(batch.old_logprob is None):
             mine = s.role == code
-            d = torch.where(s.anchor.isnan() | ~mine, 0.0, logprob - s.anchor)
+            d = torch.where((s.anchor == SELF) | ~mine, 0.0, logprob - s.anchor)
             of_role = reduced(term, logprob, entropy, d, batch, mine)
             anchor = torch.where(mine, logprob - of_role.log_ratio, anchor)
             signal = torch.where(mine, signal * of_role.factor, signal)
@@ -157,31 +159,34 @@ def total_loss(c: Coefficients, s: Streams, entropy: Tensor) -> Tensor:
     return (c.loss.double().sum() + bonus.double().sum()).to(c.loss.dtype)
 
 
-def metrics(logprob: Tensor, entropy: Tensor, c: Coefficients, s: Streams, objective: Objective) -> dict[str, Tensor]:
+def metrics(
+    logprob: Tensor, entropy: Tensor, c: Coefficients, s: Streams, objective: Objective, weight: Tensor
+) -> dict[str, Tensor]:
     """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
 
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Expert:
     `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/ratio`,
-    `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`, `rollout/kl_ref` with a KL term.
+    `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`, `rollout/kl_ref` with a KL term. What describes a term is taken
+    over its tokens with `weight` [N] ≠ 0; the others carry the entropy bonus alone.
     """
     out: dict[str, Tensor] = {}
     for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
         mine = s.role == code
-        count = mine.sum()
+        trained = mine & (weight != 0)
 
-        def mean(x: Tensor, mine=mine, count=count) -> Tensor:
-            return torch.where(mine, x, 0).sum(dtype=torch.float32) / count.clamp(min=1)
+        def mean(x: Tensor, over: Tensor = trained) -> Tensor:
+            return torch.where(over, x, 0).sum(dtype=torch.float32) / over.sum().clamp(min=1)
 
-        out[f"{name}/count"] = count.float()
-        out[f"{name}/logprob"], out[f"{name}/prob"] = mean(logprob), mean(logprob.exp())
-        out[f"{name}/entropy"] = mean(entropy)
+        out[f"{name}/count"] = mine.sum().float()
+        out[f"{name}/logprob"], out[f"{name}/prob"] = mean(logprob, mine), mean(logprob.exp(), mine)
+        out[f"{name}/entropy"] = mean(entropy, mine)
         if name == "expert" and objective.expert is not None:
             out["expert/trsft_weight"] = mean(c.slope)
             if isinstance(objective.expert.gate, Truncate):
                 out["expert/share_below_alpha"] = mean((c.ratio < objective.expert.gate.high).float())
         if name == "rollout" and objective.rollout is not None:
             out["rollout/ratio"] = mean(c.ratio)
-            out["rollout/ratio_max"] = torch.cat([torch.where(mine, c.ratio, 0), c.ratio.new_zeros(1)]).max().float()
+            out["rollout/ratio_max"] = torch.cat([torch.where(trained, c.ratio, 0), c.ratio.new_zeros(1)]).max().float()
             out["rollout/clip_low"], out["rollout/clip_high"] = (
                 mean(c.clipped_low.float()),
                 mean(c.clipped_high.float()),
@@ -222,7 +227,7 @@ GRAD_ENTROPY = _STREAM_NAMES.index("grad_entropy")
 
 def pack(s: Streams) -> list[Tensor]:
     """The streams as the tensor list of a `torch.library` op; an absent one is an empty tensor."""
-    return [s.role.new_empty(0) if value is None else value for value in vars(s).values()]
+    return [s.role.new_empty(0) if value is None else value.contiguous() for value in vars(s).values()]
 
 
 def unpack(tensors: list[Tensor]) -> Streams:

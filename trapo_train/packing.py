@@ -16,7 +16,7 @@ from torch import Tensor
 from trapo_kernels import Objective, Role, TokenBatch, aggregate
 from trapo_train.records import Sample
 
-AGGREGATIONS = ("constant", "token_mean", "role_mean", "sequence_mean")
+AGGREGATIONS = ("constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class PackingConfig:
 
     max_tokens: int = 16384
     """Token budget of one micro-batch, at least the longest prompt plus response."""
-    aggregation: Literal["constant", "token_mean", "role_mean", "sequence_mean"] = "constant"
-    """Divisor of the summed loss: constant (sequences · longest response allowed), token_mean (loss tokens), role_mean
-    (loss tokens of the same role) or sequence_mean (mean of each sequence, then of the sequences)."""
+    aggregation: Literal["constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean"] = (
+        "constant"
+    )
+    """Divisor of the summed loss: constant (sequences · longest response allowed), length (longest response allowed, as in
+    TRAPO's release), token_mean (loss tokens), role_mean (loss tokens of the same role), sequence_mean (mean of each sequence,
+    then of the sequences), sequence_sum (sequences) or prompt_mean (mean over each problem's tokens, then of the problems)."""
     train_on_prompt: bool = False
     """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining."""
 
@@ -81,6 +84,16 @@ class _LossTokens:
         return _LossTokens(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
+def check_expert_streams(objective: Objective) -> None:
+    """Raise ValueError for an objective that needs more of expert tokens than an expert trace of a dataset brings."""
+    if any(layer.expert is not None and layer.expert.anchor == "rollout" for layer in objective.layers):
+        raise ValueError(
+            f"objective {objective.name} compares expert tokens with rollout_logprob, the logprobs of the policy that sampled "
+            "them, and the expert traces of a dataset have none. Use an objective whose expert tokens need none, such as luffy, "
+            "or a plan without expert traces."
+        )
+
+
 def pack(
     samples: Sequence[Sample],
     config: PackingConfig,
@@ -103,11 +116,14 @@ def pack(
         pad_to: number of micro-batches to return, filled up with empty ones, so that all ranks run equally many.
 
     Returns: at least one micro-batch, on the host; a step without any loss gets an empty one, whose gradient is zero.
-    Raises: ValueError for a sample longer than the budget, an empty prompt, or more micro-batches than `pad_to`.
+    Raises: ValueError for a sample longer than the budget, an empty prompt, more micro-batches than `pad_to`, or expert tokens
+        under an objective that needs the logprobs of whoever wrote them.
     """
     lengths = [_segment_length(sample, config.max_tokens) for sample in samples]
     if config.train_on_prompt:
         samples = [_with_prompt_as_prefix(sample) for sample in samples]
+    if any(sample.guided for sample in samples):
+        check_expert_streams(objective)
     tokens = _loss_tokens(samples, config, objective, max_response_tokens)
     tokens = tokens.select(((tokens.weight != 0) | (tokens.entropy_weight != 0)).nonzero().squeeze(1))
     counts = torch.bincount(tokens.sample, minlength=len(samples)).tolist()
@@ -157,20 +173,23 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
     advantage = spread([(s.advantage, s.advantage) for s in samples], torch.float32)
     share = spread([(s.prefix_weight, 1.0) for s in samples], torch.float32)
     sample = torch.arange(len(samples)).repeat_interleave(response_lengths)
-    normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens}
+    prompt = torch.tensor([s.problem.index for s in samples], dtype=torch.int64).repeat_interleave(response_lengths)
+    normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens, "prompt_id": prompt}
 
     trained = torch.zeros_like(kind, dtype=torch.bool)
     silent = torch.zeros_like(trained)  # in the loss and its denominators, but with a gradient of exactly zero
-    for role, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
-        if term is not None:
+    for role, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
+        terms = [getattr(layer, name) for layer in objective.layers if getattr(layer, name) is not None]
+        has_kl = role == Role.ROLLOUT and any(layer.kl is not None for layer in objective.layers)
+        if terms:
             trained |= kind == role
-            has_kl = objective.kl is not None and role == Role.ROLLOUT
-            if term.signal == "advantage" and not has_kl:
+            if not has_kl and all(term.signal == "advantage" for term in terms):
                 silent |= (kind == role) & (advantage == 0)
     trained &= share != 0
     weight = aggregate(torch.where(trained, kind, Role.IGNORED), sample, share=share, **normalise)
     entropy_weight = torch.zeros_like(weight)
-    if objective.entropy_coef:  # one bonus for all response tokens: expert and rollout tokens share its denominator
+    if any(layer.entropy_coef for layer in objective.layers):
+        # One bonus for all response tokens: expert and rollout tokens share its denominator.
         entropy_weight = aggregate(torch.full_like(kind, Role.ROLLOUT), sample, **normalise)
     return _LossTokens(
         target=torch.tensor([t for s in samples for t in (*s.prefix_ids, *s.completion_ids)], dtype=torch.int64),
@@ -223,6 +242,7 @@ def _micro_batch(samples: Sequence[Sample], tokens: _LossTokens, rows: Sequence[
             weight=chosen.weight,
             entropy_weight=chosen.entropy_weight,
             rollout_logprob=chosen.rollout_logprob,
+            sequence_id=chosen.sample,
         ),
     )
 
@@ -242,5 +262,6 @@ def _empty_micro_batch() -> MicroBatch:
             weight=nothing,
             entropy_weight=nothing,
             rollout_logprob=nothing,
+            sequence_id=torch.zeros(1, dtype=torch.int64),
         ),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
 from trapo_train.engine import Engine, SamplingParams
-from trapo_train.plans import Plan
+from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import answer_in_prefix, cut_prefix
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn, judge
@@ -63,6 +63,8 @@ class RolloutResult:
 
     groups: list[list[Sample]]
     metrics: dict[str, float]
+    deferred: tuple[int, ...] = ()
+    """Which of the problems, counted from 0, their plans put off to a step on expert traces."""
 
 
 @dataclass
@@ -70,24 +72,32 @@ class _Climb:
     """One problem on its way through its plan; `request` is what the plan waits for, None when it is done."""
 
     problem: Problem
-    plan: Generator[Request, list[float], None]
+    plan: PlanSteps
     request: Request | None = None
     samples: list[Sample] = field(default_factory=list)
     micro_group: int = 0
+    outcome: Outcome = field(default_factory=Outcome)
 
     def advance(self, rewards: list[float] | None) -> None:
         """Send the rewards of the last request (None at the start) and take the next request."""
         try:
             self.request = self.plan.send(rewards)
-        except StopIteration:
+        except StopIteration as end:
             self.request = None
+            self.outcome = end.value or Outcome()
         self.micro_group += 1
+
+    @property
+    def kept(self) -> list[Sample]:
+        """The samples to train on."""
+        return [sample for sample in self.samples if sample.micro_group not in self.outcome.dropped]
 
 
 def run_plans(
     problems: Sequence[Problem], plan: Plan, engine: Engine, reward: RewardFn, tokenizer: Any, config: RolloutConfig
 ) -> RolloutResult:
-    """Run the plan of each problem to its end and return its samples, with rewards.
+    """Run the plan of each problem to its end and return its samples, with rewards; those that the plan drops only count in
+    the metrics.
 
     The work goes in rounds. A round samples and scores the outstanding request of every problem that is not done, in one
     engine call and one reward call, and each plan answers with its next request. Requests for full expert traces need no
@@ -115,8 +125,9 @@ def run_plans(
         for climb, group in zip(batch, drafts, strict=True):
             climb.samples.extend(group)
             climb.advance([sample.reward for sample in group])
-    groups = [climb.samples for climb in climbs]
-    return RolloutResult(groups, _metrics(groups) | {"reward/none_count": float(none_count)})
+    metrics = _metrics([climb.samples for climb in climbs]) | {"reward/none_count": float(none_count)}
+    deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
+    return RolloutResult([climb.kept for climb in climbs], metrics, deferred)
 
 
 def drop_long_experts(problems: Sequence[Problem], max_response_tokens: int) -> tuple[list[Problem], int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, SchedulerType, get_scheduler
 from trapo_kernels import Objective, PolicyLossOutput, Role, objectives
 from trapo_train.model import policy_forward
 from trapo_train.packing import MicroBatch
+from trapo_train.schedules import Schedule, build_schedule, is_schedule
 
 HISTOGRAM_BINS = 10
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
@@ -29,12 +30,17 @@ class ObjectiveConfig:
     """Which policy loss to minimise."""
 
     name: str = "trapo"
-    """A preset of trapo_kernels.objectives: trapo, sft, trsft, dft, grpo, dr_grpo, dapo or luffy."""
+    """A preset of trapo_kernels.objectives, such as trapo, sft, dr_grpo, luffy or chord_mu."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the preset, such as alpha in (0, 1] and entropy_coef of trapo."""
+    """Arguments of the preset, such as alpha in (0, 1] of trapo; a number may be a schedule over the optimizer steps, such as
+    {schedule: cosine, start: 0.9, end: 0.05, steps: 200}."""
+    chooser: str | None = None
+    """Path to your own function, my_choosers:choose, that says before every step which terms it trains; null for all."""
 
     def __post_init__(self) -> None:
-        build_objective(self)
+        if self.chooser == "":
+            raise ValueError("chooser must be a path like my_choosers:choose, or null, got an empty text.")
+        extreme_objectives(self)
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,34 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The configured preset.
+def build_objective(config: ObjectiveConfig, step: int = 0) -> Objective:
+    """The configured preset with the options that hold at optimizer step `step` ≥ 0.
 
     Raises: ValueError for an unknown preset, an unknown option, or an option out of range.
     """
+    return _preset(config)(**config.options | scheduled_options(config, step))
+
+
+def scheduled_options(config: ObjectiveConfig, step: int) -> dict[str, float]:
+    """The options that are schedules, with their values at optimizer step `step` ≥ 0."""
+    return {name: schedule(step) for name, schedule in _schedules(config).items()}
+
+
+def extreme_objectives(config: ObjectiveConfig) -> list[Objective]:
+    """The preset with all schedules at their smallest, and at their largest value: between them lies every step's objective.
+
+    Raises: ValueError for an unknown preset or option, or an option that is out of range at any step.
+    """
+    preset = _preset(config)
+    bounds = {name: schedule.bounds for name, schedule in _schedules(config).items()}
+    return [preset(**config.options | {name: bound[i] for name, bound in bounds.items()}) for i in (0, 1)]
+
+
+def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:
+    return {name: build_schedule(value) for name, value in config.options.items() if is_schedule(value)}
+
+
+def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     preset = objectives.PRESETS.get(config.name)
     if preset is None:
         raise ValueError(f"name must be one of {', '.join(objectives.PRESETS)}, got {config.name!r}.")
@@ -104,7 +133,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             near = difflib.get_close_matches(option, allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{hint}")
-    return preset(**config.options)
+    return preset
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -169,18 +198,21 @@ def optimizer_step(
         temperature: > 0, the sampling temperature of the rollouts.
         max_grad_norm: L2 norm that gradients are scaled down to; 0 never clips.
 
-    Returns: loss, grad_norm (before clipping), learning_rate, loss_tokens, micro_batches, skipped_step; and for each role
-        that has tokens, entropy/<role> in nats and the kernel's metrics (see `linear_policy_loss`), TrSFT's under trsft/.
+    Returns: loss, grad_norm (before clipping), learning_rate, loss_tokens, micro_batches, loss_passes (2 where the objective
+        needs the logprobs of whole sequences first, else 1), skipped_step; and for each role that has tokens, entropy/<role>
+        in nats and the kernel's metrics (see `linear_policy_loss`), TrSFT's under trsft/.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     tally = _Tally()
+    passes = 1
     for micro_batch in micro_batches:
         micro_batch = micro_batch.to(device)
         out = policy_forward(model, micro_batch, objective, temperature)
         out.loss.backward()
         tally.add(out, micro_batch, objective)
+        passes = max(passes, out.passes)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
     metrics = tally.result({"grad_norm": grad_norm})
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
@@ -192,6 +224,7 @@ def optimizer_step(
     return metrics | {
         "learning_rate": learning_rate,
         "micro_batches": len(micro_batches),
+        "loss_passes": passes,
         "skipped_step": int(not finite),
     }
 

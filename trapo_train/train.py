@@ -23,8 +23,10 @@ from typing import Any
 import torch
 import yaml
 
+from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.checkpoint import CheckpointStore, StopSignal, export_model, restore_rng_state, rng_state
+from trapo_train.chooser import apply_choice, load_chooser
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import METRICS_FILE, Reporter
@@ -32,11 +34,20 @@ from trapo_train.engine import TransformersEngine
 from trapo_train.evaluate import evaluate
 from trapo_train.model import load_model_and_tokenizer, precision, score
 from trapo_train.packing import MicroBatch, pack
-from trapo_train.plans import build_plan, plan_rungs
+from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
+from trapo_train.preflight import check_lengths, check_objective
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import drop_long_experts, run_plans
-from trapo_train.step import NonFiniteError, build_objective, build_optimizer, build_scheduler, optimizer_step
+from trapo_train.step import (
+    NonFiniteError,
+    build_objective,
+    build_optimizer,
+    build_scheduler,
+    extreme_objectives,
+    optimizer_step,
+    scheduled_options,
+)
 from trapo_train.tasks import build_tokenizer
 
 CONFIG_FILE, CHECKPOINT_DIR, MODEL_DIR = "config.yaml", "checkpoints", "model"
@@ -128,10 +139,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.objective = build_objective(config.objective)
-        self.plan = build_plan(config.plan)
+        self.step = 0
+        self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
+        self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
         self.reward = load_reward(config.reward)
-        self._check_objective()
+        check_objective(config, self.objective)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         self.model, self.tokenizer = load_model_and_tokenizer(
@@ -142,9 +154,9 @@ class Trainer:
         self.eval_problems = None
         if config.eval_data is not None:
             self.eval_problems = load_problems(config.eval_data, self.tokenizer, None)
-        self._check_lengths()
+        check_lengths(config, self.model, [*self.problems, *(self.eval_problems or [])])
         self.reference = None
-        if "ref_logprob" in self.objective.streams:
+        if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps)
@@ -152,20 +164,31 @@ class Trainer:
             self.model, self.tokenizer, seed=config.seed, max_batch_tokens=config.rollout.max_batch_tokens
         )
         self.order = ProblemOrder(len(self.problems), config.seed)
-        self.step = 0
         self.evaluated_at = -1
         self.skipped_in_a_row = 0
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
         self.last_groups: list[list[Sample]] = []
 
+    @property
+    def objective(self) -> Objective:
+        """The configured objective as its schedules have it at this step."""
+        return build_objective(self.config.objective, self.step)
+
+    @property
+    def plan(self) -> Plan:
+        """The configured plan as it draws at this step."""
+        return build_plan(self.config.plan, step=self.step, seed=self.config.seed)
+
     def train_step(self) -> dict[str, Any]:
         """Sample, score and learn from the next problems; returns the metrics of the step."""
         config = self.config
         started = time.perf_counter()
-        problems = [self.problems[i] for i in self.order.next(config.prompts_per_step)]
+        positions, plan, objective = self._next()
+        problems = [self.problems[i] for i in positions]
         with precision(self.model):
-            rollout = run_plans(problems, self.plan, self.engine, self.reward, self.tokenizer, config.rollout)
+            rollout = run_plans(problems, plan, self.engine, self.reward, self.tokenizer, config.rollout)
+        self.deferred.add(positions[i] for i in rollout.deferred)
         assign_advantages(rollout.groups, config.advantage)
         for group in rollout.groups:
             assign_prefix_weights(group)
@@ -174,20 +197,22 @@ class Trainer:
             pack(
                 [sample for group in rollout.groups for sample in group],
                 config.packing,
-                self.objective,
+                objective,
                 max_response_tokens=config.rollout.max_response_tokens,
-            )
+            ),
+            objective,
         )
         update = optimizer_step(
             self.model,
             self.optimizer,
             self.scheduler,
             micro_batches,
-            self.objective,
+            objective,
             config.rollout.temperature,
             config.optimizer.max_grad_norm,
         )
         ended = time.perf_counter()
+        scheduled = {f"objective/{name}": value for name, value in scheduled_options(config.objective, self.step).items()}
         self.step += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if update["skipped_step"] else 0
         self.last_groups = rollout.groups
@@ -195,12 +220,30 @@ class Trainer:
             "step": self.step,
             **update,
             **rollout.metrics,
+            **scheduled,
             "tokens_per_s": rollout.metrics["response_tokens"] / (ended - started),
             "peak_memory_mib": peak_memory_mib(self.device),
             "time/rollout_s": sampled - started,
             "time/update_s": ended - sampled,
         }
+        if self.deferred.size is not None:
+            self.last_metrics["deferred"] = len(self.deferred)
         return self.last_metrics
+
+    def _next(self) -> tuple[list[int], Plan, Objective]:
+        """Positions of the problems of the next step, how they are sampled, and the loss.
+
+        A step that trains expert terms alone, be it for enough deferred problems or by the chooser, takes the expert traces.
+        """
+        positions = self.deferred.take()
+        choice = "expert" if positions else "both"
+        if not positions:
+            positions = self.order.next(self.config.prompts_per_step)
+            if self.chooser is not None:
+                choice = self.chooser(self.step, self.last_metrics)
+        objective = apply_choice(choice, self.objective)
+        alone = choice != "both" and objective.rollout is None
+        return positions, build_plan(PlanConfig("sft")) if alone else self.plan, objective
 
     @property
     def evaluation_due(self) -> bool:
@@ -258,6 +301,9 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "order": self.order.state_dict(),
             "engine": self.engine.state_dict(),
+            "deferred": self.deferred.state_dict(),
+            "chooser": self.chooser.state_dict() if hasattr(self.chooser, "state_dict") else {},
+            "last_metrics": self.last_metrics,
             "rng": rng_state(),
         }
 
@@ -267,21 +313,15 @@ class Trainer:
         if found is None:
             return False
         _, state = found
-        for name in ("step", "evaluated_at", "skipped_in_a_row"):
+        for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics"):
             setattr(self, name, state[name])
-        for name in ("model", "optimizer", "scheduler", "order", "engine"):
+        for name in ("model", "optimizer", "scheduler", "order", "engine", "deferred"):
             getattr(self, name).load_state_dict(state[name])
+        if hasattr(self.chooser, "load_state_dict"):
+            self.chooser.load_state_dict(state["chooser"])
         restore_rng_state(state["rng"])
         self.notes.append(f"resumed from step {self.step}")
         return True
-
-    def _check_objective(self) -> None:
-        guided = any(rung.prefix_ratio > 0 for rung in plan_rungs(self.config.plan))
-        if self.objective.rollout is None and not guided:
-            raise ValueError(
-                f"objective {self.objective.name} trains on expert tokens alone, and plan {self.config.plan.name} has none. "
-                "Use plan.name=sft, or an objective for rollouts such as dr_grpo."
-            )
 
     def _load_problems(self) -> Sequence[Problem]:
         """The training problems; expert traces and problems that cannot be used are left out and noted."""
@@ -303,28 +343,15 @@ class Trainer:
             problems = kept
         return problems
 
-    def _check_lengths(self) -> None:
-        """The longest prompt and response must fit into a micro-batch, into the engine's batch and into the model."""
-        response = self.config.rollout.max_response_tokens
-        both = [*self.problems, *(self.eval_problems or [])]
-        longest = max(len(problem.prompt_ids) for problem in both) + response
-        limits = {
-            "packing.max_tokens": self.config.packing.max_tokens,
-            "rollout.max_batch_tokens": self.config.rollout.max_batch_tokens,
-            "the model's positions": getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
-        }
-        for name, limit in limits.items():
-            if limit is not None and longest > limit:
-                raise ValueError(
-                    f"train: the longest prompt and rollout.max_response_tokens must fit into {name} = {limit}, got "
-                    f"{longest - response} + {response} = {longest} tokens. Raise that limit, lower "
-                    "rollout.max_response_tokens, or drop long prompts with data.max_prompt_tokens and on_long_prompt."
-                )
-
-    def _with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """The micro-batches with logprobs of the model as it was before training, where the objective has a KL term."""
-        if self.reference is None:
+    def _with_reference(self, micro_batches: list[MicroBatch], objective: Objective) -> list[MicroBatch]:
+        """The micro-batches with logprobs of the model as it was before training, where the objective reads them."""
+        if "ref_logprob" not in objective.streams:
             return micro_batches
+        if self.reference is None:
+            raise ValueError(
+                f"objective.chooser chose {objective.name}, which reads the logprobs of the model before training; it is kept "
+                f"only for an objective.name that reads them too, got {self.config.objective.name}."
+            )
         scored = []
         for micro_batch in micro_batches:
             logprob, _ = score(self.reference, micro_batch.to(self.device), self.config.rollout.temperature)

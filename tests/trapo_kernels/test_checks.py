@@ -34,7 +34,7 @@ def _batch(**changes):
         ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.tensor([1.0, 1, 1, -1])}, "temperature must be > 0, got -1.0"),
         ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.ones(3)}, r"temperature must have shape \[N\] = \[4\], got \[3\]"),
         ((HIDDEN, WEIGHT, TARGET), {"softcap": -30.0}, "softcap must be None or a finite number > 0, got -30.0"),
-        ((HIDDEN, WEIGHT, TARGET), {"bias": torch.ones(3)}, r"bias must have shape \[N\] = \[7\], got \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET), {"bias": torch.ones(3)}, r"bias must have shape \[V\] = \[7\].*got \[3\]"),
         ((HIDDEN, WEIGHT, TARGET), {"logits_dtype": torch.float16}, "logits_dtype must be torch.float32 or the dtype of hidden"),
         ((HIDDEN, WEIGHT, TARGET), {"backend": "cuda"}, "backend must be one of 'auto'.*got 'cuda'"),
         ((HIDDEN, WEIGHT, TARGET), {"backend": "native"}, 'backend="native" cannot run: .*compiled extension'),

@@ -185,3 +185,39 @@ def test_more_than_two_to_the_31_logits(backend):
     last = slice(num_rows - 64, None)
     reference = linear_logprob(hidden[last], weight, target[last], backend="reference")
     torch.testing.assert_close(out.logprob[last], reference.logprob, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 40.0], ids=["flat", "peaked"])
+def test_fused_scoring_equals_the_chunked_path_on_ragged_sizes(dtype, scale):
+    hidden, weight, bias = cases.head(67, 37, 301, dtype, scale)
+    target = torch.randint(301, (67,), device=cases.DEVICE)
+    target[::5] = -100
+    hidden = torch.where((target == -100)[:, None], float("nan"), hidden.detach()).requires_grad_()
+    settings = {"bias": bias, "softcap": 30.0, "temperature": torch.rand(67, device=cases.DEVICE) + 0.5, "with_entropy": True}
+    fused = linear_logprob(hidden, weight, target, backend="triton_fused", **settings)
+    exact = linear_logprob(
+        hidden.detach().double(),
+        weight.detach().double(),
+        target,
+        backend="torch",
+        **settings | {"bias": bias.detach().double(), "temperature": settings["temperature"].double()},
+    )
+    for ours, truth in zip(fused, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=1e-5)
+    grads = cases.gradients((fused.logprob + fused.entropy).sum(), (hidden, weight))
+    chunked = linear_logprob(hidden, weight, target, backend="triton", **settings)
+    for ours, expected in zip(grads, cases.gradients((chunked.logprob + chunked.entropy).sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-5 * scale)
+
+
+def test_fused_scoring_keeps_the_digits_of_p_close_to_one():
+    hidden, weight = torch.tensor([[20.7]], device=cases.DEVICE), torch.tensor([[1.0], [0.0]], device=cases.DEVICE)
+    out = linear_logprob(hidden, weight, torch.tensor([0], device=cases.DEVICE), backend="triton_fused")
+    torch.testing.assert_close(out.logprob.cpu(), torch.tensor([-1.0232e-9]), rtol=1e-3, atol=0)
+
+
+def test_fused_scoring_with_no_rows():
+    hidden, weight, _ = cases.head(0, 6, 20, torch.float32)
+    out = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64, device=cases.DEVICE), backend="triton_fused")
+    assert out.logprob.shape == (0,)

@@ -116,7 +116,7 @@ def test_triton_coefficients_equal_the_slopes_of_every_gate_and_kl(gate, kl):
     """Both roles, both signs of the advantage, ratios on both sides of every bound; own anchor and policy itself."""
     n = 512
     logprob = torch.linspace(-7.0, -0.01, n, device=cases.DEVICE)
-    old = torch.where(torch.arange(n) % 5 == 0, float("nan"), -4 * torch.rand(n))
+    old = torch.where(torch.arange(n) % 5 == 0, terms.SELF, -4 * torch.rand(n))
     b = cases.batch(n, 50, torch.float32, old_logprob=old)
     objective = Objective(expert=Term(gate, anchor="old"), rollout=Term(gate, anchor="old", signal="advantage"), kl=kl)
     s = terms.streams(b, objective)

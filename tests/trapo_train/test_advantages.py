@@ -149,7 +149,8 @@ def test_nothing_to_compare_is_never_nan(options, rewards):
     groups = grouped(*rewards)
     values = step_advantages(groups, **options)
     assert all(math.isfinite(value) for value in values)
-    equal = [value for value, group in zip(values, [g for g in groups for _ in g], strict=True) if len({s.reward for s in group}) == 1]
+    flat = [(s.advantage, {peer.reward for peer in group}) for group in groups for s in group]
+    equal = [value for value, group_rewards in flat if len(group_rewards) == 1]
     if options["center"] != "none" and equal:
         assert len(set(equal)) == 1
         assert equal[0] == pytest.approx(0.0, abs=1e-15)

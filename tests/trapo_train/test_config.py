@@ -145,3 +145,26 @@ def test_a_run_config_can_be_made_in_python(file):
     assert again == config
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         replace(config, steps=0)
+
+
+def test_schedules_survive_the_way_to_yaml_and_back(file, tmp_path):
+    cosine = "{schedule: cosine, start: 0.9, end: 1e-1, steps: 20}"
+    config = load(file, "plan={name: uft, guidance: " + cosine + "}", "objective={name: trapo, options: {alpha: " + cosine + "}}")
+    assert config.plan.guidance == config.objective.options["alpha"]
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert load(again) == config
+    assert load(file, "plan={name: uft, guidance: 1}").plan.guidance == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("plan={name: uft, guidance: {schedule: cosin}}", "plan: schedule must be one of constant"),
+        ("objective.options={alpha: {schedule: linear, start: 0.1, end: 2, steps: 5}}", "objective.*alpha must lie in"),
+        ("advantage.center=leave_one", "advantage.center must be one of"),
+    ],
+)
+def test_a_bad_schedule_names_its_section(file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(file, override)

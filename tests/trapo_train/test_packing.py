@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from trapo_kernels import Role, objectives
-from trapo_train.packing import PackingConfig, pack
+from trapo_kernels import Objective, Role, objectives
+from trapo_train.packing import AGGREGATIONS, PackingConfig, pack
 from trapo_train.records import Problem, Sample
 
 MAX_RESPONSE = 16
@@ -161,6 +161,57 @@ def test_config_checks_its_fields():
         PackingConfig(max_tokens=0)
     with pytest.raises(ValueError, match="aggregation must be one of constant"):
         PackingConfig(aggregation="mean")
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_every_aggregation_weighs_as_it_says(aggregation):
+    samples = [
+        make_sample(0, completion=5, advantage=1.0),
+        make_sample(0, completion=2, advantage=2.0),
+        make_sample(1, prefix=3, completion=4, advantage=1.0),
+    ]
+    batch = one(samples, objectives.trapo(), aggregation).batch
+    lengths, prompts = {0: 5, 1: 2, 2: 7}, {0: 7, 1: 7, 2: 7}
+    for role, sequence, weight in zip(batch.role.tolist(), batch.sequence_id.tolist(), batch.weight.tolist(), strict=True):
+        expected = {
+            "constant": 1 / (3 * MAX_RESPONSE),
+            "length": 1 / MAX_RESPONSE,
+            "token_mean": 1 / 14,
+            "role_mean": 1 / 3 if role == Role.EXPERT else 1 / 11,
+            "sequence_mean": 1 / (3 * lengths[sequence]),
+            "sequence_sum": 1 / 3,
+            "prompt_mean": 1 / (2 * prompts[sequence]),
+        }
+        assert weight == pytest.approx(expected[aggregation])
+
+
+def test_sequence_ids_name_the_samples_and_none_is_split():
+    samples = mixed_samples()
+    seen: list[int] = []
+    for micro_batch in pack(samples, PackingConfig(24), objectives.trapo(), max_response_tokens=MAX_RESPONSE):
+        ids = micro_batch.batch.sequence_id.unique().tolist()
+        assert len(ids) == len(micro_batch.segment_lengths)
+        for number in ids:
+            response = (*samples[number].prefix_ids, *samples[number].completion_ids)
+            assert micro_batch.batch.target[micro_batch.batch.sequence_id == number].tolist() == list(response)
+        seen += ids
+    assert sorted(seen) == list(range(len(samples)))
+
+
+def test_a_second_layer_trains_its_roles_too():
+    sample = make_sample(prefix=3, completion=2, advantage=0.0)
+    batch = one([sample], objectives.srft()).batch  # SFT trains the demonstration whatever its advantage
+    assert batch.role.tolist() == [Role.EXPERT] * 3
+    added = Objective(expert=objectives.luffy().expert, plus=objectives.dr_grpo())
+    both = one([make_sample(prefix=3, completion=2, advantage=1.0)], added).batch
+    assert both.role.tolist() == [Role.EXPERT] * 3 + [Role.ROLLOUT] * 2
+    assert one([sample], added).batch.role.tolist() == [Role.IGNORED]
+
+
+def test_expert_tokens_without_the_logprobs_that_an_objective_needs_are_refused():
+    with pytest.raises(ValueError, match="objective exgrpo compares expert tokens with rollout_logprob.*such as luffy"):
+        one([make_sample(prefix=3)], objectives.exgrpo())
+    assert len(one([make_sample()], objectives.exgrpo()).batch) == 4
 
 
 def test_train_on_prompt_scores_every_token_but_the_first():

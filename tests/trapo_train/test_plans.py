@@ -1,10 +1,12 @@
 """Plans without a model: what TRAPO's ladder asks for after every possible sequence of rewards."""
 
 import itertools
+from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
-from trapo_train.plans import PlanConfig, Rung, build_plan, plan_rungs
+from trapo_train.plans import DeferredProblems, Outcome, PlanConfig, Rung, build_plan, plan_rungs
 from trapo_train.records import ExpertTrace, Problem, Request
 
 
@@ -24,6 +26,18 @@ def climb(config, rewards, num_experts=1):
             request = generator.send(received)
         except StopIteration:
             return requests
+
+
+def finish(config, rewards, num_experts=1, index=0, **at):
+    """Run a plan of constant rewards to its end; returns its requests and its outcome."""
+    generator = build_plan(config, **at)(replace(problem(num_experts), index=index))
+    requests, request = [], next(generator)
+    while True:
+        requests.append(request)
+        try:
+            request = generator.send([rewards] * request.num_samples)
+        except StopIteration as end:
+            return requests, end.value
 
 
 def release_by_sums(rewards, num_experts):
@@ -99,6 +113,90 @@ def test_a_plan_has_no_memory_between_problems():
     assert second.send([1.0] * 4) == Request(2)
 
 
+RANDOM = {
+    "prefix_rft": PlanConfig("prefix_rft", guidance=0.2),
+    "uft": PlanConfig("uft", guidance=0.5),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_plans_are_pure_functions_of_problem_step_and_seed(name):
+    draw = lambda **at: [r.prefix_ratio for r in finish(RANDOM[name], 0.0, **at)[0]]  # noqa: E731
+    assert draw(step=3, seed=1) == draw(step=3, seed=1)
+    for others in (
+        [{"step": i, "seed": 1} for i in range(9)],
+        [{"step": 3, "seed": i} for i in range(9)],
+        [{"index": i} for i in range(9)],
+    ):
+        assert len({tuple(draw(**at)) for at in others}) > 1
+
+
+def test_prefix_rft_draws_one_prefix_between_the_schedule_and_the_longest():
+    schedule = {"schedule": "cosine", "start": 0.9, "end": 0.1, "steps": 10}
+    config = PlanConfig("prefix_rft", num_samples=4, guidance=schedule, longest_prefix=0.9)
+    assert finish(config, 0.0, step=0)[0] == [Request(3), Request(1, 0.9)]
+    for step, low in ((5, 0.5), (10, 0.1), (99, 0.1)):
+        ratios = [finish(config, 0.0, index=i, step=step)[0][1].prefix_ratio for i in range(200)]
+        assert low <= min(ratios) < low + 0.05
+        assert 0.85 < max(ratios) <= 0.9
+        assert fmean(ratios) == pytest.approx((low + 0.9) / 2, abs=0.05)
+    assert finish(config, 0.0, num_experts=0)[0] == [Request(3), Request(1)]
+
+
+def test_uft_hints_are_binomial_chunks():
+    config = PlanConfig("uft", num_samples=3, guidance=0.4, chunks=5)
+    requests = [finish(config, 0.0, index=i)[0] for i in range(1000)]
+    assert all(len(request) == 1 for request in requests)
+    ratios = [request[0].prefix_ratio for request in requests]
+    assert set(ratios) == {i / 5 for i in range(6)}
+    assert fmean(ratios) == pytest.approx(0.4, abs=0.02)
+    assert fmean(ratio**2 for ratio in ratios) == pytest.approx(0.16 + 0.4 * 0.6 / 5, abs=0.02)
+    assert {request[0].num_samples for request in requests if request[0].prefix_ratio == 1.0} == {1}
+    assert {request[0].num_samples for request in requests if request[0].prefix_ratio < 1.0} == {3}
+
+
+def test_uft_ends_without_hints():
+    config = PlanConfig("uft", guidance={"schedule": "cosine", "start": 0.95, "end": 0.05, "steps": 300, "after": 0})
+    assert all(finish(config, 0.0, index=i, step=300)[0] == [Request(8)] for i in range(50))
+    assert finish(config, 0.0, num_experts=0)[0] == [Request(8)]
+
+
+def test_hpt_replaces_what_failed_by_the_trace():
+    config = PlanConfig("hpt", num_samples=4)
+    assert finish(config, 0.0) == ([Request(4), Request(1, 1.0)], Outcome(dropped=frozenset({1})))
+    assert finish(config, 0.25) == ([Request(4)], Outcome())
+    assert finish(config, 0.0, num_experts=0) == ([Request(4)], Outcome())
+    assert finish(PlanConfig("hpt", num_samples=4, unsolved_at=0.25), 0.25)[1].dropped == {1}
+
+
+def test_relift_defers_what_failed():
+    config = PlanConfig("relift", num_samples=4)
+    assert finish(config, 0.0) == ([Request(4)], Outcome(deferred=True))
+    assert finish(config, 0.25) == ([Request(4)], Outcome())
+    assert finish(config, 0.0, num_experts=0) == ([Request(4)], Outcome())
+
+
+def test_deferred_problems_wait_in_order_each_once():
+    deferred = DeferredProblems(3)
+    deferred.add([5, 2])
+    assert deferred.take() == []
+    deferred.add([2, 7, 7, 1])
+    copy = DeferredProblems(3)
+    copy.load_state_dict(deferred.state_dict())
+    assert deferred.take() == copy.take() == [5, 2, 7]
+    assert deferred.take() == [] and len(deferred) == 1
+    none = DeferredProblems(None)
+    none.add([1, 2, 3])
+    assert none.take() == []
+
+
+def test_which_plans_use_experts():
+    assert not PlanConfig("grpo").guides
+    assert not PlanConfig("ladder", rungs=(Rung(2),)).guides
+    assert PlanConfig("ladder", rungs=(Rung(2, 0.5),)).guides
+    assert all(PlanConfig(name).guides for name in ("paper", "release", "sft", "luffy", "hpt", "relift"))
+
+
 def test_wrong_number_of_rewards():
     generator = build_plan(PlanConfig("paper"))(problem())
     next(generator)
@@ -116,6 +214,16 @@ def test_wrong_number_of_rewards():
         (lambda: PlanConfig("ladder"), "at least one, got 0"),
         (lambda: PlanConfig("paper", rungs=(Rung(1),)), "got 1 with the plan 'paper'"),
         (lambda: PlanConfig("ladder", rungs=(Rung(1, 0.5, 0.5),)), "threshold must be null, got 0.5"),
+        (lambda: PlanConfig("prefix_rft", num_samples=1, guidance=0.5), "at least 2, got 1"),
+        (lambda: PlanConfig("uft"), "guidance must be set for the plan 'uft'"),
+        (lambda: PlanConfig("uft", guidance=1.5), "stay in [0, 1]"),
+        (lambda: PlanConfig("prefix_rft", guidance=0.96), "stay in [0, 0.95]"),
+        (lambda: PlanConfig("prefix_rft", guidance={"schedule": "cosin"}), "got 'cosin'"),
+        (lambda: PlanConfig("grpo", guidance=0.5), "guidance belongs to prefix_rft, uft, got 0.5 with the plan 'grpo'. Leave it"),
+        (lambda: PlanConfig("hpt", buffer_size=3), "buffer_size belongs to relift, got 3"),
+        (lambda: PlanConfig("relift", buffer_size=0), "at least 1, got 0"),
+        (lambda: PlanConfig("uft", guidance=0.5, chunks=0), "at least 1, got 0"),
+        (lambda: plan_rungs(PlanConfig("hpt")), "must be a ladder, got 'hpt'"),
         (lambda: Rung(0), "at least 1, got 0"),
         (lambda: Rung(1, 1.5), "in [0, 1], got 1.5"),
         (lambda: Rung(1, 0.5, float("nan")), "got NaN"),

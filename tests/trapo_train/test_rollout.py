@@ -237,3 +237,30 @@ def test_a_failing_reward_names_the_row():
 def test_config_refuses_values_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*, got"):
         RolloutConfig(**{field: value})
+
+
+def test_what_a_plan_drops_is_not_trained_on_but_counted():
+    solved = {0: RIGHT, 1: WRONG}
+    problems = [problem(0, prompt="ab,bc?a1:"), problem(1)]
+    script = lambda prompt: solved[0] if prompt.startswith("ab,bc?a1:") else solved[1]  # noqa: E731
+    result, engine = run(problems, "hpt", script, num_samples=3)
+    assert [[s.finish_reason for s in group] for group in result.groups] == [["stop"] * 3, ["expert"]]
+    assert result.metrics["reward/micro_group_1"] == pytest.approx(0.5)
+    assert result.metrics["reward/mean"] == pytest.approx(4 / 7)
+    assert [len(call) for call in engine.calls] == [6]
+    assert result.deferred == ()
+
+
+def test_deferred_problems_are_named_by_their_place():
+    problems = [problem(7), problem(3, experts=()), problem(5)]
+    result, _ = run(problems, "relift", num_samples=2)
+    assert result.deferred == (0, 2)
+    assert [len(group) for group in result.groups] == [2, 2, 2]
+
+
+def test_a_plan_may_end_without_an_outcome():
+    def plan(problem):
+        yield Request(1)
+
+    result, _ = run([problem()], plan)
+    assert len(result.groups[0]) == 1 and result.deferred == ()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trapo_kernels import Role, objectives
 from trapo_train.attention import PACKED_IMPLEMENTATION
-from trapo_train.model import install_policy_head, policy_forward
+from trapo_train.model import install_policy_head, policy_forward, score
 from trapo_train.packing import PackingConfig, pack
 from trapo_train.records import Problem, Sample
 from trapo_train.step import (
@@ -21,7 +21,9 @@ from trapo_train.step import (
     build_objective,
     build_optimizer,
     build_scheduler,
+    extreme_objectives,
     optimizer_step,
+    scheduled_options,
 )
 
 
@@ -57,6 +59,10 @@ def step(model, micro_batches, objective, config=None, optimizer=None, scheduler
     optimizer = optimizer or build_optimizer(model, config)
     scheduler = scheduler or build_scheduler(optimizer, config, steps=10)
     return optimizer_step(model, optimizer, scheduler, micro_batches, objective, 1.0, config.max_grad_norm)
+
+
+def with_stream(micro_batch, name, values):
+    return replace(micro_batch, batch=replace(micro_batch.batch, **{name: values}))
 
 
 def weights(model):
@@ -198,8 +204,64 @@ def test_every_preset_is_a_valid_objective(name):
     assert build_objective(ObjectiveConfig(name)) == objectives.PRESETS[name]()
 
 
+@pytest.mark.parametrize("name", sorted(set(objectives.PRESETS) - {"exgrpo"}))
+def test_every_preset_trains_a_step_whatever_the_split(name):
+    objective = objectives.PRESETS[name]()
+    results, moved = [], []
+    for max_tokens in (1000, 14):
+        model = make_model()
+        before = weights(model)
+        micro_batches = packed(make_samples((0.5, -0.5, 0.25), (2, 0, 4)), objective, max_tokens)
+        if "ref_logprob" in objective.streams:
+            micro_batches = [with_stream(m, "ref_logprob", score(model, m)[0] - 0.1) for m in micro_batches]
+        results.append(step(model, micro_batches, objective))
+        moved.append(weights(model) - before)
+    whole, split = results
+    assert whole["skipped_step"] == 0
+    assert whole["loss_passes"] == (1 if objective.two_passes(on_policy=True) is None else 2)
+    assert whole["grad_norm"] > 0
+    assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-4)
+    assert whole["loss"] == pytest.approx(split["loss"], rel=1e-4, abs=1e-7)
+    assert bool(moved[0].abs().max() > 0)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in objectives.PRESETS if "old_logprob" in objectives.PRESETS[name]().streams))
+def test_presets_with_a_ratio_train_off_policy_too(name):
+    objective = objectives.PRESETS[name]()
+    results = []
+    for max_tokens in (1000, 14):
+        model = make_model()
+        prefixes = (0, 0, 0) if name == "exgrpo" else (2, 0, 4)
+        micro_batches = packed(make_samples((0.5, -0.5, 0.25), prefixes), objective, max_tokens)
+        scored = [score(model, m)[0] for m in micro_batches]
+        micro_batches = [with_stream(m, "old_logprob", logprob - 1e-4) for m, logprob in zip(micro_batches, scored, strict=True)]
+        if "ref_logprob" in objective.streams:
+            micro_batches = [with_stream(m, "ref_logprob", x) for m, x in zip(micro_batches, scored, strict=True)]
+        results.append(step(model, micro_batches, objective))
+    whole, split = results
+    assert whole["grad_norm"] > 0 and whole["skipped_step"] == 0
+    assert whole["loss_passes"] == (1 if objective.two_passes(on_policy=False) is None else 2)
+    assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-4)
+
+
+def test_a_missing_stream_is_named():
+    objective = objectives.iw_sft()
+    with pytest.raises(ValueError, match="ref_logprob"):
+        step(make_model(), packed(make_samples(prefixes=(2, 2, 2)), objective), objective)
+
+
 def test_objective_options_reach_the_preset():
     assert build_objective(ObjectiveConfig("trapo", {"alpha": 0.3})) == objectives.trapo(alpha=0.3)
+
+
+def test_options_may_be_schedules():
+    cosine = {"schedule": "cosine", "start": 0.9, "end": 0.1, "steps": 10}
+    config = ObjectiveConfig("chord_mu", {"mu": cosine, "epsilon_low": 0.1})
+    assert build_objective(config) == objectives.chord_mu(mu=0.9, epsilon_low=0.1)
+    assert build_objective(config, step=5).expert.scale == pytest.approx(0.5)
+    assert build_objective(config, step=10) == objectives.chord_mu(mu=0.1, epsilon_low=0.1)
+    assert scheduled_options(config, 10) == {"mu": 0.1}
+    assert extreme_objectives(config) == [objectives.chord_mu(mu=mu, epsilon_low=0.1) for mu in (0.1, 0.9)]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +270,12 @@ def test_objective_options_reach_the_preset():
         (("trappo",), "name must be one of trapo, sft, .*got 'trappo'"),
         (("trapo", {"alhpa": 0.1}), "options of trapo are alpha, entropy_coef, got 'alhpa'. Did you mean 'alpha'"),
         (("trapo", {"alpha": 2.0}), r"alpha must lie in \(0, 1\], got 2"),
+        (
+            ("trapo", {"alpha": {"schedule": "linear", "start": 1, "end": 0, "steps": 9}}),
+            r"alpha must lie in \(0, 1\], got 0",
+        ),
+        (("trapo", {"alpha": {"schedule": "linear", "start": 1}}), "end, steps must be set"),
+        (("trapo", {}, ""), "chooser must be a path"),
     ],
 )
 def test_objective_config_is_checked(arguments, message):

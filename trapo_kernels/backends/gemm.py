@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trapo_kernels.backends.logits import statistics_dtype
+
 # Logits per chunk. GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 # CPU: 128 MiB of fp32 logits, so that dWeight, read and written once per chunk, is amortised over some 200 rows at 152k.
 _CHUNK_LOGITS = {"cpu": 2**25}
@@ -39,7 +41,7 @@ class HeadGemm:
         self.upcast = low_precision and hidden.device.type == "cpu"
         self.mixed = low_precision and not self.upcast
         self.weight = weight.float() if self.upcast else weight
-        self.statistics_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.statistics_dtype = statistics_dtype(hidden)
         self.operand_dtype = self.weight.dtype  # of hidden, weight and the logit gradient as GEMM operands
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
         self.grad_hidden_dtype = hidden.dtype
@@ -52,7 +54,8 @@ class HeadGemm:
         """hidden_chunk [C, D] · weightᵀ into `buffer[:C]` [C, V], rounded once to `logits_dtype`."""
         num_rows = hidden_chunk.shape[0]
         hidden_chunk = self._padded(hidden_chunk)
-        self._multiply(hidden_chunk, buffer[: hidden_chunk.shape[0]])
+        with self._exact():
+            self._multiply(hidden_chunk, buffer[: hidden_chunk.shape[0]])
         return buffer[:num_rows]
 
     def _multiply(self, hidden_chunk: Tensor, out: Tensor) -> Tensor:
@@ -68,17 +71,23 @@ class HeadGemm:
 
     def grad_hidden(self, grad_logits: Tensor) -> Tensor:
         """dHidden [C, D] in the dtype of hidden."""
-        grad_hidden = torch.mm(self._padded(grad_logits), self.weight)[: grad_logits.shape[0]]
+        with self._exact():
+            grad_hidden = torch.mm(self._padded(grad_logits), self.weight)[: grad_logits.shape[0]]
         return grad_hidden.to(self.grad_hidden_dtype)
 
     def add_grad_weight(self, grad_logits: Tensor, hidden_chunk: Tensor, grad_weight: Tensor) -> None:
         """grad_weight [V, D] fp32 += grad_logitsᵀ · hidden_chunk, accumulated in fp32."""
-        if self.mixed:
-            torch.ops.aten.addmm.dtype_out(
-                grad_weight, grad_logits.t(), hidden_chunk, torch.float32, beta=1, alpha=1, out=grad_weight
-            )
-        else:
-            grad_weight.addmm_(grad_logits.t(), hidden_chunk)
+        with self._exact():
+            if self.mixed:
+                torch.ops.aten.addmm.dtype_out(
+                    grad_weight, grad_logits.t(), hidden_chunk, torch.float32, beta=1, alpha=1, out=grad_weight
+                )
+            else:
+                grad_weight.addmm_(grad_logits.t(), hidden_chunk)
+
+    def _exact(self) -> torch.autocast:
+        """The caller's autocast has chosen the inputs' dtype; it must not round what is computed from them."""
+        return torch.autocast(self.weight.device.type, enabled=False)
 
     def _padded(self, rows: Tensor) -> Tensor:
         if not self.batch_invariant:

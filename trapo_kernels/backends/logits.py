@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """What softmax statistics of `x` are computed and returned in: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class LogitTransform(NamedTuple):

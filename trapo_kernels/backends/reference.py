@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
-from trapo_kernels.backends.logits import LogitTransform
+from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
 from trapo_kernels.batch import Role, TokenBatch
 from trapo_kernels.objective import Objective, Term
 
@@ -16,9 +16,10 @@ def head_logits(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | N
 
     Hidden states of rows with target -100 are replaced by zeros first: 0 · NaN in dWeight would still be NaN.
     """
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    exact = statistics_dtype(hidden)
     hidden = torch.where((target != -100)[:, None], hidden, 0)
-    logits = hidden.to(exact) @ weight.to(exact).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(exact) @ weight.to(exact).T
     if logits_dtype != torch.float32:
         logits = logits.to(logits_dtype).to(exact)
     return logits if bias is None else logits + bias.to(exact)
@@ -47,9 +48,9 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
     for layer in objective.layers:
         for code, term in ((Role.EXPERT, layer.expert), (Role.ROLLOUT, layer.rollout)):
             if term is not None:
-                loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code))
+                loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code) & (weight != 0))
         if layer.kl is not None:
-            mine = active & (batch.role == Role.ROLLOUT)
+            mine = active & (batch.role == Role.ROLLOUT) & (weight != 0)
             logp = torch.where(mine, logprob, 0.0)
             ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
             kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob, 0.0), torch.where(mine, ratio_d, 0.0))
@@ -78,4 +79,6 @@ def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:
     if term.anchor == "zero":
         return logprob
     anchor = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
-    return logprob - (logprob.detach() if anchor is None else anchor)
+    if anchor is None:
+        return torch.where(logprob.isfinite(), logprob - logprob.detach(), 0.0)
+    return logprob - anchor

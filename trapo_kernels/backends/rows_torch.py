@@ -71,7 +71,7 @@ def _centre(logits: Tensor, transform: LogitTransform, row_max: Tensor | None = 
         slope = 1.0 - z * z
         z.mul_(transform.softcap)
     z.div_(transform.column(z))
-    row_max = z.amax(-1) if row_max is None else row_max
+    row_max = z.amax(-1).clamp(min=_FLOOR) if row_max is None else row_max
     return z.sub_(row_max[:, None]).clamp_(min=_FLOOR), row_max, slope
 
 
@@ -85,7 +85,9 @@ def _statistics(centred: Tensor, row_max: Tensor, target: Tensor, with_entropy: 
     shifted_target = torch.where(shifted_target == _FLOOR, float("-inf"), shifted_target)
     exponential = centred.exp()
     total = exponential.sum(-1)
-    others = exponential.scatter(1, index, 0.0).sum(-1) if _is_peaked(total) else total - exponential.gather(1, index)[:, 0]
+    others = total - exponential.gather(1, index)[:, 0]
+    if _some_peaked(total):  # chosen row by row, so that a row's bits do not depend on its neighbours
+        others = torch.where(total < 1.5, exponential.scatter(1, index, 0.0).sum(-1), others)
     # p → 1: log(1 + others) keeps the digits of `others` that 1 + others has lost.
     log_sum = torch.where(shifted_target == 0, torch.log1p(others), total.log())
     logprob = shifted_target - log_sum
@@ -96,7 +98,7 @@ def _statistics(centred: Tensor, row_max: Tensor, target: Tensor, with_entropy: 
     return RowStatistics(*(torch.where(ignored, 0.0, value) for value in stats)), exponential, total
 
 
-def _is_peaked(total: Tensor) -> bool:
+def _some_peaked(total: Tensor) -> bool:
     """Whether some row needs its mass outside the target summed apart; on a GPU always, to keep the host out of it."""
     return total.device.type != "cpu" or bool((total < 1.5).any())
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trapo_kernels import terms
 from trapo_kernels.backends.gemm import HeadGemm, chunk_rows
-from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, target_for_statistics
 from trapo_kernels.objective import Objective
 
@@ -68,7 +68,7 @@ def score(
     shard = mode.shard(weight)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
-    for index, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
+    for index, _, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
         logits = gemm.logits(gemm.operand(_zeroed(hidden[index], target[index] != -100)), buffer)
         if shard is None:
             stats = rows.statistics(logits, target[index], transform.rows(index), with_entropy)
@@ -95,7 +95,7 @@ def score_backward(
     shard = mode.shard(weight)
     target = target if shard is None else shard.local_target(target)
     grads = _zero_gradients(hidden, weight, gemm, needs, shard)
-    for index, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
+    for index, count, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
         hidden_chunk = gemm.operand(_zeroed(hidden[index], target[index] != -100))
         grad_logits = rows.logprob_gradient(
             gemm.logits(hidden_chunk, buffer),
@@ -106,7 +106,7 @@ def score_backward(
             None if grad_entropy is None else grad_entropy[index],
             gemm.operand_dtype,
         )
-        _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
+        _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count))
         del grad_logits  # before the next chunk's logits, not after
     return _reduced(grads, shard, hidden.dtype)
 
@@ -131,9 +131,10 @@ def policy(
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
     grads = _zero_gradients(hidden, weight, gemm, needs, shard)
+    active_rows = _active_rows(streams.role != 0) if active_rows is None else active_rows
     grad_dtype = gemm.operand_dtype if any(needs) else None
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    for index, buffer in _chunks(gemm, hidden.shape[0], active_rows):
+    for index, count, buffer in _chunks(gemm, hidden.shape[0], active_rows):
         streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
         hidden_chunk = gemm.operand(_zeroed(hidden[index], streams_chunk.role != 0))
         stats, grad_logits = policy_rows(
@@ -147,7 +148,7 @@ def policy(
         )
         _put(out, index, stats)
         if grad_logits is not None:
-            _accumulate(gemm, grads, grad_logits, hidden_chunk, index)
+            _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count))
         del grad_logits  # before the next chunk's logits, not after
     return out, _reduced(grads, shard, hidden.dtype)
 
@@ -185,16 +186,28 @@ def _active_rows(active: Tensor) -> Tensor | None:
     return active.nonzero().squeeze(1) if active.device.type == "cpu" else None
 
 
-def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tuple[Tensor | slice, Tensor]]:
-    """(which rows, buffer for their logits); slices where all rows are active, so that nothing is copied."""
-    count = num_rows if active is None else active.shape[0]
-    if count == 0:
+def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tuple[Tensor | slice, int, Tensor]]:
+    """(which rows, how many of them count, buffer for their logits); slices where all rows are active, so that nothing is copied.
+
+    In batch-invariant mode a short chunk is filled up by repeating its last row: row operations then run on one shape, too.
+    """
+    total = num_rows if active is None else active.shape[0]
+    if total == 0:
         return
-    size = chunk_rows(count, gemm.weight.shape[0], gemm.weight.device.type, gemm.batch_invariant)
-    buffer = gemm.buffer(size if gemm.batch_invariant else min(size, count))
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        yield (rows if active is None or count == num_rows else active[rows]), buffer
+    size = chunk_rows(total, gemm.weight.shape[0], gemm.weight.device.type, gemm.batch_invariant)
+    buffer = gemm.buffer(size if gemm.batch_invariant else min(size, total))
+    for start in range(0, total, size):
+        end = min(start + size, total)
+        if gemm.batch_invariant:
+            places = torch.arange(start, start + size, device=gemm.weight.device).clamp(max=end - 1)
+            yield (places if active is None else active[places]), end - start, buffer
+        else:
+            rows = slice(start, end)
+            yield (rows if active is None or total == num_rows else active[rows]), end - start, buffer
+
+
+def _first(index: Tensor | slice, count: int) -> Tensor | slice:
+    return index if isinstance(index, slice) else index[:count]
 
 
 def _zeroed(hidden_chunk: Tensor, active: Tensor) -> Tensor:
@@ -239,7 +252,7 @@ def _accumulate(gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_ch
 
 def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """`score` for logits [N, V] that exist already; they are copied chunk by chunk and left as they are."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(logits)
     out = _empty_statistics(logits.shape[0], dtype, logits.device)
     for index in _logit_chunks(logits):
         _put(

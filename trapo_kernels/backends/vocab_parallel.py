@@ -23,9 +23,8 @@ class VocabShard:
 
     def __init__(self, group_name: str, local_vocab_size: int, device: torch.device):
         self.group = _resolve_process_group(group_name)
-        sizes = self._gather(torch.tensor([local_vocab_size], device=device))[:, 0]
+        sizes = self._gather(torch.full((1,), local_vocab_size, device=device))[:, 0]
         rank = dist.get_rank(self.group)
-        self.rank = rank
         self.offset = sizes[:rank].sum()
         self.end = self.offset + sizes[rank]
 
@@ -48,7 +47,7 @@ class VocabShard:
         total = share.sum(0)
         global_log_sum = total.log()
         # p → 1 keeps its digits: the owner's logprob is exact there, and the other shards enter through log(1 + their mass).
-        owner_mass = (owner * (row_max + log_sum)).sum(0)
+        owner_mass = torch.where(owner > 0, row_max + log_sum, 0.0).sum(0)
         others = torch.where(owner > 0, float("-inf"), row_max + log_sum - owner_mass).logsumexp(0)
         global_logprob = logprob.sum(0) - F.softplus(others)
         global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))

@@ -67,15 +67,16 @@ def coefficient(
     e0, e1, e2, r0, r1, r2, k0,
     EXPERT_GATE: tl.constexpr, ROLLOUT_GATE: tl.constexpr, KL_CODE: tl.constexpr,
 ):  # fmt: skip
-    """c = dL/dlogp = -signal · G(d) + kl_weight · K(logp - ref); the anchor is NaN where it is the policy itself (d = 0).
+    """c = dL/dlogp = -signal · G(d) + kl_weight · K(logp - ref); the anchor is +inf where it is the policy itself (d = 0).
 
     k0 is the clamp on |logp - ref|: beyond it the estimate is flat, and of k3_corrected only r still has a slope.
     """
-    d = tl.where(anchor != anchor, 0.0, logprob - anchor)
+    d = tl.where(anchor == float("inf"), 0.0, logprob - anchor)
     g = tl.where(role == 2, slope(EXPERT_GATE, d, advantage, e0, e1, e2), slope(ROLLOUT_GATE, d, advantage, r0, r1, r2))
     c = -signal * g
     if KL_CODE > 0:
-        d_ref = tl.where(role == 1, logprob - ref_logprob, 0.0)
+        weighted = (role == 1) & (kl_weight != 0)
+        d_ref = tl.where(weighted, logprob - ref_logprob, 0.0)
         held = tl.minimum(tl.maximum(d_ref, -k0), k0)
         beyond = 0.0
         if KL_CODE == 1:
@@ -88,7 +89,7 @@ def coefficient(
             k = tl.exp(d) * d_ref
             beyond = tl.exp(d) * (expm1(-held) + held)
         k = tl.where(held == d_ref, k, beyond)
-        c += tl.where(role == 1, kl_weight * k, 0.0)
+        c += tl.where(weighted, kl_weight * k, 0.0)
     return c
 
 

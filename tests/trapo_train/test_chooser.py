@@ -1,0 +1,83 @@
+"""The step chooser: which objective an answer means, and what is refused."""
+
+import pytest
+
+from trapo_kernels import KL, Objective, objectives
+from trapo_train.chooser import apply_choice, load_chooser
+
+
+class Alternate:
+    def __call__(self, step, metrics):
+        return "expert" if step % 2 == 0 else "rollout"
+
+
+class HalfState(Alternate):
+    def state_dict(self):
+        return {}
+
+
+def by_reward(step, metrics):
+    return "rollout" if metrics.get("reward/mean", 0.0) > 0.5 else "expert"
+
+
+not_callable = 3
+
+
+def test_both_is_the_objective_itself():
+    assert apply_choice("both", objectives.trapo()) is not None
+    assert apply_choice("both", objectives.trapo()) == objectives.trapo()
+
+
+def test_one_role_keeps_its_terms_and_the_entropy_bonus():
+    objective = objectives.trapo(alpha=0.3, entropy_coef=0.01)
+    expert = apply_choice("expert", objective)
+    assert (expert.expert, expert.rollout, expert.entropy_coef) == (objective.expert, None, 0.01)
+    assert expert.name == "trapo/expert"
+    rollout = apply_choice("rollout", objective)
+    assert (rollout.expert, rollout.rollout) == (None, objective.rollout)
+
+
+def test_the_kl_goes_with_the_rollouts():
+    objective = objectives.uft(beta=0.1)
+    assert apply_choice("expert", objective).kl is None
+    assert apply_choice("rollout", objective).kl == KL(0.1, "k3")
+
+
+def test_every_layer_is_looked_at():
+    srft = objectives.srft()
+    assert [layer.expert for layer in apply_choice("expert", srft).layers] == [layer.expert for layer in srft.layers]
+    assert len(apply_choice("rollout", srft).layers) == 1
+    nested = Objective(rollout=srft.rollout, plus=objectives.sft())
+    assert apply_choice("expert", nested).expert == objectives.sft().expert
+
+
+def test_a_preset_by_name():
+    assert apply_choice("dft", objectives.trapo()) == objectives.dft()
+
+
+def test_choosers_are_functions_or_classes():
+    assert load_chooser(f"{__name__}:Alternate")(1, {}) == "rollout"
+    chooser = load_chooser(f"{__name__}:by_reward")
+    assert [chooser(0, {}), chooser(1, {"reward/mean": 0.9})] == ["expert", "rollout"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("by_reward", "path like my_choosers:Alternate"),
+        ("no_such_module:choose", "can be imported: .*no_such_module"),
+        (f"{__name__}:missing", "can be imported: .*missing"),
+        (f"{__name__}:not_callable", "must be callable .* got int"),
+        (f"{__name__}:HalfState", "both state_dict and load_state_dict"),
+    ],
+)
+def test_bad_paths_are_refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_chooser(path)
+
+
+def test_bad_choices_are_refused():
+    with pytest.raises(ValueError, match="must answer one of both, expert, rollout or a preset .*got 'sftt'"):
+        apply_choice("sftt", objectives.trapo())
+    with pytest.raises(ValueError, match="chose 'expert', and the objective dr_grpo has no expert term"):
+        apply_choice("expert", objectives.dr_grpo())

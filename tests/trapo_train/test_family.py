@@ -1,0 +1,134 @@
+"""The family in the trainer: every preset and plan trains, deferral, choosers and schedules resume to the same bits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
+from trapo_kernels import objectives
+from trapo_train import train
+from trapo_train.train import Trainer, run
+
+COSINE = "{schedule: cosine, start: 0.8, end: 0.2, steps: 6}"
+RESUMED = {
+    "prefix_rft": ["plan={name: prefix_rft, num_samples: 3, guidance: " + COSINE + "}", "objective.name=prefix_rft"],
+    "uft": ["plan={name: uft, num_samples: 3, guidance: " + COSINE + "}", "objective.name=uft"],
+    "hpt": ["plan={name: hpt, num_samples: 3}", "objective.name=hpt"],
+    "relift": ["plan={name: relift, num_samples: 2, buffer_size: 4}", "objective.name=relift"],
+    "schedule": ["objective={name: chord_mu, options: {mu: " + COSINE + "}}", "packing.aggregation=role_mean"],
+    "chooser": ["objective={name: trapo, chooser: 'tests.trapo_train.test_family:Drift'}"],
+}
+
+
+class Drift:
+    """A chooser whose answers change where its state or the metrics of the last step get lost."""
+
+    def __init__(self):
+        self.position = 0.0
+
+    def __call__(self, step, metrics):
+        self.position += 0.6 if metrics.get("step") == step > 0 else 0.1
+        return "expert" if int(self.position) % 2 == 0 else "rollout"
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def choose_kl(step, metrics):
+    return "iw_sft"
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(set(objectives.PRESETS) - {"exgrpo"}))
+def test_every_preset_trains_from_start_to_end(configure, name):
+    trainer = Trainer(configure(name, "plan={name: luffy, num_samples: 3}", f"objective.name={name}", "steps=2"))
+    for _ in range(2):
+        metrics = trainer.train_step()
+        assert metrics["skipped_step"] == 0
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_stopped_run_continues_to_the_same_bits(configure, name):
+    whole = configure("whole", *RESUMED[name])
+    train_to_end(whole)
+    stopped = configure("stopped", *RESUMED[name])
+    run(stopped, StopAfter(stopped.output_dir, 3))
+    resumed = configure("stopped", *RESUMED[name], "checkpoint.resume=true")
+    train_to_end(resumed)
+    assert exported(resumed) == exported(whole)
+    assert rows(resumed) == rows(whole)
+
+
+def test_relift_trains_on_traces_when_enough_problems_wait(configure):
+    trainer = Trainer(configure("relift", *RESUMED["relift"]))
+    history = [trainer.train_step() for _ in range(5)]
+    traces = [metrics["guided_share"] == 1.0 for metrics in history]
+    assert any(traces) and not traces[0]
+    for before, metrics, on_traces in zip(history, history[1:], traces[1:], strict=False):
+        assert on_traces == (before["deferred"] >= 4)
+        if on_traces:
+            assert metrics["deferred"] == before["deferred"] - 4
+            assert "entropy/rollout" not in metrics
+    step = traces.index(True)
+    assert history[step]["entropy/expert"] > 0
+
+
+def test_hpt_trains_on_rollouts_or_on_the_trace_of_each_problem(configure):
+    trainer = Trainer(configure("hpt", *RESUMED["hpt"]))
+    for _ in range(4):
+        trainer.train_step()
+        for group in trainer.last_groups:
+            assert len(group) == 3 or [sample.prefix_ratio for sample in group] == [1.0]
+
+
+def test_schedules_reach_the_objective_of_each_step(configure):
+    trainer = Trainer(configure("mu", *RESUMED["schedule"]))
+    history = [trainer.train_step()["objective/mu"] for _ in range(3)]
+    assert history == [trainer.config.objective.options["mu"]["start"], pytest.approx(0.76, abs=0.01), pytest.approx(0.65)]
+    assert trainer.objective.expert.scale == pytest.approx(0.5)
+
+
+def test_schedules_reach_the_plan_of_each_step(configure):
+    guidance = "{schedule: staircase, values: [1, 0], every: 1}"
+    trainer = Trainer(configure("uft", "plan={name: uft, num_samples: 2, guidance: " + guidance + "}", "objective.name=uft"))
+    assert [trainer.train_step()["guided_share"] for _ in range(3)] == [1.0, 0.0, 0.0]
+
+
+def test_a_reference_is_kept_for_a_kl_that_a_schedule_turns_on(configure):
+    beta = "{schedule: staircase, values: [0, 0.1], every: 1}"
+    trainer = Trainer(configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: " + beta + "}}"))
+    assert "rollout/kl_ref" not in trainer.train_step()
+    trainer.train_step()
+    assert "ref_logprob" in trainer.objective.streams
+
+
+def test_a_chooser_that_needs_the_model_before_training_is_refused(configure):
+    trainer = Trainer(configure("kl", "objective={name: trapo, chooser: 'tests.trapo_train.test_family:choose_kl'}"))
+    with pytest.raises(ValueError, match="chose iw_sft, which reads the logprobs of the model before training"):
+        trainer.train_step()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.name=exgrpo"], "objective exgrpo compares expert tokens with rollout_logprob"),
+        (["plan.name=relift", "objective.name=dr_grpo"], "plan relift has steps on expert traces alone"),
+        (["objective.chooser=no_such:thing"], "objective.chooser 'no_such:thing' must name"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatch, overrides, message):
+    monkeypatch.setattr(train, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
+    config = configure("refused", *overrides)
+    with pytest.raises(ValueError, match=message):
+        train_to_end(config)
+    assert not Path(config.output_dir).exists()

@@ -1,0 +1,82 @@
+"""Which terms of the objective a step trains: a hook for alternating schemes such as CodeRL's and SASR's.
+
+    class Alternate:                                   # in my_choosers.py; objective.chooser: my_choosers:Alternate
+        def __call__(self, step, metrics):
+            return "expert" if step % 2 == 0 else "rollout"
+
+A chooser is asked before every step, with the number of steps taken and the metrics of the last step (empty before the first),
+and answers "both", "expert", "rollout", or the name of a preset, which is used with its own defaults. A step without a rollout
+term takes the expert traces of its problems instead of what the plan would sample.
+
+A chooser must draw its decision from these and its own state alone, so that a run can be resumed. One with state has
+`state_dict()` and `load_state_dict(state)`, of tensors and plain values, which go into the checkpoint.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trapo_kernels import Objective, objectives
+
+Chooser = Callable[[int, Mapping[str, Any]], str]
+CHOICES = ("both", "expert", "rollout")
+
+
+def load_chooser(path: str) -> Chooser:
+    """The chooser at "package.module:name": a function, or a class, of which an instance without arguments is made.
+
+    A module is looked for as `import` does, and in the working directory.
+
+    Raises: ValueError where there is none.
+    """
+    if path.count(":") != 1:
+        raise ValueError(f"objective.chooser must be a path like my_choosers:Alternate, got {path!r}.")
+    working_directory = str(Path.cwd())
+    if working_directory not in sys.path:
+        sys.path.append(working_directory)
+    try:
+        chooser = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"objective.chooser {path!r} must name a function or class that can be imported: {error}.") from error
+    chooser = chooser() if isinstance(chooser, type) else chooser
+    if not callable(chooser):
+        raise ValueError(f"objective.chooser {path!r} must be callable with (step, metrics), got {type(chooser).__name__}.")
+    if hasattr(chooser, "state_dict") != hasattr(chooser, "load_state_dict"):
+        raise ValueError(f"objective.chooser {path!r} must have both state_dict and load_state_dict, or neither.")
+    return chooser
+
+
+def apply_choice(choice: str, objective: Objective) -> Objective:
+    """The objective of a step: `objective` itself, its terms of one role, or a preset.
+
+    An entropy bonus stays, on the tokens of the step's samples; a KL goes with the rollout term.
+
+    Raises: ValueError for an unknown choice, or a role for which `objective` has no term.
+    """
+    if choice == "both":
+        return objective
+    if choice in objectives.PRESETS:
+        return objectives.PRESETS[choice]()
+    if choice not in CHOICES:
+        raise ValueError(
+            f"objective.chooser must answer one of {', '.join(CHOICES)} or a preset ({', '.join(objectives.PRESETS)}), "
+            f"got {choice!r}."
+        )
+    layers = [layer for layer in objective.layers if getattr(layer, choice) is not None]
+    if not layers:
+        raise ValueError(f"objective.chooser chose {choice!r}, and the objective {objective.name} has no {choice} term.")
+    kept = None
+    for layer in reversed(layers):
+        kept = Objective(
+            **{choice: getattr(layer, choice)},
+            kl=layer.kl if choice == "rollout" else None,
+            entropy_coef=layer.entropy_coef,
+            plus=kept,
+            name=layer.name,
+        )
+    return replace(kept, name=f"{objective.name}/{choice}")

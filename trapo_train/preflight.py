@@ -1,0 +1,47 @@
+"""What must fit together before the first rollout: objective, plan, problems and model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from trapo_kernels import Objective
+from trapo_train.config import RunConfig
+from trapo_train.packing import check_expert_streams
+from trapo_train.records import Problem
+
+
+def check_objective(config: RunConfig, objective: Objective) -> None:
+    """Raise ValueError for an objective that the samples of the configured plan cannot train."""
+    plan = config.plan
+    if objective.rollout is None and not plan.guides:
+        raise ValueError(
+            f"objective {objective.name} trains on expert tokens alone, and plan {plan.name} has none. "
+            "Use plan.name=sft, or an objective for rollouts such as dr_grpo."
+        )
+    if plan.setting("buffer_size") is not None and objective.expert is None:
+        raise ValueError(
+            f"plan {plan.name} has steps on expert traces alone, and objective {objective.name} does not train on them. "
+            "Use an objective with an expert term such as relift, or plan.name=grpo."
+        )
+    if plan.guides:
+        check_expert_streams(objective)
+
+
+def check_lengths(config: RunConfig, model: PreTrainedModel, problems: Sequence[Problem]) -> None:
+    """Raise ValueError unless the longest prompt and response fit into a micro-batch, the engine's batch and the model."""
+    response = config.rollout.max_response_tokens
+    longest = max(len(problem.prompt_ids) for problem in problems) + response
+    limits = {
+        "packing.max_tokens": config.packing.max_tokens,
+        "rollout.max_batch_tokens": config.rollout.max_batch_tokens,
+        "the model's positions": getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    }
+    for name, limit in limits.items():
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"train: the longest prompt and rollout.max_response_tokens must fit into {name} = {limit}, got "
+                f"{longest - response} + {response} = {longest} tokens. Raise that limit, lower "
+                "rollout.max_response_tokens, or drop long prompts with data.max_prompt_tokens and on_long_prompt."
+            )
