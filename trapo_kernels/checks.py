@@ -152,7 +152,7 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
         return
     if logits_dtype != torch.float32 or process_group is not None or batch_invariant:
         raise ValueError(
-            f'{where}: backend "triton_fused" keeps fp32 logits on the chip, so logits_dtype must be torch.float32, process_group None '
+            f'{where}: backend "triton_fused" has fp32 logits on the chip: logits_dtype must be torch.float32, process_group None '
             f'and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend="triton".'
         )
 

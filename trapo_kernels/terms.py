@@ -24,7 +24,7 @@ SELF = float("inf")  # an anchor that stands for the policy itself; no logprob i
 class Streams:
     """A batch seen through an objective: all that the coefficient of a token needs besides its logprob; tensors are [N].
 
-    `anchor` is what logp is compared with (0 where the anchor is zero, logp itself for "self" and for weight 0, written as +inf), `signal` =
+    `anchor` is what logp is compared with (0 for anchor zero; +inf stands for logp itself: "self", and weight 0), `signal` =
     weight · scale · (advantage or 1), `advantage` = what chooses the side of a clip (1 where the signal is "one"), `kl_weight` = β
     · weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
     """

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 _UNFINISHED = ".unfinished_"
 

@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", metavar="PNG", help="the figure (compare.png beside the first run)")
     demo = add("demo", _demo, common, "Train a base model from scratch, then TRAPO from it, and show that it learned.")
     demo.add_argument("--output", metavar="DIR", default="runs/demo", help="where everything goes (runs/demo)")
-    demo.add_argument("--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="repeat for each seed (0)")
+    demo.add_argument(
+        "--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="of TRAPO's problems and samples; repeat for each (0)"
+    )
     demo.add_argument("--compare", action="store_true", help="also train GRPO and SFT from the same base")
     return parser
 

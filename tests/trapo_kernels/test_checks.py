@@ -62,6 +62,8 @@ def test_linear_logprob(arguments, options, message):
         ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
         ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
         ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
+        ({"active_rows": torch.tensor([0, 0, 2])}, r"active_rows must be the rows.*got \[0, 0, 2\] \(3 rows\)"),
+        ({"advantage": torch.ones(N, requires_grad=True)}, "advantage is a constant of the loss.*Detach it"),
     ],
 )
 def test_token_batch(changes, message):

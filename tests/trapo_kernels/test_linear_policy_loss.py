@@ -162,3 +162,67 @@ def test_low_precision_weight_gradient_is_accumulated_in_fp32(monkeypatch):
         errors.append(cases.error(cases.gradients(out.loss, (weight,))[0], truth_grad))
     rounding = torch.finfo(torch.bfloat16).eps * truth_grad.abs().max().item()
     assert max(errors) <= rounding
+
+
+@pytest.mark.parametrize("backend", SINGLE_PASS)
+@pytest.mark.parametrize("stream", ["advantage", "ref_logprob", "old_logprob"])
+def test_strided_and_expanded_streams_give_the_gradient_of_contiguous_ones(backend, stream):
+    hidden, weight, _ = cases.head(16, 6, 30, torch.float32)
+    objective = objectives.grpo(beta=0.1)
+    wide = -torch.rand(16, 3, device=cases.DEVICE)
+    for view in (wide[:, 1], torch.tensor(-1.5, device=cases.DEVICE).expand(16)):
+        strided = cases.batch(16, 30, torch.float32, roles=(1,), **{stream: view})
+        plain = cases.batch(16, 30, torch.float32, roles=(1,), **{stream: view.contiguous()})
+        grads = [
+            cases.gradients(linear_policy_loss(hidden, weight, b, objective, backend=backend).loss, (hidden, weight))
+            for b in (strided, plain)
+        ]
+        for ours, expected in zip(*grads, strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
+def test_a_token_of_weight_zero_with_an_entropy_bonus_is_safe_whatever_its_ratio(backend):
+    hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
+    zero, extreme = torch.ones(8), -torch.ones(8)
+    zero[2], extreme[2] = 0.0, -200.0
+    b = cases.batch(8, 30, torch.float32, roles=(1,), weight=zero, old_logprob=extreme)
+    out = linear_policy_loss(hidden, weight, b, objectives.trapo(entropy_coef=0.1), backend=backend)
+    assert torch.isfinite(out.loss) and torch.isfinite(out.metrics["rollout/ratio_max"])
+    for grad in cases.gradients(out.loss, (hidden, weight)):
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
+def test_a_nan_in_old_logprob_shows_in_the_loss(backend):
+    hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
+    old = torch.full((8,), -1.0)
+    old[3] = float("nan")
+    b = cases.batch(8, 30, torch.float32, roles=(1,), old_logprob=old)
+    assert linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss.isnan()
+
+
+def test_fp16_gradients_survive_a_small_loss_under_a_gradient_scaler():
+    hidden, weight, _ = cases.head(16, 6, 30, torch.float16)
+    b = cases.batch(16, 30, torch.float32, roles=(2,), weight=torch.full((16,), 1e-7))
+    out = linear_policy_loss(hidden, weight, b, objectives.sft(), backend="torch")
+    assert out.passes == 2
+    (grad,) = cases.gradients(out.loss * 65536, (hidden,))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    (truth,) = cases.gradients(linear_policy_loss(*exact, b, objectives.sft()).loss * 65536, (exact[0],))
+    assert cases.error(grad, truth) <= 2e-3 * truth.abs().max().item()
+
+
+def test_a_batch_built_while_compiling_still_ignores_nan_rows():
+    hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
+    clean = cases.batch(8, 30, torch.float32)
+    assert (clean.role == 0).any()
+    poisoned = torch.where((clean.role == 0)[:, None], float("nan"), hidden.detach()).requires_grad_()
+
+    def loss(h, w):
+        b = TokenBatch(clean.target, clean.role, clean.advantage, clean.weight)
+        return linear_policy_loss(h, w, b, objectives.trapo()).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for grad in cases.gradients(compiled(poisoned, weight), (poisoned, weight)):
+        assert torch.isfinite(grad).all()

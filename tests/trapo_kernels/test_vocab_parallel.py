@@ -41,6 +41,16 @@ def _worker(rank, world_size, path, scale, dtype):
         whole = whole[mine] if whole.shape[:1] == (VOCAB_SIZE,) else whole
         assert ours.dtype == whole.dtype
         assert cases.error(ours, whole) <= tolerance * max(1.0, whole.abs().max().item()), f"output {i} on rank {rank}"
+    masked = bias.detach().clone()
+    masked[VOCAB_SIZE // 2 :] = float("-inf")  # a padded tail: some shards have no possible column at all
+    target = b.target % (VOCAB_SIZE // 2)
+    whole = linear_logprob(hidden, weight, target, bias=masked, with_entropy=True, backend="torch")
+    parts = linear_logprob(
+        hidden, shard[0], target, bias=masked[mine], with_entropy=True, process_group=dist.group.WORLD, backend="torch"
+    )
+    for ours, expected in zip(parts, whole, strict=True):
+        bound = tolerance * max(1.0, expected.abs().max().item())
+        assert cases.error(ours, expected) <= bound, (ours, expected)
     gathered = [torch.empty_like(actual[0]) for _ in range(world_size)]
     dist.all_gather(gathered, actual[0].detach())
     assert all(torch.equal(other, gathered[0]) for other in gathered), "ranks disagree on logprob"

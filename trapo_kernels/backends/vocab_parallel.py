@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -49,7 +48,7 @@ class VocabShard:
         # p → 1 keeps its digits: the owner's logprob is exact there, and the other shards enter through log(1 + their mass).
         owner_mass = torch.where(owner > 0, row_max + log_sum, 0.0).sum(0)
         others = torch.where(owner > 0, float("-inf"), row_max + log_sum - owner_mass).logsumexp(0)
-        global_logprob = logprob.sum(0) - F.softplus(others)
+        global_logprob = logprob.sum(0) - torch.logaddexp(torch.zeros_like(others), others)
         global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))
         moment = torch.where(share > 0, share * (mean + row_max - global_max), 0.0).sum(0)
         stats = RowStatistics(global_logprob, global_log_sum - moment / total, global_max, global_log_sum)

@@ -36,9 +36,6 @@ class PointerChasingConfig:
 
     num_nodes: int = 9
     """Nodes in each map, 8 to 12; more make the map longer and a random answer rarer."""
-    min_nodes: int | None = None
-    """Size of the smallest map, 3 to num_nodes; each problem draws its own size. In small maps a model learns the lookup sooner,
-    which is what a base model is trained on; null for maps of num_nodes only."""
     depths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """Walk lengths in steps, each 1 to 9 and below num_nodes; every problem draws one uniformly."""
     expert_noise: float = 0.0
@@ -49,11 +46,6 @@ class PointerChasingConfig:
             raise ValueError(
                 f"num_nodes must be in [{MIN_NODES}, {len(NODE_NAMES)}], got {self.num_nodes}. "
                 f"Fewer nodes make a random answer right too often; node names end at {NODE_NAMES[-1]!r}."
-            )
-        if self.min_nodes is not None and not max(3, min(self.depths, default=1) + 1) <= self.min_nodes <= self.num_nodes:
-            raise ValueError(
-                f"min_nodes must be in [3, num_nodes = {self.num_nodes}] and above the smallest depth, got {self.min_nodes}. "
-                "Leave it null for maps of one size."
             )
         deepest = min(MAX_DEPTH, self.num_nodes - 1)
         if not self.depths or any(not 1 <= depth <= deepest for depth in self.depths):
@@ -108,14 +100,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _generate_row(config: PointerChasingConfig, split: str, rng: random.Random) -> dict[str, Any]:
-    nodes, depths = NODE_NAMES[: config.num_nodes], config.depths
-    if config.min_nodes is not None:
-        nodes = "".join(sorted(rng.sample(nodes, rng.randint(config.min_nodes, config.num_nodes))))
-        depths = tuple(depth for depth in depths if depth < len(nodes))
+    nodes = NODE_NAMES[: config.num_nodes]
     successor = _draw_cycle(nodes, rng)
     while _split_of(successor) != split:
         successor = _draw_cycle(nodes, rng)
-    start, depth = rng.choice(nodes), rng.choice(depths)
+    start, depth = rng.choice(nodes), rng.choice(config.depths)
     listing = rng.sample(nodes, len(nodes))
     prompt = ",".join(node + successor[node] for node in listing) + f"?{start}{depth}:"
     # The expert draws last, so that expert_noise leaves prompt and solution as they are.
