@@ -194,7 +194,7 @@ def plot_unguided_reward(rows: Sequence[Row], path: str | Path) -> Path:
         "Reward without guidance",
         f"training: micro-group 1, line is the mean over {_window(len(steps))} steps · held-out: ± 1 standard error",
     )
-    labels = [("training,\nmicro-group 1", _draw_smoothed(axis, steps, values, PALETTE[0]), PALETTE[0])]
+    labels = [("training", _draw_smoothed(axis, steps, values, PALETTE[0]), PALETTE[0])]
     labels += _draw_held_out(axis, rows, PALETTE[1], "held-out")
     axis.set_ylim(min(0.0, *values), None)
     axis.set_xlabel("optimizer step")
