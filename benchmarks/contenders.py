@@ -71,7 +71,7 @@ def _needs(*packages: str, gpu: bool) -> Callable[[torch.device], str | None]:
                 importlib.import_module(package)
             except ModuleNotFoundError as error:
                 return f"{package} does not import: {error}. Install it to have it measured."
-            except Exception as error:
+            except Exception as error:  # whatever a broken package raises on import is its reason, not our crash
                 return f"{package} fails on import: {type(error).__name__}: {str(error).splitlines()[0]}"
         return "its kernels need a CUDA device." if gpu and device.type != "cuda" else None
 

@@ -79,7 +79,7 @@ def _child(sender, case, contender: str, device: str, threads: int) -> None:
             del result
         peak = cuda_peak_mib(call) if device == "cuda" else _cpu_peak_mib(call)
         sender.send(("ok", {"first_call_ms": milliseconds[0], "second_call_ms": milliseconds[1], "peak_mib": peak}))
-    except Exception as error:
+    except Exception as error:  # sent to the parent process, which records it
         sender.send(("error", f"{type(error).__name__}: {error}"))
 
 

@@ -231,7 +231,7 @@ def _attempt(call: Callable[[], object]) -> tuple[dict | None, object]:
         return None, call()
     except measure.OUT_OF_MEMORY as error:
         return {"status": "out of memory", "reason": str(error).splitlines()[0]}, None
-    except Exception as error:
+    except Exception as error:  # recorded as this contender's failure; the others are still measured
         return {"status": "failed", "reason": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}, None
 
 

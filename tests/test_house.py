@@ -90,9 +90,9 @@ def test_files_and_functions_stay_small():
         text = path.read_text()
         assert text.count("\n") <= 400, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines; split it by job"
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and path.name != "api.py":
+            if isinstance(node, ast.FunctionDef) and path.name != "api.py":  # whose length is docstrings
                 length = node.end_lineno - node.lineno + 1
-                assert length <= 70, f"{path.name}:{node.name} has {length} lines"
+                assert length <= 60, f"{path.name}:{node.name} has {length} lines"
 
 
 def test_readme_python_runs(tmp_path):

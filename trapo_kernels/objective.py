@@ -159,11 +159,6 @@ class Objective:
         """Every term of every layer."""
         return [term for layer in self.layers for term in (layer.expert, layer.rollout) if term]
 
-    @property
-    def compiled(self) -> bool:
-        """True when every gate is one that the compiled backends know."""
-        return all(_has_code(term.gate) for term in self.terms)
-
     def two_passes(self, on_policy: bool) -> str | None:
         """Why a batch cannot go through the single pass, or None when it can; `on_policy`: the batch has no old_logprob."""
         for term in self.terms:

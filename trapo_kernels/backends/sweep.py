@@ -4,8 +4,8 @@
                                   └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
                                                                    └─GEMM──▶ grad_weight[V, D] +=
 
-Memory: one chunk of logits beside the results. Order: chunks ascend and every sum has a fixed order, so results are bitwise
-repeatable.
+Memory: one chunk of logits beside the results (three with `rows_torch`). Order: chunks ascend and every sum has a fixed order,
+so results are bitwise repeatable.
 """
 
 from __future__ import annotations
