@@ -14,12 +14,12 @@ RUN := $(VENV)/bin/python
 # The GPU machine's own interpreter serves where no environment was made: it brings a CUDA torch.
 GPU_RUN := $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3)
 
-.PHONY: help demo test test-fast lint format gpu-test gpu-bench clean
+.PHONY: help demo test test-fast lint format asan doctor gpu-test gpu-bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s $$'\t'
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml $(wildcard csrc/*.* csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"trapo needs Python 3.11 or newer, found {sys.version.split()[0]}. Pass PYTHON=/path/to/python3.11.")'
 	@echo "== environment: $(VENV), with $(TORCH) (once, 1-2 minutes)"
 	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
@@ -42,6 +42,15 @@ lint: $(VENV)/.ready  ## ruff, check only
 
 format: $(VENV)/.ready  ## ruff, in place
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+
+asan: $(VENV)/.ready  ## the CPU kernel tests against a build with address and undefined-behaviour sanitizers; about 4 minutes
+	@rm -rf build/asan && mkdir -p build/asan && cp -r trapo_kernels tests pyproject.toml build/asan/ && rm -f build/asan/trapo_kernels/*.so
+	@TRAPO_SANITIZE=1 $(RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
+	@cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		../../$(RUN) -m pytest -q -m "not slow" -k "native or auto" tests/trapo_kernels
+
+doctor: $(VENV)/.ready  ## what is installed, which backends run here and why the others do not
+	@$(RUN) -m trapo_kernels.doctor
 
 gpu-test:  ## kernel correctness on a CUDA device, under 9 minutes; writes benchmarks/results/<gpu>/tests.md
 	@PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu_test

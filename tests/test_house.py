@@ -24,6 +24,7 @@ ALLOWED = {
     "trapo_kernels/dispatch.py": {"checks", "backends"},
     "trapo_kernels/backends": {"terms", "objective", "batch", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
+    "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
     "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "objective"},
     "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "objective", "objectives", "sequence"},
 }

@@ -11,17 +11,22 @@ from types import ModuleType
 import torch
 
 from trapo_kernels import checks
+from trapo_kernels.backends import native
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native")
 _log = logging.getLogger("trapo_kernels")
 
 
 def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: the named one or an error with the reason; for "auto" Triton on a GPU, chunked PyTorch on a CPU."""
+    """The backend that runs: the named one or an error with the reason.
+
+    "auto" is Triton on a GPU and the native rows on a CPU; chunked PyTorch where those cannot run.
+    """
     backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name != "triton_fused")
     checks.one_of(where, "backend", backend, backends)
     if backend == "auto":
-        chosen = "triton" if why_not("triton", device, dtype) is None and device.type == "cuda" else "torch"
+        preferred = "triton" if device.type == "cuda" else "native"
+        chosen = "torch" if why_not(preferred, device, dtype) else preferred
         if not torch.compiler.is_compiling():  # a logging call would break the graph
             _say_once(where, chosen, device.type, str(dtype))
         return chosen
@@ -35,12 +40,12 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """None when `backend` runs on `device` with `dtype`, else a sentence with the reason."""
     if backend in ("reference", "torch"):
         return None
-    if backend == "native":
-        return "this version has no compiled extension."
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install triton."
     if dtype == torch.float64:
         return 'its statistics are fp32 and the inputs are float64; backend="torch" and "reference" compute in fp64.'
+    if backend == "native":
+        return native.why_not(device.type)
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
     return None
@@ -52,6 +57,8 @@ def rows(backend: str) -> ModuleType:
         from trapo_kernels.backends import triton_ops
 
         return triton_ops
+    if backend == "native":
+        return native
     from trapo_kernels.backends import rows_torch
 
     return rows_torch

@@ -6,13 +6,15 @@ from dataclasses import fields
 import torch
 
 from trapo_kernels import Role, TokenBatch
+from trapo_kernels.backends import native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHUNKED = ["torch", "triton"]
+CHUNKED = ["torch", "triton", *([] if native.why_not(DEVICE) else ["native"])]
+COMPILED = CHUNKED[1:]
 
 
 def backends(dtype):
-    """The backends that run with `dtype`; Triton's statistics are fp32."""
+    """The backends that run with `dtype`; the compiled ones have fp32 statistics."""
     return ["torch"] if dtype == torch.float64 else CHUNKED
 
 

@@ -68,9 +68,10 @@ def test_gradient_is_that_of_the_published_loss_with_a_stop_gradient(name):
         assert cases.error(ours, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("backend", cases.COMPILED)
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_triton_is_as_close_to_fp64_as_fp32_eager(name, scale):
+def test_a_compiled_backend_is_as_close_to_fp64_as_fp32_eager(name, scale, backend):
     shape = (19, 7, 2500)  # two tiles of the vocabulary, the second ragged
     exact_inputs, exact_batch = cases.head(*shape, scale=scale), cases.batch(19, 2500)
     beta = _beta(name, scale)
@@ -81,7 +82,7 @@ def test_triton_is_as_close_to_fp64_as_fp32_eager(name, scale):
     eager_loss = _eager(name, inputs, b, {}, beta)
     eager = [eager_loss, *cases.gradients(eager_loss, inputs)]
     hidden, weight, bias = inputs
-    out = linear_policy_loss(hidden, weight, b, _objective(name, beta), bias=bias, backend="triton")
+    out = linear_policy_loss(hidden, weight, b, _objective(name, beta), bias=bias, backend=backend)
     for ours, theirs, truth in zip([out.loss, *cases.gradients(out.loss, inputs)], eager, exact, strict=True):
         floor = 4e-7 * max(1e-2, truth.abs().max().item())
         assert cases.error(ours, truth) <= 2 * cases.error(theirs, truth) + floor
@@ -145,14 +146,15 @@ def test_token_logprob_equals_eager_fp64_in_value_and_gradient(backend, temperat
     assert cases.error(ours, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("backend", cases.COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_token_logprob_triton_matches_the_reference(dtype):
+def test_token_logprob_of_a_compiled_backend_matches_the_reference(dtype, backend):
     logits = (5 * torch.randn(11, 2100, device=cases.DEVICE)).to(dtype).requires_grad_()
     target = torch.randint(2100, (11,), device=cases.DEVICE)
     target[3] = -100
     grads = []
-    for backend in ("reference", "triton"):
-        out = token_logprob(logits, target, temperature=0.8, with_entropy=True, backend=backend)
+    for which in ("reference", backend):
+        out = token_logprob(logits, target, temperature=0.8, with_entropy=True, backend=which)
         grads.append([out.logprob, out.entropy, *cases.gradients((out.logprob + 0.2 * out.entropy).sum(), logits)])
     for reference, ours in zip(*grads, strict=True):
         torch.testing.assert_close(ours, reference, rtol=torch.finfo(dtype).eps, atol=1e-5)

@@ -9,7 +9,7 @@ from trapo_kernels.backends import gemm
 from trapo_kernels.gates import Gate
 from trapo_kernels.objective import Term
 
-SINGLE_PASS = ["torch", "triton"]
+SINGLE_PASS = cases.CHUNKED
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)

@@ -1,0 +1,94 @@
+"""Builds the native backend: the CPU part where there is a compiler, the CUDA part too with TRAPO_CUDA=1 and nvcc.
+
+    pip install .                               CPU part, in seconds
+    TRAPO_CUDA=1 pip install .                  CUDA part too, for sm_80, sm_90a and sm_100
+    TRAPO_CUDA=1 TRAPO_CUDA_ARCHS=90a pip install .     for the architectures named
+    TRAPO_SANITIZE=1 pip install .              with the address and undefined-behaviour sanitizers
+    TRAPO_NATIVE=0 pip install .                no native backend
+
+Without a compiler, or without torch in the environment that installs, the package installs and works without the native backend;
+`python -m trapo_kernels.doctor` then gives the reason, which is left in
+trapo_kernels/_native_build.txt. The sources and this class are named in pyproject.toml.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+CUDA_SOURCES = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
+OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI of that version is all that the sources use
+CUDA_ARCHS = "80 90a 100"
+REASON_FILE = "_native_build.txt"
+
+
+def torch_directory() -> Path:
+    """Where torch is installed; pip builds in an environment of its own, so it cannot simply be imported."""
+    places = [Path(p) for p in [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")] if p]
+    for place in places:
+        if (place / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
+            return place / "torch"
+    raise RuntimeError("torch ≥ 2.11 was not installed when trapo was. Install torch first, then trapo again.")
+
+
+class BuildNative(build_ext):
+    """Compiles the one extension, or says why it is not there."""
+
+    def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).parent
+        package.mkdir(parents=True, exist_ok=True)
+        reason_file = package / REASON_FILE
+        reason_file.unlink(missing_ok=True)
+        try:
+            self._compile(ext)
+        except Exception as error:  # whatever it was, the package works without the native backend and tells the reason
+            if os.environ.get("TRAPO_CUDA") == "1" or os.environ.get("TRAPO_SANITIZE") == "1":
+                raise  # was asked for by name
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            reason_file.write_text(f"{error}\n", encoding="utf-8")
+            print(f"trapo: no native backend: {error}", file=sys.stderr)
+
+    def _compile(self, ext: Extension) -> None:
+        if os.environ.get("TRAPO_NATIVE") == "0":
+            raise RuntimeError("it was switched off by TRAPO_NATIVE=0 when trapo was installed.")
+        torch = torch_directory()
+        macros = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
+        ext.extra_compile_args = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *macros]
+        ext.extra_compile_args += ["-isystem", str(torch / "include")]
+        ext.library_dirs, ext.libraries = [str(torch / "lib")], ["torch_cpu", "torch", "c10"]
+        if os.environ.get("TRAPO_SANITIZE") == "1":
+            flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+            ext.extra_compile_args += flags
+            ext.extra_link_args = flags
+        if os.environ.get("TRAPO_CUDA") == "1":
+            ext.extra_objects = self._cuda_objects(torch, macros)
+            ext.libraries += ["torch_cuda", "c10_cuda", "cudart"]
+            ext.library_dirs.append(str(Path(nvcc()).parents[1] / "lib64"))
+        super().build_extension(ext)
+
+    def _cuda_objects(self, torch: Path, macros: list[str]) -> list[str]:
+        archs = os.environ.get("TRAPO_CUDA_ARCHS", CUDA_ARCHS).split()
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        objects = []
+        for source in CUDA_SOURCES:
+            target = Path(self.build_temp) / Path(source).with_suffix(".o").name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Werror", "all-warnings", *targets, *macros]
+            subprocess.run(
+                [*command, "-DUSE_CUDA", "-isystem", str(torch / "include"), "-c", source, "-o", str(target)], check=True
+            )
+            objects.append(str(target))
+        return objects
+
+
+def nvcc() -> str:
+    """The CUDA compiler."""
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"))
+    if found is None:
+        raise RuntimeError("TRAPO_CUDA=1 needs nvcc, which was not found. Put it on PATH or set CUDA_HOME.")
+    return found

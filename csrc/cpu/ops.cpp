@@ -1,0 +1,268 @@
+// The CPU implementations of the schemas in csrc/ops.cpp: argument checks, rows shared out to threads, per-row arithmetic.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../gates.h"
+#include "rows.h"
+
+namespace trapo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+constexpr int64_t kIgnoredTarget = -100;
+constexpr int64_t kLogitsPerTask = 1 << 15;  // below it a thread costs more than it saves
+
+struct Logits {
+  float* data;
+  int64_t rows, vocab_size, stride;
+
+  float* row(int64_t i) const { return data + i * stride; }
+  int64_t rows_per_task() const { return vocab_size >= kLogitsPerTask ? 1 : kLogitsPerTask / (vocab_size + 1) + 1; }
+};
+
+Logits check_logits(const char* op, const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float && logits.stride(1) == 1, op,
+                  ": logits must be float32 [C, V] with unit stride in a row, got ", logits.dim(),
+                  " dimensions. Convert them with .float().contiguous().");
+  return {logits.mutable_data_ptr<float>(), logits.size(0), logits.size(1), logits.stride(0)};
+}
+
+template <typename T>
+const T* check_vector(const char* op, const char* name, const Tensor& x, int64_t length, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length && x.is_contiguous() && x.scalar_type() == dtype, op, ": ", name,
+                  " must be contiguous, of length ", length, " and of the dtype of the schema, got ", x.dim(), " dimensions.");
+  return x.const_data_ptr<T>();
+}
+
+const float* check_floats(const char* op, const char* name, const Tensor& x, int64_t length) {
+  return check_vector<float>(op, name, x, length, ScalarType::Float);
+}
+
+const float* check_floats(const char* op, const char* name, const std::optional<Tensor>& x, int64_t length) {
+  return x.has_value() ? check_floats(op, name, *x, length) : nullptr;
+}
+
+// The transform of every row: one softcap, and one temperature or one for each row.
+struct Transforms {
+  const float* bias;
+  const float* row_temperature;
+  float temperature, softcap;
+
+  Transform of(int64_t i) const { return {softcap, row_temperature ? row_temperature[i] : temperature}; }
+};
+
+Transforms check_transforms(const char* op, const Logits& logits, const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
+  return {check_floats(op, "bias", bias, logits.vocab_size), check_floats(op, "row_temperature", row_temperature, logits.rows),
+          static_cast<float>(temperature), static_cast<float>(softcap)};
+}
+
+struct Output {
+  std::vector<Tensor> tensors;
+  float *logprob, *entropy, *row_max, *log_sum;
+
+  explicit Output(const Tensor& like, int64_t rows) {
+    for (int i = 0; i < 4; ++i) tensors.push_back(torch::stable::new_empty(like, {rows}));
+    logprob = tensors[0].mutable_data_ptr<float>();
+    entropy = tensors[1].mutable_data_ptr<float>();
+    row_max = tensors[2].mutable_data_ptr<float>();
+    log_sum = tensors[3].mutable_data_ptr<float>();
+  }
+
+  void ignore(int64_t i) const { logprob[i] = entropy[i] = row_max[i] = log_sum[i] = 0.0f; }
+
+  void put(int64_t i, const Row& row) const {
+    logprob[i] = static_cast<float>(row.logprob);
+    entropy[i] = static_cast<float>(row.entropy);
+    row_max[i] = row.row_max;
+    log_sum[i] = static_cast<float>(row.log_sum);
+  }
+
+  Statistics result() const { return {tensors[0], tensors[1], tensors[2], tensors[3]}; }
+};
+
+// dL/d(raw logit) of a row whose z lies in `z`; `grad` may be `z`. A target below 0 lies on another shard of the vocabulary.
+void write_gradient(const RowSweeps& sweeps, const float* z, float* grad, int64_t vocab_size, int64_t target, const Row& row,
+                    float c, float e, const Transform& t) {
+  const double bracket = c + e * (row.entropy - row.log_sum);
+  const float target_logit = row.target_logit;
+  sweeps.gradient(z, grad, vocab_size, row.row_max, row.inverse_total, e, static_cast<float>(bracket), t);
+  if (target < 0) return;
+  const double probability = std::exp(row.logprob);
+  double at_target = -c * std::expm1(row.logprob);  // c (1 - p) without cancellation at p → 1
+  if (e != 0.0f && probability != 0.0) at_target -= probability * e * (row.logprob + row.entropy);
+  at_target /= t.temperature;
+  if (t.softcap != 0.0f) {
+    const double tanh = static_cast<double>(target_logit) * t.temperature / t.softcap;
+    at_target *= 1.0 - tanh * tanh;
+  }
+  grad[target] = static_cast<float>(at_target);
+}
+
+void write_zeros(float* grad, int64_t vocab_size) {
+  for (int64_t v = 0; v < vocab_size; ++v) grad[v] = 0.0f;
+}
+
+Statistics row_statistics(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias,
+                          std::optional<Tensor> row_temperature, double temperature, double softcap, bool /*with_entropy*/) {
+  const Logits logits = check_logits("row_statistics", logits_tensor);
+  const auto transforms = check_transforms("row_statistics", logits, bias, row_temperature, temperature, softcap);
+  const int64_t* target = check_vector<int64_t>("row_statistics", "target", target_tensor, logits.rows, ScalarType::Long);
+  const Output out(logits_tensor, logits.rows);
+  const RowSweeps& sweeps = row_sweeps();
+  torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (target[i] == kIgnoredTarget) {
+        out.ignore(i);
+        continue;
+      }
+      out.put(i, sweeps.statistics(logits.row(i), transforms.bias, logits.vocab_size, target[i], transforms.of(i)));
+    }
+  });
+  return out.result();
+}
+
+void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
+                  double temperature, double softcap, Tensor logprob_tensor, Tensor entropy_tensor, Tensor row_max_tensor,
+                  Tensor log_sum_tensor, std::optional<Tensor> grad_logprob_tensor, std::optional<Tensor> grad_entropy_tensor,
+                  Tensor grad_tensor) {
+  const char* op = "row_gradient";
+  const Logits logits = check_logits(op, logits_tensor), grads = check_logits(op, grad_tensor);
+  const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
+  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows, ScalarType::Long);
+  const float* logprob = check_floats(op, "logprob", logprob_tensor, logits.rows);
+  const float* entropy = check_floats(op, "entropy", entropy_tensor, logits.rows);
+  const float* row_max = check_floats(op, "row_max", row_max_tensor, logits.rows);
+  const float* log_sum = check_floats(op, "log_sum", log_sum_tensor, logits.rows);
+  const float* grad_logprob = check_floats(op, "grad_logprob", grad_logprob_tensor, logits.rows);
+  const float* grad_entropy = check_floats(op, "grad_entropy", grad_entropy_tensor, logits.rows);
+  const RowSweeps& sweeps = row_sweeps();
+  torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (target[i] == kIgnoredTarget) {
+        write_zeros(grads.row(i), logits.vocab_size);
+        continue;
+      }
+      const Transform t = transforms.of(i);
+      float* z = logits.row(i);
+      const bool plain = transforms.bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
+      if (!plain) sweeps.transform(z, transforms.bias, logits.vocab_size, t);
+      const float target_logit = target[i] >= 0 && target[i] < logits.vocab_size ? z[target[i]] : NAN;
+      const Row row = {logprob[i], entropy[i], log_sum[i], row_max[i], target_logit,
+                       static_cast<float>(std::exp(-static_cast<double>(log_sum[i])))};
+      write_gradient(sweeps, z, grads.row(i), logits.vocab_size, target[i], row, grad_logprob ? grad_logprob[i] : 0.0f,
+                     grad_entropy ? grad_entropy[i] : 0.0f, t);
+    }
+  });
+}
+
+// The streams of trapo_kernels/terms.py, on which the coefficient of a token depends besides its logprob.
+struct Streams {
+  const uint8_t* role;
+  const float *anchor, *signal, *advantage, *kl_weight, *ref_logprob;
+
+  float coefficient(const Gates& gates, int64_t i, float logprob) const {
+    return trapo::coefficient(gates, logprob, role[i], anchor[i], signal[i], advantage[i], kl_weight ? kl_weight[i] : 0.0f,
+                              ref_logprob ? ref_logprob[i] : 0.0f);
+  }
+};
+
+Streams check_streams(const char* op, int64_t rows, const Tensor& role, const Tensor& anchor, const Tensor& signal,
+                      const Tensor& advantage, const std::optional<Tensor>& kl_weight, const std::optional<Tensor>& ref_logprob) {
+  return {check_vector<uint8_t>(op, "role", role, rows, ScalarType::Byte), check_floats(op, "anchor", anchor, rows),
+          check_floats(op, "signal", signal, rows), check_floats(op, "advantage", advantage, rows),
+          check_floats(op, "kl_weight", kl_weight, rows), check_floats(op, "ref_logprob", ref_logprob, rows)};
+}
+
+Gates check_gates(const char* op, const std::vector<int64_t>& codes, const std::vector<double>& s) {
+  STD_TORCH_CHECK(codes.size() == 3 && s.size() == 7, op, ": codes and scalars must have 3 and 7 entries, got ", codes.size(),
+                  " and ", s.size(), ".");
+  const auto f = [&](int i) { return static_cast<float>(s[i]); };
+  return {static_cast<int>(codes[0]), static_cast<int>(codes[1]), static_cast<int>(codes[2]),
+          {f(0), f(1), f(2)},         {f(3), f(4), f(5)},         f(6)};
+}
+
+Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias,
+                      std::optional<Tensor> row_temperature, double temperature, double softcap, Tensor role, Tensor anchor,
+                      Tensor signal, Tensor advantage, std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob,
+                      std::optional<Tensor> grad_entropy_tensor, std::vector<int64_t> codes, std::vector<double> scalars,
+                      std::optional<Tensor> grad_tensor) {
+  const char* op = "row_policy";
+  const Logits logits = check_logits(op, logits_tensor);
+  const Logits grads = grad_tensor.has_value() ? check_logits(op, *grad_tensor) : Logits{nullptr, 0, 0, 0};
+  const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
+  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows, ScalarType::Long);
+  const Streams streams = check_streams(op, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob);
+  const float* grad_entropy = check_floats(op, "grad_entropy", grad_entropy_tensor, logits.rows);
+  const Gates gates = check_gates(op, codes, scalars);
+  const Output out(logits_tensor, logits.rows);
+  const RowSweeps& sweeps = row_sweeps();
+  torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (streams.role[i] == kIgnored) {
+        out.ignore(i);
+        if (grads.data) write_zeros(grads.row(i), logits.vocab_size);
+        continue;
+      }
+      const Transform t = transforms.of(i);
+      const Row row = sweeps.statistics(logits.row(i), transforms.bias, logits.vocab_size, target[i], t);
+      out.put(i, row);
+      if (grads.data) {
+        const float c = streams.coefficient(gates, i, static_cast<float>(row.logprob));
+        write_gradient(sweeps, logits.row(i), grads.row(i), logits.vocab_size, target[i], row, c,
+                       grad_entropy ? grad_entropy[i] : 0.0f, t);
+      }
+    }
+  });
+  return out.result();
+}
+
+Tensor token_coefficient(Tensor logprob_tensor, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,
+                         std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::vector<int64_t> codes,
+                         std::vector<double> scalars) {
+  const char* op = "token_coefficient";
+  const int64_t tokens = logprob_tensor.size(0);
+  const float* logprob = check_floats(op, "logprob", logprob_tensor, tokens);
+  const Streams streams = check_streams(op, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob);
+  const Gates gates = check_gates(op, codes, scalars);
+  Tensor out = torch::stable::new_empty(logprob_tensor, {tokens});
+  float* c = out.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, tokens, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      c[i] = streams.role[i] == kIgnored ? 0.0f : streams.coefficient(gates, i, logprob[i]);
+    }
+  });
+  return out;
+}
+
+std::string choose_instruction_set(std::optional<std::string> use) {
+  STD_TORCH_CHECK(!use.has_value() || use_instruction_set(use->c_str()), "instruction_set: this processor or build has no ",
+                  use.value_or(""), ". Choose another, or none to see which is in use.");
+  return instruction_set();
+}
+
+}  // namespace
+}  // namespace trapo
+
+STABLE_TORCH_LIBRARY_IMPL(trapo_native, CPU, m) {
+  m.impl("row_statistics", TORCH_BOX(&trapo::row_statistics));
+  m.impl("row_gradient", TORCH_BOX(&trapo::row_gradient));
+  m.impl("row_policy", TORCH_BOX(&trapo::row_policy));
+  m.impl("token_coefficient", TORCH_BOX(&trapo::token_coefficient));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&trapo::choose_instruction_set));
+}

@@ -1,0 +1,47 @@
+// What the sweeps of csrc/cpu/rows.inl take and give, and the choice among the instruction sets they are compiled for.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace trapo {
+
+constexpr float kFloor = -1e30f;  // stands for -inf after the row maximum is subtracted: exp is 0, and 0 · kFloor is 0, not NaN
+constexpr int64_t kBlock = 4096;  // logits; 16 KiB, half of a usual L1 cache
+
+struct Transform {
+  float softcap;  // 0: none
+  float temperature;
+};
+
+// The statistics of a row, nats, and what its gradient needs besides.
+struct Row {
+  double logprob, entropy, log_sum;
+  float row_max, target_logit, inverse_total;
+};
+
+// `others` and `moment` are Σexp(z - row_max) and Σexp(z - row_max)·(z - row_max) over all columns but the target's.
+inline Row finished_row(double others, double moment, float row_max, float target_logit) {
+  const double shifted = static_cast<double>(target_logit) - row_max;
+  const double at_target = std::exp(shifted), total = others + at_target;
+  // p → 1: log1p keeps the digits of `others` that 1 + others has lost.
+  const double log_sum = shifted == 0.0 ? std::log1p(others) : std::log(total);
+  const double moment_total = moment + (at_target == 0.0 ? 0.0 : at_target * shifted);
+  return {shifted - log_sum, log_sum - moment_total / total, log_sum, row_max, target_logit, static_cast<float>(1.0 / total)};
+}
+
+struct RowSweeps {
+  void (*transform)(float* x, const float* bias, int64_t count, const Transform& t);
+  Row (*statistics)(float* x, const float* bias, int64_t vocab_size, int64_t target, const Transform& t);
+  void (*gradient)(const float* z, float* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
+                   const Transform& t);
+};
+
+// The sweeps for the widest instruction set that this processor has, or for the one chosen by `use_instruction_set`.
+const RowSweeps& row_sweeps();
+const char* instruction_set();
+// False where this processor, or this build, does not have the set.
+bool use_instruction_set(const char* name);
+
+}  // namespace trapo

@@ -1,0 +1,29 @@
+// Schemas of the native row operations. Every backend (csrc/cpu, csrc/cuda) registers an implementation of the same ones;
+// trapo_kernels/backends/native.py is their only caller and says what the arguments mean.
+//
+// Shapes: logits [C, V] with unit stride in a row; all other tensors [C], bias [V]. softcap 0 means none. `row_temperature`,
+// where given, replaces `temperature`. `grad` may be `logits` itself: the gradient then takes the place of the logits.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(trapo_native, m) {
+  m.def(
+      "row_statistics(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "float softcap, bool with_entropy) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def(
+      "row_gradient(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "float softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor? grad_logprob, "
+      "Tensor? grad_entropy, Tensor(b!) grad) -> ()");
+  m.def(
+      "row_policy(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "float softcap, Tensor role, Tensor anchor, Tensor signal, Tensor advantage, Tensor? kl_weight, "
+      "Tensor? ref_logprob, Tensor? grad_entropy, int[] codes, float[] scalars, Tensor(b!)? grad) "
+      "-> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def(
+      "token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor signal, Tensor advantage, Tensor? kl_weight, "
+      "Tensor? ref_logprob, int[] codes, float[] scalars) -> Tensor");
+  m.def(
+      "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def("instruction_set(str? use=None) -> str");
+}

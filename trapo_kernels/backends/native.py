@@ -1,0 +1,153 @@
+"""Row operations of the compiled extension (csrc): the same functions as `rows_torch`, a few calls into torch.ops.trapo_native.
+
+On a CPU a chunk of logits becomes its own gradient in two sweeps over each row, without temporaries; on a GPU built with CUDA the
+row stays on the chip between them. Statistics and gradients are fp32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import terms
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from trapo_kernels.objective import Objective
+
+STATISTICS_OVERWRITE = True  # whether `statistics` destroys the logits
+_LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
+_REASON = Path(__file__).parents[1] / "_native_build.txt"
+
+
+def _load() -> str | None:
+    """Load the extension; None, or a sentence with the reason why not."""
+    if not _LIBRARY.exists():
+        reason = (
+            _REASON.read_text(encoding="utf-8").strip() if _REASON.exists() else "it was not compiled when trapo was installed."
+        )
+        return f"the native extension is missing: {reason} See `python -m trapo_kernels.doctor`."
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"the native extension does not load: {error}. Install trapo again under this version of torch."
+    return None
+
+
+def _missing_kernels(device_type: str) -> str | None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key("trapo_native::row_policy", device_type.upper()):
+        return None
+    remedy = " Install trapo with TRAPO_CUDA=1 and nvcc." if device_type == "cuda" else ""
+    return f"the native extension was built without kernels for {device_type}.{remedy}"
+
+
+_NOT_LOADED = _load()
+# Found out at import, so that choosing a backend inside torch.compile reads a constant.
+_WHY_NOT = {device_type: _NOT_LOADED or _missing_kernels(device_type) for device_type in ("cpu", "cuda")}
+
+
+def why_not(device_type: str) -> str | None:
+    """None when the extension is there and has kernels for `device_type`, else a sentence with the reason."""
+    return _WHY_NOT.get(device_type, f"the native extension has no kernels for {device_type}.")
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU rows run on: avx512, avx2 or portable."""
+    return torch.ops.trapo_native.instruction_set(None)
+
+
+def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
+    """logprob, entropy, row_max and log_sum of every row; destroys `logits`."""
+    logits = _operand(logits)
+    stats = RowStatistics(
+        *torch.ops.trapo_native.row_statistics(logits, target.contiguous(), *_transform(transform, logits), with_entropy)
+    )
+    return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.entropy))
+
+
+def logprob_gradient(
+    logits: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    stats: RowStatistics,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_dtype: torch.dtype,
+) -> Tensor:
+    """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; destroys `logits`."""
+    logits = _operand(logits)
+    grad = _gradient_buffer(logits, grad_dtype)
+    torch.ops.trapo_native.row_gradient(
+        logits,
+        target.contiguous(),
+        *_transform(transform, logits),
+        *(part.contiguous() for part in stats),
+        None if grad_logprob is None else grad_logprob.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+        grad,
+    )
+    return grad.to(grad_dtype)
+
+
+def policy(
+    logits: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    streams: terms.Streams,
+    objective: Objective,
+    with_entropy_gradient: bool,
+    grad_dtype: torch.dtype | None,
+) -> tuple[RowStatistics, Tensor | None]:
+    """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss in one go; destroys `logits`."""
+    logits = _operand(logits)
+    grad = None if grad_dtype is None else _gradient_buffer(logits, grad_dtype)
+    stats = torch.ops.trapo_native.row_policy(
+        logits,
+        target.contiguous(),
+        *_transform(transform, logits),
+        *_streams(streams),
+        streams.grad_entropy if with_entropy_gradient else None,
+        *_gates(objective),
+        grad,
+    )
+    return RowStatistics(*stats), None if grad is None else grad.to(grad_dtype)
+
+
+def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
+    """dL/dlogp [N] fp32 of every token; exact zeros for IGNORED ones."""
+    return torch.ops.trapo_native.token_coefficient(logprob.contiguous(), *_streams(streams), *_gates(objective))
+
+
+def _operand(logits: Tensor) -> Tensor:
+    """The logits in a dtype that the rows run on: fp32 on a CPU; bf16 and fp16 as they are on a GPU."""
+    return logits if logits.device.type == "cuda" else logits.float()
+
+
+def _gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
+    """Where the gradient goes: the memory of the logits, unless it is wider than they are."""
+    if logits.device.type == "cpu" or grad_dtype == logits.dtype:
+        return logits
+    if grad_dtype.itemsize > logits.dtype.itemsize:
+        return torch.empty_like(logits, dtype=grad_dtype)
+    return logits.view(grad_dtype)[:, : logits.shape[1]]
+
+
+def _transform(transform: LogitTransform, logits: Tensor) -> tuple[Tensor | None, Tensor | None, float, float]:
+    per_row = isinstance(transform.temperature, Tensor)
+    return (
+        None if transform.bias is None else transform.bias.float().contiguous(),
+        transform.temperature.float().contiguous() if per_row else None,
+        1.0 if per_row else float(transform.temperature),
+        0.0 if transform.softcap is None else float(transform.softcap),
+    )
+
+
+def _streams(streams: terms.Streams) -> tuple[Tensor | None, ...]:
+    s = streams
+    return s.role, s.anchor, s.signal, s.advantage, s.kl_weight, s.ref_logprob
+
+
+def _gates(objective: Objective) -> tuple[list[int], list[float]]:
+    codes, parameters = terms.encode(objective)
+    scalars = [scalar for term in (objective.expert, objective.rollout) for scalar in (term.gate.scalars if term else (0.0,) * 3)]
+    return codes, [*scalars, parameters[-1]]

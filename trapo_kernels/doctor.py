@@ -1,0 +1,93 @@
+"""`python -m trapo_kernels.doctor`: what is installed, which backends run here and why the others do not, and a self-test."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from trapo_kernels import Role, TokenBatch, dispatch, linear_policy_loss, objectives
+from trapo_kernels.backends import native
+
+_PACKAGES = ("trapo", "torch", "triton", "transformers")
+_TOLERANCE = 1e-5
+
+
+def report() -> tuple[list[str], bool]:
+    """The lines to print, and whether every backend that runs passed its self-test."""
+    lines = [f"python   {platform.python_version()} on {platform.machine()}"]
+    lines += [f"{name:<8} {_version(name)}" for name in _PACKAGES]
+    lines.append(f"GPU      {_gpu()}")
+    lines.append(f"threads  {torch.get_num_threads()}")
+    healthy = True
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        chosen = dispatch.choose("doctor", "auto", torch.device(device), torch.float32)
+        lines.append(f"backends on {device} (auto: {chosen})")
+        for backend in dispatch.BACKENDS[1:]:
+            verdict, passed = _verdict(backend, torch.device(device))
+            lines.append(f"  {backend:<13} {verdict}")
+            healthy = healthy and passed
+    return lines, healthy
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return (
+            f"none (torch was built for CUDA {torch.version.cuda})" if torch.version.cuda else "none (torch was built without CUDA)"
+        )
+    gpu = torch.cuda.get_device_properties(0)
+    memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+    return f"{torch.cuda.device_count()} x {gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}, CUDA {torch.version.cuda}"
+
+
+def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
+    """A line about a backend on a device, and False where it runs but gets the self-test wrong."""
+    reason = dispatch.why_not(backend, device, torch.float32)
+    if reason:
+        return f"missing: {reason}", True
+    note = f" ({native.instruction_set()})" if backend == "native" and device.type == "cpu" else ""
+    if backend == "triton_fused":
+        return "runs: linear_logprob without gradients only", True
+    error = _self_test(backend, device)
+    if error <= _TOLERANCE:
+        return f"runs{note}: self-test passed, largest error against fp64 {error:.1e}", True
+    return f"WRONG{note}: largest error against fp64 {error:.1e}, at most {_TOLERANCE:.0e} is allowed. Please report this.", False
+
+
+def _self_test(backend: str, device: torch.device) -> float:
+    """Largest error of a small mixed policy loss and its gradients against fp64."""
+    results = []
+    for dtype, name in ((torch.float64, "reference"), (torch.float32, backend)):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((37, 24), (1003, 24))]
+        hidden, weight = (x.to(device, dtype).requires_grad_() for x in drawn)
+        role = torch.arange(37, device=device) % 3
+        batch = TokenBatch(
+            target=torch.arange(37, device=device) * 27,
+            role=role.to(torch.uint8),
+            advantage=torch.where(role == Role.ROLLOUT, -0.5, 1.0).to(dtype),
+            weight=torch.full((37,), 1 / 37, dtype=dtype, device=device),
+        )
+        out = linear_policy_loss(hidden, weight, batch, objectives.trapo(), backend=name)
+        results.append([out.loss, *torch.autograd.grad(out.loss, (hidden, weight))])
+    return max((ours.double() - truth).abs().max().item() for truth, ours in zip(*results, strict=True))
+
+
+def main() -> int:
+    """Print the report; 1 when a backend failed its self-test."""
+    lines, healthy = report()
+    print("\n".join(lines))
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
