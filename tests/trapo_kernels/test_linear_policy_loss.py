@@ -226,3 +226,37 @@ def test_a_batch_built_while_compiling_still_ignores_nan_rows():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for grad in cases.gradients(compiled(poisoned, weight), (poisoned, weight)):
         assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("upstream", [1.0, -2.5])
+@pytest.mark.parametrize("backend", SINGLE_PASS)
+def test_backward_twice_over_a_retained_graph(backend, upstream):
+    """The saved gradients may be handed out only when nobody can ask for them again."""
+    hidden, weight, _ = cases.head(9, 6, 40, torch.float32)
+    b = cases.batch(9, 40, torch.float32)
+    once = cases.gradients(
+        linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss * upstream, (hidden, weight)
+    )
+    loss = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss * upstream
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for parameter, single in zip((hidden, weight), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 3 * single)
+
+
+@pytest.mark.parametrize("backend", SINGLE_PASS)
+def test_the_first_chunk_reads_nothing_of_an_uninitialised_gradient(backend, monkeypatch):
+    """Memory that comes back from the allocator is full of NaN here; three chunks and an all-ignored batch."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, float("nan"), **options))
+    monkeypatch.setattr(gemm, "chunk_rows", lambda *_, **__: 4)
+    monkeypatch.setattr("trapo_kernels.backends.sweep.chunk_rows", lambda *_, **__: 4)
+    hidden, weight, _ = cases.head(9, 6, 40, torch.float32)
+    for role in (2, 0):
+        b = cases.batch(9, 40, torch.float32, role=torch.full((9,), role, dtype=torch.uint8))
+        grads = []
+        for which in ("reference", backend):
+            loss = linear_policy_loss(hidden, weight, b, objectives.sft(), backend=which).loss
+            grads.append(cases.gradients(loss, (hidden, weight)))
+        for reference, ours in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, reference)

@@ -75,15 +75,16 @@ class HeadGemm:
             grad_hidden = torch.mm(self._padded(grad_logits), self.weight)[: grad_logits.shape[0]]
         return grad_hidden.to(self.grad_hidden_dtype)
 
-    def add_grad_weight(self, grad_logits: Tensor, hidden_chunk: Tensor, grad_weight: Tensor) -> None:
-        """grad_weight [V, D] fp32 += grad_logitsᵀ · hidden_chunk, accumulated in fp32."""
+    def add_grad_weight(self, grad_logits: Tensor, hidden_chunk: Tensor, grad_weight: Tensor, first: bool) -> None:
+        """grad_weight [V, D] fp32 += grad_logitsᵀ · hidden_chunk, accumulated in fp32; the first chunk overwrites it unread."""
+        beta = 0 if first else 1
         with self._exact():
             if self.mixed:
                 torch.ops.aten.addmm.dtype_out(
-                    grad_weight, grad_logits.t(), hidden_chunk, torch.float32, beta=1, alpha=1, out=grad_weight
+                    grad_weight, grad_logits.t(), hidden_chunk, torch.float32, beta=beta, alpha=1, out=grad_weight
                 )
             else:
-                grad_weight.addmm_(grad_logits.t(), hidden_chunk)
+                grad_weight.addmm_(grad_logits.t(), hidden_chunk, beta=beta)
 
     def _exact(self) -> torch.autocast:
         """The caller's autocast has chosen the inputs' dtype; it must not round what is computed from them."""

@@ -94,8 +94,9 @@ def score_backward(
     gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
     shard = mode.shard(weight)
     target = target if shard is None else shard.local_target(target)
-    grads = _zero_gradients(hidden, weight, gemm, needs, shard)
-    for index, count, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
+    active_rows = _active_rows(target != -100)
+    grads = _empty_gradients(hidden, weight, gemm, needs, shard, active_rows)
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, hidden.shape[0], active_rows)):
         hidden_chunk = gemm.operand(_zeroed(hidden[index], target[index] != -100))
         grad_logits = rows.logprob_gradient(
             gemm.logits(hidden_chunk, buffer),
@@ -106,7 +107,7 @@ def score_backward(
             None if grad_entropy is None else grad_entropy[index],
             gemm.operand_dtype,
         )
-        _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count))
+        _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
     return _reduced(grads, shard, hidden.dtype)
 
@@ -130,11 +131,11 @@ def policy(
     target = torch.where(streams.role != 0, target, -100)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
-    grads = _zero_gradients(hidden, weight, gemm, needs, shard)
     active_rows = _active_rows(streams.role != 0) if active_rows is None else active_rows
+    grads = _empty_gradients(hidden, weight, gemm, needs, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    for index, count, buffer in _chunks(gemm, hidden.shape[0], active_rows):
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, hidden.shape[0], active_rows)):
         streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
         hidden_chunk = gemm.operand(_zeroed(hidden[index], streams_chunk.role != 0))
         stats, grad_logits = policy_rows(
@@ -148,7 +149,7 @@ def policy(
         )
         _put(out, index, stats)
         if grad_logits is not None:
-            _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count))
+            _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
     return out, _reduced(grads, shard, hidden.dtype)
 
@@ -224,12 +225,17 @@ def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> Non
         whole[index] = part
 
 
-def _zero_gradients(hidden: Tensor, weight: Tensor, gemm: HeadGemm, needs: Needs, shard: VocabShard | None) -> Gradients:
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None
+) -> Gradients:
+    """Room for the gradients; dWeight is uninitialised where a first chunk will overwrite it."""
     if shard is not None:
         gemm.grad_hidden_dtype = gemm.statistics_dtype  # the ranks' parts are summed before they are rounded
+    no_chunk = (hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
+    new_weight = torch.zeros_like if no_chunk else torch.empty_like
     return Gradients(
         hidden=torch.zeros_like(hidden, dtype=gemm.grad_hidden_dtype) if needs.hidden else None,
-        weight=torch.zeros_like(weight, dtype=gemm.statistics_dtype) if needs.weight else None,
+        weight=new_weight(weight, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needs.weight else None,
         bias=weight.new_zeros(weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
     )
 
@@ -241,11 +247,13 @@ def _reduced(grads: Gradients, shard: VocabShard | None, hidden_dtype: torch.dty
     return grads._replace(hidden=grads.hidden.to(hidden_dtype))
 
 
-def _accumulate(gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_chunk: Tensor, index: Tensor | slice) -> None:
+def _accumulate(
+    gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_chunk: Tensor, index: Tensor | slice, first: bool
+) -> None:
     if grads.hidden is not None:
         grads.hidden[index] = gemm.grad_hidden(grad_logits)
     if grads.weight is not None:
-        gemm.add_grad_weight(grad_logits, hidden_chunk, grads.weight)
+        gemm.add_grad_weight(grad_logits, hidden_chunk, grads.weight, first)
     if grads.bias is not None:
         grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
 
