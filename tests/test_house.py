@@ -16,17 +16,18 @@ ALLOWED = {
     "trapo_kernels/checks.py": set(),
     "trapo_kernels/batch.py": {"checks"},
     "trapo_kernels/gates.py": {"checks"},
+    "trapo_kernels/lora.py": {"checks"},
     "trapo_kernels/sequence.py": {"checks"},
     "trapo_kernels/corrections.py": {"batch", "checks", "sequence"},
     "trapo_kernels/objective.py": {"checks", "gates", "sequence"},
     "trapo_kernels/objectives": {"gates", "objective", "sequence", "objectives"},
     "trapo_kernels/terms.py": {"batch", "gates", "objective", "sequence"},
     "trapo_kernels/dispatch.py": {"checks", "backends"},
-    "trapo_kernels/backends": {"terms", "objective", "batch", "backends"},
+    "trapo_kernels/backends": {"terms", "objective", "batch", "lora", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
-    "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "objective"},
-    "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "objective", "objectives", "sequence"},
+    "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "lora", "objective"},
+    "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "lora", "objective", "objectives", "sequence"},
 }
 
 

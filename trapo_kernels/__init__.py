@@ -11,6 +11,7 @@ from trapo_kernels.api import (
 )
 from trapo_kernels.batch import IGNORE_INDEX, LossTotals, Role, TokenBatch, aggregate, loss_totals
 from trapo_kernels.gates import Gate
+from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import KL, Objective, Term
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "KL",
     "Gate",
     "LogprobOutput",
+    "LoraHead",
     "LossTotals",
     "Objective",
     "PolicyLossOutput",

@@ -12,6 +12,7 @@ from trapo_kernels import autograd, checks, dispatch, terms
 from trapo_kernels.backends import reference
 from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
 from trapo_kernels.batch import TokenBatch
+from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective
 
 
@@ -40,6 +41,7 @@ def linear_logprob(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: LoraHead | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     with_entropy: bool = False,
@@ -62,6 +64,7 @@ def linear_logprob(
         lm_head_weight: [V, D], the dtype of hidden; one row per token id.
         target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
         bias: [V] or None.
+        lora: `LoraHead` or None; the low-rank part of the head, with gradients of its factors.
         temperature: float > 0 or [N] fp32; divides the logits, and with them the gradient. torch.compile specialises on a float:
             pass a tensor where it varies.
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
@@ -80,32 +83,13 @@ def linear_logprob(
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
-    where = "linear_logprob"
-    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
-    checks.head(where, hidden, lm_head_weight, bias)
-    checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
-    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
-    chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
-    if chosen == "reference":
-        logits = reference.head_logits(hidden, lm_head_weight, target, bias, logits_dtype)
-        transform = LogitTransform(None, softcap, temperature)
-        logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
-    else:
-        logprob, entropy, row_max, log_sum = autograd.linear_logprob(
-            hidden,
-            lm_head_weight,
-            target,
-            bias,
-            *_split(temperature),
-            softcap,
-            with_entropy,
-            logits_dtype,
-            batch_invariant,
-            _group_name(process_group),
-            chosen,
-        )
-        logsumexp = (row_max + log_sum).detach()
-    return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
+    return _linear_logprob(
+        _prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
+        target,
+        None,
+        Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend),
+        with_entropy,
+    )
 
 
 def linear_policy_loss(
@@ -115,6 +99,7 @@ def linear_policy_loss(
     objective: Objective,
     *,
     bias: Tensor | None = None,
+    lora: LoraHead | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype = torch.float32,
@@ -134,7 +119,7 @@ def linear_policy_loss(
         lm_head_weight: [V, D], the dtype of hidden.
         batch: `TokenBatch` of N tokens; its weights carry every normaliser, nothing is divided by a count here.
         objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
-        bias, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
+        bias, lora, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
 
     Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences whose
         ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
@@ -145,40 +130,33 @@ def linear_policy_loss(
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """
     where = "linear_policy_loss"
-    hidden, lm_head_weight, bias = _autocast(hidden, lm_head_weight, bias)
-    checks.head(where, hidden, lm_head_weight, bias)
+    inputs = _prepared(where, hidden, lm_head_weight, bias, lora, backend)
+    settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
+    hidden, lm_head_weight, bias, lora = inputs
     checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
     checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     checks.streams_present(where, batch, objective)
-    _check_settings(where, hidden, temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
+    settings.check(where, hidden)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
-        target = torch.where(batch.active, batch.target, -100)
-        out = linear_logprob(
-            hidden,
-            lm_head_weight,
-            target,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            with_entropy=True,
-            logits_dtype=logits_dtype,
-            process_group=process_group,
-            batch_invariant=batch_invariant,
-            backend=chosen,
-        )
+        target, active_rows = batch.target_to_score, batch.active_rows
+        if batch.scored_rows is not None and active_rows is not None:
+            active_rows = torch.cat([active_rows, batch.scored_rows])
+        out = _linear_logprob(inputs, target, active_rows, settings._replace(backend=chosen), with_entropy=True)
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
-    inputs = (hidden, lm_head_weight, bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    low_rank, lora_b = _low_rank(lora, hidden, batch.target_to_score)
+    tensors = (hidden, lm_head_weight, bias, low_rank, lora_b)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
-        *inputs,
+        *tensors,
         batch.target,
         terms.pack(s),
         batch.active_rows,
+        batch.scored_rows,
         *_split(temperature),
         softcap,
         codes,
@@ -303,21 +281,80 @@ def _policy_output(
         return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective, batch.weight), passes)
 
 
-def _check_settings(
-    where: str,
-    hidden: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logits_dtype: torch.dtype,
-    process_group: ProcessGroup | None,
-    batch_invariant: bool,
-    backend: str,
-) -> None:
-    checks.temperature(where, temperature, hidden.shape[0], hidden.device)
-    checks.softcap(where, softcap)
-    checks.logits_dtype(where, logits_dtype, hidden)
-    checks.mode(where, process_group, batch_invariant, backend)
-    checks.fused_scoring(where, backend, logits_dtype, process_group, batch_invariant)
+class Inputs(NamedTuple):
+    """A head's checked inputs, in the autocast dtype where autocast is on."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora: LoraHead | None
+
+
+class Settings(NamedTuple):
+    """How a head is evaluated, as the public functions take it."""
+
+    temperature: float | Tensor
+    softcap: float | None
+    logits_dtype: torch.dtype
+    process_group: ProcessGroup | None
+    batch_invariant: bool
+    backend: str
+
+    def check(self, where: str, hidden: Tensor) -> None:
+        """Raise for a setting that breaks a rule."""
+        checks.temperature(where, self.temperature, hidden.shape[0], hidden.device)
+        checks.softcap(where, self.softcap)
+        checks.logits_dtype(where, self.logits_dtype, hidden)
+        checks.mode(where, self.process_group, self.batch_invariant, self.backend)
+        checks.fused_scoring(where, self.backend, self.logits_dtype, self.process_group, self.batch_invariant)
+
+
+def _prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraHead | None, backend: str) -> Inputs:
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    checks.head(where, hidden, weight, bias)
+    if lora is not None:
+        checks.is_a(where, "lora", lora, LoraHead, "LoraHead(a, b, scaling)")
+        lora = lora.to(hidden.dtype) if torch.is_autocast_enabled(hidden.device.type) else lora
+        checks.lora_fits(where, lora.a, lora.b, hidden, weight, backend)
+    return Inputs(hidden, weight, bias, lora)
+
+
+def _linear_logprob(
+    inputs: Inputs, target: Tensor, active_rows: Tensor | None, settings: Settings, with_entropy: bool
+) -> LogprobOutput:
+    """`linear_logprob` of prepared inputs; `active_rows` [M] are the rows with a target, where the caller knows them."""
+    where = "linear_logprob"
+    hidden, weight, bias, lora = inputs
+    checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
+    settings.check(where, hidden)
+    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype)
+    if chosen == "reference":
+        logits = reference.head_logits(hidden, weight, target, bias, lora, settings.logits_dtype)
+        transform = LogitTransform(None, settings.softcap, settings.temperature)
+        logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
+    else:
+        logprob, entropy, row_max, log_sum = autograd.linear_logprob(
+            hidden,
+            weight,
+            target,
+            bias,
+            *_low_rank(lora, hidden, target),
+            active_rows,
+            *_split(settings.temperature),
+            settings.softcap,
+            with_entropy,
+            settings.logits_dtype,
+            settings.batch_invariant,
+            _group_name(settings.process_group),
+            chosen,
+        )
+        logsumexp = (row_max + log_sum).detach()
+    return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
+
+
+def _low_rank(lora: LoraHead | None, hidden: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The two operands [N, R] and [V, R] of the low-rank part."""
+    return (None, None) if lora is None else (lora.project(hidden, target != -100), lora.b)
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
+from trapo_kernels.backends.gemm import Head
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 
 
@@ -35,7 +36,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.mul_(upstream)
 
 
-def _or_empty(grads: sweep.Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _or_empty(grads: sweep.Gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -48,6 +49,9 @@ def linear_logprob(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    low_rank: Tensor | None,
+    lora_b: Tensor | None,
+    active_rows: Tensor | None,
     row_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -63,7 +67,7 @@ def linear_logprob(
     if backend == "triton_fused":
         return tuple(rows.fused_scoring(hidden, weight, target, transform))
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
-    return tuple(sweep.score(rows, hidden, weight, target, transform, with_entropy, mode))
+    return tuple(sweep.score(rows, Head(hidden, weight, low_rank, lora_b), target, active_rows, transform, with_entropy, mode))
 
 
 @linear_logprob.register_fake
@@ -79,6 +83,9 @@ def linear_logprob_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    low_rank: Tensor | None,
+    lora_b: Tensor | None,
+    active_rows: Tensor | None,
     row_temperature: Tensor | None,
     statistics: list[Tensor],
     temperature: float,
@@ -88,13 +95,13 @@ def linear_logprob_backward(
     group_name: str,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_hidden, grad_weight, grad_bias) in the dtypes of hidden, weight and bias; empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias, low_rank and lora_b in their dtypes; empty where not needed."""
     grads = sweep.score_backward(
         dispatch.rows(backend),
-        hidden,
-        weight,
+        Head(hidden, weight, low_rank, lora_b),
         target,
+        active_rows,
         LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
         RowStatistics(*statistics),
         grad_logprob,
@@ -102,39 +109,39 @@ def linear_logprob_backward(
         sweep.Needs(*needs),
         sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
-    grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
-    grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-    return _or_empty(sweep.Gradients(grads.hidden, grad_weight, grad_bias), hidden)
+    inputs = (hidden, weight, bias, low_rank, lora_b)
+    rounded = (None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+    return _or_empty(sweep.Gradients(*rounded), hidden)
 
 
 @linear_logprob_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, target, bias, row_temperature, statistics, t, s, d, i, g, needs, backend):
+def _(grad_logprob, grad_entropy, hidden, weight, target, bias, low_rank, lora_b, a, r, statistics, t, s, d, i, g, needs, backend):
+    inputs = (hidden, weight, bias, low_rank, lora_b)
     return tuple(
-        torch.empty_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight, bias), needs, strict=True)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
     )
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    hidden, weight, target, bias, row_temperature, *settings = inputs
-    ctx.temperature, ctx.softcap, ctx.with_entropy, *ctx.mode, ctx.backend = settings
-    ctx.save_for_backward(hidden, weight, target, bias, row_temperature, *output)
+    *tensors, ctx.temperature, ctx.softcap, ctx.with_entropy, logits_dtype, batch_invariant, group_name, ctx.backend = inputs
+    ctx.mode = (logits_dtype, batch_invariant, group_name)
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     _refuse_double_backward("linear_logprob")
-    hidden, weight, target, bias, row_temperature, *statistics = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    *tensors, logprob, entropy, row_max, log_sum = ctx.saved_tensors
+    statistics = [logprob, entropy, row_max, log_sum]
+    grad_entropy = grad_entropy if ctx.with_entropy else None
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
     if grad_logprob is None and grad_entropy is None:
-        return (None,) * 12
+        return (None,) * 15
     grads = linear_logprob_backward(
         grad_logprob,
-        grad_entropy if ctx.with_entropy else None,
-        hidden,
-        weight,
-        target,
-        bias,
-        row_temperature,
+        grad_entropy,
+        *tensors,
         statistics,
         ctx.temperature,
         ctx.softcap,
@@ -142,8 +149,8 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
         needs,
         ctx.backend,
     )
-    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 8
+    grad_hidden, grad_weight, *others = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return grad_hidden, grad_weight, None, *others, *(None,) * 9
 
 
 linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear_logprob_setup)
@@ -157,9 +164,12 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_rank: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     streams: list[Tensor],
     active_rows: Tensor | None,
+    scored_rows: Tensor | None,
     row_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -171,17 +181,17 @@ def linear_policy_loss(
     group_name: str,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logprob, entropy, grad_hidden, grad_weight, grad_bias); the last two in fp32 (fp64), empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logprob, entropy, and the gradients in the order and dtypes of `sweep.Gradients`, empty where not needed."""
     objective = terms.decode(codes, parameters)
     s = terms.unpack(streams)
     stats, grads = sweep.policy(
         dispatch.rows(backend),
-        hidden,
-        weight,
+        Head(hidden, weight, low_rank, lora_b),
         target,
         s,
         active_rows,
+        scored_rows,
         objective,
         LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
         with_entropy_gradient,
@@ -193,29 +203,27 @@ def linear_policy_loss(
 
 
 @linear_policy_loss.register_fake
-def _(hidden, weight, bias, target, streams, active_rows, r, t, s, codes, parameters, e, d, i, g, needs, backend):
+def _(hidden, weight, bias, low_rank, lora_b, target, streams, a, v, r, t, s, codes, parameters, e, d, i, g, needs, backend):
     dtype = statistics_dtype(hidden)
     vector = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    grad_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=dtype) if needs[1] else hidden.new_empty(0)
-    grad_bias = bias.new_empty(bias.shape, dtype=dtype) if needs[2] else hidden.new_empty(0)
-    return hidden.new_empty((), dtype=dtype), vector, torch.empty_like(vector), grad_hidden, grad_weight, grad_bias
+    inputs = ((hidden, hidden.dtype), (weight, dtype), (bias, dtype), (low_rank, hidden.dtype), (lora_b, dtype))
+    grads = (x.new_empty(x.shape, dtype=to) if need else hidden.new_empty(0) for (x, to), need in zip(inputs, needs, strict=True))
+    return hidden.new_empty((), dtype=dtype), vector, torch.empty_like(vector), *grads
 
 
 def _linear_policy_loss_setup(ctx, inputs, output):
-    hidden, weight, bias = inputs[:3]
-    ctx.needs, ctx.dtypes = inputs[-2], (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.needs, ctx.dtypes = inputs[-2], [None if x is None else x.dtype for x in inputs[:5]]
     ctx.save_for_backward(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _linear_policy_loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("linear_policy_loss")
-    grads = [None, None, None]
+    grads = [None] * 5
     if grad_loss is not None:
         for i, (grad, need, dtype) in enumerate(zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)):
             grads[i] = _scaled(grad, grad_loss, dtype) if need else None
-    return (*grads, None, [None] * terms.NUM_STREAMS, *(None,) * 12)
+    return (*grads, None, [None] * terms.NUM_STREAMS, *(None,) * 13)
 
 
 linear_policy_loss.register_autograd(_linear_policy_loss_backward, setup_context=_linear_policy_loss_setup)

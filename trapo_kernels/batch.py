@@ -37,6 +37,8 @@ class TokenBatch:
         active_rows: int64 [M], the rows that can contribute, ascending. Found here when the tensors are on the CPU (no sync), so
             leave it out, and pass active_rows=None to `dataclasses.replace`. On a GPU, where it cannot be checked, pass what the
             packer knows; without it every row goes through the GEMMs with the inactive ones zeroed.
+        scored_rows: int64 [K], rows that cannot contribute but whose logprob and entropy are wanted: they take part in the forward
+            GEMM alone and count in no metric. None: none; such rows then read 0.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
 
     Raises: ValueError or TypeError with rule, actual value and remedy.
@@ -52,9 +54,12 @@ class TokenBatch:
     rollout_logprob: Tensor | None = None
     active_rows: Tensor | None = None
     sequence_id: Tensor | None = None
+    scored_rows: Tensor | None = None
 
     def __post_init__(self):
         checks.token_batch(self)
+        if self.scored_rows is not None:
+            checks.scored_rows(self)
         if self.role.device.type == "cpu" and not torch.compiler.is_compiling():
             found = self.active.nonzero().squeeze(1)
             if self.active_rows is None:
@@ -68,6 +73,14 @@ class TokenBatch:
         if self.entropy_weight is not None:
             weighted = weighted | (self.entropy_weight != 0)
         return weighted & (self.role != Role.IGNORED)
+
+    @property
+    def target_to_score(self) -> Tensor:
+        """[N] int64: the target of every row whose logprob is computed, -100 elsewhere."""
+        wanted = self.active
+        if self.scored_rows is not None:
+            wanted = wanted.index_fill(0, self.scored_rows, True)
+        return torch.where(wanted, self.target, -100)
 
     def __len__(self) -> int:
         return self.target.shape[0]

@@ -88,6 +88,39 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         vector(where, "bias", bias, weight.shape[0], hidden.device, FLOAT_DTYPES)
 
 
+def lora_factors(a: object, b: object, scaling: object) -> None:
+    """a [R, D] and b [V, R] of one LoRA."""
+    where = "LoraHead"
+    for name, value, shape in (("a", a, "[R, D]"), ("b", b, "[V, R]")):
+        if not isinstance(value, Tensor) or value.ndim != 2:
+            actual = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{where}: {name} must be a tensor of shape {shape}, got {actual}. Pass PEFT's lora_{name.upper()}.weight."
+            )
+    if a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f"{where}: a [R, D] and b [V, R] must agree in R, got {a.shape[0]} and {b.shape[1]}. Pass one adapter's pair."
+        )
+    finite(where, "scaling", scaling)
+
+
+def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, backend: str) -> None:
+    """The LoRA must have the D, V, dtype and device of the head."""
+    if a.shape[1] != hidden.shape[1] or b.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{where}: lora.a [R, D] and lora.b [V, R] must have D = {hidden.shape[1]} and V = {weight.shape[0]} of the head, got "
+            f"{list(a.shape)} and {list(b.shape)}. Pass the adapter of the same head."
+        )
+    for name, value in (("lora.a", a), ("lora.b", b)):
+        if value.dtype != hidden.dtype or value.device != hidden.device:
+            raise TypeError(
+                f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on {value.device}. "
+                "Cast it, or call under torch.autocast."
+            )
+    if backend == "triton_fused":
+        raise ValueError(f'{where}: backend "triton_fused" has no LoRA, got lora of rank {a.shape[0]}. Use backend="triton".')
+
+
 def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
     """target [N] int64 in [0, V), or -100 for a row to ignore. The range is checked on the CPU only (no sync): on a GPU, and where
     V is the sum over the ranks of a process group (None here), a target outside it gives that row a NaN logprob."""
@@ -209,6 +242,25 @@ def active_rows(given: Tensor, found: Tensor) -> None:
             "TokenBatch: active_rows must be the rows whose role is not IGNORED and whose weight or entropy weight is not 0, "
             f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {given[:8].tolist()}"
             f"{'…' if len(given) > 8 else ''} ({len(given)} rows). Leave it out, or pass active_rows=None to dataclasses.replace."
+        )
+
+
+def scored_rows(batch: TokenBatch) -> None:
+    """scored_rows: int64 [K], none of them active, each with a target."""
+    rows = batch.scored_rows
+    where = "TokenBatch: scored_rows"
+    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != batch.target.device:
+        actual = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"{where} must be int64 of shape [K] on {batch.target.device}, got {actual}. Pass indices of rows.")
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
+        return
+    if int(rows.min()) < 0 or int(rows.max()) >= len(batch):
+        raise ValueError(f"{where} must lie in [0, N) = [0, {len(batch)}), got {int(rows.min())} to {int(rows.max())}.")
+    wrong = rows[batch.active[rows] | (batch.target[rows] < 0)]
+    if len(wrong):
+        raise ValueError(
+            f"{where} must have a target and no part in the loss (weight and entropy weight 0), got row {int(wrong[0])}. "
+            "Leave out active rows, which are scored anyway."
         )
 
 

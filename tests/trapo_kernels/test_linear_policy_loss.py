@@ -60,7 +60,7 @@ def test_a_batch_of_ignored_rows_runs_backward_to_zeros(backend):
 def test_rows_that_cannot_contribute_never_reach_a_gemm(monkeypatch):
     seen = []
     original = gemm.HeadGemm.logits
-    monkeypatch.setattr(gemm.HeadGemm, "logits", lambda self, h, out: seen.append(h.shape[0]) or original(self, h, out))
+    monkeypatch.setattr(gemm.HeadGemm, "logits", lambda self, x, out: seen.append(x.hidden.shape[0]) or original(self, x, out))
     hidden, weight, _ = cases.head(50, 6, 30, torch.float32)
     weights = torch.ones(50)
     weights[::2] = 0.0
@@ -74,7 +74,7 @@ def test_rows_that_cannot_contribute_never_reach_a_gemm(monkeypatch):
 @pytest.mark.parametrize(("frozen", "gemms"), [("weight", ["hidden"]), ("hidden", ["weight"]), ("both", [])])
 def test_gradients_that_nobody_asked_for_cost_no_gemm(monkeypatch, frozen, gemms):
     ran = []
-    for method, label in (("grad_hidden", "hidden"), ("add_grad_weight", "weight")):
+    for method, label in (("grad_rows", "hidden"), ("add_grad_factor", "weight")):
         original = getattr(gemm.HeadGemm, method)
         monkeypatch.setattr(gemm.HeadGemm, method, lambda *a, o=original, label=label: ran.append(label) or o(*a))
     hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
@@ -85,7 +85,7 @@ def test_gradients_that_nobody_asked_for_cost_no_gemm(monkeypatch, frozen, gemms
 
 
 def test_no_grad_computes_no_gradient(monkeypatch):
-    monkeypatch.setattr(gemm.HeadGemm, "grad_hidden", lambda *a: pytest.fail("a gradient GEMM ran under no_grad"))
+    monkeypatch.setattr(gemm.HeadGemm, "grad_rows", lambda *a: pytest.fail("a gradient GEMM ran under no_grad"))
     hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
     with torch.no_grad():
         linear_policy_loss(hidden, weight, cases.batch(8, 30, torch.float32), objectives.trapo(), backend="torch")

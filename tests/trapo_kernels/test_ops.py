@@ -11,8 +11,19 @@ def _policy_arguments(backend):
     hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
     b, objective = cases.batch(6, 20, torch.float32), objectives.trapo()
     streams = terms.pack(terms.streams(b, objective))
-    settings = (None, 0.8, None, *terms.encode(objective), True, torch.float32, False, "", [True, True, True], backend)
-    return hidden, weight, bias, b.target, streams, b.active_rows, *settings
+    settings = (
+        None,
+        0.8,
+        None,
+        *terms.encode(objective),
+        True,
+        torch.float32,
+        False,
+        "",
+        [True, True, True, False, False],
+        backend,
+    )
+    return hidden, weight, bias, None, None, b.target, streams, b.active_rows, None, *settings
 
 
 @pytest.mark.parametrize("backend", cases.CHUNKED)
@@ -22,7 +33,23 @@ def test_opcheck(backend):
     temperature = torch.rand(6, device=cases.DEVICE) + 0.5
     # test_aot_dispatch compiles with dynamic shapes; here the batch is fixed and compiling it is a test of its own below.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    logprob_arguments = (hidden, weight, target, bias, temperature, 1.0, 5.0, True, torch.float32, False, "", backend)
+    logprob_arguments = (
+        hidden,
+        weight,
+        target,
+        bias,
+        None,
+        None,
+        None,
+        temperature,
+        1.0,
+        5.0,
+        True,
+        torch.float32,
+        False,
+        "",
+        backend,
+    )
     torch.library.opcheck(autograd.linear_logprob, logprob_arguments, test_utils=checks)
     torch.library.opcheck(autograd.linear_policy_loss, _policy_arguments(backend), test_utils=checks)
     logits = torch.randn(6, 20, device=cases.DEVICE, requires_grad=True)

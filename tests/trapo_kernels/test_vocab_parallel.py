@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 40, 6, 101
 
@@ -31,6 +31,7 @@ def _run(hidden, weight, bias, b, objective, group):
 
 def _worker(rank, world_size, path, scale, dtype):
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
     objective = objectives.trapo(entropy_coef=0.1)
     (hidden, weight, bias), b, expected = _expected(scale, dtype, objective)
@@ -53,6 +54,15 @@ def _worker(rank, world_size, path, scale, dtype):
     for ours, expected in zip(parts, whole, strict=True):
         bound = tolerance * max(1.0, expected.abs().max().item())
         assert cases.error(ours, expected) <= bound, (ours, expected)
+    a, lora_b = (torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((3, hidden.shape[1]), (VOCAB_SIZE, 3)))
+    lora_shard = lora_b.detach()[mine].clone().requires_grad_()
+    whole = linear_policy_loss(hidden, weight, b, objective, lora=LoraHead(a, lora_b, 0.5), backend="torch").loss
+    part = linear_policy_loss(
+        hidden, shard[0], b, objective, lora=LoraHead(a, lora_shard, 0.5), process_group=dist.group.WORLD, backend="torch"
+    ).loss
+    grads = cases.gradients(whole, (hidden, a, lora_b))
+    for ours, truth in zip(cases.gradients(part, (hidden, a, lora_shard)), (*grads[:2], grads[2][mine]), strict=True):
+        assert cases.error(ours, truth) <= tolerance * max(1.0, truth.abs().max().item())
     gathered = [torch.empty_like(actual[0]) for _ in range(world_size)]
     dist.all_gather(gathered, actual[0].detach())
     assert all(torch.equal(other, gathered[0]) for other in gathered), "ranks disagree on logprob"

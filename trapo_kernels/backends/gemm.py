@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,64 +29,92 @@ def chunk_rows(num_rows: int, vocab_size: int, device_type: str, batch_invariant
     return max(1, -(-even // 128) * 128 if num_chunks > 1 else even)
 
 
+class Head(NamedTuple):
+    """Hidden states and the head they meet: logits = hidden · weightᵀ (+ low_rank · lora_bᵀ)."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    low_rank: Tensor | None = None  # [N, R] scaling · hidden · lora_aᵀ
+    lora_b: Tensor | None = None  # [V, R]
+
+
+class Operands(NamedTuple):
+    """A chunk of hidden [C, D] and low_rank [C, R] as the GEMMs take them."""
+
+    hidden: Tensor
+    low_rank: Tensor | None
+
+
 class HeadGemm:
     """logits = hidden · weightᵀ and its two gradients with fp32 accumulation.
 
     On a GPU bf16 and fp16 operands stay as they are and the output is fp32. On a CPU, whose bf16 GEMMs are up to 90 times
     slower than fp32 ones, they are converted to fp32 first: one fp32 copy of the weight lives as long as the call.
-    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros.
+    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds low_rank · lora_bᵀ,
+    one thin GEMM into the same logits.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, batch_invariant: bool = False):
+    def __init__(self, head: Head, logits_dtype: torch.dtype, batch_invariant: bool = False):
+        hidden, weight = head.hidden, head.weight
         self.batch_invariant = batch_invariant
         low_precision = hidden.dtype in (torch.bfloat16, torch.float16)
         self.upcast = low_precision and hidden.device.type == "cpu"
         self.mixed = low_precision and not self.upcast
         self.weight = weight.float() if self.upcast else weight
+        self.lora_b = head.lora_b.float() if self.upcast and head.lora_b is not None else head.lora_b
         self.statistics_dtype = statistics_dtype(hidden)
         self.operand_dtype = self.weight.dtype  # of hidden, weight and the logit gradient as GEMM operands
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
-        self.grad_hidden_dtype = hidden.dtype
+        self.grad_rows_dtype = hidden.dtype
 
-    def operand(self, hidden_chunk: Tensor) -> Tensor:
-        """The chunk [C, D] in the dtype that the GEMMs take."""
-        return hidden_chunk.to(self.operand_dtype)
+    def operands(self, hidden_chunk: Tensor, low_rank_chunk: Tensor | None) -> Operands:
+        """The chunk in the dtype that the GEMMs take."""
+        low_rank = None if low_rank_chunk is None else low_rank_chunk.to(self.operand_dtype)
+        return Operands(hidden_chunk.to(self.operand_dtype), low_rank)
 
-    def logits(self, hidden_chunk: Tensor, buffer: Tensor) -> Tensor:
-        """hidden_chunk [C, D] · weightᵀ into `buffer[:C]` [C, V], rounded once to `logits_dtype`."""
-        num_rows = hidden_chunk.shape[0]
-        hidden_chunk = self._padded(hidden_chunk)
+    def logits(self, operands: Operands, buffer: Tensor) -> Tensor:
+        """hidden · weightᵀ (+ low_rank · lora_bᵀ) of a chunk into `buffer[:C]` [C, V], in `logits_dtype`.
+
+        Rounded once; with bf16 logits on a GPU the low-rank part is added to rounded logits, and rounded again.
+        """
+        num_rows = operands.hidden.shape[0]
+        hidden = self._padded(operands.hidden)
+        out = buffer[: hidden.shape[0]]
+        rounds_late = out.dtype != self.operand_dtype and not self.mixed  # bf16 logits of fp32 operands
         with self._exact():
-            self._multiply(hidden_chunk, buffer[: hidden_chunk.shape[0]])
+            exact = torch.mm(hidden, self.weight.t()) if rounds_late else self._multiply(hidden, self.weight.t(), out)
+            if self.lora_b is not None:
+                self._add_product(exact, self._padded(operands.low_rank), self.lora_b.t(), beta=1)
+            if rounds_late:
+                out.copy_(exact)
         return buffer[:num_rows]
 
-    def _multiply(self, hidden_chunk: Tensor, out: Tensor) -> Tensor:
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         if self.mixed and out.dtype == torch.float32:
-            return torch.ops.aten.mm.dtype_out(hidden_chunk, self.weight.t(), torch.float32, out=out)
-        if out.dtype == self.operand_dtype:
-            return torch.mm(hidden_chunk, self.weight.t(), out=out)
-        return out.copy_(torch.mm(hidden_chunk, self.weight.t()))
+            return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+        return torch.mm(a, b, out=out)
+
+    def _add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+        """out = beta · out + a · b, accumulated in the dtype of `out`; with beta 0 `out` is not read."""
+        if self.mixed and out.dtype == torch.float32:
+            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=1, out=out)
+        else:
+            out.addmm_(a, b, beta=beta)
 
     def buffer(self, rows: int) -> Tensor:
         """Room for a chunk of logits [rows, V]."""
         return torch.empty(rows, self.weight.shape[0], dtype=self.logits_dtype, device=self.weight.device)
 
-    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
-        """dHidden [C, D] in the dtype of hidden."""
+    def grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
+        """grad_logits [C, V] · factor [V, K]: dHidden for the weight, dLow_rank for lora_b, in the dtype of hidden."""
         with self._exact():
-            grad_hidden = torch.mm(self._padded(grad_logits), self.weight)[: grad_logits.shape[0]]
-        return grad_hidden.to(self.grad_hidden_dtype)
+            grad = torch.mm(self._padded(grad_logits), factor)[: grad_logits.shape[0]]
+        return grad.to(self.grad_rows_dtype)
 
-    def add_grad_weight(self, grad_logits: Tensor, hidden_chunk: Tensor, grad_weight: Tensor, first: bool) -> None:
-        """grad_weight [V, D] fp32 += grad_logitsᵀ · hidden_chunk, accumulated in fp32; the first chunk overwrites it unread."""
-        beta = 0 if first else 1
+    def add_grad_factor(self, grad_logits: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:
+        """grad [V, K] fp32 += grad_logitsᵀ · rows [C, K], accumulated in fp32; the first chunk overwrites it unread."""
         with self._exact():
-            if self.mixed:
-                torch.ops.aten.addmm.dtype_out(
-                    grad_weight, grad_logits.t(), hidden_chunk, torch.float32, beta=beta, alpha=1, out=grad_weight
-                )
-            else:
-                grad_weight.addmm_(grad_logits.t(), hidden_chunk, beta=beta)
+            self._add_product(grad, grad_logits.t(), rows, beta=0 if first else 1)
 
     def _exact(self) -> torch.autocast:
         """The caller's autocast has chosen the inputs' dtype; it must not round what is computed from them."""

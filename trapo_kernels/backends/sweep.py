@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
-from trapo_kernels.backends.gemm import HeadGemm, chunk_rows
+from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_rows
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, target_for_statistics
 from trapo_kernels.objective import Objective
@@ -32,6 +32,8 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    low_rank: bool = False
+    lora_b: bool = False
 
 
 class Mode(NamedTuple):
@@ -47,42 +49,60 @@ class Mode(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """hidden [N, D] in its dtype, weight [V, D] and bias [V] in fp32 (fp64); None where not wanted."""
+    """None where not wanted; those of rows in the dtype of hidden, those of the head in fp32 (fp64)."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    hidden: Tensor | None  # [N, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+    low_rank: Tensor | None  # [N, R]
+    lora_b: Tensor | None  # [V, R]
 
 
 def score(
     rows: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     target: Tensor,
+    active_rows: Tensor | None,
     transform: LogitTransform,
     with_entropy: bool,
     mode: Mode,
 ) -> RowStatistics:
-    """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100."""
-    gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard(weight)
+    """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100, and outside `active_rows` where given."""
+    gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
+    shard = mode.shard(head.weight)
     target = target if shard is None else shard.local_target(target)
-    out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
-    for index, _, buffer in _chunks(gemm, hidden.shape[0], _active_rows(target != -100)):
-        logits = gemm.logits(gemm.operand(_zeroed(hidden[index], target[index] != -100)), buffer)
+    out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
+    active_rows = _active_rows(target != -100) if active_rows is None else active_rows
+    _score_rows(rows, gemm, head, target, active_rows, transform, with_entropy, shard, out)
+    return out
+
+
+def _score_rows(
+    rows: ModuleType,
+    gemm: HeadGemm,
+    head: Head,
+    target: Tensor,
+    which: Tensor | None,
+    transform: LogitTransform,
+    with_entropy: bool,
+    shard: VocabShard | None,
+    out: RowStatistics,
+) -> None:
+    """Statistics of the rows `which` (None: all) into `out`, one GEMM."""
+    for index, _, buffer in _chunks(gemm, target.shape[0], which):
+        logits = gemm.logits(_operands(gemm, head, index, target[index] != -100), buffer)
         if shard is None:
             stats = rows.statistics(logits, target[index], transform.rows(index), with_entropy)
         else:
             stats = _sharded_statistics(rows, logits, target[index], transform.rows(index), shard, keep_logits=False)
         _put(out, index, stats)
-    return out
 
 
 def score_backward(
     rows: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     target: Tensor,
+    active_rows: Tensor | None,
     transform: LogitTransform,
     stats: RowStatistics,
     grad_logprob: Tensor | None,
@@ -90,16 +110,21 @@ def score_backward(
     needs: Needs,
     mode: Mode,
 ) -> Gradients:
-    """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk."""
-    gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard(weight)
+    """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk.
+
+    Rows whose both gradients are zero are left out: on a CPU they are found here, on a GPU `active_rows` names the others.
+    """
+    gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
+    shard = mode.shard(head.weight)
     target = target if shard is None else shard.local_target(target)
-    active_rows = _active_rows(target != -100)
-    grads = _empty_gradients(hidden, weight, gemm, needs, shard, active_rows)
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, hidden.shape[0], active_rows)):
-        hidden_chunk = gemm.operand(_zeroed(hidden[index], target[index] != -100))
+    if target.device.type == "cpu":
+        wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
+        active_rows = _active_rows((target != -100) & torch.stack(wanted).any(0))
+    grads = _empty_gradients(head, gemm, needs, shard, active_rows)
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows)):
+        operands = _operands(gemm, head, index, target[index] != -100)
         grad_logits = rows.logprob_gradient(
-            gemm.logits(hidden_chunk, buffer),
+            gemm.logits(operands, buffer),
             target[index],
             transform.rows(index),
             RowStatistics(*(part[index] for part in stats)),
@@ -107,39 +132,41 @@ def score_backward(
             None if grad_entropy is None else grad_entropy[index],
             gemm.operand_dtype,
         )
-        _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count), first=number == 0)
+        _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
-    return _reduced(grads, shard, hidden.dtype)
+    return _reduced(grads, shard, head.hidden.dtype)
 
 
 def policy(
     rows: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     target: Tensor,
     streams: terms.Streams,
     active_rows: Tensor | None,
+    scored_rows: Tensor | None,
     objective: Objective,
     transform: LogitTransform,
     with_entropy_gradient: bool,
     needs: Needs,
     mode: Mode,
 ) -> tuple[RowStatistics, Gradients]:
-    """Statistics and the gradients of a policy loss from one sweep: three GEMMs, no recomputation."""
-    gemm = HeadGemm(hidden, weight, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard(weight)
-    target = torch.where(streams.role != 0, target, -100)
+    """Statistics and the gradients of a policy loss from one sweep: three GEMMs, no recomputation; one GEMM for `scored_rows`."""
+    gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
+    shard = mode.shard(head.weight)
     target = target if shard is None else shard.local_target(target)
-    out = _empty_statistics(hidden.shape[0], gemm.statistics_dtype, hidden.device)
+    out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active_rows = _active_rows(streams.role != 0) if active_rows is None else active_rows
-    grads = _empty_gradients(hidden, weight, gemm, needs, shard, active_rows)
+    grads = _empty_gradients(head, gemm, needs, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
+    if scored_rows is not None:
+        _score_rows(rows, gemm, head, target, scored_rows, transform, True, shard, out)
+    target = torch.where(streams.role != 0, target, -100)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, hidden.shape[0], active_rows)):
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows)):
         streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
-        hidden_chunk = gemm.operand(_zeroed(hidden[index], streams_chunk.role != 0))
+        operands = _operands(gemm, head, index, streams_chunk.role != 0)
         stats, grad_logits = policy_rows(
-            gemm.logits(hidden_chunk, buffer),
+            gemm.logits(operands, buffer),
             target[index],
             transform.rows(index),
             streams_chunk,
@@ -149,9 +176,9 @@ def policy(
         )
         _put(out, index, stats)
         if grad_logits is not None:
-            _accumulate(gemm, grads, grad_logits[:count], hidden_chunk[:count], _first(index, count), first=number == 0)
+            _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
-    return out, _reduced(grads, shard, hidden.dtype)
+    return out, _reduced(grads, shard, head.hidden.dtype)
 
 
 def _sharded_statistics(
@@ -211,9 +238,13 @@ def _first(index: Tensor | slice, count: int) -> Tensor | slice:
     return index if isinstance(index, slice) else index[:count]
 
 
-def _zeroed(hidden_chunk: Tensor, active: Tensor) -> Tensor:
-    """On a GPU, where inactive rows still pass through the GEMMs: zeros in their place, so that their NaNs reach no gradient."""
-    return hidden_chunk if hidden_chunk.device.type == "cpu" else torch.where(active[:, None], hidden_chunk, 0)
+def _operands(gemm: HeadGemm, head: Head, index: Tensor | slice, active: Tensor) -> Operands:
+    """The rows [C] of a chunk. On a GPU, where inactive rows may still pass through the GEMMs, zeros take the place of their hidden
+    states, so that NaN in them reaches no gradient; their low_rank is zero already."""
+    hidden = head.hidden[index]
+    if hidden.device.type != "cpu":
+        hidden = torch.where(active[:, None], hidden, 0)
+    return gemm.operands(hidden, None if head.low_rank is None else head.low_rank[index])
 
 
 def _empty_statistics(num_rows: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
@@ -225,35 +256,51 @@ def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> Non
         whole[index] = part
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None
-) -> Gradients:
-    """Room for the gradients; dWeight is uninitialised where a first chunk will overwrite it."""
+def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None) -> Gradients:
+    """Room for the gradients; those of weight and lora_b are uninitialised where a first chunk will overwrite them."""
     if shard is not None:
-        gemm.grad_hidden_dtype = gemm.statistics_dtype  # the ranks' parts are summed before they are rounded
-    no_chunk = (hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
-    new_weight = torch.zeros_like if no_chunk else torch.empty_like
+        gemm.grad_rows_dtype = gemm.statistics_dtype  # the ranks' parts are summed before they are rounded
+    no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
+
+    def rows(like: Tensor | None, needed: bool) -> Tensor | None:
+        return torch.zeros_like(like, dtype=gemm.grad_rows_dtype) if needed else None
+
+    def factor(like: Tensor | None, needed: bool) -> Tensor | None:
+        new = torch.zeros_like if no_chunk else torch.empty_like
+        return new(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
+
     return Gradients(
-        hidden=torch.zeros_like(hidden, dtype=gemm.grad_hidden_dtype) if needs.hidden else None,
-        weight=new_weight(weight, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needs.weight else None,
-        bias=weight.new_zeros(weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
+        hidden=rows(head.hidden, needs.hidden),
+        weight=factor(head.weight, needs.weight),
+        bias=head.weight.new_zeros(head.weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
+        low_rank=rows(head.low_rank, needs.low_rank),
+        lora_b=factor(head.lora_b, needs.lora_b),
     )
 
 
 def _reduced(grads: Gradients, shard: VocabShard | None, hidden_dtype: torch.dtype) -> Gradients:
-    if shard is None or grads.hidden is None:
+    """Gradients of the rows summed over the ranks and rounded to the dtype of hidden."""
+    if shard is None:
         return grads
-    shard.sum_over_ranks(grads.hidden)
-    return grads._replace(hidden=grads.hidden.to(hidden_dtype))
+    summed = {name: getattr(grads, name) for name in ("hidden", "low_rank") if getattr(grads, name) is not None}
+    for grad in summed.values():
+        shard.sum_over_ranks(grad)
+    return grads._replace(**{name: grad.to(hidden_dtype) for name, grad in summed.items()})
 
 
 def _accumulate(
-    gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, hidden_chunk: Tensor, index: Tensor | slice, first: bool
+    gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, operands: Operands, index: Tensor | slice, first: bool
 ) -> None:
+    """Add what a chunk's dLogits [C, V] contribute to every gradient wanted."""
+    count = grad_logits.shape[0]
     if grads.hidden is not None:
-        grads.hidden[index] = gemm.grad_hidden(grad_logits)
+        grads.hidden[index] = gemm.grad_rows(grad_logits, gemm.weight)
+    if grads.low_rank is not None:
+        grads.low_rank[index] = gemm.grad_rows(grad_logits, gemm.lora_b)
     if grads.weight is not None:
-        gemm.add_grad_weight(grad_logits, hidden_chunk, grads.weight, first)
+        gemm.add_grad_factor(grad_logits, operands.hidden[:count], grads.weight, first)
+    if grads.lora_b is not None:
+        gemm.add_grad_factor(grad_logits, operands.low_rank[:count], grads.lora_b, first)
     if grads.bias is not None:
         grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
 

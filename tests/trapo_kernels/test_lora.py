@@ -1,0 +1,108 @@
+"""A LoRA'd head equals the head with the sum of its weights, in values and in the gradients of every factor."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import LoraHead, autograd, linear_logprob, linear_policy_loss, objectives, terms
+
+
+def _factors(dtype, hidden_size=6, vocab_size=40, rank=3):
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(cases.DEVICE, dtype).requires_grad_()
+
+    return draw(rank, hidden_size), draw(vocab_size, rank)
+
+
+def _poisoned(hidden, batch):
+    return torch.where(batch.active[:, None], hidden, float("nan"))
+
+
+@pytest.mark.parametrize("name", ["trapo", "sft", "grpo", "gmpo"])
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_policy_loss_equals_that_of_the_summed_weight(backend, name):
+    dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
+    hidden, weight, bias = cases.head(19, 6, 40, dtype)
+    a, b = _factors(dtype)
+    batch = cases.batch(19, 40, dtype)
+    objective = objectives.PRESETS[name](entropy_coef=0.1)
+    inputs = (hidden, weight, bias, a, b)
+    summed = linear_policy_loss(hidden, weight + 0.5 * b @ a, batch, objective, bias=bias, backend="reference")
+    out = linear_policy_loss(
+        _poisoned(hidden, batch), weight, batch, objective, bias=bias, lora=LoraHead(a, b, 0.5), backend=backend
+    )
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    torch.testing.assert_close(out.loss, summed.loss, **tolerance)
+    for ours, truth in zip(cases.gradients(out.loss, inputs), cases.gradients(summed.loss, inputs), strict=True):
+        torch.testing.assert_close(ours, truth, **tolerance)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_logprob_equals_that_of_the_summed_weight(backend, batch_invariant):
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    hidden, weight, _ = cases.head(19, 6, 40, dtype)
+    a, b = _factors(dtype)
+    target = cases.batch(19, 40).target
+    inputs = (hidden, weight, a, b)
+
+    def total(out):
+        return (out.logprob * torch.linspace(-1, 1, 19, device=cases.DEVICE)).sum() + 0.3 * out.entropy.sum()
+
+    summed = total(linear_logprob(hidden, weight + 2.0 * b @ a, target, with_entropy=True, backend="reference"))
+    settings = {"with_entropy": True, "batch_invariant": batch_invariant, "backend": backend}
+    ours = total(linear_logprob(hidden, weight, target, lora=LoraHead(a, b, 2.0), **settings))
+    for got, truth in zip(cases.gradients(ours, inputs), cases.gradients(summed, inputs), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_frozen_weight_gets_no_gradient_and_the_factors_do(backend):
+    hidden, weight, _ = cases.head(9, 6, 40, torch.bfloat16)
+    weight = weight.detach()
+    a, b = _factors(torch.bfloat16)
+    loss = linear_policy_loss(
+        hidden, weight, cases.batch(9, 40, torch.float32), objectives.sft(), lora=LoraHead(a, b), backend=backend
+    )
+    loss.loss.backward()
+    assert weight.grad is None
+    assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 and x.grad.abs().sum() > 0 for x in (hidden, a, b))
+
+
+def test_opcheck():
+    hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
+    _, lora_b = _factors(torch.float32, 5, 20)
+    low_rank = torch.randn(6, 3, device=cases.DEVICE, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    b = cases.batch(6, 20, torch.float32)
+    scoring = (hidden, weight, b.target, bias, low_rank, lora_b, None, None, 1.0, None, True, torch.float32, False, "", "torch")
+    torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=checks)
+    streams = terms.pack(terms.streams(b, objectives.trapo()))
+    settings = (None, 1.0, None, *terms.encode(objectives.trapo()), True, torch.float32, False, "", [True] * 5, "torch")
+    loss = (hidden, weight, bias, low_rank, lora_b, b.target, streams, b.active_rows, None, *settings)
+    torch.library.opcheck(autograd.linear_policy_loss, loss, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(3), torch.zeros(4, 3), r"a must be a tensor of shape \[R, D\]"),
+        (torch.zeros(2, 6), torch.zeros(40, 3), "must agree in R, got 2 and 3"),
+        (torch.zeros(3, 5), torch.zeros(40, 3), r"must have D = 6 and V = 40 of the head"),
+        (torch.zeros(3, 6).double(), torch.zeros(40, 3).double(), "lora.a must be torch.float32"),
+    ],
+)
+def test_bad_factors(a, b, message):
+    hidden, weight = torch.randn(4, 6), torch.randn(40, 6)
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_logprob(hidden, weight, torch.zeros(4, dtype=torch.int64), lora=LoraHead(a, b))
+
+
+def test_what_is_not_a_lora_is_refused():
+    hidden, weight, target = torch.randn(4, 6), torch.randn(40, 6), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(TypeError, match="lora must be a LoraHead"):
+        linear_logprob(hidden, weight, target, lora=(weight, weight))
+    with pytest.raises(ValueError, match="scaling must be a finite number"):
+        LoraHead(torch.zeros(3, 6), torch.zeros(40, 3), float("nan"))

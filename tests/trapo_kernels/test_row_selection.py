@@ -1,0 +1,93 @@
+"""Rows that cannot contribute reach no GEMM, and rows without a gradient only the forward one; counted on the GEMMs themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends.gemm import HeadGemm
+
+
+@pytest.fixture
+def rows_through(monkeypatch):
+    """Rows that went through the GEMMs of logits, dHidden and dWeight."""
+    rows = {"logits": 0, "grad_rows": 0, "add_grad_factor": 0}
+
+    def count(name, which):
+        run = getattr(HeadGemm, name)
+
+        def counted(self, *arguments):
+            x = arguments[which]
+            rows[name] += (x.hidden if name == "logits" else x).shape[0]
+            return run(self, *arguments)
+
+        monkeypatch.setattr(HeadGemm, name, counted)
+
+    count("logits", 0)
+    count("grad_rows", 0)
+    count("add_grad_factor", 0)
+    return rows
+
+
+def _batch_with_a_third_scored(dtype=torch.float32):
+    """24 rows: 8 active, 8 scored only, 8 of no use."""
+    weight = torch.zeros(24, dtype=dtype)
+    weight[:8] = 0.1
+    scored = torch.arange(8, 16)
+    return replace(
+        cases.batch(24, 40, dtype, roles=(1, 2)), weight=weight, entropy_weight=None, scored_rows=scored, active_rows=None
+    )
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="on a GPU the batch must bring its active rows")
+@pytest.mark.parametrize("name", ["trapo", "gmpo"])  # one pass, two passes
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_scored_rows_skip_the_backward_alone(backend, name, rows_through):
+    hidden, weight, _ = cases.head(24, 6, 40, torch.float32)
+    b = _batch_with_a_third_scored()
+    poisoned = hidden.detach().clone()
+    poisoned[16:] = float("nan")
+    poisoned.requires_grad_()
+    out = linear_policy_loss(poisoned, weight, b, objectives.PRESETS[name](entropy_coef=0.1), backend=backend)
+    grads = cases.gradients(out.loss, (poisoned, weight))
+    recomputed = 8 if out.passes == 2 else 0
+    assert rows_through == {"logits": 16 + recomputed, "grad_rows": 8, "add_grad_factor": 8}
+
+    scored = linear_logprob(hidden[:16], weight, b.target[:16], with_entropy=True, backend="reference")
+    torch.testing.assert_close(out.logprob[:16], scored.logprob)
+    torch.testing.assert_close(out.entropy[:16], scored.entropy)
+    assert not out.logprob[16:].any()
+    without = linear_policy_loss(
+        poisoned, weight, replace(b, scored_rows=None), objectives.PRESETS[name](entropy_coef=0.1), backend=backend
+    )
+    assert torch.equal(out.loss, without.loss)
+    for ours, expected in zip(grads, cases.gradients(without.loss, (poisoned, weight)), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU would have to ask the device which gradients are zero")
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_through):
+    hidden, weight, _ = cases.head(20, 6, 40, torch.float32)
+    out = linear_logprob(hidden, weight, cases.batch(20, 40).target, with_entropy=True, backend=backend)
+    upstream = torch.zeros(20)
+    upstream[[3, 11]] = 1.0
+    loss = (out.logprob * upstream).sum() + (out.entropy * upstream.roll(1)).sum()
+    grad_hidden, _ = cases.gradients(loss, (hidden, weight))
+    assert rows_through == {"logits": 24, "grad_rows": 4, "add_grad_factor": 4}
+    assert grad_hidden.abs().sum(1).nonzero().squeeze(1).tolist() == [3, 4, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.tensor([2]), "must have a target and no part in the loss.*got row 2"),
+        (torch.tensor([24]), r"must lie in \[0, N\) = \[0, 24\), got 24"),
+        (torch.tensor([9.0]), r"must be int64 of shape \[K\]"),
+    ],
+)
+def test_bad_scored_rows(rows, message):
+    with pytest.raises(ValueError, match=message):
+        replace(_batch_with_a_third_scored(), scored_rows=rows.to(cases.DEVICE))

@@ -1,0 +1,38 @@
+"""A LoRA'd head, without ever forming the sum of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trapo_kernels import checks
+
+
+@dataclass(frozen=True, eq=False)
+class LoraHead:
+    """The low-rank part of a head: logits = hidden · (weight + scaling · b · a)ᵀ, as two thin GEMMs beside that of the weight.
+
+    Args:
+        a: [R, D], the dtype of hidden; PEFT's `lora_A.weight`.
+        b: [V, R], the dtype of hidden; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard.
+        scaling: lora_alpha / R, or lora_alpha / √R for rank-stabilised LoRA.
+
+    Memory: [N, R] beside what the head needs. Source: arXiv 2106.09685.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self):
+        checks.lora_factors(self.a, self.b, self.scaling)
+
+    def project(self, hidden: Tensor, active: Tensor) -> Tensor:
+        """scaling · hidden · aᵀ [N, R], differentiable; zeros where `active` [N] is False, whatever hidden holds there."""
+        return torch.where(active[:, None], hidden, 0) @ self.a.t() * self.scaling
+
+    def to(self, dtype: torch.dtype) -> LoraHead:
+        """The same in another dtype."""
+        return LoraHead(self.a.to(dtype), self.b.to(dtype), self.scaling)
