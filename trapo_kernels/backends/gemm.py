@@ -14,6 +14,7 @@ from trapo_kernels.backends.logits import statistics_dtype
 # CPU: 128 MiB of fp32 logits, so that dWeight, read and written once per chunk, is amortised over some 200 rows at 152k.
 _CHUNK_LOGITS = {"cpu": 2**25}
 _CHUNK_LOGITS_GPU = 4096 * 152064
+_ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
 # Rows of every GEMM in batch-invariant mode, the last chunk padded: one shape, so one kernel and one order of summation per row.
 _INVARIANT_ROWS = {"cpu": 64}
 _INVARIANT_ROWS_GPU = 1024
@@ -102,8 +103,10 @@ class HeadGemm:
             out.addmm_(a, b, beta=beta)
 
     def buffer(self, rows: int) -> Tensor:
-        """Room for a chunk of logits [rows, V]."""
-        return torch.empty(rows, self.weight.shape[0], dtype=self.logits_dtype, device=self.weight.device)
+        """Room for a chunk of logits [rows, V], every row aligned as the first, so that odd V are loaded in whole vectors too."""
+        vocab_size = self.weight.shape[0]
+        stride = -(-vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        return torch.empty(rows, stride, dtype=self.logits_dtype, device=self.weight.device)[:, :vocab_size]
 
     def grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
         """grad_logits [C, V] · factor [V, K]: dHidden for the weight, dLow_rank for lora_b, in the dtype of hidden."""

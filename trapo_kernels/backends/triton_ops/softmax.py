@@ -3,6 +3,8 @@
 One program owns one row and walks it in tiles:
 
     row ─▶ [ BLOCK_V ][ BLOCK_V ] … [ ragged tail, masked ]
+
+Whole tiles carry no mask: a mask that may change within 4 columns would turn every 16-byte load into four.
 """
 
 import triton
@@ -23,17 +25,44 @@ def tanh(x):
 
 
 @triton.jit
-def load_z(row_ptr, bias_ptr, cols, mask, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z = softcap · tanh((x + bias)/softcap) / temperature, and dz/dx; z is -inf outside `mask`."""
-    x = tl.load(row_ptr + cols, mask=mask, other=float("-inf")).to(tl.float32)
+def load_z(
+    row_ptr, bias_ptr, cols, mask, inverse_temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """z = softcap · tanh((x + bias)/softcap) / temperature, and dz/dx; if MASKED, z is -inf outside `mask`."""
+    x = tl.load(row_ptr + cols, mask=mask if MASKED else None).to(tl.float32)
     if HAS_BIAS:
-        x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + cols, mask=mask if MASKED else None).to(tl.float32)
     dz_dx = inverse_temperature
     if HAS_SOFTCAP:
         squashed = tanh(x / softcap)
         dz_dx = (1.0 - squashed * squashed) * inverse_temperature
         x = softcap * squashed
-    return tl.where(mask, x * inverse_temperature, float("-inf")), dz_dx
+    z = x * inverse_temperature
+    if MASKED:
+        z = tl.where(mask, z, float("-inf"))
+    return z, dz_dx
+
+
+@triton.jit
+def sweep_tile(
+    row_ptr, bias_ptr, start, target, vocab_size, inverse_temperature, softcap, row_max, others, moment,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(row_max, others, moment) after one more tile."""
+    cols = start + tl.arange(0, BLOCK_V)
+    z, _slope = load_z(
+        row_ptr, bias_ptr, cols, cols < vocab_size, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED
+    )  # [BLOCK_V] fp32
+    z = tl.where(cols == target, float("-inf"), z)
+    new_max = tl.maximum(row_max, tl.max(z, axis=0))
+    rescale = tl.exp(row_max - new_max)
+    exponential = tl.exp(z - new_max)
+    if WITH_ENTROPY:
+        product = tl.where(exponential > 0, exponential * (z - new_max), 0.0)
+        moment = (moment + others * (row_max - new_max)) * rescale + product
+    others = others * rescale + exponential
+    return new_max, others, moment
 
 
 @triton.jit
@@ -47,23 +76,22 @@ def row_sweep(
     log_sum = log1p(Σ_others) where the target is the maximum. A target outside [0, V) gives NaN.
     """
     known = (target >= 0) & (target < vocab_size)
-    z_target, _target_slope = load_z(row_ptr, bias_ptr, target, known, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z_target, _target_slope = load_z(row_ptr, bias_ptr, target, known, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP, True)
     z_target = tl.where(known, z_target, float("nan"))
     row_max = tl.where(z_target > -1e30, z_target, -1e30)  # finite, so that no -inf - -inf arises
     others = tl.zeros([BLOCK_V], dtype=tl.float32)  # Σ exp(z - max) without the target, per lane
     moment = tl.zeros([BLOCK_V], dtype=tl.float32)  # Σ exp(z - max) (z - max) without the target, per lane
-    for start in range(0, vocab_size, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = (cols < vocab_size) & (cols != target)
-        z, _slope = load_z(row_ptr, bias_ptr, cols, mask, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)  # [BLOCK_V] fp32
-        new_max = tl.maximum(row_max, tl.max(z, axis=0))
-        rescale = tl.exp(row_max - new_max)
-        exponential = tl.exp(z - new_max)
-        if WITH_ENTROPY:
-            product = tl.where(exponential > 0, exponential * (z - new_max), 0.0)
-            moment = (moment + others * (row_max - new_max)) * rescale + product
-        others = others * rescale + exponential
-        row_max = new_max
+    whole = vocab_size // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        row_max, others, moment = sweep_tile(
+            row_ptr, bias_ptr, start, target, vocab_size, inverse_temperature, softcap, row_max, others, moment,
+            HAS_BIAS, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V, False,
+        )  # fmt: skip
+    if whole < vocab_size:
+        row_max, others, moment = sweep_tile(
+            row_ptr, bias_ptr, whole, target, vocab_size, inverse_temperature, softcap, row_max, others, moment,
+            HAS_BIAS, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V, True,
+        )  # fmt: skip
     target_term = tl.exp(z_target - row_max)
     sum_others = tl.sum(others, axis=0)
     total = sum_others + target_term
@@ -74,6 +102,28 @@ def row_sweep(
         target_product = tl.where(target_term > 0, target_term * (z_target - row_max), 0.0)
         entropy = log_sum - (tl.sum(moment, axis=0) + target_product) / total
     return logprob, entropy, row_max, log_sum
+
+
+@triton.jit
+def gradient_tile(
+    row_ptr, grad_ptr, bias_ptr, start, target, vocab_size, inverse_temperature, softcap,
+    entropy, row_max, log_sum, c, e, at_target,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    cols = start + tl.arange(0, BLOCK_V)
+    mask = cols < vocab_size
+    z, dz_dx = load_z(row_ptr, bias_ptr, cols, mask, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    log_p = z - row_max - log_sum
+    p = tl.exp(log_p)  # [BLOCK_V] fp32
+    grad = -c * p
+    if WITH_ENTROPY:
+        grad -= tl.where(p > 0, e * p * (log_p + entropy), 0.0)
+    grad = tl.where(cols == target, at_target, grad) * dz_dx
+    tl.debug_barrier()
+    if MASKED:
+        tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -91,18 +141,17 @@ def gradient_sweep(
     if WITH_ENTROPY:
         p_target = tl.exp(logprob)
         at_target -= tl.where(p_target > 0, e * p_target * (logprob + entropy), 0.0)
-    for start in range(0, vocab_size, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = cols < vocab_size
-        z, dz_dx = load_z(row_ptr, bias_ptr, cols, mask, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)
-        log_p = z - row_max - log_sum
-        p = tl.exp(log_p)  # [BLOCK_V] fp32
-        grad = -c * p
-        if WITH_ENTROPY:
-            grad -= tl.where(p > 0, e * p * (log_p + entropy), 0.0)
-        grad = tl.where(cols == target, at_target, grad) * dz_dx
-        tl.debug_barrier()
-        tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    whole = vocab_size // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        gradient_tile(
+            row_ptr, grad_ptr, bias_ptr, start, target, vocab_size, inverse_temperature, softcap,
+            entropy, row_max, log_sum, c, e, at_target, HAS_BIAS, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V, False,
+        )  # fmt: skip
+    if whole < vocab_size:
+        gradient_tile(
+            row_ptr, grad_ptr, bias_ptr, whole, target, vocab_size, inverse_temperature, softcap,
+            entropy, row_max, log_sum, c, e, at_target, HAS_BIAS, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V, True,
+        )  # fmt: skip
 
 
 @triton.jit
