@@ -166,8 +166,9 @@ def metrics(
 
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Expert:
     `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/ratio`,
-    `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`, `rollout/kl_ref` with a KL term. What describes a term is taken
-    over its tokens with `weight` [N] ≠ 0; the others carry the entropy bonus alone.
+    `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`; `rollout/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from
+    the ratio; with a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref). What
+    describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the entropy bonus alone.
     """
     out: dict[str, Tensor] = {}
     for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
@@ -177,7 +178,7 @@ def metrics(
         def mean(x: Tensor, over: Tensor = trained) -> Tensor:
             return torch.where(over, x, 0).sum(dtype=torch.float32) / over.sum().clamp(min=1)
 
-        out[f"{name}/count"] = mine.sum().float()
+        out[f"{name}/count"], out[f"{name}/trained_count"] = mine.sum().float(), trained.sum().float()
         out[f"{name}/logprob"], out[f"{name}/prob"] = mean(logprob, mine), mean(logprob.exp(), mine)
         out[f"{name}/entropy"] = mean(entropy, mine)
         if name == "expert" and objective.expert is not None:
@@ -191,8 +192,12 @@ def metrics(
                 mean(c.clipped_low.float()),
                 mean(c.clipped_high.float()),
             )
+            log_ratio = torch.where(trained, c.ratio.log(), 0.0)
+            out["rollout/kl_old_k1"], out["rollout/kl_old_k3"] = mean(-log_ratio), mean(torch.expm1(log_ratio) - log_ratio)
             if c.kl is not None:
+                d_ref = torch.where(trained, logprob - s.ref_logprob, 0.0)
                 out["rollout/kl_ref"] = mean(c.kl)
+                out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = mean(d_ref), mean(torch.expm1(-d_ref) + d_ref)
     return out
 
 

@@ -235,6 +235,7 @@ class _Tally:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
+        self._mismatches: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, out: PolicyLossOutput, micro_batch: MicroBatch, objective: Objective) -> None:
@@ -242,16 +243,17 @@ class _Tally:
         batch = micro_batch.batch
         metrics = dict(out.metrics)
         if batch.rollout_logprob is not None:
-            metrics |= _mismatch(out.logprob, batch.rollout_logprob, batch.role == Role.ROLLOUT)
+            trained = (batch.role == Role.ROLLOUT) & (batch.weight != 0)
+            metrics |= _mismatch(out.logprob, batch.rollout_logprob, trained)
+            self._mismatches.append(torch.where(trained, (out.logprob.float() - batch.rollout_logprob).abs(), torch.nan))
         self._add("loss", out.loss.detach().double())
         for name, value in metrics.items():
-            role = name.split("/")[0]
             if name.endswith("_max"):
                 self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
-            elif name.endswith("/count"):
+            elif name.endswith("count"):
                 self._add(name, value.double())
             else:
-                self._add(name, value.double() * metrics[f"{role}/count"])
+                self._add(name, value.double() * metrics[_counted_by(name)])
         if "expert/share_below_alpha" in metrics:  # the expert gate truncates: TrSFT, or DFT with alpha = 1
             weight = objective.expert.gate.slope(out.logprob, batch.advantage).clamp(max=1.0)
             trained = (batch.role == Role.EXPERT) & (batch.weight != 0)
@@ -260,24 +262,33 @@ class _Tally:
     def result(self, extra: dict[str, Tensor]) -> dict[str, Any]:
         """All metrics as Python numbers, `extra` included, after one transfer."""
         histogram = self._sums.pop("histogram", None)
-        scalars = self._sums | self._maxima | extra
+        whole = dict(self._maxima)  # of the step as it is, not sums to be divided by a count
+        if self._mismatches:
+            whole["rollout/mismatch_p95"] = torch.nanquantile(torch.cat(self._mismatches), 0.95)
+        scalars = self._sums | whole | extra
         parts = [value.double().reshape(-1) for value in scalars.values()]
         numbers = torch.cat(parts if histogram is None else [*parts, histogram]).tolist()
         values = dict(zip(scalars, numbers, strict=False))
-        counts = {role: values.pop(f"{role}/count", 0.0) for role in ("expert", "rollout")}
-        metrics: dict[str, Any] = {"loss_tokens": int(sum(counts.values()))}
+        counts = {name: values.pop(name) for name in list(values) if name.endswith("count")}
+        metrics: dict[str, Any] = {"loss_tokens": int(sum(count for name, count in counts.items() if name.endswith("/count")))}
         for name, value in values.items():
-            role = name.split("/")[0]
-            if role not in counts:
+            count = counts.get(_counted_by(name))
+            if count is None:
                 metrics[name] = value
-            elif counts[role]:
-                metrics[_RENAMED.get(name, name)] = value if name in self._maxima else value / counts[role]
-        if counts["expert"] and histogram is not None:
+            elif count:
+                metrics[_RENAMED.get(name, name)] = value if name in whole else value / count
+        if counts.get("expert/count") and histogram is not None:
             metrics["trsft/weight_histogram"] = [int(count) for count in numbers[-HISTOGRAM_BINS:]]
         return metrics
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def _counted_by(name: str) -> str:
+    """The count of tokens that a metric of the kernels is a mean over."""
+    role, _, what = name.partition("/")
+    return f"{role}/count" if what in ("logprob", "prob", "entropy") else f"{role}/trained_count"
 
 
 _RENAMED = {

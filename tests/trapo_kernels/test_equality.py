@@ -122,9 +122,22 @@ def test_metrics_agree_across_backends_and_with_a_hand_computation():
         "rollout/logprob": logprob[rollout].mean(),
         "rollout/ratio": ratio[rollout].mean(),
         "rollout/ratio_max": ratio[rollout].max(),
+        "rollout/trained_count": rollout.sum().float(),
+        "rollout/kl_old_k1": (b.old_logprob - logprob)[rollout].mean(),
+        "rollout/kl_old_k3": (ratio - 1 - (logprob - b.old_logprob))[rollout].mean(),
     }
     for key, value in by_hand.items():
         torch.testing.assert_close(metrics[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_kl_metrics_of_the_reference_model():
+    hidden, weight, _ = cases.head(40, 8, 90, torch.float32)
+    b = cases.batch(40, 90, torch.float32)
+    metrics = linear_policy_loss(hidden, weight, b, objectives.grpo(beta=0.1)).metrics
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    d = (logprob - b.ref_logprob)[b.role == 1]
+    torch.testing.assert_close(metrics["rollout/kl_ref_k1"], d.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics["rollout/kl_ref_k3"], (torch.exp(-d) - 1 + d).mean(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

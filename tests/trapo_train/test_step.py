@@ -109,6 +109,8 @@ def test_metrics_describe_the_tokens():
     assert sum(metrics["trsft/weight_histogram"]) == 4
     assert metrics["rollout/mismatch_kl"] == pytest.approx(-2.0 - float(out.logprob[rollout].mean()), rel=1e-5)
     assert metrics["rollout/mismatch_above_10_percent"] > 0.5
+    off = (out.logprob[rollout] + 2.0).abs()
+    assert metrics["rollout/mismatch_p95"] == pytest.approx(float(off.quantile(0.95)), rel=1e-5)
     assert metrics["rollout/ratio_max"] == 1.0
 
 
