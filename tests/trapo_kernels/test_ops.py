@@ -99,3 +99,41 @@ def test_auto_says_its_choice_once(caplog):
         for _ in range(3):
             linear_logprob(hidden, weight, torch.zeros(6, dtype=torch.int64, device=cases.DEVICE))
     assert len(caplog.records) == 1 and 'backend="auto" chose' in caplog.text
+
+
+def test_a_temperature_tensor_that_changes_compiles_once():
+    hidden, weight, _ = cases.head(12, 5, 20, torch.float32)
+    b = cases.batch(12, 20, torch.float32)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda h, w, t: linear_policy_loss(h, w, b, objectives.trapo(), temperature=t).loss, fullgraph=True, backend=counter
+    )
+    for temperature in (0.5, 0.7, 1.0, 1.3):
+        rows = torch.full((12,), temperature, device=cases.DEVICE)
+        expected = linear_policy_loss(hidden, weight, b, objectives.trapo(), temperature=rows).loss
+        assert torch.equal(compiled(hidden, weight, rows), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+def test_cuda_graph_capture_replays_the_same_bits():
+    hidden, weight, _ = cases.head(256, 64, 4000, torch.bfloat16)
+    b = cases.batch(256, 4000, torch.float32)
+
+    def step():
+        loss = linear_policy_loss(hidden, weight, b, objectives.trapo()).loss
+        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)

@@ -1,0 +1,42 @@
+"""Accuracy against fp64 at the sizes of real heads: a vocabulary of 152k in bf16, and dWeight summed over many chunks."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends import gemm
+
+EXACT = [name for name in cases.CHUNKED if name != "triton" or cases.DEVICE == "cuda"]  # interpreted, it would take minutes
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("backend", EXACT)
+def test_bf16_head_of_a_large_vocabulary(backend, scale):
+    hidden, weight, _ = (x.detach() for x in cases.head(12, 64, 152_064, torch.bfloat16, scale))
+    target = torch.randint(152_064, (12,), device=cases.DEVICE)
+    target[::2] = (hidden[::2].float() @ weight.float().T).argmax(-1)  # likely tokens as well as unlikely ones
+    out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend)
+    logprob, entropy = cases.eager_statistics(hidden.double(), weight.double(), target)
+    assert cases.error(out.entropy, entropy) <= 1e-5
+    # What fp32 can hold: a logprob of -100 has a spacing of 7.6e-6.
+    spacing = torch.finfo(torch.float32).eps * logprob.abs().clamp(min=1.0)
+    assert ((out.logprob - logprob).abs() <= torch.maximum(spacing * 4, torch.tensor(1e-5))).all()
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_weight_gradient_of_many_chunks_is_no_worse_than_of_one(backend, monkeypatch):
+    """64k rows; fp32 accumulation over 512 chunks against one GEMM over all rows."""
+    hidden, weight, _ = cases.head(65_536, 8, 64, torch.float32)
+    b = cases.batch(65_536, 64, torch.float32)
+    truth_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = cases.batch(65_536, 64)
+    loss = linear_policy_loss(*truth_inputs, exact, objectives.trapo(), backend="torch").loss
+    truth = cases.gradients(loss, truth_inputs)[1]
+    errors = []
+    for rows in (65_536, 128):
+        monkeypatch.setattr(gemm, "chunk_rows", lambda *_, rows=rows, **__: rows)
+        monkeypatch.setattr("trapo_kernels.backends.sweep.chunk_rows", lambda *_, rows=rows, **__: rows)
+        grad = cases.gradients(linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss, (weight,))[0]
+        errors.append(float((grad - truth).norm() / truth.norm()))
+    assert errors[1] <= 1.5 * errors[0] + 1e-7
