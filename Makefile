@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 # The GPU machine's own interpreter serves where no environment was made: it brings a CUDA torch.
 GPU_RUN := $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3)
 
-.PHONY: help demo test test-fast lint format asan doctor gpu-test gpu-bench clean
+.PHONY: help demo test test-fast lint format asan doctor gpu-native gpu-test gpu-bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s $$'\t'
@@ -51,6 +51,9 @@ asan: $(VENV)/.ready  ## the CPU kernel tests against a build with address and u
 
 doctor: $(VENV)/.ready  ## what is installed, which backends run here and why the others do not
 	@$(RUN) -m trapo_kernels.doctor
+
+gpu-native:  ## build the native backend's CUDA part in place, for this machine's nvcc; then gpu-test and gpu-bench include it
+	@TRAPO_CUDA=1 $(GPU_RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 gpu-test:  ## kernel correctness on a CUDA device, under 9 minutes; writes benchmarks/results/<gpu>/tests.md
 	@PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu_test

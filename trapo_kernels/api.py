@@ -73,8 +73,8 @@ def linear_logprob(
         process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
             bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
-        backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "triton_fused" (scoring whose logits stay on the chip;
-            its backward is "triton"'s) or "native"; a named one runs or raises.
+        backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
+            "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.

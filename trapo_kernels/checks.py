@@ -117,8 +117,8 @@ def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, 
                 f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on {value.device}. "
                 "Cast it, or call under torch.autocast."
             )
-    if backend == "triton_fused":
-        raise ValueError(f'{where}: backend "triton_fused" has no LoRA, got lora of rank {a.shape[0]}. Use backend="triton".')
+    if backend.endswith("_fused"):
+        raise ValueError(f'{where}: backend "{backend}" has no LoRA, got lora of rank {a.shape[0]}. Use backend="triton".')
 
 
 def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
@@ -180,12 +180,12 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
 
 
 def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_group: object, batch_invariant: bool) -> None:
-    """Backend "triton_fused" has fp32 logits of a whole head."""
-    if backend != "triton_fused":
+    """The fused backends have fp32 logits of a whole head."""
+    if not backend.endswith("_fused"):
         return
     if logits_dtype != torch.float32 or process_group is not None or batch_invariant:
         raise ValueError(
-            f'{where}: backend "triton_fused" has fp32 logits on the chip: logits_dtype must be torch.float32, process_group None '
+            f'{where}: backend "{backend}" has fp32 logits on the chip: logits_dtype must be torch.float32, process_group None '
             f'and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend="triton".'
         )
 

@@ -13,7 +13,11 @@ import torch
 from trapo_kernels import checks
 from trapo_kernels.backends import native
 
-BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native")
+BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused")
+FUSED = (
+    "triton_fused",
+    "native_fused",
+)  # scoring whose logits stay on the chip; everything else as the backend before the underscore
 _log = logging.getLogger("trapo_kernels")
 
 
@@ -22,7 +26,7 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype) -
 
     "auto" is Triton on a GPU and the native rows on a CPU; chunked PyTorch where those cannot run.
     """
-    backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name != "triton_fused")
+    backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name not in FUSED)
     checks.one_of(where, "backend", backend, backends)
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "native"
@@ -42,7 +46,9 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return None
     if dtype == torch.float64:
         return 'its statistics are fp32 and the inputs are float64; backend="torch" and "reference" compute in fp64.'
-    if backend == "native":
+    if backend == "native_fused" and device.type != "cuda":
+        return f"its kernel is for sm_90 GPUs and the tensors are on the {device.type}."
+    if backend in ("native", "native_fused"):
         return native.why_not(device.type)
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install triton."
@@ -57,7 +63,7 @@ def rows(backend: str) -> ModuleType:
         from trapo_kernels.backends import triton_ops
 
         return triton_ops
-    if backend == "native":
+    if backend in ("native", "native_fused"):
         return native
     from trapo_kernels.backends import rows_torch
 

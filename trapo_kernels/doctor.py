@@ -55,7 +55,7 @@ def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
     if reason:
         return f"missing: {reason}", True
     note = f" ({native.instruction_set()})" if backend == "native" and device.type == "cpu" else ""
-    if backend == "triton_fused":
+    if backend in dispatch.FUSED:
         return "runs: linear_logprob without gradients only", True
     error = _self_test(backend, device)
     if error <= _TOLERANCE:

@@ -59,9 +59,7 @@ def instruction_set() -> str:
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row; destroys `logits`."""
     logits = _operand(logits)
-    stats = RowStatistics(
-        *torch.ops.trapo_native.row_statistics(logits, target.contiguous(), *_transform(transform, logits), with_entropy)
-    )
+    stats = RowStatistics(*torch.ops.trapo_native.row_statistics(logits, target.contiguous(), *_transform(transform), with_entropy))
     return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.entropy))
 
 
@@ -80,7 +78,7 @@ def logprob_gradient(
     torch.ops.trapo_native.row_gradient(
         logits,
         target.contiguous(),
-        *_transform(transform, logits),
+        *_transform(transform),
         *(part.contiguous() for part in stats),
         None if grad_logprob is None else grad_logprob.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),
@@ -104,13 +102,19 @@ def policy(
     stats = torch.ops.trapo_native.row_policy(
         logits,
         target.contiguous(),
-        *_transform(transform, logits),
+        *_transform(transform),
         *_streams(streams),
         streams.grad_entropy if with_entropy_gradient else None,
         *_gates(objective),
         grad,
     )
     return RowStatistics(*stats), None if grad is None else grad.to(grad_dtype)
+
+
+def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
+    """Statistics [N] of bf16 hidden [N, D] and weight [V, D] from a kernel that writes no logits; sm_90, no bias, no softcap."""
+    operands = (hidden.contiguous(), weight.contiguous(), target.contiguous())
+    return RowStatistics(*torch.ops.trapo_native.scoring(*operands, *_transform(transform)))
 
 
 def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
@@ -132,7 +136,7 @@ def _gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
     return logits.view(grad_dtype)[:, : logits.shape[1]]
 
 
-def _transform(transform: LogitTransform, logits: Tensor) -> tuple[Tensor | None, Tensor | None, float, float]:
+def _transform(transform: LogitTransform) -> tuple[Tensor | None, Tensor | None, float, float]:
     per_row = isinstance(transform.temperature, Tensor)
     return (
         None if transform.bias is None else transform.bias.float().contiguous(),

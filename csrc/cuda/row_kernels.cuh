@@ -1,0 +1,268 @@
+// One row of logits per block, or per cluster of blocks: statistics, coefficient and gradient in one launch.
+//
+//   one block     row in HBM ─▶ sums ─▶ c, e ─▶ row in HBM (L2 where it still lies there) ─▶ gradient
+//   a cluster     row in HBM ─▶ slices in the shared memory of K blocks ─▶ sums ─▶ exchanged between the blocks ─▶ gradient
+//
+// Reads / writes per fp32 logit with bf16 gradients: one block 4 + 4 + 2 bytes, a cluster 4 + 2. Order: a thread's columns ascend,
+// then lanes, warps and blocks combine in a fixed order: bitwise repeatable. Addresses are 64-bit.
+// Edges: a row that is ignored is written as zeros and never read; rows whose start is not 16-byte aligned load one by one.
+
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "softmax.h"
+
+namespace trapo {
+
+namespace cg = cooperative_groups;
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kIgnoredTarget = -100;
+
+// What the kernels read and write. A policy kernel takes the coefficient from the streams; a gradient kernel gets statistics and
+// both gradients; `grad` null means statistics alone.
+struct RowArguments {
+  const void* logits;
+  void* grad;
+  int64_t row_stride, grad_stride, vocab_size;
+  const int64_t* target;
+  const float *bias, *row_temperature;
+  float temperature, softcap;
+  float *logprob, *entropy, *row_max, *log_sum;
+  const uint8_t* role;  // null: rows with target -100 are ignored
+  const float *anchor, *signal, *advantage, *kl_weight, *ref_logprob;
+  const float *grad_logprob, *grad_entropy;
+  Gates gates;
+
+  __device__ bool ignored(int64_t row) const { return role ? role[row] == kIgnored : target[row] == kIgnoredTarget; }
+  __device__ Transform transform(int64_t row) const { return Transform(softcap, row_temperature ? row_temperature[row] : temperature); }
+};
+
+// kWidth elements of T as one access of 16 bytes (or of kWidth · sizeof(T)).
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) Pack {
+  T lane[kWidth];
+};
+
+template <typename T>
+__device__ __forceinline__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// Up to kWidth raw logits from column `i`, with bias and transform; `floor` beyond `end`.
+template <typename T, int kWidth>
+__device__ __forceinline__ void load_z(const RowArguments& a, const T* row, const Transform& t, int64_t i, int64_t end, float (&z)[kWidth]) {
+  if (i + kWidth <= end) {
+    const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(row + i);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z[k] = t.z(to_float(pack.lane[k]) + (a.bias ? a.bias[i + k] : 0.0f));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? t.z(to_float(row[i + k]) + (a.bias ? a.bias[i + k] : 0.0f)) : -INFINITY;
+  }
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_gradient(T* row, int64_t i, int64_t end, const float (&g)[kWidth]) {
+  if (i + kWidth <= end) {
+    Pack<T, kWidth> pack;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) pack.lane[k] = from_float<T>(g[k]);
+    *reinterpret_cast<Pack<T, kWidth>*>(row + i) = pack;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      if (i + k < end) row[i + k] = from_float<T>(g[k]);
+    }
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void write_zeros(T* row, int64_t begin, int64_t end) {
+  const float zeros[kWidth] = {};
+  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) store_gradient<T, kWidth>(row, i, end, zeros);
+}
+
+template <int kWidth>
+__device__ __forceinline__ void add_logits(RunningSoftmax& s, const float (&z)[kWidth], int64_t i, int64_t target) {
+  float most = s.max;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) most = i + k != target && most < z[k] ? z[k] : most;
+  if (most > s.max) raise_max(s, most);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    if (i + k != target) add_logit(s, z[k]);
+  }
+}
+
+// The sums of all threads, in every thread.
+__device__ __forceinline__ RunningSoftmax block_combine(RunningSoftmax s, RunningSoftmax* per_warp) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const RunningSoftmax other = {__shfl_xor_sync(~0u, s.max, offset), __shfl_xor_sync(~0u, s.others, offset),
+                                  __shfl_xor_sync(~0u, s.moment, offset)};
+    // The lower lane's sums come first on both sides, so that both get the same bits.
+    s = threadIdx.x & offset ? combine(other, s) : combine(s, other);
+  }
+  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = s;
+  __syncthreads();
+  s = per_warp[0];
+  for (int warp = 1; warp < kWarps; ++warp) s = combine(s, per_warp[warp]);
+  return s;
+}
+
+// Statistics to memory, then c = dL/dlogp from the streams.
+__device__ __forceinline__ float put_statistics(const RowArguments& a, int64_t row, const RowStatistics& s, bool writer) {
+  if (writer) {
+    a.logprob[row] = s.logprob;
+    a.entropy[row] = s.entropy;
+    a.row_max[row] = s.row_max;
+    a.log_sum[row] = s.log_sum;
+  }
+  if (!a.role) return 0.0f;
+  return coefficient(a.gates, s.logprob, a.role[row], a.anchor[row], a.signal[row], a.advantage[row],
+                     a.kl_weight ? a.kl_weight[row] : 0.0f, a.ref_logprob ? a.ref_logprob[row] : 0.0f);
+}
+
+template <typename T>
+__device__ __forceinline__ float target_logit(const RowArguments& a, const T* row, const Transform& t, int64_t target) {
+  if (target < 0 || target >= a.vocab_size) return NAN;
+  return t.z(to_float(row[target]) + (a.bias ? a.bias[target] : 0.0f));
+}
+
+// The gradient of columns [i, i + kWidth), from their z.
+template <typename G, int kWidth>
+__device__ __forceinline__ void gradient_of(const RowGradient& row, const Transform& t, float z_target, const float (&z)[kWidth],
+                                            int64_t i, int64_t target, float (&g)[kWidth]) {
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    g[k] = i + k == target ? row.at_target * t.slope(z_target) : row.elsewhere(z[k]) * t.slope(z[k]);
+  }
+}
+
+// One block per row; the gradient may lie over the row itself in a narrower dtype: a tile's bytes have been read by tiles up to
+// itself, and the barrier keeps a fast warp from overwriting what a slow one has still to load.
+template <typename T, typename G, int kWidth>
+__device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, const Transform& t, const RowGradient& row, float z_target,
+                               int64_t target) {
+  for (int64_t tile = 0; tile < a.vocab_size; tile += kThreads * kWidth) {
+    const int64_t i = tile + threadIdx.x * kWidth;
+    float z[kWidth], g[kWidth];
+    load_z<T, kWidth>(a, logits, t, i, a.vocab_size, z);
+    gradient_of<G, kWidth>(row, t, z_target, z, i, target, g);
+    __syncthreads();
+    store_gradient<G, kWidth>(grad, i, a.vocab_size, g);
+  }
+}
+
+template <typename T, typename G, int kWidth>
+__global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_constant__ RowArguments a) {
+  __shared__ RunningSoftmax per_warp[kWarps];
+  const int64_t row = blockIdx.x;
+  const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
+  G* grad = a.grad ? static_cast<G*>(a.grad) + row * a.grad_stride : nullptr;
+  if (a.ignored(row)) {
+    if (threadIdx.x == 0) a.logprob[row] = a.entropy[row] = a.row_max[row] = a.log_sum[row] = 0.0f;
+    if (grad) write_zeros<G, kWidth>(grad, 0, a.vocab_size);
+    return;
+  }
+  const Transform t = a.transform(row);
+  const int64_t target = a.target[row];
+  const float z_target = target_logit(a, logits, t, target);
+  RunningSoftmax s = empty_softmax();
+  for (int64_t i = threadIdx.x * kWidth; i < a.vocab_size; i += kThreads * kWidth) {
+    float z[kWidth];
+    load_z<T, kWidth>(a, logits, t, i, a.vocab_size, z);
+    add_logits<kWidth>(s, z, i, target);
+  }
+  const RowStatistics statistics = finish(block_combine(s, per_warp), z_target);
+  const float c = put_statistics(a, row, statistics, threadIdx.x == 0);
+  if (!grad) return;
+  const RowGradient gradient(statistics, c, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
+  gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
+}
+
+template <typename T, typename G, int kWidth>
+__global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_constant__ RowArguments a) {
+  const int64_t row = blockIdx.x;
+  const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
+  G* grad = static_cast<G*>(a.grad) + row * a.grad_stride;
+  if (a.ignored(row)) {
+    write_zeros<G, kWidth>(grad, 0, a.vocab_size);
+    return;
+  }
+  const Transform t = a.transform(row);
+  const int64_t target = a.target[row];
+  const float z_target = target_logit(a, logits, t, target);
+  const RowStatistics statistics = {a.logprob[row], a.entropy[row], a.row_max[row], a.log_sum[row]};
+  const RowGradient gradient(statistics, a.grad_logprob ? a.grad_logprob[row] : 0.0f, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
+  __syncthreads();  // every thread has the target's logit before its place is overwritten
+  gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
+}
+
+// A cluster of blocks per row: each holds the z of its slice of `slice` columns in shared memory, so HBM is read once.
+template <typename T, typename G, int kWidth>
+__global__ void __launch_bounds__(kThreads, 1) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) float z_slice[];
+  __shared__ RunningSoftmax per_warp[kWarps];
+  __shared__ RunningSoftmax of_block;
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int64_t row = blockIdx.x / cluster.num_blocks();
+  const int64_t begin = cluster.block_rank() * slice;
+  const int64_t end = begin + slice < a.vocab_size ? begin + slice : a.vocab_size;
+  const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
+  G* grad = static_cast<G*>(a.grad) + row * a.grad_stride;
+  const bool writer = threadIdx.x == 0 && cluster.block_rank() == 0;
+  if (a.ignored(row)) {  // the same in every block of the cluster, so none waits for another
+    if (writer) a.logprob[row] = a.entropy[row] = a.row_max[row] = a.log_sum[row] = 0.0f;
+    write_zeros<G, kWidth>(grad, begin, end);
+    return;
+  }
+  const Transform t = a.transform(row);
+  const int64_t target = a.target[row];
+  const float z_target = target_logit(a, logits, t, target);
+  RunningSoftmax s = empty_softmax();
+  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) {
+    float z[kWidth];
+    load_z<T, kWidth>(a, logits, t, i, end, z);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z_slice[i - begin + k] = z[k];  // slices are multiples of kWidth: the tail has room
+    add_logits<kWidth>(s, z, i, target);
+  }
+  s = block_combine(s, per_warp);
+  if (threadIdx.x == 0) of_block = s;
+  cluster.sync();  // all slices are read and all sums are there
+  s = *cluster.map_shared_rank(&of_block, 0);
+  for (unsigned block = 1; block < cluster.num_blocks(); ++block) s = combine(s, *cluster.map_shared_rank(&of_block, block));
+  cluster.sync();  // no block leaves while another reads its sums
+  const RowStatistics statistics = finish(s, z_target);
+  const float c = put_statistics(a, row, statistics, writer);
+  const RowGradient gradient(statistics, c, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
+  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) {
+    float z[kWidth], g[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z[k] = z_slice[i - begin + k];
+    gradient_of<G, kWidth>(gradient, t, z_target, z, i, target, g);
+    store_gradient<G, kWidth>(grad, i, end, g);
+  }
+#endif
+}
+
+}  // namespace trapo

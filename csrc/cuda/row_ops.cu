@@ -1,0 +1,208 @@
+// The CUDA implementations of the row schemas in csrc/ops.cpp: argument checks and the choice of kernel.
+
+#include "check.h"
+#include "row_kernels.cuh"
+
+namespace trapo {
+namespace {
+
+constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kSharedBytes = 200 * 1024;  // of 227 KiB that a block may have on sm_90 and sm_100
+constexpr int kLargestCluster = 8;            // the largest that every GPU with clusters can place
+
+struct Matrix {
+  void* data;
+  int64_t rows, columns, stride, element_size;
+  ScalarType dtype;
+
+  bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride * element_size % kVectorBytes == 0;
+  }
+};
+
+Matrix check_matrix(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, op, ": ", name, " must be [C, V] with unit stride in a row, got ", x.dim(),
+                  " dimensions. Call .contiguous() first.");
+  return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type()};
+}
+
+RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor& target, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
+  RowArguments a = {};
+  a.logits = logits.data;
+  a.row_stride = logits.stride;
+  a.vocab_size = logits.columns;
+  a.target = check_vector<int64_t>(op, "target", target, logits.rows, ScalarType::Long);
+  a.bias = check_floats(op, "bias", bias, logits.columns);
+  a.row_temperature = check_floats(op, "row_temperature", row_temperature, logits.rows);
+  a.temperature = static_cast<float>(temperature);
+  a.softcap = static_cast<float>(softcap);
+  return a;
+}
+
+// Blocks of a cluster whose shared memory holds a row, 0 where no cluster does.
+int cluster_blocks(int64_t vocab_size) {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9) return 0;
+  for (int blocks = 1; blocks <= kLargestCluster; blocks *= 2) {
+    if ((vocab_size + blocks - 1) / blocks * 4 + 64 <= kSharedBytes) return blocks;
+  }
+  return 0;
+}
+
+template <typename T, typename G, int kWidth>
+void launch_cluster(const char* op, const RowArguments& a, int64_t rows, int blocks, cudaStream_t stream) {
+  const int64_t slice = ((a.vocab_size + blocks - 1) / blocks + kWidth - 1) / kWidth * kWidth;
+  const size_t shared = static_cast<size_t>(slice) * sizeof(float);
+  const auto kernel = cluster_policy_kernel<T, G, kWidth>;
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, a, slice));
+}
+
+enum class Kind { kPolicy, kGradient };
+
+template <typename T, typename G>
+void launch(const char* op, Kind kind, const RowArguments& a, int64_t rows, bool aligned, cudaStream_t stream) {
+  constexpr int kWidth = kVectorBytes / sizeof(T);
+  const dim3 grid(static_cast<unsigned>(rows));
+  const int blocks = kind == Kind::kPolicy && a.grad && aligned ? cluster_blocks(a.vocab_size) : 0;
+  if (blocks > 0) return launch_cluster<T, G, kWidth>(op, a, rows, blocks, stream);
+  if (kind == Kind::kPolicy && aligned) row_policy_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);
+  if (kind == Kind::kPolicy && !aligned) row_policy_kernel<T, G, 1><<<grid, kThreads, 0, stream>>>(a);
+  if (kind == Kind::kGradient && aligned) row_gradient_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);
+  if (kind == Kind::kGradient && !aligned) row_gradient_kernel<T, G, 1><<<grid, kThreads, 0, stream>>>(a);
+  check_cuda(op, cudaGetLastError());
+}
+
+void dispatch(const char* op, Kind kind, const RowArguments& a, const Matrix& logits, const Matrix* grad, cudaStream_t stream) {
+  if (logits.rows == 0) return;
+  const bool aligned = logits.aligned() && (!grad || grad->aligned());
+  const ScalarType from = logits.dtype, to = grad ? grad->dtype : logits.dtype;
+  if (from == ScalarType::Float && to == ScalarType::Float) return launch<float, float>(op, kind, a, logits.rows, aligned, stream);
+  if (from == ScalarType::Float && to == ScalarType::BFloat16) {
+    return launch<float, __nv_bfloat16>(op, kind, a, logits.rows, aligned, stream);
+  }
+  if (from == ScalarType::Float && to == ScalarType::Half) return launch<float, __half>(op, kind, a, logits.rows, aligned, stream);
+  if (from == ScalarType::BFloat16 && to == from) {
+    return launch<__nv_bfloat16, __nv_bfloat16>(op, kind, a, logits.rows, aligned, stream);
+  }
+  if (from == ScalarType::Half && to == from) return launch<__half, __half>(op, kind, a, logits.rows, aligned, stream);
+  STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16 and their gradient of the same dtype or narrower.");
+}
+
+Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
+                          double temperature, double softcap, bool /*with_entropy*/) {
+  const char* op = "row_statistics";
+  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
+  const Matrix logits = check_matrix(op, "logits", logits_tensor);
+  RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
+  StatisticsOutput out;
+  const auto tensors = new_statistics(logits_tensor, logits.rows, &out);
+  a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
+  dispatch(op, Kind::kPolicy, a, logits, nullptr, current_stream(logits_tensor));
+  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+}
+
+void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
+                  double temperature, double softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum,
+                  std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy, Tensor grad_tensor) {
+  const char* op = "row_gradient";
+  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
+  const Matrix logits = check_matrix(op, "logits", logits_tensor), grad = check_matrix(op, "grad", grad_tensor);
+  RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
+  a.grad = grad.data;
+  a.grad_stride = grad.stride;
+  const auto given = [&](const char* name, const Tensor& x) {
+    return const_cast<float*>(check_vector<float>(op, name, x, logits.rows, ScalarType::Float));  // read only
+  };
+  a.logprob = given("logprob", logprob), a.entropy = given("entropy", entropy);
+  a.row_max = given("row_max", row_max), a.log_sum = given("log_sum", log_sum);
+  a.grad_logprob = check_floats(op, "grad_logprob", grad_logprob, logits.rows);
+  a.grad_entropy = check_floats(op, "grad_entropy", grad_entropy, logits.rows);
+  dispatch(op, Kind::kGradient, a, logits, &grad, current_stream(logits_tensor));
+}
+
+void put_streams(const char* op, RowArguments& a, int64_t rows, const Tensor& role, const Tensor& anchor, const Tensor& signal,
+                 const Tensor& advantage, const std::optional<Tensor>& kl_weight, const std::optional<Tensor>& ref_logprob,
+                 const std::vector<int64_t>& codes, const std::vector<double>& s) {
+  STD_TORCH_CHECK(codes.size() == 3 && s.size() == 7, op, ": codes and scalars must have 3 and 7 entries, got ", codes.size(),
+                  " and ", s.size(), ".");
+  a.role = check_vector<uint8_t>(op, "role", role, rows, ScalarType::Byte);
+  a.anchor = check_vector<float>(op, "anchor", anchor, rows, ScalarType::Float);
+  a.signal = check_vector<float>(op, "signal", signal, rows, ScalarType::Float);
+  a.advantage = check_vector<float>(op, "advantage", advantage, rows, ScalarType::Float);
+  a.kl_weight = check_floats(op, "kl_weight", kl_weight, rows);
+  a.ref_logprob = check_floats(op, "ref_logprob", ref_logprob, rows);
+  const auto f = [&](int i) { return static_cast<float>(s[i]); };
+  a.gates = {static_cast<int>(codes[0]), static_cast<int>(codes[1]), static_cast<int>(codes[2]),
+             {f(0), f(1), f(2)},         {f(3), f(4), f(5)},         f(6)};
+}
+
+Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
+                      double temperature, double softcap, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,
+                      std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::optional<Tensor> grad_entropy,
+                      std::vector<int64_t> codes, std::vector<double> scalars, std::optional<Tensor> grad_tensor) {
+  const char* op = "row_policy";
+  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
+  const Matrix logits = check_matrix(op, "logits", logits_tensor);
+  RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
+  put_streams(op, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
+  a.grad_entropy = check_floats(op, "grad_entropy", grad_entropy, logits.rows);
+  StatisticsOutput out;
+  const auto tensors = new_statistics(logits_tensor, logits.rows, &out);
+  a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
+  std::optional<Matrix> grad;
+  if (grad_tensor.has_value()) {
+    grad = check_matrix(op, "grad", *grad_tensor);
+    a.grad = grad->data;
+    a.grad_stride = grad->stride;
+  }
+  dispatch(op, Kind::kPolicy, a, logits, grad ? &*grad : nullptr, current_stream(logits_tensor));
+  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+}
+
+__global__ void token_coefficient_kernel(const __grid_constant__ RowArguments a, const float* logprob, float* out, int64_t tokens) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= tokens) return;
+  out[i] = a.role[i] == kIgnored ? 0.0f
+                                 : coefficient(a.gates, logprob[i], a.role[i], a.anchor[i], a.signal[i], a.advantage[i],
+                                               a.kl_weight ? a.kl_weight[i] : 0.0f, a.ref_logprob ? a.ref_logprob[i] : 0.0f);
+}
+
+Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,
+                         std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::vector<int64_t> codes,
+                         std::vector<double> scalars) {
+  const char* op = "token_coefficient";
+  const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
+  const int64_t tokens = logprob.size(0);
+  RowArguments a = {};
+  put_streams(op, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
+  const float* values = check_vector<float>(op, "logprob", logprob, tokens, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(logprob, {tokens});
+  if (tokens == 0) return out;
+  const unsigned blocks = static_cast<unsigned>((tokens + 255) / 256);
+  token_coefficient_kernel<<<blocks, 256, 0, current_stream(logprob)>>>(a, values, out.mutable_data_ptr<float>(), tokens);
+  check_cuda(op, cudaGetLastError());
+  return out;
+}
+
+}  // namespace
+}  // namespace trapo
+
+STABLE_TORCH_LIBRARY_IMPL(trapo_native, CUDA, m) {
+  m.impl("row_statistics", TORCH_BOX(&trapo::row_statistics));
+  m.impl("row_gradient", TORCH_BOX(&trapo::row_gradient));
+  m.impl("row_policy", TORCH_BOX(&trapo::row_policy));
+  m.impl("token_coefficient", TORCH_BOX(&trapo::token_coefficient));
+}

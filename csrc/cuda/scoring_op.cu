@@ -1,0 +1,78 @@
+// The CUDA implementation of `scoring`: argument checks, tensor maps, and the launch of the Hopper kernel.
+
+#include "check.h"
+#include "hopper_scoring.cuh"
+
+namespace trapo {
+namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check_cuda("scoring", cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// The map of a row-major bf16 matrix in boxes of [box_rows, kTileDepth], swizzled by 128 bytes.
+CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "scoring: ", name,
+                  " must be bfloat16 with unit stride in a row, got ", x.dim(), " dimensions.");
+  STD_TORCH_CHECK(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "scoring: rows of ", name,
+                  " must start at multiples of 16 bytes for the copy engine, got a row stride of ", x.stride(0),
+                  " elements. Use backend=\"triton\".");
+  void* encode = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check_cuda("scoring", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
+  STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "scoring: the driver has no cuTensorMapEncodeTiled; update it.");
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(x.size(1)), static_cast<cuuint64_t>(x.size(0))};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(x.stride(0)) * 2};
+  const cuuint32_t box[2] = {kTileDepth, box_rows}, element_stride[2] = {1, 1};
+  CUtensorMap map;
+  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x.const_data_ptr()), size, stride, box, element_stride,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "scoring: no tensor map for ", name, ", driver error ", static_cast<int>(result), ".");
+  return map;
+}
+
+Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
+                   double temperature, double softcap) {
+  const char* op = "scoring";
+  const int device = hidden.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  STD_TORCH_CHECK(major == 9, op, ": the kernel is for sm_90, got sm_", major, "x. Use backend=\"triton\".");
+  STD_TORCH_CHECK(!bias.has_value() && softcap == 0.0, op, ": the kernel has neither bias nor softcap. Use backend=\"triton\".");
+  const int64_t rows = hidden.size(0), vocab_size = weight.size(0);
+  const Schedule schedule(rows > 0 ? rows : 1, vocab_size, attribute(cudaDevAttrMultiProcessorCount, device));
+  StatisticsOutput out;
+  const auto tensors = new_statistics(hidden, rows, &out);
+  if (rows == 0) return {tensors[0], tensors[1], tensors[2], tensors[3]};
+  const Tensor partial = torch::stable::new_empty(hidden, {schedule.splits, rows, 3}, ScalarType::Float);
+  const Tensor target_logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
+  const ScoringArguments a = {rows,
+                              vocab_size,
+                              hidden.size(1),
+                              check_vector<int64_t>(op, "target", target, rows, ScalarType::Long),
+                              check_floats(op, "row_temperature", row_temperature, rows),
+                              static_cast<float>(temperature),
+                              static_cast<RunningSoftmax*>(partial.mutable_data_ptr()),
+                              target_logit.mutable_data_ptr<float>(),
+                              schedule};
+  const CUtensorMap hidden_map = tensor_map("hidden", hidden, kTileRows), weight_map = tensor_map("weight", weight, kTileColumns);
+  const cudaStream_t stream = current_stream(hidden);
+  check_cuda(op, cudaFuncSetAttribute(hopper_scoring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kScoringShared));
+  const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
+  const unsigned blocks = static_cast<unsigned>(schedule.items() < processors ? schedule.items() : processors);
+  hopper_scoring_kernel<<<blocks, kScoringThreads, kScoringShared, stream>>>(hidden_map, weight_map, a);
+  check_cuda(op, cudaGetLastError());
+  combine_splits_kernel<<<static_cast<unsigned>((rows + 255) / 256), 256, 0, stream>>>(a, out.logprob, out.entropy, out.row_max,
+                                                                                       out.log_sum);
+  check_cuda(op, cudaGetLastError());
+  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+}
+
+}  // namespace
+}  // namespace trapo
+
+STABLE_TORCH_LIBRARY_IMPL(trapo_native, CUDA, m) { m.impl("scoring", TORCH_BOX(&trapo::scoring)); }

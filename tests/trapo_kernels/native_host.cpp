@@ -1,0 +1,55 @@
+// The arithmetic of csrc/cuda that runs on a host as well, for test_native_cuda.py to call.
+
+#include "csrc/cuda/layout.h"
+#include "csrc/cuda/softmax.h"
+
+using namespace trapo;
+
+extern "C" {
+
+void accumulator_places(int* rows, int* columns) {
+  for (int thread = 0; thread < 128; ++thread) {
+    for (int i = 0; i < kAccumulators; ++i) {
+      rows[thread * kAccumulators + i] = accumulator_row(thread, i);
+      columns[thread * kAccumulators + i] = accumulator_column(thread, i);
+    }
+  }
+}
+
+// How often each tile of [row tiles, column tiles] is worked on; returns the number of splits.
+int count_tiles(int64_t rows, int64_t vocab_size, int processors, int* counts) {
+  const Schedule schedule(rows, vocab_size, processors);
+  for (int index = 0; index < schedule.items(); ++index) {
+    const WorkItem item = schedule.item(index);
+    for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) {
+      ++counts[item.row_tile * schedule.column_tiles + tile];
+    }
+  }
+  return schedule.splits;
+}
+
+// Statistics and gradient of a row in `parts` interleaved partial sums, combined in order.
+void row(const float* logits, int vocab_size, int target, float softcap, float temperature, int parts, float c, float e, float* statistics,
+         float* gradient) {
+  const Transform t(softcap, temperature);
+  RunningSoftmax total = empty_softmax();
+  for (int part = 0; part < parts; ++part) {
+    RunningSoftmax s = empty_softmax();
+    for (int v = part; v < vocab_size; v += parts) {
+      const float z = t.z(logits[v]);
+      if (v == target) continue;
+      if (z > s.max) raise_max(s, z);
+      add_logit(s, z);
+    }
+    total = part == 0 ? s : combine(total, s);
+  }
+  const float z_target = t.z(logits[target]);
+  const RowStatistics s = finish(total, z_target);
+  statistics[0] = s.logprob, statistics[1] = s.entropy, statistics[2] = s.row_max + s.log_sum;
+  const RowGradient g(s, c, e);
+  for (int v = 0; v < vocab_size; ++v) {
+    const float z = t.z(logits[v]);
+    gradient[v] = (v == target ? g.at_target : g.elsewhere(z)) * t.slope(z);
+  }
+}
+}
