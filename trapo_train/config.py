@@ -18,6 +18,7 @@ from trapo_train.evaluate import EvalConfig
 from trapo_train.model import ModelConfig
 from trapo_train.packing import PackingConfig
 from trapo_train.plans import PlanConfig
+from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import ConfigError, KeyPath, build
 from trapo_train.step import ObjectiveConfig, OptimizerConfig
@@ -37,8 +38,9 @@ class RunConfig:
     """Training problems."""
     eval_data: DataConfig | None = None
     """Held-out problems; null for no evaluation."""
-    reward: str
-    """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward."""
+    reward: str | list[RewardTerm]
+    """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
+    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]."""
     seed: int = 0
     """Seed of everything random in the run, at least 0; data sections have their own for generated problems."""
     model: ModelConfig = field(default_factory=ModelConfig)

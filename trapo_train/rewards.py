@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib
+import inspect
 import logging
 import math
+import os
 import sys
-import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
+from trapo_train.math_grader import load_library
 from trapo_train.records import Problem
 from trapo_train.tasks import pointer_chasing_reward
+from trapo_train.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-MATH_TIME_LIMIT_S = 5
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """One of several rewards."""
+
+    name: str
+    """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward."""
+    weight: float = 1.0
+    """Its weight in the sum, a finite number."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name must not be empty.")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be a finite number, got {self.weight}.")
 
 
 class RewardFn(Protocol):
-    """A reward in TRL's signature: one number per row, or None where it has no opinion.
+    """A reward in TRL's signature, a function or an async one: one number per row, or None where it has no opinion.
 
     `prompts` and `completions` are texts, one per row; a completion is the whole response, expert prefix included and
     special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with one
@@ -63,7 +84,7 @@ def judge(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -
     if not texts:
         return []
     try:
-        values = reward(**_arguments(problems, texts))
+        values = _called(reward, _arguments(problems, texts))
     except Exception as error:
         raise RewardError(_describe_exception(reward, problems, texts, error)) from error
     name = _name(reward)
@@ -74,14 +95,17 @@ def judge(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -
     return [_check_value(value, name, problem) for value, problem in zip(values, problems, strict=True)]
 
 
-def load_reward(name: str) -> RewardFn:
-    """Return a reward by name ("exact_match", "math_verify", "pointer_chasing") or by path ("package.module:function").
+def load_reward(name: str | Sequence[RewardTerm]) -> RewardFn:
+    """Return a reward by name ("exact_match", "math_verify", "pointer_chasing") or by path ("package.module:function"), or the
+    weighted sum of several.
 
     A module is looked for as `import` does, and in the working directory.
     """
+    if not isinstance(name, str):
+        return WeightedSum([(load_reward(term.name), term.weight) for term in name])
     if name in REWARDS:
         if name == "math_verify":
-            _import_math_verify()  # a missing extra shows now, not after the first rollout
+            load_library()  # a missing extra shows now, not after the first rollout
         return REWARDS[name]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
@@ -113,48 +137,86 @@ def exact_match(
     ]
 
 
-def math_verify(
-    prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
-) -> list[float | None]:
-    r"""Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify.
+class MathVerify:
+    """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
 
-    The answer is what stands in \boxed{} or after words such as "the final answer is"; a bare number is none, so that a
-    response cut off in mid-reasoning earns nothing. None where there is no solution or math-verify cannot parse it.
-
-    Each parse and each comparison may take 5 s, then it counts as no answer. Outside the main thread there is no limit,
-    because math-verify measures time with a signal.
+    None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
+    than `TIME_LIMIT_S` or crashes the grader earns 0.0 and is counted, and training goes on.
     """
-    return [_verify_math(completion, truth) for completion, truth in zip(completions, solution, strict=True)]
+
+    TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usually end it earlier
+
+    def __init__(self) -> None:
+        self.__name__ = "math_verify"
+        self._pool: WorkerPool | None = None
+        self._counts: Counter[str] = Counter()
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
+    ) -> list[float | None]:
+        if self._pool is None:
+            workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+            self._pool = WorkerPool("trapo_train.math_grader", num_workers=workers, time_limit_s=self.TIME_LIMIT_S)
+        asked = [i for i, truth in enumerate(solution) if truth is not None]
+        answers = self._pool.map([(completions[i], solution[i]) for i in asked])
+        values: list[float | None] = [None] * len(completions)
+        for i, answer in zip(asked, answers, strict=True):
+            values[i] = answer.value if answer.outcome == "ok" else 0.0
+            self._counts[answer.outcome] += 1
+        return values
+
+    def take_metrics(self) -> dict[str, float]:
+        """Gradings that took too long and that crashed since this was last asked."""
+        counts, self._counts = self._counts, Counter()
+        return {"reward/grading_timeouts": float(counts["timeout"]), "reward/grading_crashes": float(counts["crash"])}
+
+
+class WeightedSum:
+    """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has."""
+
+    def __init__(self, terms: Sequence[tuple[RewardFn, float]]) -> None:
+        self.terms = list(terms)
+        self.__name__ = " + ".join(f"{weight:g}·{_name(reward)}" for reward, weight in self.terms)
+        self._values: dict[str, list[float]] = {}
+
+    def __call__(self, **arguments: Any) -> list[float | None]:
+        totals: list[float | None] = [None] * len(arguments["completions"])
+        for reward, weight in self.terms:
+            for i, value in enumerate(_called(reward, arguments)):
+                if value is not None:
+                    totals[i] = (totals[i] or 0.0) + weight * value
+                    self._values.setdefault(_name(reward).strip("'"), []).append(float(value))
+        return totals
+
+    def take_metrics(self) -> dict[str, float]:
+        """The mean of each reward since this was last asked, and the metrics of the rewards themselves."""
+        metrics = {f"reward/{name}": fmean(values) for name, values in self._values.items()}
+        self._values = {}
+        for reward, _ in self.terms:
+            metrics |= take_metrics(reward)
+        return metrics
+
+
+def take_metrics(reward: RewardFn) -> dict[str, float]:
+    """What a reward counted besides its values since this was last asked; nothing for a plain function."""
+    return reward.take_metrics() if hasattr(reward, "take_metrics") else {}
 
 
 REWARDS: dict[str, RewardFn] = {
     "exact_match": exact_match,
-    "math_verify": math_verify,
+    "math_verify": MathVerify(),
     "pointer_chasing": pointer_chasing_reward,
 }
 
 
-def _import_math_verify() -> Any:
-    try:
-        return importlib.import_module("math_verify")
-    except ImportError as error:
-        raise ImportError("reward 'math_verify' needs math-verify: pip install 'trapo[math]'.") from error
+def _called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
+    """What the reward returns; one that is async is run to its end."""
+    values = reward(**arguments)
+    return asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
 
 
-def _verify_math(completion: str, truth: str | None) -> float | None:
-    if truth is None:
-        return None
-    library = _import_math_verify()
-    seconds = MATH_TIME_LIMIT_S if threading.current_thread() is threading.main_thread() else None
-    gold = library.parse(f"\\boxed{{{truth}}}", parsing_timeout=seconds)
-    if not gold:
-        return None
-    anchored = [
-        library.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),
-        library.ExprExtractionConfig(try_extract_without_anchor=False),
-    ]
-    answer = library.parse(completion, extraction_config=anchored, parsing_timeout=seconds)
-    return float(library.verify(gold, answer, timeout_seconds=seconds))
+async def _awaited(values: Any) -> Any:
+    return await values
 
 
 def _arguments(problems: Sequence[Problem], texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -171,7 +233,7 @@ def _describe_exception(reward: RewardFn, problems: Sequence[Problem], texts: Se
     """Say which row made the reward raise, found by calling it row by row."""
     for problem, text in zip(problems, texts, strict=True):
         try:
-            reward(**_arguments([problem], [text]))
+            _called(reward, _arguments([problem], [text]))
         except Exception as single:
             return f"Reward {_name(reward)} raised on row {problem.index}: {single!r}. Its completion: {text[:200]!r}"
     return f"Reward {_name(reward)} raised on {len(texts)} rows, though on none of them alone: {error!r}."

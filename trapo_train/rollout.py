@@ -11,7 +11,7 @@ from trapo_train.engine import Engine, SamplingParams
 from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import answer_in_prefix, cut_prefix
 from trapo_train.records import Problem, Request, Sample
-from trapo_train.rewards import RewardFn, judge
+from trapo_train.rewards import RewardFn, judge, take_metrics
 
 ENGINES = ("transformers",)
 VERIFICATIONS = ("response", "completion")
@@ -125,7 +125,7 @@ def run_plans(
         for climb, group in zip(batch, drafts, strict=True):
             climb.samples.extend(group)
             climb.advance([sample.reward for sample in group])
-    metrics = _metrics([climb.samples for climb in climbs]) | {"reward/none_count": float(none_count)}
+    metrics = _metrics([climb.samples for climb in climbs]) | {"reward/none_count": float(none_count)} | take_metrics(reward)
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
     return RolloutResult([climb.kept for climb in climbs], metrics, deferred)
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from trapo_train.records import Problem
-from trapo_train.rewards import RewardError, exact_match, judge, load_reward, math_verify, score
+from trapo_train.rewards import REWARDS, RewardError, RewardTerm, WeightedSum, exact_match, judge, load_reward, score, take_metrics
 from trapo_train.tasks import pointer_chasing_reward
 
+math_verify = REWARDS["math_verify"]
 MATH_EVAL = Path(__file__).parents[3] / "shared" / "data" / "math_eval"
 
 
@@ -184,3 +185,40 @@ def test_math_verify_on_real_answers(name):
     # A few neighbours in the sorted list are equal, such as 30^\circ and 30.
     assert sum(wrong) <= 0.05 * len(answers)
     assert math_verify(rows, ["No answer."] * len(answers), answers) == [0.0] * len(answers)
+
+
+def test_an_async_reward_is_awaited():
+    async def later(prompts, completions, **columns):
+        return [float(len(completion)) for completion in completions]
+
+    assert judge(later, problems(2), ["a", "bcd"]) == [1.0, 3.0]
+
+
+def test_an_async_reward_that_raises_names_its_row():
+    async def broken(prompts, completions, **columns):
+        if "bad" in completions:
+            raise KeyError("no such key")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match="raised on row 11: KeyError"):
+        judge(broken, problems(2), ["good", "bad"])
+
+
+def test_several_rewards_are_weighted_and_reported_one_by_one():
+    def brevity(prompts, completions, **columns):
+        return [1.0 / len(completion) for completion in completions]
+
+    total = WeightedSum([(exact_match, 2.0), (brevity, -0.5), (returning([None, None]), 9.0)])
+    assert judge(total, problems(2), ["s0", "long"]) == [2.0 - 0.25, -0.125]
+    assert take_metrics(total) == {"reward/exact_match": 0.5, "reward/brevity": 0.375}
+    assert take_metrics(total) == {}
+    assert judge(WeightedSum([(returning([None]), 1.0)]), problems(1), ["x"]) == [None]
+
+
+def test_several_rewards_by_name():
+    reward = load_reward([RewardTerm("exact_match"), RewardTerm("pointer_chasing", 0.1)])
+    assert [weight for _, weight in reward.terms] == [1.0, 0.1] and take_metrics(exact_match) == {}
+    with pytest.raises(ValueError, match="Did you mean 'exact_match'"):
+        load_reward([RewardTerm("exact_mach")])
+    with pytest.raises(ValueError, match="weight must be a finite number, got nan"):
+        RewardTerm("exact_match", float("nan"))
