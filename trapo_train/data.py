@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rewards import RewardFn, judge
-from trapo_train.rows import cell, load_rows, prompt_text, solution_text, trace_texts, wants_chat
+from trapo_train.rows import cell, load_rows, prompt_text, solution_text, trace_texts, wants_chat, without_start
 from trapo_train.tasks import PointerChasingConfig
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 TASKS = ("pointer_chasing",)
 RESERVED_COLUMNS = ("prompts", "completions", "solution")  # what the reward function is called with
 VERIFY_BATCH = 64
+PRESETS = {"luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"}}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class DataConfig:
     """The configuration of the Hugging Face dataset, if it has several."""
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
+    preset: Literal["luffy"] | None = None
+    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth)."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth."""
     solution_column: str | None = "solution"
@@ -46,6 +49,9 @@ class DataConfig:
     """Render a text prompt as a user message with the tokenizer's chat template; chat prompts always are."""
     system_prompt: str | None = None
     """System message put before every prompt that has none; implies as_chat."""
+    response_start: str = ""
+    """Text that every response starts with, put at the end of each prompt, such as "<think>\\n"; an expert trace that brings it
+    again loses it."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens, at least 1."""
     on_long_prompt: Literal["error", "drop"] = "error"
@@ -66,6 +72,8 @@ class DataConfig:
             raise ValueError(f"task must be one of {list(TASKS)}, got {self.task!r}.")
         if self.task is None and self.task_options != PointerChasingConfig():
             raise ValueError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
+        if self.preset is not None:
+            self._apply_preset()
         if self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens must be at least 1, got {self.max_prompt_tokens}.")
         if self.num_problems is not None and self.num_problems < 1:
@@ -73,6 +81,15 @@ class DataConfig:
         for name, choices in (("on_long_prompt", ("error", "drop")), ("on_rejected_expert", ("keep", "drop"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+
+    def _apply_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {list(PRESETS)} or null, got {self.preset!r}.")
+        for name, column in PRESETS[self.preset].items():
+            given, default = getattr(self, name), DataConfig.__dataclass_fields__[name].default
+            if given not in (default, column):
+                raise ValueError(f"preset {self.preset} sets {name} to {column!r}, got {given!r} too. Leave out one of them.")
+            object.__setattr__(self, name, column)
 
 
 @dataclass(frozen=True)
@@ -246,7 +263,7 @@ def _read_row(
     """Return the row as a problem, or None if its prompt is too long and such rows are dropped."""
     at = f"{where}, row {index}"
     value = cell(row, config.prompt_column, at)
-    prompt = prompt_text(value, config, tokenizer, at)
+    prompt = prompt_text(value, config, tokenizer, at) + config.response_start
     prompt_ids = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
     if not prompt_ids:
         raise ValueError(f"{at}: the prompt is empty. Remove the row.")
@@ -262,7 +279,7 @@ def _read_row(
         solution = solution_text(cell(row, config.solution_column, at), at)
     traces: list[str] = []
     if config.expert_column is not None:
-        traces = trace_texts(cell(row, config.expert_column, at), at)
+        traces = [without_start(text, prompt) for text in trace_texts(cell(row, config.expert_column, at), at)]
     experts = tuple(_expert(text, tokenizer, at) for text in traces)
     return Problem(index, prompt, prompt_ids, solution, experts, {column: row[column] for column in further})
 

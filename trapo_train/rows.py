@@ -97,6 +97,14 @@ def trace_texts(value: Any, where: str) -> list[str]:
     return [text for text in (_trace_text(item, where) for item in value) if text]
 
 
+def without_start(trace: str, prompt: str) -> str:
+    """The expert trace without the opening tag, such as <think>, that the prompt ends with already."""
+    opened = re.search(r"<[A-Za-z_|]+>\s*$", prompt)
+    if opened is None or not trace.lstrip().startswith(opened.group().strip()):
+        return trace
+    return trace.lstrip().removeprefix(opened.group().strip()).lstrip()
+
+
 def _load_dataset(path: str, name: str | None, split: str) -> Any:
     import datasets
 

@@ -350,3 +350,36 @@ def test_bad_orders():
         ProblemOrder(4, seed=0).load_state_dict(ProblemOrder(3, seed=0).state_dict())
     with pytest.raises(ValueError, match="seed = 1, the saved run had 0"):
         ProblemOrder(3, seed=1).load_state_dict(ProblemOrder(3, seed=0).state_dict())
+
+
+LUFFY_ROW = {
+    "data_source": "openr1",
+    "prompt": [{"role": "system", "content": "Reason."}, {"role": "user", "content": "1+1="}],
+    "target": [{"role": "assistant", "content": "<think>\nOne and one.\n</think>\n2"}],
+    "ability": "math",
+    "reward_model": {"ground_truth": "2", "style": "rule"},
+    "extra_info": {"index": 7, "split": "default"},
+}
+
+
+def test_the_layout_of_luffy_by_its_preset(load):
+    (problem,) = load([LUFFY_ROW], preset="luffy")
+    assert problem.prompt == "<system>Reason.</s><user>1+1=</s><assistant>"
+    assert problem.solution == "2"
+    assert [expert.text for expert in problem.experts] == ["<think>\nOne and one.\n</think>\n2</s>"]
+    assert problem.columns["data_source"] == "openr1" and problem.columns["extra_info"]["index"] == 7
+
+
+def test_a_tag_that_the_prompt_opens_is_not_opened_again_by_the_trace(load):
+    (problem,) = load([LUFFY_ROW], preset="luffy", response_start="<think>\n")
+    assert problem.prompt.endswith("<assistant><think>\n")
+    assert [expert.text for expert in problem.experts] == ["One and one.\n</think>\n2</s>"]
+    (plain,) = load(ROWS[:1], response_start="<think>\n")
+    assert plain.prompt == "1+1=<think>\n" and plain.experts[0].text == "2</s>"
+
+
+def test_a_preset_leaves_no_doubt(load):
+    with pytest.raises(ValueError, match="preset luffy sets prompt_column to 'prompt', got 'question' too"):
+        load(ROWS, preset="luffy", prompt_column="question")
+    with pytest.raises(ValueError, match=r"preset must be one of \['luffy'\] or null, got 'verl'"):
+        load(ROWS, preset="verl")
