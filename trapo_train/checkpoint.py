@@ -22,10 +22,20 @@ from typing import Any
 
 import numpy
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-FORMAT = 2
+from trapo_train.parallel import World
+
+FORMAT = 3
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 _UNFINISHED = ".unfinished_"
 
@@ -188,14 +198,41 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
-    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole."""
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def training_state(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
+    """Weights and optimizer state by parameter name, whole tensors on the CPU whatever the sharding; every rank must ask, the first
+    one gets them."""
+    return {
+        "model": get_model_state_dict(model, options=_WHOLE),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
+    }
+
+
+def load_training_state(model: PreTrainedModel, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Put what `training_state` returned into a model and an optimizer, sharded over any number of ranks."""
+    whole = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state["model"], options=whole)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
+
+
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, world: World | None = None
+) -> Path:
+    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole.
+
+    Every rank of `world` must call this; the first one gathers the weights and writes.
+    """
     directory = Path(directory)
+    weights = get_model_state_dict(model, options=_WHOLE) if world is not None and world.size > 1 else None
+    if world is not None and not world.first:
+        return directory
     unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()
     disable_progress_bar()
-    model.save_pretrained(unfinished)
+    model.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
     if progress_bar:
         enable_progress_bar()

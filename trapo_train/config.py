@@ -17,6 +17,7 @@ from trapo_train.data import DataConfig
 from trapo_train.evaluate import EvalConfig
 from trapo_train.model import ModelConfig
 from trapo_train.packing import PackingConfig
+from trapo_train.parallel import ParallelConfig
 from trapo_train.plans import PlanConfig
 from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
@@ -61,6 +62,8 @@ class RunConfig:
     """When and how the held-out problems are sampled."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are saved and how many are kept."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How a run under torchrun spreads over its ranks."""
 
     def __post_init__(self) -> None:
         for name, smallest in (("steps", 1), ("prompts_per_step", 1), ("seed", 0)):

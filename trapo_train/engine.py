@@ -125,6 +125,10 @@ class TransformersEngine:
             )
         self._generator.set_state(state["generator"].cpu())
 
+    def reseed(self, seed: int) -> None:
+        """Start the engine's generator anew."""
+        self._generator.manual_seed(seed)
+
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """Return one completion per prompt, in the order of the prompts.
 

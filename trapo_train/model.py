@@ -6,6 +6,7 @@ FSDP2 has gathered its weight. Without one it is a plain Linear, so `generate` a
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,6 +193,7 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype) -
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap)
     model.set_output_embeddings(head)
+    model.run_head = types.MethodType(_run_head, model)  # a method, so that FSDP can gather the weights around it
     _check_logits(model, head)
     return head
 
@@ -237,7 +239,7 @@ def policy_forward(model: PreTrainedModel, micro_batch: MicroBatch, objective: O
     def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Any:
         return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=temperature, **head_arguments)
 
-    return _run_head(model, micro_batch, loss_fn)
+    return model.run_head(micro_batch, loss_fn)
 
 
 @torch.no_grad()
@@ -248,7 +250,7 @@ def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 
         target = micro_batch.batch.target
         return linear_logprob(hidden, weight, target, temperature=temperature, with_entropy=True, **head_arguments)
 
-    out = _run_head(model, micro_batch, score_fn)
+    out = model.run_head(micro_batch, score_fn)
     return out.logprob, out.entropy
 
 

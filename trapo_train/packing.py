@@ -139,6 +139,11 @@ def pack(
     return micro_batches + [_empty_micro_batch()] * (wanted - len(micro_batches))
 
 
+def pad_to_multiple(micro_batches: list[MicroBatch], of: int) -> list[MicroBatch]:
+    """The micro-batches, filled up with empty ones so that `of` ranks run equally many."""
+    return micro_batches + [_empty_micro_batch()] * (-len(micro_batches) % of)
+
+
 def _segment_length(sample: Sample, max_tokens: int) -> int:
     """Tokens that the model reads for a sample: all but the last, which is only ever a target."""
     prompt, response = len(sample.problem.prompt_ids), len(sample.prefix_ids) + len(sample.completion_ids)

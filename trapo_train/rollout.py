@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from trapo_train.engine import Engine, SamplingParams
+from trapo_train.parallel import interleave
 from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import answer_in_prefix, cut_prefix
 from trapo_train.records import Problem, Request, Sample
@@ -63,6 +64,8 @@ class RolloutResult:
 
     groups: list[list[Sample]]
     metrics: dict[str, float]
+    sampled: list[list[Sample]] = field(default_factory=list)
+    """The groups with the samples that their plans dropped; the metrics describe these."""
     deferred: tuple[int, ...] = ()
     """Which of the problems, counted from 0, their plans put off to a step on expert traces."""
 
@@ -125,9 +128,25 @@ def run_plans(
         for climb, group in zip(batch, drafts, strict=True):
             climb.samples.extend(group)
             climb.advance([sample.reward for sample in group])
-    metrics = _metrics([climb.samples for climb in climbs]) | {"reward/none_count": float(none_count)} | take_metrics(reward)
+    sampled = [climb.samples for climb in climbs]
+    metrics = _metrics(sampled) | {"reward/none_count": float(none_count)} | take_metrics(reward)
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
-    return RolloutResult([climb.kept for climb in climbs], metrics, deferred)
+    return RolloutResult([climb.kept for climb in climbs], metrics, sampled, deferred)
+
+
+def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
+    """The results of all ranks as one, problems in the order that one process would have them in."""
+    if len(parts) == 1:
+        return parts[0]
+    sampled = interleave([part.sampled for part in parts])
+    # What the samples do not tell: counts add up, means of single rewards are averaged over the ranks.
+    metrics = _metrics(sampled)
+    for name in dict.fromkeys(name for part in parts for name in part.metrics if name not in metrics):
+        values = [part.metrics[name] for part in parts if name in part.metrics]
+        metrics[name] = sum(values) if name.endswith(("_count", "_timeouts", "_crashes")) else fmean(values)
+    put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
+    deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)
+    return RolloutResult(interleave([part.groups for part in parts]), metrics, sampled, deferred)
 
 
 def drop_long_experts(problems: Sequence[Problem], max_response_tokens: int) -> tuple[list[Problem], int]:

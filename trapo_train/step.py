@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, SchedulerType, get_scheduler
 from trapo_kernels import Objective, PolicyLossOutput, Role, objectives
 from trapo_train.model import policy_forward
 from trapo_train.packing import MicroBatch
+from trapo_train.parallel import World
 from trapo_train.schedules import Schedule, build_schedule, is_schedule
 
 HISTOGRAM_BINS = 10
@@ -188,6 +190,7 @@ def optimizer_step(
     objective: Objective,
     temperature: float,
     max_grad_norm: float,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Accumulate the gradients of all micro-batches, clip them, and update the weights once.
 
@@ -197,6 +200,8 @@ def optimizer_step(
     Args:
         temperature: > 0, the sampling temperature of the rollouts.
         max_grad_norm: L2 norm that gradients are scaled down to; 0 never clips.
+        world: the ranks that run this step together, each on its own micro-batches, equally many; None for a single process.
+            FSDP averages gradients over the ranks, so that each rank's loss is multiplied by their number.
 
     Returns: loss, grad_norm (before clipping), learning_rate, loss_tokens, micro_batches, loss_passes (2 where the objective
         needs the logprobs of whole sequences first, else 1), skipped_step; and for each role that has tokens, entropy/<role>
@@ -205,16 +210,20 @@ def optimizer_step(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
+    ranks = 1 if world is None else world.size
     tally = _Tally()
     passes = 1
     for micro_batch in micro_batches:
         micro_batch = micro_batch.to(device)
         out = policy_forward(model, micro_batch, objective, temperature)
-        out.loss.backward()
+        (out.loss if ranks == 1 else out.loss * ranks).backward()
         tally.add(out, micro_batch, objective)
         passes = max(passes, out.passes)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-    metrics = tally.result({"grad_norm": grad_norm})
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    if ranks > 1:
+        tally = _Tally.merged(world.gather(tally.on_cpu()))
+    metrics = tally.result({"grad_norm": grad_norm.cpu() if ranks > 1 else grad_norm})
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     learning_rate = optimizer.param_groups[0]["lr"]
     if finite:
@@ -258,6 +267,26 @@ class _Tally:
             weight = objective.expert.gate.slope(out.logprob, batch.advantage).clamp(max=1.0)
             trained = (batch.role == Role.EXPERT) & (batch.weight != 0)
             self._add("histogram", torch.histc(torch.where(trained, weight, -1.0), HISTOGRAM_BINS, 0.0, 1.0).double())
+
+    def on_cpu(self) -> _Tally:
+        """A copy that can travel between processes."""
+        copy = _Tally()
+        copy._sums = {name: value.cpu() for name, value in self._sums.items()}
+        copy._maxima = {name: value.cpu() for name, value in self._maxima.items()}
+        copy._mismatches = [value.cpu() for value in self._mismatches]
+        return copy
+
+    @classmethod
+    def merged(cls, tallies: Sequence[_Tally]) -> _Tally:
+        """The tally of all micro-batches of all ranks, the same on every rank."""
+        whole = cls()
+        for tally in tallies:
+            for name, value in tally._sums.items():
+                whole._add(name, value)
+            for name, value in tally._maxima.items():
+                whole._maxima[name] = torch.maximum(whole._maxima.get(name, value), value)
+            whole._mismatches += tally._mismatches
+        return whole
 
     def result(self, extra: dict[str, Tensor]) -> dict[str, Any]:
         """All metrics as Python numbers, `extra` included, after one transfer."""

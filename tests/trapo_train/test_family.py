@@ -9,7 +9,7 @@ import pytest
 
 from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
 from trapo_kernels import objectives
-from trapo_train import train
+from trapo_train import trainer
 from trapo_train.train import Trainer, run
 
 COSINE = "{schedule: cosine, start: 0.8, end: 0.2, steps: 6}"
@@ -127,7 +127,7 @@ def test_a_chooser_that_needs_the_model_before_training_is_refused(configure):
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatch, overrides, message):
-    monkeypatch.setattr(train, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
+    monkeypatch.setattr(trainer, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
     config = configure("refused", *overrides)
     with pytest.raises(ValueError, match=message):
         train_to_end(config)

@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from trapo_kernels import objectives
-from trapo_train import train
+from trapo_train import trainer
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.records import Sample
@@ -210,7 +210,7 @@ def test_used_output_dir_is_refused(configure):
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatch, overrides, message):
-    monkeypatch.setattr(train, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
+    monkeypatch.setattr(trainer, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
     config = configure("refused", *overrides)
     with pytest.raises(ValueError, match=message):
         train_to_end(config)
@@ -247,7 +247,7 @@ def test_kl_term_compares_with_the_model_before_training(configure):
 
 
 def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
-    real, calls = train.optimizer_step, []
+    real, calls = trainer.optimizer_step, []
 
     def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
         calls.append(len(calls))
@@ -255,7 +255,7 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
             model.lm_head.weight[0, 0] += float("nan") if len(calls) > 2 else 0.0
         return real(model, optimizer, scheduler, micro_batches, *arguments)
 
-    monkeypatch.setattr(train, "optimizer_step", poisoned)
+    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
     # expert traces only: the engine refuses to sample from broken weights itself
     config = configure("poisoned", "plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
     with pytest.raises(NonFiniteError, match=r"2 steps in a row.*Resume from the last checkpoint"):

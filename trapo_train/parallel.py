@@ -1,0 +1,135 @@
+"""Many ranks: the process group, the sharded model (FSDP2, or HSDP with replicas), and what the ranks tell each other.
+
+Every rank samples its share of a step's problems. Then all ranks exchange their samples, so each computes the same advantages,
+weights and micro-batches as one process would, and runs every size-th micro-batch. The gradient therefore does not depend on the
+number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run that `torchrun` starts spreads over its ranks; unused in a single process."""
+
+    replicate: int = 1
+    """Copies of the sharded model (HSDP), at least 1, a divisor of the number of ranks; 1 shards over all ranks (FSDP2)."""
+    timeout_s: int = 1800
+    """Longest wait for another rank, in seconds, at least 1; after it the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "timeout_s"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+class World:
+    """This process among the ranks of a run; alone, all of its methods are trivial."""
+
+    def __init__(self, config: ParallelConfig) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if self.size % config.replicate:
+            raise ValueError(
+                f"parallel.replicate must divide the number of ranks, {self.size}, got {config.replicate}. "
+                "Start as many ranks as replicas times shards."
+            )
+        self._shape = (config.replicate, self.size // config.replicate)
+        if self.size > 1:
+            if cuda:
+                torch.cuda.set_device(self.device)
+            if not dist.is_initialized():
+                # Objects travel over gloo, gradients over NCCL where there is CUDA.
+                backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+                dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """This rank's part of a list that all ranks hold: every size-th item."""
+        return items[self.rank :: self.size]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+    def close(self) -> None:
+        """Leave the process group together."""
+        if self.size > 1 and dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+    def mesh(self) -> DeviceMesh:
+        """[shards], or [replicas, shards]."""
+        replicas, shards = self._shape
+        if replicas == 1:
+            return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
+        return init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def interleave(parts: list[list[Any]]) -> list[Any]:
+    """The list whose shares (see `World.share`) are `parts`."""
+    out: list[Any] = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        out[rank :: len(parts)] = part
+    return out
+
+
+def shard_model(model: nn.Module, world: World) -> None:
+    """Shard the parameters over the ranks: each decoder layer is a unit, the rest (embedding, norm, head) another.
+
+    The policy head runs inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is
+    whole, tied or not.
+    """
+    if world.size == 1:
+        return
+    mesh = world.mesh()
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "run_head")
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds the whole model and may run it as often as it likes without the others; costs its full size.
+
+    Afterwards the gathered copies are dropped, so that no later forward sees stale weights.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)

@@ -1,0 +1,302 @@
+"""Everything a run consists of, and one step of it: problems → plans and rollouts → advantages → packing → optimizer step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trapo_kernels import Objective
+from trapo_train.advantages import assign_advantages, assign_prefix_weights
+from trapo_train.checkpoint import CheckpointStore, load_training_state, restore_rng_state, rng_state, training_state
+from trapo_train.chooser import apply_choice, load_chooser
+from trapo_train.config import RunConfig, to_yaml
+from trapo_train.data import ProblemOrder, load_problems
+from trapo_train.display import Reporter
+from trapo_train.engine import TransformersEngine
+from trapo_train.evaluate import evaluate
+from trapo_train.model import load_model_and_tokenizer, precision, score
+from trapo_train.packing import MicroBatch, pack, pad_to_multiple
+from trapo_train.parallel import World, gathered, shard_model
+from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
+from trapo_train.preflight import check_lengths, check_objective
+from trapo_train.records import Problem, Sample
+from trapo_train.rewards import load_reward
+from trapo_train.rollout import RolloutResult, drop_long_experts, merge_results, run_plans
+from trapo_train.step import (
+    NonFiniteError,
+    build_objective,
+    build_optimizer,
+    build_scheduler,
+    extreme_objectives,
+    optimizer_step,
+    scheduled_options,
+)
+from trapo_train.tasks import build_tokenizer
+
+# Sections that may change between a run and its continuation without changing what is trained.
+_FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel")
+_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
+
+
+class Trainer:
+    """Everything a run consists of, and its state: model, optimizer, schedule, order of the problems, random states.
+
+    Building one loads data and model and checks that they fit together.
+
+    Raises: ValueError for what cannot be trained, with rule, actual value and remedy.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.world = World(config.parallel)
+        self.step = 0
+        self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
+        self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
+        self.reward = load_reward(config.reward)
+        check_objective(config, self.objective)
+        task_tokenizer = build_tokenizer() if config.data.task is not None else None
+        self.model, self.tokenizer = load_model_and_tokenizer(
+            config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device
+        )
+        self.notes: list[str] = []
+        self.problems = self._load_problems()
+        self.eval_problems = None
+        if config.eval_data is not None:
+            self.eval_problems = load_problems(config.eval_data, self.tokenizer, None)
+        check_lengths(config, self.model, [*self.problems, *(self.eval_problems or [])])
+        self.reference = None
+        if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+        shard_model(self.model, self.world)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps)
+        self.engine = TransformersEngine(
+            self.model, self.tokenizer, seed=self._engine_seed(0), max_batch_tokens=config.rollout.max_batch_tokens
+        )
+        self.order = ProblemOrder(len(self.problems), config.seed)
+        self.evaluated_at = -1
+        self.skipped_in_a_row = 0
+        self.last_metrics: dict[str, Any] = {}
+        self.last_evaluation: dict[str, float] = {}
+        self.last_groups: list[list[Sample]] = []
+
+    @property
+    def objective(self) -> Objective:
+        """The configured objective as its schedules have it at this step."""
+        return build_objective(self.config.objective, self.step)
+
+    @property
+    def plan(self) -> Plan:
+        """The configured plan as it draws at this step."""
+        return build_plan(self.config.plan, step=self.step, seed=self.config.seed)
+
+    def train_step(self) -> dict[str, Any]:
+        """Sample, score and learn from the next problems; returns the metrics of the step."""
+        config = self.config
+        started = time.perf_counter()
+        positions, plan, objective = self._next()
+        rollout = self._sample([self.problems[i] for i in positions], plan)
+        self.deferred.add(positions[i] for i in rollout.deferred)
+        assign_advantages(rollout.groups, config.advantage)
+        for group in rollout.groups:
+            assign_prefix_weights(group)
+        sampled = time.perf_counter()
+        packed = pack(
+            [sample for group in rollout.groups for sample in group],
+            config.packing,
+            objective,
+            max_response_tokens=config.rollout.max_response_tokens,
+        )
+        micro_batches = self._with_reference(self.world.share(pad_to_multiple(packed, self.world.size)), objective)
+        update = optimizer_step(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            micro_batches,
+            objective,
+            config.rollout.temperature,
+            config.optimizer.max_grad_norm,
+            self.world,
+        )
+        ended = time.perf_counter()
+        scheduled = {f"objective/{name}": value for name, value in scheduled_options(config.objective, self.step).items()}
+        self.step += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if update["skipped_step"] else 0
+        self.last_groups = rollout.groups
+        self.last_metrics = {
+            "step": self.step,
+            **update,
+            **rollout.metrics,
+            **scheduled,
+            "tokens_per_s": rollout.metrics["response_tokens"] / (ended - started),
+            "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.world.device))),
+            "time/rollout_s": sampled - started,
+            "time/update_s": ended - sampled,
+        }
+        if self.deferred.size is not None:
+            self.last_metrics["deferred"] = len(self.deferred)
+        return self.last_metrics
+
+    def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
+        """The samples of all problems; each rank generates for its share and hands its samples to the others."""
+        with gathered(self.model), precision(self.model):
+            mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
+        return merge_results(self.world.gather(mine))
+
+    def _engine_seed(self, step: int) -> int:
+        """Of this rank's engine; `step` > 0 for a run that resumes on another number of ranks."""
+        return self.config.seed + _RANK_SEED * (self.world.rank + self.world.size * step)
+
+    def _next(self) -> tuple[list[int], Plan, Objective]:
+        """Positions of the problems of the next step, how they are sampled, and the loss.
+
+        A step that trains expert terms alone, be it for enough deferred problems or by the chooser, takes the expert traces.
+        """
+        positions = self.deferred.take()
+        choice = "expert" if positions else "both"
+        if not positions:
+            positions = self.order.next(self.config.prompts_per_step)
+            if self.chooser is not None:
+                choice = self.chooser(self.step, self.last_metrics)
+        objective = apply_choice(choice, self.objective)
+        alone = choice != "both" and objective.rollout is None
+        return positions, build_plan(PlanConfig("sft")) if alone else self.plan, objective
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether this step is to be evaluated and has not been: every k steps, the start included, and at the end."""
+        if self.eval_problems is None or self.evaluated_at == self.step:
+            return False
+        every = self.config.evaluation.every
+        return self.step >= self.config.steps or (every > 0 and self.step % every == 0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on the held-out problems; leaves all random states as they are. Every rank computes the same."""
+        config = self.config
+        with gathered(self.model), precision(self.model):
+            self.last_evaluation = evaluate(
+                self.engine, self.eval_problems, self.reward, self.tokenizer, config.evaluation, config.rollout
+            )
+        self.evaluated_at = self.step
+        return self.last_evaluation
+
+    def stop_if_broken(self, metrics: dict[str, Any], reporter: Reporter) -> None:
+        """Report a skipped step; after too many in a row keep the samples for inspection and raise NonFiniteError."""
+        if not metrics["skipped_step"]:
+            return
+        reporter.event(
+            f"step {self.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
+        )
+        if self.skipped_in_a_row <= self.config.optimizer.max_skipped_steps:
+            return
+        path = Path(self.config.output_dir) / f"non_finite_step_{self.step}.jsonl"
+        samples = [sample for group in self.last_groups for sample in group]
+        if self.world.first:
+            path.write_text("".join(json.dumps(asdict(sample), default=str) + "\n" for sample in samples), encoding="utf-8")
+        raise NonFiniteError(
+            f"train: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
+            f"optimizer.max_skipped_steps = {self.config.optimizer.max_skipped_steps} are skipped. The last samples are in "
+            f"{path}. Resume from the last checkpoint with a lower optimizer.learning_rate or max_grad_norm."
+        )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run must share with this one to continue it: the configuration, except where and how long, and the data."""
+        config = yaml.safe_load(to_yaml(self.config))
+        free = [*_FREE_SECTIONS]
+        if self.config.optimizer.schedule.startswith("constant"):
+            free.append("steps")  # other schedules depend on it
+        return {"config": {k: v for k, v in config.items() if k not in free}, "data": self.data_fingerprint[:16]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state of the run, as tensors and plain values on the CPU, the same for any number of ranks; every rank must ask
+        for it, the first one gets the tensors."""
+        return {
+            "step": self.step,
+            "evaluated_at": self.evaluated_at,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            **training_state(self.model, self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "order": self.order.state_dict(),
+            "deferred": self.deferred.state_dict(),
+            "chooser": self.chooser.state_dict() if hasattr(self.chooser, "state_dict") else {},
+            "last_metrics": self.last_metrics,
+            "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
+        }
+
+    def resume(self, store: CheckpointStore) -> bool:
+        """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""
+        found = store.load(self.fingerprint)
+        if found is None:
+            return False
+        _, state = found
+        for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics"):
+            setattr(self, name, state[name])
+        load_training_state(self.model, self.optimizer, state)
+        for name in ("scheduler", "order", "deferred"):
+            getattr(self, name).load_state_dict(state[name])
+        if hasattr(self.chooser, "load_state_dict"):
+            self.chooser.load_state_dict(state["chooser"])
+        if len(state["ranks"]) == self.world.size:
+            own = state["ranks"][self.world.rank]
+            self.engine.load_state_dict(own["engine"])
+            restore_rng_state(own["rng"])
+        else:  # no state fits: every rank draws anew, from seeds that no other step of this run has used
+            self.engine.reseed(self._engine_seed(self.step))
+            self.notes.append(f"saved by {len(state['ranks'])} ranks, continued by {self.world.size}: new random states")
+        self.notes.append(f"resumed from step {self.step}")
+        return True
+
+    def _load_problems(self) -> Sequence[Problem]:
+        """The training problems; expert traces and problems that cannot be used are left out and noted."""
+        loaded = load_problems(self.config.data, self.tokenizer, self.reward)
+        self.data_report, self.data_fingerprint = loaded.report, loaded.fingerprint
+        longest = self.config.rollout.max_response_tokens
+        problems, dropped = drop_long_experts(loaded, longest)
+        if dropped:
+            self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
+        if self.objective.rollout is None:
+            kept = [problem for problem in problems if problem.experts]
+            if len(kept) < len(problems):
+                self.notes.append(f"left out {len(problems) - len(kept)} problems without an expert trace")
+            if not kept:
+                raise ValueError(
+                    f"objective {self.objective.name} trains on expert tokens alone, and none of the {len(problems)} problems "
+                    "has an expert trace. Set data.expert_column, raise rollout.max_response_tokens, or train on rollouts."
+                )
+            problems = kept
+        return problems
+
+    def _with_reference(self, micro_batches: list[MicroBatch], objective: Objective) -> list[MicroBatch]:
+        """The micro-batches with logprobs of the model as it was before training, where the objective reads them."""
+        if "ref_logprob" not in objective.streams:
+            return micro_batches
+        if self.reference is None:
+            raise ValueError(
+                f"objective.chooser chose {objective.name}, which reads the logprobs of the model before training; it is kept "
+                f"only for an objective.name that reads them too, got {self.config.objective.name}."
+            )
+        scored = []
+        for micro_batch in micro_batches:
+            logprob, _ = score(self.reference, micro_batch.to(self.world.device), self.config.rollout.temperature)
+            batch = replace(micro_batch.batch, ref_logprob=logprob.cpu())
+            scored.append(replace(micro_batch, batch=batch))
+        return scored
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held at once so far, MiB: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
