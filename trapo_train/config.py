@@ -23,6 +23,7 @@ from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import ConfigError, KeyPath, build
 from trapo_train.step import ObjectiveConfig, OptimizerConfig
+from trapo_train.updates import UpdateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class RunConfig:
     output_dir: str
     """Folder for metrics, plots, checkpoints and the resolved configuration."""
     steps: int
-    """Optimizer steps, at least 1."""
+    """Rollout steps, at least 1; optimizer steps as well unless updates says otherwise."""
     prompts_per_step: int
     """Problems sampled for each optimizer step, at least 1."""
     data: DataConfig
@@ -58,6 +59,8 @@ class RunConfig:
     """The optimizer and its learning rate."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     """How samples become micro-batches."""
+    updates: UpdateConfig = field(default_factory=UpdateConfig)
+    """How many optimizer steps each rollout step is used for."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """When and how the held-out problems are sampled."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

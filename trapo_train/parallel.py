@@ -117,6 +117,13 @@ def shard_model(model: nn.Module, world: World) -> None:
     register_fsdp_forward_method(model, "run_head")
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop gathered copies of the weights; due after every pass without gradients, or the next forward sees stale ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, every rank holds the whole model and may run it as often as it likes without the others; costs its full size.

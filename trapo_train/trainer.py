@@ -29,9 +29,10 @@ from trapo_train.packing import MicroBatch, pack, pad_to_multiple
 from trapo_train.parallel import World, gathered, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_lengths, check_objective
+from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards import load_reward
-from trapo_train.rollout import RolloutResult, drop_long_experts, merge_results, run_plans
+from trapo_train.rollout import RolloutResult, merge_results, run_plans
 from trapo_train.step import (
     NonFiniteError,
     build_objective,
@@ -42,6 +43,7 @@ from trapo_train.step import (
     scheduled_options,
 )
 from trapo_train.tasks import build_tokenizer
+from trapo_train.updates import merge_updates, split_groups, with_old_policy
 
 # Sections that may change between a run and its continuation without changing what is trained.
 _FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel")
@@ -73,13 +75,14 @@ class Trainer:
         self.eval_problems = None
         if config.eval_data is not None:
             self.eval_problems = load_problems(config.eval_data, self.tokenizer, None)
-        check_lengths(config, self.model, [*self.problems, *(self.eval_problems or [])])
+        loaded = [problems for problems in (self.problems, self.eval_problems) if problems is not None]
+        check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))
         self.reference = None
         if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
             self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
         shard_model(self.model, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps)
+        self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
         self.engine = TransformersEngine(
             self.model, self.tokenizer, seed=self._engine_seed(0), max_batch_tokens=config.rollout.max_batch_tokens
         )
@@ -111,23 +114,7 @@ class Trainer:
         for group in rollout.groups:
             assign_prefix_weights(group)
         sampled = time.perf_counter()
-        packed = pack(
-            [sample for group in rollout.groups for sample in group],
-            config.packing,
-            objective,
-            max_response_tokens=config.rollout.max_response_tokens,
-        )
-        micro_batches = self._with_reference(self.world.share(pad_to_multiple(packed, self.world.size)), objective)
-        update = optimizer_step(
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            micro_batches,
-            objective,
-            config.rollout.temperature,
-            config.optimizer.max_grad_norm,
-            self.world,
-        )
+        update = self._update(rollout.groups, objective)
         ended = time.perf_counter()
         scheduled = {f"objective/{name}": value for name, value in scheduled_options(config.objective, self.step).items()}
         self.step += 1
@@ -146,6 +133,32 @@ class Trainer:
         if self.deferred.size is not None:
             self.last_metrics["deferred"] = len(self.deferred)
         return self.last_metrics
+
+    def _update(self, groups: list[list[Sample]], objective: Objective) -> dict[str, Any]:
+        """Take the optimizer steps on the samples of a rollout step."""
+        config = self.config
+        mini_batches = []
+        for samples in split_groups(groups, config.updates.mini_batches):
+            packed = pack(samples, config.packing, objective, max_response_tokens=config.rollout.max_response_tokens)
+            mine = self.world.share(pad_to_multiple(packed, self.world.size))
+            mine = with_old_policy(self.model, mine, config.updates, config.rollout.temperature)
+            mini_batches.append(self._with_reference(mine, objective))
+        return merge_updates(
+            [
+                optimizer_step(
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    micro_batches,
+                    objective,
+                    config.rollout.temperature,
+                    config.optimizer.max_grad_norm,
+                    self.world,
+                )
+                for _ in range(config.updates.epochs)
+                for micro_batches in mini_batches
+            ]
+        )
 
     def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
         """The samples of all problems; each rank generates for its share and hands its samples to the others."""
@@ -257,16 +270,16 @@ class Trainer:
         self.notes.append(f"resumed from step {self.step}")
         return True
 
-    def _load_problems(self) -> Sequence[Problem]:
+    def _load_problems(self) -> ProblemSet:
         """The training problems; expert traces and problems that cannot be used are left out and noted."""
         loaded = load_problems(self.config.data, self.tokenizer, self.reward)
         self.data_report, self.data_fingerprint = loaded.report, loaded.fingerprint
         longest = self.config.rollout.max_response_tokens
-        problems, dropped = drop_long_experts(loaded, longest)
+        problems, dropped = loaded.without_long_experts(longest)
         if dropped:
             self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
         if self.objective.rollout is None:
-            kept = [problem for problem in problems if problem.experts]
+            kept = problems.with_experts()
             if len(kept) < len(problems):
                 self.notes.append(f"left out {len(problems) - len(kept)} problems without an expert trace")
             if not kept:

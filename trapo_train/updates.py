@@ -1,0 +1,124 @@
+"""Several optimizer steps on the samples of one rollout step: mini-batches, epochs, old logprobs and static corrections."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trapo_kernels import corrections
+from trapo_train.model import score
+from trapo_train.packing import MicroBatch
+from trapo_train.parallel import reshard
+from trapo_train.records import Sample
+
+CORRECTIONS = ("tis", "mis", "icepop", "sequence_mask")
+_STREAMS = ("role", "old_logprob", "rollout_logprob", "sequence_id")  # what the trainer gives to a correction
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """A factor on the weight of rollout tokens for the difference between the sampler's logprobs and the trainer's."""
+
+    name: str = "tis"
+    """Function of trapo_kernels.corrections: tis, mis, icepop or sequence_mask."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its arguments, such as {cap: 2.0} of tis or {low: 0.5, high: 2.0, level: sequence} of mis."""
+
+    def __post_init__(self) -> None:
+        if self.name not in CORRECTIONS:
+            raise ValueError(f"name must be one of {', '.join(CORRECTIONS)}, got {self.name!r}.")
+        allowed = [name for name in inspect.signature(getattr(corrections, self.name)).parameters if name not in _STREAMS]
+        for option in self.options:
+            if option not in allowed:
+                raise ValueError(f"options of {self.name} are {', '.join(allowed)}, got {option!r}.")
+        empty = torch.zeros(0)
+        self.factor(torch.zeros(0, dtype=torch.uint8), empty, empty, torch.zeros(0, dtype=torch.int64))  # refuses bad values
+
+    def factor(
+        self, role: torch.Tensor, old_logprob: torch.Tensor, rollout_logprob: torch.Tensor, sequence_id: torch.Tensor
+    ) -> torch.Tensor:
+        """The factor of every token, [N]."""
+        function = getattr(corrections, self.name)
+        streams = {"old_logprob": old_logprob, "rollout_logprob": rollout_logprob, "sequence_id": sequence_id}
+        taken = {name: stream for name, stream in streams.items() if name in inspect.signature(function).parameters}
+        return function(role, **taken, **self.options)
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How many optimizer steps the samples of one rollout step are used for."""
+
+    mini_batches: int = 1
+    """Parts that the problems of a step are split into, at least 1; one optimizer step each, with its own normalisers."""
+    epochs: int = 1
+    """Passes over all mini-batches, at least 1."""
+    correction: CorrectionConfig | None = None
+    """Correction for the sampler's logprobs; null for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("mini_batches", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def per_step(self) -> int:
+        """Optimizer steps per rollout step."""
+        return self.mini_batches * self.epochs
+
+
+def split_groups(groups: Sequence[list[Sample]], parts: int) -> list[list[Sample]]:
+    """The samples of each mini-batch; all samples of a problem stay together."""
+    return [[sample for group in groups[part::parts] for sample in group] for part in range(parts)]
+
+
+def with_old_policy(
+    model: PreTrainedModel, micro_batches: Sequence[MicroBatch], config: UpdateConfig, temperature: float
+) -> list[MicroBatch]:
+    """The micro-batches with what must be known of the policy before the first update.
+
+    `old_logprob` where there are several updates (with one the policy is its own old one); the correction's factor in the weights.
+    Both come from the trainer's own forward pass, with the packing of the updates that follow.
+    """
+    if config.per_step == 1 and config.correction is None:
+        return list(micro_batches)
+    device = next(model.parameters()).device
+    model.train()
+    scored = [score(model, micro_batch.to(device), temperature)[0].cpu() for micro_batch in micro_batches]
+    reshard(model)  # or the first update would see the weights of before
+    return [_with_old(micro_batch, logprob, config) for micro_batch, logprob in zip(micro_batches, scored, strict=True)]
+
+
+def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, config: UpdateConfig) -> MicroBatch:
+    batch = micro_batch.batch
+    changes: dict[str, Any] = {"active_rows": None}  # a mask may take rows out
+    if config.correction is not None:
+        factor = config.correction.factor(batch.role, logprob, batch.rollout_logprob, batch.sequence_id)
+        changes["weight"] = batch.weight * factor
+    if config.per_step > 1:
+        changes["old_logprob"] = logprob
+    return replace(micro_batch, batch=replace(batch, **changes))
+
+
+def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest."""
+    if len(updates) == 1:
+        return updates[0]
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        if name in ("loss_tokens", "micro_batches", "skipped_step"):
+            merged[name] = sum(values)
+        elif name.endswith("_max") or name == "loss_passes":
+            merged[name] = max(values)
+        elif name == "learning_rate":
+            merged[name] = values[-1]
+        elif isinstance(values[0], list):
+            merged[name] = [sum(bin_) for bin_ in zip(*values, strict=True)]
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
