@@ -310,7 +310,7 @@ def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
 
 def _backend_absent(backend: str) -> Callable[[torch.device], str | None]:
     def absent(device: torch.device) -> str | None:
-        tiny = torch.zeros(1, 1, device=device)
+        tiny = torch.zeros(1, 8, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         try:
             linear_logprob(tiny, tiny, torch.zeros(1, dtype=torch.int64, device=device), backend=backend)
         except RuntimeError as error:
@@ -322,6 +322,17 @@ def _backend_absent(backend: str) -> Callable[[torch.device], str | None]:
 
 def _only_losses(case: Case) -> str | None:
     return "is the same as single-pass where there is no backward." if case.job == "score" else None
+
+
+def _only_scoring(case: Case) -> str | None:
+    return None if case.job == "score" else "only scores; its backward is that of the backend without _fused."
+
+
+def _ours_fused(backend: str) -> Contender:
+    about = f"trapo_kernels, backend {backend!r}: logits never leave the chip"
+    return Contender(
+        f"ours ({backend})", about, _ours(backend, single_pass=True), _backend_absent(backend), _only_scoring, ours=True
+    )
 
 
 def _ours_both(backend: str) -> list[Contender]:
@@ -363,5 +374,6 @@ CONTENDERS: list[Contender] = [
     *(_floor(gemms) for gemms in (1, 3, 4)),
     *(Contender(*peer) for peer in _THEIRS),
     *(ours for backend in ("triton", "torch", "native", "reference") for ours in _ours_both(backend)),
+    *(_ours_fused(backend) for backend in ("triton_fused", "native_fused")),
 ]
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import ALL_BUT_COMPILE, MODELS, SMALL
+from benchmarks.questions.shapes import MODELS, ON_MORE_SHAPES, SMALL
 
 ABOUT = __doc__
 
@@ -13,7 +13,7 @@ def cases(device: str, small: bool) -> list[Case]:
     if small:
         return [Case("sweep", "trapo", n, *SMALL[1:], "float32") for n in (16, 32)]
     if device == "cpu":
-        settings = {"dtype": "float32", "with_memory": True, "contenders": ALL_BUT_COMPILE}
+        settings = {"dtype": "float32", "with_memory": True, "contenders": ON_MORE_SHAPES}
         return [Case("sweep", "trapo", n, 256, 32768, **settings) for n in (64, 256, 1024)]
     head = MODELS["Qwen2.5-Math-7B"]
     lengths = [Case("sweep", "trapo", 2**k, *head, "bfloat16", with_memory=True) for k in (12, 10, 13, 14, 16, 11)]
