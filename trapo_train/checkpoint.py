@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
 
 FORMAT = 3
@@ -199,20 +200,21 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def training_state(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
-    """Weights and optimizer state by parameter name, whole tensors on the CPU whatever the sharding; every rank must ask, the first
-    one gets them."""
+    """Trained weights and optimizer state by parameter name, whole tensors on the CPU whatever the sharding; every rank must ask,
+    the first one gets them. Frozen weights, those beside LoRA's adapters, are where the model came from."""
     return {
-        "model": get_model_state_dict(model, options=_WHOLE),
+        "model": get_model_state_dict(model, options=_TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
     }
 
 
 def load_training_state(model: PreTrainedModel, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Put what `training_state` returned into a model and an optimizer, sharded over any number of ranks."""
-    whole = StateDictOptions(full_state_dict=True)
+    whole = StateDictOptions(full_state_dict=True, strict=not has_lora(model))
     set_model_state_dict(model, state["model"], options=whole)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
 
@@ -220,14 +222,18 @@ def load_training_state(model: PreTrainedModel, optimizer: Optimizer, state: Map
 def export_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, world: World | None = None
 ) -> Path:
-    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole.
+    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole. LoRA's adapters
+    are added to the weights.
 
     Every rank of `world` must call this; the first one gathers the weights and writes.
     """
     directory = Path(directory)
-    weights = get_model_state_dict(model, options=_WHOLE) if world is not None and world.size > 1 else None
+    sharded = world is not None and world.size > 1
+    weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) else None
     if world is not None and not world.first:
         return directory
+    if has_lora(model):
+        weights = merged_weights(model, weights)
     unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trapo_train.records import ExpertTrace, Problem
-from trapo_train.rewards import RewardFn, judge
-from trapo_train.rows import cell, load_rows, prompt_text, solution_text, trace_texts, wants_chat, without_start
+from trapo_train.problems import Digest, Entry, ProblemSet, RowReader, Trace
+from trapo_train.records import Problem
+from trapo_train.rewards import RewardFn, WeightedSum, judge, take_metrics
+from trapo_train.rows import THINK_TAGS
 from trapo_train.tasks import PointerChasingConfig
 
 if TYPE_CHECKING:
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASKS = ("pointer_chasing",)
-RESERVED_COLUMNS = ("prompts", "completions", "solution")  # what the reward function is called with
-VERIFY_BATCH = 64
 PRESETS = {"luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"}}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where problems come from and how a row becomes one."""
+    """Where problems come from and how a row becomes one. In YAML, for example:
+
+    data: {path: train.jsonl}                                   # text in the columns prompt, solution and expert
+    data: {path: "runs/*.parquet", expert_column: null}         # no expert traces: every rollout starts from the prompt
+    data: {path: Elliott/Openr1-Math-46k-8192, preset: luffy, response_start: "<think>\\n"}
+    data: {path: org/set, split: "train[:1000]", prompt_column: question, solution_column: answer, expert_column: traces,
+           system_prompt: "Put the answer in \\\\boxed{}.", on_long_prompt: drop, on_rejected_expert: drop}
+
+    Rows stay on disk; each is read and tokenised when it is used. Loading reads all rows once, to check and count them.
+    """
 
     task: str | None = None
     """A task generated offline: "pointer_chasing". Give either this or path."""
@@ -52,6 +59,9 @@ class DataConfig:
     response_start: str = ""
     """Text that every response starts with, put at the end of each prompt, such as "<think>\\n"; an expert trace that brings it
     again loses it."""
+    think_tags: Literal["keep", "strip", "add", "require"] = "keep"
+    """<think> and </think> in expert traces: keep as they are, strip the tags (not the thoughts), add <think> at the start where
+    neither trace nor prompt opens it, or require both (the prompt may open) and stop at a trace without."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens, at least 1."""
     on_long_prompt: Literal["error", "drop"] = "error"
@@ -78,7 +88,11 @@ class DataConfig:
             raise ValueError(f"max_prompt_tokens must be at least 1, got {self.max_prompt_tokens}.")
         if self.num_problems is not None and self.num_problems < 1:
             raise ValueError(f"num_problems must be at least 1 or null, got {self.num_problems}.")
-        for name, choices in (("on_long_prompt", ("error", "drop")), ("on_rejected_expert", ("keep", "drop"))):
+        for name, choices in (
+            ("on_long_prompt", ("error", "drop")),
+            ("on_rejected_expert", ("keep", "drop")),
+            ("think_tags", THINK_TAGS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
 
@@ -117,33 +131,7 @@ class DataReport:
         )
 
 
-@dataclass(frozen=True)
-class ProblemSet(Sequence[Problem]):
-    """The loaded problems and what loading found."""
-
-    problems: tuple[Problem, ...]
-    report: DataReport
-
-    def __len__(self) -> int:
-        return len(self.problems)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.problems[index]
-
-    def __iter__(self) -> Iterator[Problem]:
-        return iter(self.problems)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all token ids and solutions: equal for equal data, so that resuming can tell when it changed."""
-        digest = hashlib.sha256()
-        for problem in self.problems:
-            traces = [expert.token_ids for expert in problem.experts]
-            digest.update(repr((problem.index, problem.prompt_ids, problem.solution, traces)).encode())
-        return digest.hexdigest()
-
-
-def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardFn | None) -> ProblemSet:
+def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum | None) -> ProblemSet:
     """Read, check and tokenise the configured problems; `reward` verifies the expert traces (None: nobody does).
 
     Every expert trace gets the end-of-sequence token once. Columns besides prompt, solution and expert go to
@@ -155,33 +143,46 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
         TypeError: for a column of the wrong type.
         RewardError: if the reward fails on an expert trace.
     """
-    where = f"{config.path or config.task}, split {config.split}"
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-sequence token, so no response could end. Set tokenizer.eos_token.")
-    columns, rows = load_rows(config)
-    further = _further_columns(config, columns, where)
-    read = [_read_row(config, tokenizer, further, index, row, where) for index, row in enumerate(rows)]
-    problems = [problem for problem in read if problem is not None]
-    if not problems:
+    reader = RowReader(config, tokenizer)
+    entries: list[Entry] = []
+    digest, rows, experts, rejected = Digest(), 0, 0, 0
+    for chunk in reader.chunks():
+        rows += len(chunk)
+        problems = [problem for problem in chunk if problem is not None]
+        wrong = set() if reward is None else _rejected_experts(problems, tokenizer, reward)
+        experts += sum(len(problem.experts) for problem in problems)
+        rejected += len(wrong)
+        for problem in problems:
+            numbers = range(len(problem.experts))
+            if config.on_rejected_expert == "drop":
+                numbers = [i for i in numbers if (problem.index, i) not in wrong]
+            digest.update(replace(problem, experts=tuple(problem.experts[i] for i in numbers)))
+            traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
+            entries.append(Entry(problem.index, len(problem.prompt_ids), traces))
+    if not entries:
         raise ValueError(
-            f"{where} has no problem to offer: it has {len(read)} rows, and no prompt in them is within "
+            f"{reader.where} has no problem to offer: it has {rows} rows, and no prompt in them is within "
             f"max_prompt_tokens = {config.max_prompt_tokens}."
         )
-    experts = sum(len(problem.experts) for problem in problems)
-    rejected = set() if reward is None else _rejected_experts(problems, tokenizer, reward)
-    drop = config.on_rejected_expert == "drop"
-    if drop:
-        problems = [_without(problem, rejected) for problem in problems]
     report = DataReport(
-        problems=len(problems),
-        without_expert=sum(not problem.experts for problem in problems),
+        problems=len(entries),
+        without_expert=sum(not entry.traces for entry in entries),
         experts=experts,
-        rejected_experts=len(rejected),
-        dropped_experts=len(rejected) if drop else 0,
-        dropped_prompts=len(read) - len(problems),
+        rejected_experts=rejected,
+        dropped_experts=rejected if config.on_rejected_expert == "drop" else 0,
+        dropped_prompts=rows - len(entries),
     )
-    logger.info("%s: %s", where, report)
-    return ProblemSet(tuple(problems), report)
+    logger.info("%s: %s", reader.where, report)
+    # Taken here, so that the first step does not report them as its own.
+    counts = {} if reward is None else take_metrics(reward)
+    if counts.get("reward/timeouts") or counts.get("reward/crashes"):
+        logger.warning(
+            "%s: verifying the expert traces, %d gradings ran out of time and %d crashed: reward 0",
+            reader.where,
+            counts["reward/timeouts"],
+            counts["reward/crashes"],
+        )
+    return ProblemSet(reader, entries, report, digest.hexdigest())
 
 
 class ProblemOrder:
@@ -239,83 +240,12 @@ class ProblemOrder:
         self.epoch += 1
 
 
-def _further_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
-    """Check that the configured columns exist; return the others, which go to the reward."""
-    named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}
-    for name, column in named.items():
-        if column is not None and column not in columns and column.split(".")[0] not in columns:
-            remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
-            raise ValueError(f"{where} has no column {column!r} ({name}); it has {columns}. {remedy}")
-    further = [column for column in columns if column not in named.values()]
-    for column in set(further) & set(RESERVED_COLUMNS):
-        logger.warning("%s: column %r is left out, the reward has an argument of that name", where, column)
-    return [column for column in further if column not in RESERVED_COLUMNS]
-
-
-def _read_row(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    further: list[str],
-    index: int,
-    row: dict[str, Any],
-    where: str,
-) -> Problem | None:
-    """Return the row as a problem, or None if its prompt is too long and such rows are dropped."""
-    at = f"{where}, row {index}"
-    value = cell(row, config.prompt_column, at)
-    prompt = prompt_text(value, config, tokenizer, at) + config.response_start
-    prompt_ids = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
-    if not prompt_ids:
-        raise ValueError(f"{at}: the prompt is empty. Remove the row.")
-    if len(prompt_ids) > config.max_prompt_tokens:
-        if config.on_long_prompt == "drop":
-            return None
-        raise ValueError(
-            f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. "
-            "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
-        )
-    solution = None
-    if config.solution_column is not None:
-        solution = solution_text(cell(row, config.solution_column, at), at)
-    traces: list[str] = []
-    if config.expert_column is not None:
-        traces = [without_start(text, prompt) for text in trace_texts(cell(row, config.expert_column, at), at)]
-    experts = tuple(_expert(text, tokenizer, at) for text in traces)
-    return Problem(index, prompt, prompt_ids, solution, experts, {column: row[column] for column in further})
-
-
-def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[int, ...]:
-    token_ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-    # Some tokenizers end every text; a prompt must stay open. A chat template writes its own special tokens.
-    if token_ids and add_special_tokens and token_ids[-1] == tokenizer.eos_token_id:
-        token_ids = token_ids[:-1]
-    return tuple(token_ids)
-
-
-def _expert(text: str, tokenizer: PreTrainedTokenizerBase, at: str) -> ExpertTrace:
-    text = text.removesuffix(tokenizer.eos_token)
-    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id in token_ids:
-        raise ValueError(
-            f"{at}: an expert trace has the end-of-sequence token {tokenizer.eos_token!r} before its end. Remove it from the text."
-        )
-    return ExpertTrace(text + tokenizer.eos_token, (*token_ids, tokenizer.eos_token_id))
-
-
-def _rejected_experts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, reward: RewardFn) -> set[tuple[int, int]]:
+def _rejected_experts(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum
+) -> set[tuple[int, int]]:
     """Return (problem index, trace number) of every trace with a reward of 0 or less; no opinion rejects nothing."""
     pairs = [(problem, number) for problem in problems for number in range(len(problem.experts))]
-    rejected = set()
-    for start in range(0, len(pairs), VERIFY_BATCH):
-        batch = pairs[start : start + VERIFY_BATCH]
-        texts = [problem.experts[number].text.removesuffix(tokenizer.eos_token) for problem, number in batch]
-        opinions = judge(reward, [problem for problem, _ in batch], texts)
-        for (problem, number), opinion in zip(batch, opinions, strict=True):
-            if opinion is not None and opinion <= 0:
-                rejected.add((problem.index, number))
-    return rejected
-
-
-def _without(problem: Problem, rejected: set[tuple[int, int]]) -> Problem:
-    kept = tuple(expert for i, expert in enumerate(problem.experts) if (problem.index, i) not in rejected)
-    return replace(problem, experts=kept)
+    texts = [problem.experts[number].text.removesuffix(tokenizer.eos_token) for problem, number in pairs]
+    opinions = judge(reward, [problem for problem, _ in pairs], texts)
+    judged = zip(pairs, opinions, strict=True)
+    return {(problem.index, number) for (problem, number), opinion in judged if opinion is not None and opinion <= 0}

@@ -28,6 +28,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from trapo_kernels import Objective, linear_logprob, linear_policy_loss
 from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
+from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.packing import MicroBatch
 
 ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -88,6 +89,8 @@ class ModelConfig:
     """Recompute each layer's activations in backward: less memory for about a third more time."""
     attention: Literal["auto", "sdpa_packed", "flash_attention_2"] = "auto"
     """auto (flash-attn where it can run, else sdpa_packed), sdpa_packed or flash_attention_2."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters in place of the weights; null trains the weights."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model; off, because that code is not checked by anyone."""
 
@@ -172,6 +175,8 @@ def load_model_and_tokenizer(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
+    if config.lora is not None:
+        add_lora(model, config.lora)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23, but 5.17 knows no other name

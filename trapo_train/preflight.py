@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective
 from trapo_train.config import RunConfig
 from trapo_train.packing import check_expert_streams
-from trapo_train.records import Problem
 
 
 def check_objective(config: RunConfig, objective: Objective) -> None:
@@ -29,10 +26,10 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         check_expert_streams(objective)
 
 
-def check_lengths(config: RunConfig, model: PreTrainedModel, problems: Sequence[Problem]) -> None:
-    """Raise ValueError unless the longest prompt and response fit into a micro-batch, the engine's batch and the model."""
+def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int) -> None:
+    """Raise ValueError unless a prompt of `longest_prompt` tokens and its response fit into micro-batch, engine batch and model."""
     response = config.rollout.max_response_tokens
-    longest = max(len(problem.prompt_ids) for problem in problems) + response
+    longest = longest_prompt + response
     limits = {
         "packing.max_tokens": config.packing.max_tokens,
         "rollout.max_batch_tokens": config.rollout.max_batch_tokens,

@@ -8,20 +8,19 @@ import importlib
 import inspect
 import logging
 import math
-import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from trapo_train.grading import MathVerify, WorkerReward
 from trapo_train.math_grader import load_library
 from trapo_train.records import Problem
 from trapo_train.tasks import pointer_chasing_reward
-from trapo_train.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +33,27 @@ class RewardTerm:
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward."""
     weight: float = 1.0
     """Its weight in the sum, a finite number."""
+    in_worker: bool = False
+    """Call your own function row by row in worker programs: what hangs or crashes there earns 0 and training goes on."""
+    time_limit_s: float = 20.0
+    """Seconds that a row may take in a worker, above 0."""
+    memory_limit_mib: int = 8192
+    """Address space of a worker in MiB, at least 64."""
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name must not be empty.")
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be a finite number, got {self.weight}.")
+        if not 0 < self.time_limit_s < math.inf:
+            raise ValueError(f"time_limit_s must be a finite number above 0, got {self.time_limit_s}.")
+        if self.memory_limit_mib < 64:
+            raise ValueError(f"memory_limit_mib must be at least 64, got {self.memory_limit_mib}.")
+        if self.in_worker and ":" not in self.name:
+            raise ValueError(
+                f"in_worker is for your own function, got name {self.name!r}. Leave it out: math_verify grades in workers "
+                "always, and the others cannot hang."
+            )
 
 
 class RewardFn(Protocol):
@@ -57,7 +71,7 @@ class RewardError(RuntimeError):
     """A reward function raised, or returned something that is not one finite number (or None) per row."""
 
 
-def score(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+def score(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
     """Return the reward of each response text; `problems[i]` is the problem that `texts[i]` answers.
 
     None means that the reward has no opinion on a row: it counts as 0.0, and a warning says how many there were.
@@ -72,7 +86,7 @@ def score(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -
     return [0.0 if opinion is None else opinion for opinion in opinions]
 
 
-def judge(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+def judge(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
     """Call the reward and check what it returns: one finite number per row, None for no opinion.
 
     Raises:
@@ -83,8 +97,10 @@ def judge(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -
         raise ValueError(f"judge: texts must hold one text per problem = {len(problems)}, got {len(texts)}.")
     if not texts:
         return []
+    if isinstance(reward, WeightedSum):
+        return reward.judge(problems, texts)
     try:
-        values = _called(reward, _arguments(problems, texts))
+        values = called(reward, _arguments(problems, texts))
     except Exception as error:
         raise RewardError(_describe_exception(reward, problems, texts, error)) from error
     name = _name(reward)
@@ -95,14 +111,14 @@ def judge(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -
     return [_check_value(value, name, problem) for value, problem in zip(values, problems, strict=True)]
 
 
-def load_reward(name: str | Sequence[RewardTerm]) -> RewardFn:
+def load_reward(name: str | Sequence[RewardTerm]) -> RewardFn | WeightedSum:
     """Return a reward by name ("exact_match", "math_verify", "pointer_chasing") or by path ("package.module:function"), or the
     weighted sum of several.
 
     A module is looked for as `import` does, and in the working directory.
     """
     if not isinstance(name, str):
-        return WeightedSum([(load_reward(term.name), term.weight) for term in name])
+        return _load_sum(name)
     if name in REWARDS:
         if name == "math_verify":
             load_library()  # a missing extra shows now, not after the first rollout
@@ -137,69 +153,51 @@ def exact_match(
     ]
 
 
-class MathVerify:
-    """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
+class WeightedSum:
+    """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 
-    None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
-    than `TIME_LIMIT_S` or crashes the grader earns 0.0 and is counted, and training goes on.
+    Not a reward function itself: `judge` and `score` take it in place of one.
     """
 
-    TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usually end it earlier
-
-    def __init__(self) -> None:
-        self.__name__ = "math_verify"
-        self._pool: WorkerPool | None = None
-        self._counts: Counter[str] = Counter()
-
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
-    ) -> list[float | None]:
-        if self._pool is None:
-            workers = max(1, min(8, (os.cpu_count() or 2) // 2))
-            self._pool = WorkerPool("trapo_train.math_grader", num_workers=workers, time_limit_s=self.TIME_LIMIT_S)
-        asked = [i for i, truth in enumerate(solution) if truth is not None]
-        answers = self._pool.map([(completions[i], solution[i]) for i in asked])
-        values: list[float | None] = [None] * len(completions)
-        for i, answer in zip(asked, answers, strict=True):
-            values[i] = answer.value if answer.outcome == "ok" else 0.0
-            self._counts[answer.outcome] += 1
-        return values
-
-    def take_metrics(self) -> dict[str, float]:
-        """Gradings that took too long and that crashed since this was last asked."""
-        counts, self._counts = self._counts, Counter()
-        return {"reward/grading_timeouts": float(counts["timeout"]), "reward/grading_crashes": float(counts["crash"])}
-
-
-class WeightedSum:
-    """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has."""
-
-    def __init__(self, terms: Sequence[tuple[RewardFn, float]]) -> None:
-        self.terms = list(terms)
-        self.__name__ = " + ".join(f"{weight:g}·{_name(reward)}" for reward, weight in self.terms)
+    def __init__(self, terms: Sequence[tuple[str, RewardFn, float]]) -> None:
+        self.terms = list(terms)  # name, reward, weight
+        self.__name__ = " + ".join(f"{weight:g}·{name}" for name, _, weight in self.terms)
         self._values: dict[str, list[float]] = {}
 
-    def __call__(self, **arguments: Any) -> list[float | None]:
-        totals: list[float | None] = [None] * len(arguments["completions"])
-        for reward, weight in self.terms:
-            for i, value in enumerate(_called(reward, arguments)):
-                if value is not None:
-                    totals[i] = (totals[i] or 0.0) + weight * value
-                    self._values.setdefault(_name(reward).strip("'"), []).append(float(value))
+    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+        """As `judge`, each reward checked on its own."""
+        totals: list[float | None] = [None] * len(texts)
+        for name, reward, weight in self.terms:
+            opinions = judge(reward, problems, texts)
+            for i, opinion in enumerate(opinions):
+                if opinion is not None:
+                    totals[i] = (totals[i] or 0.0) + weight * opinion
+                    self._values.setdefault(name, []).append(opinion)
         return totals
 
     def take_metrics(self) -> dict[str, float]:
-        """The mean of each reward since this was last asked, and the metrics of the rewards themselves."""
+        """The mean of each reward since this was last asked, and the counts of the rewards themselves, summed."""
         metrics = {f"reward/{name}": fmean(values) for name, values in self._values.items()}
         self._values = {}
-        for reward, _ in self.terms:
-            metrics |= take_metrics(reward)
+        for _, reward, _ in self.terms:
+            for name, count in take_metrics(reward).items():
+                metrics[name] = metrics.get(name, 0.0) + count
         return metrics
 
 
-def take_metrics(reward: RewardFn) -> dict[str, float]:
+def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
     """What a reward counted besides its values since this was last asked; nothing for a plain function."""
     return reward.take_metrics() if hasattr(reward, "take_metrics") else {}
+
+
+def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
+    """What the reward returns; one that is async is run to its end."""
+    values = reward(**arguments)
+    if not inspect.isawaitable(values):
+        return values
+    # In a thread of its own: the caller's may run an event loop already, as in a notebook.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _awaited(values)).result()
 
 
 REWARDS: dict[str, RewardFn] = {
@@ -209,10 +207,18 @@ REWARDS: dict[str, RewardFn] = {
 }
 
 
-def _called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
-    """What the reward returns; one that is async is run to its end."""
-    values = reward(**arguments)
-    return asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
+def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
+    names = [term.name for term in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise ValueError(f"reward must list at least one reward, each once, got {names}. Add up the weights of the same one.")
+    loaded = []
+    for term in terms:
+        reward = load_reward(term.name)  # shows a wrong path now, for a worker too
+        if term.in_worker:
+            reward = WorkerReward(term.name, time_limit_s=term.time_limit_s, memory_limit_mib=term.memory_limit_mib)
+        loaded.append((term.name, reward, term.weight))
+    return WeightedSum(loaded)
 
 
 async def _awaited(values: Any) -> Any:
@@ -233,7 +239,7 @@ def _describe_exception(reward: RewardFn, problems: Sequence[Problem], texts: Se
     """Say which row made the reward raise, found by calling it row by row."""
     for problem, text in zip(problems, texts, strict=True):
         try:
-            _called(reward, _arguments([problem], [text]))
+            called(reward, _arguments([problem], [text]))
         except Exception as single:
             return f"Reward {_name(reward)} raised on row {problem.index}: {single!r}. Its completion: {text[:200]!r}"
     return f"Reward {_name(reward)} raised on {len(texts)} rows, though on none of them alone: {error!r}."

@@ -143,7 +143,7 @@ def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     metrics = _metrics(sampled)
     for name in dict.fromkeys(name for part in parts for name in part.metrics if name not in metrics):
         values = [part.metrics[name] for part in parts if name in part.metrics]
-        metrics[name] = sum(values) if name.endswith(("_count", "_timeouts", "_crashes")) else fmean(values)
+        metrics[name] = sum(values) if name.endswith(("_count", "timeouts", "crashes")) else fmean(values)
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
     deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)
     return RolloutResult(interleave([part.groups for part in parts]), metrics, sampled, deferred)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 DEFAULT_TASK_PROBLEMS = 1000
+THINK, END_THINK = "<think>", "</think>"
+THINK_TAGS = ("keep", "strip", "add", "require")
 
 
-def load_rows(config: DataConfig) -> tuple[list[str], Iterable[dict[str, Any]]]:
+def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
     """Return the column names and the rows of the configured task or dataset, at most `num_problems` of them."""
     if config.task is not None:
         num_problems = config.num_problems or DEFAULT_TASK_PROBLEMS
@@ -97,12 +99,31 @@ def trace_texts(value: Any, where: str) -> list[str]:
     return [text for text in (_trace_text(item, where) for item in value) if text]
 
 
-def without_start(trace: str, prompt: str) -> str:
-    """The expert trace without the opening tag, such as <think>, that the prompt ends with already."""
-    opened = re.search(r"<[A-Za-z_|]+>\s*$", prompt)
-    if opened is None or not trace.lstrip().startswith(opened.group().strip()):
+def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
+    """The expert trace with its <think> tags treated as `DataConfig.think_tags` says; the prompt may have opened them."""
+    opened = trace.lstrip().startswith(THINK) or prompt.rstrip().endswith(THINK)
+    if mode == "strip":
+        return re.sub(f"^{THINK}\\s*|{THINK}|{END_THINK}", "", trace.lstrip())
+    if mode == "add" and not opened:
+        return f"{THINK}\n{trace}"
+    if mode == "require" and not (opened and END_THINK in trace):
+        raise ValueError(
+            f"{where}: an expert trace must open with {THINK} and have {END_THINK} (think_tags: require), got {_shown(trace)}. "
+            "Remove the row, or set think_tags: keep or add."
+        )
+    return trace
+
+
+def without_start(trace: str, prompt: str, response_start: str) -> str:
+    """The expert trace without what the prompt ends with already: response_start, or an opening tag such as <think>."""
+    tag = re.search(r"<[A-Za-z_|]+>\s*$", prompt)
+    opening = response_start.strip() or (tag.group().strip() if tag else "")
+    if not opening or not trace.lstrip().startswith(opening):
         return trace
-    return trace.lstrip().removeprefix(opened.group().strip()).lstrip()
+    rest = trace.lstrip().removeprefix(opening)
+    gap = prompt[len(prompt.rstrip()) :]
+    # White space behind the tag that the prompt has is the prompt's; what it lacks stays for the model to write.
+    return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
 
 
 def _load_dataset(path: str, name: str | None, split: str) -> Any:

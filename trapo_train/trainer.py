@@ -7,7 +7,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
 from trapo_train.engine import TransformersEngine
 from trapo_train.evaluate import evaluate
+from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, precision, score
 from trapo_train.packing import MicroBatch, pack, pad_to_multiple
-from trapo_train.parallel import World, gathered, shard_model
+from trapo_train.parallel import World, gathered, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_lengths, check_objective
 from trapo_train.problems import ProblemSet
@@ -79,7 +79,8 @@ class Trainer:
         check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))
         self.reference = None
         if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            lora = config.model.lora is not None  # without its adapters the model is its own reference
+            self.reference = self.model if lora else copy.deepcopy(self.model).requires_grad_(False).eval()
         shard_model(self.model, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
@@ -301,9 +302,11 @@ class Trainer:
             )
         scored = []
         for micro_batch in micro_batches:
-            logprob, _ = score(self.reference, micro_batch.to(self.world.device), self.config.rollout.temperature)
+            with without_lora(self.reference):
+                logprob, _ = score(self.reference, micro_batch.to(self.world.device), self.config.rollout.temperature)
             batch = replace(micro_batch.batch, ref_logprob=logprob.cpu())
             scored.append(replace(micro_batch, batch=batch))
+        reshard(self.reference)
         return scored
 
 

@@ -1,19 +1,24 @@
 """A pool of worker programs for code that may hang, crash or eat memory: none of it reaches the process that trains.
 
 A worker is `python -m <module>` and speaks JSON lines: it says "ready" once, then answers each request, a list of arguments, with a
-value. A worker that is late is killed and replaced, one that dies is replaced; the caller learns which.
+value or with the exception that it raised. A worker that is late is killed and replaced, one that dies is replaced; the caller
+learns which. Programs of their own, not forks: nothing of this process's threads, locks or GPU is copied into them.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
+import os
 import queue
 import resource
-import selectors
+import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +29,9 @@ START_LIMIT_S = 120  # a cold import on a busy machine
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request; `value` is None unless the outcome is "ok"."""
+    """What came of one request: `value` is the function's, or the exception in words for the outcome "error"."""
 
-    outcome: Literal["ok", "timeout", "crash"]
+    outcome: Literal["ok", "error", "timeout", "crash"]
     value: Any = None
 
 
@@ -37,11 +42,14 @@ class WorkerError(RuntimeError):
 class WorkerPool:
     """Runs requests on `num_workers` worker programs, each with `time_limit_s` per request and `memory_limit_mib` of address space.
 
-    Workers start with the first request and end with `close`, or when this process does.
+    `arguments` are further command-line arguments of the module. Workers start with the first request and end with `close`, or
+    when this process does, however it does.
     """
 
-    def __init__(self, module: str, *, num_workers: int, time_limit_s: float, memory_limit_mib: int = 8192) -> None:
-        self._command = [sys.executable, "-m", module, str(memory_limit_mib)]
+    def __init__(
+        self, module: str, arguments: Sequence[str] = (), *, num_workers: int, time_limit_s: float, memory_limit_mib: int = 8192
+    ) -> None:
+        self._command = [sys.executable, "-m", module, str(memory_limit_mib), *arguments]
         self._time_limit_s = time_limit_s
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker-pool")
         self._free: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
@@ -59,10 +67,14 @@ class WorkerPool:
         return list(self._threads.map(self._run, requests))
 
     def close(self) -> None:
-        """End all workers."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """End all workers, busy ones too."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for worker in self._all:
+                worker.kill()
+        self._threads.shutdown(wait=True)
+        with self._lock:
+            for worker in self._all:  # one may have started in between
                 worker.kill()
             self._all.clear()
         atexit.unregister(self.close)
@@ -75,7 +87,7 @@ class WorkerPool:
                 with self._lock:
                     self._all.add(worker)
             answer = worker.ask(request, self._time_limit_s)
-            if answer.outcome != "ok":
+            if answer.outcome in ("timeout", "crash"):
                 worker.kill()
                 with self._lock:
                     self._all.discard(worker)
@@ -89,58 +101,92 @@ class _Worker:
     """One worker process."""
 
     def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
-        if self._read(START_LIMIT_S) != "ready":
-            self._process.kill()
-            said = self._process.communicate()[1].decode(errors="replace").strip()
-            raise WorkerError(f"worker {' '.join(command[1:3])} must start within {START_LIMIT_S} s, it ended with: {said[-500:]}")
-        # From here on nobody reads what it complains about; a full pipe must not stop it.
-        threading.Thread(target=self._drain, daemon=True).start()
+        # A session of its own: Ctrl-C in the terminal is for the process that trains, and what a worker starts ends with it.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        self._complaints: deque[bytes] = deque(maxlen=10)
+        # A full pipe must not stop a worker.
+        drain = threading.Thread(target=lambda: self._complaints.extend(self._process.stderr), daemon=True)
+        drain.start()
+        reply, late = self._exchange(None, START_LIMIT_S)
+        if reply == "ready":
+            return
+        self.kill()
+        drain.join(1)
+        said = b"".join(self._complaints).decode(errors="replace").strip()
+        ended = f"it was not ready after {START_LIMIT_S} s" if late else "it ended"
+        raise WorkerError(f"worker {' '.join(command[1:])} must start, {ended}: {said[-500:]}")
 
     def ask(self, request: Sequence[Any], time_limit_s: float) -> Answer:
         """Send one request and wait for its answer."""
-        try:
-            self._process.stdin.write(json.dumps(list(request)).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            return Answer("crash")
-        try:
-            reply = self._read(time_limit_s)
-        except TimeoutError:
+        reply, late = self._exchange(json.dumps(list(request)).encode() + b"\n", time_limit_s)
+        if late:
             return Answer("timeout")
-        return Answer("ok", reply["value"]) if isinstance(reply, dict) and "value" in reply else Answer("crash")
+        if not isinstance(reply, dict):
+            return Answer("crash")
+        return Answer("error", reply["error"]) if "error" in reply else Answer("ok", reply["value"])
 
     def kill(self) -> None:
-        """End the process and wait until it is gone."""
-        self._process.kill()
+        """End the process and what it started, and wait until it is gone."""
+        self._end()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            stream.close()
-        self._selector.close()
 
-    def _read(self, time_limit_s: float) -> Any:
-        """The next line as JSON, or None at the end of the stream. A worker writes a line at once, so a started line will end."""
-        if not self._selector.select(time_limit_s):
-            raise TimeoutError
-        line = self._process.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
+    def _exchange(self, line: bytes | None, time_limit_s: float) -> tuple[Any, bool]:
+        """Write a line and read one: the reply (None if the worker died) and whether the time was up.
 
-    def _drain(self) -> None:
-        for _ in self._process.stderr:
-            pass
+        The clock ends the process, so that neither a full pipe nor half a line can hold this thread.
+        """
+        late = threading.Event()
+        clock = threading.Timer(time_limit_s, lambda: (late.set(), self._end()))
+        clock.daemon = True
+        clock.start()
+        try:
+            if line is not None:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+            reply = self._process.stdout.readline()
+        except OSError:
+            reply = b""
+        finally:
+            clock.cancel()
+        return json.loads(reply) if reply.endswith(b"\n") else None, late.is_set()
+
+    def _end(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def serve(function: Callable[..., Any]) -> int:
-    """Answer requests from standard input with `function(*arguments)` until it ends; an exception ends the worker, too.
+    """Answer requests from standard input with `function(*arguments)` until it ends.
 
-    The first command-line argument is the limit on the address space in MiB.
+    An exception is the answer, but running out of memory ends the worker. The first command-line argument is the limit on the
+    address space in MiB.
     """
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    out, sys.stdout = sys.stdout, sys.stderr  # what the function prints must not look like an answer
-    print(json.dumps("ready"), file=out, flush=True)
-    for line in sys.stdin:
-        print(json.dumps({"value": function(*json.loads(line))}), file=out, flush=True)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    # What the function prints, from Python or C, must not look like an answer.
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        print(json.dumps("ready"), file=out, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(_answer(function, json.loads(line))), file=out, flush=True)
     return 0
+
+
+def _answer(function: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, Any]:
+    try:
+        return {"value": function(*arguments)}
+    except MemoryError:
+        raise
+    except Exception as error:
+        return {"error": repr(error)}
+
+
+def _end_with_parent(parent: int) -> None:
+    """End a busy worker whose parent was killed; an idle one sees its input end."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)

@@ -297,6 +297,7 @@ def test_the_demo_task():
         ({"path": "x", "num_problems": 0}, "at least 1 or null, got 0"),
         ({"path": "x", "on_long_prompt": "cut"}, "one of ['error', 'drop'], got 'cut'"),
         ({"path": "x", "on_rejected_expert": "no"}, "one of ['keep', 'drop'], got 'no'"),
+        ({"path": "x", "think_tags": "drop"}, "one of ['keep', 'strip', 'add', 'require'], got 'drop'"),
     ],
 )
 def test_bad_options(options, words):

@@ -141,6 +141,13 @@ def test_torchrun_trains_resumes_on_other_ranks_and_exports(tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_with_lora_and_a_reference(tmp_path):
+    lora = ("model.lora={rank: 2}", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")
+    _torchrun(2, tmp_path, "steps=2", "reward='tests.trapo_train.test_updates:coin'", *lora)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
     process = _torchrun(2, tmp_path, "steps=100000", "checkpoint.every=0", wait=False)
     metrics = tmp_path / "run" / "metrics.jsonl"

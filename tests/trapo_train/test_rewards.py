@@ -1,6 +1,8 @@
 """Rewards: what is passed to them, what is accepted from them, and grading of real answers."""
 
+import asyncio
 import logging
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -208,17 +210,94 @@ def test_several_rewards_are_weighted_and_reported_one_by_one():
     def brevity(prompts, completions, **columns):
         return [1.0 / len(completion) for completion in completions]
 
-    total = WeightedSum([(exact_match, 2.0), (brevity, -0.5), (returning([None, None]), 9.0)])
+    total = WeightedSum([("exact", exact_match, 2.0), ("brevity", brevity, -0.5), ("none", returning([None, None]), 9.0)])
     assert judge(total, problems(2), ["s0", "long"]) == [2.0 - 0.25, -0.125]
-    assert take_metrics(total) == {"reward/exact_match": 0.5, "reward/brevity": 0.375}
+    assert take_metrics(total) == {"reward/exact": 0.5, "reward/brevity": 0.375}
     assert take_metrics(total) == {}
-    assert judge(WeightedSum([(returning([None]), 1.0)]), problems(1), ["x"]) == [None]
+    assert judge(WeightedSum([("none", returning([None]), 1.0)]), problems(1), ["x"]) == [None]
 
 
 def test_several_rewards_by_name():
     reward = load_reward([RewardTerm("exact_match"), RewardTerm("pointer_chasing", 0.1)])
-    assert [weight for _, weight in reward.terms] == [1.0, 0.1] and take_metrics(exact_match) == {}
+    assert [weight for _, _, weight in reward.terms] == [1.0, 0.1] and take_metrics(exact_match) == {}
     with pytest.raises(ValueError, match="Did you mean 'exact_match'"):
         load_reward([RewardTerm("exact_mach")])
     with pytest.raises(ValueError, match="weight must be a finite number, got nan"):
         RewardTerm("exact_match", float("nan"))
+
+
+def test_a_term_of_several_is_named_when_it_is_wrong():
+    total = WeightedSum([("exact", exact_match, 1.0), ("mine", returning([1.0, float("nan")]), 0.0)])
+    with pytest.raises(RewardError, match="'fixed_reward' must return finite numbers, got nan on row 11"):
+        judge(total, problems(2), ["a", "b"])
+    with pytest.raises(RewardError, match="one number per row = 2, got 1"):
+        judge(WeightedSum([("short", returning([1.0]), 1.0)]), problems(2), ["a", "b"])
+
+
+def test_an_async_reward_runs_under_a_running_event_loop():
+    async def later(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    async def notebook():
+        return judge(later, problems(1), ["a"])
+
+    assert asyncio.run(notebook()) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ({"name": ""}, "name must not be empty"),
+        ({"name": "m:f", "time_limit_s": 0.0}, "time_limit_s must be a finite number above 0, got 0.0"),
+        ({"name": "m:f", "memory_limit_mib": 1}, "memory_limit_mib must be at least 64, got 1"),
+        ({"name": "exact_match", "in_worker": True}, "in_worker is for your own function, got name 'exact_match'"),
+    ],
+)
+def test_bad_terms(term, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RewardTerm(**term)
+
+
+def test_the_same_reward_twice_or_none_at_all():
+    for terms in ([], [RewardTerm("exact_match"), RewardTerm("exact_match", 2.0)]):
+        with pytest.raises(ValueError, match="at least one reward, each once"):
+            load_reward(terms)
+
+
+RISKY = """
+import os, time
+
+def risky(prompts, completions, depth, **columns):
+    print("noise")
+    (word,) = completions
+    if word == "hang":
+        time.sleep(600)
+    if word == "exit":
+        os._exit(1)
+    if word == "abort":
+        os.abort()
+    if word == "bug":
+        raise KeyError("no such key")
+    if word == "memory":
+        bytearray(8 * 2**30)
+    return [None if word == "none" else float("nan") if word == "nan" else depth[0] + len(word)]
+"""
+
+
+@pytest.fixture
+def risky(tmp_path, monkeypatch):
+    (tmp_path / "risky_rewards.py").write_text(RISKY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return load_reward([RewardTerm("risky_rewards:risky", in_worker=True, time_limit_s=1.0, memory_limit_mib=4096)])
+
+
+def test_an_own_reward_in_workers_survives_itself(risky):
+    texts = ["ab", "hang", "exit", "none", "abort", "memory", "abc"]
+    assert judge(risky, problems(7), texts) == [2.0, 0.0, 0.0, None, 0.0, 0.0, 9.0]
+    metrics = take_metrics(risky)
+    assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == (1.0, 3.0)
+    assert metrics["reward/risky_rewards:risky"] == pytest.approx(11 / 6)
+    for word, reason in [("bug", "row 11: .*KeyError.*no such key"), ("nan", "finite numbers, got nan on row 11")]:
+        with pytest.raises(RewardError, match=f"'risky_rewards:risky' .*{reason}"):
+            judge(risky, problems(2), ["a", word])

@@ -1,14 +1,19 @@
 """Worker programs that hang, crash and eat memory: every request gets an answer, and the pool goes on."""
 
 import os
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from trapo_train.workers import Answer, WorkerError, WorkerPool
 
 WORKER = """
-import os, sys, time
+import os, subprocess, sys, time
+from pathlib import Path
 from trapo_train.workers import serve
 
 def work(what, value):
@@ -21,6 +26,20 @@ def work(what, value):
         raise ValueError("no")
     if what == "memory":
         bytearray(64 * 2**30)
+    if what == "c output":
+        os.write(1, b"not from Python\\n")
+    if what == "half a line":
+        # The stream of the answers is private; this is what a worker stopped in the middle of writing looks like.
+        for number in range(3, 20):
+            try:
+                os.write(number, b"{")
+            except OSError:
+                pass
+        time.sleep(600)
+    if what == "child":
+        Path(value).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+        Path(value + ".done").touch()
+        time.sleep(600)
     return [value, os.getpid()]
 
 sys.exit(serve(work))
@@ -42,7 +61,7 @@ def test_answers_come_in_order_from_workers_that_stay(pool):
     assert 1 <= len({answer.value[1] for answer in answers}) <= 2
 
 
-@pytest.mark.parametrize(("fault", "outcome"), [("hang", "timeout"), ("exit", "crash"), ("raise", "crash"), ("memory", "crash")])
+@pytest.mark.parametrize(("fault", "outcome"), [("hang", "timeout"), ("exit", "crash"), ("memory", "crash")])
 def test_a_faulty_request_is_told_and_the_others_are_answered(pool, fault, outcome):
     started = time.monotonic()
     answers = pool.map([("echo", 1), (fault, 0), ("echo", 2), (fault, 0), ("echo", 3)])
@@ -64,3 +83,62 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch):
     with pytest.raises(WorkerError, match="No module named"):
         pool.map([("x",)])
     pool.close()
+
+
+def test_an_exception_is_an_answer_and_costs_no_worker(pool):
+    answers = pool.map([("echo", 0), ("raise", 0), ("echo", 1)] * 3)
+    assert [answer.outcome for answer in answers] == ["ok", "error", "ok"] * 3
+    assert answers[1].value == "ValueError('no')"
+    assert len({answer.value[1] for answer in answers if answer.outcome == "ok"}) <= 2
+
+
+def test_output_from_c_is_no_answer_and_half_an_answer_is_a_timeout(pool):
+    answers = pool.map([("c output", 7), ("half a line", 0), ("echo", 8)])
+    assert [answer.outcome for answer in answers] == ["ok", "timeout", "ok"]
+    assert answers[0].value[0] == 7
+
+
+def test_a_request_larger_than_any_pipe(pool):
+    text = "x" * 2**22
+    assert pool.map([("echo", text)])[0].value[0] == text
+
+
+def test_closing_ends_busy_workers_and_what_they_started(pool, tmp_path):
+    caller = threading.Thread(target=lambda: pool.map([("child", str(tmp_path / "pid"))]), daemon=True)
+    pool._time_limit_s = 600.0
+    caller.start()
+    while not (tmp_path / "pid.done").exists():
+        time.sleep(0.02)
+    child = int((tmp_path / "pid").read_text())
+    started = time.monotonic()
+    pool.close()
+    caller.join(30)
+    assert not caller.is_alive() and time.monotonic() - started < 30
+    assert not _alive(child)
+
+
+def test_busy_workers_end_when_the_process_that_asked_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "some_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.getcwd()}")
+    program = (
+        "from trapo_train.workers import WorkerPool\n"
+        "pool = WorkerPool('some_worker', num_workers=1, time_limit_s=600)\n"
+        f"pool.map([('child', {str(tmp_path / 'pid')!r})])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    while not (tmp_path / "pid.done").exists():
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

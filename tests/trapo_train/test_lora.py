@@ -1,0 +1,116 @@
+"""LoRA: only adapters are trained and saved, the model without them is the reference, and the export is a plain model."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.trapo_train.test_step import make_model
+from tests.trapo_train.test_train import build_config, exported, train_to_end
+from trapo_train.checkpoint import CheckpointStore, export_model
+from trapo_train.config import load_config
+from trapo_train.lora import LoraConfig, add_lora, has_lora, without_lora
+from trapo_train.tasks import build_tokenizer
+
+pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+IDS = torch.tensor([[1, 5, 2, 7]])
+# A reward that an untrained model earns half of the time, and an objective that reads the reference model.
+RUN = (
+    "model.lora={rank: 4, target_modules: [q_proj, down_proj]}",
+    "reward='tests.trapo_train.test_updates:coin'",
+    "objective={name: grpo, options: {beta: 0.1}}",
+    "plan.name=grpo",
+)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+def _perturbed(model):
+    """The model with adapters that do something."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_is_all_that_trains():
+    model = make_model()
+    before = model(input_ids=IDS).logits
+    add_lora(model, LoraConfig(rank=3))
+    assert torch.equal(model(input_ids=IDS).logits, before) and has_lora(model) and not has_lora(make_model())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert not any("lm_head" in name for name in trained)
+
+
+def test_without_its_adapters_the_model_is_what_it_was():
+    model = make_model()
+    before = model(input_ids=IDS).logits
+    add_lora(model, LoraConfig())
+    _perturbed(model)
+    with without_lora(model):
+        assert torch.equal(model(input_ids=IDS).logits, before)
+    assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-3)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_the_export_is_a_plain_model_with_the_same_logits(tmp_path, rank_stabilised):
+    model = make_model()
+    add_lora(model, LoraConfig(rank=3, alpha=5.0, rank_stabilised=rank_stabilised))
+    _perturbed(model)
+    export_model(model, build_tokenizer(), tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    assert not has_lora(plain)
+    torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_saves_adapters_alone_and_resumes_to_the_same_bits(configure):
+    whole = configure("whole", *RUN)
+    train_to_end(whole)
+    saved = load_adapters(whole)
+    assert saved and all("lora_" in name for name in saved)
+    for steps in (2, 6):
+        train_to_end(configure("parts", *RUN, f"steps={steps}", f"checkpoint.resume={str(steps > 2).lower()}"))
+    assert exported(whole) == exported(configure("parts", *RUN))
+
+
+def load_adapters(config):
+    store = CheckpointStore(f"{config.output_dir}/checkpoints", 2)
+    state = torch.load(store.path(store.steps()[-1]) / "state.pt", weights_only=True)
+    return state["model"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["lm_head"]}, "must not name the output head 'lm_head'"),
+        ({"target_modules": ["q_proj", "qkv"]}, "must name layers of the model, it has no qkv"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"target_modules": []}, "target_modules must be all-linear or a list of names"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        add_lora(make_model(), LoraConfig(**settings))
+
+
+def test_without_peft_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install 'trapo\[peft\]'"):
+        add_lora(make_model(), LoraConfig())
+
+
+def test_a_section_of_the_configuration(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "{output_dir: o, steps: 1, prompts_per_step: 1, reward: exact_match, data: {path: d}, model: {name_or_path: m, lora: {}}}"
+    )
+    assert load_config(tmp_path / "run.yaml").model.lora == LoraConfig()

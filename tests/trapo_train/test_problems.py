@@ -1,0 +1,163 @@
+"""Problems that are read when they are used: what stays in memory, what is the same as before, and when data has changed."""
+
+import json
+import tracemalloc
+
+import datasets
+import pytest
+
+from trapo_train.data import DataConfig, load_problems
+from trapo_train.problems import CACHED_PROBLEMS, CHUNK_ROWS
+from trapo_train.rewards import exact_match
+from trapo_train.rows import with_think_tags, without_start
+from trapo_train.tasks import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+ROWS = [
+    {"prompt": "ab|", "solution": "bc", "expert": ["ab|bc#bc", "ab#ab"]},
+    {"prompt": "ab|bc|", "solution": "cd", "expert": None},
+    {"prompt": "a", "solution": "de", "expert": "de"},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(rows, reward=None, **options):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        return load_problems(DataConfig(path=str(file), **options), TOKENIZER, reward)
+
+    return load
+
+
+def test_long_experts_and_problems_without_one_are_left_out(load):
+    problems = load(ROWS)
+    short, dropped = problems.without_long_experts(6)  # "ab#ab" and its end-of-sequence token
+    assert [[expert.text for expert in problem.experts] for problem in short] == [["ab#ab$"], [], ["de$"]]
+    assert dropped == 1
+    assert [problem.index for problem in short.with_experts()] == [0, 2]
+    assert len(problems[0].experts) == 2  # the set that was asked is as it was
+    assert problems.longest_prompt_tokens == 6
+    assert short.fingerprint == problems.fingerprint
+
+
+def test_indices_slices_and_iteration(load):
+    problems = load(ROWS)
+    assert [problem.index for problem in problems] == [0, 1, 2]
+    assert problems[-1] == problems[2] and problems[1:] == [problems[1], problems[2]]
+    assert problems[:None] == list(problems)
+    with pytest.raises(IndexError):
+        problems[3]
+
+
+def test_rows_in_more_than_one_chunk_keep_their_order_and_their_traces(load):
+    count = CHUNK_ROWS + 3
+    words = [f"{'abcdefgh'[i % 8]}{'abcdefgh'[i // 8 % 8]}" for i in range(count)]
+    rows = [{"prompt": word, "solution": word, "expert": [word, "ab"]} for word in words]
+    problems = load(rows, exact_match, on_rejected_expert="drop")
+    assert [problem.prompt for problem in problems] == words
+    assert all(problem.experts[0].text == f"{problem.prompt}$" for problem in problems)
+    assert all(len(problem.experts) == 1 for problem in problems if problem.prompt != "ab")
+
+
+def test_memory_does_not_grow_with_the_length_of_the_traces(load):
+    rows = 2 * CACHED_PROBLEMS
+    trace_tokens = 1500
+    problems = load([{"prompt": "ab", "solution": "ab", "expert": "ab|" * (trace_tokens // 3)} for _ in range(rows)])
+    tracemalloc.start()
+    for problem in problems:
+        assert len(problem.experts[0].token_ids) > 0.99 * trace_tokens
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Token ids as Python numbers take 8 bytes each at least; only the cached problems may be held.
+    assert held < 1.5 * CACHED_PROBLEMS * trace_tokens * 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "ac|"},
+        {"solution": "bd"},
+        {"expert": ["ab|bc#bc"]},
+        {"expert": ["ab#ab", "ab|bc#bc"]},
+        {"expert": ["ab|bc#bc", "ab#ac"]},
+    ],
+)
+def test_the_fingerprint_is_that_of_the_data(load, change):
+    before = load(ROWS).fingerprint
+    assert load(ROWS).fingerprint == before
+    assert load([ROWS[0] | change, *ROWS[1:]]).fingerprint != before
+
+
+def test_the_fingerprint_knows_order_and_number(load):
+    before = load(ROWS).fingerprint
+    assert load(ROWS[::-1]).fingerprint != before and load(ROWS[:2]).fingerprint != before
+    assert load(ROWS, exact_match, on_rejected_expert="drop").fingerprint != before
+
+
+def test_a_misspelt_column_gets_a_proposal(load):
+    with pytest.raises(ValueError, match="no column 'experts'.*Did you mean 'expert'\\? Set expert_column"):
+        load(ROWS, expert_column="experts")
+
+
+@pytest.mark.parametrize(
+    ("mode", "trace", "prompt", "expected"),
+    [
+        ("keep", "<think>\na</think>b", "p", "<think>\na</think>b"),
+        ("strip", "<think>\na</think>b", "p", "ab"),
+        ("strip", "a", "p", "a"),
+        ("add", "a</think>b", "p", "<think>\na</think>b"),
+        ("add", "<think>a", "p", "<think>a"),
+        ("add", "a", "p<think>\n", "a"),
+        ("require", "<think>a</think>b", "p", "<think>a</think>b"),
+        ("require", "a</think>b", "p<think>", "a</think>b"),
+    ],
+)
+def test_think_tags(mode, trace, prompt, expected):
+    assert with_think_tags(trace, mode, prompt, "here") == expected
+
+
+@pytest.mark.parametrize(("trace", "prompt"), [("a", "p"), ("<think>a", "p"), ("a</think>b", "p"), ("a", "p<think>")])
+def test_required_think_tags(trace, prompt):
+    with pytest.raises(ValueError, match="here: an expert trace must open with <think> and have </think>"):
+        with_think_tags(trace, "require", prompt, "here")
+
+
+@pytest.mark.parametrize(
+    ("trace", "prompt", "start", "expected"),
+    [
+        ("<think>\na", "p<think>\n", "", "a"),
+        ("<think>\na", "p<think>", "", "\na"),
+        ("\n<think> a", "p<think>\n", "", "a"),
+        ("a", "p<think>\n", "", "a"),
+        ("<think>\na", "p", "", "<think>\na"),
+        ("Let me see: a", "pLet me see:", "Let me see:", " a"),
+        ("<think>\na", "p</think>\n", "", "<think>\na"),
+    ],
+)
+def test_nothing_is_opened_twice(trace, prompt, start, expected):
+    assert without_start(trace, prompt, start) == expected
+
+
+def test_failed_gradings_while_loading_are_told_and_not_left_to_the_first_step(load, caplog):
+    class Failing:
+        def __init__(self):
+            self.counts = {"reward/timeouts": 2.0, "reward/crashes": 1.0}
+
+        def __call__(self, completions, **columns):
+            return [0.0] * len(completions)
+
+        def take_metrics(self):
+            taken, self.counts = self.counts, {}
+            return taken
+
+    reward = Failing()
+    assert load(ROWS, reward).report.rejected_experts == 3
+    assert "2 gradings ran out of time and 1 crashed" in caplog.text
+    assert reward.counts == {}

@@ -1,0 +1,101 @@
+"""LoRA through PEFT, inside the model's own class: adapters beside its linear layers, everything else frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters that are trained in place of the weights."""
+
+    rank: int = 16
+    """Rank of the adapters, at least 1."""
+    alpha: float = 32.0
+    """The adapter's product is scaled by alpha / rank (or alpha / √rank), above 0."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped in training, in [0, 1)."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get one, such as [q_proj, v_proj]; all-linear for all but the output head."""
+    rank_stabilised: bool = False
+    """Scale by alpha / √rank (arXiv 2312.03732)."""
+
+    def __post_init__(self) -> None:
+        for name, holds, rule in (
+            ("rank", self.rank >= 1, "at least 1"),
+            ("alpha", 0 < self.alpha < float("inf"), "a finite number above 0"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("target_modules", bool(self.target_modules), "all-linear or a list of names"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Freeze the model and put a trainable adapter beside each of the configured layers.
+
+    Raises: ImportError naming the extra; ValueError for a module that the model does not have, or for its output head.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("model.lora needs PEFT: pip install 'trapo[peft]'.") from error
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()).split(".")[-1]
+    if config.target_modules == head or (not isinstance(config.target_modules, str) and head in config.target_modules):
+        raise ValueError(
+            f"model.lora.target_modules must not name the output head {head!r}, which runs inside the fused loss. Leave it out."
+        )
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        exclude_modules=[head],
+        use_rslora=config.rank_stabilised,
+        task_type="CAUSAL_LM",
+    )
+    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    unknown = [] if isinstance(config.target_modules, str) else [name for name in config.target_modules if name not in names]
+    if unknown:
+        raise ValueError(f"model.lora.target_modules must name layers of the model, it has no {', '.join(unknown)}.")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    peft.inject_adapter_in_model(settings, model)
+
+
+def has_lora(model: PreTrainedModel) -> bool:
+    """Whether `add_lora` was called on the model."""
+    return any(name.endswith("lora_A") for name, _ in model.named_modules())
+
+
+@contextmanager
+def without_lora(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is the one that the adapters were added to."""
+    layers = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "base_layer")]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trainable:  # disabling froze the adapters
+            parameter.requires_grad_(True)
+
+
+def merged_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """`weights` (whole tensors by parameter name) with every adapter added to its layer, under the names of the plain model."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    merged = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, layer in layers.items():
+        (adapter,) = layer.active_adapters
+        a, b = (weights[f"{name}.lora_{part}.{adapter}.weight"] for part in "AB")
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.scaling[adapter] * b @ a
+    return merged

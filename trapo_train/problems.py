@@ -1,0 +1,200 @@
+"""The loaded problems: a few numbers about every row in memory, the rows themselves read and tokenised when they are used."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trapo_train.records import ExpertTrace, Problem
+from trapo_train.rows import (
+    cell,
+    load_rows,
+    prompt_text,
+    solution_text,
+    trace_texts,
+    wants_chat,
+    with_think_tags,
+    without_start,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trapo_train.data import DataConfig, DataReport
+
+logger = logging.getLogger(__name__)
+
+RESERVED_COLUMNS = ("prompts", "completions", "solution")  # what the reward function is called with
+CHUNK_ROWS = 256  # rows that are tokenised together: a fast tokenizer spreads them over all cores
+CACHED_PROBLEMS = 256  # tokenised problems kept: a step's own, read again by its later micro-groups
+
+
+class Trace(NamedTuple):
+    """An expert trace in use: its place among the traces of its row, and its length."""
+
+    number: int
+    num_tokens: int
+
+
+class Entry(NamedTuple):
+    """What is kept in memory of a problem."""
+
+    row: int
+    prompt_tokens: int
+    traces: tuple[Trace, ...]
+
+
+class ProblemSet(Sequence[Problem]):
+    """The loaded problems and what loading found. A problem is read and tokenised when it is asked for."""
+
+    def __init__(self, reader: RowReader, entries: Sequence[Entry], report: DataReport, fingerprint: str) -> None:
+        self.report = report
+        self.fingerprint = fingerprint
+        """A hash of all token ids and solutions: equal for equal data, so that resuming can tell when it changed."""
+        self._reader = reader
+        self._entries = entries
+        self._problem = lru_cache(maxsize=CACHED_PROBLEMS)(reader.problem)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._problem(entry) for entry in self._entries[index]]
+        return self._problem(self._entries[index])
+
+    @property
+    def longest_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((entry.prompt_tokens for entry in self._entries), default=0)
+
+    def without_long_experts(self, max_tokens: int) -> tuple[ProblemSet, int]:
+        """The same problems without the expert traces of more than `max_tokens` tokens, and how many these were."""
+        short = [
+            entry._replace(traces=tuple(trace for trace in entry.traces if trace.num_tokens <= max_tokens))
+            for entry in self._entries
+        ]
+        dropped = sum(len(old.traces) - len(new.traces) for old, new in zip(self._entries, short, strict=True))
+        return self._with(short), dropped
+
+    def with_experts(self) -> ProblemSet:
+        """The problems that have an expert trace."""
+        return self._with([entry for entry in self._entries if entry.traces])
+
+    def _with(self, entries: Sequence[Entry]) -> ProblemSet:
+        return ProblemSet(self._reader, entries, self.report, self.fingerprint)
+
+
+class RowReader:
+    """Turns rows of the configured dataset into problems.
+
+    Raises: ValueError and TypeError as `data.load_problems` says, naming the dataset, its split and the row.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.where = f"{config.path or config.task}, split {config.split}"
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-sequence token, so no response could end. Set tokenizer.eos_token.")
+        self._config = config
+        self._tokenizer = tokenizer
+        columns, self._rows = load_rows(config)
+        self._further = _further_columns(config, columns, self.where)
+
+    def chunks(self) -> Iterator[list[Problem | None]]:
+        """All rows in order, some at a time, as problems; None for one with too long a prompt."""
+        rows = enumerate(self._rows)
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            read = [self._read(index, row) for index, row in chunk]
+            named = [(problem.index, text) for problem, traces in read if problem is not None for text in traces]
+            experts = self._experts(named)  # all of the chunk's, in order
+            yield [problem and replace(problem, experts=tuple(islice(experts, len(traces)))) for problem, traces in read]
+
+    def problem(self, entry: Entry) -> Problem:
+        """The problem of an entry, with the traces that are in use."""
+        problem, traces = self._read(entry.row, self._rows[entry.row])
+        return replace(problem, experts=tuple(self._experts([(entry.row, traces[trace.number]) for trace in entry.traces])))
+
+    def _read(self, index: int, row: dict[str, Any]) -> tuple[Problem | None, list[str]]:
+        config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, row {index}"
+        value = cell(row, config.prompt_column, at)
+        prompt = prompt_text(value, config, tokenizer, at) + config.response_start
+        prompt_ids = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
+        if not prompt_ids:
+            raise ValueError(f"{at}: the prompt is empty. Remove the row.")
+        if len(prompt_ids) > config.max_prompt_tokens:
+            if config.on_long_prompt == "drop":
+                return None, []
+            raise ValueError(
+                f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. "
+                "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
+            )
+        solution = None
+        if config.solution_column is not None:
+            solution = solution_text(cell(row, config.solution_column, at), at)
+        traces: list[str] = []
+        if config.expert_column is not None:
+            for text in trace_texts(cell(row, config.expert_column, at), at):
+                text = with_think_tags(text, config.think_tags, prompt, at)
+                traces.append(without_start(text, prompt, config.response_start))
+        columns = {column: row[column] for column in self._further}
+        return Problem(index, prompt, prompt_ids, solution, columns=columns), traces
+
+    def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
+        """Tokenise traces, each given with the row that it is from."""
+        if not named:
+            return
+        end, end_id = self._tokenizer.eos_token, self._tokenizer.eos_token_id
+        texts = [text.removesuffix(end) for _, text in named]
+        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for (row, _), text, token_ids in zip(named, texts, encoded, strict=True):
+            if end_id in token_ids:
+                raise ValueError(
+                    f"{self.where}, row {row}: an expert trace has the end-of-sequence token {end!r} before its end. Remove it "
+                    "from the text."
+                )
+            yield ExpertTrace(text + end, (*token_ids, end_id))
+
+
+class Digest:
+    """The fingerprint of the problems that it was shown, in their order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, problem: Problem) -> None:
+        """Add a problem."""
+        traces = [expert.token_ids for expert in problem.experts]
+        self._hash.update(repr((problem.index, problem.prompt_ids, problem.solution, traces)).encode())
+
+    def hexdigest(self) -> str:
+        """The fingerprint so far."""
+        return self._hash.hexdigest()
+
+
+def _further_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
+    """Check that the configured columns exist; return the others, which go to the reward."""
+    named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}
+    for name, column in named.items():
+        if column is not None and column not in columns and column.split(".")[0] not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
+            raise ValueError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy}")
+    further = [column for column in columns if column not in named.values()]
+    for column in set(further) & set(RESERVED_COLUMNS):
+        logger.warning("%s: column %r is left out, the reward has an argument of that name", where, column)
+    return [column for column in further if column not in RESERVED_COLUMNS]
+
+
+def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[int, ...]:
+    token_ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+    # Some tokenizers end every text; a prompt must stay open. A chat template writes its own special tokens.
+    if token_ids and add_special_tokens and token_ids[-1] == tokenizer.eos_token_id:
+        token_ids = token_ids[:-1]
+    return tuple(token_ids)
