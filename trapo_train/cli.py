@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add("run", _run, configured, "Train as configured; metrics, plots and the model go to output_dir.")
+    run = add("run", _run, configured, "Train as configured; metrics, plots and the model go to output_dir.")
+    run.add_argument("--dry-run", action="store_true", help="one step of a tiny model on generated problems; downloads nothing")
+    add("recipes", _recipes, common, "List the packaged configurations.")
     add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
     headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
     headroom.add_argument("--num-problems", type=int, default=128, help="problems to measure, at least 2 (128)")
@@ -91,14 +94,32 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     from trapo_train import train
-    from trapo_train.display import Reporter
+    from trapo_train.display import NullReporter, Reporter
     from trapo_train.plots import plot_run
 
     config = _load(args, finished_run=False)
+    if args.dry_run:
+        from trapo_train.dry_run import dry_run
+
+        metrics = dry_run(config).metrics
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "loss_tokens") if name in metrics)
+        console.print(f"dry run passed: {shown}", highlight=False)
+        return EXIT_OK
+    if int(os.environ.get("RANK", "0")) > 0:  # the first rank reports
+        train.run(config, NullReporter())
+        return EXIT_OK
     with Reporter(config.output_dir, console) as reporter:
         summary = train.run(config, reporter)
     if summary.steps and not summary.interrupted:
         _print_paths(plot_run(config.output_dir), console)
+    return EXIT_OK
+
+
+def _recipes(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.config import recipes
+
+    for name, about in recipes().items():
+        console.print(f"[bold]{name}[/]  {about}", highlight=False)
     return EXIT_OK
 
 

@@ -105,6 +105,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, values, origin)
 
 
+def recipes() -> dict[str, str]:
+    """The packaged configurations by name, each with its first comment line."""
+    found = {}
+    for entry in sorted((resources.files("trapo_train") / "recipes").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".yaml"):
+            first = entry.read_text(encoding="utf-8").split("\n", 1)[0]
+            found[entry.name.removesuffix(".yaml")] = first.removeprefix("# ")
+    return found
+
+
 def to_yaml(config: RunConfig) -> str:
     """Return the configuration as YAML with every key spelled out; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
@@ -137,12 +147,10 @@ def _read(path: str) -> tuple[str, str]:
     """Return the name and the text of a configuration file or packaged recipe."""
     if Path(path).is_file():
         return path, Path(path).read_text(encoding="utf-8")
-    recipes = resources.files("trapo_train") / "recipes"
-    recipe = recipes / f"{path}.yaml"
+    recipe = resources.files("trapo_train") / "recipes" / f"{path}.yaml"
     if "/" not in path and recipe.is_file():
         return f"recipe {path}", recipe.read_text(encoding="utf-8")
-    names = sorted(entry.name.removesuffix(".yaml") for entry in recipes.iterdir() if entry.name.endswith(".yaml"))
-    raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(names)}.")
+    raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(recipes())}.")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trapo_train.engine import Engine
 from trapo_train.records import Problem, Request
-from trapo_train.rewards import RewardFn
+from trapo_train.rewards import RewardFn, take_metrics
 from trapo_train.rollout import RolloutConfig, complete, draft, judge_samples
 
 
@@ -97,6 +97,7 @@ def evaluate(
         "completion_tokens_mean": fmean(len(sample.completion_ids) for sample in samples),
         "finished_share": fmean(sample.finish_reason == "stop" for sample in samples),
         "num_problems": float(len(chosen)),
+        **take_metrics(reward),  # or they would show up in the next training step
     }
 
 

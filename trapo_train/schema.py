@@ -96,6 +96,8 @@ def _convert_union(value: Any, expected: Any, origin: Callable[[KeyPath], str], 
     if len(members) == 1 and value is not None:
         return _convert(value, members[0], origin, path)
     for member in members:
+        if isinstance(value, list) and typing.get_origin(member) is list:
+            return _convert(value, member, origin, path)  # with the error of the entry that is wrong
         try:
             return _convert(value, member, origin, path)
         except ConfigError:

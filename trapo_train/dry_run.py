@@ -1,0 +1,53 @@
+"""A dry run: the configuration with a tiny random model and generated problems in place of what would be downloaded, for one step.
+
+Everything that the configuration decides is built and used: plan, objective, advantages, packing, LoRA, optimizer, schedule,
+updates, evaluation. Nothing is downloaded, and nothing is written where the run will write.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+
+from trapo_train.checkpoint import CheckpointConfig
+from trapo_train.config import RunConfig
+from trapo_train.data import DataConfig
+from trapo_train.display import NullReporter
+from trapo_train.model import ScratchConfig
+from trapo_train.rewards import load_reward
+from trapo_train.train import RunSummary, run
+
+_RESPONSE_TOKENS, _POSITIONS = 24, 96
+_SHAPE = ScratchConfig(
+    architecture="qwen2", hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=_POSITIONS
+)
+
+
+def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
+    """`config` for one step of a tiny model on generated problems, written to `output_dir`."""
+    problems = DataConfig(task="pointer_chasing", num_problems=4)
+    held_out = replace(problems, split="test")
+    return replace(
+        config,
+        output_dir=output_dir,
+        steps=1,
+        prompts_per_step=min(2, config.prompts_per_step),
+        data=problems,
+        eval_data=None if config.eval_data is None else held_out,
+        reward="pointer_chasing",
+        model=replace(config.model, name_or_path=None, scratch=_SHAPE, tokenizer=None, attention="auto"),
+        rollout=replace(config.rollout, max_response_tokens=_RESPONSE_TOKENS, paragraph_break="|", max_batch_tokens=4096),
+        packing=replace(config.packing, max_tokens=4 * _POSITIONS),
+        evaluation=replace(config.evaluation, num_problems=2, group_by=None),
+        checkpoint=CheckpointConfig(every=1),
+    )
+
+
+def dry_run(config: RunConfig) -> RunSummary:
+    """Run `dry_config(config)` in a temporary directory; the configured rewards are loaded, too.
+
+    Raises: whatever the run itself would raise for its configuration.
+    """
+    load_reward(config.reward)
+    with tempfile.TemporaryDirectory() as directory:
+        return run(dry_config(config, directory), NullReporter())
