@@ -156,7 +156,6 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.advantages import assign_advantages, assign_prefix_weights
     from trapo_train.inspect import render_group
-    from trapo_train.model import precision
     from trapo_train.rollout import run_plans
     from trapo_train.train import Trainer
 
@@ -164,7 +163,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     if not 0 <= args.problem < len(trainer.problems):
         raise ValueError(f"inspect: --problem must be in [0, {len(trainer.problems) - 1}], got {args.problem}.")
     config = trainer.config
-    with precision(trainer.model):
+    with trainer.ready_to_generate():
         result = run_plans(
             [trainer.problems[args.problem]], trainer.plan, trainer.engine, trainer.reward, trainer.tokenizer, config.rollout
         )

@@ -24,7 +24,6 @@ from trapo_train.config import RunConfig, load_config
 from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics
 from trapo_train.headroom import HeadroomConfig, HeadroomReport, measure_headroom
 from trapo_train.inspect import render_group
-from trapo_train.model import precision
 from trapo_train.plots import (
     group_label,
     group_order,
@@ -154,7 +153,7 @@ def _train(config: RunConfig, console: Console) -> RunSummary:
 def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
     """The headroom of the trainer's model on its held-out problems, or on its training problems where there are none."""
     problems = trainer.eval_problems or trainer.problems
-    with precision(trainer.model):
+    with trainer.ready_to_generate():
         return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
 
 

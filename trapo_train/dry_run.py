@@ -36,7 +36,9 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         eval_data=None if config.eval_data is None else held_out,
         reward="pointer_chasing",
         model=replace(config.model, name_or_path=None, scratch=_SHAPE, tokenizer=None, attention="auto"),
-        rollout=replace(config.rollout, max_response_tokens=_RESPONSE_TOKENS, paragraph_break="|", max_batch_tokens=4096),
+        rollout=replace(
+            config.rollout, max_response_tokens=_RESPONSE_TOKENS, paragraph_break="|", max_batch_tokens=4096, engine="transformers"
+        ),
         packing=replace(config.packing, max_tokens=4 * _POSITIONS),
         evaluation=replace(config.evaluation, num_problems=2, group_by=None),
         checkpoint=CheckpointConfig(every=1),

@@ -13,8 +13,9 @@ from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import answer_in_prefix, cut_prefix
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn, judge, take_metrics
+from trapo_train.vllm_server import VllmConfig
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm_server")
 VERIFICATIONS = ("response", "completion")
 
 
@@ -36,8 +37,10 @@ class RolloutConfig:
     """What the reward sees: the response, or the completion alone so that an answer in the prefix earns nothing."""
     correct_at: float = 1.0
     """Smallest reward that counts as correct where pass rates are measured (evaluation and headroom)."""
-    engine: Literal["transformers"] = "transformers"
-    """What generates: transformers, in this process."""
+    engine: Literal["transformers", "vllm_server"] = "transformers"
+    """What generates: transformers, in this process, or vllm_server, a vLLM server that runs already."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """The vLLM server, with engine: vllm_server."""
     max_batch_tokens: int = 131072
     """Most tokens that the engine holds at once, prompts and budgets of all rows with padding, at least 2."""
 

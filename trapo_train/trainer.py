@@ -7,6 +7,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import yaml
 
 from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
-from trapo_train.checkpoint import CheckpointStore, load_training_state, restore_rng_state, rng_state, training_state
+from trapo_train.checkpoint import CheckpointStore, export_model, load_training_state, restore_rng_state, rng_state, training_state
 from trapo_train.chooser import apply_choice, load_chooser
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.data import ProblemOrder, load_problems
@@ -44,6 +46,7 @@ from trapo_train.step import (
 )
 from trapo_train.tasks import build_tokenizer
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
+from trapo_train.vllm_server import VllmServerEngine
 
 # Sections that may change between a run and its continuation without changing what is trained.
 _FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel")
@@ -84,9 +87,8 @@ class Trainer:
         shard_model(self.model, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
-        self.engine = TransformersEngine(
-            self.model, self.tokenizer, seed=self._engine_seed(0), max_batch_tokens=config.rollout.max_batch_tokens
-        )
+        self.engine = self._build_engine()
+        self.synced_step = -1
         self.order = ProblemOrder(len(self.problems), config.seed)
         self.evaluated_at = -1
         self.skipped_in_a_row = 0
@@ -163,9 +165,34 @@ class Trainer:
 
     def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
         """The samples of all problems; each rank generates for its share and hands its samples to the others."""
-        with gathered(self.model), precision(self.model):
+        with self.ready_to_generate():
             mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
         return merge_results(self.world.gather(mine))
+
+    def _build_engine(self) -> TransformersEngine | VllmServerEngine:
+        config, seed = self.config, self._engine_seed(0)
+        if config.rollout.engine == "transformers":
+            limit = config.rollout.max_batch_tokens
+            return TransformersEngine(self.model, self.tokenizer, seed=seed, max_batch_tokens=limit)
+        weights = Path(config.output_dir) / "vllm_weights"
+        engine = VllmServerEngine(config.rollout.vllm, config.model.name_or_path or "", weights, self.tokenizer, seed=seed)
+        engine.check()
+        return engine
+
+    @contextmanager
+    def ready_to_generate(self) -> Iterator[None]:
+        """Inside, the engine samples from the weights as they are now; every rank must enter."""
+        if isinstance(self.engine, TransformersEngine):
+            with gathered(self.model), precision(self.model):
+                yield
+            return
+        if self.synced_step != self.step:
+            export_model(self.model, self.tokenizer, self.engine.sync_dir, self.world)
+            if self.world.first:
+                self.engine.load_weights()
+            self.world.barrier()
+            self.synced_step = self.step
+        yield
 
     def _engine_seed(self, step: int) -> int:
         """Of this rank's engine; `step` > 0 for a run that resumes on another number of ranks."""
@@ -197,7 +224,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the held-out problems; leaves all random states as they are. Every rank computes the same."""
         config = self.config
-        with gathered(self.model), precision(self.model):
+        with self.ready_to_generate():
             self.last_evaluation = evaluate(
                 self.engine, self.eval_problems, self.reward, self.tokenizer, config.evaluation, config.rollout
             )
