@@ -23,6 +23,7 @@ from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import ConfigError, KeyPath, build
 from trapo_train.step import ObjectiveConfig, OptimizerConfig
+from trapo_train.trackers import TrackingConfig
 from trapo_train.updates import UpdateConfig
 
 
@@ -65,6 +66,8 @@ class RunConfig:
     """When and how the held-out problems are sampled."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are saved and how many are kept."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go besides metrics.jsonl."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How a run under torchrun spreads over its ranks."""
 

@@ -12,13 +12,15 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from trapo_train.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +220,8 @@ class Reporter:
         self._steps_seen = 0
         self._started = self._last_row = time.monotonic()
         self._progress: Progress | None = None
+        self._output_dir = Path(output_dir)
+        self._trackers: Trackers | None = None
 
     def __enter__(self) -> Reporter:
         return self
@@ -228,6 +232,8 @@ class Reporter:
     def start(self, config: Any, report: Any) -> None:
         """Begin a run of `config.steps` steps; `report` is what loading the data found, printed as it says itself."""
         self._steps = config.steps
+        if hasattr(config, "tracking"):
+            self._trackers = Trackers(config.tracking, self._output_dir, asdict(config))
         self._started = self._last_row = time.monotonic()
         if report is not None:
             self._say(str(report), "dim")
@@ -247,6 +253,7 @@ class Reporter:
         """Record one training step; `metrics` holds at least "step" (counted from 1)."""
         step = int(metrics["step"])
         self.log.append(metrics_row("train", step, metrics))
+        self._track(step, metrics, "")
         self._last_step = step
         self._steps_seen += 1
         if not self._columns:
@@ -262,6 +269,7 @@ class Reporter:
         step = int(metrics.get("step", self._last_step))
         row = metrics_row("eval", step, metrics)
         self.log.append(row)
+        self._track(step, metrics, "eval/")
         self._say(f"{step:>6}  held-out {evaluation_line(row)}", "cyan")
 
     def event(self, text: str) -> None:
@@ -289,7 +297,13 @@ class Reporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._trackers is not None:
+            self._trackers.close()
         self.log.close()
+
+    def _track(self, step: int, metrics: dict[str, Any], prefix: str) -> None:
+        if self._trackers is not None:
+            self._trackers.log(step, {f"{prefix}{name}": value for name, value in metrics.items() if name != "step"})
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)

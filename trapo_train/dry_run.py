@@ -15,6 +15,7 @@ from trapo_train.data import DataConfig
 from trapo_train.display import NullReporter
 from trapo_train.model import ScratchConfig
 from trapo_train.rewards import load_reward
+from trapo_train.trackers import TrackingConfig
 from trapo_train.train import RunSummary, run
 
 _RESPONSE_TOKENS, _POSITIONS = 24, 96
@@ -42,6 +43,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         packing=replace(config.packing, max_tokens=4 * _POSITIONS),
         evaluation=replace(config.evaluation, num_problems=2, group_by=None),
         checkpoint=CheckpointConfig(every=1),
+        tracking=TrackingConfig(),
     )
 
 

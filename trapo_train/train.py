@@ -18,6 +18,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal,
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.records import Sample
+from trapo_train.samples import write_samples
 from trapo_train.trainer import Trainer
 
 CONFIG_FILE, CHECKPOINT_DIR, MODEL_DIR = "config.yaml", "checkpoints", "model"
@@ -99,6 +100,9 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             return
         metrics = trainer.train_step()
         reporter.step(metrics)
+        samples_every = config.tracking.samples_every
+        if trainer.world.first and samples_every and trainer.step % samples_every == 0:
+            write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
         trainer.stop_if_broken(metrics, reporter)
 
 

@@ -49,7 +49,7 @@ from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vllm_server import VllmServerEngine
 
 # Sections that may change between a run and its continuation without changing what is trained.
-_FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel")
+_FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
 
 

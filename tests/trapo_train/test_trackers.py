@@ -1,0 +1,97 @@
+"""Trackers get the numbers, a broken one ends nothing, and samples are written as tables."""
+
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.trapo_train.test_train import build_config, train_to_end
+from trapo_train.records import Problem, Sample
+from trapo_train.samples import write_samples
+from trapo_train.tasks import build_tokenizer
+from trapo_train.trackers import Trackers, TrackingConfig
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+def _stand_in(name, monkeypatch, fails=False):
+    """A module with wandb's and trackio's interface that remembers what it was told."""
+    calls = []
+    module = types.ModuleType(name)
+    module.init = lambda **options: calls.append(("init", options))
+    module.finish = lambda: calls.append(("finish",))
+
+    def log(metrics, step):
+        if fails:
+            raise ConnectionError("the service is down")
+        calls.append(("log", step, metrics))
+
+    module.log = log
+    monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_hosted_trackers_get_project_name_settings_and_numbers(name, monkeypatch, tmp_path):
+    calls = _stand_in(name, monkeypatch)
+    trackers = Trackers(TrackingConfig([name], project="p"), tmp_path / "run7", {"seed": 1})
+    trackers.log(3, {"step": 3, "loss": 0.5, "histogram": [1, 2], "note": "text"})
+    trackers.close()
+    assert calls[0][1]["project"] == "p" and calls[0][1]["name"] == "run7" and calls[0][1]["config"] == {"seed": 1}
+    assert calls[1:] == [("log", 3, {"loss": 0.5}), ("finish",)]
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning(monkeypatch, tmp_path, caplog):
+    _stand_in("wandb", monkeypatch, fails=True)
+    works = _stand_in("trackio", monkeypatch)
+    trackers = Trackers(TrackingConfig(["wandb", "trackio"]), tmp_path, {})
+    for step in (1, 2, 3):
+        trackers.log(step, {"loss": 1.0})
+    assert [call[1] for call in works if call[0] == "log"] == [1, 2, 3]
+    assert caplog.text.count("wandb failed and is left out from here on: ConnectionError: the service is down") == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_missing_package_names_its_extra(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"pip install 'trapo\[{name}\]'"):
+        Trackers(TrackingConfig([name]), tmp_path, {})
+
+
+def test_a_run_writes_tensorboard_and_samples(configure):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed (extra [tensorboard])"
+    )
+    config = configure("run", "tracking={to: [tensorboard], samples_every: 2}", "steps=4")
+    train_to_end(config)
+    events = accumulator.EventAccumulator(f"{config.output_dir}/tensorboard")
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    tables = sorted(Path(config.output_dir, "samples").iterdir())
+    assert [path.name for path in tables] == ["step_00000002.md", "step_00000004.md"]
+    assert tables[0].read_text().count("## Problem") == config.prompts_per_step
+
+
+def test_a_sample_table_says_what_a_sample_is(tmp_path):
+    tokenizer = build_tokenizer()
+    ids = tuple(tokenizer("a|b")["input_ids"])
+    problem = Problem(4, "line one\nline two", (1,), "x")
+    sample = Sample(problem, 2, 0.25, (1, 2), ids, (0.0,) * len(ids), "stop", reward=1.0, advantage=0.5)
+    text = write_samples([[sample], []], tokenizer, tmp_path, 7).read_text()
+    assert "## Problem 4" in text and "line one ⏎ line two" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| 2 |"))
+    assert "2 tokens, 0.25" in row and "+0.500" in row and row.replace("\\|", "").count("|") == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"to": ["mlflow"]}, "to must hold some of tensorboard"), ({"samples_every": -1}, "samples_every must be at least 0, got -1")],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrackingConfig(**settings)

@@ -1,0 +1,115 @@
+"""Metrics to TensorBoard, Weights & Biases and Trackio, beside `metrics.jsonl`, which is always written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+logger = logging.getLogger(__name__)
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl, and how often samples are written down."""
+
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """tensorboard (into output_dir/tensorboard), wandb, trackio; none by default."""
+    project: str = "trapo"
+    """Project of wandb and trackio."""
+    name: str | None = None
+    """Name of the run; null for the last part of output_dir."""
+    samples_every: int = 0
+    """Steps between tables of samples in output_dir/samples, at least 0; 0 writes none."""
+
+    def __post_init__(self) -> None:
+        for tracker in self.to:
+            if tracker not in TRACKERS:
+                raise ValueError(f"to must hold some of {', '.join(TRACKERS)}, got {tracker!r}.")
+        if self.samples_every < 0:
+            raise ValueError(f"samples_every must be at least 0, got {self.samples_every}.")
+
+
+class Tracker(Protocol):
+    """One destination."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record numbers of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class Trackers:
+    """All destinations of a run. One that fails is left out from then on, with a warning: it must not end the training.
+
+    Raises: ImportError naming the extra, when it is made, for a tracker that is not installed.
+    """
+
+    def __init__(self, config: TrackingConfig, output_dir: str | Path, settings: dict[str, Any]) -> None:
+        output_dir = Path(output_dir)
+        name = config.name or output_dir.name
+        self._trackers: dict[str, Tracker] = {}
+        for tracker in config.to:
+            if tracker == "tensorboard":
+                self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard")
+            else:
+                self._trackers[tracker] = _Hosted(tracker, config.project, name, output_dir, settings)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record the numbers among `metrics`; texts and lists stay in metrics.jsonl."""
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float) and name != "step"}
+        self._each(lambda tracker: tracker.log(step, numbers))
+
+    def close(self) -> None:
+        """Close every destination."""
+        self._each(lambda tracker: tracker.close())
+        self._trackers = {}
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever a service does, the run goes on
+                logger.warning("tracking: %s failed and is left out from here on: %s: %s", name, type(error).__name__, error)
+                del self._trackers[name]
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("tracking.to: tensorboard needs its package: pip install 'trapo[tensorboard]'.") from error
+        self._writer = SummaryWriter(str(directory))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Hosted:
+    """wandb and trackio, which share an interface."""
+
+    def __init__(self, module: str, project: str, name: str, output_dir: Path, settings: dict[str, Any]) -> None:
+        import importlib
+
+        try:
+            self._module = importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"tracking.to: {module} needs its package: pip install 'trapo[{module}]'.") from error
+        options = {"dir": str(output_dir)} if module == "wandb" else {}
+        self._module.init(project=project, name=name, config=settings, **options)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._module.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
