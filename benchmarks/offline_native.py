@@ -8,11 +8,13 @@ Registers, stack, spills and shared memory come from ptxas, instructions from th
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from csrc.build import OLDEST_TORCH, nvcc, torch_directory
@@ -88,16 +90,19 @@ def readable(mangled: str) -> str:
 
 
 def table() -> list[dict[str, object]]:
-    """One row per kernel and architecture that it has code for."""
+    """One row per kernel and architecture that it has code for; as many compilers at once as there are processors."""
+    jobs = [(source, arch) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for arch in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
+        return [row for rows in threads.map(lambda job: _compiled(*job, Path(scratch)), jobs) for row in rows]
+
+
+def _compiled(source: Path, architecture: str, scratch: Path) -> list[dict[str, object]]:
+    target, log = compile_source(source, architecture, scratch)
+    code = instructions(target)
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            for architecture in ARCHITECTURES:
-                target, log = compile_source(source, architecture, Path(scratch))
-                code = instructions(target)
-                for mangled, figures in resources(log).items():
-                    counts = {name: code[mangled].count(name) for name in COUNTED}
-                    rows.append({"kernel": readable(mangled), "sm": architecture, **figures, **counts, "sass": code[mangled]})
+    for mangled, figures in resources(log).items():
+        counts = {name: code[mangled].count(name) for name in COUNTED}
+        rows.append({"kernel": readable(mangled), "sm": architecture, **figures, **counts, "sass": code[mangled]})
     return rows
 
 

@@ -50,8 +50,10 @@ class BuildNative(build_ext):
             if os.environ.get("TRAPO_CUDA") == "1" or os.environ.get("TRAPO_SANITIZE") == "1":
                 raise  # was asked for by name
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            reason_file.write_text(f"{error}\n", encoding="utf-8")
             print(f"trapo: no native backend: {error}", file=sys.stderr)
+            told = isinstance(error, RuntimeError)  # by this file, in a sentence
+            reason = error if told else f"the compiler failed ({type(error).__name__}); `pip install -v .` shows how."
+            reason_file.write_text(f"{reason}\n", encoding="utf-8")
 
     def _compile(self, ext: Extension) -> None:
         if os.environ.get("TRAPO_NATIVE") == "0":
