@@ -214,6 +214,14 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
     return codes, parameters
 
 
+def gate_scalars(objective: Objective) -> tuple[list[int], list[float]]:
+    """What the compiled backends read of an objective: codes of expert gate, rollout gate and KL; three scalars per gate, then the
+    clamp of the KL."""
+    codes, parameters = encode(objective)
+    terms = (objective.expert, objective.rollout)
+    return codes, [scalar for term in terms for scalar in (term.gate.scalars if term else (0.0,) * 3)] + parameters[-1:]
+
+
 def decode(codes: list[int], parameters: list[float]) -> Objective:
     """The gates and the KL of an encoded objective; anchors, signals and scales live in the streams already."""
     terms: list[Term | None] = [None, None]

@@ -105,7 +105,7 @@ def policy(
         *_transform(transform),
         *_streams(streams),
         streams.grad_entropy if with_entropy_gradient else None,
-        *_gates(objective),
+        *terms.gate_scalars(objective),
         grad,
     )
     return RowStatistics(*stats), None if grad is None else grad.to(grad_dtype)
@@ -119,7 +119,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
 
 def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
     """dL/dlogp [N] fp32 of every token; exact zeros for IGNORED ones."""
-    return torch.ops.trapo_native.token_coefficient(logprob.contiguous(), *_streams(streams), *_gates(objective))
+    return torch.ops.trapo_native.token_coefficient(logprob.contiguous(), *_streams(streams), *terms.gate_scalars(objective))
 
 
 def _operand(logits: Tensor) -> Tensor:
@@ -149,9 +149,3 @@ def _transform(transform: LogitTransform) -> tuple[Tensor | None, Tensor | None,
 def _streams(streams: terms.Streams) -> tuple[Tensor | None, ...]:
     s = streams
     return s.role, s.anchor, s.signal, s.advantage, s.kl_weight, s.ref_logprob
-
-
-def _gates(objective: Objective) -> tuple[list[int], list[float]]:
-    codes, parameters = terms.encode(objective)
-    scalars = [scalar for term in (objective.expert, objective.rollout) for scalar in (term.gate.scalars if term else (0.0,) * 3)]
-    return codes, [*scalars, parameters[-1]]

@@ -95,9 +95,6 @@ def coefficient(
 
 def gate_arguments(objective: Objective) -> dict[str, float | int]:
     """The scalars and codes that `coefficient` takes, as keyword arguments of a kernel."""
-    (expert_code, rollout_code, kl_code), parameters = terms.encode(objective)
-    expert = objective.expert.gate.scalars if objective.expert else (0.0, 0.0, 0.0)
-    rollout = objective.rollout.gate.scalars if objective.rollout else (0.0, 0.0, 0.0)
+    codes, scalars = terms.gate_scalars(objective)
     names = ("e0", "e1", "e2", "r0", "r1", "r2", "k0")
-    codes = {"EXPERT_GATE": expert_code, "ROLLOUT_GATE": rollout_code, "KL_CODE": kl_code}
-    return dict(zip(names, (*expert, *rollout, parameters[-1]), strict=True)) | codes
+    return dict(zip(names, scalars, strict=True)) | dict(zip(("EXPERT_GATE", "ROLLOUT_GATE", "KL_CODE"), codes, strict=True))
