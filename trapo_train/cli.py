@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"trapo-train: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def entry() -> NoReturn:
+    """The process of `trapo-train`: run one command and exit with its code."""
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank leaves without tearing the interpreter down: a gloo thread that drops a tensor meanwhile aborts the process
+        # (pytorch/pytorch#179291), and the exit code of a finished run would be lost. Files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -227,4 +239,4 @@ def _print_paths(paths: Sequence[Path], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
