@@ -1,8 +1,11 @@
 """Checkpoints that are whole or not there: written beside, made durable, moved into place in one rename.
 
-A checkpoint is a directory `step_<n>` with `state.pt` (tensors and plain values, read with weights_only, so that loading never
-runs code) and `manifest.json` (step, fingerprint of the run, size and SHA-256 of the state). What does not match its manifest
-is refused.
+A checkpoint is a directory `step_<n>`:
+
+- `tensors/`: weights and optimizer state, one safetensors file per rank with its shards (torch.distributed.checkpoint), which
+  any number of ranks can read;
+- `state.pt`: everything else, read with weights_only; neither format can run code when it is loaded;
+- `manifest.json`: step, fingerprint of the run, size and SHA-256 of every file. What does not match it is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,22 +27,14 @@ from typing import Any
 
 import numpy
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
 
-FORMAT = 3
-STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
+FORMAT = 4
+STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
 _UNFINISHED = ".unfinished_"
 
 
@@ -64,11 +61,18 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointStore:
-    """The checkpoints of one run in `directory`, newest last."""
+    """The checkpoints of one run in `directory`, newest last.
 
-    def __init__(self, directory: str | Path, keep: int) -> None:
+    Args:
+        directory: on a disk that every rank sees.
+        keep: newest checkpoints to keep.
+        world: the ranks that save and load together, each its own shards; None for a single process.
+    """
+
+    def __init__(self, directory: str | Path, keep: int, world: World | None = None) -> None:
         self.directory = Path(directory)
         self.keep = keep
+        self._ranks = world or World.alone()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order; whether they are intact shows when they are loaded."""
@@ -79,45 +83,48 @@ class CheckpointStore:
         """Directory of the checkpoint of `step`."""
         return self.directory / f"step_{step:08d}"
 
-    def save(self, step: int, state: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, durable on disk when this returns, and drop those older than the newest `keep`.
+    def save(
+        self, step: int, state: Mapping[str, Any], fingerprint: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> Path:
+        """Write a checkpoint, durable on disk when this returns, and drop those older than the newest `keep`. Every rank calls it.
 
         Args:
-            state: tensors and plain Python values, in dicts, lists and tuples.
+            state: the first rank's plain Python values and small tensors, in dicts, lists and tuples.
             fingerprint: what a run must have in common with this one to resume it; JSON values.
+            tensors: weights and optimizer state by name, no two sharing memory; of sharded ones each rank writes its shards.
 
-        Raises: CheckpointError when the disk is full or not writable, or the step has a checkpoint; earlier ones stay.
+        Memory: each rank holds its shards on the CPU, once as tensors and once as the bytes of its file.
+
+        Raises: CheckpointError, on every rank, when the disk is full or not writable, or the step has a checkpoint; earlier ones
+            stay.
         """
         unfinished = self.directory / f"{_UNFINISHED}{step:08d}"
-        if self.path(step).exists():
+        if any(self._ranks.gather(self.path(step).exists())):
             raise CheckpointError(f"checkpoint: {self.path(step)} exists already. Save each step once.")
         try:
-            for leftover in self.directory.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(leftover)
-            unfinished.mkdir(parents=True)
-            with (unfinished / STATE_FILE).open("wb") as file:
-                torch.save(dict(state), file)
-                _make_durable(file)
-            manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "state": _digest(unfinished / STATE_FILE)}
-            with (unfinished / MANIFEST_FILE).open("w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=1)
-                _make_durable(file)
-            _sync_directory(unfinished)
-            unfinished.rename(self.path(step))
-            _sync_directory(self.directory)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            shutil.rmtree(unfinished, ignore_errors=True)
+            self._on_first_rank(lambda: self._begin(unfinished, state))
+            if tensors:
+                writer = dcp.HuggingFaceStorageWriter(str(unfinished / TENSOR_DIR), save_distributed=True)
+                with _quiet():
+                    dcp.save(
+                        {name: tensor.contiguous() for name, tensor in tensors.items()},
+                        storage_writer=writer,
+                        no_dist=self._ranks.size == 1,
+                    )
+            manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
+            self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch.save turns a full disk into a RuntimeError
+            if self._ranks.first:
+                shutil.rmtree(unfinished, ignore_errors=True)
             kept = f"The last one is {self.path(self.steps()[-1])}." if self.steps() else "There is no earlier one."
             raise CheckpointError(
-                f"checkpoint: step {step} could not be saved to {self.directory}: {error}. {kept} "
+                f"checkpoint: step {step} could not be saved to {self.directory}: {_reason(error)}. {kept} "
                 "Free space or make the directory writable, then resume with checkpoint.resume=true."
             ) from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
         return self.path(step)
 
     def load(self, fingerprint: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest checkpoint, on the CPU; None where there is none.
+        """Step and state of the newest checkpoint, on the CPU; None where there is none. Every rank calls it.
 
         Raises: CheckpointError for a damaged checkpoint, with the newest intact one before it, and for one of a run that
             differs from `fingerprint`, with the differences.
@@ -142,22 +149,89 @@ class CheckpointStore:
             )
         return steps[-1], torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
 
+    def load_tensors(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Overwrite `tensors`, by name, with those of the checkpoint of `step`, which `load` found intact; each rank gives the
+        shards that it holds now. Every rank calls it.
+
+        Raises: CheckpointError for a name or a shape that the checkpoint does not have.
+        """
+        reader = dcp.HuggingFaceStorageReader(str(self.path(step) / TENSOR_DIR))
+        try:
+            with _quiet():
+                dcp.load(tensors, storage_reader=reader, no_dist=self._ranks.size == 1)
+        except (RuntimeError, ValueError, CheckpointException) as error:
+            raise CheckpointError(
+                f"checkpoint: {self.path(step)} does not fit this model or optimizer: {_reason(error)}. "
+                "Start a new run in another output_dir."
+            ) from error
+
+    def _begin(self, unfinished: Path, state: Mapping[str, Any]) -> None:
+        for leftover in self.directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        (unfinished / TENSOR_DIR).mkdir(parents=True)
+        with (unfinished / STATE_FILE).open("wb") as file:
+            torch.save(dict(state), file)
+            _make_durable(file)
+
+    def _finish(self, unfinished: Path, step: int, manifest: Mapping[str, Any]) -> None:
+        with (unfinished / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            _make_durable(file)
+        _sync_directory(unfinished / TENSOR_DIR)
+        _sync_directory(unfinished)
+        unfinished.rename(self.path(step))
+        _sync_directory(self.directory)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        self._on_every_rank(action if self._ranks.first else lambda: None)
+
+    def _on_every_rank(self, action: Callable[[], Any]) -> list[Any]:
+        """What `action` returns on each rank; an OSError or RuntimeError on one of them is raised on all."""
+        value, error = None, None
+        try:
+            value = action()
+        except (OSError, RuntimeError) as raised:
+            error = raised
+        results = self._ranks.gather((value, error))
+        for _, failed in results:
+            if failed is not None:
+                raise failed
+        return [value for value, _ in results]
+
+    def _digests(self, path: Path) -> dict[str, dict[str, Any]]:
+        """Digest of every file by its name; the ranks share the work."""
+        names = [STATE_FILE, *sorted(f"{TENSOR_DIR}/{file.name}" for file in (path / TENSOR_DIR).iterdir())]
+        parts = self._on_every_rank(lambda: {name: _digest(path / name) for name in self._ranks.share(names)})
+        found = {name: digest for part in parts for name, digest in part.items()}
+        return {name: found[name] for name in names}
+
     def _damage(self, step: int) -> str | None:
-        """What is wrong with the checkpoint of `step`, or None."""
+        """What is wrong with the checkpoint of `step`, or None; the same on every rank."""
+        found = self._ranks.gather(self._damage_seen_here(step))
+        return next((damage for damage in found if damage is not None), None)
+
+    def _damage_seen_here(self, step: int) -> str | None:
         path = self.path(step)
         try:
             manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-            expected, found = manifest["state"], manifest["format"]
-            if found != FORMAT:
-                return f"its format is {found}, this version reads {FORMAT}"
-            actual = _digest(path / STATE_FILE)
+            if manifest["format"] != FORMAT:
+                return f"its format is {manifest['format']}, this version reads {FORMAT}"
+            expected = dict(manifest["files"])
+            for name in self._ranks.share(sorted(expected)):
+                actual = _digest(path / name)
+                if actual["bytes"] != expected[name]["bytes"]:
+                    return f"{name} has {actual['bytes']} of {expected[name]['bytes']} bytes"
+                if actual != expected[name]:
+                    return f"{name} does not match its SHA-256"
         except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
+            return f"{Path(error.filename).relative_to(path)} is missing"
+        except OSError as error:
+            return f"{Path(error.filename).relative_to(path)} cannot be read: {error.strerror}"
         except (ValueError, KeyError, TypeError):
             return f"{MANIFEST_FILE} is not readable"
-        if actual["bytes"] != expected["bytes"]:
-            return f"{STATE_FILE} has {actual['bytes']} of {expected['bytes']} bytes"
-        return None if actual == expected else f"{STATE_FILE} does not match its SHA-256"
+        return None
 
 
 def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -199,55 +273,6 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-
-
-def training_state(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
-    """Trained weights and optimizer state by parameter name, whole tensors on the CPU whatever the sharding; every rank must ask,
-    the first one gets them. Frozen weights, those beside LoRA's adapters, are where the model came from."""
-    return {
-        "model": get_model_state_dict(model, options=_TRAINED),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
-    }
-
-
-def load_training_state(model: PreTrainedModel, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Put what `training_state` returned into a model and an optimizer, sharded over any number of ranks."""
-    whole = StateDictOptions(full_state_dict=True, strict=not has_lora(model))
-    set_model_state_dict(model, state["model"], options=whole)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
-
-
-def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, world: World | None = None
-) -> Path:
-    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole. LoRA's adapters
-    are added to the weights.
-
-    Every rank of `world` must call this; the first one gathers the weights and writes.
-    """
-    directory = Path(directory)
-    sharded = world is not None and world.size > 1
-    weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) else None
-    if world is not None and not world.first:
-        return directory
-    if has_lora(model):
-        weights = merged_weights(model, weights)
-    unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    progress_bar = is_progress_bar_enabled()
-    disable_progress_bar()
-    model.save_pretrained(unfinished, state_dict=weights)
-    tokenizer.save_pretrained(unfinished)
-    if progress_bar:
-        enable_progress_bar()
-    if directory.exists():
-        shutil.rmtree(directory)
-    unfinished.rename(directory)
-    return directory
-
-
 class StopSignal:
     """Catches SIGTERM while it is entered, so that a run can save at the next step boundary; `received` tells."""
 
@@ -267,6 +292,26 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning of torch.distributed.checkpoint that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in one line; torch.distributed.checkpoint wraps each rank's error with its traceback."""
+    if isinstance(error, CheckpointException):
+        failures = sorted(error.failures.items())
+        return "; ".join(f"rank {rank}: {_one_line(failure[0])}" for rank, failure in failures)
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).split("\n", 1)[0].rstrip(".")
 
 
 def _make_durable(file: Any) -> None:

@@ -8,7 +8,7 @@ number of ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,10 +39,10 @@ class ParallelConfig:
 class World:
     """This process among the ranks of a run; alone, all of its methods are trivial."""
 
-    def __init__(self, config: ParallelConfig) -> None:
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    def __init__(self, config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> None:
+        self.size = int(environment.get("WORLD_SIZE", "1"))
+        self.rank = int(environment.get("RANK", "0"))
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if self.size % config.replicate:
@@ -58,6 +58,11 @@ class World:
                 # Objects travel over gloo, gradients over NCCL where there is CUDA.
                 backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
                 dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+
+    @classmethod
+    def alone(cls) -> World:
+        """A single process, whatever the environment says."""
+        return cls(ParallelConfig(), environment={})
 
     @property
     def first(self) -> bool:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal, export_model
+from trapo_train.checkpoint import CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
+from trapo_train.model_state import export_model
 from trapo_train.records import Sample
 from trapo_train.samples import write_samples
 from trapo_train.trainer import Trainer
@@ -57,9 +58,9 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     Raises: ValueError for what cannot be trained; CheckpointError; RewardError; NonFiniteError after too many skipped steps.
     """
     output_dir = Path(config.output_dir)
-    store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep)
-    _check_output_dir(config, store)
+    _check_output_dir(config)
     trainer = Trainer(config)
+    store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep, trainer.world)
     reporter = reporter if trainer.world.first else NullReporter()
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
@@ -94,7 +95,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         every = config.checkpoint.every
         due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
         if (due or stopping) and saved_at != trainer.step:
-            reporter.event(f"saved {_save(trainer, store)}")
+            reporter.event(f"saved {trainer.save(store)}")
             saved_at = trainer.step
         if finished or stopping:
             return
@@ -106,23 +107,9 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         trainer.stop_if_broken(metrics, reporter)
 
 
-def _save(trainer: Trainer, store: CheckpointStore) -> Path:
-    """Save the state; where the first rank cannot write it, every rank raises its error."""
-    state, error = trainer.state_dict(), None
-    if trainer.world.first:
-        try:
-            store.save(trainer.step, state, trainer.fingerprint)
-        except CheckpointError as raised:
-            error = raised
-    for failed in trainer.world.gather(error):
-        if failed is not None:
-            raise failed
-    return store.path(trainer.step)
-
-
-def _check_output_dir(config: RunConfig, store: CheckpointStore) -> None:
-    metrics = Path(config.output_dir) / METRICS_FILE
-    used = store.steps() or (metrics.exists() and metrics.stat().st_size > 0)
+def _check_output_dir(config: RunConfig) -> None:
+    metrics, checkpoints = Path(config.output_dir) / METRICS_FILE, Path(config.output_dir) / CHECKPOINT_DIR
+    used = CheckpointStore(checkpoints, config.checkpoint.keep).steps() or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir {config.output_dir} already holds a run. Continue it with checkpoint.resume=true, delete it, or "

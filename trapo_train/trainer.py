@@ -18,7 +18,7 @@ import yaml
 
 from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
-from trapo_train.checkpoint import CheckpointStore, export_model, load_training_state, restore_rng_state, rng_state, training_state
+from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from trapo_train.chooser import apply_choice, load_chooser
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.data import ProblemOrder, load_problems
@@ -27,6 +27,7 @@ from trapo_train.engine import TransformersEngine
 from trapo_train.evaluate import evaluate
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, precision, score
+from trapo_train.model_state import export_model, load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack, pad_to_multiple
 from trapo_train.parallel import World, gathered, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
@@ -259,14 +260,14 @@ class Trainer:
             free.append("steps")  # other schedules depend on it
         return {"config": {k: v for k, v in config.items() if k not in free}, "data": self.data_fingerprint[:16]}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state of the run, as tensors and plain values on the CPU, the same for any number of ranks; every rank must ask
-        for it, the first one gets the tensors."""
-        return {
+    def save(self, store: CheckpointStore) -> Path:
+        """Write all state of the run; every rank calls this and writes its shards. See `CheckpointStore.save`."""
+        tensors, training = training_state(self.model, self.optimizer)
+        state = {
             "step": self.step,
             "evaluated_at": self.evaluated_at,
             "skipped_in_a_row": self.skipped_in_a_row,
-            **training_state(self.model, self.optimizer),
+            "training": training,
             "scheduler": self.scheduler.state_dict(),
             "order": self.order.state_dict(),
             "deferred": self.deferred.state_dict(),
@@ -274,16 +275,17 @@ class Trainer:
             "last_metrics": self.last_metrics,
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
+        return store.save(self.step, state, self.fingerprint, tensors)
 
     def resume(self, store: CheckpointStore) -> bool:
         """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""
         found = store.load(self.fingerprint)
         if found is None:
             return False
-        _, state = found
+        step, state = found
         for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics"):
             setattr(self, name, state[name])
-        load_training_state(self.model, self.optimizer, state)
+        load_training_state(self.model, self.optimizer, state["training"], store, step)
         for name in ("scheduler", "order", "deferred"):
             getattr(self, name).load_state_dict(state[name])
         if hasattr(self.chooser, "load_state_dict"):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import threading
 
@@ -21,11 +22,11 @@ from trapo_train.checkpoint import (
     CheckpointStore,
     StopSignal,
     compare_fingerprints,
-    export_model,
     restore_rng_state,
     rng_state,
 )
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.model_state import export_model
 from trapo_train.tasks import build_tokenizer
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
@@ -50,6 +51,34 @@ def test_load_returns_what_was_saved(store):
     assert state["rates"] == (0.1, None, "x")
 
 
+def test_tensors_come_back_in_place(store):
+    saved = {
+        "matrix": torch.randn(3, 4),
+        "half": torch.randn(5).bfloat16(),
+        "step": torch.tensor(7.0),
+        "transposed": torch.randn(4, 3).T,
+    }
+    store.save(5, make_state(), FINGERPRINT, saved)
+    live = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    views = dict(live)
+    store.load_tensors(5, live)
+    for name, tensor in saved.items():
+        assert torch.equal(views[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": torch.zeros(3)}, r"step_00000001 does not fit this model.*weight"),
+        ({"other": torch.zeros(2)}, "does not fit.*other"),
+    ],
+)
+def test_tensors_of_another_model_are_refused(store, tensors, message):
+    store.save(1, make_state(), FINGERPRINT, {"weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=message):
+        store.load_tensors(1, tensors)
+
+
 def test_only_the_newest_are_kept(store):
     for step in (1, 2, 3, 10):
         store.save(step, make_state(), FINGERPRINT)
@@ -72,18 +101,24 @@ def test_tied_tensors_stay_tied(store):
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is not readable"),
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not readable"),
         (lambda path: flip_byte(path / "state.pt"), "state.pt does not match its SHA-256"),
+        (lambda path: os.truncate(only_shard(path), 100), "tensors/.*safetensors has 100 of .* bytes"),
+        (lambda path: only_shard(path).unlink(), "tensors/.*safetensors is missing"),
+        (lambda path: flip_byte(only_shard(path)), "tensors/.*safetensors does not match its SHA-256"),
     ],
 )
 def test_damaged_checkpoint_is_refused_and_the_intact_one_offered(store, damage, message):
-    store.save(5, make_state(1.0), FINGERPRINT)
-    path = store.save(10, make_state(2.0), FINGERPRINT)
+    store.save(5, make_state(1.0), FINGERPRINT, {"weight": torch.ones(64)})
+    path = store.save(10, make_state(2.0), FINGERPRINT, {"weight": torch.zeros(64)})
     damage(path)
     with pytest.raises(CheckpointError, match=f"{message}.*Delete {path} to resume from step 5, which is intact"):
         store.load(FINGERPRINT)
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
+    shutil.rmtree(path)
     assert store.load(FINGERPRINT)[0] == 5
+
+
+def only_shard(path):
+    (shard,) = (path / "tensors").iterdir()
+    return shard
 
 
 def flip_byte(path):
@@ -110,7 +145,7 @@ def test_a_state_with_code_in_it_is_not_run(store):
     digest = checkpoint._digest(path / "state.pt")
     manifest = (path / "manifest.json").read_text()
     old = json.loads(manifest)
-    old["state"] = digest
+    old["files"]["state.pt"] = digest
     (path / "manifest.json").write_text(json.dumps(old))
     with pytest.raises(pickle.UnpicklingError):
         store.load(FINGERPRINT)

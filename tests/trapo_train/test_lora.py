@@ -5,13 +5,15 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
-from trapo_train.checkpoint import CheckpointStore, export_model
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
 from trapo_train.lora import LoraConfig, add_lora, has_lora, without_lora
+from trapo_train.model_state import export_model
 from trapo_train.tasks import build_tokenizer
 
 pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
@@ -84,8 +86,8 @@ def test_a_run_saves_adapters_alone_and_resumes_to_the_same_bits(configure):
 
 def load_adapters(config):
     store = CheckpointStore(f"{config.output_dir}/checkpoints", 2)
-    state = torch.load(store.path(store.steps()[-1]) / "state.pt", weights_only=True)
-    return state["model"]
+    (file,) = (store.path(store.steps()[-1]) / "tensors").iterdir()
+    return [name for name in load_file(file) if name.startswith("model.")]
 
 
 @pytest.mark.parametrize(

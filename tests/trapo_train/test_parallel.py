@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.trapo_train.test_step import make_model, make_samples
 from tests.trapo_train.test_train import TINY
 from trapo_kernels import objectives
-from trapo_train.checkpoint import CheckpointStore, load_training_state, training_state
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
+from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import PackingConfig, pack, pad_to_multiple
 from trapo_train.parallel import ParallelConfig, World, gathered, interleave, shard_model
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, optimizer_step
@@ -27,8 +29,8 @@ from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, 
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 
 
-def _two_steps(world, tied):
-    """Whole weights and optimizer state after two steps, and the metrics of the last."""
+def _new(world, tied):
+    """A model in fp64, its optimizer and its schedule."""
     model = make_model()
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -36,7 +38,12 @@ def _two_steps(world, tied):
     model.get_output_embeddings().compute_dtype = torch.float64
     shard_model(model, world)
     optimizer = build_optimizer(model, SETTINGS)
-    scheduler = build_scheduler(optimizer, SETTINGS, steps=4)
+    return model, optimizer, build_scheduler(optimizer, SETTINGS, steps=4)
+
+
+def _two_steps(world, tied):
+    """Model and optimizer after two steps, and the metrics of the last."""
+    model, optimizer, scheduler = _new(world, tied)
     objective = objectives.trapo(entropy_coef=0.01)
     for budget in (24, 48):
         packed = pack(make_samples(), PackingConfig(max_tokens=budget), objective, max_response_tokens=16)
@@ -44,16 +51,33 @@ def _two_steps(world, tied):
         metrics = optimizer_step(model, optimizer, scheduler, mine, objective, 1.0, 1.0, world)
         with gathered(model):  # as a rollout between two steps does
             model(input_ids=torch.tensor([[1, 2, 3]]))
-    return training_state(model, optimizer), metrics
+    return model, optimizer, metrics
 
 
-def _worker(rank, size, replicate, tied, path):
+def _save(store, model, optimizer):
+    tensors, values = training_state(model, optimizer)
+    store.save(2, values, {}, tensors)
+
+
+def _load(store, model, optimizer):
+    """Put the checkpoint into model and optimizer; returns the tensors as they are then."""
+    step, values = store.load({})
+    load_training_state(model, optimizer, values, store, step)
+    tensors, loaded = training_state(model, optimizer)
+    assert loaded == values
+    return tensors
+
+
+def _worker(rank, size, replicate, tied, directory, port):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": path.split(":")[1]}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = World(ParallelConfig(replicate=replicate, timeout_s=60))
-    state, metrics = _two_steps(world, tied)
+    model, optimizer, metrics = _two_steps(world, tied)
+    _save(CheckpointStore(directory / "ranks", 1, world), model, optimizer)
+    again = _load(CheckpointStore(directory / "alone", 1, world), *_new(world, tied)[:2])  # saved by one process
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in again.items()}
     if rank == 0:
-        torch.save((state, metrics), path.split(":")[0])
+        torch.save((whole, metrics), directory / "rank_0.pt")
     world.close()
     os._exit(0)
 
@@ -66,40 +90,45 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _leaves(tree, prefix=""):
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}")
-    elif isinstance(tree, torch.Tensor):
-        yield prefix, tree
-
-
 @pytest.mark.parametrize(("size", "replicate", "tied"), [(2, 1, False), (3, 1, True), (2, 2, False)])
-def test_ranks_train_what_one_process_trains(size, replicate, tied, tmp_path):
-    alone, expected = _two_steps(World(ParallelConfig()), tied)
-    path = tmp_path / "state.pt"
-    mp.start_processes(_worker, args=(size, replicate, tied, f"{path}:{_free_port()}"), nprocs=size, start_method="spawn")
-    state, metrics = torch.load(path, weights_only=False)
-    ours, theirs = dict(_leaves(alone)), dict(_leaves(state))
-    assert ours.keys() == theirs.keys() and any("exp_avg" in name for name in ours)
+def test_ranks_train_and_save_what_one_process_does(size, replicate, tied, tmp_path):
+    world = World.alone()
+    model, optimizer, expected = _two_steps(world, tied)
+    _save(CheckpointStore(tmp_path / "alone", 1), model, optimizer)
+    alone, _ = training_state(model, optimizer)
+    mp.start_processes(_worker, args=(size, replicate, tied, tmp_path, _free_port()), nprocs=size, start_method="spawn")
+    loaded_by_ranks, metrics = torch.load(tmp_path / "rank_0.pt", weights_only=False)
+    saved_by_ranks = _load(CheckpointStore(tmp_path / "ranks", 1), *_new(world, tied)[:2])
+    assert alone.keys() == loaded_by_ranks.keys() == saved_by_ranks.keys() and any("exp_avg" in name for name in alone)
     # Llama's norms compute in fp32 whatever their input: scaling by 2 is exact there, by 3 it rounds.
     tolerance = {"rtol": 1e-9, "atol": 1e-11} if size == 2 else {"rtol": 1e-4, "atol": 5e-6}
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, **tolerance, msg=name)
+    for name, value in alone.items():
+        assert torch.equal(loaded_by_ranks[name], value), name
+        torch.testing.assert_close(saved_by_ranks[name], value, **tolerance, msg=name)
     for name, value in expected.items():
         if name != "micro_batches":
             assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
-def test_a_state_moves_to_a_fresh_model_and_optimizer():
-    state, _ = _two_steps(World(ParallelConfig()), tied=False)
-    model = make_model()
-    optimizer = build_optimizer(model, SETTINGS)
-    build_scheduler(optimizer, SETTINGS, steps=4)  # which adds to the optimizer's groups what the state has there
-    load_training_state(model, optimizer, state)
-    again = training_state(model, optimizer)
-    for (name, value), (_, expected) in zip(_leaves(again), _leaves(state), strict=True):
-        torch.testing.assert_close(value.double(), expected.double(), rtol=1e-6, atol=1e-7, msg=name)
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, OptimizerConfig(name="SGD", options={"momentum": 0.9}), OptimizerConfig(name="SGD")]
+)
+def test_a_state_before_and_after_the_first_step_moves_to_a_fresh_model(settings, tmp_path):
+    for steps in (0, 1):
+        model = make_model()
+        optimizer = build_optimizer(model, settings)
+        build_scheduler(optimizer, settings, steps=4)  # which adds to the optimizer's groups what the state has there
+        for _ in range(steps):
+            model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+            optimizer.step()
+        store = CheckpointStore(tmp_path / str(steps), 1)
+        _save(store, model, optimizer)
+        fresh = make_model()
+        for parameter in fresh.parameters():
+            parameter.data.zero_()
+        again = _load(store, fresh, build_optimizer(fresh, settings))
+        for name, value in training_state(model, optimizer)[0].items():
+            assert torch.equal(again[name], value), name
 
 
 @pytest.mark.parametrize("length", range(8))

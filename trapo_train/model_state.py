@@ -1,0 +1,96 @@
+"""Weights and optimizer state: as named tensors for a checkpoint, and as a Hugging Face model for everyone else.
+
+The names are those of the parameters, so that a checkpoint does not depend on how the parameters are sharded or ordered.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from trapo_train.checkpoint import CheckpointStore
+from trapo_train.lora import has_lora, merged_weights
+from trapo_train.parallel import World
+
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trained weights and optimizer state: tensors by name, views of the live ones and of this rank's shards, and plain values.
+
+    Frozen weights, those beside LoRA's adapters, are where the model came from. A tied weight has one name.
+    """
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    weights = get_model_state_dict(model, options=_TRAINED)
+    tensors = {f"model.{name}": value for name, value in weights.items() if name in names}
+    values: dict[str, Any] = {}
+    if optimizer.state:  # before the first step there is none, and asking for it would take one
+        for name, entries in get_optimizer_state_dict(model, optimizer)["state"].items():
+            for key, value in entries.items():
+                home = tensors if isinstance(value, Tensor) else values
+                home[f"optimizer.{name}.{key}"] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state)}
+
+
+def load_training_state(
+    model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any], store: CheckpointStore, step: int
+) -> None:
+    """Put the checkpoint of `step`, tensors and the plain values `state`, into a model and an optimizer, on any number of ranks.
+
+    Raises: CheckpointError for a checkpoint of another model.
+    """
+    if state["stateful"]:
+        nested = get_optimizer_state_dict(model, optimizer)  # makes the optimizer's state, for the checkpoint to overwrite
+    tensors, _ = training_state(model, optimizer)
+    store.load_tensors(step, tensors)
+    if state["stateful"]:
+        loaded = tensors | state["values"]
+        nested["state"] = {
+            name: {key: loaded[f"optimizer.{name}.{key}"] for key in entries} for name, entries in nested["state"].items()
+        }
+        set_optimizer_state_dict(model, optimizer, nested)
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(saved)
+
+
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, world: World | None = None
+) -> Path:
+    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole. LoRA's adapters
+    are added to the weights.
+
+    Every rank of `world` must call this; the first one gathers the weights and writes.
+    """
+    directory = Path(directory)
+    sharded = world is not None and world.size > 1
+    weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) else None
+    if world is not None and not world.first:
+        return directory
+    if has_lora(model):
+        weights = merged_weights(model, weights)
+    unfinished = directory.with_name(f".unfinished_{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    progress_bar = is_progress_bar_enabled()
+    disable_progress_bar()
+    model.save_pretrained(unfinished, state_dict=weights)
+    tokenizer.save_pretrained(unfinished)
+    if progress_bar:
+        enable_progress_bar()
+    if directory.exists():
+        shutil.rmtree(directory)
+    unfinished.rename(directory)
+    return directory
