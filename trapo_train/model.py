@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +33,7 @@ from trapo_kernels import Objective, linear_logprob, linear_policy_loss
 from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
 from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.packing import MicroBatch
+from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
 ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,6 +119,8 @@ class PolicyHead(nn.Linear):
 
     compute_dtype: torch.dtype
     softcap: float | None
+    process_group: ProcessGroup | None = None  # the ranks that the vocabulary is sharded over
+    _whole: tuple[Tensor, Tensor | None] | None = None  # weight and bias while they are gathered
 
     @classmethod
     def adopt(cls, linear: nn.Linear, *, compute_dtype: torch.dtype, softcap: float | None) -> PolicyHead:
@@ -126,18 +132,49 @@ class PolicyHead(nn.Linear):
         head.compute_dtype, head.softcap = compute_dtype, softcap
         return head
 
-    def forward(self, hidden: Tensor, loss_fn: Callable[..., Any] | None = None) -> Any:
-        """Logits of `hidden` [..., D]; or `loss_fn(hidden, weight, bias, softcap, logits_dtype)` of hidden [N, D]."""
+    def shard_over_vocabulary(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's rows of weight and bias; the loss is then computed by all ranks together."""
+        shard_over_vocabulary(self, mesh)
+        self.process_group = mesh.get_group()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, a sharded head has its whole weight and gives logits; every rank must enter."""
+        if self.process_group is None:
+            yield
+            return
+        with torch.no_grad():
+            self._whole = (self.weight.full_tensor(), None if self.bias is None else self.bias.full_tensor())
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def forward(
+        self, hidden: Tensor, loss_fn: Callable[..., Any] | None = None, rows_per_rank: tuple[int, ...] | None = None
+    ) -> Any:
+        """Logits of `hidden` [..., D]; or `loss_fn(hidden, weight, bias, softcap, logits_dtype, process_group)` of hidden [N, D].
+
+        With a head sharded over the vocabulary `rows_per_rank` are the rows that each rank brings, and `loss_fn` sees all of them.
+        """
         if loss_fn is None:
-            return super().forward(hidden)
+            return super().forward(hidden) if self._whole is None else nn.functional.linear(hidden, *self._whole)
+        weight, bias = self.weight, self.bias
         # The op chooses its own precision: autocast would turn its fp32 statistics into bf16.
         with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(self.compute_dtype)
+            if self.process_group is not None:
+                hidden = gather_rows(hidden, rows_per_rank, self.process_group)
+                # A loss is multiplied by the number of ranks because FSDP averages gradients; nothing averages these.
+                average = 1.0 / len(rows_per_rank)
+                weight, bias = (None if x is None else scale_gradient(x.to_local(), average) for x in (weight, bias))
             return loss_fn(
-                hidden.to(self.compute_dtype),
-                self.weight.to(self.compute_dtype),
-                bias=self.bias,
+                hidden,
+                weight.to(self.compute_dtype),
+                bias=bias,
                 softcap=self.softcap,
                 logits_dtype=torch.promote_types(self.compute_dtype, torch.float32),
+                process_group=self.process_group,
             )
 
 
@@ -249,7 +286,7 @@ def policy_forward(model: PreTrainedModel, micro_batch: MicroBatch, objective: O
 
 @torch.no_grad()
 def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy [N] in nats of the micro-batch's loss rows under the current policy, without gradients."""
+    """Logprob and entropy [N] in nats of the tokens of `micro_batch.batch` under the current policy, without gradients."""
 
     def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Any:
         target = micro_batch.batch.target
@@ -275,7 +312,7 @@ def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable
             use_cache=False,
             **segment_arguments(model, micro_batch.segment_lengths, device),
         ).last_hidden_state[0]  # [T, D]
-        return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn)
+        return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn, micro_batch.rows_per_rank)
 
 
 def _load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

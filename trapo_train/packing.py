@@ -46,7 +46,8 @@ class MicroBatch:
     """One packed row of T tokens and its N loss rows.
 
     `input_ids` and `position_ids` are [1, T]; `segment_lengths` are the tokens of each sequence, summing to T.
-    `loss_positions` [N] are the positions in the row whose next token is scored; `batch` holds those N tokens.
+    `loss_positions` [N] are the positions in the row whose next token is scored; `batch` holds those N tokens. With a head sharded
+    over the vocabulary it holds those of all ranks, `rows_per_rank` of each (see `vocab_parallel`).
     """
 
     input_ids: Tensor
@@ -54,6 +55,7 @@ class MicroBatch:
     segment_lengths: tuple[int, ...]
     loss_positions: Tensor
     batch: TokenBatch
+    rows_per_rank: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on `device`."""

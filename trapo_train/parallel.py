@@ -19,6 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from trapo_train.model import policy_head
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ParallelConfig:
 
     replicate: int = 1
     """Copies of the sharded model (HSDP), at least 1, a divisor of the number of ranks; 1 shards over all ranks (FSDP2)."""
+    vocab_parallel_head: bool = False
+    """Whether each rank computes its part of the vocabulary for the tokens of all ranks, so that no rank holds the whole output
+    head or its gradient; needs replicate = 1 and a model whose head is not its embedding."""
     timeout_s: int = 1800
     """Longest wait for another rank, in seconds, at least 1; after it the run ends with an error."""
 
@@ -34,6 +40,10 @@ class ParallelConfig:
         for name in ("replicate", "timeout_s"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.vocab_parallel_head and self.replicate > 1:
+            raise ValueError(
+                f"vocab_parallel_head needs replicate = 1, got {self.replicate}. Shard over all ranks, or leave the head to FSDP."
+            )
 
 
 class World:
@@ -51,6 +61,7 @@ class World:
                 "Start as many ranks as replicas times shards."
             )
         self._shape = (config.replicate, self.size // config.replicate)
+        self.vocab_parallel_head = config.vocab_parallel_head and self.size > 1
         if self.size > 1:
             if cuda:
                 torch.cuda.set_device(self.device)
@@ -107,18 +118,30 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
     return out
 
 
-def shard_model(model: nn.Module, world: World) -> None:
+def shard_model(model: PreTrainedModel, world: World) -> None:
     """Shard the parameters over the ranks: each decoder layer is a unit, the rest (embedding, norm, head) another.
 
     The policy head runs inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is
-    whole, tied or not.
+    whole, tied or not. With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
+
+    Raises: ValueError for a vocabulary-parallel head that is the embedding, too.
     """
     if world.size == 1:
         return
+    head = policy_head(model)
+    if world.vocab_parallel_head and head.weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            "parallel.vocab_parallel_head needs an output head of its own, this model's is its embedding, which every rank needs "
+            "whole. Set parallel.vocab_parallel_head=false."
+        )
     mesh = world.mesh()
+    head_parameters: set[nn.Parameter] = set()
+    if world.vocab_parallel_head:
+        head.shard_over_vocabulary(mesh)
+        head_parameters = set(head.parameters())
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=head_parameters)
     register_fsdp_forward_method(model, "run_head")
 
 
@@ -130,7 +153,7 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: PreTrainedModel) -> Iterator[None]:
     """Inside, every rank holds the whole model and may run it as often as it likes without the others; costs its full size.
 
     Afterwards the gathered copies are dropped, so that no later forward sees stale weights.
@@ -140,7 +163,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        yield
+        with policy_head(model).gathered():
+            yield
     finally:
         for unit in units:
             unit.reshard()

@@ -222,7 +222,8 @@ def optimizer_step(
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     if ranks > 1:
-        tally = _Tally.merged(world.gather(tally.on_cpu()))
+        # With a vocabulary-parallel head every rank has seen the tokens of all ranks already.
+        tally = tally.on_cpu() if world.vocab_parallel_head else _Tally.merged(world.gather(tally.on_cpu()))
     metrics = tally.result({"grad_norm": grad_norm.cpu() if ranks > 1 else grad_norm})
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     learning_rate = optimizer.param_groups[0]["lr"]

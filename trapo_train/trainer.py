@@ -48,6 +48,7 @@ from trapo_train.step import (
 from trapo_train.tasks import build_tokenizer
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vllm_server import VllmServerEngine
+from trapo_train.vocab_parallel import join_micro_batches
 
 # Sections that may change between a run and its continuation without changing what is trained.
 _FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
@@ -85,6 +86,8 @@ class Trainer:
         if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
             lora = config.model.lora is not None  # without its adapters the model is its own reference
             self.reference = self.model if lora else copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self.reference is not None and self.reference is not self.model:
+            shard_model(self.reference, self.world)
         shard_model(self.model, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
@@ -144,7 +147,7 @@ class Trainer:
         mini_batches = []
         for samples in split_groups(groups, config.updates.mini_batches):
             packed = pack(samples, config.packing, objective, max_response_tokens=config.rollout.max_response_tokens)
-            mine = self.world.share(pad_to_multiple(packed, self.world.size))
+            mine = self._my_micro_batches(pad_to_multiple(packed, self.world.size))
             mine = with_old_policy(self.model, mine, config.updates, config.rollout.temperature)
             mini_batches.append(self._with_reference(mine, objective))
         return merge_updates(
@@ -163,6 +166,11 @@ class Trainer:
                 for micro_batches in mini_batches
             ]
         )
+
+    def _my_micro_batches(self, packed: list[MicroBatch]) -> list[MicroBatch]:
+        if self.world.vocab_parallel_head:
+            return join_micro_batches(packed, self.world.size, self.world.rank)
+        return self.world.share(packed)
 
     def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
         """The samples of all problems; each rank generates for its share and hands its samples to the others."""

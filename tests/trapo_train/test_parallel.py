@@ -25,6 +25,7 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import PackingConfig, pack, pad_to_multiple
 from trapo_train.parallel import ParallelConfig, World, gathered, interleave, shard_model
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, optimizer_step
+from trapo_train.vocab_parallel import join_micro_batches
 
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 
@@ -47,7 +48,9 @@ def _two_steps(world, tied):
     objective = objectives.trapo(entropy_coef=0.01)
     for budget in (24, 48):
         packed = pack(make_samples(), PackingConfig(max_tokens=budget), objective, max_response_tokens=16)
-        mine = world.share(pad_to_multiple(packed, world.size))
+        padded = pad_to_multiple(packed, world.size)
+        joined = world.vocab_parallel_head
+        mine = join_micro_batches(padded, world.size, world.rank) if joined else world.share(padded)
         metrics = optimizer_step(model, optimizer, scheduler, mine, objective, 1.0, 1.0, world)
         with gathered(model):  # as a rollout between two steps does
             model(input_ids=torch.tensor([[1, 2, 3]]))
@@ -68,10 +71,10 @@ def _load(store, model, optimizer):
     return tensors
 
 
-def _worker(rank, size, replicate, tied, directory, port):
+def _worker(rank, size, parallel, tied, directory, port):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = World(ParallelConfig(replicate=replicate, timeout_s=60))
+    world = World(parallel)
     model, optimizer, metrics = _two_steps(world, tied)
     _save(CheckpointStore(directory / "ranks", 1, world), model, optimizer)
     again = _load(CheckpointStore(directory / "alone", 1, world), *_new(world, tied)[:2])  # saved by one process
@@ -90,13 +93,23 @@ def _free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize(("size", "replicate", "tied"), [(2, 1, False), (3, 1, True), (2, 2, False)])
-def test_ranks_train_and_save_what_one_process_does(size, replicate, tied, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "settings", "tied"),
+    [
+        (2, {}, False),
+        (3, {}, True),
+        (2, {"replicate": 2}, False),
+        (2, {"vocab_parallel_head": True}, False),
+        (3, {"vocab_parallel_head": True}, False),
+    ],
+)
+def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_path):
     world = World.alone()
     model, optimizer, expected = _two_steps(world, tied)
     _save(CheckpointStore(tmp_path / "alone", 1), model, optimizer)
     alone, _ = training_state(model, optimizer)
-    mp.start_processes(_worker, args=(size, replicate, tied, tmp_path, _free_port()), nprocs=size, start_method="spawn")
+    arguments = (size, ParallelConfig(timeout_s=60, **settings), tied, tmp_path, _free_port())
+    mp.start_processes(_worker, args=arguments, nprocs=size, start_method="spawn")
     loaded_by_ranks, metrics = torch.load(tmp_path / "rank_0.pt", weights_only=False)
     saved_by_ranks = _load(CheckpointStore(tmp_path / "ranks", 1), *_new(world, tied)[:2])
     assert alone.keys() == loaded_by_ranks.keys() == saved_by_ranks.keys() and any("exp_avg" in name for name in alone)
@@ -143,6 +156,16 @@ def test_ranks_that_do_not_divide_into_replicas(monkeypatch):
         World(ParallelConfig(replicate=2))
     with pytest.raises(ValueError, match="timeout_s must be at least 1, got 0"):
         ParallelConfig(timeout_s=0)
+    with pytest.raises(ValueError, match="vocab_parallel_head needs replicate = 1, got 3"):
+        ParallelConfig(replicate=3, vocab_parallel_head=True)
+
+
+def test_a_tied_head_is_not_sharded_over_the_vocabulary():
+    model, world = make_model(), World.alone()
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    world.size, world.vocab_parallel_head = 2, True
+    with pytest.raises(ValueError, match="vocab_parallel_head needs an output head of its own"):
+        shard_model(model, world)
 
 
 def _torchrun(size, directory, *overrides, wait=True):
@@ -174,6 +197,23 @@ def test_torchrun_with_lora_and_a_reference(tmp_path):
     lora = ("model.lora={rank: 2}", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")
     _torchrun(2, tmp_path, "steps=2", "reward='tests.trapo_train.test_updates:coin'", *lora)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_vocabulary_parallel_head_a_reference_and_old_logprobs(tmp_path):
+    settings = ("objective={name: grpo, options: {beta: 0.1}}", "updates={mini_batches: 3, correction: {name: tis}}")
+    run = ("steps=2", "reward='tests.trapo_train.test_updates:coin'", "plan.name=grpo", *settings)
+    rows = {}
+    for sharded in ("false", "true"):
+        directory = tmp_path / sharded
+        directory.mkdir()
+        _torchrun(2, directory, *run, f"parallel.vocab_parallel_head={sharded}")
+        rows[sharded] = [row for row in read_metrics(directory / "run" / "metrics.jsonl") if row["kind"] == "train"]
+        AutoModelForCausalLM.from_pretrained(directory / "run" / "model")
+    assert len(rows["true"]) == 2
+    for name in ("loss", "grad_norm", "entropy/rollout", "rollout/ratio_max", "rollout/mismatch_p95", "loss_tokens", "reward/mean"):
+        for sharded, whole in zip(rows["true"], rows["false"], strict=True):
+            assert sharded[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.slow
