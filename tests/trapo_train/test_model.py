@@ -214,7 +214,7 @@ def test_only_loss_rows_reach_the_head(monkeypatch):
     model, objective = build("llama"), objectives.dr_grpo()
     (micro_batch,) = pack(make_samples(), PackingConfig(1000), objective, max_response_tokens=16)
     seen = []
-    monkeypatch.setattr(PolicyHead, "forward", lambda self, hidden, loss_fn=None: seen.append(tuple(hidden.shape)))
+    monkeypatch.setattr(PolicyHead, "forward", lambda self, hidden, *_: seen.append(tuple(hidden.shape)))
     policy_forward(model, micro_batch, objective)
     assert seen == [(20, 16)]  # completions with an advantage: 5 + 2 + 3 + 1 + 9
 
