@@ -139,12 +139,13 @@ class PolicyHead(nn.Linear):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Inside, a sharded head has its whole weight and gives logits; every rank must enter."""
+        """Inside, a sharded head has its whole weight, in its compute type, and gives logits; every rank must enter."""
         if self.process_group is None:
             yield
             return
         with torch.no_grad():
-            self._whole = (self.weight.full_tensor(), None if self.bias is None else self.bias.full_tensor())
+            weight, bias = (None if x is None else x.to(self.compute_dtype).full_tensor() for x in (self.weight, self.bias))
+            self._whole = (weight, bias)
         try:
             yield
         finally:
@@ -297,10 +298,13 @@ def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 
 
 
 def precision(model: PreTrainedModel) -> torch.autocast:
-    """A context in which the model's body computes in its `compute_dtype`, whatever its weights are stored in."""
-    head = policy_head(model)
-    mixed = head.compute_dtype != head.weight.dtype
-    return torch.autocast(head.weight.device.type, dtype=head.compute_dtype if mixed else None, enabled=mixed)
+    """A context in which the model's body computes in its `compute_dtype`, whatever its weights are stored in.
+
+    Weights that FSDP has gathered are in that type already; then it does nothing.
+    """
+    compute_dtype, weight = policy_head(model).compute_dtype, model.get_input_embeddings().weight
+    mixed = compute_dtype != weight.dtype
+    return torch.autocast(weight.device.type, dtype=compute_dtype if mixed else None, enabled=mixed)
 
 
 def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable[..., Any]) -> Any:

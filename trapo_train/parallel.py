@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from trapo_train.model import policy_head
@@ -123,6 +123,7 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
 
     The policy head runs inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is
     whole, tied or not. With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
+    Weights are float32; they travel and compute in the model's compute type, gradients are summed in float32.
 
     Raises: ValueError for a vocabulary-parallel head that is the embedding, too.
     """
@@ -139,9 +140,11 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
     if world.vocab_parallel_head:
         head.shard_over_vocabulary(mesh)
         head_parameters = set(head.parameters())
+    # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
+    policy = MixedPrecisionPolicy(head.compute_dtype, reduce_dtype=head.weight.dtype, cast_forward_inputs=False)
     for layer in model.base_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=head_parameters)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=head_parameters)
     register_fsdp_forward_method(model, "run_head")
 
 
