@@ -61,7 +61,8 @@ def linear_logprob(
 
     Args:
         hidden: [N, D] float32, bfloat16, float16 or float64.
-        lm_head_weight: [V, D], the dtype of hidden; one row per token id.
+        lm_head_weight: [V, D], the dtype of hidden, one row per token id; or float32 master weights beside bfloat16 or float16
+            hidden states: the GEMMs run in the dtype of hidden, the gradient stays float32, never rounded.
         target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
         bias: [V] or None.
         lora: `LoraHead` or None; the low-rank part of the head, with gradients of its factors.
@@ -116,7 +117,7 @@ def linear_policy_loss(
 
     Args:
         hidden: [N, D]; rows that `batch` ignores may hold anything, NaN included.
-        lm_head_weight: [V, D], the dtype of hidden.
+        lm_head_weight: [V, D], the dtype of hidden, or float32 master weights, as in `linear_logprob`.
         batch: `TokenBatch` of N tokens; its weights carry every normaliser, nothing is divided by a count here.
         objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
         bias, lora, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
@@ -371,11 +372,18 @@ def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to the autocast dtype where autocast is on, as torch.nn.functional.linear does."""
-    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast to the autocast dtype where autocast is on, as torch.nn.functional.linear does.
+
+    A float32 weight is left to the op, which computes in the dtype of hidden and returns the weight's gradient in float32.
+    """
+    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     if not torch.is_autocast_enabled(device_type):
-        return tensors
+        return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
-    lower = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in lower else x for x in tensors)
+
+    def cast(x: Tensor | None, *dtypes: torch.dtype) -> Tensor | None:
+        return x.to(dtype) if isinstance(x, Tensor) and x.dtype in dtypes else x
+
+    low = (torch.bfloat16, torch.float16)
+    return cast(hidden, torch.float32, *low), cast(weight, *low), cast(bias, torch.float32, *low)

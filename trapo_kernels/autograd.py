@@ -65,7 +65,7 @@ def linear_logprob(
     transform = LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature)
     rows = dispatch.rows(backend)
     if backend in dispatch.FUSED:
-        return tuple(rows.fused_scoring(hidden, weight, target, transform))
+        return tuple(rows.fused_scoring(hidden, weight.to(hidden.dtype), target, transform))
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
     return tuple(sweep.score(rows, Head(hidden, weight, low_rank, lora_b), target, active_rows, transform, with_entropy, mode))
 

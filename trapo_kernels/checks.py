@@ -69,10 +69,11 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             f"{where}: hidden [N, D] and lm_head_weight [V, D] must agree in D, got {hidden.shape[1]} and {weight.shape[1]}. "
             "The weight holds one row per token id, as in torch.nn.Linear(D, V).weight."
         )
-    if hidden.dtype != weight.dtype:
+    master = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.dtype != weight.dtype and not master:
         raise TypeError(
-            f"{where}: hidden and lm_head_weight must have one dtype, got {hidden.dtype} and {weight.dtype}. "
-            "Cast one of them, or call under torch.autocast."
+            f"{where}: lm_head_weight must have the dtype of hidden, or be float32 (master weights) beside bfloat16 or float16 "
+            f"hidden states, got hidden {hidden.dtype} and lm_head_weight {weight.dtype}. Cast one, or call under torch.autocast."
         )
     if hidden.device != weight.device:
         raise ValueError(f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}.")

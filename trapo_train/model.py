@@ -114,7 +114,7 @@ class ModelConfig:
 class PolicyHead(nn.Linear):
     """A model's output head that can run the fused op on its own weight.
 
-    `compute_dtype` is what hidden states and weight are cast to for the op; `softcap` caps the logits inside it.
+    `compute_dtype` is what hidden states are cast to and the op computes in; `softcap` caps the logits inside it.
     """
 
     compute_dtype: torch.dtype
@@ -171,7 +171,7 @@ class PolicyHead(nn.Linear):
                 weight, bias = (None if x is None else scale_gradient(x.to_local(), average) for x in (weight, bias))
             return loss_fn(
                 hidden,
-                weight.to(self.compute_dtype),
+                weight,  # float32 unless FSDP has gathered it: the op computes in the dtype of hidden
                 bias=bias,
                 softcap=self.softcap,
                 logits_dtype=torch.promote_types(self.compute_dtype, torch.float32),

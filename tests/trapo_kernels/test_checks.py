@@ -24,7 +24,8 @@ def _batch(**changes):
     [
         ((HIDDEN[None], WEIGHT, TARGET), {}, r"hidden must have shape \[N, D\], got \[1, 4, 3\]. Flatten"),
         ((HIDDEN, WEIGHT.T, TARGET), {}, "must agree in D, got 3 and 7"),
-        ((HIDDEN.bfloat16(), WEIGHT, TARGET), {}, "one dtype, got torch.bfloat16 and torch.float32"),
+        ((HIDDEN, WEIGHT.bfloat16(), TARGET), {}, "dtype of hidden, .* got hidden torch.float32 and lm_head_weight torch.bfloat16"),
+        ((HIDDEN.double(), WEIGHT, TARGET), {}, "dtype of hidden, .* got hidden torch.float64 and lm_head_weight torch.float32"),
         ((HIDDEN.long(), WEIGHT, TARGET), {}, "hidden must be float32, bfloat16, float16 or float64, got torch.int64"),
         ((HIDDEN, WEIGHT, TARGET[None]), {}, r"target must have shape \[N\] = \[4\], got \[1, 4\]. Flatten it"),
         ((HIDDEN, WEIGHT, TARGET.int()), {}, "target must be torch.int64, got torch.int32"),

@@ -51,6 +51,7 @@ class HeadGemm:
 
     On a GPU bf16 and fp16 operands stay as they are and the output is fp32. On a CPU, whose bf16 GEMMs are up to 90 times
     slower than fp32 ones, they are converted to fp32 first: one fp32 copy of the weight lives as long as the call.
+    A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient stays fp32.
     With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds low_rank · lora_bᵀ,
     one thin GEMM into the same logits.
     """
@@ -61,6 +62,7 @@ class HeadGemm:
         low_precision = hidden.dtype in (torch.bfloat16, torch.float16)
         self.upcast = low_precision and hidden.device.type == "cpu"
         self.mixed = low_precision and not self.upcast
+        weight = weight.to(hidden.dtype)
         self.weight = weight.float() if self.upcast else weight
         self.lora_b = head.lora_b.float() if self.upcast and head.lora_b is not None else head.lora_b
         self.statistics_dtype = statistics_dtype(hidden)
