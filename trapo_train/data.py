@@ -45,7 +45,8 @@ class DataConfig:
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
     preset: Literal["luffy"] | None = None
-    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth)."""
+    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth). What is set
+    beside it stays as set: the evaluation sets of that layout have no traces and want expert_column: null."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth."""
     solution_column: str | None = "solution"
@@ -100,10 +101,8 @@ class DataConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {list(PRESETS)} or null, got {self.preset!r}.")
         for name, column in PRESETS[self.preset].items():
-            given, default = getattr(self, name), DataConfig.__dataclass_fields__[name].default
-            if given not in (default, column):
-                raise ValueError(f"preset {self.preset} sets {name} to {column!r}, got {given!r} too. Leave out one of them.")
-            object.__setattr__(self, name, column)
+            if getattr(self, name) == DataConfig.__dataclass_fields__[name].default:
+                object.__setattr__(self, name, column)
 
 
 @dataclass(frozen=True)

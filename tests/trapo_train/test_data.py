@@ -379,8 +379,11 @@ def test_a_tag_that_the_prompt_opens_is_not_opened_again_by_the_trace(load):
     assert plain.prompt == "1+1=<think>\n" and plain.experts[0].text == "2</s>"
 
 
-def test_a_preset_leaves_no_doubt(load):
-    with pytest.raises(ValueError, match="preset luffy sets prompt_column to 'prompt', got 'question' too"):
-        load(ROWS, preset="luffy", prompt_column="question")
+def test_a_column_beside_a_preset_stays_as_set(load):
+    (problem,) = load([{k: v for k, v in LUFFY_ROW.items() if k != "target"}], preset="luffy", expert_column=None)
+    assert problem.experts == () and problem.solution == LUFFY_ROW["reward_model"]["ground_truth"]
+
+
+def test_an_unknown_preset():
     with pytest.raises(ValueError, match=r"preset must be one of \['luffy'\] or null, got 'verl'"):
-        load(ROWS, preset="verl")
+        DataConfig(path="d", preset="verl")
