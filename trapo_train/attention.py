@@ -3,11 +3,13 @@
 A packed row holds several sequences one after the other, [1, T]. The backend "sdpa_packed" runs causal
 `scaled_dot_product_attention` once per run of equal-length neighbours, on views of the row; the segment lengths are
 Python ints, so nothing waits for the device. The packer sorts a row by length, so that there are few runs.
+"flex" runs the whole row through one flex_attention kernel that skips what no query sees (see `flex`);
 "flash_attention_2" hands the boundaries to flash-attn's varlen kernel.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from itertools import groupby
@@ -21,18 +23,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from trapo_train.flex import flex_forward
+
 logger = logging.getLogger(__name__)
 
-ATTENTIONS = ("auto", "sdpa_packed", "flash_attention_2")
-PACKED_IMPLEMENTATION = "trapo_packed"  # the name that transformers knows our function by
+ATTENTIONS = ("auto", "sdpa_packed", "flex", "flash_attention_2")
+PACKED_IMPLEMENTATION, FLEX_IMPLEMENTATION = "trapo_packed", "trapo_flex"  # the names that transformers knows our functions by
+_OURS = {"sdpa_packed": PACKED_IMPLEMENTATION, "flex": FLEX_IMPLEMENTATION}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def choose_attention(attention: str, *, device: torch.device, compute_dtype: torch.dtype) -> str:
     """The `attn_implementation` for transformers; a named backend is honoured or refused, "auto" logs its choice.
 
-    Raises: ValueError when flash_attention_2 is asked for and cannot run.
+    Raises: ValueError when flash_attention_2 or flex is asked for and cannot run.
     """
+    if attention == "flex" and device.type != "cuda":
+        raise ValueError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
     obstacle = None
     if not is_flash_attn_2_available():
         obstacle = "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
@@ -45,7 +52,7 @@ def choose_attention(attention: str, *, device: torch.device, compute_dtype: tor
     if attention == "auto":
         attention = "sdpa_packed" if obstacle else "flash_attention_2"
         logger.info("attention: %s", attention)
-    return PACKED_IMPLEMENTATION if attention == "sdpa_packed" else attention
+    return _OURS.get(attention, attention)
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -67,16 +74,16 @@ def check_attention(model: PreTrainedModel) -> None:
             f"model: packing supports full and sliding-window causal attention, {name} has {kinds}. "
             "Use a model with softmax attention over one contiguous window."
         )
-    if model.config._attn_implementation == PACKED_IMPLEMENTATION and getattr(config, "attn_logit_softcapping", None):
+    if model.config._attn_implementation in _OURS.values() and getattr(config, "attn_logit_softcapping", None):
         raise ValueError(
-            f"model.attention=sdpa_packed cannot cap attention logits, {name} caps them at "
+            f"model.attention=sdpa_packed and flex cannot cap attention logits, {name} caps them at "
             f"{config.attn_logit_softcapping}. Use model.attention=flash_attention_2 with model.dtype=bfloat16."
         )
 
 
 def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the model's body that carry the boundaries of a packed row to its attention."""
-    if model.config._attn_implementation == PACKED_IMPLEMENTATION:
+    if model.config._attn_implementation in _OURS.values():
         # transformers hands a 4-d mask through unread, so no mask is built and no position is compared.
         return {"segment_lengths": tuple(segment_lengths), "attention_mask": torch.empty(1, 1, 0, 0, device=device)}
     boundaries = F.pad(torch.tensor(segment_lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
@@ -100,6 +107,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     segment_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
+    flex: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment of a packed row; without `segment_lengths`, transformers' own SDPA.
@@ -108,6 +116,7 @@ def packed_attention_forward(
         query: [1, heads, T, head_dim]; `key` and `value` [1, kv_heads, T, head_dim].
         segment_lengths: tokens of each sequence of the row, summing to T.
         sliding_window: tokens that a query sees, itself included; None for all earlier ones.
+        flex: one flex_attention kernel in place of an SDPA call per run of equal lengths.
 
     Returns: [1, T, heads, head_dim] and no attention weights.
     """
@@ -131,9 +140,11 @@ def packed_attention_forward(
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(
-                f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed cannot do. "
+                f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed and flex cannot do. "
                 "Use model.attention=flash_attention_2 or another model."
             )
+    if flex:
+        return flex_forward(module, query, key, value, tuple(segment_lengths), sliding_window, dropout, scaling), None
     runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
     sizes = [length * count for length, count in runs]
     # split, not slices: its backward is one concatenation instead of one full-row addition per run
@@ -172,4 +183,6 @@ def _attend_run(
 
 
 AttentionInterface.register(PACKED_IMPLEMENTATION, packed_attention_forward)
-AttentionMaskInterface.register(PACKED_IMPLEMENTATION, sdpa_mask)  # generate() runs padded batches through SDPA's mask
+AttentionInterface.register(FLEX_IMPLEMENTATION, functools.partial(packed_attention_forward, flex=True))
+for _name in _OURS.values():
+    AttentionMaskInterface.register(_name, sdpa_mask)  # generate() runs padded batches through SDPA's mask

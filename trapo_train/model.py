@@ -91,8 +91,8 @@ class ModelConfig:
     """Compute type, float32 or bfloat16; weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory for about a third more time."""
-    attention: Literal["auto", "sdpa_packed", "flash_attention_2"] = "auto"
-    """auto (flash-attn where it can run, else sdpa_packed), sdpa_packed or flash_attention_2."""
+    attention: Literal["auto", "sdpa_packed", "flex", "flash_attention_2"] = "auto"
+    """auto (flash-attn where it can run, else sdpa_packed), sdpa_packed, flex (a CUDA device) or flash_attention_2."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights; null trains the weights."""
     trust_remote_code: bool = False
@@ -216,10 +216,15 @@ def load_model_and_tokenizer(
     if config.lora is not None:
         add_lora(model, config.lora)
     if config.gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23, but 5.17 knows no other name
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     return model, tokenizer
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the activations of every layer in backward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23, but 5.17 knows no other name
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype) -> PolicyHead:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from trapo_train import attention
-from trapo_train.attention import PACKED_IMPLEMENTATION, check_attention, choose_attention, segment_arguments
+from trapo_train.attention import (
+    FLEX_IMPLEMENTATION,
+    PACKED_IMPLEMENTATION,
+    check_attention,
+    choose_attention,
+    segment_arguments,
+)
+from trapo_train.flex import BLOCK, packed_block_mask
 
 SHAPE = dict(
     vocab_size=13, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
@@ -75,6 +82,45 @@ def test_flash_attention_gets_the_boundaries():
     assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
     assert arguments["max_length_q"] == arguments["max_length_k"] == 4
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 300])
+@pytest.mark.parametrize("lengths", [(1,), (128,), (700,), (300, 300, 40), (130, 1, 1, 126, 500), (64,) * 9])
+def test_the_block_mask_of_a_row_is_that_of_its_token_mask(lengths, window):
+    mask = packed_block_mask(lengths, window, torch.device("cpu"))
+    position, start = (
+        torch.arange(sum(lengths)),
+        torch.tensor([s for s, n in zip(starts(lengths), lengths, strict=True) for _ in range(n)]),
+    )
+    query, key = position[:, None], position[None, :]
+    visible = (key <= query) & (key >= start[:, None]) & (query - key < (window or 10**6))
+    blocks = -(-len(position) // BLOCK)
+    padded = torch.zeros(blocks * BLOCK, blocks * BLOCK, dtype=torch.bool)
+    padded[: len(position), : len(position)] = visible
+    cells = padded.view(blocks, BLOCK, blocks, BLOCK)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), cells.any(3).any(1))
+    assert torch.equal(mask.mask_mod(None, None, query, key), visible)
+    # A cell that skips the comparison has all of its pairs visible, but for queries beyond the end of the row.
+    for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        for column in mask.full_kv_indices[0, 0, row, :count].tolist():
+            assert cells[row, : len(position) - row * BLOCK, column].all()
+    assert window is not None or lengths != (700,) or int(mask.full_kv_num_blocks.sum()) == 15
+
+
+def starts(lengths):
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def test_flex_is_refused_without_a_gpu_and_with_dropout():
+    with pytest.raises(ValueError, match="model.attention=flex cannot run: it needs a CUDA device, got cpu"):
+        choose_attention("flex", device=torch.device("cpu"), compute_dtype=torch.float32)
+    assert choose_attention("flex", device=torch.device("cuda"), compute_dtype=torch.float32) == FLEX_IMPLEMENTATION
+    model = build(CONFIGS["llama"], FLEX_IMPLEMENTATION)
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="flex has no dropout, LlamaAttention asks for 0.1"):
+        LlamaForCausalLM(model.config).train().model(
+            input_ids=torch.arange(8)[None], use_cache=False, **segment_arguments(model, [5, 3], torch.device("cpu"))
+        )
 
 
 def test_unsupported_attention_is_refused():

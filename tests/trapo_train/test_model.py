@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from trapo_kernels import objectives
-from trapo_train.attention import PACKED_IMPLEMENTATION, segment_arguments
+from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, segment_arguments
 from trapo_train.model import (
     ModelConfig,
     PolicyHead,
     ScratchConfig,
+    enable_gradient_checkpointing,
     install_policy_head,
     load_model_and_tokenizer,
     policy_forward,
@@ -95,16 +96,48 @@ def assert_close(actual, expected, relative):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_packed_row_equals_one_sequence_at_a_time(name, checkpointing):
-    generator = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(0, 13, (n,), generator=generator) for n in (9, 5, 5, 5, 2, 1, 1)]
+    sequences = make_sequences()
     model = build(name)
     alone_hidden, alone_gradient = hidden_and_gradient(model, [[s] for s in sequences])
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
         model.train()
     hidden, gradient = hidden_and_gradient(model, [sequences])
     assert_close(hidden, alone_hidden, 1e-13)
     assert_close(gradient, alone_gradient, 1e-12)
+
+
+def make_sequences() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 13, (n,), generator=generator) for n in (9, 5, 5, 5, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flex_gives_the_hidden_states_of_one_sequence_at_a_time(name):
+    expected, _ = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
+    model = build(name, FLEX_IMPLEMENTATION).requires_grad_(False)  # flex_attention has no backward on a CPU
+    lengths = [len(s) for s in make_sequences()]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = segment_arguments(model, lengths, torch.device("cpu"))
+    out = model.model(input_ids=torch.cat(make_sequences())[None], position_ids=positions, use_cache=False, **packed)
+    assert_close(out.last_hidden_state[0], expected, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_flex_trains_as_sdpa_packed_does(window):
+    shape = SHAPE | {"head_dim": 16}  # flex_attention's smallest on a GPU
+    config = Qwen2Config(**shape, use_sliding_window=window is not None, sliding_window=window, max_window_layers=1)
+    lengths, gradients = (300, 300, 130, 7), []
+    token_ids = torch.randint(0, 13, (1, sum(lengths)), device="cuda")
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    for implementation in (PACKED_IMPLEMENTATION, FLEX_IMPLEMENTATION):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).cuda()
+        packed = segment_arguments(model, lengths, torch.device("cuda"))
+        model.model(input_ids=token_ids, position_ids=positions, use_cache=False, **packed).last_hidden_state.sin().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))
+    assert_close(gradients[1], gradients[0], 1e-2)  # TF32 or fp32, whatever flex_attention's kernel takes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
