@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from trapo_train.config import RunConfig
@@ -136,21 +135,17 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.tables import evaluation_table
     from trapo_train.train import Trainer
 
     config = _load(args)
     if config.eval_data is None:
         raise ValueError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
-    metrics = Trainer(config).evaluate()
-    table = Table("", "accuracy", "± standard error", title="held-out accuracy", title_justify="left")
-    for key, value in metrics.items():
-        name, _, group = key.partition("/")
-        if name == "accuracy":
-            error = metrics[f"accuracy_stderr/{group}" if group else "accuracy_stderr"]
-            table.add_row(group.replace("_", " ") or "all", f"{value:.3f}", f"{error:.3f}")
-    console.print(table)
-    others = {key: value for key, value in metrics.items() if not key.startswith("accuracy")}
-    console.print("  ".join(f"{key} {value:g}" for key, value in others.items()), highlight=False)
+    trainer = Trainer(config)
+    evaluations = trainer.evaluate()
+    if trainer.world.first:
+        console.print(evaluation_table(evaluations))
+    trainer.world.close()
     return EXIT_OK
 
 

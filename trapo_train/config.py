@@ -39,8 +39,9 @@ class RunConfig:
     """Problems sampled for each optimizer step, at least 1."""
     data: DataConfig
     """Training problems."""
-    eval_data: DataConfig | None = None
-    """Held-out problems; null for no evaluation."""
+    eval_data: DataConfig | dict[str, DataConfig] | None = None
+    """Held-out problems: one set, or several by name, {aime: {path: aime.parquet}, math: {path: math.parquet}}; null for no
+    evaluation."""
     reward: str | list[RewardTerm]
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
     [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]."""
@@ -78,6 +79,10 @@ class RunConfig:
         for name in ("output_dir", "reward"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")
+        names = list(self.eval_data) if isinstance(self.eval_data, dict) else []
+        if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
+            raise ValueError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
+        self.evaluation.check_names(names)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

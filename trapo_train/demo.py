@@ -22,16 +22,10 @@ from rich.table import Table
 
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics
+from trapo_train.figures import group_label, group_order
 from trapo_train.headroom import HeadroomConfig, HeadroomReport, measure_headroom
 from trapo_train.inspect import render_group
-from trapo_train.plots import (
-    group_label,
-    group_order,
-    plot_accuracy_by_group,
-    plot_comparison,
-    plot_headroom,
-    plot_run,
-)
+from trapo_train.plots import plot_accuracy_by_group, plot_comparison, plot_headroom, plot_run
 from trapo_train.records import Sample
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import MODEL_DIR, RunSummary, Trainer, run
@@ -151,8 +145,9 @@ def _train(config: RunConfig, console: Console) -> RunSummary:
 
 
 def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
-    """The headroom of the trainer's model on its held-out problems, or on its training problems where there are none."""
-    problems = trainer.eval_problems or trainer.problems
+    """The headroom of the trainer's model on the first held-out set with expert traces, or on its training problems."""
+    held_out = (entry.problems for entry in trainer.eval_sets.values() if len(entry.problems.with_experts()))
+    problems = next(held_out, trainer.problems)
     with trainer.ready_to_generate():
         return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
 

@@ -78,7 +78,7 @@ class NullReporter:
     def step(self, metrics: dict[str, Any]) -> None:
         """Ignore one step."""
 
-    def evaluation(self, metrics: dict[str, Any]) -> None:
+    def evaluation(self, metrics: dict[str, Any], name: str = "") -> None:
         """Ignore one evaluation."""
 
     def event(self, text: str) -> None:
@@ -264,13 +264,16 @@ class Reporter:
             task = self._progress.task_ids[0]
             self._progress.update(task, completed=step, description=self._live_line(step, metrics))
 
-    def evaluation(self, metrics: dict[str, Any]) -> None:
-        """Record one evaluation and print its accuracy, with the standard error and each group where they are given."""
+    def evaluation(self, metrics: dict[str, Any], name: str = "") -> None:
+        """Record one evaluation and print its accuracy, with the standard error, pass@k and each group where they are given.
+
+        With several sets `name` says which one this is: "set" in its row, eval/<name>/ for the trackers.
+        """
         step = int(metrics.get("step", self._last_step))
-        row = metrics_row("eval", step, metrics)
+        row = metrics_row("eval", step, {"set": name, **metrics} if name else metrics)
         self.log.append(row)
-        self._track(step, metrics, "eval/")
-        self._say(f"{step:>6}  held-out {evaluation_line(row)}", "cyan")
+        self._track(step, metrics, f"eval/{name}/" if name else "eval/")
+        self._say(f"{step:>6}  {name or 'held-out'} {evaluation_line(row)}", "cyan")
 
     def event(self, text: str) -> None:
         """Record something worth reading later: a checkpoint, a skipped step, a resume."""
@@ -341,12 +344,14 @@ def _written(column: Column, metrics: dict[str, Any]) -> str:
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """`accuracy 0.450 ± 0.031  depth 3 0.470  depth 6 0.430` from an evaluation's metrics."""
-    parts = []
+    """`accuracy 0.450 ± 0.031  pass@8 0.600  depth 3 0.470  depth 6 0.430` from an evaluation's metrics; of pass@k the last."""
+    parts, pass_at = [], [key for key, value in row.items() if key.startswith("pass@") and value is not None]
     for key, value in row.items():
         name, _, group = key.partition("/")
         if name == "accuracy" and value is not None:
             error = row.get("accuracy_stderr" if not group else f"accuracy_stderr/{group}")
             spread = f" ± {error:.3f}" if error is not None and not group else ""
             parts.append(f"{group.replace('_', ' ') or 'accuracy'} {value:.3f}{spread}")
+            if not group and pass_at:
+                parts.append(f"{pass_at[-1]} {row[pass_at[-1]]:.3f}")
     return "  ".join(parts) or "no accuracy reported"

@@ -1,17 +1,25 @@
-"""Evaluation: accuracy of the model on held-out problems, without guidance."""
+"""Evaluation: accuracy of the model on named sets of held-out problems, without guidance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trapo_train.data import DataConfig, load_problems
 from trapo_train.engine import Engine
+from trapo_train.parallel import World, interleave
 from trapo_train.records import Problem, Request
-from trapo_train.rewards import RewardFn, take_metrics
+from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
 from trapo_train.rollout import RolloutConfig, complete, draft, judge_samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNNAMED = ""  # the only set, where eval_data is one data section
+_CALL_SEED = 1_000_003  # between the seeds of neighbouring engine calls
 
 
 @dataclass(frozen=True)
@@ -20,85 +28,224 @@ class EvalConfig:
 
     every: int = 0
     """Optimizer steps between evaluations, at least 0; 0 evaluates only at the end."""
-    samples_per_prompt: int = 1
-    """Responses sampled for each problem, at least 1; accuracy is their mean (avg@k)."""
+    samples_per_prompt: int | dict[str, int] = 1
+    """Responses sampled for each problem, at least 1: one number, or one for each set by name; accuracy is their mean (avg@k)."""
+    pass_at: list[int] | None = None
+    """k of every pass@k to report, each at least 1, on the sets with that many samples; null for 2, 4, 8 … as far as they reach."""
     temperature: float = 1.0
-    """Sampling temperature, at least 0; 0 is greedy and takes one sample per prompt."""
+    """Sampling temperature, at least 0; 0 is greedy and takes one sample per problem."""
     num_problems: int | None = None
-    """The first so many problems of the evaluation set, at least 1; null takes all."""
+    """The first so many problems of each set, at least 1; null takes all."""
     group_by: str | None = None
-    """Dataset column whose values get an accuracy each, such as depth; null for none."""
+    """Dataset column whose values get an accuracy each, such as depth, on the sets that have it; null for none."""
+    responses_per_call: int = 256
+    """About how many responses one engine call samples, at least 1. Ranks share the calls: what is sampled depends on this number,
+    not on how many ranks there are."""
     seed: int = 0
     """Seed of the samples, the same at every evaluation, so that checkpoints are compared on equal draws."""
 
     def __post_init__(self) -> None:
+        samples = self.samples_per_prompt
+        counts = list(samples.values()) if isinstance(samples, dict) else [samples]
         checks = [
             ("every", self.every >= 0, "at least 0"),
-            ("samples_per_prompt", self.samples_per_prompt >= 1, "at least 1"),
+            ("samples_per_prompt", all(count >= 1 for count in counts), "at least 1"),
+            ("pass_at", self.pass_at is None or all(k >= 1 for k in self.pass_at), "null or numbers of at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
             ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
+            ("responses_per_call", self.responses_per_call >= 1, "at least 1"),
         ]
         for name, holds, rule in checks:
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
-        if self.temperature == 0 and self.samples_per_prompt > 1:
+        if self.temperature == 0 and any(count > 1 for count in counts):
             raise ValueError(
-                f"samples_per_prompt must be 1 at temperature 0, got {self.samples_per_prompt}: greedy samples are "
+                f"samples_per_prompt must be 1 at temperature 0, got {samples}: greedy samples are "
                 "all the same. Set temperature above 0, or samples_per_prompt to 1."
             )
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError unless `samples_per_prompt` is one number or names exactly these sets."""
+        samples = self.samples_per_prompt
+        if isinstance(samples, dict) and set(samples) != set(names):
+            raise ValueError(
+                f"evaluation.samples_per_prompt must name the sets of eval_data, {', '.join(names) or 'which has no names'}, got "
+                f"{', '.join(samples)}. Give one number for all, or one for each."
+            )
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """The problems of one set without repetitions, and how many responses each of them gets.
+
+    A problem that the dataset holds several times (AIME is published with every row 32 times) is one problem with that many times
+    the samples: its rows are no independent problems in a standard error, and pass@k may draw from all of their responses.
+    """
+
+    problems: Sequence[Problem]
+    rows: tuple[int, ...]
+    """Where in `problems` each problem stands first."""
+    samples: tuple[int, ...]
+    """Responses of each problem; 1 if greedy, however often it is repeated."""
+    groups: dict[str, list[int]]
+    """Positions in `rows` by value of the column group_by, named like depth_3; empty where the set has no such column."""
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem], config: EvalConfig, name: str = UNNAMED) -> EvalSet:
+        """The set of this name, from its rows."""
+        rows: dict[Any, int] = {}
+        repeats: dict[Any, int] = {}
+        values: list[Any] = []
+        for row, problem in enumerate(problems):
+            key = (problem.prompt_ids, problem.solution)
+            if key not in rows and len(rows) != config.num_problems:
+                rows[key], repeats[key] = row, 0
+                values.append(problem.columns.get(config.group_by))
+            if key in rows:
+                repeats[key] += 1
+        grouped = bool(problems) and config.group_by in problems[0].columns
+        each = config.samples_per_prompt
+        each = each[name] if isinstance(each, dict) else each
+        samples = [1 if config.temperature == 0 else each * count for count in repeats.values()]
+        return cls(problems, tuple(rows.values()), tuple(samples), _group(values, config.group_by) if grouped else {})
+
+    @property
+    def most_samples(self) -> int:
+        """Responses that every problem has at least: the largest k of pass@k."""
+        return min(self.samples)
+
+
+def load_eval_sets(
+    data: DataConfig | Mapping[str, DataConfig] | None, config: EvalConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, EvalSet]:
+    """The configured sets by name; one without a name is called UNNAMED.
+
+    Raises: ValueError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, or a
+        column group_by that no set has.
+    """
+    named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
+    sets = {name: EvalSet.of(load_problems(entry, tokenizer, None), config, name) for name, entry in named.items()}
+    if not sets:
+        return sets
+    most = max(entry.most_samples for entry in sets.values())
+    if max(config.pass_at or [1]) > most:
+        raise ValueError(
+            f"evaluation.pass_at must be at most {most}, the samples of a problem, got {max(config.pass_at)}. "
+            "Raise evaluation.samples_per_prompt."
+        )
+    if config.group_by is not None and not any(entry.groups for entry in sets.values()):
+        columns = sorted({column for entry in sets.values() for column in entry.problems[0].columns})
+        raise ValueError(
+            f"evaluation.group_by must name a column of the data set, got {config.group_by!r}; it has {columns}. "
+            "Name one of these, or null."
+        )
+    return sets
+
+
+class _Response(NamedTuple):
+    reward: float
+    num_tokens: int
+    finished: bool
+
+
+class _Answers(NamedTuple):
+    """What one engine call came to: the responses of each of its problems, and what the reward counted besides."""
+
+    problems: list[list[_Response]]
+    reward_metrics: dict[str, float]
 
 
 def evaluate(
     engine: Engine,
-    problems: Sequence[Problem],
+    eval_set: EvalSet,
     reward: RewardFn,
     tokenizer: Any,
     config: EvalConfig,
     rollout: RolloutConfig,
+    world: World | None = None,
 ) -> dict[str, float]:
-    """Sample every problem without a prefix, in one engine call, and return what share of the responses is correct.
+    """Sample every problem without a prefix and return what share of the responses is correct.
 
-    The engine's own random state is left alone, so evaluating does not change the training that follows.
+    The engine calls are the same for any number of ranks, which share them and exchange what they found: every rank returns the
+    same, and so would a single process. The engine's own random state is left alone, so evaluating does not change the training
+    that follows.
 
     Args:
         rollout: its max_response_tokens, top_p and correct_at; the temperature is the evaluation's own.
+        world: the ranks that call this together; None for a single process.
 
     Returns:
-        "accuracy" (mean over problems of the share of correct samples, avg@k) and "accuracy_stderr" (its standard error
-        over problems, NaN for one problem); "pass@k" for k = 2, 4, 8 … samples (unbiased); both accuracies for each group,
-        such as "accuracy/depth_3"; "reward/mean", "completion_tokens_mean", "finished_share" and "num_problems".
-
-    Raises:
-        ValueError: no problems; a problem without the column `group_by`.
+        "accuracy" (mean over problems of the share of correct responses, avg@k) and "accuracy_stderr" (its standard error
+        over problems, NaN for one problem); "pass@k" (unbiased) as configured; both accuracies for each group,
+        such as "accuracy/depth_3"; "reward/mean", "completion_tokens_mean", "finished_share", "num_problems" and
+        "samples_per_problem", their mean.
     """
-    if not problems:
-        raise ValueError("evaluate: needs at least 1 problem, got none. Give the evaluation a data set, or turn it off.")
-    chosen = problems[: config.num_problems]
-    groups = group_problems(chosen, config.group_by)
-    request = Request(config.samples_per_prompt)
-    drafts = [draft(problem, request, 1, tokenizer, rollout) for problem in chosen]
-    samples = [sample for group in drafts for sample in group]
-    complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed)
-    judge_samples(samples, reward, tokenizer, rollout)
+    world = world or World.alone()
+    calls = list(_calls(eval_set, config))
+    mine = []
+    for number, positions in world.share(list(enumerate(calls))):
+        seed = config.seed + _CALL_SEED * number
+        mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config.temperature, seed, rollout))
+    found: list[_Answers] = interleave(world.gather(mine))
+    problems = [problem for answers in found for problem in answers.problems]
+    responses = [response for problem in problems for response in problem]
+    sizes = [sum(map(len, answers.problems)) for answers in found]
+    return _accuracies(eval_set, problems, config, rollout.correct_at) | {
+        "reward/mean": fmean(response.reward for response in responses),
+        "completion_tokens_mean": fmean(response.num_tokens for response in responses),
+        "finished_share": fmean(response.finished for response in responses),
+        "num_problems": float(len(problems)),
+        "samples_per_problem": len(responses) / len(problems),
+        **merge_metrics([answers.reward_metrics for answers in found], sizes),
+    }
 
-    num_correct = [sum(sample.reward >= rollout.correct_at for sample in group) for group in drafts]
-    rates = [correct / config.samples_per_prompt for correct in num_correct]
+
+def _calls(eval_set: EvalSet, config: EvalConfig) -> Iterator[list[int]]:
+    """The positions of each engine call's problems, in order, of at most responses_per_call responses or one problem."""
+    positions: list[int] = []
+    responses = 0
+    for position, samples in enumerate(eval_set.samples):
+        if positions and responses + samples > config.responses_per_call:
+            yield positions
+            positions, responses = [], 0
+        positions.append(position)
+        responses += samples
+    yield positions
+
+
+def _answers(
+    engine: Engine,
+    eval_set: EvalSet,
+    positions: Sequence[int],
+    reward: RewardFn,
+    tokenizer: Any,
+    temperature: float,
+    seed: int,
+    rollout: RolloutConfig,
+) -> _Answers:
+    drafts = [draft(eval_set.problems[eval_set.rows[i]], Request(eval_set.samples[i]), 1, tokenizer, rollout) for i in positions]
+    samples = [sample for group in drafts for sample in group]
+    complete(samples, engine, rollout, temperature=temperature, seed=seed)
+    judge_samples(samples, reward, tokenizer, rollout)
+    found = [[_Response(s.reward, len(s.completion_ids), s.finish_reason == "stop") for s in group] for group in drafts]
+    return _Answers(found, take_metrics(reward))  # taken, or they would show up in the next training step
+
+
+def _accuracies(
+    eval_set: EvalSet, problems: Sequence[Sequence[_Response]], config: EvalConfig, correct_at: float
+) -> dict[str, float]:
+    num_correct = [sum(response.reward >= correct_at for response in responses) for responses in problems]
+    rates = [correct / samples for correct, samples in zip(num_correct, eval_set.samples, strict=True)]
     metrics = {"accuracy": fmean(rates), "accuracy_stderr": standard_error(rates)}
-    k = 2
-    while k <= config.samples_per_prompt:
-        metrics[f"pass@{k}"] = fmean(pass_at_k(config.samples_per_prompt, correct, k) for correct in num_correct)
-        k *= 2
-    for name, positions in groups.items():
+    powers = [2**i for i in range(1, eval_set.most_samples.bit_length())]
+    for k in powers if config.pass_at is None else [k for k in config.pass_at if k <= eval_set.most_samples]:
+        pairs = zip(eval_set.samples, num_correct, strict=True)
+        metrics[f"pass@{k}"] = fmean(pass_at_k(samples, correct, k) for samples, correct in pairs)
+    for name, positions in eval_set.groups.items():
         group_rates = [rates[i] for i in positions]
         metrics[f"accuracy/{name}"] = fmean(group_rates)
         metrics[f"accuracy_stderr/{name}"] = standard_error(group_rates)
-    return metrics | {
-        "reward/mean": fmean(sample.reward for sample in samples),
-        "completion_tokens_mean": fmean(len(sample.completion_ids) for sample in samples),
-        "finished_share": fmean(sample.finish_reason == "stop" for sample in samples),
-        "num_problems": float(len(chosen)),
-        **take_metrics(reward),  # or they would show up in the next training step
-    }
+    return metrics
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -115,16 +262,24 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def group_problems(problems: Sequence[Problem], group_by: str | None) -> dict[str, list[int]]:
-    """Return the positions of the problems of each group, named like depth_3, in the order of the column's values."""
+    """Return the positions of the problems of each group, named like depth_3, in the order of the column's values.
+
+    Raises: ValueError for a problem without the column.
+    """
     if group_by is None:
         return {}
-    positions: dict[Any, list[int]] = {}
-    for i, problem in enumerate(problems):
+    for problem in problems:
         if group_by not in problem.columns:
             raise ValueError(
                 f"group_by must name a column of the data set, got {group_by!r}; problem {problem.index} has "
                 f"{sorted(problem.columns)}. Name one of these, or null."
             )
-        positions.setdefault(problem.columns[group_by], []).append(i)
+    return _group([problem.columns[group_by] for problem in problems], group_by)
+
+
+def _group(values: Sequence[Any], group_by: str | None) -> dict[str, list[int]]:
+    positions: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        positions.setdefault(value, []).append(i)
     ordered = sorted(positions, key=lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value)))
     return {f"{group_by}_{value}": positions[value] for value in ordered}

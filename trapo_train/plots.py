@@ -1,111 +1,32 @@
-"""PNG plots of a run: headroom, unguided reward, guided share, entropy, TrSFT weights, and several runs in one figure.
-
-Every figure is 9 inches wide at 200 dots per inch, so that its text stays readable at 900 pixels. Lines carry their
-name at their right end, in their own colour; the colours can be told apart by the colour-blind, and ordered groups run
-from light to dark.
-"""
+"""PNG plots of a run: headroom, unguided reward, guided share, entropy, TrSFT weights, and several runs in one figure."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trapo_train.display import read_metrics
+from trapo_train.figures import (
+    INK,
+    PALETTE,
+    draw_smoothed,
+    group_label,
+    group_order,
+    label_right,
+    new_figure,
+    percent_axis,
+    ramp,
+    require,
+    run_colours,
+    save_figure,
+    window_of,
+)  # fmt: skip
 
 Row = dict[str, Any]
 
-INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B07C00", "#2E91C9", "#7A5C46", "#5B5B5B")
-STYLE = {
-    "font.size": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
-
-
-def _new_figure(title: str, subtitle: str, *, panels: int = 1, right: float = 0.84, height: float = 4.8) -> tuple[Any, Any]:
-    """A figure with a title, a line below that says how to read it, and `panels` axes side by side."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib, which is not installed. Run pip install 'trapo[train]'.") from error
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, height), dpi=200, facecolor="white")
-        axes = figure.subplots(1, panels, sharey=panels > 1, squeeze=False)[0]
-        for axis in axes:
-            axis.grid(axis="x", visible=False)
-    inch = 1 / height
-    figure.subplots_adjust(left=0.105, right=right, bottom=0.7 * inch, top=1 - (1.2 if panels > 1 else 0.9) * inch)
-    figure.subplots_adjust(wspace=0.12)
-    figure.text(0.02, 1 - 0.38 * inch, title, fontsize=15, fontweight="bold", color=INK)
-    figure.text(0.02, 1 - 0.66 * inch, subtitle, fontsize=11, color=GREY)
-    return figure, axes
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
-
-
-def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move label positions at least `gap` apart, keeping their order and mean; of equal ones the first goes on top."""
-    order = sorted(range(len(positions)), key=lambda i: (positions[i], -i))
-    clusters: list[tuple[list[int], float]] = []  # members from low to high, centre
-    for i in order:
-        members, centre = [i], positions[i]
-        while clusters:
-            previous, previous_centre = clusters[-1]
-            if centre - gap * (len(members) - 1) / 2 - (previous_centre + gap * (len(previous) - 1) / 2) >= gap:
-                break
-            clusters.pop()
-            centre = (previous_centre * len(previous) + centre * len(members)) / (len(previous) + len(members))
-            members = previous + members
-        clusters.append((members, centre))
-    placed = [0.0] * len(positions)
-    for members, centre in clusters:
-        for rank, i in enumerate(members):
-            placed[i] = centre + gap * (rank - (len(members) - 1) / 2)
-    return placed
-
-
-def _label_right(axis: Any, labels: list[tuple[str, float, str]], fontsize: float = 11.5) -> None:
-    """Write (text, y, colour) labels in the margin right of `axis`, moved apart where they would overlap."""
-    low, high = axis.get_ylim()
-    axis_inches = axis.get_position().height * axis.figure.get_figheight()
-    gap = (high - low) * 1.25 * fontsize / 72 / axis_inches
-    for (text, y, colour), placed in zip(labels, spread([y for _, y, _ in labels], gap), strict=True):
-        anchor = dict(xycoords=axis.get_yaxis_transform(), textcoords=axis.get_yaxis_transform())
-        leader = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
-        arrow = leader if abs(placed - y) > 0.15 * gap else None
-        axis.annotate(text, (1.0, y), (1.035, placed), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
-
-
-def _ramp(count: int) -> list[Any]:
-    """`count` colours from light to dark for ordered groups, told apart by lightness alone."""
-    from matplotlib import colormaps
-
-    viridis = colormaps["viridis"]
-    return [viridis(0.72 - 0.72 * i / max(count - 1, 1)) for i in range(count)]
-
-
-def _run_colours(names: Iterable[str]) -> list[str]:
-    """Grey for a run called "base", the palette in turn for the others: a run keeps its colour between figures."""
-    colours = itertools.cycle(PALETTE)
-    return [GREY if name == "base" else next(colours) for name in names]
+HELD_OUT = "held-out"  # the set of a run that evaluates one without a name
 
 
 def _series(rows: Iterable[Row], metric: str, kind: str = "train") -> tuple[list[int], list[float]]:
@@ -113,45 +34,21 @@ def _series(rows: Iterable[Row], metric: str, kind: str = "train") -> tuple[list
     return [step for step, _ in points], [value for _, value in points]
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean over `window` values (odd); shorter at both ends, so that nothing is shifted."""
-    half = window // 2
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in windows]
+def _held_out(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The evaluations of each set by its name, in the order in which they were recorded."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "eval" and row.get("accuracy") is not None:
+            found.setdefault(row.get("set", HELD_OUT), []).append(row)
+    return found
 
 
-def _window(count: int) -> int:
-    return max(1, 2 * (count // 24) + 1)
-
-
-def _draw_smoothed(axis: Any, steps: list[int], values: list[float], colour: Any, linewidth: float = 2.2) -> float:
-    """Faint dots for each step and their running mean as a line; returns where the line ends."""
-    smooth = running_mean(values, _window(len(values)))
-    axis.plot(steps, values, ".", color=colour, alpha=0.3, markersize=6, markeredgewidth=0)
-    axis.plot(steps, smooth, color=colour, linewidth=linewidth, solid_capstyle="round")
-    return smooth[-1]
-
-
-def _require(points: Sequence[Any], what: str) -> None:
-    if not points:
-        raise ValueError(f"plots: {what} is not in these metrics. Plot a run that records it.")
-
-
-def _percent_axis(axis: Any, low: float = 0.0, high: float = 1.0) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_ylim(low, high)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-
-
-def group_label(group: str) -> str:
-    """`depth_3` → `depth 3`."""
-    return str(group).replace("_", " ")
-
-
-def group_order(group: str) -> tuple[Any, ...]:
-    """Sort key that puts `depth_10` after `depth_9`."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(group)))
+def _draw_held_out(axis: Any, evaluations: Sequence[Row], colour: Any) -> float:
+    """Accuracy over steps with its standard error; returns where the line ends."""
+    errors = [row.get("accuracy_stderr") or 0.0 for row in evaluations]
+    steps, values = [row["step"] for row in evaluations], [row["accuracy"] for row in evaluations]
+    axis.errorbar(steps, values, errors, color=colour, marker="o", markersize=7, linewidth=1.4, elinewidth=1.6, zorder=4)
+    return values[-1]
 
 
 def plot_headroom(report: Any, path: str | Path) -> Path:
@@ -159,15 +56,15 @@ def plot_headroom(report: Any, path: str | Path) -> Path:
 
     `report.rows` carry fraction, group ("all" for every problem), pass_rate, n and standard_error.
     """
-    _require(report.rows, "a headroom measurement")
-    figure, (axis,) = _new_figure(
+    require(report.rows, "a headroom measurement")
+    figure, (axis,) = new_figure(
         "Headroom: what an expert prefix is worth to this model",
         "pass rate of completions sampled after a prefix of the expert trace · bars: ± 1 standard error",
         height=5.2,
     )
     names = sorted({row.group for row in report.rows}, key=group_order)
     groups = [name for name in names if name != "all"]
-    colours = dict(zip(groups, _ramp(len(groups)), strict=True)) | {"all": INK}
+    colours = dict(zip(groups, ramp(len(groups)), strict=True)) | {"all": INK}
     labels = []
     for name in [*groups, *(["all"] if "all" in names else [])]:
         rows = sorted((row for row in report.rows if row.group == name), key=lambda row: row.fraction)
@@ -178,65 +75,56 @@ def plot_headroom(report: Any, path: str | Path) -> Path:
             elinewidth=1.6 if whole else 0.7, zorder=4 if whole else 3,
         )  # fmt: skip
         labels.append(("all problems" if whole else group_label(name), y[-1], colours[name]))
-    _percent_axis(axis, 0, 1.02)
+    percent_axis(axis, 0, 1.02)
     axis.set_xlabel("expert prefix given, % of the trace")
     axis.set_ylabel("pass rate")
     axis.set_xticks(sorted({100 * row.fraction for row in report.rows}))
-    _label_right(axis, labels)
-    return _save(figure, path)
+    label_right(axis, labels)
+    return save_figure(figure, path)
 
 
 def plot_unguided_reward(rows: Sequence[Row], path: str | Path) -> Path:
     """Reward of unguided samples (of micro-group 1) over steps, and held-out accuracy where the run evaluated."""
     steps, values = _series(rows, "reward/unguided")
-    _require(steps, "reward/unguided")
-    figure, (axis,) = _new_figure(
+    require(steps, "reward/unguided")
+    figure, (axis,) = new_figure(
         "Reward without guidance",
-        f"training: micro-group 1, line is the mean over {_window(len(steps))} steps · held-out: ± 1 standard error",
+        f"training: micro-group 1, line is the mean over {window_of(len(steps))} steps · held-out: ± 1 standard error",
     )
-    labels = [("training", _draw_smoothed(axis, steps, values, PALETTE[0]), PALETTE[0])]
-    labels += _draw_held_out(axis, rows, PALETTE[1], "held-out")
+    labels = [("training", draw_smoothed(axis, steps, values, PALETTE[0]), PALETTE[0])]
+    for (name, evaluations), colour in zip(_held_out(rows).items(), itertools.cycle(PALETTE[1:])):
+        labels.append((name, _draw_held_out(axis, evaluations, colour), colour))
     axis.set_ylim(min(0.0, *values), None)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("mean reward, accuracy")
-    _label_right(axis, labels)
-    return _save(figure, path)
-
-
-def _draw_held_out(axis: Any, rows: Sequence[Row], colour: Any, name: str) -> list[tuple[str, float, Any]]:
-    points = [row for row in rows if row["kind"] == "eval" and row.get("accuracy") is not None]
-    if not points:
-        return []
-    errors = [row.get("accuracy_stderr") or 0.0 for row in points]
-    steps, values = [row["step"] for row in points], [row["accuracy"] for row in points]
-    axis.errorbar(steps, values, errors, color=colour, marker="o", markersize=7, linewidth=1.4, elinewidth=1.6, zorder=4)
-    return [(name, values[-1], colour)]
+    label_right(axis, labels)
+    return save_figure(figure, path)
 
 
 def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
     """Share of samples that started from an expert prefix, by micro-group and over all samples."""
-    figure, (axis,) = _new_figure(
+    figure, (axis,) = new_figure(
         "How often the ladder reaches for the expert",
         "share of samples with an expert prefix · dots: one step · line: running mean",
     )
     labels = []
-    for micro_group, colour in zip((2, 3, 4), _ramp(3), strict=True):
+    for micro_group, colour in zip((2, 3, 4), ramp(3), strict=True):
         steps, values = _series(rows, f"guided_share/micro_group_{micro_group}")
         if steps:
-            labels.append((f"micro-group {micro_group}", _draw_smoothed(axis, steps, values, colour), colour))
+            labels.append((f"micro-group {micro_group}", draw_smoothed(axis, steps, values, colour), colour))
     steps, values = _series(rows, "guided_share")
-    _require(steps, "guided_share")
-    labels.append(("all samples", _draw_smoothed(axis, steps, values, INK, linewidth=3), INK))
-    _percent_axis(axis, 0, 1.02)
+    require(steps, "guided_share")
+    labels.append(("all samples", draw_smoothed(axis, steps, values, INK, linewidth=3), INK))
+    percent_axis(axis, 0, 1.02)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("guided samples")
-    _label_right(axis, labels)
-    return _save(figure, path)
+    label_right(axis, labels)
+    return save_figure(figure, path)
 
 
 def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
     """Entropy of the policy on the tokens it wrote and on expert tokens, over steps."""
-    figure, (axis,) = _new_figure(
+    figure, (axis,) = new_figure(
         "Entropy of the policy",
         "mean over the tokens of each role · dots: one step · line: running mean",
     )
@@ -244,24 +132,24 @@ def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
     for role, name, colour in (("rollout", "own tokens", PALETTE[0]), ("expert", "expert tokens", PALETTE[1])):
         steps, values = _series(rows, f"entropy/{role}")
         if steps:
-            labels.append((name, _draw_smoothed(axis, steps, values, colour), colour))
-    _require(labels, "entropy/rollout or entropy/expert")
+            labels.append((name, draw_smoothed(axis, steps, values, colour), colour))
+    require(labels, "entropy/rollout or entropy/expert")
     axis.set_ylim(0, None)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("entropy, nats per token")
-    _label_right(axis, labels)
-    return _save(figure, path)
+    label_right(axis, labels)
+    return save_figure(figure, path)
 
 
 def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
     """How much of each expert token's gradient TrSFT lets through, at the beginning, middle and end of the run."""
     found = [(r["step"], r["trsft/weight_histogram"]) for r in rows if r.get("trsft/weight_histogram")]
     found = [(step, counts) for step, counts in found if sum(counts) > 0]
-    _require(found, "trsft/weight_histogram with a counted token")
+    require(found, "trsft/weight_histogram with a counted token")
     width = max(1, len(found) // 10)
     middle = max(0, len(found) // 2 - width // 2)
     windows = [found[:width], found[middle : middle + width], found[-width:]][: len(found)]
-    figure, axes = _new_figure(
+    figure, axes = new_figure(
         "TrSFT weight of expert tokens",
         "1: learned as in SFT, p ≥ α · towards 0: a token the policy would hardly write, held back",
         panels=len(windows),
@@ -285,31 +173,46 @@ def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
     axes[0].minorticks_off()
     axes[len(axes) // 2].set_xlabel("TrSFT weight  min(p / α, 1)")
     axes[0].set_ylabel("expert tokens, log scale")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
-    """Several runs in one figure: unguided reward on the left, held-out accuracy on the right."""
-    _require(list(runs), "any run")
-    evaluated = any(_series(rows, "accuracy", "eval")[0] for rows in runs.values())
-    figure, axes = _new_figure(
+    """Several runs in one figure: unguided reward in the first panel, then held-out accuracy, a panel for each set."""
+    require(list(runs), "any run")
+    held_out = {name: _held_out(rows) for name, rows in runs.items()}
+    sets = list(dict.fromkeys(which for evaluations in held_out.values() for which in evaluations))
+    figure, axes = new_figure(
         "Runs compared",
         "reward of training prompts: micro-group 1, running mean · held-out accuracy: ± 1 standard error",
-        panels=1 + evaluated,
+        panels=1 + len(sets),
+        columns=2 if len(sets) in (1, 3) else 3,
+        share_y=len(sets) == 1,  # several sets differ more in difficulty than the runs do on one of them
     )
-    labels = []
-    for (name, rows), colour in zip(runs.items(), _run_colours(runs), strict=True):
+    labels: list[list[tuple[str, float, Any]]] = [[] for _ in axes]
+    for (name, rows), colour in zip(runs.items(), run_colours(runs), strict=True):
         steps, values = _series(rows, "reward/unguided")
-        end = _draw_smoothed(axes[0], steps, values, colour) if steps else 0.0
-        label = _draw_held_out(axes[1], rows, colour, name) if evaluated else []
-        labels += label or [(f"{name}\n(not evaluated)", end, colour)]
-    for axis, heading in zip(axes, ("reward without guidance", "held-out accuracy"), strict=False):
-        axis.set_xlabel("optimizer step")
+        labels[0].append((name, draw_smoothed(axes[0], steps, values, colour) if steps else 0.0, colour))
+        for axis, which, found in zip(axes[1:], sets, labels[1:], strict=True):
+            evaluations = held_out[name].get(which)
+            if evaluations:
+                found.append((name, _draw_held_out(axis, evaluations, colour), colour))
+    for axis, heading in zip(axes, ("reward without guidance", *(f"{which} accuracy" for which in sets)), strict=True):
         axis.set_title(heading, fontsize=12, color=INK, loc="left")
-    axes[0].set_ylabel("mean reward, accuracy")
+        axis.set_xlabel("optimizer step")
     axes[0].set_ylim(min(0.0, axes[0].get_ylim()[0]), None)
-    _label_right(axes[-1], labels)
-    return _save(figure, path)
+    _label_runs(axes, labels)
+    return save_figure(figure, path)
+
+
+def _label_runs(axes: Sequence[Any], labels: Sequence[list[tuple[str, float, Any]]]) -> None:
+    """Name the runs right of the last panel of each row; one that is not in it says so."""
+    for number, axis in enumerate(axes):
+        last_of_row = number + 1 == len(axes) or axes[number + 1].get_position().x0 < axis.get_position().x0
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("mean reward, accuracy" if number == 0 else "accuracy")
+        if last_of_row:
+            missing = [label for label in labels[0] if label[0] not in {name for name, _, _ in labels[number]}]
+            label_right(axis, labels[number] + [(f"{name}\n(not evaluated)", end, colour) for name, end, colour in missing])
 
 
 def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Path:
@@ -318,20 +221,20 @@ def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Pat
         {key.partition("/")[2] for row in evaluations.values() for key in row if key.startswith("accuracy/")},
         key=group_order,
     )
-    _require(names, "accuracy by group")
-    figure, (axis,) = _new_figure("Held-out accuracy", "bars: ± 1 standard error")
+    require(names, "accuracy by group")
+    figure, (axis,) = new_figure("Held-out accuracy", "bars: ± 1 standard error")
     labels = []
-    for (name, row), colour in zip(evaluations.items(), _run_colours(evaluations), strict=True):
+    for (name, row), colour in zip(evaluations.items(), run_colours(evaluations), strict=True):
         known = [(i, row[f"accuracy/{group}"], row.get(f"accuracy_stderr/{group}") or 0.0)
                  for i, group in enumerate(names) if row.get(f"accuracy/{group}") is not None]  # fmt: skip
         x, y, error = zip(*known, strict=True)
         axis.errorbar(x, y, error, color=colour, marker="o", markersize=7, linewidth=1.8, elinewidth=1.6)
         labels.append((name, y[-1], colour))
-    _percent_axis(axis, 0, 1.02)
+    percent_axis(axis, 0, 1.02)
     axis.set_xticks(range(len(names)), [group_label(group) for group in names])
     axis.set_ylabel("accuracy")
-    _label_right(axis, labels)
-    return _save(figure, path)
+    label_right(axis, labels)
+    return save_figure(figure, path)
 
 
 RUN_PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], Path]]] = {

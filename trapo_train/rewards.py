@@ -190,6 +190,18 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
     return reward.take_metrics() if hasattr(reward, "take_metrics") else {}
 
 
+def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
+    """What several calls counted (see `take_metrics`) as one: counts add up, means are weighted by `sizes`, equally by default."""
+    merged = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        known = [i for i, part in enumerate(parts) if name in part]
+        weights = [1 if sizes is None else sizes[i] for i in known]
+        is_count = name.endswith(("_count", "timeouts", "crashes"))
+        total = sum(parts[i][name] * (1 if is_count else weight) for i, weight in zip(known, weights, strict=True))
+        merged[name] = total if is_count else total / sum(weights)
+    return merged
+
+
 def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
     """What the reward returns; one that is async is run to its end."""
     values = reward(**arguments)

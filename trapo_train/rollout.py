@@ -12,7 +12,7 @@ from trapo_train.parallel import interleave
 from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import answer_in_prefix, cut_prefix
 from trapo_train.records import Problem, Request, Sample
-from trapo_train.rewards import RewardFn, judge, take_metrics
+from trapo_train.rewards import RewardFn, judge, merge_metrics, take_metrics
 from trapo_train.vllm_server import VllmConfig
 
 ENGINES = ("transformers", "vllm_server")
@@ -144,9 +144,7 @@ def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     sampled = interleave([part.sampled for part in parts])
     # What the samples do not tell: counts add up, means of single rewards are averaged over the ranks.
     metrics = _metrics(sampled)
-    for name in dict.fromkeys(name for part in parts for name in part.metrics if name not in metrics):
-        values = [part.metrics[name] for part in parts if name in part.metrics]
-        metrics[name] = sum(values) if name.endswith(("_count", "timeouts", "crashes")) else fmean(values)
+    metrics |= merge_metrics([{name: value for name, value in part.metrics.items() if name not in metrics} for part in parts])
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
     deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)
     return RolloutResult(interleave([part.groups for part in parts]), metrics, sampled, deferred)

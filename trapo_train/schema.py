@@ -96,13 +96,24 @@ def _convert_union(value: Any, expected: Any, origin: Callable[[KeyPath], str], 
     if len(members) == 1 and value is not None:
         return _convert(value, members[0], origin, path)
     for member in members:
-        if isinstance(value, list) and typing.get_origin(member) is list:
+        if _is_meant(value, member):
             return _convert(value, member, origin, path)  # with the error of the entry that is wrong
         try:
             return _convert(value, member, origin, path)
         except ConfigError:
             continue
     raise _wrong_type(value, _type_name(expected), origin, path)
+
+
+def _is_meant(value: Any, member: Any) -> bool:
+    """Whether of a union's types `value` can only be this one: a list, or a section, or a mapping of names to sections."""
+    if isinstance(value, list):
+        return typing.get_origin(member) is list
+    if isinstance(value, dict):
+        of_sections = typing.get_origin(member) is dict and is_dataclass(typing.get_args(member)[1])
+        nested = bool(value) and all(isinstance(entry, dict) for entry in value.values())
+        return of_sections if nested else is_dataclass(member)
+    return False
 
 
 def _convert_choice(value: Any, choices: tuple[Any, ...], origin: Callable[[KeyPath], str], path: KeyPath) -> Any:

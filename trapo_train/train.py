@@ -37,8 +37,8 @@ class RunSummary:
     """Where metrics, checkpoints and the trained model are."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Metrics of the last step."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The last evaluation; empty without eval_data."""
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The last evaluation by the name of its set, "" where there is one without a name; empty without eval_data."""
     groups: list[list[Sample]] = field(default_factory=list)
     """Samples of the last step, one group per problem."""
 
@@ -90,7 +90,8 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     while True:
         stopping = any(trainer.world.gather(stop.received))  # a signal to one rank stops all of them, at the same step
         if trainer.evaluation_due and not stopping:
-            reporter.evaluation({"step": trainer.step, **trainer.evaluate()})
+            for name, metrics in trainer.evaluate().items():
+                reporter.evaluation({"step": trainer.step, **metrics}, name)
         finished = trainer.step >= config.steps
         every = config.checkpoint.every
         due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)

@@ -24,7 +24,7 @@ from trapo_train.config import RunConfig, to_yaml
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
 from trapo_train.engine import TransformersEngine
-from trapo_train.evaluate import evaluate
+from trapo_train.evaluate import evaluate, load_eval_sets
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, precision, score
 from trapo_train.model_state import export_model, load_training_state, training_state
@@ -77,10 +77,8 @@ class Trainer:
         )
         self.notes: list[str] = []
         self.problems = self._load_problems()
-        self.eval_problems = None
-        if config.eval_data is not None:
-            self.eval_problems = load_problems(config.eval_data, self.tokenizer, None)
-        loaded = [problems for problems in (self.problems, self.eval_problems) if problems is not None]
+        self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
+        loaded = [self.problems, *(entry.problems for entry in self.eval_sets.values())]
         check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))
         self.reference = None
         if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
@@ -97,7 +95,7 @@ class Trainer:
         self.evaluated_at = -1
         self.skipped_in_a_row = 0
         self.last_metrics: dict[str, Any] = {}
-        self.last_evaluation: dict[str, float] = {}
+        self.last_evaluation: dict[str, dict[str, float]] = {}
         self.last_groups: list[list[Sample]] = []
 
     @property
@@ -225,18 +223,20 @@ class Trainer:
     @property
     def evaluation_due(self) -> bool:
         """Whether this step is to be evaluated and has not been: every k steps, the start included, and at the end."""
-        if self.eval_problems is None or self.evaluated_at == self.step:
+        if not self.eval_sets or self.evaluated_at == self.step:
             return False
         every = self.config.evaluation.every
         return self.step >= self.config.steps or (every > 0 and self.step % every == 0)
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on the held-out problems; leaves all random states as they are. Every rank computes the same."""
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Accuracy on each set of held-out problems, by its name; leaves all random states as they are. Every rank must call it and
+        gets the same."""
         config = self.config
         with self.ready_to_generate():
-            self.last_evaluation = evaluate(
-                self.engine, self.eval_problems, self.reward, self.tokenizer, config.evaluation, config.rollout
-            )
+            self.last_evaluation = {
+                name: evaluate(self.engine, entry, self.reward, self.tokenizer, config.evaluation, config.rollout, self.world)
+                for name, entry in self.eval_sets.items()
+            }
         self.evaluated_at = self.step
         return self.last_evaluation
 

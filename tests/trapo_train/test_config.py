@@ -59,6 +59,13 @@ def test_overrides_replace_create_and_are_yaml(file):
     assert config.data.task_options.depths == (3, 6)
 
 
+def test_evaluation_sets_by_name(file, tmp_path):
+    config = load(file, "eval_data={aime: {path: a.parquet}, math: {path: m}}", "evaluation.samples_per_prompt={aime: 32, math: 1}")
+    assert config.eval_data == {"aime": DataConfig(path="a.parquet"), "math": DataConfig(path="m")}
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "resolved.yaml") == config
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1.5e-6", "-2e3", ".5E+1", "0.1", "3"])
 def test_numbers_with_exponents_are_numbers(file, text):
     config = load(file, f"plan={{name: ladder, rungs: [{{samples: 1}}, {{samples: 1, threshold: {text}}}]}}")
@@ -87,6 +94,10 @@ def test_to_yaml_and_back(tmp_path, file):
         (["data.path=x"], "run.yaml with override 'data.path=x': data: Give either task or path"),
         (["data.task_options.depths=[9]"], "data.task_options: depths must be a non-empty list of steps in [1, 8]"),
         (["data.max_prompt_tokens=1.5"], "data.max_prompt_tokens must be int, got 1.5 (float)."),
+        (["eval_data={}"], "eval_data: Give either task or path"),
+        (["eval_data={a/b: {path: x}}"], "eval_data must name its sets with letters, digits, '_', '.' and '-', got ['a/b']"),
+        (["eval_data={a: {path: x}}", "evaluation.samples_per_prompt={b: 2}"], "must name the sets of eval_data, a, got b."),
+        (["eval_data={path: x}", "evaluation.samples_per_prompt={b: 2}"], "eval_data, which has no names, got b."),
         (["steps"], "override 'steps': must have the form section.key=value."),
         (["=3"], "override '=3': must have the form"),
         (["plan..name=3"], "must have the form"),

@@ -138,6 +138,18 @@ def test_on_a_terminal_the_bar_is_gone_after_close(tmp_path):
     assert output_of(reporter).rstrip().endswith("\x1b[2K")  # the live line erased
 
 
+def test_a_named_set_says_its_name_everywhere(tmp_path, monkeypatch):
+    reporter = reporter_to(tmp_path)
+    tracked = []
+    monkeypatch.setattr(
+        reporter, "_trackers", SimpleNamespace(log=lambda step, metrics: tracked.append(metrics), close=lambda: None)
+    )
+    reporter.evaluation({"step": 3, "accuracy": 0.5, "pass@2": 0.6, "pass@8": 0.7}, "aime")
+    assert read_metrics(tmp_path) == [{"kind": "eval", "step": 3, "set": "aime", "accuracy": 0.5, "pass@2": 0.6, "pass@8": 0.7}]
+    assert tracked == [{"eval/aime/accuracy": 0.5, "eval/aime/pass@2": 0.6, "eval/aime/pass@8": 0.7}]
+    assert output_of(reporter) == "     3  aime accuracy 0.500  pass@8 0.700\n"
+
+
 def test_evaluation_line_shows_groups_and_the_standard_error():
     row = {"kind": "eval", "step": 3, "accuracy": 0.5, "accuracy_stderr": 0.03, "accuracy/depth_3": 0.25}
     assert evaluation_line(row) == "accuracy 0.500 ± 0.030  depth 3 0.250"

@@ -2,16 +2,43 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import datasets
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from trapo_train.evaluate import EvalConfig, evaluate, group_problems, pass_at_k, standard_error
+from trapo_train.cli import main
+from trapo_train.data import DataConfig
+from trapo_train.engine import TransformersEngine
+from trapo_train.evaluate import EvalConfig, EvalSet, evaluate, group_problems, load_eval_sets, pass_at_k, standard_error
+from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
 from trapo_train.records import Completion, ExpertTrace, Problem
+from trapo_train.rewards import REWARDS, WeightedSum
 from trapo_train.rollout import RolloutConfig
-from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
+from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 ROLLOUT = RolloutConfig(max_response_tokens=8, paragraph_break="|", top_p=0.95)
+
+
+FOUND = [parent / "shared" / "data" / "math_eval" for parent in Path(__file__).parents]
+MATH_EVAL = next((path for path in FOUND if path.is_dir()), None)
 
 
 def ids(text):
@@ -42,10 +69,11 @@ class CyclingEngine:
         return completions
 
 
-def run(config, num_right=(4, 1, 0), depths=(2, 10, 2), **options):
+def run(config, num_right=(4, 1, 0), depths=(2, 10, 2), repeats=1):
     engine = CyclingEngine(num_right)
-    problems = [problem(i, depth) for i, depth in enumerate(depths)]
-    return evaluate(engine, problems, pointer_chasing_reward, TOKENIZER, config, ROLLOUT, **options), engine
+    problems = [problem(i, depth) for i, depth in enumerate(depths) for _ in range(repeats)]
+    eval_set = EvalSet.of(problems, config)
+    return evaluate(engine, eval_set, pointer_chasing_reward, TOKENIZER, config, ROLLOUT), engine
 
 
 def test_accuracy_groups_and_lengths():
@@ -58,18 +86,29 @@ def test_accuracy_groups_and_lengths():
     assert math.isnan(metrics["accuracy_stderr/depth_10"])
     assert metrics["reward/mean"] == metrics["finished_share"] == pytest.approx(5 / 12)
     assert metrics["completion_tokens_mean"] == pytest.approx((5 * 4 + 7 * 8) / 12)
-    assert metrics["num_problems"] == 3
+    assert (metrics["num_problems"], metrics["samples_per_problem"]) == (3, 4)
     [(prompts, params)] = engine.calls
     assert len(prompts) == 12
     assert (params.temperature, params.top_p, params.seed) == (1.0, 0.95, 5)
     assert params.budgets(12) == [8] * 12
 
 
-def test_pass_at_k_is_reported_for_powers_of_two():
-    metrics, _ = run(EvalConfig(samples_per_prompt=4))
-    assert metrics["pass@2"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert metrics["pass@4"] == pytest.approx((1 + 1 + 0) / 3)
-    assert [name for name in metrics if name.startswith("pass")] == ["pass@2", "pass@4"]
+@pytest.mark.parametrize(("pass_at", "names"), [(None, ["pass@2", "pass@4"]), ([1, 3], ["pass@1", "pass@3"])])
+def test_pass_at_k_is_reported_for_powers_of_two_or_as_chosen(pass_at, names):
+    metrics, _ = run(EvalConfig(samples_per_prompt=4, pass_at=pass_at))
+    assert [name for name in metrics if name.startswith("pass")] == names
+    by_hand = {"pass@1": 1.25 / 3, "pass@2": 1.5 / 3, "pass@3": (1 + 0.75 + 0) / 3, "pass@4": 2 / 3}
+    for name in names:
+        assert metrics[name] == pytest.approx(by_hand[name])
+
+
+def test_equal_rows_are_one_problem_with_more_samples():
+    once, engine = run(EvalConfig(samples_per_prompt=4, group_by="depth"))
+    repeated, other = run(EvalConfig(samples_per_prompt=2, group_by="depth"), repeats=2)
+    assert repeated == {**once, "accuracy_stderr/depth_10": pytest.approx(math.nan, nan_ok=True)}
+    assert other.calls == engine.calls
+    greedy, engine = run(EvalConfig(temperature=0.0, num_problems=2), num_right=(1, 0, 0), repeats=3)
+    assert (greedy["accuracy"], greedy["num_problems"], len(engine.calls[0][0])) == (0.5, 2, 2)
 
 
 @pytest.mark.parametrize(("num_correct", "k"), itertools.product(range(6), (1, 2, 3, 5)))
@@ -93,7 +132,7 @@ def test_greedy_and_num_problems():
 def test_a_bonus_above_one_counts_as_correct_and_a_partial_reward_does_not():
     config = EvalConfig(samples_per_prompt=2)
     rewards = lambda completions, **columns: [1.1, 0.9] * (len(completions) // 2)  # noqa: E731
-    metrics = evaluate(CyclingEngine((0,)), [problem(0, 1)], rewards, TOKENIZER, config, ROLLOUT)
+    metrics = evaluate(CyclingEngine((0,)), EvalSet.of([problem(0, 1)], config), rewards, TOKENIZER, config, ROLLOUT)
     assert metrics["accuracy"] == 0.5
     assert metrics["reward/mean"] == pytest.approx(1.0)
 
@@ -106,13 +145,136 @@ def test_groups_are_in_the_order_of_their_values():
     assert group_problems(problems, None) == {}
 
 
-def test_bad_input_is_refused_before_sampling():
-    with pytest.raises(ValueError, match="at least 1 problem, got none"):
-        evaluate(CyclingEngine(()), [], pointer_chasing_reward, TOKENIZER, EvalConfig(), ROLLOUT)
-    engine = CyclingEngine((0,))
+class OneRank:
+    """A rank of several that run one after the other in this process: it stops where they would exchange their answers."""
+
+    class Reached(Exception):
+        pass
+
+    def __init__(self, rank, size, parts=None):
+        self.rank, self.size, self.parts = rank, size, parts
+
+    def share(self, items):
+        return items[self.rank :: self.size]
+
+    def gather(self, mine):
+        if self.parts is None:
+            raise self.Reached(mine)
+        return self.parts
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_any_number_of_ranks_finds_the_same_to_the_last_bit(size, temperature):
+    scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16, initializer_range=0.5)
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=TOKENIZER)
+    engine = TransformersEngine(model, tokenizer, seed=0, max_batch_tokens=4096)
+    config = EvalConfig(temperature=temperature, responses_per_call=8, samples_per_prompt=1 if temperature == 0 else 3)
+    eval_set = EvalSet.of([problem(i, 1) for i in range(9)], config)
+    reward = WeightedSum([("length", lambda completions, **_: [len(text) / 8 for text in completions], 1.0)])
+
+    def part(world):
+        return evaluate(engine, eval_set, reward, TOKENIZER, config, ROLLOUT, world)
+
+    parts = []
+    for rank in range(size):
+        with pytest.raises(OneRank.Reached) as reached:
+            part(OneRank(rank, size))
+        parts.append(reached.value.args[0])
+    alone = evaluate(engine, eval_set, reward, TOKENIZER, config, ROLLOUT)
+    assert part(OneRank(0, size, parts)) == alone
+    assert 0 < alone["reward/length"] == pytest.approx(alone["reward/mean"])
+
+
+def test_named_sets_with_their_own_number_of_samples():
+    data = {
+        "easy": DataConfig(task="pointer_chasing", num_problems=3, task_options=PointerChasingConfig(depths=(1,))),
+        "hard": DataConfig(task="pointer_chasing", split="test", num_problems=2),
+    }
+    config = EvalConfig(samples_per_prompt={"easy": 1, "hard": 4}, pass_at=[4], group_by="depth")
+    sets = load_eval_sets(data, config, TOKENIZER)
+    assert {name: entry.samples for name, entry in sets.items()} == {"easy": (1, 1, 1), "hard": (4, 4)}
+    assert list(sets["easy"].groups) == ["depth_1"]
+    assert list(load_eval_sets(data["easy"], EvalConfig(), TOKENIZER)) == [""]
+    assert load_eval_sets(None, EvalConfig(), TOKENIZER) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pass_at": [2, 5], "samples_per_prompt": 4}, "pass_at must be at most 4, the samples of a problem, got 5"),
+        ({"group_by": "level"}, r"group_by must name a column of the data set, got 'level'; it has \['depth'\]"),
+    ],
+)
+def test_what_no_set_has_is_refused_before_sampling(fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_eval_sets(DataConfig(task="pointer_chasing", num_problems=2), EvalConfig(**fields), TOKENIZER)
     with pytest.raises(ValueError, match=r"got 'level'; problem 0 has \['depth'\]"):
-        evaluate(engine, [problem(0, 1)], pointer_chasing_reward, TOKENIZER, EvalConfig(group_by="level"), ROLLOUT)
-    assert engine.calls == []
+        group_problems([problem(0, 1)], "level")
+
+
+NO_EXPERT = "solution_column: reward_model.ground_truth, expert_column: null"
+TINY = """
+output_dir: {tmp}/run
+steps: 1
+prompts_per_step: 1
+reward: math_verify
+model:
+  scratch: {{hidden_size: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2, intermediate_size: 16, max_position: 4096}}
+  tokenizer: {tmp}/tokenizer
+data: {math}
+plan: {{name: grpo}}
+eval_data:
+  aime: {aime}
+  math: {math}
+evaluation: {{num_problems: 1}}
+rollout: {{max_response_tokens: 4}}
+"""
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", *alphabet])}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+@pytest.mark.skipif(MATH_EVAL is None, reason="the published evaluation sets are not there: shared/data/math_eval")
+def test_the_published_math_sets_as_named_sets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
+    common = {"solution_column": "reward_model.ground_truth", "expert_column": None, "max_prompt_tokens": 4096}
+    data = {name: DataConfig(path=str(MATH_EVAL / f"{name}.parquet"), **common) for name in ("aime", "math")}
+    tokenizer = byte_tokenizer()
+    config = EvalConfig(num_problems=3)
+    sets = load_eval_sets(data, config, tokenizer)
+    assert {name: entry.samples for name, entry in sets.items()} == {"aime": (32, 32, 32), "math": (1, 1, 1)}
+    problems = [entry.problems[row] for entry in sets.values() for row in entry.rows]
+    answers = {problem.prompt_ids: problem.solution for problem in problems}
+
+    class Knowing:
+        """Gives the true answer to every second response."""
+
+        def generate(self, prompts, params):
+            texts = [f"\\boxed{{{answers[tuple(prompt)]}}}" if i % 2 == 0 else "no idea" for i, prompt in enumerate(prompts)]
+            ids = [tokenizer(text)["input_ids"] for text in texts]
+            return [Completion(tuple(i), (0.0,) * len(i), "stop") for i in ids]
+
+    rollout = RolloutConfig(max_response_tokens=64)
+    found = {name: evaluate(Knowing(), entry, REWARDS["math_verify"], tokenizer, config, rollout) for name, entry in sets.items()}
+    assert (found["aime"]["accuracy"], found["aime"]["pass@2"]) == (0.5, pytest.approx(1 - 0.5 * 15 / 31))
+    assert found["math"]["accuracy"] == pytest.approx(2 / 3)
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sections = {name: f"{{path: {entry.path}, {NO_EXPERT}, max_prompt_tokens: 4096}}" for name, entry in data.items()}
+    file = tmp_path / "run.yaml"
+    file.write_text(TINY.format(tmp=tmp_path, **sections))
+    assert main(["eval", str(file)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1:6] for line in lines if line[1:2] == ["aime"]] == [["aime", "│", "1", "│", "32"]]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +290,22 @@ def test_bad_input_is_refused_before_sampling():
 def test_config_refuses_values_out_of_range(fields, message):
     with pytest.raises(ValueError, match=message):
         EvalConfig(**fields)
+
+
+@pytest.mark.slow
+def test_torchrun_prints_the_table_that_one_process_prints(tmp_path):
+    file = tmp_path / "run.yaml"
+    sets = {name: f"{{task: pointer_chasing, split: test, num_problems: {count}}}" for name, count in (("aime", 6), ("math", 9))}
+    text = TINY.format(tmp=tmp_path, **sets).replace("reward: math_verify", "reward: pointer_chasing")
+    text = text.replace(f"tokenizer: {tmp_path}/tokenizer", "tokenizer: null").replace("num_problems: 1}", "responses_per_call: 4}")
+    file.write_text(text)
+    tables = []
+    for size in (1, 2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        arguments = ["-m", "trapo_train.cli", "eval", str(file), "evaluation.samples_per_prompt=3", "evaluation.group_by=depth"]
+        result = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        tables.append(result.stdout)
+    assert "aime depth 3" in tables[0]
+    assert tables[0] == tables[1] == tables[2]

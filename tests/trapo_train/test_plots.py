@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trapo_train import plots
+from trapo_train import figures, plots
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -35,8 +35,8 @@ def run_dir(tmp_path):
 def drawn(monkeypatch):
     """The figures that were saved, for looking inside."""
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
     return figures
 
 
@@ -107,6 +107,22 @@ def test_comparison_says_which_run_was_not_evaluated(tmp_path, drawn):
     assert {"trapo", "grpo\n(not evaluated)"} <= set(texts(drawn[0]))
 
 
+def several_sets(step, shift=0.0):
+    return [{**eval_row(step, accuracy + shift), "set": name} for name, accuracy in (("aime", 0.1), ("amc", 0.4), ("math", 0.7))]
+
+
+def test_several_sets_have_a_line_each_and_in_a_comparison_a_panel_each(tmp_path, drawn):
+    rows = [train_row(1), *several_sets(1), train_row(2), *several_sets(2)]
+    plots.plot_unguided_reward(rows, tmp_path / "x.png")
+    assert {"training", "aime", "amc", "math"} <= set(texts(drawn[0]))
+    other = [train_row(1), train_row(2), *several_sets(2)[:2]]
+    plots.plot_comparison({"trapo": rows, "grpo": other}, tmp_path / "compare.png")
+    headings = [axis.get_title(loc="left") for axis in drawn[1].axes]
+    assert headings == ["reward without guidance", "aime accuracy", "amc accuracy", "math accuracy"]
+    assert [text for text in texts(drawn[1].axes[1]) if text in ("trapo", "grpo")] == ["trapo", "grpo"]
+    assert "grpo\n(not evaluated)" in texts(drawn[1].axes[3])
+
+
 def test_compare_runs_tells_equal_names_apart(tmp_path, drawn):
     for parent in ("a", "b"):
         directory = tmp_path / parent / "trapo"
@@ -129,13 +145,13 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_running_mean_is_centred_and_keeps_the_length():
-    assert plots.running_mean([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
-    assert plots.running_mean([1, 2], 1) == [1, 2]
+    assert figures.running_mean([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+    assert figures.running_mean([1, 2], 1) == [1, 2]
 
 
 @pytest.mark.parametrize("positions", [[0.5, 0.5, 0.5], [1, 0, 0.05, 0.95], [0.0], [0.3, 0.31, 0.35, 0.36, 0.9]])
 def test_spread_keeps_order_and_gap_and_mean(positions):
-    placed = plots.spread(positions, 0.1)
+    placed = figures.spread(positions, 0.1)
     order = sorted(range(len(positions)), key=lambda i: (positions[i], -i))
     gaps = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
     assert all(gap >= 0.1 - 1e-9 for gap in gaps)
@@ -143,9 +159,9 @@ def test_spread_keeps_order_and_gap_and_mean(positions):
 
 
 def test_spread_puts_the_first_of_equals_on_top():
-    first, second = plots.spread([0.5, 0.5], 0.1)
+    first, second = figures.spread([0.5, 0.5], 0.1)
     assert first > second
 
 
 def test_spread_leaves_distant_labels_alone():
-    assert plots.spread([0.9, 0.1], 0.1) == [0.9, 0.1]
+    assert figures.spread([0.9, 0.1], 0.1) == [0.9, 0.1]

@@ -42,6 +42,7 @@ class Outer:
     name: str
     inner: Inner = field(default_factory=Inner)
     extra: Needy | None = None
+    several: Needy | dict[str, Needy] | None = None
 
 
 def make(**values):
@@ -75,6 +76,12 @@ def test_values_of_every_type():
     assert config.extra == Needy("p")
 
 
+def test_one_section_or_several_by_name():
+    assert make(several={"path": "p"}).several == Needy("p")
+    assert make(several={"a": {"path": "p"}, "b": {"path": "q"}}).several == {"a": Needy("p"), "b": Needy("q")}
+    assert make(several=None).several is None
+
+
 def test_what_is_left_out_takes_its_default():
     assert make() == Outer("x", Inner(), None)
     assert make(inner={}) == make()
@@ -84,7 +91,7 @@ def test_what_is_left_out_takes_its_default():
     ("values", "words"),
     [
         ({"inner": {"rtae": 1}}, "file.yaml at rtae: unknown key 'inner.rtae'. Did you mean 'inner.rate'? The keys of"),
-        ({"zzz": 1}, "unknown key 'zzz'. The keys of the configuration are: name, inner, extra."),
+        ({"zzz": 1}, "unknown key 'zzz'. The keys of the configuration are: name, inner, extra, several."),
         ({"inner": {"items": [{"weigth": 1}]}}, "unknown key 'inner.items.0.weigth'. Did you mean 'inner.items.0.weight'?"),
         ({"inner": {"rate": "fast"}}, "file.yaml at rate: inner.rate must be float, got 'fast' (text)."),
         ({"inner": {"rate": True}}, "inner.rate must be float, got True (true or false)."),
@@ -105,6 +112,9 @@ def test_what_is_left_out_takes_its_default():
         ({"name": 3}, "name must be text, got 3 (int)."),
         ({"extra": {}}, "file.yaml at extra: extra.path must be set."),
         ({"inner": {"rate": -1}}, "file.yaml at inner: inner: rate must be above 0, got -1.0."),
+        ({"several": {"a": {"path": "p"}, "b": {"pth": "q"}}}, "unknown key 'several.b.pth'. Did you mean 'several.b.path'?"),
+        ({"several": {"pth": "p"}}, "unknown key 'several.pth'. Did you mean 'several.path'?"),
+        ({"several": 3}, "several must be a section with the keys path or a mapping"),
         ({"inner": {"items": [{}]}}, "inner.items.0.weight must be set."),
     ],
 )
@@ -117,5 +127,5 @@ def test_mistakes(values, words):
 def test_a_missing_key_and_a_configuration_that_is_no_mapping():
     with pytest.raises(ConfigError, match=r"^file: name must be set\.$"):
         build(Outer, {}, lambda path: "file")
-    with pytest.raises(ConfigError, match="the configuration must be a section with the keys name, inner, extra, got null"):
+    with pytest.raises(ConfigError, match="must be a section with the keys name, inner, extra, several, got null"):
         build(Outer, None, lambda path: "file")

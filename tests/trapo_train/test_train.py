@@ -124,7 +124,7 @@ def test_a_run_leaves_metrics_config_checkpoints_and_a_model(configure):
     assert expected <= set(steps[0])
     assert steps[0]["learning_rate"] == 0.0
     assert steps[2]["learning_rate"] == pytest.approx(1e-2)
-    assert summary.evaluation.keys() >= {"accuracy"}
+    assert summary.evaluation[""].keys() >= {"accuracy"}
     assert len(summary.groups) == 3
     assert all(isinstance(sample, Sample) for group in summary.groups for sample in group)
 

@@ -1,0 +1,169 @@
+"""What the plots are drawn with: figures that say how to read them, colours, labels beside lines, axes and running means.
+
+Every figure is 9 inches wide at 200 dots per inch, so that its text stays readable at 900 pixels. Lines carry their
+name at their right end, in their own colour; the colours can be told apart by the colour-blind, and ordered groups run
+from light to dark.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B07C00", "#2E91C9", "#7A5C46", "#5B5B5B")
+STYLE = {
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
+
+def new_figure(
+    title: str,
+    subtitle: str,
+    *,
+    panels: int = 1,
+    columns: int = 3,
+    share_y: bool = True,
+    right: float = 0.84,
+    height: float = 4.8,
+) -> tuple[Any, Any]:
+    """A figure with a title, a line below that says how to read it, and `panels` axes, at most `columns` of them side by side.
+
+    Args:
+        share_y: one y axis for all axes of a row.
+        height: of a figure with one row, inches.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib, which is not installed. Run pip install 'trapo[train]'.") from error
+    rows = -(-panels // columns)
+    height *= 1 + 0.8 * (rows - 1)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, height), dpi=200, facecolor="white")
+        grid = figure.subplots(rows, min(panels, columns), sharey="row" if share_y else False, squeeze=False)
+        axes = list(grid.flat)
+        for axis in axes:
+            axis.grid(axis="x", visible=False)
+    for axis in axes[panels:]:
+        axis.remove()
+    inch = 1 / height
+    figure.subplots_adjust(left=0.105, right=right, bottom=0.7 * inch, top=1 - (1.2 if panels > 1 else 0.9) * inch)
+    figure.subplots_adjust(wspace=0.12 if share_y else 0.3, hspace=0.35)
+    figure.text(0.02, 1 - 0.38 * inch, title, fontsize=15, fontweight="bold", color=INK)
+    figure.text(0.02, 1 - 0.66 * inch, subtitle, fontsize=11, color=GREY)
+    return figure, axes[:panels]
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write the figure and return its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Move label positions at least `gap` apart, keeping their order and mean; of equal ones the first goes on top."""
+    order = sorted(range(len(positions)), key=lambda i: (positions[i], -i))
+    clusters: list[tuple[list[int], float]] = []  # members from low to high, centre
+    for i in order:
+        members, centre = [i], positions[i]
+        while clusters:
+            previous, previous_centre = clusters[-1]
+            if centre - gap * (len(members) - 1) / 2 - (previous_centre + gap * (len(previous) - 1) / 2) >= gap:
+                break
+            clusters.pop()
+            centre = (previous_centre * len(previous) + centre * len(members)) / (len(previous) + len(members))
+            members = previous + members
+        clusters.append((members, centre))
+    placed = [0.0] * len(positions)
+    for members, centre in clusters:
+        for rank, i in enumerate(members):
+            placed[i] = centre + gap * (rank - (len(members) - 1) / 2)
+    return placed
+
+
+def label_right(axis: Any, labels: list[tuple[str, float, str]], fontsize: float = 11.5) -> None:
+    """Write (text, y, colour) labels in the margin right of `axis`, moved apart where they would overlap."""
+    low, high = axis.get_ylim()
+    axis_inches = axis.get_position().height * axis.figure.get_figheight()
+    gap = (high - low) * 1.25 * fontsize / 72 / axis_inches
+    labels = [(text, min(max(y, low), high), colour) for text, y, colour in labels]
+    for (text, y, colour), placed in zip(labels, spread([y for _, y, _ in labels], gap), strict=True):
+        anchor = dict(xycoords=axis.get_yaxis_transform(), textcoords=axis.get_yaxis_transform())
+        leader = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
+        arrow = leader if abs(placed - y) > 0.15 * gap else None
+        axis.annotate(text, (1.0, y), (1.035, placed), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
+
+
+def ramp(count: int) -> list[Any]:
+    """`count` colours from light to dark for ordered groups, told apart by lightness alone."""
+    from matplotlib import colormaps
+
+    viridis = colormaps["viridis"]
+    return [viridis(0.72 - 0.72 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def run_colours(names: Iterable[str]) -> list[str]:
+    """Grey for a run called "base", the palette in turn for the others: a run keeps its colour between figures."""
+    colours = itertools.cycle(PALETTE)
+    return [GREY if name == "base" else next(colours) for name in names]
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Centred mean over `window` values (odd); shorter at both ends, so that nothing is shifted."""
+    half = window // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in windows]
+
+
+def window_of(count: int) -> int:
+    """The window of `running_mean` for so many values: about a twelfth of them, odd."""
+    return max(1, 2 * (count // 24) + 1)
+
+
+def draw_smoothed(axis: Any, steps: list[int], values: list[float], colour: Any, linewidth: float = 2.2) -> float:
+    """Faint dots for each step and their running mean as a line; returns where the line ends."""
+    smooth = running_mean(values, window_of(len(values)))
+    axis.plot(steps, values, ".", color=colour, alpha=0.3, markersize=6, markeredgewidth=0)
+    axis.plot(steps, smooth, color=colour, linewidth=linewidth, solid_capstyle="round")
+    return smooth[-1]
+
+
+def require(points: Sequence[Any], what: str) -> None:
+    """Raise ValueError where there is nothing to draw."""
+    if not points:
+        raise ValueError(f"plots: {what} is not in these metrics. Plot a run that records it.")
+
+
+def percent_axis(axis: Any, low: float = 0.0, high: float = 1.0) -> None:
+    """Write the y axis as percentages of [low, high]."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def group_label(group: str) -> str:
+    """`depth_3` → `depth 3`."""
+    return str(group).replace("_", " ")
+
+
+def group_order(group: str) -> tuple[Any, ...]:
+    """Sort key that puts `depth_10` after `depth_9`."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(group)))
