@@ -76,8 +76,8 @@ def predict(case: Case) -> Prediction:
     wide_logits_ms = _copy_ms(2 * n * v)  # fp32 instead of bf16 out of the first GEMM
     grad_weight_ms = 0.0 if case.job == "score" else _copy_ms((2 * chunks - 1) * 4 * v * d)  # fp32, written by the first chunk
     backward_ms = (
-        0.0 if case.job == "score" else _copy_ms((4 + 2) * v * d + 4 * n * d)
-    )  # scale dWeight into its dtype, dHidden in place
+        0.0 if case.job == "score" else _copy_ms((4 + 2) * v * d + (4 + 2) * n * d)
+    )  # round dWeight to its dtype in the backward, dHidden chunk by chunk
     floor_ms = gemms * gemm_ms
     sure = floor_ms + row_kernel_ms + backward_ms
     return Prediction(
@@ -138,7 +138,7 @@ def arithmetic(case: Case, p: Prediction) -> list[str]:
         lines += [
             f"- fp32 dWeight written by {p.chunks} chunks and read by all but the first: {2 * p.chunks - 1}·4·{v}·{d} B = "
             f"{p.grad_weight_ms:.2f} ms, unless hidden in that GEMM",
-            f"- the backward's scaling and rounding of both gradients: {p.backward_ms:.2f} ms",
+            f"- both gradients rounded from fp32 to bf16, dWeight with the upstream factor: {p.backward_ms:.2f} ms",
         ]
     return [
         *lines,

@@ -27,7 +27,7 @@ TENSOR_CORE = {80: ("mma.sync",), 90: ("wgmma.mma_async",), 100: ("tcgen05.mma",
 def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
     """(label, kernel, constexprs) of every compiled variant."""
     from trapo_kernels import objectives, terms
-    from trapo_kernels.backends.triton_ops import fused_head, row_gradient, row_policy, row_statistics, token_coefficient
+    from trapo_kernels.backends.triton_ops import fused_head, row_gradient, row_policy, row_statistics, scale, token_coefficient
     from trapo_kernels.backends.triton_ops.launch import TILE
     from trapo_kernels.objective import GATES
 
@@ -55,6 +55,7 @@ def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
     for code, gate in GATES.items():
         codes = {"EXPERT_GATE": code, "ROLLOUT_GATE": code, "KL_CODE": 4, "BLOCK_N": token_coefficient.BLOCK_N}
         yield f"token_coefficient ({gate.__name__.lower()})", token_coefficient.token_coefficient_kernel, codes
+    yield "scale (bf16)", scale.scale_kernel, dict(scale.TILE)
 
 
 def compile_one(kernel: object, constexprs: dict[str, object], architecture: int) -> dict[str, object]:
@@ -71,7 +72,7 @@ def compile_one(kernel: object, constexprs: dict[str, object], architecture: int
     constexprs = {k: v for k, v in constexprs.items() if k not in launch}
     signature = {name: _type_of(name) for name in kernel.arg_names}
     # HeadGemm.buffer pads row strides to 64 bytes, and D of every model is a multiple of 16. V may be odd: it has no such hint.
-    aligned = ("row_stride", "grad_row_stride", "hidden_stride", "weight_stride", "hidden_size")
+    aligned = ("row_stride", "grad_row_stride", "hidden_stride", "weight_stride", "hidden_size", "num_elements")
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in aligned
     }
@@ -92,6 +93,8 @@ def _type_of(argument: str) -> str:
         special |= {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
         return special.get(argument, "*fp32")
     counts = ("vocab_size", "num_tokens", "num_rows", "hidden_size", "tiles_per_split")
+    if argument == "num_elements":
+        return "i64"
     return "i32" if argument.endswith("stride") or argument in counts else "fp32"
 
 
@@ -121,7 +124,7 @@ def table() -> list[dict[str, object]]:
 def _is_sound(row: dict[str, object]) -> bool:
     fits = row["shared_bytes"] <= SHARED_MEMORY_LIMIT[row["sm"]]
     on_tensor_cores = row["tensor_core"] != "-" or not row["kernel"].startswith("fused_scoring (bf16")
-    in_vectors = row["vector_loads"] > 0 or not row["kernel"].startswith("row_")
+    in_vectors = row["vector_loads"] > 0 or not row["kernel"].startswith(("row_", "scale"))
     return fits and on_tensor_cores and in_vectors and not row["spill_instructions"] and not row["stack_bytes"]
 
 

@@ -9,6 +9,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from trapo_kernels import checks
 from trapo_kernels.backends import native
@@ -68,6 +69,17 @@ def rows(backend: str) -> ModuleType:
     from trapo_kernels.backends import rows_torch
 
     return rows_torch
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """Multiply `grad` in place, in fp32, by `factor`, 0-d on the same device; a GPU finds out by itself when that is 1 and leaves the
+    gradient alone."""
+    if grad.device.type == "cpu" and factor.item() == 1.0:
+        return
+    if grad.device.type == "cuda" and why_not("triton", grad.device, grad.dtype) is None:
+        rows("triton").scale_(grad, factor)
+    else:
+        torch.mul(grad, factor.view([1] * grad.ndim), out=grad)
 
 
 @functools.cache

@@ -240,7 +240,8 @@ GRAD_ENTROPY = _STREAM_NAMES.index("grad_entropy")
 
 def pack(s: Streams) -> list[Tensor]:
     """The streams as the tensor list of a `torch.library` op; an absent one is an empty tensor."""
-    return [s.role.new_empty(0) if value is None else value.contiguous() for value in vars(s).values()]
+    values = [getattr(s, name) for name in _STREAM_NAMES]  # torch 2.11 cannot compile vars(s).values()
+    return [s.role.new_empty(0) if value is None else value.contiguous() for value in values]
 
 
 def unpack(tensors: list[Tensor]) -> Streams:

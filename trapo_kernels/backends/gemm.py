@@ -68,7 +68,6 @@ class HeadGemm:
         self.statistics_dtype = statistics_dtype(hidden)
         self.operand_dtype = self.weight.dtype  # of hidden, weight and the logit gradient as GEMM operands
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
-        self.grad_rows_dtype = hidden.dtype
 
     def operands(self, hidden_chunk: Tensor, low_rank_chunk: Tensor | None) -> Operands:
         """The chunk in the dtype that the GEMMs take."""
@@ -111,10 +110,14 @@ class HeadGemm:
         return torch.empty(rows, stride, dtype=self.logits_dtype, device=self.weight.device)[:, :vocab_size]
 
     def grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
-        """grad_logits [C, V] · factor [V, K]: dHidden for the weight, dLow_rank for lora_b, in the dtype of hidden."""
+        """grad_logits [C, V] · factor [V, K] in fp32 (fp64): dHidden for the weight, dLow_rank for lora_b.
+
+        Not in the dtype of hidden, because cuBLAS may split V and add the parts in the dtype of its output.
+        """
+        padded = self._padded(grad_logits)
+        out = torch.empty(padded.shape[0], factor.shape[1], dtype=self.statistics_dtype, device=factor.device)
         with self._exact():
-            grad = torch.mm(self._padded(grad_logits), factor)[: grad_logits.shape[0]]
-        return grad.to(self.grad_rows_dtype)
+            return self._multiply(padded, factor, out)[: grad_logits.shape[0]]
 
     def add_grad_factor(self, grad_logits: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:
         """grad [V, K] fp32 += grad_logitsᵀ · rows [C, K], accumulated in fp32; the first chunk overwrites it unread."""

@@ -258,12 +258,11 @@ def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> Non
 
 def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None) -> Gradients:
     """Room for the gradients; those of weight and lora_b are uninitialised where a first chunk will overwrite them."""
-    if shard is not None:
-        gemm.grad_rows_dtype = gemm.statistics_dtype  # the ranks' parts are summed before they are rounded
+    rows_dtype = head.hidden.dtype if shard is None else gemm.statistics_dtype  # the ranks' parts are summed, then rounded
     no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
 
     def rows(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=gemm.grad_rows_dtype) if needed else None
+        return torch.zeros_like(like, dtype=rows_dtype) if needed else None
 
     def factor(like: Tensor | None, needed: bool) -> Tensor | None:
         new = torch.zeros_like if no_chunk else torch.empty_like
@@ -294,15 +293,20 @@ def _accumulate(
     """Add what a chunk's dLogits [C, V] contribute to every gradient wanted."""
     count = grad_logits.shape[0]
     if grads.hidden is not None:
-        grads.hidden[index] = gemm.grad_rows(grad_logits, gemm.weight)
+        _put_rows(grads.hidden, index, gemm.grad_rows(grad_logits, gemm.weight))
     if grads.low_rank is not None:
-        grads.low_rank[index] = gemm.grad_rows(grad_logits, gemm.lora_b)
+        _put_rows(grads.low_rank, index, gemm.grad_rows(grad_logits, gemm.lora_b))
     if grads.weight is not None:
         gemm.add_grad_factor(grad_logits, operands.hidden[:count], grads.weight, first)
     if grads.lora_b is not None:
         gemm.add_grad_factor(grad_logits, operands.low_rank[:count], grads.lora_b, first)
     if grads.bias is not None:
         grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
+
+
+def _put_rows(out: Tensor, index: Tensor | slice, values: Tensor) -> None:
+    """out[index] = values, rounded to the dtype of `out`: on the way where `index` is a slice, in a pass of its own otherwise."""
+    out[index] = values if isinstance(index, slice) else values.to(out.dtype)
 
 
 def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:

@@ -1,4 +1,4 @@
-"""What the row launchers share: the pinned tile, the transform's arguments, the buffer of the gradient."""
+"""What the launchers share: the device, the pinned row tile, the transform's arguments, the buffer of the gradient."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from trapo_kernels.backends.logits import LogitTransform
 # keeps ptxas from stopping at 64 and spilling 2 of them (sapo gates with bias and softcap on sm_90); no variant uses more than 71.
 # Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
 TILE = {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 96}
+
+
+def on_device_of(x: Tensor) -> torch.cuda.device_of:
+    """A context in which the GPU that holds `x` is the current one, because that is where Triton launches; nothing on a CPU."""
+    return torch.cuda.device_of(x)
 
 
 def tile(vocab_size: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.backends.triton_ops.gates import coefficient, gate_arguments
-from trapo_kernels.backends.triton_ops.launch import gradient_buffer, tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import gradient_buffer, on_device_of, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import gradient_sweep, row_sweep, zero_row
 from trapo_kernels.objective import Objective
 
@@ -85,13 +85,14 @@ def policy(
     grad = None if grad_dtype is None else gradient_buffer(logits, grad_dtype)
     grad_argument = logits if grad is None else grad
     unused = streams.anchor
-    row_policy_kernel[(logits.shape[0],)](
-        logits, logits.stride(0), grad_argument, grad_argument.stride(0), target.contiguous(), logits.shape[1], *out,
-        streams.role, streams.anchor, streams.signal, streams.advantage,
-        unused if streams.kl_weight is None else streams.kl_weight,
-        unused if streams.ref_logprob is None else streams.ref_logprob,
-        streams.grad_entropy,
-        **gate_arguments(objective), **transform_arguments(transform, logits),
-        WITH_ENTROPY_GRADIENT=with_entropy_gradient, WITH_GRADIENT=grad is not None, **tile(logits.shape[1]),
-    )  # fmt: skip
+    with on_device_of(logits):
+        row_policy_kernel[(logits.shape[0],)](
+            logits, logits.stride(0), grad_argument, grad_argument.stride(0), target.contiguous(), logits.shape[1], *out,
+            streams.role, streams.anchor, streams.signal, streams.advantage,
+            unused if streams.kl_weight is None else streams.kl_weight,
+            unused if streams.ref_logprob is None else streams.ref_logprob,
+            streams.grad_entropy,
+            **gate_arguments(objective), **transform_arguments(transform, logits),
+            WITH_ENTROPY_GRADIENT=with_entropy_gradient, WITH_GRADIENT=grad is not None, **tile(logits.shape[1]),
+        )  # fmt: skip
     return out, grad

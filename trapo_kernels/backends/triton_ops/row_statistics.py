@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.backends.triton_ops.launch import tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import on_device_of, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import row_sweep
 
 
@@ -50,8 +50,9 @@ def row_statistics_kernel(
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row of logits [C, V]; zeros where target is -100."""
     out = RowStatistics(*torch.empty(4, logits.shape[0], device=logits.device).unbind())
-    row_statistics_kernel[(logits.shape[0],)](
-        logits, logits.stride(0), target.contiguous(), logits.shape[1], *out,
-        **transform_arguments(transform, logits), WITH_ENTROPY=with_entropy, **tile(logits.shape[1]),
-    )  # fmt: skip
+    with on_device_of(logits):
+        row_statistics_kernel[(logits.shape[0],)](
+            logits, logits.stride(0), target.contiguous(), logits.shape[1], *out,
+            **transform_arguments(transform, logits), WITH_ENTROPY=with_entropy, **tile(logits.shape[1]),
+        )  # fmt: skip
     return out

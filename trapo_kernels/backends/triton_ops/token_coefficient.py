@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trapo_kernels import terms
 from trapo_kernels.backends.triton_ops.gates import coefficient, gate_arguments
+from trapo_kernels.backends.triton_ops.launch import on_device_of
 from trapo_kernels.objective import Objective
 
 BLOCK_N = 256
@@ -48,11 +49,12 @@ def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) 
     """dL/dlogp [N] fp32 of every token; exact zeros for IGNORED ones."""
     out = torch.empty_like(logprob)
     unused = streams.anchor
-    token_coefficient_kernel[(triton.cdiv(max(1, logprob.shape[0]), BLOCK_N),)](
-        logprob.contiguous(), out, logprob.shape[0],
-        streams.role, streams.anchor, streams.signal, streams.advantage,
-        unused if streams.kl_weight is None else streams.kl_weight,
-        unused if streams.ref_logprob is None else streams.ref_logprob,
-        **gate_arguments(objective), BLOCK_N=BLOCK_N,
-    )  # fmt: skip
+    with on_device_of(logprob):
+        token_coefficient_kernel[(triton.cdiv(max(1, logprob.shape[0]), BLOCK_N),)](
+            logprob.contiguous(), out, logprob.shape[0],
+            streams.role, streams.anchor, streams.signal, streams.advantage,
+            unused if streams.kl_weight is None else streams.kl_weight,
+            unused if streams.ref_logprob is None else streams.ref_logprob,
+            **gate_arguments(objective), BLOCK_N=BLOCK_N,
+        )  # fmt: skip
     return out

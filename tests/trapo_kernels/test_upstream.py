@@ -1,0 +1,59 @@
+"""The upstream gradient costs nothing where it is 1, and is multiplied in fp32 where it is not."""
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import autograd, dispatch, linear_policy_loss, objectives
+from trapo_kernels.backends import triton_ops
+from trapo_kernels.backends.triton_ops import scale
+
+SIGNALLING_NAN = 0x7F800001  # any multiplication makes it a quiet one, 0x7FC00001: a store of grad · 1 shows in the bits
+
+
+@pytest.mark.parametrize("num_elements", [1, 4096, 3 * 4096 + 5])
+def test_a_factor_of_one_touches_nothing(num_elements, monkeypatch):
+    monkeypatch.setattr(scale, "MAX_PROGRAMS", 2)  # fewer than tiles, so that a program has several
+    grad = torch.full((num_elements,), SIGNALLING_NAN, dtype=torch.int32, device=cases.DEVICE).view(torch.float32)
+    triton_ops.scale_(grad, torch.tensor(1.0, device=cases.DEVICE))
+    assert (grad.view(torch.int32) == SIGNALLING_NAN).all()
+    triton_ops.scale_(grad, torch.tensor(2.0, device=cases.DEVICE))
+    assert (grad.view(torch.int32) != SIGNALLING_NAN).all() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("scaling", [triton_ops.scale_, dispatch.scale_])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, -2.5, 0.0])
+def test_every_element_is_multiplied_in_fp32_and_rounded_once(scaling, dtype, factor, monkeypatch):
+    monkeypatch.setattr(scale, "MAX_PROGRAMS", 3)
+    grad = torch.randn(5, 3001, device=cases.DEVICE).to(dtype)
+    expected = (grad.float() * torch.tensor(factor)).to(dtype)
+    scaling(grad, torch.tensor(factor, device=cases.DEVICE))
+    if dtype == torch.bfloat16 and scaling is triton_ops.scale_ and cases.DEVICE == "cpu":  # whose interpreter cuts digits off
+        torch.testing.assert_close(grad, expected, rtol=torch.finfo(dtype).eps, atol=0)
+    else:
+        assert torch.equal(grad, expected)
+
+
+def test_no_gradient_of_an_empty_batch_is_scaled():
+    grad = torch.zeros(0, 7, device=cases.DEVICE)
+    triton_ops.scale_(grad, torch.tensor(3.0, device=cases.DEVICE))
+    assert grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_their_dtype_are_handed_out_as_they_are(dtype, monkeypatch):
+    """fp32: both gradients; bf16: dHidden, while dWeight, accumulated in fp32, is rounded to the dtype of the weight."""
+    handed_out = []
+    scaled = autograd._scaled
+
+    def spy(grad, *rest):
+        out = scaled(grad, *rest)
+        handed_out.append(out.data_ptr() == grad.data_ptr())
+        return out
+
+    monkeypatch.setattr(autograd, "_scaled", spy)
+    hidden, weight, _ = cases.head(20, 6, 30, dtype)
+    loss = linear_policy_loss(hidden, weight, cases.batch(20, 30, torch.float32), objectives.trapo()).loss
+    assert all(grad.dtype == dtype for grad in torch.autograd.grad(loss, (hidden, weight)))
+    assert handed_out == [True, dtype == torch.float32]
