@@ -311,6 +311,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    # torch.save reports a full disk as an "unexpected pos", raised while it handles the OSError.
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__
     return (str(error) or type(error).__name__).split("\n", 1)[0].rstrip(".")
 
 

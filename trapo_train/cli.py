@@ -57,10 +57,11 @@ def entry() -> NoReturn:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user can correct: our own errors and those of files and missing packages. Anything else is a bug."""
     from trapo_train.checkpoint import CheckpointError
+    from trapo_train.parallel import RankError
     from trapo_train.rewards import RewardError
     from trapo_train.step import NonFiniteError
 
-    return (ValueError, OSError, ImportError, CheckpointError, RewardError, NonFiniteError)
+    return (ValueError, OSError, ImportError, CheckpointError, RankError, RewardError, NonFiniteError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,6 +46,10 @@ class ParallelConfig:
             )
 
 
+class RankError(RuntimeError):
+    """Another rank has died, or did not answer within parallel.timeout_s."""
+
+
 class World:
     """This process among the ranks of a run; alone, all of its methods are trivial."""
 
@@ -91,6 +95,20 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, the loss of another rank is a RankError, whichever collective operation notices it."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises plain RuntimeErrors, which name its source file
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise
+            raise RankError(
+                f"parallel: rank {self.rank} has lost another rank: {str(error).splitlines()[0]} Look at what the rank that ended "
+                "first printed, then continue with checkpoint.resume=true; a slow rank needs a larger parallel.timeout_s."
+            ) from error
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -55,7 +55,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM the run saves a
     checkpoint after the current step and returns. Under torchrun every rank calls this; the first one writes and reports.
 
-    Raises: ValueError for what cannot be trained; CheckpointError; RewardError; NonFiniteError after too many skipped steps.
+    Raises: ValueError for what cannot be trained; CheckpointError; RewardError; NonFiniteError after too many
+        skipped steps; RankError when another rank dies or hangs.
     """
     output_dir = Path(config.output_dir)
     _check_output_dir(config)
@@ -72,7 +73,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     reporter.start(config, trainer.data_report)
     for note in trainer.notes:
         reporter.event(note)
-    with StopSignal() as stop:
+    with StopSignal() as stop, trainer.world.together():
         _loop(trainer, store, reporter, stop)
     interrupted = trainer.step < config.steps
     if not interrupted:

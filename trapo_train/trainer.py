@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from trapo_train.model_state import export_model, load_training_state, training_
 from trapo_train.packing import MicroBatch, pack, pad_to_multiple
 from trapo_train.parallel import World, gathered, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
+from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_lengths, check_objective
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
@@ -97,6 +97,7 @@ class Trainer:
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, dict[str, float]] = {}
         self.last_groups: list[list[Sample]] = []
+        self.last_micro_batches: list[MicroBatch] = []
 
     @property
     def objective(self) -> Objective:
@@ -148,6 +149,7 @@ class Trainer:
             mine = self._my_micro_batches(pad_to_multiple(packed, self.world.size))
             mine = with_old_policy(self.model, mine, config.updates, config.rollout.temperature)
             mini_batches.append(self._with_reference(mine, objective))
+        self.last_micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch]
         return merge_updates(
             [
                 optimizer_step(
@@ -241,7 +243,7 @@ class Trainer:
         return self.last_evaluation
 
     def stop_if_broken(self, metrics: dict[str, Any], reporter: Reporter) -> None:
-        """Report a skipped step; after too many in a row keep the samples for inspection and raise NonFiniteError."""
+        """Report a skipped step; after too many in a row keep the last batch for inspection and raise NonFiniteError."""
         if not metrics["skipped_step"]:
             return
         reporter.event(
@@ -249,14 +251,13 @@ class Trainer:
         )
         if self.skipped_in_a_row <= self.config.optimizer.max_skipped_steps:
             return
-        path = Path(self.config.output_dir) / f"non_finite_step_{self.step}.jsonl"
-        samples = [sample for group in self.last_groups for sample in group]
-        if self.world.first:
-            path.write_text("".join(json.dumps(asdict(sample), default=str) + "\n" for sample in samples), encoding="utf-8")
+        directory = Path(self.config.output_dir) / f"non_finite_step_{self.step}"
+        save_batch(directory, self.world.rank, self.last_groups, self.last_micro_batches)
         raise NonFiniteError(
             f"train: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
-            f"optimizer.max_skipped_steps = {self.config.optimizer.max_skipped_steps} are skipped. The last samples are in "
-            f"{path}. Resume from the last checkpoint with a lower optimizer.learning_rate or max_grad_norm."
+            f"optimizer.max_skipped_steps = {self.config.optimizer.max_skipped_steps} are skipped. The last batch is in "
+            f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
+            "max_grad_norm."
         )
 
     @property

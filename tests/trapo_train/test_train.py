@@ -20,6 +20,8 @@ from trapo_kernels import objectives
 from trapo_train import trainer
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import Reporter, read_metrics
+from trapo_train.model import policy_forward
+from trapo_train.postmortem import load_batch
 from trapo_train.records import Sample
 from trapo_train.schema import ConfigError
 from trapo_train.step import NonFiniteError
@@ -260,8 +262,15 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
     config = configure("poisoned", "plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
     with pytest.raises(NonFiniteError, match=r"2 steps in a row.*Resume from the last checkpoint"):
         train_to_end(config)
-    dumped = (Path(config.output_dir) / "non_finite_step_4.jsonl").read_text().splitlines()
-    assert json.loads(dumped[0])["problem"]["prompt"]
+    kept = Path(config.output_dir) / "non_finite_step_4"
+    assert json.loads((kept / "samples.jsonl").read_text().splitlines()[0])["problem"]["prompt"]
+    broken = Trainer(configure("again"))
+    for micro_batch in load_batch(kept / "rank_0.pt"):
+        assert len(micro_batch.batch) > 0
+        assert torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
+    with torch.no_grad():
+        broken.model.lm_head.weight[0, 0] = float("nan")
+    assert not torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
     assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
 
 

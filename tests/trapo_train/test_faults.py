@@ -1,0 +1,132 @@
+"""What goes wrong outside the program: a full disk, a rank that dies or hangs, a dataset that changed between two runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.trapo_train.test_train import TINY, build_config, train_to_end
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+KIB = 1024
+
+
+@pytest.fixture
+def file_size_limit():
+    """A function that limits the size of files this process writes, bytes, until the test ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("where", ["state", "tensors"])
+def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(where, tmp_path, file_size_limit):
+    store = CheckpointStore(tmp_path, keep=2)
+    small, large = torch.arange(8.0), torch.zeros(64 * KIB)
+    store.save(1, {"x": small}, {}, {"w": small})
+    file_size_limit(128 * KIB)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be saved.*File too large.*The last one is .*step_00000001"):
+        store.save(2, {"x": large if where == "state" else small}, {}, {"w": large if where == "tensors" else small})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert torch.equal(store.load({})[1]["x"], small)
+    store.save(3, {"x": small}, {}, {"w": small})
+    assert store.steps() == [1, 3]
+
+
+def on_a_small_disk(directory: Path, script: str) -> subprocess.CompletedProcess:
+    """Run a shell script in a namespace of its own in which `directory` is a disk of 600 KiB; skip where that is not permitted."""
+    isolate = ["unshare", "--user", "--mount", "--map-root-user", "sh", "-c"]
+    directory.mkdir()
+    mount = f"mount -t tmpfs -o size=600k tmpfs {shlex.quote(str(directory))}"
+    try:
+        probe = subprocess.run([*isolate, mount], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed, so no small disk can be mounted")
+    if probe.returncode:
+        pytest.skip(f"no small disk can be mounted here: {probe.stderr.strip()}")
+    return subprocess.run(
+        [*isolate, f"{mount} && {script}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_a_remedy_and_it_goes_on_where_there_is_space(tmp_path):
+    disk = tmp_path / "disk"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    # keep=9: the disk fills up with checkpoints. In the namespace root may enlarge it, which is what "free space" comes to.
+    arguments = ["run", f"{tmp_path}/run.yaml", f"output_dir={disk}/run", "steps=9", "checkpoint={every: 1, keep: 9}"]
+    run = shlex.join([sys.executable, "-m", "trapo_train.cli", *arguments])
+    done = on_a_small_disk(
+        disk,
+        f"{run}; echo first: $?; ls -A {disk}/run/checkpoints; mount -o remount,size=9m {disk}; "
+        f"{run} checkpoint.resume=true; echo second: $?; ls -A {disk}/run/checkpoints",
+    )
+    _, second = done.stdout.split("first: 2\n")
+    error = " ".join(done.stderr.split())
+    assert "trapo-train: error: checkpoint: step" in error and "No space left on device" in error
+    assert "Free space or make the directory writable, then resume with checkpoint.resume=true" in error
+    kept = list(itertools.takewhile(lambda line: line.startswith(("step_", ".")), second.splitlines()))
+    assert 0 < len(kept) < 9 and not any("unfinished" in name for name in kept)
+    assert f"resumed from step {len(kept)}" in second and "second: 0\n" in second
+    assert "step_00000009" in second.split("second: 0\n")[1]
+
+
+def test_a_dataset_edited_between_two_runs_is_refused(tmp_path):
+    rows = [{"prompt": f"ab?a{depth}:", "solution": "de", "expert": "#de$", "depth": depth} for depth in (1, 2, 3)]
+    data = tmp_path / "train.jsonl"
+    overrides = ["data={path: " + str(data) + "}", "model.tokenizer=" + str(tmp_path / "tokenizer"), "reward=exact_match"]
+    from trapo_train.tasks import build_tokenizer
+
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_to_end(build_config(tmp_path, "run", *overrides, "steps=2"))
+    rows[1]["solution"] = "df"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(CheckpointError, match=r"belongs to a different run: data was '\w+', is '\w+'\. Set these back"):
+        train_to_end(build_config(tmp_path, "run", *overrides, "steps=4", "checkpoint.resume=true"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "words"), [("SIGKILL", "Connection closed by peer"), ("SIGSTOP", "Timed out")])
+def test_a_rank_that_dies_or_hangs_ends_the_other_within_the_timeout(how, words, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    arguments = ["run", f"{tmp_path}/run.yaml", f"output_dir={tmp_path}/run", "steps=100000", "parallel.timeout_s=8"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "trapo_train.cli", *arguments]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen(command, env=ENVIRONMENT | world, **streams))
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 6:
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.2)
+        os.kill(ranks[1].pid, getattr(signal, how))
+        _, error = ranks[0].communicate(timeout=60)  # 8 s and what a busy machine needs to notice
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 2
+    error = " ".join(error.split())
+    assert "trapo-train: error: parallel: rank 0 has lost another rank" in error and words in error
+    assert "continue with checkpoint.resume=true" in error

@@ -1,0 +1,46 @@
+"""What is kept of a batch whose loss or gradient is not finite: its samples to read, its micro-batches to run again.
+
+from trapo_train.postmortem import load_batch
+
+for micro_batch in load_batch("runs/my/non_finite_step_7/rank_0.pt"):
+    print(policy_forward(model, micro_batch, objective).loss)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trapo_kernels import TokenBatch
+from trapo_train.packing import MicroBatch
+from trapo_train.records import Sample
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+def save_batch(directory: str | Path, rank: int, groups: Sequence[Sequence[Sample]], micro_batches: Sequence[MicroBatch]) -> Path:
+    """Write this rank's micro-batches to rank_<r>.pt in `directory`, and on the first rank all samples; returns `directory`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        samples = [json.dumps(asdict(sample), default=str) for group in groups for sample in group]
+        (directory / SAMPLES_FILE).write_text("".join(line + "\n" for line in samples), encoding="utf-8")
+    torch.save([_plain(micro_batch) for micro_batch in micro_batches], directory / f"rank_{rank}.pt")
+    return directory
+
+
+def load_batch(path: str | Path) -> list[MicroBatch]:
+    """The micro-batches that `save_batch` wrote to a rank_<r>.pt, in their order; read with weights_only, so no code can run."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return [MicroBatch(**{**values, "batch": TokenBatch(**values["batch"])}) for values in saved]
+
+
+def _plain(record: MicroBatch | TokenBatch) -> dict[str, Any]:
+    """The fields of a record as tensors and tuples; a batch inside a micro-batch likewise."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: _plain(value) if isinstance(value, TokenBatch) else value for name, value in values.items()}
