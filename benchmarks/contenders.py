@@ -232,8 +232,10 @@ def _trl(problem: Problem, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
 
     outputs = ("entropy",) if with_entropy else ()
     target = problem.target.clamp(min=0)
-    # 8192 columns per tile is TRL's own setting, _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py
-    logprob, entropy, *_ = ChunkedLogProbFunction.apply(problem.hidden, problem.weight, None, target, 1.0, 8192, None, 1.0, outputs)
+    # 32768 columns per tile is TRL's own setting, _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py (1.16.0)
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(
+        problem.hidden, problem.weight, None, target, 1.0, 32768, None, 1.0, outputs
+    )
     return logprob, entropy
 
 
@@ -263,25 +265,16 @@ def _verl_cannot(case: Case) -> str | None:
 
 
 @contextlib.contextmanager
-def _chunk(case: Case, device_type: str):
+def _chunk(case: Case):
     """The chunk set to `case.chunk_rows` for one call. There is no public switch: a chunk is a pure function of the shapes."""
-    from trapo_kernels.backends import gemm
+    from trapo_kernels.backends import sweep
 
-    if not case.chunk_rows:
-        yield
-        return
-    before = dict(gemm._CHUNK_LOGITS)
-    gemm._CHUNK_LOGITS[device_type] = case.chunk_rows * case.vocab_size
+    own_rule = sweep.chunk_rows
+    sweep.chunk_rows = (lambda *_, **__: case.chunk_rows) if case.chunk_rows else own_rule
     try:
-        got = gemm.chunk_rows(case.num_rows, case.vocab_size, device_type)
-        if got != case.chunk_rows:
-            raise ValueError(
-                f"chunk_rows must be a multiple of 128 that divides N evenly, got {case.chunk_rows}; it would be {got}."
-            )
         yield
     finally:
-        gemm._CHUNK_LOGITS.clear()
-        gemm._CHUNK_LOGITS.update(before)
+        sweep.chunk_rows = own_rule
 
 
 def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
@@ -290,7 +283,7 @@ def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
         settings = {"backend": backend, "logits_dtype": getattr(torch, problem.case.logits_dtype)}
 
         def call() -> Result:
-            with _chunk(problem.case, hidden.device.type):
+            with _chunk(problem.case):
                 if objective is None:
                     with torch.no_grad():
                         out = linear_logprob(hidden, weight, problem.target, with_entropy=True, **settings)

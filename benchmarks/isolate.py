@@ -1,4 +1,4 @@
-"""One contender in a process of its own: its peak memory above the inputs, and what its first call costs.
+"""One contender in a process of its own: its peak memory above the inputs, what its first call costs, the longest N that fits.
 
 A fork server that has imported torch and run nothing serves the CPU; a GPU needs fresh interpreters, because a CUDA context
 does not survive a fork. Each child builds the same inputs from the same seed.
@@ -6,12 +6,15 @@ does not survive a fork. Each child builds the same inputs from the same seed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,61 +29,124 @@ def measure(case: object, contender: str, device: str, seconds: float, cold_cach
     `cold_caches`: kernel caches start empty, so the first call pays for every compilation. Raises RuntimeError with the child's
     error, or TimeoutError after `seconds`.
     """
-    context = multiprocessing.get_context("forkserver" if device == "cpu" and not cold_caches else "spawn")
-    if device == "cpu":
-        context.set_forkserver_preload(["benchmarks.contenders"])
     with tempfile.TemporaryDirectory() as caches:
-        changes = dict(_MALLOC) | ({name: caches for name in _CACHES} if cold_caches else {})
-        before = {name: os.environ.get(name) for name in changes}
-        os.environ.update(changes)
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(sender, case, contender, device, torch.get_num_threads()), daemon=False)
-        try:
-            child.start()
-            sender.close()
-            return _receive(receiver, child, contender, seconds)
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-            if child.is_alive():
-                child.kill()
-            child.join()
+        changes = dict.fromkeys(_CACHES, caches) if cold_caches else {}
+        method = "spawn" if cold_caches or device == "cuda" else "forkserver"
+        arguments = (case, contender, device, torch.get_num_threads())
+        return _last_message(_first_calls, arguments, contender, method, changes, seconds)
 
 
-def _receive(receiver, child, contender: str, seconds: float) -> dict[str, float]:
-    if not receiver.poll(seconds):
-        raise TimeoutError(f"{contender}: no result after {seconds:.0f} s.")
+def longest(case: object, contender: str, powers: range, limit_mib: int, seconds: float) -> dict[str, object]:
+    """{"longest_tokens", and "stopped_by" unless the last power fitted}: the largest N = 2^k that fits into `limit_mib` above its
+    inputs, on a CPU, whose allocator refuses beyond a limit of the address space. Errors as for `measure`."""
+    arguments = (case, contender, powers, limit_mib, torch.get_num_threads())
+    return _last_message(_longest, arguments, contender, "forkserver", {}, seconds)
+
+
+def _last_message(target: Callable, arguments: tuple, contender: str, method: str, changes: dict[str, str], seconds: float) -> dict:
+    """Run `target(send, *arguments)` in a process and return the last dict that it sent."""
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["benchmarks.contenders"])
+    changes = _MALLOC | changes
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(sender, target, arguments), daemon=False)
     try:
-        kind, value = receiver.recv()
-    except EOFError:
+        child.start()
+        sender.close()
+        return _receive(receiver, child, contender, seconds)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        if child.is_alive():
+            child.kill()
         child.join()
-        raise RuntimeError(f"{contender}: its process ended with exit code {child.exitcode}.") from None
-    if kind == "error":
-        raise RuntimeError(value)
-    return value
 
 
-def _child(sender, case, contender: str, device: str, threads: int) -> None:
+def _receive(receiver, child, contender: str, seconds: float) -> dict:
+    found, end = None, time.monotonic() + seconds
+    while receiver.poll(max(0.0, end - time.monotonic())):
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            child.join()
+            if child.exitcode == 0 and found is not None:
+                return found
+            reason = f"its process ended with exit code {child.exitcode}"
+            if found is None:
+                raise RuntimeError(f"{contender}: {reason}.") from None
+            return found | {"stopped_by": reason}
+        if kind == "error":
+            raise RuntimeError(value)
+        found = value
+    raise TimeoutError(f"{contender}: no result after {seconds:.0f} s.")
+
+
+def _child(sender, target: Callable, arguments: tuple) -> None:
+    try:
+        target(lambda found: sender.send(("ok", found)), *arguments)
+    except Exception as error:  # sent to the parent process, which records it
+        sender.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _first_calls(send: Callable, case, contender: str, device: str, threads: int) -> None:
+    """The first call, then the second, whose peak is the measurement: the first also makes what a library makes once."""
     from benchmarks.contenders import BY_NAME
     from benchmarks.measure import cuda_peak_mib
     from benchmarks.problem import build
 
     torch.set_num_threads(threads)
+    call, milliseconds = BY_NAME[contender].prepare(build(case, device)), []
+
+    def timed():
+        start = time.perf_counter()
+        result = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        milliseconds.append((time.perf_counter() - start) * 1e3)
+        return result
+
+    timed()
+    peak = cuda_peak_mib(timed) if device == "cuda" else _cpu_peak_mib(timed)
+    send({"first_call_ms": milliseconds[0], "second_call_ms": milliseconds[1], "peak_mib": peak})
+
+
+def _longest(send: Callable, case, contender: str, powers: range, limit_mib: int, threads: int) -> None:
+    from dataclasses import replace
+
+    from benchmarks.contenders import BY_NAME
+    from benchmarks.measure import out_of_memory
+    from benchmarks.problem import build
+
+    torch.set_num_threads(threads)
+    call = BY_NAME[contender].prepare
+    call(build(replace(case, num_rows=8), "cpu"))()  # makes the threads and whatever else is made once
+    for k in powers:
+        problem = build(replace(case, num_rows=2**k), "cpu")
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with _address_space(limit_mib):
+            try:
+                call(problem)()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                send({"longest_tokens": 2 ** (k - 1) if k > powers[0] else 0, "stopped_by": f"the limit of {limit_mib} MiB"})
+                return
+        send({"longest_tokens": 2**k})
+
+
+@contextlib.contextmanager
+def _address_space(limit_mib: int):
+    """No more than `limit_mib` beyond what this process has now."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status_kib("VmSize") * 1024 + limit_mib * 2**20, before[1]))
     try:
-        problem = build(case, device)
-        call = BY_NAME[contender].prepare(problem)
-        milliseconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            result = call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            milliseconds.append((time.perf_counter() - start) * 1e3)
-            del result
-        peak = cuda_peak_mib(call) if device == "cuda" else _cpu_peak_mib(call)
-        sender.send(("ok", {"first_call_ms": milliseconds[0], "second_call_ms": milliseconds[1], "peak_mib": peak}))
-    except Exception as error:  # sent to the parent process, which records it
-        sender.send(("error", f"{type(error).__name__}: {error}"))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _cpu_peak_mib(call) -> float:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class Timing(NamedTuple):
@@ -60,45 +59,62 @@ class CudaClock:
         return start.elapsed_time(end)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation was refused; a CPU's allocator says so in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def context_is_lost() -> bool:
+    """Whether an earlier error has broken the CUDA context, so that every further call fails as well."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def clock(device: str) -> CpuClock | CudaClock:
     """The clock of a device."""
     return CudaClock() if device == "cuda" else CpuClock()
 
 
-def interleave(calls: dict[str, Callable], ticker: CpuClock | CudaClock, seconds: float, most: int) -> dict[str, Timing]:
+def interleave(
+    calls: dict[str, Callable],
+    ticker: CpuClock | CudaClock,
+    seconds: float,
+    most: int,
+    announce: Callable[[str], None] = lambda name: None,
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
     """Round after round of all calls, so that a drifting machine drifts for all; the order rotates, so that none is always first.
 
-    One warm-up round, then at least MIN_ROUNDS (or `most`, if fewer) and at most `most` rounds within about `seconds`. A call that
-    runs out of memory beside the others leaves the rounds, and is missing from the answer.
+    At least MIN_ROUNDS (or `most`, if fewer), then as many as fit into about `seconds`, at most `most`; every call must have run
+    once before, to warm up. A call that fails, for want of memory beside the others, say, leaves the rounds: its error is in the
+    second answer. `announce` is told whose turn it is.
     """
     timings = {name: Timing([], []) for name in calls}
+    failed: dict[str, Exception] = {}
     names = list(calls)
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
-        for name in list(names):
-            _once(name, names, calls, ticker)
-        per_round = time.perf_counter() - start
-        rounds = max(min(MIN_ROUNDS, most), min(most, int(seconds / max(per_round, 1e-6))))
-        for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                hot, cold = _once(name, names, calls, ticker) or (None, None)
-                if hot is not None:
-                    timings[name].hot_ms.append(hot)
+        start, turn = time.perf_counter(), 0
+        while turn < min(MIN_ROUNDS, most) or (turn < most and (time.perf_counter() - start) * (turn + 1) / turn < seconds):
+            first = turn % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                announce(name)
+                try:
+                    hot, cold = ticker.time(calls[name])
+                except Exception as error:  # this contender's failure; the others are still timed
+                    failed[name] = error
+                    names.remove(name)
+                    continue
+                timings[name].hot_ms.append(hot)
                 if cold is not None:
                     timings[name].cold_ms.append(cold)
+            turn += 1
     finally:
         gc.enable()
-    return {name: timings[name] for name in names}
-
-
-def _once(name: str, names: list[str], calls: dict, ticker: CpuClock | CudaClock) -> tuple[float, float | None] | None:
-    try:
-        return ticker.time(calls[name])
-    except OUT_OF_MEMORY:
-        names.remove(name)
-        return None
+    return {name: timings[name] for name in names}, failed
 
 
 def summary(timing: Timing, floor: Timing | None) -> dict[str, object]:
@@ -107,6 +123,8 @@ def summary(timing: Timing, floor: Timing | None) -> dict[str, object]:
     found |= dict(zip(("p20_ms", "median_ms", "p80_ms"), quantiles(timing.hot_ms), strict=True))
     if timing.cold_ms:
         found["cold_median_ms"] = statistics.median(timing.cold_ms)
+        if floor is not None:
+            found["cold_ratio"] = statistics.median(mine / bare for mine, bare in zip(timing.cold_ms, floor.cold_ms, strict=True))
     if floor is not None:
         ratios = [mine / bare for mine, bare in zip(timing.hot_ms, floor.hot_ms, strict=True)]
         found |= dict(zip(("ratio_p20", "ratio", "ratio_p80"), quantiles(ratios), strict=True))

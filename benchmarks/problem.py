@@ -1,14 +1,8 @@
 """One cell of the matrix: its shapes, its data, the textbook loss, and the fp64 truth that every contender is held to.
 
-The data look like a language model's, because near-uniform logits hide errors (p → 1 has its own numerics) and noise has no labels:
-
-- The head's rows are N(0, 1/D), so each has norm 1. Row n of `hidden` is noise, which gives every token a logit of N(0, 1), plus
-  the rows of 4 candidate tokens, each scaled so that softmax gives it about a probability drawn beforehand.
-- 80 % of the positions are sure (one candidate has 1 - 10^-u, u uniform in 1…4), 20 % are forks (the mass falls anywhere in the
-  simplex of the 4 candidates, a tenth of a share on the rest): the split that arXiv 2506.01939 finds in reasoning models' rollouts.
-- Candidates are log-uniform in rank, Zipf's law, scattered over the vocabulary. A rollout's target is drawn from the drawn
-  probabilities, so it is on-policy; an expert's is replaced by a Zipf token in 5 % of the positions, so it can surprise.
-- "flat" cells keep the noise alone, with uniform targets.
+The data are a language model's, because near-uniform logits hide errors (p → 1 has its own numerics) and noise has no labels:
+hidden states, head and text come from a model that was trained a little (`trained`). A rollout's target is drawn from the model, so
+it is on-policy; an expert's is the text's own next token, so it can surprise. "flat" cells are noise with uniform targets instead.
 """
 
 from __future__ import annotations
@@ -20,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import trained
 from trapo_kernels import Objective, Role, TokenBatch, objectives
 
-CANDIDATES = 4
-SURE_SHARE = 0.8
-SURPRISE_SHARE = 0.05
+SURE = 0.9  # the probability above which a row counts as sure
 ALPHA, ENTROPY_COEF, EPSILON = 0.1, 0.001, 0.2
 
 
@@ -122,7 +115,6 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
     weight = torch.empty(case.vocab_size, case.hidden_size, device=device, dtype=dtype)
-    weight.normal_(0.0, case.hidden_size**-0.5, generator=generator)
     hidden, target = _hidden_and_target(case, weight, generator)
     length = case.sequence_length or max(1, case.num_rows // 8)
     batch = _batch(case, target, length, torch.Generator().manual_seed(seed))
@@ -135,45 +127,14 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
 
 
 def _hidden_and_target(case: Case, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """hidden [N, D] fp32 and target [N] int64 as the module's docstring describes."""
+    """hidden [N, D] fp32 and target [N] int64 as the module's docstring describes; fills weight [V, D]."""
     n, device = case.num_rows, weight.device
-    hidden = torch.randn(n, case.hidden_size, device=device, generator=generator)
     if not case.peaked:
+        weight.normal_(0.0, case.hidden_size**-0.5, generator=generator)
+        hidden = torch.randn(n, case.hidden_size, device=device, generator=generator)
         return hidden, torch.randint(case.vocab_size, (n,), device=device, generator=generator)
-    share = _shares(n, device, generator)  # [N, 5]: 4 candidates and the rest of the vocabulary
-    ratio = share[:, :-1].log() - share[:, -1:].log()
-    strength = ratio.clamp(min=0)
-    for _ in range(3):  # the candidates' own rows overlap with the rest by N(0, 1/D) each, which lifts the rest's mass
-        variance = 1.0 + (strength.square().sum(1, keepdim=True) / case.hidden_size).clamp(max=4.0)
-        strength = (ratio + math.log(case.vocab_size) + variance / 2).clamp(min=0)
-    candidate = _zipf((n, CANDIDATES), case.vocab_size, device, generator)
-    for k in range(CANDIDATES):
-        row = weight[candidate[:, k]].float()
-        hidden += strength[:, k : k + 1] * row / row.square().sum(1, keepdim=True)
-    drawn = torch.multinomial(share, 1, generator=generator)[:, 0]
-    other = _zipf((n,), case.vocab_size, device, generator)
-    target = torch.cat([candidate, other[:, None]], 1).gather(1, drawn[:, None])[:, 0]
-    surprise = torch.rand(n, device=device, generator=generator) < SURPRISE_SHARE
-    return hidden, torch.where(surprise & (_roles(n, case).to(device) == Role.EXPERT), other, target)
-
-
-def _shares(n: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """[N, 5] probabilities of the candidates and of the rest; rows sum to 1."""
-
-    def uniform(*shape):
-        return torch.rand(*shape, device=device, generator=generator)
-
-    left = 10.0 ** -(1.0 + 3.0 * uniform(n, 1))
-    sure = torch.cat([1.0 - left, (left / CANDIDATES).expand(n, CANDIDATES)], 1)
-    fork = -uniform(n, CANDIDATES + 1).clamp(min=1e-6).log() + 1e-3
-    fork[:, -1] *= 0.1
-    return torch.where(uniform(n, 1) < SURE_SHARE, sure, fork / fork.sum(1, keepdim=True))
-
-
-def _zipf(shape: tuple[int, ...], vocab_size: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Token ids with P(rank) ∝ 1/rank, ranks scattered over the vocabulary by a multiplicative hash."""
-    rank = (torch.rand(*shape, device=device, generator=generator) * math.log(vocab_size)).exp().long() - 1
-    return (rank * 2654435761 + 12345) % vocab_size
+    rows = trained.lift(n, weight, generator)
+    return rows.hidden, torch.where((_roles(n, case) == Role.EXPERT).to(device), rows.text, rows.sampled)
 
 
 def _roles(n: int, case: Case) -> Tensor:
@@ -236,6 +197,19 @@ def textbook_loss(job: str, logprob: Tensor, entropy: Tensor | None, batch: Toke
     trsft = logprob.exp().clamp(max=ALPHA) / ALPHA + (logprob - math.log(ALPHA)).clamp(min=0)
     value = torch.where(batch.role == Role.EXPERT, trsft, advantage * ratio)
     return -(weight * value).sum() - ENTROPY_COEF * (weight * entropy).sum()
+
+
+def statistics(exact: Result, batch: TokenBatch) -> dict[str, float]:
+    """What the active rows are like: means in nats, shares of sure rows (p > 0.9) and of rows below α, where TrSFT attenuates."""
+    logprob, entropy = exact.logprob[batch.active], exact.entropy[batch.active]
+    quantile = logprob.float().quantile(torch.tensor([0.2, 0.5, 0.8], device=logprob.device)).exp().tolist()
+    return {
+        "mean_logprob": logprob.mean().item(),
+        "mean_entropy": entropy.mean().item(),
+        "sure_share": (logprob > math.log(SURE)).double().mean().item(),
+        "below_alpha_share": (logprob < math.log(ALPHA)).double().mean().item(),
+        "p_quantiles": quantile,
+    }
 
 
 class Result(NamedTuple):

@@ -9,12 +9,22 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
+SOURCES = (".py", ".pt", ".cpp", ".cu", ".cuh", ".h", ".inl")
+WORKER_FLAG = "--worker-seconds"
+CLOCKS = {  # name in a row: field of nvidia-smi
+    "sm_clock": "clocks.sm",
+    "sm_clock_max": "clocks.max.sm",
+    "memory_clock": "clocks.mem",
+    "power": "power.draw",
+    "temperature_c": "temperature.gpu",
+}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "verl")
 
 
@@ -40,8 +50,9 @@ def environment(device: str) -> dict[str, object]:
 
 
 def command() -> str:
-    """The runner's command line as it was typed, the interpreter's path left out."""
-    return " ".join(["python -m benchmarks", *sys.argv[1:]])
+    """The runner's command line as it was typed; the interpreter's path, and what the supervisor adds for its worker, left out."""
+    typed = sys.argv[1:]
+    return " ".join(["python -m benchmarks", *(typed[: typed.index(WORKER_FLAG)] if WORKER_FLAG in typed else typed)])
 
 
 def _device_name(device: str) -> str:
@@ -53,7 +64,7 @@ def _device_name(device: str) -> str:
 
 
 def smi(field: str) -> str | None:
-    """One field of nvidia-smi for the current GPU; None where it is missing or refuses."""
+    """One field of nvidia-smi for the current GPU, or several with commas between; None where it is missing or refuses."""
     try:
         out = subprocess.run(
             ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, check=True
@@ -64,15 +75,29 @@ def smi(field: str) -> str | None:
     return lines[torch.cuda.current_device()] if lines else None
 
 
+def clocks(call: Callable[[], object], median_ms: float) -> dict[str, str | None]:
+    """Clocks, power and temperature while `call` runs: enough calls are queued to keep the GPU busy while nvidia-smi looks."""
+    for _ in range(min(200, 2 + int(500 / max(median_ms, 0.1)))):
+        call()
+    line = smi(",".join(CLOCKS.values()))
+    torch.cuda.synchronize()
+    return dict(zip(CLOCKS, line.split(", "), strict=True)) if line else dict.fromkeys(CLOCKS)
+
+
 @functools.cache
 def revision() -> str:
     """The commit, plus a hash of the kernels' and benchmarks' sources where they differ from it or there is no repository."""
-    sources = sorted([*(ROOT / "trapo_kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+    sources = sorted(
+        path
+        for folder in ("trapo_kernels", "benchmarks", "csrc")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in SOURCES
+    )
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     commit = _git("rev-parse", "--short=10", "HEAD")
     if commit is None:
         return f"no-repository+{digest}"
-    changed = _git("status", "--porcelain", "--", "trapo_kernels", "benchmarks/*.py", "csrc")
+    changed = _git("status", "--porcelain", "--", "trapo_kernels", "benchmarks/*.py", "benchmarks/*.pt", "csrc")
     return f"{commit}+{digest}" if changed else commit
 
 

@@ -1,11 +1,14 @@
-"""The runner: question by question, case by case, every contender checked against fp64 before it is timed."""
+"""The runner: question by question, case by case, in a worker process that a contender may crash or hang without ending the run.
+
+The supervisor starts the worker again as long as there is time; the contender that ran when the worker died is recorded as crashed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import isolate, measure, provenance, questions, report, store
-from benchmarks.account import memory_formula
+from benchmarks import measure, provenance, questions, report, store
+from benchmarks.cell import Bench, Rows
 from benchmarks.contenders import BY_NAME, CONTENDERS, Contender
-from benchmarks.problem import Case, Problem, build, errors, truth
+from benchmarks.journal import Journal
+from benchmarks.problem import JOBS, Case
 
 RESERVE_SECONDS = 12  # for the report
-WRONG = {"logprob_max_nats": 0.25, "entropy_max_nats": 0.25, "grad_hidden_relative": 0.05, "grad_weight_relative": 0.05}
+GRACE_SECONDS = 45  # after the budget, for a call that does not return to Python; then the worker is killed
+ONE_BY_ONE = ("first_call", "longest")  # measures that take a contender at a time, so that a run goes on in the midst of a case
 
 
 class BudgetSpent(BaseException):
@@ -28,24 +33,68 @@ class BudgetSpent(BaseException):
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m benchmarks`."""
-    options = _parser().parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(typed)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: --device cuda needs a CUDA device, and torch sees none. Use --device cpu.", file=sys.stderr)
         return 2
-    started = time.monotonic()
+    if options.worker_seconds is not None:
+        return work(options)
+    return supervise([sys.executable, "-m", "benchmarks", *typed], _journal(options), options.budget * 60)
+
+
+def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
+    """Run `worker` until it ends well or `seconds` are over; returns an exit status."""
+    end = time.monotonic() + seconds
+    journal.leave()  # a run that was stopped by hand is nobody's fault
+    while True:
+        left = max(0.0, end - time.monotonic())
+        process = subprocess.Popen([*worker, provenance.WORKER_FLAG, f"{left:.1f}"])
+        try:
+            code = process.wait(left + GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            process.kill()
+            process.wait()
+        if code in (0, 2):
+            return code
+        row = journal.blame(_death(code))
+        if row is None:
+            print(f"benchmarks: the worker ended while no contender ran: {_death(code)}", file=sys.stderr)
+            return 1
+        _say(f"    {row['contender']}: crashed: {row['reason']}")
+
+
+def _death(code: int | None) -> str:
+    if code is None:
+        return f"did not return until {GRACE_SECONDS} s after the end of the budget."
+    return f"ended its process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}."
+
+
+def _journal(options: argparse.Namespace) -> Journal:
+    return Journal(Path(options.out) / f"{options.device}.running.json")
+
+
+def work(options: argparse.Namespace) -> int:
+    """Measure what is missing, in this process, for `options.worker_seconds`."""
+    started, seconds = time.monotonic(), options.worker_seconds
     path = Path(options.out) / provenance.folder(options.device) / "results.jsonl"
     work, done = _pending(options, path)
     _say(f"{len(work)} cases to measure, {done} of this revision are there already: {path}")
-    budget = Budget(options.budget * 60 - RESERVE_SECONDS)
+    budget, journal = Budget(seconds - RESERVE_SECONDS), _journal(options)
+    bench = Bench(options.device, options.rounds, options.small, journal)
     left = len(work)
     try:
         with budget:
             for index, case in enumerate(work):
-                minutes = f"{(time.monotonic() - started) / 60:.1f} of {options.budget:g} min"
+                minutes = f"{(time.monotonic() - started) / 60:.1f} of {seconds / 60:.1f} min"
                 _say(f"[{index + 1}/{len(work)} {case.question}, {minutes}] {case.title}")
-                _one(case, options, path, budget.remaining() / (len(work) - index))
+                share = _cost(case) / sum(map(_cost, work[index:]))
+                _one(case, bench, _chosen(case, options), path, budget.remaining() * share)
                 left -= 1
     except BudgetSpent:
+        journal.leave()
         _say(f"the budget of {options.budget:g} min is spent: {left} cases are left. The same command goes on with them.")
     else:
         _say("nothing is left to measure.")
@@ -55,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument(
         "questions",
         nargs="*",
@@ -71,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--skip", action="append", default=[], metavar="CONTENDER", type=_one_of(list(BY_NAME)), help="leave one out; repeatable"
     )
     parser.add_argument("--rounds", type=int, default=measure.MAX_ROUNDS, help="at most this many timed rounds per case")
+    parser.add_argument(provenance.WORKER_FLAG, type=float, help=argparse.SUPPRESS)
     return parser
 
 
@@ -118,7 +168,7 @@ def _pending(options: argparse.Namespace, path: Path) -> tuple[list[Case], int]:
     names = options.questions or questions.NAMES
     cases = [case for name in names for case in questions.load(name).cases(options.device, options.small)]
     rows, environment = store.read(path), provenance.environment(options.device)
-    work = [c for c in cases if not store.finished(rows, c, [x.name for x in _chosen(c, options)], environment)]
+    work = [c for c in cases if not {x.name for x in _chosen(c, options)} <= store.whole(rows, c, environment).keys()]
     return work, len(cases) - len(work)
 
 
@@ -126,29 +176,36 @@ def _chosen(case: Case, options: argparse.Namespace) -> list[Contender]:
     return [c for c in CONTENDERS if c.name not in options.skip and (not case.contenders or c.name in case.contenders)]
 
 
-def _one(case: Case, options: argparse.Namespace, path: Path, seconds: float) -> None:
+def _cost(case: Case) -> float:
+    """What share of the remaining time a case gets: its GEMMs for each contender, and something for its inputs."""
+    return 1e10 + case.gemm_flop * JOBS[case.job].gemms * (len(case.contenders) or len(CONTENDERS))
+
+
+def _one(case: Case, bench: Bench, chosen: list[Contender], path: Path, seconds: float) -> None:
     """Measure one case within about `seconds` and append its rows; those with figures also when the budget ends in its midst."""
-    chosen, environment = _chosen(case, options), provenance.environment(options.device)
-    rows = {c.name: _excused(c, case, options.device) for c in chosen}
-    able = [c for c in chosen if rows[c.name] is None]
+    environment = provenance.environment(bench.device)
+    there = store.whole(store.read(path), case, environment)
+    kept = {name for name, row in there.items() if row["status"] == "crashed" or case.measure in ONE_BY_ONE}
+    rows: Rows = {c.name: _excused(c, case, bench.device) for c in chosen if c.name not in kept}
+    shared = {"case": case.key, "title": case.title, "environment": environment}
+    bench.journal.begin(path, shared)
     try:
-        _MEASURES[case.measure](case, able, options, seconds, rows)
-    except BudgetSpent:
-        _write(case, path, {name: row | {"partial": True} for name, row in rows.items() if _has_figures(row)}, environment)
-        raise
-    _write(case, path, rows, environment)
+        bench.run(case, [c for c in chosen if c.name in rows and rows[c.name] is None], seconds, rows)
+    except BaseException as interruption:  # the end of the budget, or of this process; what has figures is worth keeping
+        rows = {name: row for name, row in rows.items() if _has_figures(row)}
+        partial = {} if case.measure in ONE_BY_ONE else {"partial": True}
+        _write(path, {name: row | partial for name, row in rows.items()}, shared)
+        raise interruption
+    _write(path, rows, shared)
 
 
 def _has_figures(row: dict | None) -> bool:
     return row is not None and ("ratio" in row or "first_call_ms" in row or "longest_tokens" in row)
 
 
-def _write(case: Case, path: Path, rows: dict[str, dict], environment: dict) -> None:
+def _write(path: Path, rows: Rows, shared: dict) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    for row in rows.values():
-        row["note"] = row.get("note") or ""
-    shared = {"case": case.key, "title": case.title, "measured_at": now, "environment": environment}
-    store.append(path, [{"contender": name} | row | shared for name, row in rows.items()])
+    store.append(path, [{"contender": name, "note": "", **row, **shared, "measured_at": now} for name, row in rows.items()])
     for name, row in rows.items():
         if row["status"] not in ("absent", "cannot"):
             _say(f"    {name}: {_brief(row)}")
@@ -159,8 +216,15 @@ def _excused(contender: Contender, case: Case, device: str) -> dict | None:
     reason = contender.absent(torch.device(device))
     if reason is not None:
         return {"status": "absent", "reason": reason}
-    reason = contender.cannot(case)
+    reason = contender.cannot(case) or (_NO_FLOOR.get(case.measure) if contender.floor else None)
     return None if reason is None else {"status": "cannot", "reason": reason}
+
+
+_NO_FLOOR = {
+    "error": "computes nothing that has an error.",
+    "first_call": "has nothing to compile.",
+    "longest": "keeps all logits by design.",
+}
 
 
 def _brief(row: dict) -> str:
@@ -173,121 +237,3 @@ def _brief(row: dict) -> str:
     ]
     parts += [f"{row['longest_tokens']} tokens" if "longest_tokens" in row else ""]
     return ", ".join(part for part in parts if part) or "checked"
-
-
-Rows = dict[str, dict]  # by contender; None for one that still has to be measured
-
-
-def _time(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
-    """Check all, then time those that passed, interleaved with the floor, then their memory."""
-    problem = build(case, options.device)
-    checked, calls = _check(problem, able)
-    rows |= checked
-    if case.measure == "error" or not calls:
-        return
-    floor = next((c.name for c in able if c.floor and c.name in calls), None)
-    timings = measure.interleave(calls, measure.clock(options.device), seconds / 2, 2 if options.small else options.rounds)
-    for name in calls.keys() - timings.keys():
-        rows[name] |= {"status": "out of memory", "reason": "beside the inputs and the floor's buffers, while it was timed"}
-    for name, timing in timings.items():
-        rows[name] |= measure.summary(timing, timings.get(floor))
-        if options.device == "cuda":
-            rows[name] |= {"sm_clock": provenance.smi("clocks.sm")} | measure.cuda_counts(calls[name])
-    if case.with_memory or options.device == "cuda":
-        for contender in able:
-            if contender.name in timings and not contender.floor:
-                rows[contender.name] |= _memory(case, contender.name, options.device, calls[contender.name])
-
-
-def _check(problem: Problem, able: list[Contender]) -> tuple[dict[str, dict], dict[str, Callable]]:
-    """(row with status and errors, call) of each contender; only those that agree with fp64 keep their call."""
-    exact = truth(problem)
-    rows, calls = {}, {}
-    active = exact.logprob[problem.batch.active]
-    data = {"mean_logprob": active.mean().item(), "mean_entropy": exact.entropy[problem.batch.active].mean().item()}
-    for contender in able:
-        row, call = _attempt(lambda contender=contender: contender.prepare(problem))
-        if call is not None and contender.floor:
-            rows[contender.name], calls[contender.name] = {"status": "ok"}, call
-            continue
-        if call is not None:
-            row, result = _attempt(call)
-        if row is None:
-            row = {"status": "ok", "errors": errors(result, exact, problem.batch), "data": data}
-            bad = [f"{k} {v:.2g}, at most {WRONG[k]:g}" for k, v in row["errors"].items() if k in WRONG and not v <= WRONG[k]]
-            if bad:
-                row |= {"status": "wrong", "reason": "; ".join(bad)}
-            else:
-                calls[contender.name] = call
-            del result
-        rows[contender.name] = row
-        _free(problem)
-    return rows, calls
-
-
-def _attempt(call: Callable[[], object]) -> tuple[dict | None, object]:
-    """(None, result), or (row that says what went wrong, None)."""
-    try:
-        return None, call()
-    except measure.OUT_OF_MEMORY as error:
-        return {"status": "out of memory", "reason": str(error).splitlines()[0]}, None
-    except Exception as error:  # recorded as this contender's failure; the others are still measured
-        return {"status": "failed", "reason": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}, None
-
-
-def _free(problem: Problem) -> None:
-    """Give a GPU's memory back before the next contender asks for it."""
-    if problem.hidden.is_cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _memory(case: Case, name: str, device: str, call: Callable) -> dict[str, object]:
-    formula = memory_formula(name, case, device)
-    found = {} if formula is None else {"formula_mib": formula[0], "formula": formula[1]}
-    if device == "cuda":
-        row, peak = _attempt(lambda: measure.cuda_peak_mib(call))
-    else:
-        row, peak = _attempt(lambda: isolate.measure(case, name, device, seconds=300)["peak_mib"])
-    return found | ({"peak_mib": peak} if row is None else {"note": f"peak memory: {row['reason']}"})
-
-
-def _first_call(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
-    for contender in able:
-        if contender.floor:
-            rows[contender.name] = {"status": "cannot", "reason": "has nothing to compile."}
-            continue
-        row, found = _attempt(lambda c=contender: isolate.measure(case, c.name, options.device, 600, cold_caches=True))
-        rows[contender.name] = row or {"status": "ok", **found}
-
-
-def _longest(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
-    """Double N until it does not fit; powers of two only, at most 2^19 tokens, beyond which building the inputs is the limit."""
-    for contender in able:
-        if contender.floor:
-            rows[contender.name] = {"status": "cannot", "reason": "keeps all logits by design."}
-            continue
-        tokens, row = 0, {"status": "ok"}
-        for k in range(12, 20):
-            problem = build(Case(**case.key | {"num_rows": 2**k}), options.device)
-            failed, result = _attempt(lambda c=contender, p=problem: c.prepare(p)())
-            _free(problem)
-            del problem, result
-            if failed is not None:
-                row["stopped_by"] = f"{failed['status']}: {failed['reason']}"
-                break
-            tokens = 2**k
-        rows[contender.name] = row | {"longest_tokens": tokens}
-
-
-def _step(case: Case, able: list[Contender], options: argparse.Namespace, seconds: float, rows: Rows) -> None:
-    step = questions.load(case.question)
-    names = [c.name for c in able]
-    failed, found = _attempt(lambda: step.run(case, options.device, names, seconds))
-    if failed is None:
-        rows |= {name: {"status": "ok", **figures} for name, figures in found.items()}
-    else:
-        rows |= {name: dict(failed) for name in names}
-
-
-_MEASURES = {"time": _time, "error": _time, "first_call": _first_call, "longest": _longest, "step": _step}

@@ -36,17 +36,16 @@ def append(path: Path, rows: list[Row]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def finished(rows: list[Row], case: Case, contenders: list[str], environment: Row) -> bool:
-    """Whether every contender has a whole row for this case at the same revision, on the same device, with the same versions."""
+def whole(rows: list[Row], case: Case, environment: Row) -> dict[str, Row]:
+    """By contender, the whole rows of this case at the same revision, on the same device, with the same versions."""
     same = ("device", "revision", "versions", "threads")
-    found = {
-        row["contender"]
+    return {
+        row["contender"]: row
         for row in rows
         if not row.get("partial")
         and row["case"] == case.key
         and all(row["environment"].get(name) == environment[name] for name in same)
     }
-    return set(contenders) <= found
 
 
 def latest(rows: list[Row]) -> list[list[Row]]:

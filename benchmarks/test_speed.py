@@ -1,29 +1,44 @@
-"""The same cases for pytest-benchmark, so that regressions can be followed over time: `pytest benchmarks --benchmark-autosave`."""
+"""The runner's timed cases for pytest-benchmark, so that regressions can be followed over time.
+
+    python -m pytest benchmarks -k "trapo and native" --benchmark-autosave
+    python -m pytest benchmarks -k "trapo and native" --benchmark-compare --benchmark-compare-fail=median:10%
+
+As in the runner, a result is held to fp64 before it is timed. Contenders follow each other here instead of taking turns, so compare
+a contender with itself; between contenders the runner's ratios count.
+"""
+
+import functools
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark, or the extra [bench]")
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.problem import Case, build
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE = (8192, 3584, 152064, "bfloat16") if DEVICE == "cuda" else (128, 256, 32768, "float32")
-CASES = [Case("pytest", job, *SHAPE) for job in ("score", "sft", "trapo", "grpo")]
+from benchmarks.cell import WRONG
+from benchmarks.problem import build, errors, truth
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.job)
-@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
-def test_speed(benchmark, case, contender):
-    reason = contender.absent(torch.device(DEVICE)) or contender.cannot(case)
+@functools.lru_cache(maxsize=1)
+def inputs(case, device):
+    """The problem of the case at hand and its fp64 truth."""
+    problem = build(case, device)
+    return problem, truth(problem)
+
+
+def test_speed(benchmark, case, contender, device):
+    reason = contender.absent(torch.device(device)) or contender.cannot(case)
     if reason:
         pytest.skip(reason)
-    call = contender.prepare(build(case, DEVICE))
+    problem, exact = inputs(case, device)
+    call = contender.prepare(problem)
+    found = errors(call(), exact, problem.batch)
+    wrong = {name: error for name, error in found.items() if name in WRONG and not error <= WRONG[name]}
+    assert not wrong, f"{contender.name} is not timed, its errors are too large: {wrong}"
 
     def run():
         call()
-        if DEVICE == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(errors=found, flop_of_one_gemm=case.gemm_flop)
+    benchmark.pedantic(run, rounds=3)

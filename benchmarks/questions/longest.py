@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import MODELS
+from benchmarks.questions.shapes import CPU_CHOICE, MODELS, SMALL
 
 ABOUT = __doc__
 
 
 def cases(device: str, small: bool) -> list[Case]:
-    """N doubled from 4096 tokens until the contender is out of memory; on a GPU only, because a CPU swaps instead of refusing."""
+    """N doubled until the contender is out of memory: the GPU's own, or 512 MiB above the inputs on a CPU (`cell`)."""
+    if small:
+        return [Case("longest", "trapo", 16, *SMALL[1:], "float32", measure="longest", contenders=("ours (torch)",))]
     if device == "cpu":
-        return []
+        names = tuple(name for name in CPU_CHOICE if name != "torch.compile")  # it would compile at every length
+        return [Case("longest", "trapo", 256, 256, 32768, "float32", measure="longest", contenders=names)]
     return [Case("longest", "trapo", 4096, *MODELS["Qwen2.5-Math-7B"], "bfloat16", measure="longest")]

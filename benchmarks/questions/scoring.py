@@ -10,4 +10,4 @@ ABOUT = __doc__
 
 def cases(device: str, small: bool) -> list[Case]:
     """The job "score" at the main shapes."""
-    return main_cases("scoring", "score", device, small, cpu_shapes=1)
+    return main_cases("scoring", "score", device, small)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import main_cases
+from benchmarks.questions.shapes import CPU_CROSS_ENTROPY, CPU_MATRIX, cpu_cases, main_cases
 
 ABOUT = __doc__
 
 
 def cases(device: str, small: bool) -> list[Case]:
-    """The job "sft" at the main shapes."""
-    return main_cases("sft", "sft", device, small, cpu_shapes=6)
+    """The job "sft" at the main shapes; on a CPU also at other heads."""
+    main = main_cases("sft", "sft", device, small)
+    return main if small or device == "cuda" else [*main, *cpu_cases("sft", "sft", CPU_MATRIX[1:], CPU_CROSS_ENTROPY)]

@@ -15,28 +15,33 @@ MODELS = {  # name: (D, V)
     "DeepSeek-V3": (7168, 129280),
 }
 SMALL = (48, 32, 264)  # a dry run of every code path
-# (N, D, V) on a CPU: N so that 3 bare GEMMs take one or two seconds at 90 GFLOP/s. A head sees thousands of rows in training; what
-# one call costs apart from them, such as fresh memory for dWeight, weighs more here.
+# (N, D, V) on a CPU. The first is what a micro-batch looks like: several chunks, and dWeight's fresh memory weighs little. The
+# others have N so that 3 bare GEMMs take a second or less at 170 GFLOP/s; what a call costs apart from its rows weighs more there.
+CPU_LONG = (2048, 896, 32768)
+CPU_MAIN = (512, 896, 32768)
 CPU_MATRIX = [
-    (512, 896, 32768),
+    CPU_MAIN,
     (192, 896, 151936),
     (512, 256, 32768),
     (384, 256, 151936),
     (256, 2048, 32768),
     (96, 2048, 151936),
 ]
-# Every contender at the first shape; at the others those that a user would choose between on a CPU, because of the time.
-ON_MORE_SHAPES = ("floor, 1 GEMM", "floor, 3 GEMMs", "eager", "F.linear_cross_entropy", "ours (torch)", "ours (native)")
+# Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
+CPU_CHOICE = ("floor, 1 GEMM", "floor, 3 GEMMs", "eager", "torch.compile", "TRL chunked logprob", "ours (torch)", "ours (native)")
+CPU_CROSS_ENTROPY = ("floor, 3 GEMMs", "eager", "F.linear_cross_entropy", "ours (native)")
 
 
-def main_cases(question: str, job: str, device: str, small: bool, cpu_shapes: int) -> list[Case]:
-    """One job at the shapes of its device: TRAPO's micro-batch and two more on a GPU, the first `cpu_shapes` of CPU_MATRIX."""
+def main_cases(question: str, job: str, device: str, small: bool) -> list[Case]:
+    """One job at the first shapes of its device, all contenders: TRAPO's micro-batch and two more on a GPU, CPU_MAIN on a CPU."""
     if small:
         return [Case(question, job, *SMALL, "float32", with_memory=job == "trapo")]
     if device == "cuda":
         shapes = [TRAPO_MICRO_BATCH, (8192, 4096, 151936), (8192, 4096, 128256)]
         return [Case(question, job, *shape, "bfloat16", with_memory=True) for shape in shapes]
-    return [
-        Case(question, job, *shape, "float32", with_memory=i == 0, contenders=ON_MORE_SHAPES if i else ())
-        for i, shape in enumerate(CPU_MATRIX[:cpu_shapes])
-    ]
+    return [Case(question, job, *CPU_MAIN, "float32", with_memory=job in ("trapo", "score"))]
+
+
+def cpu_cases(question: str, job: str, shapes: list[tuple[int, int, int]], contenders: tuple[str, ...]) -> list[Case]:
+    """Timed cases with some contenders; the peak memory of long ones too."""
+    return [Case(question, job, *shape, "float32", with_memory=shape == CPU_LONG, contenders=contenders) for shape in shapes]

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import BY_NAME
 from benchmarks.measure import clock, interleave, summary
-from benchmarks.problem import Case, Problem, build
+from benchmarks.problem import Case, Problem, Result
 
 ABOUT = __doc__
 BODY = "body alone"
@@ -25,24 +24,27 @@ def cases(device: str, small: bool) -> list[Case]:
     return [Case("step", "trapo", *shape, dtype, measure="step", contenders=_HEADS)]
 
 
-def run(case: Case, device: str, names: list[str], seconds: float) -> dict[str, dict[str, object]]:
-    """Figures per head: one step is body forward, head forward and backward, body backward, AdamW."""
-    problem = build(case, device)
-    body, optimizer = _model(case, device, problem)
+def run(
+    problem: Problem, heads: dict[str, Callable[[], Result]], device: str, seconds: float, announce: Callable[[str], None]
+) -> tuple[dict[str, dict[str, object]], dict[str, Exception]]:
+    """Figures per head, and the errors of heads that failed; a step is body forward, head both ways, body backward, AdamW."""
+    body, optimizer = _model(problem, device)
     tokens = problem.batch.target.view(8, -1)
     calls = {BODY: _step(body, optimizer, tokens, problem, None)}
-    for name in names:
-        calls[name] = _step(body, optimizer, tokens, problem, BY_NAME[name].prepare(problem))
-    timings = interleave(calls, clock(device), seconds, most=9)
+    calls |= {name: _step(body, optimizer, tokens, problem, head) for name, head in heads.items()}
+    _, failed = interleave(calls, clock(device), 0.0, most=1, announce=announce)  # to warm up
+    calls = {name: call for name, call in calls.items() if name not in failed}
+    timings, more = interleave(calls, clock(device), seconds, most=9, announce=announce)
     found = {name: summary(timing, timings[BODY]) for name, timing in timings.items()}
     for figures in found.values():
         figures["head_share"] = 1.0 - 1.0 / figures["ratio"]
-    return found
+    return found, failed | more
 
 
-def _model(case: Case, device: str, problem: Problem) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def _model(problem: Problem, device: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     from transformers import Qwen2Config, Qwen2Model
 
+    case = problem.case
     layers, heads, key_value_heads, intermediate = _BODIES[case.hidden_size]
     config = Qwen2Config(
         vocab_size=case.vocab_size,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import MODELS, ON_MORE_SHAPES, SMALL
+from benchmarks.questions.shapes import CPU_CHOICE, MODELS, SMALL
 
 ABOUT = __doc__
 
 
 def cases(device: str, small: bool) -> list[Case]:
-    """A sweep over N at one head, then every model's head at N = 8192, then ragged sizes; a CPU sweeps N at a small head."""
+    """A sweep over N at one head, then every model's head at N = 8192, then ragged sizes. On a CPU the question `trapo`
+    has the other lengths of the same head (512 and 2048), and the plots take them from there."""
     if small:
-        return [Case("sweep", "trapo", n, *SMALL[1:], "float32") for n in (16, 32)]
+        return [Case("sweep", "trapo", n, *SMALL[1:], "float32", with_memory=True, contenders=CPU_CHOICE) for n in (16, 32)]
     if device == "cpu":
-        settings = {"dtype": "float32", "with_memory": True, "contenders": ON_MORE_SHAPES}
-        return [Case("sweep", "trapo", n, 256, 32768, **settings) for n in (64, 256, 1024)]
+        return [Case("sweep", "trapo", n, 896, 32768, "float32", with_memory=True, contenders=CPU_CHOICE) for n in (128, 1024)]
     head = MODELS["Qwen2.5-Math-7B"]
     lengths = [Case("sweep", "trapo", 2**k, *head, "bfloat16", with_memory=True) for k in (12, 10, 13, 14, 16, 11)]
     models = [Case("sweep", "trapo", 8192, *other, "bfloat16", with_memory=True) for other in MODELS.values() if other != head]

@@ -1,0 +1,134 @@
+"""What a results file says in sentences: what a user gains, and where we lose."""
+
+from __future__ import annotations
+
+from benchmarks import tables
+from benchmarks.store import Row
+
+GPU_TARGETS = {"score": 1.10, "sft": 1.12, "grpo": 1.12, "trapo": 1.14}  # ratio to the floor on one H200, N ≥ 4096, D ≥ 3584
+CPU_TARGET = 1.10  # forward and backward, D ≥ 896
+EXTRA_MEMORY_TARGET = 1 / 8  # of eager's
+
+
+def ours(group: list[Row]) -> Row | None:
+    """The row of what `backend="auto"` runs, in one pass: native on a CPU, Triton on a GPU."""
+    names = ("ours (triton)", "ours (native)") if _on_gpu(group) else ("ours (native)", "ours (torch)")
+    rows = {row["contender"]: row for row in group if row["status"] == "ok" and row.get("ratio") is not None}
+    return next((rows[name] for name in names if name in rows), None)
+
+
+def _on_gpu(group: list[Row]) -> bool:
+    return group[0]["environment"]["driver"] is not None
+
+
+def _peers(group: list[Row]) -> list[Row]:
+    return [
+        row
+        for row in group
+        if row["status"] == "ok" and row.get("ratio") is not None and not row["contender"].startswith(("ours", "floor", "body"))
+    ]
+
+
+def in_short(groups: list[list[Row]]) -> list[str]:
+    """One sentence on time and one on memory: each peer over ours, from the smallest to the largest among the cases."""
+    times: dict[str, list[float]] = {}
+    extras: dict[str, list[float]] = {}
+    name = ""
+    for group in groups:
+        mine = ours(group)
+        if mine is None or group[0]["case"]["measure"] != "time":
+            continue
+        name = mine["contender"]
+        for row in _peers(group):
+            times.setdefault(row["contender"], []).append(row["ratio"] / mine["ratio"])
+            if tables.extra_mib(row) is not None and tables.extra_mib(mine) is not None:
+                extras.setdefault(row["contender"], []).append(tables.extra_mib(row) / max(1.0, tables.extra_mib(mine)))
+    if not times:
+        return []
+    said = f"Peers over {name} in time: {_ranges(times)}."
+    if extras:
+        said += f" In memory beyond the gradients: {_ranges(extras)}."
+    return [said]
+
+
+def _ranges(values: dict[str, list[float]]) -> str:
+    return "; ".join(f"{name} {_range(found)}" for name, found in sorted(values.items(), key=lambda item: -max(item[1])))
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{low} ×" if low == high else f"{low} to {high} ×"
+
+
+def losses(groups: list[list[Row]]) -> list[str]:
+    """Where a peer is faster, where a target is missed in time or memory, where our error is large."""
+    timed = [group for group in groups if group[0]["case"]["measure"] == "time" and not group[0]["case"]["chunk_rows"]]
+    parts = {
+        "A peer is faster": [sentence for group in timed for sentence in _slower(group)],
+        "Above the target in time": [sentence for group in timed for sentence in _above_target(group)],
+        "Above the target in memory (an eighth of eager's beyond the gradients)": [s for group in timed for s in _heavy(group)],
+        f"An error over {tables.EAGER_ERROR_FACTOR:g} times eager's": [s for group in groups for s in _inexact(group)],
+        "Did not run": [s for group in groups for s in _failed(group)],
+    }
+    lines = []
+    for title, said in parts.items():
+        if said:
+            lines += [f"**{title}**", "", *(f"- {sentence}" for sentence in dict.fromkeys(said)), ""]
+    return lines[:-1] or ["Nowhere among the measured cases."]
+
+
+def _title(group: list[Row]) -> str:
+    return group[0]["title"]
+
+
+def _slower(group: list[Row]) -> list[str]:
+    mine = ours(group)
+    if mine is None:
+        return []
+    return [
+        f"{_title(group)}: {row['contender']} takes {row['ratio']:.2f} × floor, {mine['contender']} {mine['ratio']:.2f}"
+        f"{' (their ranges overlap)' if row['ratio_p80'] >= mine['ratio_p20'] else ''}."
+        for row in _peers(group)
+        if row["ratio"] < mine["ratio"]
+    ]
+
+
+def _above_target(group: list[Row]) -> list[str]:
+    mine, case = ours(group), group[0]["case"]
+    if mine is None or case["active"] < 1.0:
+        return []
+    if _on_gpu(group):
+        target = GPU_TARGETS[case["job"]] if case["num_rows"] >= 4096 and case["hidden_size"] >= 3584 else None
+    else:
+        target = CPU_TARGET if case["hidden_size"] >= 896 and case["job"] != "score" else None
+    if target is None or mine["ratio"] <= target:
+        return []
+    return [f"{_title(group)}: {mine['contender']} takes {mine['ratio']:.2f} × floor, the target is {target:.2f}."]
+
+
+def _heavy(group: list[Row]) -> list[str]:
+    mine = ours(group)
+    eager = next((row for row in group if row["contender"] == "eager" and row["status"] == "ok"), None)
+    extras = [None if row is None else tables.extra_mib(row) for row in (mine, eager)]
+    if None in extras or extras[0] <= EXTRA_MEMORY_TARGET * extras[1]:
+        return []
+    return [
+        f"{_title(group)}: {mine['contender']} {extras[0]:.0f} MiB, eager {extras[1]:.0f}: 1/{extras[1] / max(extras[0], 1):.1f}."
+    ]
+
+
+def _inexact(group: list[Row]) -> list[str]:
+    said = []
+    for row in group:
+        large = [title for title, key in tables.ERRORS.items() if row["status"] == "ok" and tables.too_large(row, group, key)]
+        if large and row["contender"].startswith("ours"):
+            said.append(f"{_title(group)}: {row['contender']} in {', '.join(large)}.")
+    return said
+
+
+def _failed(group: list[Row]) -> list[str]:
+    return [
+        f"{_title(group)}: {row['contender']}, {row['status']}: {row['reason']}"
+        for row in group
+        if row["contender"].startswith("ours") and row["status"] not in ("ok", "cannot", "absent")
+    ]

@@ -1,0 +1,139 @@
+"""The report: direct ratios, losses, memory beyond the gradients, README table, regressions and plots, from rows made up here."""
+
+import itertools
+
+import pytest
+
+from benchmarks import plots, readme, regressions, report, summary, tables
+from benchmarks.problem import Case
+
+ENVIRONMENT = {
+    "device": "a CPU",
+    "threads": 2,
+    "driver": None,
+    "revision": "abc",
+    "command": "python -m benchmarks",
+    "python": "3.11.7",
+    "versions": {"torch": "2.13.0"},
+}
+GPU = ENVIRONMENT | {"device": "a GPU", "driver": "1.2"}
+NATIVE, TRITON = "ours (native)", "ours (triton)"
+
+
+def group(case, ratios, peaks=None, environment=ENVIRONMENT, error=1e-6):
+    """One case's rows: `ratios` by contender, None for one that cannot; `peaks` in MiB."""
+    shared = {"case": case.key, "title": case.title, "environment": environment, "note": "", "measured_at": ""}
+    rows = []
+    for name, ratio in ratios.items():
+        row = {"contender": name, "status": "cannot", "reason": "has no entropy."}
+        if ratio is not None:
+            row = {"contender": name, "status": "ok", "ratio": ratio, "ratio_p20": ratio - 0.02, "ratio_p80": ratio + 0.02}
+            row |= {"median_ms": ratio * 10, "p20_ms": ratio * 9, "p80_ms": ratio * 11, "rounds": 3}
+            if not name.startswith("floor"):
+                row["errors"] = {"grad_weight_relative": error if name.startswith("ours") else 1e-5}
+        if peaks and name in peaks:
+            row["peak_mib"] = peaks[name]
+        rows.append(row | shared)
+    return rows
+
+
+def trapo(num_rows, hidden_size=896, **more):
+    return Case("trapo", "trapo", num_rows, hidden_size, 32768, "float32", **more)
+
+
+RATIOS = {"floor, 3 GEMMs": 1.0, "eager": 1.5, "torch.compile": 1.04, "quack": None, NATIVE: 1.2}
+GRADIENTS = tables.required_mib({"case": trapo(2048).key})
+PEAKS = {"eager": GRADIENTS + 800, NATIVE: GRADIENTS + 200}
+GROUPS = [group(trapo(512), RATIOS | {"ours (torch)": 1.3}), group(trapo(2048), RATIOS, PEAKS)]
+
+
+def test_direct_ratios_are_said_first():
+    assert summary.in_short(GROUPS) == [
+        "Peers over ours (native) in time: eager 1.25 ×; torch.compile 0.87 ×. In memory beyond the gradients: eager 4.00 ×."
+    ]
+
+
+def test_every_kind_of_loss_is_said():
+    bad = group(trapo(512, peaked=False), {"floor, 3 GEMMs": 1.0, "eager": 1.6, NATIVE: 1.05}, error=1e-4)
+    bad.append(bad[-1] | {"contender": "ours (torch)", "status": "failed", "reason": "ValueError: no."})
+    said = "\n".join(summary.losses([*GROUPS, bad]))
+    assert "trapo, N=2048 D=896 V=32768, float32: torch.compile takes 1.04 × floor, ours (native) 1.20." in said
+    assert "ours (native) takes 1.20 × floor, the target is 1.10." in said
+    assert "ours (native) 200 MiB, eager 800: 1/4.0." in said
+    assert "flat logits: ours (native) in dWeight." in said
+    assert "ours (torch), failed: ValueError: no." in said
+
+
+def test_nothing_lost_is_said_too_and_a_gpu_has_its_own_targets():
+    good = [group(trapo(512), {"floor, 3 GEMMs": 1.0, "eager": 1.5, NATIVE: 1.0}, {"eager": GRADIENTS + 800, NATIVE: GRADIENTS})]
+    assert summary.losses(good) == ["Nowhere among the measured cases."]
+    large = Case("trapo", "trapo", 32768, 3584, 152064, "bfloat16")
+    ratios = {"floor, 3 GEMMs": 1.0, "eager": 3.0, TRITON: 1.2, NATIVE: 1.1}
+    said = "\n".join(summary.losses([group(large, ratios, environment=GPU)]))
+    assert "ours (triton) takes 1.20 × floor, the target is 1.14." in said, "auto runs Triton there, whatever native takes"
+
+
+def test_overlapping_ranges_are_said():
+    close = group(trapo(512), {"floor, 3 GEMMs": 1.0, "eager": 1.06, NATIVE: 1.08})
+    assert "(their ranges overlap)" in summary.losses([close])[2]
+
+
+def test_memory_beyond_the_gradients():
+    lines = tables.memory(GROUPS)
+    assert f"| ours (native) | {GRADIENTS + 200:.0f} | {GRADIENTS:.0f} | 200 | – | 1/4.0 |" in lines[2]
+    assert pytest.approx(4 * 896 * (2048 + 32768) / 2**20) == GRADIENTS
+    score = Case("scoring", "score", 2048, 896, 32768, "float32").key
+    assert tables.required_mib({"case": score}) == 0
+
+
+def test_the_readme_table_has_no_holes():
+    text = readme.table(GROUPS)
+    assert "| | N=512 D=896 V=32768 | N=2048 D=896 V=32768 | extra MiB, N=2048 |" in text
+    assert "| torch.compile | 1.04 | 1.04 | – |" in text and "| **ours (native)** | 1.20 | 1.20 | 200 |" in text
+    assert "| **ours (torch)**" not in text and "At some shapes only, in the report: ours (torch)." in text
+    assert "Cannot do this job: quack has no entropy." in text
+    assert text.index("floor, 3 GEMMs") < text.index("torch.compile") < text.index("| **ours")
+    with pytest.raises(ValueError, match="run python -m benchmarks trapo"):
+        readme.table([])
+
+
+def test_a_step_is_compared_with_the_body_and_the_longest_context_says_where_it_ended():
+    step = group(Case("step", "trapo", 512, 896, 32768, "float32", measure="step"), {"body alone": 1.0, NATIVE: 1.4})
+    assert "× body alone" in tables.of_case(step)[0]
+    longest = group(Case("longest", "trapo", 512, 896, 32768, "float32", measure="longest"), {"eager": 1.0, NATIVE: 1.0})
+    for row in longest:
+        del row["ratio"], row["median_ms"]
+        row["longest_tokens"] = 512
+    longest[0]["stopped_by"] = "the limit of 512 MiB"
+    text = "\n".join(tables.of_case(longest))
+    assert "| eager | 512 |" in text and "≥ 512, as far as was tried" in text and "- eager stopped: the limit of 512 MiB" in text
+
+
+def test_a_regression_must_exceed_both_five_percent_and_the_spread():
+    def moved(**changes):
+        new = [[dict(row) for row in rows] for rows in GROUPS]
+        row = next(row for row in new[1] if row["contender"] == NATIVE)
+        row |= changes
+        return regressions.compare(GROUPS, new)
+
+    assert moved().startswith("No ratio")
+    assert moved(ratio=1.24, ratio_p20=1.22, ratio_p80=1.26).startswith("No ratio"), "within 5 %"
+    assert moved(ratio=1.5, ratio_p20=1.1, ratio_p80=1.6).startswith("No ratio"), "within its spread"
+    assert "| 1.20 | 1.50 | +25% slower |" in moved(ratio=1.5, ratio_p20=1.4, ratio_p80=1.6)
+    assert "| 1.20 | 1.00 | -17% faster |" in moved(ratio=1.0, ratio_p20=0.9, ratio_p80=1.1)
+    assert "% memory" in moved(peak_mib=PEAKS[NATIVE] * 1.5)
+    assert "ok → wrong" in moved(status="wrong", reason="")
+
+
+def test_the_report_shows_its_plots_with_captions(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    pictures = plots.draw(GROUPS, tmp_path)
+    assert [name for name, _ in pictures] == ["heads_trapo", "time_trapo", "accuracy_time"], "one length has no memory"
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name, _ in pictures)
+    text = report.render(GROUPS, pictures)
+    assert "![Time over the bare GEMMs" in text and "](time_trapo.png)" in text
+
+
+def test_labels_at_line_ends_are_pushed_apart():
+    places = plots._spread([0.5, 0.5, 0.51, 0.99, 1.0], 0.05)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(places)) and places[-1] <= 1.0

@@ -1,0 +1,305 @@
+"""The runner: a dry run of every question with small shapes, checks before clocks, budgets, resuming, crashes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import isolate, measure, provenance, questions, readme, regressions, runner, store
+from benchmarks.cell import Bench
+from benchmarks.contenders import BY_NAME
+from benchmarks.journal import Journal
+from benchmarks.problem import Case, build, errors, truth
+
+ROOT = Path(__file__).parents[1]
+SLOW = ("compile", "step")
+LEFT_OUT = ("torch.compile", "ours (triton)", "ours, two-phase (triton)", "ours (reference)")
+SMALL = Case("test", "trapo", 48, 32, 264, "float32")
+
+
+def run(out, *questions, seconds=300.0):
+    """The runner's worker on the CPU with tiny shapes; what is slow to compile, to interpret or to run twice is left out."""
+    common = ["--small", "--device", "cpu", "--rounds", "2", "--out", str(out), "--worker-seconds", str(seconds)]
+    return runner.main([*questions, *common, *(word for name in LEFT_OUT for word in ("--skip", name))])
+
+
+def bench(rounds=2):
+    """Measures on the CPU and keeps no journal."""
+    return Bench("cpu", rounds, small=True, journal=Journal(None))
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    names = [name for name in questions.NAMES if name not in SLOW]
+    assert run(out, *names) == 0
+    return out / "cpu" / "results.jsonl"
+
+
+def test_every_question_answers_and_every_contender_is_checked_or_excused(small_run):
+    rows = store.read(small_run)
+    assert {row["case"]["question"] for row in rows} == set(questions.NAMES) - set(SLOW)
+    for row in rows:
+        assert row["status"] in ("ok", "absent", "cannot"), row
+        if row["status"] != "ok":
+            assert row["reason"].endswith("."), row
+        elif row["case"]["measure"] == "longest":
+            assert row["longest_tokens"] == 32
+        elif not row["contender"].startswith("floor"):
+            assert row["errors"], row["contender"]
+            timed = row["case"]["measure"] == "time"
+            assert ("ratio" in row) == timed and (not timed or row["ratio"] > 0)
+        for name in ("device", "revision", "command", "versions", "threads"):
+            assert row["environment"][name]
+
+
+def test_memory_was_measured_in_a_process_of_its_own(small_run):
+    rows = [row for row in store.read(small_run) if row["case"]["question"] == "trapo" and row["status"] == "ok"]
+    measured = {row["contender"] for row in rows if "peak_mib" in row}
+    assert {"eager", "ours (torch)"} <= measured, [row.get("note") for row in rows]
+
+
+def test_a_second_run_measures_nothing_again(small_run, capsys):
+    before = small_run.read_text()
+    assert run(small_run.parents[1], "grpo") == 0
+    assert small_run.read_text() == before
+    assert "0 cases to measure" in capsys.readouterr().err
+
+
+def test_the_report_has_a_table_per_case_and_plots(small_run):
+    text = (small_run.parent / "report.md").read_text()
+    for name in set(questions.NAMES) - set(SLOW):
+        assert f"\n## {name}\n" in text
+    for heading in ("## In short", "## Where we lose", "## Memory", "## The data", "## Who competes", "## Not measured here"):
+        assert heading in text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {"time_trapo.png", "memory_trapo.png", "accuracy_time.png"} <= set(pictures)
+    assert all((small_run.parent / name).stat().st_size > 5000 for name in pictures)
+    assert str(ROOT) not in text
+
+
+def test_the_readme_table_and_its_markers(small_run):
+    table = readme.table(store.latest(store.read(small_run)))
+    assert "| **ours (torch)** |" in table and "Cannot do this job: " in table
+    text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter\n"
+    assert readme.insert(text, "cpu", "new") == "before\n<!-- bench:cpu -->\nnew\n<!-- /bench:cpu -->\nafter\n"
+    with pytest.raises(ValueError, match="add them where the table goes"):
+        readme.insert("no markers", "cpu", table)
+
+
+def test_a_spent_budget_ends_with_what_there_is(tmp_path, capsys):
+    assert run(tmp_path, "trapo", seconds=0) == 0
+    assert "1 cases are left" in capsys.readouterr().err
+    assert not (tmp_path / "cpu" / "results.jsonl").exists()
+
+
+def test_the_budget_interrupts_a_case_and_keeps_the_finished_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "RESERVE_SECONDS", 0)
+    first = Bench._time
+
+    def endless(self, case, *rest):
+        if case.peaked:
+            return first(self, case, *rest)
+        while True:
+            try:
+                sum(range(1000))
+            except Exception:  # what a contender does with its own errors must not stop the alarm
+                continue
+
+    monkeypatch.setattr(Bench, "_time", endless)
+    assert run(tmp_path, "accuracy", seconds=4) == 0
+    assert "min is spent" in capsys.readouterr().err
+    rows = store.read(tmp_path / "cpu" / "results.jsonl")
+    assert rows and all(row["case"]["peaked"] for row in rows)
+    assert not (tmp_path / "cpu.running.json").exists(), "nobody crashed"
+
+
+def test_figures_of_an_interrupted_case_are_kept_and_measured_again(tmp_path, monkeypatch):
+    def spent(*_):
+        raise runner.BudgetSpent
+
+    monkeypatch.setattr(Bench, "_memory", spent)
+    assert run(tmp_path, "trapo") == 0
+    path = tmp_path / "cpu" / "results.jsonl"
+    assert all(row["partial"] and row["ratio"] > 0 for row in store.read(path)) and store.read(path)
+    assert "before this case was whole" in (path.parent / "report.md").read_text()
+    case = questions.load("trapo").cases("cpu", small=True)[0]
+    assert store.whole(store.read(path), case, provenance.environment("cpu")) == {}
+
+
+WORKER = """
+import os, sys, time
+from benchmarks import contenders, questions, runner
+from benchmarks.questions import trapo
+
+def kills_its_process(problem):
+    os.kill(os.getpid(), 9)
+
+def hangs(problem):
+    while True:  # as native code does that never returns to Python: no signal gets through
+        try:
+            time.sleep(60)
+        except BaseException:
+            continue
+
+eager = contenders.BY_NAME["eager"]
+named = {name: contenders.BY_NAME[name] for name in ("floor, 1 GEMM", "floor, 3 GEMMs", "eager")}
+named["guilty"] = eager._replace(name="guilty", prepare=PREPARE)
+named["ours (torch)"] = contenders.BY_NAME["ours (torch)"]
+runner.CONTENDERS, runner.BY_NAME = list(named.values()), named
+questions.NAMES = ("grpo", "scoring")
+sys.exit(runner.main(["--small", "--device", "cpu", "--rounds", "2", "--out", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+def supervise(tmp_path, prepare, seconds):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + WORKER.replace("PREPARE", prepare)
+    worker = [sys.executable, "-c", code, str(tmp_path)]
+    assert runner.supervise(worker, Journal(tmp_path / "cpu.running.json"), seconds) == 0
+    return {(row["case"]["question"], row["contender"]): row for row in store.read(tmp_path / "cpu" / "results.jsonl")}
+
+
+def test_a_contender_that_kills_its_process_is_recorded_and_the_others_are_measured(tmp_path, capfd):
+    rows = supervise(tmp_path, "kills_its_process", 120)
+    for question in ("grpo", "scoring"):
+        assert rows[question, "guilty"]["status"] == "crashed" and "SIGKILL" in rows[question, "guilty"]["reason"]
+        assert rows[question, "ours (torch)"]["status"] == "ok" and rows[question, "ours (torch)"]["ratio"] > 0
+    assert "nothing is left to measure" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_contender_that_never_returns_is_killed_after_the_budget_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 2)
+    rows = supervise(tmp_path, "hangs", 25)
+    assert rows["grpo", "guilty"]["status"] == "crashed" and "did not return" in rows["grpo", "guilty"]["reason"]
+
+
+def test_a_run_goes_on_in_the_midst_of_a_case_that_takes_contenders_one_by_one(tmp_path, monkeypatch):
+    case = Case("longest", "trapo", 16, 32, 264, "float32", measure="longest")
+    chosen, path = [BY_NAME["eager"], BY_NAME["ours (torch)"]], tmp_path / "results.jsonl"
+    asked = []
+
+    def longest(case, name, *rest, **more):
+        asked.append(name)
+        if len(asked) == 2:
+            raise runner.BudgetSpent
+        return {"longest_tokens": 32}
+
+    monkeypatch.setattr(isolate, "longest", longest)
+    with pytest.raises(runner.BudgetSpent):
+        runner._one(case, bench(), chosen, path, 1.0)
+    runner._one(case, bench(), chosen, path, 1.0)
+    assert asked == ["eager", "ours (torch)", "ours (torch)"]
+    assert store.whole(store.read(path), case, provenance.environment("cpu")).keys() == {"eager", "ours (torch)"}
+
+
+def test_the_longest_context_on_a_cpu_ends_at_the_limit():
+    case = Case("test", "trapo", 16, 32, 4096, "float32", measure="longest")
+    found = isolate.longest(case, "eager", range(8, 13), 48, seconds=60)
+    assert found["longest_tokens"] in (256, 512, 1024) and "48 MiB" in found["stopped_by"]
+
+
+def test_inputs_that_do_not_fit_are_a_row_and_no_crash(monkeypatch):
+    def refuses(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr("benchmarks.cell.truth", refuses)
+    rows = {}
+    bench()._time(SMALL, [BY_NAME["eager"]], 1.0, rows)
+    assert rows["eager"]["status"] == "out of memory" and "fp64 truth" in rows["eager"]["reason"]
+
+
+def test_time_is_shared_by_work_so_that_a_large_case_gets_more():
+    small, large = Case("t", "score", 64, 64, 1024, "float32"), Case("t", "trapo", 2048, 896, 32768, "float32")
+    assert runner._cost(large) > 20 * runner._cost(small) > 0
+
+
+def test_the_command_of_a_worker_is_what_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["runner", "trapo", "--budget", "9", "--worker-seconds", "100.0"])
+    assert provenance.command() == "python -m benchmarks trapo --budget 9"
+
+
+def test_a_wrong_contender_is_named_and_not_timed():
+    problem = build(SMALL, "cpu")
+    eager = BY_NAME["eager"].prepare(problem)
+    half = BY_NAME["eager"]._replace(prepare=lambda p: lambda: eager()._replace(grad_weight=eager().grad_weight / 2))
+    broken = BY_NAME["eager"]._replace(name="broken", prepare=lambda p: lambda: 1 / 0)
+    nan = BY_NAME["eager"]._replace(name="nan", prepare=lambda p: lambda: eager()._replace(logprob=torch.full((48,), torch.nan)))
+    rows, calls = bench()._check(problem, truth(problem), [half, broken, nan])
+    assert rows["eager"]["status"] == "wrong" and "grad_weight_relative 0.5" in rows["eager"]["reason"]
+    assert rows["broken"]["status"] == "failed" and "ZeroDivisionError" in rows["broken"]["reason"]
+    assert rows["nan"]["status"] == "wrong"
+    assert not calls
+
+
+def test_a_call_that_fails_leaves_the_rounds_and_says_why():
+    def fails():
+        raise torch.OutOfMemoryError("no room")
+
+    turns = []
+    calls = {"good": lambda: None, "bad": fails}
+    timings, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3, announce=turns.append)
+    assert set(timings) == {"good"} and len(timings["good"].hot_ms) == 3
+    assert str(failed["bad"]) == "no room" and measure.out_of_memory(failed["bad"])
+    assert turns == ["good", "bad", "good", "good"]
+
+
+def test_regressions_between_two_result_sets_are_printed(small_run):
+    old = store.latest(store.read(small_run))
+    assert "No ratio" in regressions.compare(old, old)
+    new = json.loads(json.dumps(old))
+    row = next(row for group in new for row in group if row["contender"] == "ours (torch)" and "ratio" in row)
+    row["ratio"] *= 2
+    assert "No ratio" in regressions.compare(old, new), "within its spread"
+    row["ratio_p20"] = row["ratio_p80"] = 100.0
+    assert "+100% slower" in regressions.compare(old, new)
+
+
+def test_a_half_written_line_is_dropped(tmp_path):
+    path = tmp_path / "results.jsonl"
+    store.append(path, [{"a": 1}])
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    assert store.read(path) == [{"a": 1}]
+    store.append(path, [{"a": 3}])
+    assert store.read(path) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.slow
+def test_the_slow_questions_and_torch_compile(tmp_path):
+    assert run(tmp_path, "compile", "step") == 0
+    rows = store.read(tmp_path / "cpu" / "results.jsonl")
+    first = next(row for row in rows if row["case"]["question"] == "compile" and row["contender"] == "ours (torch)")
+    assert first["status"] == "ok" and first["first_call_ms"] > 0
+    shares = [row["head_share"] for row in rows if row["case"]["question"] == "step" and row["contender"].startswith("ours")]
+    assert shares and all(share < 1 for share in shares)
+    case = SMALL
+    if (reason := BY_NAME["torch.compile"].absent(torch.device("cpu"))) is None:
+        problem = build(case, "cpu")
+        assert max(errors(BY_NAME["torch.compile"].prepare(problem)(), truth(problem), problem.batch).values()) < 1e-4
+    else:
+        assert "C++ compiler" in reason
+
+
+def test_unknown_names_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        runner.main(["tarpo"])
+    assert "'tarpo' is not one of: trapo, sft" in capsys.readouterr().err
+
+
+def test_python_m_benchmarks_starts():
+    out = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "QUESTION" in out.stdout
+
+
+def test_pytest_times_the_same_cases_after_the_same_check():
+    pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--small", "-q", "-k", "grpo and (eager or native or FLCE)"]
+    out = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stdout
+    assert "Name (time in" in out.stdout and "grpo, N=48 D=32 V=264, float32: eager" in out.stdout
+    assert re.search(r"\d passed, \d skipped", out.stdout), "peers that cannot run here are skipped"
