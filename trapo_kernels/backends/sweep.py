@@ -1,4 +1,4 @@
-"""The chunked path: logits of a few thousand rows at a time, never all of them; the row operations come from a backend.
+"""The chunked path: logits of some rows at a time, never all of them; the row operations come from a backend.
 
     hidden[C, D] ──GEMM──▶ logits[C, V] ──rows──▶ logprob, entropy [C]
                                   └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
