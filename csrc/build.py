@@ -69,8 +69,7 @@ class BuildNative(build_ext):
             ext.extra_link_args = flags
         if os.environ.get("TRAPO_CUDA") == "1":
             ext.extra_objects = self._cuda_objects(torch, macros)
-            ext.libraries += ["torch_cuda", "c10_cuda", "cudart"]
-            ext.library_dirs.append(str(Path(nvcc()).parents[1] / "lib64"))
+            ext.libraries += ["torch_cuda", "c10_cuda"]  # which bring the libcudart of this torch, wherever nvcc keeps its own
         super().build_extension(ext)
 
     def _cuda_objects(self, torch: Path, macros: list[str]) -> list[str]:
@@ -80,7 +79,18 @@ class BuildNative(build_ext):
         for source in CUDA_SOURCES:
             target = Path(self.build_temp) / Path(source).with_suffix(".o").name
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Werror", "all-warnings", *targets, *macros]
+            command = [
+                nvcc(),
+                "-std=c++20",
+                "-O3",
+                "-lineinfo",
+                "-Xcompiler",
+                "-fPIC",
+                "-Werror",
+                "all-warnings",
+                *targets,
+                *macros,
+            ]
             subprocess.run(
                 [*command, "-DUSE_CUDA", "-isystem", str(torch / "include"), "-c", source, "-o", str(target)], check=True
             )

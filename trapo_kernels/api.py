@@ -88,6 +88,7 @@ def linear_logprob(
         _prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
         target,
         None,
+        None,
         Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend),
         with_entropy,
     )
@@ -142,10 +143,8 @@ def linear_policy_loss(
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
-        target, active_rows = batch.target_to_score, batch.active_rows
-        if batch.scored_rows is not None and active_rows is not None:
-            active_rows = torch.cat([active_rows, batch.scored_rows])
-        out = _linear_logprob(inputs, target, active_rows, settings._replace(backend=chosen), with_entropy=True)
+        active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
+        out = _linear_logprob(inputs, batch.target_to_score, active, scored, settings._replace(backend=chosen), with_entropy=True)
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
@@ -321,9 +320,10 @@ def _prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, l
 
 
 def _linear_logprob(
-    inputs: Inputs, target: Tensor, active_rows: Tensor | None, settings: Settings, with_entropy: bool
+    inputs: Inputs, target: Tensor, active_rows: Tensor | None, scored_rows: Tensor | None, settings: Settings, with_entropy: bool
 ) -> LogprobOutput:
-    """`linear_logprob` of prepared inputs; `active_rows` [M] are the rows with a target, where the caller knows them."""
+    """`linear_logprob` of prepared inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
+    with a target, where the caller knows them."""
     where = "linear_logprob"
     hidden, weight, bias, lora = inputs
     checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
@@ -341,6 +341,7 @@ def _linear_logprob(
             bias,
             *_low_rank(lora, hidden, target),
             active_rows,
+            scored_rows,
             *_split(settings.temperature),
             settings.softcap,
             with_entropy,

@@ -51,6 +51,7 @@ def linear_logprob(
     low_rank: Tensor | None,
     lora_b: Tensor | None,
     active_rows: Tensor | None,
+    scored_rows: Tensor | None,
     row_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -66,7 +67,8 @@ def linear_logprob(
     if backend in dispatch.FUSED:
         return tuple(rows.fused_scoring(hidden, weight.to(hidden.dtype), target, transform))
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
-    return tuple(sweep.score(rows, Head(hidden, weight, low_rank, lora_b), target, active_rows, transform, with_entropy, mode))
+    head = Head(hidden, weight, low_rank, lora_b)
+    return tuple(sweep.score(rows, head, target, active_rows, scored_rows, transform, with_entropy, mode))
 
 
 @linear_logprob.register_fake
@@ -124,8 +126,9 @@ def _(grad_logprob, grad_entropy, hidden, weight, target, bias, low_rank, lora_b
 
 def _linear_logprob_setup(ctx, inputs, output):
     *tensors, ctx.temperature, ctx.softcap, ctx.with_entropy, logits_dtype, batch_invariant, group_name, ctx.backend = inputs
+    *head, active_rows, _, row_temperature = tensors  # scored_rows take no part in the backward
     ctx.mode = (logits_dtype, batch_invariant, group_name)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*head, active_rows, row_temperature, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -136,7 +139,7 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     grad_entropy = grad_entropy if ctx.with_entropy else None
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
     if grad_logprob is None and grad_entropy is None:
-        return (None,) * 15
+        return (None,) * 16
     grads = linear_logprob_backward(
         grad_logprob,
         grad_entropy,
@@ -149,7 +152,7 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
         ctx.backend,
     )
     grad_hidden, grad_weight, *others = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return grad_hidden, grad_weight, None, *others, *(None,) * 9
+    return grad_hidden, grad_weight, None, *others, *(None,) * 10
 
 
 linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear_logprob_setup)

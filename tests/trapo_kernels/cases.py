@@ -50,11 +50,13 @@ def batch(num_rows, vocab_size, dtype=torch.float64, roles=(0, 1, 2), seed=1, wi
     return TokenBatch(**{k: v if v is None else v.to(DEVICE) for k, v in streams.items()})
 
 
-def eager_statistics(hidden, weight, target, bias=None, temperature=1.0, softcap=None):
-    """logprob and entropy by the textbook, in the dtype of the inputs."""
+def eager_statistics(hidden, weight, target, bias=None, temperature=1.0, softcap=None, grad_dtype=None):
+    """logprob and entropy by the textbook, in the dtype of the inputs; dLogits rounded to `grad_dtype`, as 16-bit GEMMs take it."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
+    if grad_dtype is not None:
+        logits.register_hook(lambda grad: grad.to(grad_dtype).to(grad.dtype))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)

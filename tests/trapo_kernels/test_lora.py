@@ -77,7 +77,24 @@ def test_opcheck():
     low_rank = torch.randn(6, 3, device=cases.DEVICE, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     b = cases.batch(6, 20, torch.float32)
-    scoring = (hidden, weight, b.target, bias, low_rank, lora_b, None, None, 1.0, None, True, torch.float32, False, "", "torch")
+    scoring = (
+        hidden,
+        weight,
+        b.target,
+        bias,
+        low_rank,
+        lora_b,
+        None,
+        None,
+        None,
+        1.0,
+        None,
+        True,
+        torch.float32,
+        False,
+        "",
+        "torch",
+    )
     torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=checks)
     streams = terms.pack(terms.streams(b, objectives.trapo()))
     settings = (None, 1.0, None, *terms.encode(objectives.trapo()), True, torch.float32, False, "", [True] * 5, "torch")

@@ -41,6 +41,7 @@ def test_opcheck(backend):
         None,
         None,
         None,
+        None,
         temperature,
         1.0,
         5.0,

@@ -7,6 +7,7 @@ import torch
 
 from tests.trapo_kernels import cases
 from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import HeadGemm
 
 
@@ -33,15 +34,16 @@ def rows_through(monkeypatch):
 
 def _batch_with_a_third_scored(dtype=torch.float32):
     """24 rows: 8 active, 8 scored only, 8 of no use."""
-    weight = torch.zeros(24, dtype=dtype)
-    weight[:8] = 0.1
-    scored = torch.arange(8, 16)
+    row = torch.arange(24, device=cases.DEVICE)
     return replace(
-        cases.batch(24, 40, dtype, roles=(1, 2)), weight=weight, entropy_weight=None, scored_rows=scored, active_rows=None
+        cases.batch(24, 40, dtype, roles=(1, 2)),
+        weight=torch.where(row < 8, 0.1, 0.0).to(dtype),
+        entropy_weight=None,
+        scored_rows=row[8:16],
+        active_rows=row[:8],
     )
 
 
-@pytest.mark.skipif(cases.DEVICE != "cpu", reason="on a GPU the batch must bring its active rows")
 @pytest.mark.parametrize("name", ["trapo", "gmpo"])  # one pass, two passes
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_scored_rows_skip_the_backward_alone(backend, name, rows_through):
@@ -67,6 +69,20 @@ def test_scored_rows_skip_the_backward_alone(backend, name, rows_through):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_rows_that_are_only_scored_keep_their_values_where_all_rows_pass_through(backend, monkeypatch):
+    """As on a GPU that is not told which rows are active."""
+    hidden, weight, _ = cases.head(24, 6, 40, torch.float32)
+    b = _batch_with_a_third_scored()
+    told = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
+    monkeypatch.setattr(sweep, "_active_rows", lambda active: None)
+    object.__setattr__(b, "active_rows", None)
+    untold = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
+    assert told.logprob[8:16].all() and not told.logprob[16:].any()
+    for ours, expected in ((untold.logprob, told.logprob), (untold.entropy, told.entropy), (untold.loss, told.loss)):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU would have to ask the device which gradients are zero")
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_through):
@@ -80,6 +96,7 @@ def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_th
     assert grad_hidden.abs().sum(1).nonzero().squeeze(1).tolist() == [3, 4, 11, 12]
 
 
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the rows are")
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -90,4 +107,4 @@ def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_th
 )
 def test_bad_scored_rows(rows, message):
     with pytest.raises(ValueError, match=message):
-        replace(_batch_with_a_third_scored(), scored_rows=rows.to(cases.DEVICE))
+        replace(_batch_with_a_third_scored(), scored_rows=rows)

@@ -75,5 +75,6 @@ def _worker(rank, world_size, path, scale, dtype):
     ("world_size", "scale", "dtype"),
     [(1, 1.0, torch.float64), (2, 40.0, torch.float64), (3, 1.0, torch.float64), (2, 1.0, torch.float32)],
 )
-def test_sharded_equals_whole(tmp_path, world_size, scale, dtype):
+def test_sharded_equals_whole(tmp_path, monkeypatch, world_size, scale, dtype):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo's ranks are CPU processes, also where there is a GPU
     mp.spawn(_worker, (world_size, tmp_path / "store", scale, dtype), nprocs=world_size)

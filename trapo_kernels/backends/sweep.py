@@ -63,17 +63,20 @@ def score(
     head: Head,
     target: Tensor,
     active_rows: Tensor | None,
+    scored_rows: Tensor | None,
     transform: LogitTransform,
     with_entropy: bool,
     mode: Mode,
 ) -> RowStatistics:
-    """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100, and outside `active_rows` where given."""
+    """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100, and outside `active_rows` and `scored_rows`
+    where given; only the former take part in `score_backward`."""
     gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
     shard = mode.shard(head.weight)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active_rows = _active_rows(target != -100) if active_rows is None else active_rows
-    _score_rows(rows, gemm, head, target, active_rows, transform, with_entropy, shard, out)
+    for which in (active_rows, scored_rows) if scored_rows is not None else (active_rows,):
+        _score_rows(rows, gemm, head, target, which, transform, with_entropy, shard, out)
     return out
 
 
@@ -158,9 +161,7 @@ def policy(
     active_rows = _active_rows(streams.role != 0) if active_rows is None else active_rows
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
-    if scored_rows is not None:
-        _score_rows(rows, gemm, head, target, scored_rows, transform, True, shard, out)
-    target = torch.where(streams.role != 0, target, -100)
+    scored, target = target, torch.where(streams.role != 0, target, -100)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows)):
         streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
@@ -178,6 +179,8 @@ def policy(
         if grad_logits is not None:
             _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
+    if scored_rows is not None:  # after the sweep, which may have put zeros there
+        _score_rows(rows, gemm, head, scored, scored_rows, transform, True, shard, out)
     return out, _reduced(grads, shard, head.hidden.dtype)
 
 
