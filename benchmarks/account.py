@@ -111,6 +111,10 @@ COMMANDS = [
         "make gpu-native",
         "builds the native backend's CUDA kernels, none of which has run yet; then gpu-test and gpu-bench include them",
     ),
+    (
+        "pip install --no-deps liger-kernel cut-cross-entropy trl",
+        "small pure-Python wheels, to be brought along: those peers compete; quack and verl do where they are installed",
+    ),
     ("make gpu-test", "tests/trapo_kernels on the GPU: counts and failures into `<gpu>/tests.md`"),
     ("make gpu-bench", "the matrix, resumable: repeat until it prints that nothing is left"),
     ("python -m benchmarks trapo --device cuda --budget 8.5 --out benchmarks/results", "TRAPO's own micro-batch first"),

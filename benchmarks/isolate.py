@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed blocks go back to the system at once
+# into the fork server; the peers take seconds to import, and are left out where they are missing
+_PRELOAD = ("benchmarks.contenders", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss")
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -47,7 +49,7 @@ def _last_message(target: Callable, arguments: tuple, contender: str, method: st
     """Run `target(send, *arguments)` in a process and return the last dict that it sent."""
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["benchmarks.contenders"])
+        context.set_forkserver_preload(list(_PRELOAD))
     changes = _MALLOC | changes
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)

@@ -32,12 +32,12 @@ class Journal:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    def blame(self, reason: str) -> store.Row | None:
-        """Write the row of the contender that was running into its results file and return it; None where none was."""
+    def blame(self, reason: str) -> tuple[Path, store.Row] | None:
+        """Write the row of the contender that was running into its results file and return both; None where none was."""
         if self._path is None or not self._path.exists():
             return None
         found = json.loads(self._path.read_text())
         self.leave()
         row = found["row"] | {"reason": found["row"]["reason"] or reason}
         store.append(Path(found["results"]), [row])
-        return row
+        return Path(found["results"]), row

@@ -59,11 +59,15 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
             process.wait()
         if code in (0, 2):
             return code
-        row = journal.blame(_death(code))
-        if row is None:
+        blamed = journal.blame(_death(code))
+        if blamed is None:
             print(f"benchmarks: the worker ended while no contender ran: {_death(code)}", file=sys.stderr)
             return 1
+        path, row = blamed
         _say(f"    {row['contender']}: crashed: {row['reason']}")
+        if end - time.monotonic() < RESERVE_SECONDS:
+            _say(f"the budget is spent. The same command goes on. Report: {report.write(path)}")
+            return 0
 
 
 def _death(code: int | None) -> str:
@@ -87,11 +91,11 @@ def work(options: argparse.Namespace) -> int:
     left = len(work)
     try:
         with budget:
+            costs = [_cost(case, options) for case in work]
             for index, case in enumerate(work):
                 minutes = f"{(time.monotonic() - started) / 60:.1f} of {seconds / 60:.1f} min"
                 _say(f"[{index + 1}/{len(work)} {case.question}, {minutes}] {case.title}")
-                share = _cost(case) / sum(map(_cost, work[index:]))
-                _one(case, bench, _chosen(case, options), path, budget.remaining() * share)
+                _one(case, bench, _chosen(case, options), path, budget.remaining() * costs[index] / sum(costs[index:]))
                 left -= 1
     except BudgetSpent:
         journal.leave()
@@ -176,9 +180,10 @@ def _chosen(case: Case, options: argparse.Namespace) -> list[Contender]:
     return [c for c in CONTENDERS if c.name not in options.skip and (not case.contenders or c.name in case.contenders)]
 
 
-def _cost(case: Case) -> float:
-    """What share of the remaining time a case gets: its GEMMs for each contender, and something for its inputs."""
-    return 1e10 + case.gemm_flop * JOBS[case.job].gemms * (len(case.contenders) or len(CONTENDERS))
+def _cost(case: Case, options: argparse.Namespace) -> float:
+    """What share of the remaining time a case gets: its GEMMs for each contender that runs, and something for its inputs."""
+    able = sum(_excused(contender, case, options.device) is None for contender in _chosen(case, options))
+    return 1e10 + case.gemm_flop * JOBS[case.job].gemms * able
 
 
 def _one(case: Case, bench: Bench, chosen: list[Contender], path: Path, seconds: float) -> None:

@@ -61,7 +61,7 @@ def memory(groups: list[list[Row]]) -> list[str]:
         for row in sorted(rows, key=lambda row: (extra_mib(row), row["contender"])):
             extra = extra_mib(row)
             formula = f"{row['formula_mib'] - required_mib(row):.0f}" if "formula_mib" in row else "–"
-            share = f"1/{eager / extra:.1f}" if eager is not None and extra >= 1.0 else "–"
+            share = "–" if eager is None or min(eager, extra) < 1.0 else _share(extra / eager)
             cells = (
                 row["title"],
                 row["contender"],
@@ -74,6 +74,10 @@ def memory(groups: list[list[Row]]) -> list[str]:
             lines.append("| " + " | ".join(cells) + " |")
     head = "| case | contender | peak MiB above inputs | gradients | extra | extra by formula | extra, of eager's |"
     return [head, "|---" * 7 + "|", *lines] if lines else []
+
+
+def _share(value: float) -> str:
+    return f"1/{1 / value:.1f}" if value < 1.0 else f"{value:.1f} ×"
 
 
 def data(groups: list[list[Row]]) -> list[str]:

@@ -40,5 +40,6 @@ def test_speed(benchmark, case, contender, device):
         if device == "cuda":
             torch.cuda.synchronize()
 
+    benchmark.group = f"{case.question}: {case.title}"
     benchmark.extra_info.update(errors=found, flop_of_one_gemm=case.gemm_flop)
     benchmark.pedantic(run, rounds=3)

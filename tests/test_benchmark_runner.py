@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import isolate, measure, provenance, questions, readme, regressions, runner, store
-from benchmarks.cell import Bench
+from benchmarks.cell import DEVICE_LOST, Bench
 from benchmarks.contenders import BY_NAME
 from benchmarks.journal import Journal
 from benchmarks.problem import Case, build, errors, truth
@@ -213,9 +213,34 @@ def test_inputs_that_do_not_fit_are_a_row_and_no_crash(monkeypatch):
     assert rows["eager"]["status"] == "out of memory" and "fp64 truth" in rows["eager"]["reason"]
 
 
+def test_an_error_that_breaks_the_cuda_context_ends_the_worker_and_leaves_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "context_is_lost", lambda: True)
+    journal = Journal(tmp_path / "cuda.running.json")
+    journal.begin(tmp_path / "results.jsonl", {"case": {}, "title": "t", "environment": {}})
+    with pytest.raises(SystemExit) as ended:
+        Bench("cuda", 3, small=False, journal=journal)._failure("peer", RuntimeError("an illegal memory access"))
+    assert ended.value.code == DEVICE_LOST
+    journal.blame("ended its process with exit code 3.")
+    (row,) = store.read(tmp_path / "results.jsonl")
+    assert (row["contender"], row["status"], row["reason"]) == ("peer", "crashed", "RuntimeError: an illegal memory access")
+    assert journal.blame("again") is None
+
+
+def test_clocks_are_read_while_calls_are_queued(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronised"))
+    monkeypatch.setattr(provenance, "smi", lambda fields: done.append("looked") or "1980 MHz, 1980 MHz, 3201 MHz, 690.1 W, 51")
+    found = provenance.clocks(lambda: done.append("call"), median_ms=200.0)
+    assert done == ["call"] * 4 + ["looked", "synchronised"]
+    assert found["sm_clock"] == "1980 MHz" and found["power"] == "690.1 W"
+
+
 def test_time_is_shared_by_work_so_that_a_large_case_gets_more():
     small, large = Case("t", "score", 64, 64, 1024, "float32"), Case("t", "trapo", 2048, 896, 32768, "float32")
-    assert runner._cost(large) > 20 * runner._cost(small) > 0
+    options = runner._parser().parse_args(["--device", "cpu"])
+    assert runner._cost(large, options) > 20 * runner._cost(small, options) > 0
+    fewer = runner._parser().parse_args(["--device", "cpu", "--skip", "eager"])
+    assert runner._cost(large, fewer) < runner._cost(large, options)
 
 
 def test_the_command_of_a_worker_is_what_was_typed(monkeypatch):

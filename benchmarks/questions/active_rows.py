@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import CPU_CHOICE, SMALL, TRAPO_MICRO_BATCH
+from benchmarks.questions.shapes import CPU_UNCOMPILED, SMALL, TRAPO_MICRO_BATCH
 
 ABOUT = __doc__
 
@@ -13,5 +13,5 @@ def cases(device: str, small: bool) -> list[Case]:
     shape = SMALL if small else TRAPO_MICRO_BATCH if device == "cuda" else (1024, 256, 32768)
     dtype = "bfloat16" if device == "cuda" and not small else "float32"
     fractions = (0.5,) if small else (1.0, 0.5, 0.25)
-    names = CPU_CHOICE if device == "cpu" and not small else ()
+    names = CPU_UNCOMPILED if device == "cpu" and not small else ()
     return [Case("active_rows", "trapo", *shape, dtype, active=fraction, contenders=names) for fraction in fractions]

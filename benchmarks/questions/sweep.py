@@ -14,7 +14,7 @@ def cases(device: str, small: bool) -> list[Case]:
     if small:
         return [Case("sweep", "trapo", n, *SMALL[1:], "float32", with_memory=True, contenders=CPU_CHOICE) for n in (16, 32)]
     if device == "cpu":
-        return [Case("sweep", "trapo", n, 896, 32768, "float32", with_memory=True, contenders=CPU_CHOICE) for n in (128, 1024)]
+        return [Case("sweep", "trapo", n, 896, 32768, "float32", with_memory=True, contenders=CPU_CHOICE) for n in (64, 256)]
     head = MODELS["Qwen2.5-Math-7B"]
     lengths = [Case("sweep", "trapo", 2**k, *head, "bfloat16", with_memory=True) for k in (12, 10, 13, 14, 16, 11)]
     models = [Case("sweep", "trapo", 8192, *other, "bfloat16", with_memory=True) for other in MODELS.values() if other != head]
