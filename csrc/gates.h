@@ -13,6 +13,8 @@
 
 namespace trapo {
 
+constexpr int kLastGate = 9, kLastKl = 4;  // the codes of `slope` and of the KL terms in `coefficient`; 0 is none
+
 enum Role : uint8_t { kIgnored = 0, kRollout = 1, kExpert = 2 };
 
 // The codes and scalars of an objective's gates and KL term; what they mean is said in `slope` and `coefficient`.

@@ -1,24 +1,19 @@
-// The CPU implementations of the schemas in csrc/ops.cpp: argument checks, rows shared out to threads, per-row arithmetic.
+// The CPU implementations of the schemas in csrc/ops.cpp: rows shared out to threads, per-row arithmetic.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "../gates.h"
+#include "../checks.h"
 #include "rows.h"
 
 namespace trapo {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kIgnoredTarget = -100;
@@ -32,26 +27,19 @@ struct Logits {
   int64_t rows_per_task() const { return vocab_size >= kLogitsPerTask ? 1 : kLogitsPerTask / (vocab_size + 1) + 1; }
 };
 
-Logits check_logits(const char* op, const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float && logits.stride(1) == 1, op,
-                  ": logits must be float32 [C, V] with unit stride in a row, got ", logits.dim(),
-                  " dimensions. Convert them with .float().contiguous().");
-  return {logits.mutable_data_ptr<float>(), logits.size(0), logits.size(1), logits.stride(0)};
+Logits check_logits(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must have shape [C, V], got ", shape_of(x), ". Flatten all but the vocabulary.");
+  check_dtype(op, name, x, ScalarType::Float);
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, op, ": ", name, " must have unit stride in a row, got ", x.stride(1),
+                  ". Pass ", name, ".contiguous().");
+  return {x.mutable_data_ptr<float>(), x.size(0), x.size(1), x.stride(0)};
 }
 
-template <typename T>
-const T* check_vector(const char* op, const char* name, const Tensor& x, int64_t length, ScalarType dtype) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length && x.is_contiguous() && x.scalar_type() == dtype, op, ": ", name,
-                  " must be contiguous, of length ", length, " and of the dtype of the schema, got ", x.dim(), " dimensions.");
-  return x.const_data_ptr<T>();
-}
-
-const float* check_floats(const char* op, const char* name, const Tensor& x, int64_t length) {
-  return check_vector<float>(op, name, x, length, ScalarType::Float);
-}
-
-const float* check_floats(const char* op, const char* name, const std::optional<Tensor>& x, int64_t length) {
-  return x.has_value() ? check_floats(op, name, *x, length) : nullptr;
+Logits check_grad(const char* op, const Logits& logits, const Tensor& x) {
+  const Logits grad = check_logits(op, "grad", x);
+  STD_TORCH_CHECK(grad.rows == logits.rows && grad.vocab_size == logits.vocab_size, op, ": grad must have the shape of logits, [",
+                  logits.rows, ", ", logits.vocab_size, "], got ", shape_of(x), ". Pass the logits or torch.empty_like(logits).");
+  return grad;
 }
 
 // The transform of every row: one softcap, and one temperature or one for each row.
@@ -65,7 +53,8 @@ struct Transforms {
 
 Transforms check_transforms(const char* op, const Logits& logits, const std::optional<Tensor>& bias,
                             const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
-  return {check_floats(op, "bias", bias, logits.vocab_size), check_floats(op, "row_temperature", row_temperature, logits.rows),
+  return {check_optional(op, "bias", bias, logits.vocab_size, "V"),
+          check_optional(op, "row_temperature", row_temperature, logits.rows),
           static_cast<float>(temperature), static_cast<float>(softcap)};
 }
 
@@ -93,13 +82,14 @@ struct Output {
   Statistics result() const { return {tensors[0], tensors[1], tensors[2], tensors[3]}; }
 };
 
-// dL/d(raw logit) of a row whose z lies in `z`; `grad` may be `z`. A target below 0 lies on another shard of the vocabulary.
+// dL/d(raw logit) of a row whose z lies in `z`; `grad` may be `z`. A target below 0 lies on another shard of the vocabulary; one
+// beyond it has made the row NaN.
 void write_gradient(const RowSweeps& sweeps, const float* z, float* grad, int64_t vocab_size, int64_t target, const Row& row,
                     float c, float e, const Transform& t) {
   const double bracket = c + e * (row.entropy - row.log_sum);
   const float target_logit = row.target_logit;
   sweeps.gradient(z, grad, vocab_size, row.row_max, row.inverse_total, e, static_cast<float>(bracket), t);
-  if (target < 0) return;
+  if (target < 0 || target >= vocab_size) return;
   const double probability = std::exp(row.logprob);
   double at_target = -c * std::expm1(row.logprob);  // c (1 - p) without cancellation at p → 1
   if (e != 0.0f && probability != 0.0) at_target -= probability * e * (row.logprob + row.entropy);
@@ -117,9 +107,10 @@ void write_zeros(float* grad, int64_t vocab_size) {
 
 Statistics row_statistics(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias,
                           std::optional<Tensor> row_temperature, double temperature, double softcap, bool /*with_entropy*/) {
-  const Logits logits = check_logits("row_statistics", logits_tensor);
-  const auto transforms = check_transforms("row_statistics", logits, bias, row_temperature, temperature, softcap);
-  const int64_t* target = check_vector<int64_t>("row_statistics", "target", target_tensor, logits.rows, ScalarType::Long);
+  const char* op = "row_statistics";
+  const Logits logits = check_logits(op, "logits", logits_tensor);
+  const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
+  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows);
   const Output out(logits_tensor, logits.rows);
   const RowSweeps& sweeps = row_sweeps();
   torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
@@ -139,15 +130,15 @@ void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tens
                   Tensor log_sum_tensor, std::optional<Tensor> grad_logprob_tensor, std::optional<Tensor> grad_entropy_tensor,
                   Tensor grad_tensor) {
   const char* op = "row_gradient";
-  const Logits logits = check_logits(op, logits_tensor), grads = check_logits(op, grad_tensor);
+  const Logits logits = check_logits(op, "logits", logits_tensor), grads = check_grad(op, logits, grad_tensor);
   const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
-  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows, ScalarType::Long);
-  const float* logprob = check_floats(op, "logprob", logprob_tensor, logits.rows);
-  const float* entropy = check_floats(op, "entropy", entropy_tensor, logits.rows);
-  const float* row_max = check_floats(op, "row_max", row_max_tensor, logits.rows);
-  const float* log_sum = check_floats(op, "log_sum", log_sum_tensor, logits.rows);
-  const float* grad_logprob = check_floats(op, "grad_logprob", grad_logprob_tensor, logits.rows);
-  const float* grad_entropy = check_floats(op, "grad_entropy", grad_entropy_tensor, logits.rows);
+  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows);
+  const float* logprob = check_vector<float>(op, "logprob", logprob_tensor, logits.rows);
+  const float* entropy = check_vector<float>(op, "entropy", entropy_tensor, logits.rows);
+  const float* row_max = check_vector<float>(op, "row_max", row_max_tensor, logits.rows);
+  const float* log_sum = check_vector<float>(op, "log_sum", log_sum_tensor, logits.rows);
+  const float* grad_logprob = check_optional(op, "grad_logprob", grad_logprob_tensor, logits.rows);
+  const float* grad_entropy = check_optional(op, "grad_entropy", grad_entropy_tensor, logits.rows);
   const RowSweeps& sweeps = row_sweeps();
   torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -181,17 +172,9 @@ struct Streams {
 
 Streams check_streams(const char* op, int64_t rows, const Tensor& role, const Tensor& anchor, const Tensor& signal,
                       const Tensor& advantage, const std::optional<Tensor>& kl_weight, const std::optional<Tensor>& ref_logprob) {
-  return {check_vector<uint8_t>(op, "role", role, rows, ScalarType::Byte), check_floats(op, "anchor", anchor, rows),
-          check_floats(op, "signal", signal, rows), check_floats(op, "advantage", advantage, rows),
-          check_floats(op, "kl_weight", kl_weight, rows), check_floats(op, "ref_logprob", ref_logprob, rows)};
-}
-
-Gates check_gates(const char* op, const std::vector<int64_t>& codes, const std::vector<double>& s) {
-  STD_TORCH_CHECK(codes.size() == 3 && s.size() == 7, op, ": codes and scalars must have 3 and 7 entries, got ", codes.size(),
-                  " and ", s.size(), ".");
-  const auto f = [&](int i) { return static_cast<float>(s[i]); };
-  return {static_cast<int>(codes[0]), static_cast<int>(codes[1]), static_cast<int>(codes[2]),
-          {f(0), f(1), f(2)},         {f(3), f(4), f(5)},         f(6)};
+  return {check_vector<uint8_t>(op, "role", role, rows), check_vector<float>(op, "anchor", anchor, rows),
+          check_vector<float>(op, "signal", signal, rows), check_vector<float>(op, "advantage", advantage, rows),
+          check_optional(op, "kl_weight", kl_weight, rows), check_optional(op, "ref_logprob", ref_logprob, rows)};
 }
 
 Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias,
@@ -200,12 +183,12 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
                       std::optional<Tensor> grad_entropy_tensor, std::vector<int64_t> codes, std::vector<double> scalars,
                       std::optional<Tensor> grad_tensor) {
   const char* op = "row_policy";
-  const Logits logits = check_logits(op, logits_tensor);
-  const Logits grads = grad_tensor.has_value() ? check_logits(op, *grad_tensor) : Logits{nullptr, 0, 0, 0};
+  const Logits logits = check_logits(op, "logits", logits_tensor);
+  const Logits grads = grad_tensor.has_value() ? check_grad(op, logits, *grad_tensor) : Logits{nullptr, 0, 0, 0};
   const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
-  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows, ScalarType::Long);
+  const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows);
   const Streams streams = check_streams(op, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob);
-  const float* grad_entropy = check_floats(op, "grad_entropy", grad_entropy_tensor, logits.rows);
+  const float* grad_entropy = check_optional(op, "grad_entropy", grad_entropy_tensor, logits.rows);
   const Gates gates = check_gates(op, codes, scalars);
   const Output out(logits_tensor, logits.rows);
   const RowSweeps& sweeps = row_sweeps();
@@ -234,7 +217,7 @@ Tensor token_coefficient(Tensor logprob_tensor, Tensor role, Tensor anchor, Tens
                          std::vector<double> scalars) {
   const char* op = "token_coefficient";
   const int64_t tokens = logprob_tensor.size(0);
-  const float* logprob = check_floats(op, "logprob", logprob_tensor, tokens);
+  const float* logprob = check_vector<float>(op, "logprob", logprob_tensor, tokens);
   const Streams streams = check_streams(op, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob);
   const Gates gates = check_gates(op, codes, scalars);
   Tensor out = torch::stable::new_empty(logprob_tensor, {tokens});

@@ -63,10 +63,11 @@ void block_sums(const float* z, int64_t count, float row_max, double* sum, doubl
   *moment += sum_of_lanes(moment0 + moment1);
 }
 
-// Statistics of a row; afterwards it holds z instead of raw logits, and -inf in the target's place.
+// Statistics of a row, NaN where the target lies outside the vocabulary; afterwards it holds z instead of raw logits, and -inf in the
+// target's place.
 Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t target, const Transform& t) {
   const bool plain = bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
-  float row_max = kFloor, target_logit = target < vocab_size ? -INFINITY : NAN;
+  float row_max = kFloor, target_logit = NAN;  // of a target outside the vocabulary
   double others = 0.0, moment = 0.0;  // over all columns but the target's
   for (int64_t start = 0; start < vocab_size; start += kBlock) {
     const int64_t count = vocab_size - start < kBlock ? vocab_size - start : kBlock;

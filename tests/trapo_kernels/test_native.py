@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from trapo_kernels import TokenBatch, doctor, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import Role, TokenBatch, doctor, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native
 
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
@@ -102,15 +102,95 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize(
     ("logits", "target", "message"),
     [
-        (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), "logits must be float32"),
-        (torch.zeros(3, 2).t(), torch.zeros(2, dtype=torch.int64), "unit stride"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), "target must be contiguous, of length 2"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "target must be contiguous.*dtype"),
+        (torch.zeros(6), torch.zeros(2).long(), r"logits must have shape \[C, V\], got \[6\]\. Flatten"),
+        (torch.zeros(2, 3).double(), torch.zeros(2).long(), r"logits must be torch.float32, got torch.float64\. Convert it with"),
+        (
+            torch.zeros(3, 2).t(),
+            torch.zeros(2).long(),
+            r"logits must have unit stride in a row, got 2\. Pass logits.contiguous\(\)",
+        ),
+        (torch.zeros(2, 3), torch.zeros(3).long(), r"target must have shape \[C\] = \[2\], got \[3\]\. Pass one value per row"),
+        (torch.zeros(2, 3), torch.zeros(2).int(), r"target must be torch.int64, got torch.int32\. Convert it with target.to"),
+        (torch.zeros(2, 3), torch.zeros(4).long()[::2], r"target must be contiguous, got stride"),
     ],
 )
 def test_bad_arguments_of_the_ops(logits, target, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"row_statistics: {message}"):
         torch.ops.trapo_native.row_statistics(logits, target, None, None, 1.0, 0.0, True)
+
+
+@needs_native
+def test_a_gradient_of_another_shape_and_unknown_gates_are_refused():
+    logits, target, rows = torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2)
+    with pytest.raises(RuntimeError, match=r"row_gradient: grad must have the shape of logits, \[2, 3\], got \[2, 2\]"):
+        torch.ops.trapo_native.row_gradient(
+            logits, target, None, None, 1.0, 0.0, rows, rows, rows, rows, None, None, torch.zeros(2, 2)
+        )
+    role = torch.ones(2, dtype=torch.uint8)
+    for codes in ([10, 1, 0], [1, -1, 0], [1, 1, 5]):
+        with pytest.raises(RuntimeError, match=r"token_coefficient: codes must lie in \[0, 9\], \[0, 9\] and \[0, 4\], got"):
+            torch.ops.trapo_native.token_coefficient(rows, role, rows, rows, rows, None, None, codes, [0.0] * 7)
+
+
+def _policy(logits, target, grad):
+    """row_policy of SFT with an entropy bonus."""
+    rows = len(target)
+    one, role = torch.ones(rows), torch.full((rows,), Role.EXPERT, dtype=torch.uint8)
+    streams = (role, 0 * one, one, one, None, None, -0.1 * one)
+    return torch.ops.trapo_native.row_policy(logits, target, None, None, 1.0, 0.0, *streams, [1, 1, 0], [0.0] * 7, grad)
+
+
+@needs_native
+@pytest.mark.parametrize("outside", [40, 43, 10**12, -2])
+def test_a_target_outside_the_vocabulary_makes_its_row_nan_and_writes_nowhere_else(instruction_set, outside):
+    """The ops are the last guard: the range is not checked while torch.compile traces."""
+    room = torch.randn(3, 64)
+    before = room.clone()
+    stats = _policy(room[:, :40], torch.tensor([1, outside, 2]), room[:, :40])
+    assert torch.equal(room[:, 40:], before[:, 40:])
+    for value in (stats[0], stats[1], room[:, 0]):
+        assert value.isnan().tolist() == [False, True, False]
+
+
+@needs_native
+@pytest.mark.parametrize("vocab_size", [1, 100, 5000])
+def test_rows_more_than_two_to_the_31_elements_apart(instruction_set, vocab_size, tmp_path):
+    """Logits in 8 GiB of address space, a mapped file of which only the rows' own pages ever exist."""
+    stride = 2**30 + 16
+    space = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + vocab_size, dtype=torch.float32)
+    far = space.as_strided((3, vocab_size), (stride, 1))
+    near = torch.randn(3, vocab_size)
+    target = torch.tensor([0, vocab_size - 1, vocab_size // 2])
+    transform, stats = native.LogitTransform(temperature=0.7), native.RowStatistics(*torch.rand(4, 3))
+    for run in (
+        lambda logits: _policy(logits, target, logits),
+        lambda logits: native.statistics(logits, target, transform, True),
+        lambda logits: native.logprob_gradient(logits, target, transform, stats, stats.logprob, None, torch.float32),
+    ):
+        logits = near.clone()
+        far.copy_(near)
+        for here, there in zip([*run(logits), logits], [*run(far), far], strict=True):
+            assert torch.equal(here, there)
+
+
+@needs_native
+@pytest.mark.parametrize("masked", [float("-inf"), torch.finfo(torch.float32).min, -1e30])
+def test_masked_columns_and_subnormal_logits(instruction_set, masked):
+    """A masked column has no probability and no gradient, whichever large negative number masks it; subnormals count as zero."""
+    logits = torch.full((4, 5000), masked)
+    logits[:, 4000:4003] = torch.tensor([[1.0, 2.0, 3.0], [1e-40, -1e-42, 0.0], [700.0, 0.0, -700.0], [1e38, 0.0, 1.0]])
+    target = torch.tensor([4002, 4000, 4001, 4000])
+    exact = logits[:, 4000:4003].double().log_softmax(1)
+    stats = _policy(logits, target, logits)
+    torch.testing.assert_close(stats[0].double(), exact[torch.arange(4), target - 4000], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(stats[1].double(), torch.special.entr(exact.exp()).sum(1), rtol=1e-6, atol=1e-7)
+    assert (logits[:, :4000] == 0).all() and (logits[:, 4003:] == 0).all() and logits.isfinite().all()
+
+
+@needs_native
+def test_no_rows(instruction_set):
+    logits = torch.zeros(0, 7)
+    assert [len(value) for value in _policy(logits, torch.zeros(0).long(), logits)] == [0, 0, 0, 0]
 
 
 @needs_native
