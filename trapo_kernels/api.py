@@ -75,7 +75,8 @@ def linear_logprob(
             bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
-            "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises.
+            "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
+            follows the measurements in trapo_kernels/scoring.json.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
@@ -300,6 +301,11 @@ class Settings(NamedTuple):
     batch_invariant: bool
     backend: str
 
+    @property
+    def may_stay_on_chip(self) -> bool:
+        """Whether the fused scoring kernels compute the same: fp32 logits of a whole head."""
+        return self.logits_dtype == torch.float32 and self.process_group is None and not self.batch_invariant
+
     def check(self, where: str, hidden: Tensor) -> None:
         """Raise for a setting that breaks a rule."""
         checks.temperature(where, self.temperature, hidden.shape[0], hidden.device)
@@ -328,7 +334,9 @@ def _linear_logprob(
     hidden, weight, bias, lora = inputs
     checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
     settings.check(where, hidden)
-    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype)
+    on_chip = lora is None and active_rows is None and settings.may_stay_on_chip
+    shape = dispatch.Scoring(*hidden.shape, weight.shape[0], bias is None and settings.softcap is None) if on_chip else None
+    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, shape)
     if chosen == "reference":
         logits = reference.head_logits(hidden, weight, target, bias, lora, settings.logits_dtype)
         transform = LogitTransform(None, settings.softcap, settings.temperature)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
+import math
 import os
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +24,33 @@ FUSED = (
     "native_fused",
 )  # scoring whose logits stay on the chip; everything else as the backend before the underscore
 _log = logging.getLogger("trapo_kernels")
+# Measured times of scoring, by GPU, dtype and shape; `python -m benchmarks.scoring_table` writes them. Read once, at import.
+_MEASURED = json.loads((Path(__file__).parent / "scoring.json").read_text(encoding="utf-8"))["entries"]
 
 
-def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+class Scoring(NamedTuple):
+    """The shape of a scoring call whose logits may stay on the chip; `plain`: without bias and softcap."""
+
+    num_rows: int
+    hidden_size: int
+    vocab_size: int
+    plain: bool
+
+
+def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, scoring: Scoring | None = None) -> str:
     """The backend that runs: the named one or an error with the reason.
 
-    "auto" is Triton on a GPU and the native rows on a CPU; chunked PyTorch where those cannot run.
+    "auto" is Triton on a GPU and the native rows on a CPU; chunked PyTorch where those cannot run. For `scoring` on a GPU it is the
+    backend that was fastest there at about this shape, if any was measured.
     """
     backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name not in FUSED)
     checks.one_of(where, "backend", backend, backends)
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "native"
         chosen = "torch" if why_not(preferred, device, dtype) else preferred
-        if not torch.compiler.is_compiling():  # a logging call would break the graph
+        if not torch.compiler.is_compiling():  # which the name of the GPU and a logging call would stop
+            if scoring is not None and chosen == "triton" and _MEASURED:
+                chosen = _fastest(scoring, torch.cuda.get_device_name(device), dtype)
             _say_once(where, chosen, device.type, str(dtype))
         return chosen
     reason = why_not(backend, device, dtype)
@@ -56,6 +74,21 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
     return None
+
+
+def _fastest(scoring: Scoring, device_name: str, dtype: torch.dtype) -> str:
+    """The fastest scoring backend at the nearest shape measured; "triton" where none lies within a factor of two in N, D and V."""
+
+    def octaves(entry: dict) -> float:
+        return max(abs(math.log2(max(1, mine) / measured)) for mine, measured in zip(scoring[:3], entry["shape"], strict=True))
+
+    of_gpu = [entry for entry in _MEASURED if entry["device"] == device_name and f"torch.{entry['dtype']}" == str(dtype)]
+    nearest = min(of_gpu, key=octaves, default=None)
+    if nearest is None or octaves(nearest) > 1.0:
+        return "triton"
+    wgmma = scoring.plain and scoring.hidden_size % 8 == 0 and why_not("native_fused", torch.device("cuda"), dtype) is None
+    able = {name: ms for name, ms in nearest["median_ms"].items() if name != "native_fused" or wgmma}
+    return min(able, key=able.get)
 
 
 def rows(backend: str) -> ModuleType:

@@ -1,0 +1,126 @@
+"""What "auto" scores with: the fastest backend measured on this GPU at about this shape, the chunked path where nothing was."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import scoring_table
+from tests.trapo_kernels import cases
+from trapo_kernels import LoraHead, dispatch, linear_logprob
+from trapo_kernels.backends import native
+
+GPU, CUDA = "NVIDIA H200", torch.device("cuda")
+
+
+def _entry(shape, device=GPU, dtype="bfloat16", **median_ms):
+    return {"device": device, "dtype": dtype, "shape": list(shape), "median_ms": median_ms}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A GPU with native kernels and a table of measurements."""
+    table = [
+        _entry((4096, 4096, 128000), triton=2.0, triton_fused=1.5, native_fused=1.2),
+        _entry((65536, 4096, 128000), triton=20.0, triton_fused=25.0, native_fused=21.0),
+        _entry((4096, 4096, 128000), dtype="float32", triton=9.0, triton_fused=8.0),
+    ]
+    monkeypatch.setattr(dispatch, "_MEASURED", table)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setitem(native._WHY_NOT, "cuda", None)
+    return table
+
+
+def _auto(num_rows, hidden_size=4096, vocab_size=128000, plain=True, dtype=torch.bfloat16):
+    scoring = dispatch.Scoring(num_rows, hidden_size, vocab_size, plain)
+    return dispatch.choose("linear_logprob", "auto", CUDA, dtype, scoring)
+
+
+@pytest.mark.parametrize(
+    ("call", "chosen"),
+    [
+        ({"num_rows": 4096}, "native_fused"),
+        ({"num_rows": 4096, "plain": False}, "triton_fused"),  # the wgmma kernel has no bias and no softcap
+        ({"num_rows": 4096, "hidden_size": 4097}, "triton_fused"),  # nor rows that do not start at 16 bytes
+        ({"num_rows": 40000}, "triton"),  # nearest to 65536 rows, where the chunked path won
+        ({"num_rows": 2048, "vocab_size": 64000}, "native_fused"),  # a factor of two away
+        ({"num_rows": 2047}, "triton"),  # further away than that
+        ({"num_rows": 4096, "vocab_size": 32000}, "triton"),
+        ({"num_rows": 0}, "triton"),
+        ({"num_rows": 4096, "dtype": torch.float32}, "triton_fused"),
+        ({"num_rows": 4096, "dtype": torch.float16}, "triton"),  # not measured
+    ],
+)
+def test_auto_follows_the_table(measured, call, chosen):
+    assert _auto(**call) == chosen
+
+
+def test_another_gpu_or_an_empty_table_leaves_the_chunked_path(measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA L4")
+    assert _auto(4096) == "triton"
+    monkeypatch.setattr(dispatch, "_MEASURED", [])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: pytest.fail("nothing to look up"))
+    assert _auto(4096) == "triton"
+
+
+def test_a_missing_native_extension_is_passed_over(measured, monkeypatch):
+    monkeypatch.setitem(native._WHY_NOT, "cuda", "it was not built.")
+    assert _auto(4096) == "triton_fused"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"logits_dtype": torch.bfloat16}, {"batch_invariant": True}, {"lora": True}, {}], ids=lambda s: str(*s) or "none"
+)
+def test_what_the_fused_kernels_cannot_do_is_never_offered_to_them(monkeypatch, setting):
+    asked = []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *arguments: asked.append(arguments[4]) or choose(*arguments))
+    hidden, weight, _ = cases.head(4, 6, 30, torch.bfloat16)
+    if "lora" in setting:
+        setting = {"lora": LoraHead(torch.zeros_like(hidden[:2]), torch.zeros_like(weight[:, :2]))}
+    linear_logprob(hidden, weight, torch.zeros(4, dtype=torch.int64, device=cases.DEVICE), **setting)
+    assert asked == ([None] if setting else [dispatch.Scoring(4, 6, 30, True)])
+
+
+def _row(contender, num_rows, median_ms, job="score", driver="580", **changes):
+    case = {"job": job, "num_rows": num_rows, "hidden_size": 64, "vocab_size": 1000, "dtype": "bfloat16", "logits_dtype": "float32"}
+    environment = {"device": GPU, "driver": driver, "revision": "abc"}
+    return {"contender": contender, "case": case, "environment": environment, "status": "ok", "median_ms": median_ms} | changes
+
+
+def test_the_table_is_made_from_the_scoring_results(tmp_path):
+    rows = [
+        _row("ours (triton)", 64, 9.9),
+        _row("ours (triton)", 64, 3.0),  # the latest measurement counts
+        _row("ours (triton_fused)", 64, 2.0),
+        _row("ours (native_fused)", 64, 0.1, status="wrong"),
+        _row("eager", 64, 0.01),
+        _row("ours (triton)", 128, 3.0),  # alone
+        _row("ours (triton)", 256, 3.0, job="trapo"),
+        _row("ours (triton_fused)", 256, 3.0, job="trapo"),
+        _row("ours (triton)", 512, 3.0, driver=None),  # a CPU
+        _row("ours (triton_fused)", 512, 3.0, driver=None),
+    ]
+    results, table = tmp_path / "results.jsonl", tmp_path / "scoring.json"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old = [_entry((1, 2, 3), triton=1.0, triton_fused=2.0), _entry((1, 2, 3), device="NVIDIA L4", triton=1.0, triton_fused=2.0)]
+    table.write_text(json.dumps({"command": None, "entries": old}))
+    assert scoring_table.main([str(results), "--table", str(table)]) == 0
+    written = json.loads(table.read_text())
+    expected = _entry((64, 64, 1000), triton=3.0, triton_fused=2.0) | {"revision": "abc"}
+    assert written["entries"] == [expected, old[1]] and "scoring_table" in written["command"]
+
+
+def test_results_without_a_gpu_make_no_table(tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps(_row("ours (triton)", 64, 1.0)) + "\n")
+    assert scoring_table.main([str(results), "--table", str(tmp_path / "none.json")]) == 1
+    assert "no GPU timings" in capsys.readouterr().err
+
+
+def test_every_pinned_entry_was_measured():
+    table = json.loads(scoring_table.TABLE.read_text())
+    assert not table["entries"] or table["command"]
+    for entry in table["entries"]:
+        assert "triton" in entry["median_ms"] and len(entry["median_ms"]) > 1 and entry["revision"]
+        assert set(entry["median_ms"]) <= set(scoring_table.CONTENDERS.values())
