@@ -73,6 +73,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Keeps reads of the accumulators behind the wait that precedes it: to the compiler a wgmma is over where it was issued, and nothing
+// else ties the registers to the wait. No instruction.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 #define TRAPO_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define TRAPO_R16(d, i) TRAPO_R4(d, i), TRAPO_R4(d, i + 4), TRAPO_R4(d, i + 8), TRAPO_R4(d, i + 12)
 #define TRAPO_R64(d, i) TRAPO_R16(d, i), TRAPO_R16(d, i + 16), TRAPO_R16(d, i + 32), TRAPO_R16(d, i + 48)

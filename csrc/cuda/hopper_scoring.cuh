@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
         if (k > 0 && thread % 32 == 0) barrier_arrive(&empty[(step - 1) % kStages]);
       }
       wgmma_wait<0>();
+      pin_registers(logits);
       if (thread % 32 == 0) barrier_arrive(&empty[(step - 1) % kStages]);
       add_tile(rows, logits, a, static_cast<int64_t>(tile) * kTileColumns);
     }
