@@ -58,9 +58,12 @@ class BuildNative(build_ext):
     def _compile(self, ext: Extension) -> None:
         if os.environ.get("TRAPO_NATIVE") == "0":
             raise RuntimeError("it was switched off by TRAPO_NATIVE=0 when trapo was installed.")
+        compiler = self.compiler.compiler_so_cxx[0]
+        if shutil.which(compiler) is None:
+            raise RuntimeError(f"no C++ compiler ({compiler}) was found when trapo was installed. Install one, then trapo again.")
         torch = torch_directory()
         macros = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
-        ext.extra_compile_args = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *macros]
+        ext.extra_compile_args = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *macros]
         ext.extra_compile_args += ["-isystem", str(torch / "include")]
         ext.library_dirs, ext.libraries = [str(torch / "lib")], ["torch_cpu", "torch", "c10"]
         if os.environ.get("TRAPO_SANITIZE") == "1":

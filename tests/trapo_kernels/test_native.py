@@ -3,11 +3,15 @@
 That it equals the other backends is tested where they are: see cases.COMPILED.
 """
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from setuptools import Distribution, Extension
 
+from csrc.build import BuildNative
 from trapo_kernels import Role, TokenBatch, doctor, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native
 
@@ -217,15 +221,26 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch, tmp_path):
     assert "does not load" in native._load()
 
 
+def test_an_installation_without_a_compiler_leaves_the_reason(monkeypatch, tmp_path, capsys):
+    command = BuildNative(Distribution())
+    command.initialize_options()
+    command.compiler = SimpleNamespace(compiler_so_cxx=["no-such-compiler"])
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda _: str(tmp_path / "_native.abi3.so"))
+    command.build_extension(Extension("trapo_kernels._native", []))
+    reason = (tmp_path / "_native_build.txt").read_text()
+    assert re.match(r"no C\+\+ compiler \(no-such-compiler\) was found .*\. Install one, then trapo again\.", reason)
+    assert capsys.readouterr().err == f"trapo: no native backend: {reason}"
+
+
 def test_a_missing_extension_leaves_the_package_working(monkeypatch):
-    monkeypatch.setitem(native._WHY_NOT, "cpu", "the native extension is missing: gone.")
+    monkeypatch.setitem(native._WHY_NOT, "cpu", "there is no native extension: gone.")
     (hidden, weight, _), batch = _problem(300, torch.float32)
     out = linear_logprob(hidden, weight, batch.target)
     assert torch.equal(out.logprob, linear_logprob(hidden, weight, batch.target, backend="torch").logprob)
-    with pytest.raises(RuntimeError, match='backend="native" cannot run: the native extension is missing: gone'):
+    with pytest.raises(RuntimeError, match='backend="native" cannot run: there is no native extension: gone'):
         linear_logprob(hidden, weight, batch.target, backend="native")
     lines, healthy = doctor.report()
-    assert healthy and any("native" in line and "missing: the native extension is missing: gone." in line for line in lines)
+    assert healthy and any("native" in line and "missing: there is no native extension: gone." in line for line in lines)
 
 
 def test_the_doctor_names_versions_and_every_backend(capsys):

@@ -26,7 +26,7 @@ def _load() -> str | None:
         reason = (
             _REASON.read_text(encoding="utf-8").strip() if _REASON.exists() else "it was not compiled when trapo was installed."
         )
-        return f"the native extension is missing: {reason} See `python -m trapo_kernels.doctor`."
+        return f"there is no native extension: {reason}"
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
