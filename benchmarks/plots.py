@@ -205,7 +205,7 @@ def _accuracy(groups: list[list[Row]], folder: Path) -> tuple[str, str] | None:
         axes.scatter(row["ratio"], _error(row), s=110 if _main(row["contender"]) else 45, color=_colour(row["contender"]), zorder=3)
     low, high = min(map(_error, rows)), max(map(_error, rows))
     axes.set_ylim(low / 3, high * 3)
-    axes.set_xlim(0.85, max(row["ratio"] for row in rows) * 1.12)
+    axes.set_xlim(min(0.85, min(row["ratio"] for row in rows) - 0.1), max(row["ratio"] for row in rows) * 1.12)
     _label_points(axes, [(row["ratio"], _error(row), row["contender"]) for row in rows])
     return _save(axes, folder, "accuracy_time", "Error against fp64 and time; down and left is better.")
 

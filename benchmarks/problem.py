@@ -2,7 +2,8 @@
 
 The data are a language model's, because near-uniform logits hide errors (p → 1 has its own numerics) and noise has no labels:
 hidden states, head and text come from a model that was trained a little (`trained`). A rollout's target is drawn from the model, so
-it is on-policy; an expert's is the text's own next token, so it can surprise. "flat" cells are noise with uniform targets instead.
+it is on-policy; an expert's is the text's own next token, in 5 % of the positions one from elsewhere in the text, because an expert
+surprises and this model knows its text. "flat" cells are noise with uniform targets instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from benchmarks import trained
 from trapo_kernels import Objective, Role, TokenBatch, objectives
 
+SURPRISE_SHARE = 0.05
 SURE = 0.9  # the probability above which a row counts as sure
 ALPHA, ENTROPY_COEF, EPSILON = 0.1, 0.001, 0.2
 
@@ -134,7 +136,10 @@ def _hidden_and_target(case: Case, weight: Tensor, generator: torch.Generator) -
         hidden = torch.randn(n, case.hidden_size, device=device, generator=generator)
         return hidden, torch.randint(case.vocab_size, (n,), device=device, generator=generator)
     rows = trained.lift(n, weight, generator)
-    return rows.hidden, torch.where((_roles(n, case) == Role.EXPERT).to(device), rows.text, rows.sampled)
+    elsewhere = rows.text[torch.randint(n, (n,), device=device, generator=generator)]
+    surprise = torch.rand(n, device=device, generator=generator) < SURPRISE_SHARE
+    expert = torch.where(surprise, elsewhere, rows.text)
+    return rows.hidden, torch.where((_roles(n, case) == Role.EXPERT).to(device), expert, rows.sampled)
 
 
 def _roles(n: int, case: Case) -> Tensor:

@@ -41,6 +41,7 @@ def environment(device: str) -> dict[str, object]:
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # whether idle threads spin; it moves ratios on a busy machine
         "driver": smi("driver_version") if device == "cuda" else None,
         "revision": revision(),
         "command": command(),

@@ -57,7 +57,8 @@ _MEMORY = (
 )
 _DATA = (
     "Hidden states, head and text come from a small language model that has learned its text (`benchmarks/trained.py`), lifted "
-    "to the shape. Targets of rollout tokens are drawn from the model, those of expert tokens are the text's."
+    "to the shape. Targets of rollout tokens are drawn from the model, those of expert tokens are the text's, 5 % of them from "
+    "elsewhere in it."
 )
 
 
@@ -71,8 +72,9 @@ def _header(groups: list[list[Row]]) -> list[str]:
     for env in _environments(groups):
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
         driver = f", driver {env['driver']}" if env["driver"] else ""
+        waiting = f" ({env['wait_policy']})" if env.get("wait_policy") else ""
         lines.append(
-            f"- {env['device']}{driver}, {env['threads']} threads, revision {env['revision']}, Python {env['python']}, {versions}: "
+            f"- {env['device']}{driver}, {env['threads']} threads{waiting}, revision {env['revision']}, Python {env['python']}, {versions}: "
             f"`{env['command']}`"
         )
     return [

@@ -47,6 +47,7 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
     """Run `worker` until it ends well or `seconds` are over; returns an exit status."""
     end = time.monotonic() + seconds
     journal.leave()  # a run that was stopped by hand is nobody's fault
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker goes too
     while True:
         left = max(0.0, end - time.monotonic())
         process = subprocess.Popen([*worker, provenance.WORKER_FLAG, f"{left:.1f}"])

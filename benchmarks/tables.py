@@ -20,12 +20,10 @@ def of_case(group: list[Row]) -> list[str]:
         name = f"**{row['contender']}**" if row["contender"].startswith("ours") else row["contender"]
         lines.append(f"| {name} | " + " | ".join(cell(row, group) or "–" for _, cell in columns) + " |")
     refused = [row for row in group if row["status"] not in ("ok", "absent") and not row["contender"].startswith("floor")]
-    lines += [""] * bool(refused)
-    for row in refused:
-        said = row["reason"] if row["status"] == "cannot" else f"{row['status']}: {row['reason']}"
-        lines.append(f"- {row['contender']}: {said}")
-    lines += [f"- {row['contender']}: {row['note']}" for row in ran if row.get("note")]
-    lines += [f"- {row['contender']} stopped: {row['stopped_by']}" for row in ran if row.get("stopped_by")]
+    said = [f"{row['contender']}: {'' if row['status'] == 'cannot' else row['status'] + ': '}{row['reason']}" for row in refused]
+    said += [f"{row['contender']}: {row['note']}" for row in ran if row.get("note")]
+    said += [f"{row['contender']} stopped: {row['stopped_by']}" for row in ran if row.get("stopped_by")]
+    lines += [""] * bool(said) + [f"- {sentence}" for sentence in said]
     if any(row.get("partial") for row in group):
         lines += ["", "The budget ended before this case was whole: some figures are missing."]
     return lines
@@ -131,7 +129,7 @@ def _error(key: str):
 
 def too_large(row: Row, group: list[Row], key: str) -> bool:
     """Whether an error is more than EAGER_ERROR_FACTOR times eager's."""
-    eager = next((r["errors"].get(key) for r in group if r["contender"] == "eager" and r["status"] == "ok"), None)
+    eager = next((r.get("errors", {}).get(key) for r in group if r["contender"] == "eager" and r["status"] == "ok"), None)
     return eager is not None and row.get("errors", {}).get(key, 0.0) > EAGER_ERROR_FACTOR * eager
 
 

@@ -1,7 +1,9 @@
 """The runner: a dry run of every question with small shapes, checks before clocks, budgets, resuming, crashes."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +178,19 @@ def test_a_contender_that_never_returns_is_killed_after_the_budget_and_recorded(
     monkeypatch.setattr(runner, "GRACE_SECONDS", 2)
     rows = supervise(tmp_path, "hangs", 25)
     assert rows["grpo", "guilty"]["status"] == "crashed" and "did not return" in rows["grpo", "guilty"]["reason"]
+
+
+def test_a_supervisor_that_is_told_to_stop_takes_its_worker_along(tmp_path):
+    worker = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import runner, journal
+runner.supervise({worker!r}, journal.Journal(None), 60)"""
+    supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker_id = int(supervisor.stdout.readline())
+    supervisor.terminate()
+    assert supervisor.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker_id, 0)
 
 
 def test_a_run_goes_on_in_the_midst_of_a_case_that_takes_contenders_one_by_one(tmp_path, monkeypatch):

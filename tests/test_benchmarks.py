@@ -58,8 +58,9 @@ def test_the_data_look_like_a_language_model():
     found = statistics(exact, problem.batch)
     assert -0.6 < found["mean_logprob"] < -0.1 and 0.1 < found["mean_entropy"] < 0.8
     assert 0.6 < found["sure_share"] < 0.95 and 0.01 < found["below_alpha_share"] < 0.1
-    assert exact.logprob.exp().max() > 0.999
     expert = problem.batch.role == Role.EXPERT
+    assert 0.02 < (exact.logprob[expert].exp() < 0.1).double().mean() < 0.1, "TrSFT has something to attenuate"
+    assert exact.logprob.exp().max() > 0.999
     assert 0.2 < expert.float().mean() < 0.3
     ratio = (exact.logprob - problem.batch.old_logprob).exp()
     assert 0.02 < ratio.std() < 0.1
