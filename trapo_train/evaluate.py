@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.engine import Engine
+from trapo_train.judging import judge_samples
 from trapo_train.parallel import World, interleave
 from trapo_train.records import Problem, Request
 from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
-from trapo_train.rollout import RolloutConfig, complete, draft, judge_samples
+from trapo_train.rollout import RolloutConfig, complete, draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

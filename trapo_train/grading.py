@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ class WorkerReward:
 
     Raises: RuntimeError for an exception of the function; TypeError for a column that is not plain JSON values.
     """
+
+    may_overlap = True
 
     def __init__(self, path: str, *, time_limit_s: float, memory_limit_mib: int) -> None:
         self.__name__ = path
@@ -46,6 +49,8 @@ class MathVerify:
     than `MATH_TIME_LIMIT_S` or crashes the grader earns 0.0 and is counted, and training goes on.
     """
 
+    may_overlap = True
+
     def __init__(self) -> None:
         self.__name__ = "math_verify"
         self._grader = Grader("trapo_train.math_grader", (), MATH_TIME_LIMIT_S, MATH_MEMORY_LIMIT_MIB)
@@ -66,27 +71,31 @@ class MathVerify:
 
 
 class Grader:
-    """A worker pool that starts when it is first asked, and counts what goes wrong in it."""
+    """A worker pool that starts when it is first asked, and counts what goes wrong in it. Threads may ask at once."""
 
     def __init__(self, module: str, arguments: Sequence[str], time_limit_s: float, memory_limit_mib: int) -> None:
         self._module, self._arguments = module, arguments
         self._limits = {"time_limit_s": time_limit_s, "memory_limit_mib": memory_limit_mib}
         self._pool: WorkerPool | None = None
         self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def ask(self, requests: Sequence[Sequence[Any]]) -> list[Answer]:
         """Answers in the order of the requests."""
         if not requests:
             return []
-        if self._pool is None:
-            self._pool = WorkerPool(self._module, self._arguments, num_workers=_num_workers(), **self._limits)
+        with self._lock:
+            if self._pool is None:
+                self._pool = WorkerPool(self._module, self._arguments, num_workers=_num_workers(), **self._limits)
         answers = self._pool.map(requests)
-        self._counts.update(answer.outcome for answer in answers)
+        with self._lock:
+            self._counts.update(answer.outcome for answer in answers)
         return answers
 
     def take_metrics(self) -> dict[str, float]:
         """Counts since this was last asked; an exception of the grader counts as a crash."""
-        counts, self._counts = self._counts, Counter()
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
         return {"reward/timeouts": float(counts["timeout"]), "reward/crashes": float(counts["crash"] + counts["error"])}
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from trapo_train.engine import Engine
 from trapo_train.evaluate import group_problems, standard_error
+from trapo_train.judging import judge_samples
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn
-from trapo_train.rollout import RolloutConfig, complete, draft, drop_long_experts, judge_samples
+from trapo_train.rollout import RolloutConfig, complete, draft, drop_long_experts
 
 ALL = "all"
 

@@ -62,6 +62,9 @@ class RewardFn(Protocol):
     `prompts` and `completions` are texts, one per row; a completion is the whole response, expert prefix included and
     special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with one
     value per row. Declare the ones you read and take the rest with `**columns`.
+
+    Rows are independent of each other: how many come in one call is not fixed. A plain function is called from the thread that
+    trains, an async one also several times at once (see `may_overlap`).
     """
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float | None]: ...
@@ -191,15 +194,28 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
-    """What several calls counted (see `take_metrics`) as one: counts add up, means are weighted by `sizes`, equally by default."""
+    """What several calls counted (see `take_metrics`) as one: counts and speeds add up, means are weighted by `sizes`, by default
+    equally."""
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         known = [i for i, part in enumerate(parts) if name in part]
         weights = [1 if sizes is None else sizes[i] for i in known]
-        is_count = name.endswith(("_count", "timeouts", "crashes"))
-        total = sum(parts[i][name] * (1 if is_count else weight) for i, weight in zip(known, weights, strict=True))
-        merged[name] = total if is_count else total / sum(weights)
+        adds_up = name.endswith(("_count", "timeouts", "crashes", "tokens_per_s"))
+        total = sum(parts[i][name] * (1 if adds_up else weight) for i, weight in zip(known, weights, strict=True))
+        merged[name] = total if adds_up else total / sum(weights)
     return merged
+
+
+def may_overlap(reward: RewardFn | WeightedSum) -> bool:
+    """Whether the reward may run in threads, several calls at once, while samples are generated: an async function, one that works
+    in worker programs, one with an attribute `may_overlap` that is true, or a sum of such.
+
+    A plain function may not: one that limits its own time by signals, as math-verify does, works in the main thread only.
+    """
+    if isinstance(reward, WeightedSum):
+        return all(may_overlap(term) for _, term, _ in reward.terms)
+    asynchronous = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+    return asynchronous or getattr(reward, "may_overlap", False)
 
 
 def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:

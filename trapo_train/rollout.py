@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from trapo_train.engine import Engine, SamplingParams
+from trapo_train.engine import Engine, SamplingParams, Stream
+from trapo_train.judging import Judging
 from trapo_train.parallel import interleave
 from trapo_train.plans import Outcome, Plan, PlanSteps
-from trapo_train.prefix import answer_in_prefix, cut_prefix
-from trapo_train.records import Problem, Request, Sample
-from trapo_train.rewards import RewardFn, judge, merge_metrics, take_metrics
+from trapo_train.prefix import cut_prefix
+from trapo_train.records import Completion, Problem, Request, Sample
+from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
 from trapo_train.vllm_server import VllmConfig
 
 ENGINES = ("transformers", "vllm_server")
 VERIFICATIONS = ("response", "completion")
+_MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,15 @@ class RolloutResult:
 
 @dataclass
 class _Climb:
-    """One problem on its way through its plan; `request` is what the plan waits for, None when it is done."""
+    """One problem on its way through its plan; `request` is what the plan waits for, None when it is done, `group` the samples for
+    it, of which `missing` are being generated, and `samples` those of earlier requests."""
 
     problem: Problem
     plan: PlanSteps
+    position: int
     request: Request | None = None
+    group: list[Sample] = field(default_factory=list)
+    missing: int = 0
     samples: list[Sample] = field(default_factory=list)
     micro_group: int = 0
     outcome: Outcome = field(default_factory=Outcome)
@@ -99,15 +106,65 @@ class _Climb:
         return [sample for sample in self.samples if sample.micro_group not in self.outcome.dropped]
 
 
+class _Ascent:
+    """All problems of a step on their way, one stream between them."""
+
+    def __init__(self, stream: Stream, judging: Judging, tokenizer: Any, config: RolloutConfig) -> None:
+        self.stream, self.judging, self.tokenizer, self.config = stream, judging, tokenizer, config
+        self.open: dict[int, tuple[_Climb, Sample]] = {}  # by the stream's ticket
+
+    def run(self, climbs: Sequence[_Climb]) -> float:
+        """Until every plan has ended; returns the seconds that plans waited for rewards and nothing was handed in."""
+        waited_s = 0.0
+        for climb in climbs:
+            self.go_on(climb, None)
+        while self.open or self.judging:
+            if self.judging and self.stream.hungry:
+                since = time.perf_counter()
+                judged = self.judging.take(wait=self.stream.in_order)
+                waited_s += time.perf_counter() - since
+                for climb in sorted(judged, key=lambda climb: climb.position):
+                    climb.samples.extend(climb.group)
+                    self.go_on(climb, [sample.reward for sample in climb.group])
+                if judged:
+                    continue
+            for ticket, completion in self.stream.advance(self.judging.futures):
+                climb, sample = self.open.pop(ticket)
+                _fill(sample, completion)
+                climb.missing -= 1
+                if climb.missing == 0:
+                    self.judging.start(climb, climb.group)
+        return waited_s
+
+    def go_on(self, climb: _Climb, rewards: list[float] | None) -> None:
+        """Take the plan's next request and hand it in."""
+        climb.advance(rewards)
+        if climb.request is None:
+            return
+        climb.group = draft(climb.problem, climb.request, climb.micro_group, self.tokenizer, self.config)
+        if climb.request.prefix_ratio == 1.0:
+            self.judging.start(climb, climb.group)
+            return
+        climb.missing = len(climb.group)
+        for number, sample in enumerate(climb.group, start=len(climb.samples)):
+            budget = self.config.max_response_tokens - len(sample.prefix_ids)
+            ticket = self.stream.submit(_prompt(sample), budget, key=climb.position * _MOST_SAMPLES + number)
+            self.open[ticket] = climb, sample
+
+
 def run_plans(
     problems: Sequence[Problem], plan: Plan, engine: Engine, reward: RewardFn, tokenizer: Any, config: RolloutConfig
 ) -> RolloutResult:
     """Run the plan of each problem to its end and return its samples, with rewards; those that the plan drops only count in
     the metrics.
 
-    The work goes in rounds. A round samples and scores the outstanding request of every problem that is not done, in one
-    engine call and one reward call, and each plan answers with its next request. Requests for full expert traces need no
-    engine, so they are settled first and no problem waits for another one's generation to move past one.
+    There are no rounds. A problem's samples are judged once the last of a request is there, its plan answers with the next
+    request, and that joins what the engine is generating for other problems. Requests for full expert traces need no engine.
+
+    When rewards are awaited depends on the engine. With one in this process (`Stream.in_order`) they are awaited whenever
+    further prompts would join, and only then, all that are under way: what is generated together then follows from the samples
+    alone, however long a reward takes, so that an interrupted run resumes to the same bits. With a server a plan goes on as soon
+    as its own rewards are there. Asynchronous rewards and those in workers run beside the generation (see `Judging`).
 
     Every expert trace must fit into max_response_tokens. A prefix ends before its trace does, so it leaves a budget of at
     least one token: max_response_tokens - prefix.
@@ -116,24 +173,20 @@ def run_plans(
         ValueError: an expert trace longer than max_response_tokens, before anything is sampled; a request that names no
             expert trace of its problem.
         RewardError: see `rewards.judge`.
+        EngineError: see `vllm_server`.
     """
     _check_experts_fit(problems, config)
-    climbs = [_Climb(problem, plan(problem)) for problem in problems]
-    for climb in climbs:
-        climb.advance(None)
-    none_count = 0
-    while live := [climb for climb in climbs if climb.request is not None]:
-        batch = [climb for climb in live if climb.request.prefix_ratio == 1.0] or live
-        drafts = [draft(climb.problem, climb.request, climb.micro_group, tokenizer, config) for climb in batch]
-        samples = [sample for group in drafts for sample in group]
-        complete(samples, engine, config, temperature=config.temperature)
-        none_count += judge_samples(samples, reward, tokenizer, config)
-        for climb, group in zip(batch, drafts, strict=True):
-            climb.samples.extend(group)
-            climb.advance([sample.reward for sample in group])
+    climbs = [_Climb(problem, plan(problem), position) for position, problem in enumerate(problems)]
+    params = SamplingParams(config.max_response_tokens, temperature=config.temperature, top_p=config.top_p)
+    started = time.perf_counter()
+    with engine.stream(params) as stream, Judging(reward, tokenizer, config) as judging:
+        reward_s = _Ascent(stream, judging, tokenizer, config).run(climbs)
+        measured = {"reward/none_count": float(judging.none_count), "time/reward_s": reward_s, **stream.metrics()}
     sampled = [climb.samples for climb in climbs]
-    metrics = _metrics(sampled) | {"reward/none_count": float(none_count)} | take_metrics(reward)
+    generated = sum(len(sample.completion_ids) for group in sampled for sample in group)
+    measured["rollout/tokens_per_s"] = generated / (time.perf_counter() - started)
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
+    metrics = _metrics(sampled) | measured | take_metrics(reward)
     return RolloutResult([climb.kept for climb in climbs], metrics, sampled, deferred)
 
 
@@ -142,7 +195,7 @@ def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     if len(parts) == 1:
         return parts[0]
     sampled = interleave([part.sampled for part in parts])
-    # What the samples do not tell: counts add up, means of single rewards are averaged over the ranks.
+    # What the samples do not tell: counts and speeds add up, all else is averaged over the ranks.
     metrics = _metrics(sampled)
     metrics |= merge_metrics([{name: value for name, value in part.metrics.items() if name not in metrics} for part in parts])
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
@@ -196,34 +249,20 @@ def complete(
         top_p=config.top_p,
         seed=seed,
     )
-    prompts = [[*sample.problem.prompt_ids, *sample.prefix_ids] for sample in open_samples]
+    prompts = [_prompt(sample) for sample in open_samples]
     for sample, completion in zip(open_samples, engine.generate(prompts, params), strict=True):
-        sample.completion_ids = completion.token_ids
-        sample.completion_logprobs = completion.logprobs
-        sample.finish_reason = completion.finish_reason
+        _fill(sample, completion)
 
 
-def judge_samples(samples: Sequence[Sample], reward: RewardFn, tokenizer: Any, config: RolloutConfig) -> int:
-    """Set `reward` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
-
-    With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
-    written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
-    """
-    texts = []
-    for sample in samples:
-        alone = config.verify == "completion" and sample.prefix_ratio < 1.0
-        texts.append(_decode(tokenizer, sample.completion_ids if alone else sample.prefix_ids + sample.completion_ids))
-    rewards = judge(reward, [sample.problem for sample in samples], texts)
-    for sample, value in zip(samples, rewards, strict=True):
-        sample.reward = 0.0 if value is None else value
-        if sample.guided:
-            prefix_text = _decode(tokenizer, sample.prefix_ids)
-            sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)
-    return sum(value is None for value in rewards)
+def _prompt(sample: Sample) -> list[int]:
+    """What the engine continues."""
+    return [*sample.problem.prompt_ids, *sample.prefix_ids]
 
 
-def _decode(tokenizer: Any, token_ids: tuple[int, ...]) -> str:
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _fill(sample: Sample, completion: Completion) -> None:
+    sample.completion_ids = completion.token_ids
+    sample.completion_logprobs = completion.logprobs
+    sample.finish_reason = completion.finish_reason
 
 
 def _check_experts_fit(problems: Sequence[Problem], config: RolloutConfig) -> None:

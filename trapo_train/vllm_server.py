@@ -10,20 +10,25 @@ trainer writes its weights as safetensors to `sync_dir`, and the server reads th
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from urllib.parse import urlsplit
 
-from trapo_train.engine import SamplingParams
+from trapo_train.draws import request_key
+from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
 from trapo_train.records import Completion
 
-_FIRST_PAUSE_S = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class VllmConfig:
     sync_dir: str | None = None
     """Folder that the trainer writes weights to and the server reads them from; null for vllm_weights in output_dir."""
     timeout_s: float = 1800.0
-    """Longest wait for one answer, in seconds, above 0."""
+    """Longest wait for one answer, in seconds, above 0; it includes the time that a request waits in the server's queue."""
     max_retries: int = 3
-    """Further attempts after a failed connection or an error of the server, at least 0."""
+    """Further attempts after a failed connection, an error of the server or timeout_s, at least 0; the first after 0.5 s, each
+    further one after twice the time, at most 30 s."""
     max_in_flight: int = 256
     """Most requests sent at once, at least 1."""
 
@@ -54,31 +60,31 @@ class VllmConfig:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
 
 
-class EngineError(RuntimeError):
-    """A generation server that is down, too slow, or answers what cannot be used; nothing of the step has been trained."""
-
-
-class VllmServerEngine:
-    """Samples from a vLLM server over its OpenAI-compatible protocol, one request per prompt, all at once.
+class VllmServerEngine(SeededEngine):
+    """Samples from a vLLM server over its OpenAI-compatible protocol, one request per prompt, many at once.
 
     `Completion.logprobs` are what the server reports; see the module's docstring for the server's option.
+
+    A connection that breaks may mean that the server has started anew, with its old weights: it reads those of this run again
+    before the request is repeated.
 
     Determinism: requests carry seeds derived from the engine's, so that equal states ask for equal samples; what a GPU server
     answers may still depend on how it batches them.
     """
 
     def __init__(self, config: VllmConfig, model: str, sync_dir: Path, tokenizer: Any, *, seed: int) -> None:
+        super().__init__(seed)
         self._config = config
         self._model = config.model or model
         self._tokenizer = tokenizer
-        self._seed = seed
-        self._requests = 0
+        self._weights: _Weights | None = None  # none handed over yet
         self.sync_dir = Path(config.sync_dir or sync_dir).resolve()
 
     def check(self) -> None:
         """Raise EngineError unless the server answers and offers the model."""
-        self._call("GET", "/health")
-        offered = [entry.get("id") for entry in (self._call("GET", "/v1/models") or {}).get("data", [])]
+        client = _Client(self._config)
+        client.call("GET", "/health")
+        offered = [entry.get("id") for entry in (client.call("GET", "/v1/models") or {}).get("data", [])]
         if self._model not in offered:
             raise EngineError(
                 f"vllm_server: the server must offer the model {self._model!r}, it offers {offered}. Set rollout.vllm.model."
@@ -86,94 +92,180 @@ class VllmServerEngine:
 
     def load_weights(self) -> None:
         """Have the server read the weights in `sync_dir` and forget what it cached of the old ones."""
-        self._call(
+        client = _Client(self._config)
+        client.call(
             "POST",
             "/collective_rpc",
             {"method": "reload_weights", "kwargs": {"weights_path": str(self.sync_dir), "is_checkpoint_format": True}},
         )
-        self._call("POST", "/reset_prefix_cache", {})
+        client.call("POST", "/reset_prefix_cache", {})
+        if self._weights is None:
+            self._weights = _Weights(self.load_weights)
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion per prompt, in the order of the prompts.
+    def stream(self, params: SamplingParams) -> VllmServerStream:
+        """Start generating for requests that arrive one after another; each brings its own budget."""
+        body = {
+            "model": self._model,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            # Not the model's own list, which may name further tokens: what ends a completion is decided here.
+            "stop_token_ids": list(stop_ids(params, self._tokenizer)),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        return VllmServerStream(_Client(self._config, self._weights), self._config.max_in_flight, body, self._next_key(params))
+
+
+class VllmServerStream:
+    """Requests to a vLLM server (see `Stream`): they are sent as they are handed in, and done in whatever order."""
+
+    in_order, hungry = False, True
+
+    def __init__(self, client: _Client, max_in_flight: int, body: dict[str, Any], key: int) -> None:
+        self._client, self._body, self._key = client, body, key
+        self._threads = ThreadPoolExecutor(max_in_flight, thread_name_prefix="vllm-server")
+        self._running: dict[Future, int] = {}
+        self._tickets = 0
+        self._busy_s, self._started, self._ended = 0.0, time.perf_counter(), 0.0
+
+    def submit(self, prompt: Sequence[int], budget: int, key: int) -> int:
+        """Send a request."""
+        self._tickets += 1
+        seed = request_key(self._key, key) & (2**63 - 1)
+        body = self._body | {"prompt": list(prompt), "max_tokens": budget, "seed": seed}
+        self._running[self._threads.submit(self._complete, body)] = self._tickets
+        return self._tickets
+
+    def advance(self, others: Collection[Future] = ()) -> list[tuple[int, Completion]]:
+        """Wait until a request or one of `others` is done.
 
         Raises: EngineError after the last retry, or for an answer that does not fit its request.
         """
-        if not prompts:
-            return []
-        stops = params.stop_token_ids if params.stop_token_ids is not None else (self._tokenizer.eos_token_id,)
-        bodies = []
-        for i, (prompt, budget) in enumerate(zip(prompts, params.budgets(len(prompts)), strict=True)):
-            seed = self._seed * 1_000_003 + self._requests + i if params.seed is None else params.seed * 1_000_003 + i
-            bodies.append(
-                {
-                    "model": self._model,
-                    "prompt": list(prompt),
-                    "max_tokens": budget,
-                    "temperature": params.temperature,
-                    "top_p": params.top_p,
-                    "top_k": params.top_k or -1,
-                    "seed": seed % 2**31,
-                    "stop_token_ids": list(stops),
-                    "logprobs": 0,
-                    "return_token_ids": True,
-                    "skip_special_tokens": False,
-                }
-            )
-        if params.seed is None:
-            self._requests += len(bodies)
-        with ThreadPoolExecutor(min(self._config.max_in_flight, len(bodies))) as threads:
-            return list(threads.map(self._complete, bodies))
+        wait([*self._running, *others], return_when=FIRST_COMPLETED)
+        done = []
+        for future in [future for future in self._running if future.done()]:
+            completion, seconds = future.result()
+            self._busy_s, self._ended = self._busy_s + seconds, time.perf_counter()
+            done.append((self._running.pop(future), completion))
+        return done
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many requests have drawn seeds, so that a resumed run asks for what the interrupted one would have."""
-        return {"requests": self._requests, "seed": self._seed}
+    def metrics(self) -> dict[str, float]:
+        """The mean number of requests that the server worked at, those in its queue included."""
+        return {"rollout/rows_in_flight": self._busy_s / (self._ended - self._started)} if self._ended else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._requests, self._seed = state["requests"], state["seed"]
+    def _complete(self, body: dict[str, Any]) -> tuple[Completion, float]:
+        started = time.perf_counter()
+        completion = _read_completion(self._client.call("POST", "/v1/completions", body), body["max_tokens"])
+        return completion, time.perf_counter() - started
 
-    def reseed(self, seed: int) -> None:
-        """Start with another seed."""
-        self._seed, self._requests = seed, 0
+    def __enter__(self) -> Self:
+        return self
 
-    def _complete(self, body: dict[str, Any]) -> Completion:
-        answer = self._call("POST", "/v1/completions", body)
-        try:
-            (choice,) = answer["choices"]
-            token_ids, reason = choice["token_ids"], choice["finish_reason"]
-            logprobs = choice["logprobs"]["token_logprobs"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(
-                f"vllm_server: an answer must hold one choice with token_ids, finish_reason and logprobs, got {str(answer)[:300]}. "
-                "return_token_ids needs vLLM ≥ 0.12."
-            ) from error
-        fits = reason in ("stop", "length") and 0 < len(token_ids) == len(logprobs) <= body["max_tokens"]
-        if not fits or not all(isinstance(x, int | float) for x in logprobs):
-            raise EngineError(
-                f"vllm_server: an answer must hold 1 to {body['max_tokens']} tokens with a logprob each and end by stop or length, "
-                f"got {len(token_ids)} tokens, {len(logprobs)} logprobs and {reason!r}."
-            )
-        return Completion(tuple(token_ids), tuple(map(float, logprobs)), reason)
+    def __exit__(self, *error: object) -> None:
+        self._client.stop()  # or threads would wait for a server that hangs, and this process for them
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer as JSON, None for an empty one."""
+
+def _read_completion(answer: Any, max_tokens: int) -> Completion:
+    try:
+        (choice,) = answer["choices"]
+        token_ids, reason = choice["token_ids"], choice["finish_reason"]
+        logprobs = choice["logprobs"]["token_logprobs"]
+        fits = reason in ("stop", "length") and 0 < len(token_ids) == len(logprobs) <= max_tokens
+        fits = fits and all(isinstance(token_id, int) for token_id in token_ids) and all(map(math.isfinite, logprobs))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"vllm_server: an answer must hold one choice with token_ids, finish_reason and logprobs, got {str(answer)[:300]}. "
+            "The server must be vLLM ≥ 0.20."
+        ) from error
+    if not fits:
+        raise EngineError(
+            f"vllm_server: an answer must hold 1 to {max_tokens} tokens with a logprob each, a finite number, and end by stop or "
+            f"length, got {len(token_ids)} tokens, {len(logprobs)} logprobs and {reason!r}."
+        )
+    return Completion(tuple(token_ids), tuple(map(float, logprobs)), reason)
+
+
+class _Weights:
+    """Has the server read this run's weights again, once for all the requests whose connections broke together."""
+
+    def __init__(self, load: Callable[[], None]) -> None:
+        self.times = 0
+        self._load, self._lock = load, threading.Lock()
+
+    def restore(self, seen: int) -> None:
+        """Read them unless that has been done since `times` was `seen`."""
+        with self._lock:
+            if self.times == seen:
+                self._load()
+                self.times += 1
+
+
+class _Client:
+    """Requests with a bounded number of repetitions, from any number of threads; each thread keeps its connection.
+
+    `weights` are restored before a request is repeated whose connection broke.
+    """
+
+    def __init__(self, config: VllmConfig, weights: _Weights | None = None) -> None:
+        self._config, self._weights = config, weights
+        self._address = urlsplit(config.base_url.rstrip("/"))
+        self._connections: dict[int, HTTPConnection] = {}  # by thread
+        self._stopped = threading.Event()
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The answer as JSON, None for an empty one.
+
+        Raises: EngineError, saying what went wrong at last.
+        """
         url = self._config.base_url.rstrip("/") + path
-        data = None if body is None else json.dumps(body).encode()
+        broken, seen = False, 0
         for attempt in range(self._config.max_retries + 1):
-            request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+            if attempt:
+                self._stopped.wait(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
+            if self._stopped.is_set():
+                raise EngineError(f"vllm_server: {method} {url} was called off.")
             try:
-                with urllib.request.urlopen(request, timeout=self._config.timeout_s) as response:
-                    text = response.read()
-                return json.loads(text) if text.strip() else None
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read().decode(errors='replace')[:300]}"
-                if error.code < 500 and error.code != 429:
-                    raise EngineError(f"vllm_server: {method} {url} was refused: {reason}") from error
-            except (OSError, ValueError) as error:  # no connection, a timeout, a broken answer
+                if self._weights is not None:
+                    if broken:
+                        self._weights.restore(seen)
+                    seen = self._weights.times
+                status, text = self._exchange(method, self._address.path + path, body)
+                if status < 400:
+                    return json.loads(text) if text.strip() else None
+                reason = f"HTTP {status}: {text.decode(errors='replace')[:300]}"
+                if status < 500 and status != 429:
+                    raise EngineError(f"vllm_server: {method} {url} was refused: {reason}")
+            except (OSError, HTTPException, ValueError) as error:  # no connection, a timeout, a broken answer
                 reason = f"{type(error).__name__}: {error}"
-            if attempt < self._config.max_retries:
-                time.sleep(_FIRST_PAUSE_S * 2**attempt)
+                broken = isinstance(error, ConnectionError)
         raise EngineError(
             f"vllm_server: {method} {url} failed {self._config.max_retries + 1} times, at last with {reason}. Check that the "
             "server runs (VLLM_SERVER_DEV_MODE=1 vllm serve …), then continue with checkpoint.resume=true."
         )
+
+    def stop(self) -> None:
+        """Call off everything that is under way; a server that runs stops generating for it."""
+        self._stopped.set()
+        for connection in list(self._connections.values()):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+        thread = threading.get_ident()
+        if thread not in self._connections:
+            kind = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
+            self._connections[thread] = kind(self._address.netloc, timeout=self._config.timeout_s)
+        connection = self._connections[thread]
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, HTTPException):
+            connection.close()  # the next attempt opens a new one
+            raise

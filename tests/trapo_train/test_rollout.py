@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from tests.trapo_train.scripted import ScriptedEngine
 from trapo_train.plans import PlanConfig, build_plan
-from trapo_train.records import Completion, ExpertTrace, Problem, Request
+from trapo_train.records import ExpertTrace, Problem, Request
 from trapo_train.rewards import RewardError
 from trapo_train.rollout import RolloutConfig, drop_long_experts, run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
@@ -28,33 +29,12 @@ def problem(index=0, prompt="ab,bc?a4:", solution="de", experts=(EXPERT,)):
     return Problem(index, prompt, ids(prompt), solution, tuple(ExpertTrace(text, ids(text)) for text in experts))
 
 
-class ScriptedEngine:
-    """Answers each prompt by `script(text)`, cut to its budget; remembers its calls as [(text, budget), …]."""
-
-    def __init__(self, script):
-        self.script = script
-        self.calls = []
-        self.params = []
-
-    def generate(self, prompts, params):
-        budgets = params.budgets(len(prompts))
-        texts = [text_of(prompt) for prompt in prompts]
-        self.calls.append(list(zip(texts, budgets, strict=True)))
-        self.params.append(params)
-        completions = []
-        for text, budget in zip(texts, budgets, strict=True):
-            token_ids = ids(self.script(text))[:budget]
-            reason = "stop" if token_ids[-1] == TOKENIZER.eos_token_id else "length"
-            completions.append(Completion(token_ids, (-0.5,) * len(token_ids), reason))
-        return completions
-
-
 def always(text):
     return lambda prompt: text
 
 
 def run(problems, plan="paper", script=None, reward=pointer_chasing_reward, config=CONFIG, **plan_options):
-    engine = ScriptedEngine(script or always(WRONG))
+    engine = ScriptedEngine(TOKENIZER, script or always(WRONG))
     plan = plan if callable(plan) else build_plan(PlanConfig(plan, **plan_options))
     return run_plans(problems, plan, engine, reward, TOKENIZER, config), engine
 
@@ -195,7 +175,7 @@ def test_problem_without_expert_and_no_problems():
 
 def test_an_expert_longer_than_the_budget_is_refused_before_any_work():
     config = replace(CONFIG, max_response_tokens=14)
-    engine = ScriptedEngine(always(WRONG))
+    engine = ScriptedEngine(TOKENIZER, always(WRONG))
     plan = build_plan(PlanConfig("paper"))
     with pytest.raises(ValueError, match=r"max_response_tokens = 14, got 15 tokens in problem 1.*drop_long_experts"):
         run_plans([problem(0, experts=()), problem(1)], plan, engine, pointer_chasing_reward, TOKENIZER, config)

@@ -27,7 +27,7 @@ from trapo_train.schema import ConfigError
 from trapo_train.step import NonFiniteError
 from trapo_train.train import Trainer, run
 
-MEASURED = ("tokens_per_s", "peak_memory_mib", "time/rollout_s", "time/update_s")
+MEASURED = ("tokens_per_s", "peak_memory_mib", "time/rollout_s", "time/update_s", "time/reward_s", "rollout/tokens_per_s")
 TINY = {
     "steps": 6,
     "prompts_per_step": 3,

@@ -1,0 +1,116 @@
+"""Rewards of samples, while further ones are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from trapo_train.prefix import answer_in_prefix
+from trapo_train.records import Sample
+from trapo_train.rewards import RewardFn, WeightedSum, judge, may_overlap
+
+if TYPE_CHECKING:
+    from trapo_train.rollout import RolloutConfig
+
+_CALLS_AT_ONCE = 64
+
+
+@dataclass(eq=False)
+class _Case:
+    """Samples of one owner, and what they are judged by; `future` is None where the reward has yet to be called."""
+
+    owner: Any
+    samples: Sequence[Sample]
+    texts: list[str]
+    future: Future | None = field(default=None)
+
+
+class Judging:
+    """Rewards under way. A context: leaving it calls off what has not begun.
+
+    A reward that may overlap (see `rewards.may_overlap`) is called at once, in a thread, for the samples of each `start` alone.
+    Any other one is called when its values are taken, in the thread that takes them, once for everything that was started.
+    """
+
+    def __init__(self, reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> None:
+        self.none_count = 0
+        self._reward, self._tokenizer, self._config = reward, tokenizer, config
+        self._cases: list[_Case] = []
+        self._threads = ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="reward") if may_overlap(reward) else None
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    @property
+    def futures(self) -> Collection[Future]:
+        """The calls under way, to wait for."""
+        return [case.future for case in self._cases if case.future is not None]
+
+    def start(self, owner: Any, samples: Sequence[Sample]) -> None:
+        """Judge `samples`; `take` gives back their owner."""
+        case = _Case(owner, samples, _texts(samples, self._tokenizer, self._config))
+        if self._threads is not None:
+            case.future = self._threads.submit(judge, self._reward, [sample.problem for sample in samples], case.texts)
+        self._cases.append(case)
+
+    def take(self, *, wait: bool) -> list[Any]:
+        """The owners whose samples now have their rewards, in the order of their start: of all that were started if `wait`, else
+        of those that are there.
+
+        Raises: RewardError: see `rewards.judge`.
+        """
+        if self._threads is None:
+            opinions = self._judge_all()
+            taken, self._cases = self._cases, []
+        else:
+            taken = [case for case in self._cases if wait or case.future.done()]
+            opinions = [case.future.result() for case in taken]
+            self._cases = [case for case in self._cases if case not in taken]
+        for case, values in zip(taken, opinions, strict=True):
+            self.none_count += _settle(case.samples, values, self._tokenizer)
+        return [case.owner for case in taken]
+
+    def _judge_all(self) -> list[list[float | None]]:
+        problems = [sample.problem for case in self._cases for sample in case.samples]
+        values = iter(judge(self._reward, problems, [text for case in self._cases for text in case.texts]))
+        return [[next(values) for _ in case.samples] for case in self._cases]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> int:
+    """Set `reward` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
+
+    With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
+    written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
+    """
+    values = judge(reward, [sample.problem for sample in samples], _texts(samples, tokenizer, config))
+    return _settle(samples, values, tokenizer)
+
+
+def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> list[str]:
+    texts = []
+    for sample in samples:
+        alone = config.verify == "completion" and sample.prefix_ratio < 1.0
+        texts.append(_decode(tokenizer, sample.completion_ids if alone else sample.prefix_ids + sample.completion_ids))
+    return texts
+
+
+def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any) -> int:
+    for sample, value in zip(samples, values, strict=True):
+        sample.reward = 0.0 if value is None else value
+        if sample.guided:
+            prefix_text = _decode(tokenizer, sample.prefix_ids)
+            sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)
+    return sum(value is None for value in values)
+
+
+def _decode(tokenizer: Any, token_ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
