@@ -23,6 +23,7 @@ using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 const T* check_vector(const char* op, const char* name, const Tensor& x, int64_t length, ScalarType dtype) {
+  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on the GPU of the logits, got a tensor on the CPU.");
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length && x.is_contiguous() && x.scalar_type() == dtype, op, ": ", name,
                   " must be contiguous, of length ", length, " and of the dtype of the schema, got ", x.dim(), " dimensions.");
   return static_cast<const T*>(x.const_data_ptr());

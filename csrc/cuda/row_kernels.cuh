@@ -5,6 +5,8 @@
 //
 // Reads / writes per fp32 logit with bf16 gradients: one block 4 + 4 + 2 bytes, a cluster 4 + 2. Order: a thread's columns ascend,
 // then lanes, warps and blocks combine in a fixed order: bitwise repeatable. Addresses are 64-bit.
+// A block of a cluster asks for its whole slice at once, and two blocks of different rows share a multiprocessor where they fit: one
+// computes while the other waits for memory.
 // Edges: a row that is ignored is written as zeros and never read; rows whose start is not 16-byte aligned load one by one.
 
 #pragma once
@@ -65,16 +67,28 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// Up to kWidth raw logits from column `i`, with bias and transform; `floor` beyond `end`.
+// z of up to kWidth raw logits that lie at `from` and are those of columns i, i + 1, …; -inf beyond `end`. What a call has none of,
+// bias or softcap, costs a branch per kWidth logits.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_z(const RowArguments& a, const T* row, const Transform& t, int64_t i, int64_t end, float (&z)[kWidth]) {
+__device__ __forceinline__ void load_z(const RowArguments& a, const T* from, const Transform& t, int64_t i, int64_t end, float (&z)[kWidth]) {
   if (i + kWidth <= end) {
-    const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(row + i);
+    const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(from);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = t.z(to_float(pack.lane[k]) + (a.bias ? a.bias[i + k] : 0.0f));
+    for (int k = 0; k < kWidth; ++k) z[k] = to_float(pack.lane[k]);
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? t.z(to_float(row[i + k]) + (a.bias ? a.bias[i + k] : 0.0f)) : -INFINITY;
+    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? to_float(from[k]) : -INFINITY;
+  }
+  if (a.bias) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z[k] += i + k < end ? a.bias[i + k] : 0.0f;
+  }
+  if (t.softcap == 0.0f) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z[k] *= t.inverse_temperature;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? t.z(z[k]) : -INFINITY;
   }
 }
 
@@ -99,16 +113,24 @@ __device__ void write_zeros(T* row, int64_t begin, int64_t end) {
   for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) store_gradient<T, kWidth>(row, i, end, zeros);
 }
 
+// Which of columns i, i + 1, … i + kWidth - 1 is the target; -1 if none is.
 template <int kWidth>
-__device__ __forceinline__ void add_logits(RunningSoftmax& s, const float (&z)[kWidth], int64_t i, int64_t target) {
-  float most = s.max;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) most = i + k != target && most < z[k] ? z[k] : most;
-  if (most > s.max) raise_max(s, most);
+__device__ __forceinline__ int place_of(int64_t target, int64_t i) {
+  return target >= i && target < i + kWidth ? static_cast<int>(target - i) : -1;
+}
+
+// Adds kWidth logits to the sums; the one at `target_place`, if any, stays out of them.
+template <int kWidth>
+__device__ __forceinline__ void add_logits(RunningSoftmax& s, const float (&z)[kWidth], int target_place) {
+  float others[kWidth], most = s.max;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    if (i + k != target) add_logit(s, z[k]);
+    others[k] = k == target_place ? -INFINITY : z[k];
+    most = most < others[k] ? others[k] : most;
   }
+  if (most > s.max) raise_max(s, most);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) add_logit(s, others[k]);
 }
 
 // The sums of all threads, in every thread.
@@ -149,10 +171,10 @@ __device__ __forceinline__ float target_logit(const RowArguments& a, const T* ro
 // The gradient of columns [i, i + kWidth), from their z.
 template <typename G, int kWidth>
 __device__ __forceinline__ void gradient_of(const RowGradient& row, const Transform& t, float z_target, const float (&z)[kWidth],
-                                            int64_t i, int64_t target, float (&g)[kWidth]) {
+                                            int target_place, float (&g)[kWidth]) {
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    g[k] = i + k == target ? row.at_target * t.slope(z_target) : row.elsewhere(z[k]) * t.slope(z[k]);
+    g[k] = k == target_place ? row.at_target * t.slope(z_target) : row.elsewhere(z[k]) * t.slope(z[k]);
   }
 }
 
@@ -164,8 +186,8 @@ __device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, 
   for (int64_t tile = 0; tile < a.vocab_size; tile += kThreads * kWidth) {
     const int64_t i = tile + threadIdx.x * kWidth;
     float z[kWidth], g[kWidth];
-    load_z<T, kWidth>(a, logits, t, i, a.vocab_size, z);
-    gradient_of<G, kWidth>(row, t, z_target, z, i, target, g);
+    load_z<T, kWidth>(a, logits + i, t, i, a.vocab_size, z);
+    gradient_of<G, kWidth>(row, t, z_target, z, place_of<kWidth>(target, i), g);
     __syncthreads();
     store_gradient<G, kWidth>(grad, i, a.vocab_size, g);
   }
@@ -188,8 +210,8 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   RunningSoftmax s = empty_softmax();
   for (int64_t i = threadIdx.x * kWidth; i < a.vocab_size; i += kThreads * kWidth) {
     float z[kWidth];
-    load_z<T, kWidth>(a, logits, t, i, a.vocab_size, z);
-    add_logits<kWidth>(s, z, i, target);
+    load_z<T, kWidth>(a, logits + i, t, i, a.vocab_size, z);
+    add_logits<kWidth>(s, z, place_of<kWidth>(target, i));
   }
   const RowStatistics statistics = finish(block_combine(s, per_warp), z_target);
   const float c = put_statistics(a, row, statistics, threadIdx.x == 0);
@@ -216,11 +238,25 @@ __global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_con
   gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
 }
 
-// A cluster of blocks per row: each holds the z of its slice of `slice` columns in shared memory, so HBM is read once.
+// Starts a copy of 16 bytes from HBM to shared memory; of the bytes from `valid` on zeros arrive.
+__device__ __forceinline__ void start_copy(void* to, const void* from, int valid) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid) : "memory");
+}
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last kPending groups of this thread's copies are there. Only this thread may count on them: no other is told.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A cluster of blocks per row: each keeps its slice of `slice` columns in shared memory, so HBM is read once. Every thread reads
+// there what it has copied itself, so the copies need no barrier.
 template <typename T, typename G, int kWidth>
-__global__ void __launch_bounds__(kThreads, 1) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
+__global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) float z_slice[];
+  extern __shared__ __align__(16) unsigned char memory[];
   __shared__ RunningSoftmax per_warp[kWarps];
   __shared__ RunningSoftmax of_block;
   const cg::cluster_group cluster = cg::this_cluster();
@@ -235,17 +271,29 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_policy_kernel(const __gri
     write_zeros<G, kWidth>(grad, begin, end);
     return;
   }
+  T* const mine = reinterpret_cast<T*>(memory);
+  const int64_t first = begin + threadIdx.x * kWidth, step = kThreads * kWidth;
+  const int64_t half = first + (end - begin) / (2 * step) * step;  // one half is summed while the other is on its way
+  for (int64_t i = first; i < end; i += step) {
+    if (i == half) close_copies();
+    start_copy(mine + (i - begin), logits + i, static_cast<int>(min(int64_t{kWidth}, end - i) * sizeof(T)));
+  }
+  close_copies();
   const Transform t = a.transform(row);
   const int64_t target = a.target[row];
   const float z_target = target_logit(a, logits, t, target);
   RunningSoftmax s = empty_softmax();
-  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) {
-    float z[kWidth];
-    load_z<T, kWidth>(a, logits, t, i, end, z);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) z_slice[i - begin + k] = z[k];  // slices are multiples of kWidth: the tail has room
-    add_logits<kWidth>(s, z, i, target);
-  }
+  const auto add_columns = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i += step) {
+      float z[kWidth];
+      load_z<T, kWidth>(a, mine + (i - begin), t, i, end, z);
+      add_logits<kWidth>(s, z, place_of<kWidth>(target, i));
+    }
+  };
+  wait_copies<1>();
+  add_columns(first, half);
+  wait_copies<0>();
+  add_columns(half, end);
   s = block_combine(s, per_warp);
   if (threadIdx.x == 0) of_block = s;
   cluster.sync();  // all slices are read and all sums are there
@@ -255,11 +303,10 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_policy_kernel(const __gri
   const RowStatistics statistics = finish(s, z_target);
   const float c = put_statistics(a, row, statistics, writer);
   const RowGradient gradient(statistics, c, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
-  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) {
+  for (int64_t i = first; i < end; i += step) {
     float z[kWidth], g[kWidth];
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = z_slice[i - begin + k];
-    gradient_of<G, kWidth>(gradient, t, z_target, z, i, target, g);
+    load_z<T, kWidth>(a, mine + (i - begin), t, i, end, z);
+    gradient_of<G, kWidth>(gradient, t, z_target, z, place_of<kWidth>(target, i), g);
     store_gradient<G, kWidth>(grad, i, end, g);
   }
 #endif

@@ -7,8 +7,8 @@ namespace trapo {
 namespace {
 
 constexpr int64_t kVectorBytes = 16;
-constexpr int64_t kSharedBytes = 200 * 1024;  // of 227 KiB that a block may have on sm_90 and sm_100
-constexpr int kLargestCluster = 8;            // the largest that every GPU with clusters can place
+constexpr int64_t kReservedBytes = 2048;  // of shared memory, per block: its static part, a slice's rounding, what the system keeps
+constexpr int kLargestCluster = 8;        // the largest that every GPU with clusters can place
 
 struct Matrix {
   void* data;
@@ -40,13 +40,22 @@ RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor&
   return a;
 }
 
-// Blocks of a cluster whose shared memory holds a row, 0 where no cluster does.
-int cluster_blocks(int64_t vocab_size) {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9) return 0;
-  for (int blocks = 1; blocks <= kLargestCluster; blocks *= 2) {
-    if ((vocab_size + blocks - 1) / blocks * 4 + 64 <= kSharedBytes) return blocks;
+int device_attribute(const char* op, cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Blocks of a cluster whose shared memory holds a row: so many that two blocks fit a multiprocessor, else one; 0 where no cluster does.
+int cluster_blocks(const char* op, int64_t row_bytes) {
+  if (device_attribute(op, cudaDevAttrComputeCapabilityMajor) < 9) return 0;
+  const int shared[] = {device_attribute(op, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2,
+                        device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  for (const int of_block : shared) {
+    for (int blocks = 1; blocks <= kLargestCluster; blocks *= 2) {
+      if ((row_bytes + blocks - 1) / blocks + kReservedBytes <= of_block) return blocks;
+    }
   }
   return 0;
 }
@@ -54,7 +63,7 @@ int cluster_blocks(int64_t vocab_size) {
 template <typename T, typename G, int kWidth>
 void launch_cluster(const char* op, const RowArguments& a, int64_t rows, int blocks, cudaStream_t stream) {
   const int64_t slice = ((a.vocab_size + blocks - 1) / blocks + kWidth - 1) / kWidth * kWidth;
-  const size_t shared = static_cast<size_t>(slice) * sizeof(float);
+  const size_t shared = static_cast<size_t>(slice) * sizeof(T);
   const auto kernel = cluster_policy_kernel<T, G, kWidth>;
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchAttribute attribute = {};
@@ -76,7 +85,7 @@ template <typename T, typename G>
 void launch(const char* op, Kind kind, const RowArguments& a, int64_t rows, bool aligned, cudaStream_t stream) {
   constexpr int kWidth = kVectorBytes / sizeof(T);
   const dim3 grid(static_cast<unsigned>(rows));
-  const int blocks = kind == Kind::kPolicy && a.grad && aligned ? cluster_blocks(a.vocab_size) : 0;
+  const int blocks = kind == Kind::kPolicy && a.grad && aligned ? cluster_blocks(op, a.vocab_size * int64_t{sizeof(T)}) : 0;
   if (blocks > 0) return launch_cluster<T, G, kWidth>(op, a, rows, blocks, stream);
   if (kind == Kind::kPolicy && aligned) row_policy_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);
   if (kind == Kind::kPolicy && !aligned) row_policy_kernel<T, G, 1><<<grid, kThreads, 0, stream>>>(a);

@@ -14,8 +14,8 @@ int attribute(cudaDeviceAttr which, int device) {
 
 // The map of a row-major bf16 matrix in boxes of [box_rows, kTileDepth], swizzled by 128 bytes.
 CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "scoring: ", name,
-                  " must be bfloat16 with unit stride in a row, got ", x.dim(), " dimensions.");
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "scoring: ", name,
+                  " must be bfloat16 on the GPU with unit stride in a row, got ", x.dim(), " dimensions.");
   STD_TORCH_CHECK(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "scoring: rows of ", name,
                   " must start at multiples of 16 bytes for the copy engine, got a row stride of ", x.stride(0),
                   " elements. Use backend=\"triton\".");

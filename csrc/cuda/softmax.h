@@ -16,11 +16,23 @@ struct RunningSoftmax {
   float max, others, moment;
 };
 
+#if defined(__CUDA_ARCH__)
+TRAPO_HD float quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp, without the slow path for subnormal numbers
+TRAPO_HD float exponential(float x) {  // 2 + 1.2 |x| ulp in two instructions instead of eight; 0 where it would be subnormal
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+#else
+TRAPO_HD float quotient(float a, float b) { return a / b; }
+TRAPO_HD float exponential(float x) { return expf(x); }
+#endif
+
 TRAPO_HD RunningSoftmax empty_softmax() { return {kFloor, 0.0f, 0.0f}; }
 
 // Bring the sums to a larger maximum.
 TRAPO_HD void raise_max(RunningSoftmax& s, float new_max) {
-  const float shift = s.max - new_max, scale = expf(shift);
+  const float shift = s.max - new_max, scale = exponential(shift);
   s.moment = s.others == 0.0f ? 0.0f : scale * (s.moment + shift * s.others);
   s.others *= scale;
   s.max = new_max;
@@ -28,7 +40,7 @@ TRAPO_HD void raise_max(RunningSoftmax& s, float new_max) {
 
 TRAPO_HD void add_logit(RunningSoftmax& s, float z) {
   const float centred = z - s.max < kFloor ? kFloor : z - s.max;  // NaN stays NaN
-  const float e = expf(centred);
+  const float e = exponential(centred);
   s.others += e;
   s.moment += e * centred;
 }
@@ -54,16 +66,10 @@ TRAPO_HD RowStatistics finish(RunningSoftmax s, float z_target) {
   return {shifted - log_sum, log_sum - moment / total, s.max, log_sum};
 }
 
-#if defined(__CUDA_ARCH__)
-TRAPO_HD float quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp, without the slow path for subnormal numbers
-#else
-TRAPO_HD float quotient(float a, float b) { return a / b; }
-#endif
-
 // tanh from exp; its odd series below 1/4, where 1 - 2/(exp(2x)+1) would lose digits.
 TRAPO_HD float tanh_of(float x) {
   const float size = fabsf(x), square = x * x;
-  const float far = 1.0f - quotient(2.0f, expf(2.0f * fminf(size, 20.0f)) + 1.0f);
+  const float far = 1.0f - quotient(2.0f, exponential(2.0f * fminf(size, 20.0f)) + 1.0f);
   const float series = -1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835)));
   const float near = size * (1.0f + square * series);
   return copysignf(size < 0.25f ? near : x != x ? x : far, x);
@@ -98,7 +104,7 @@ struct RowGradient {
   }
   TRAPO_HD float elsewhere(float z) const {
     const float centred = z - row_max < kFloor ? kFloor : z - row_max;
-    return -expf(centred) * inverse_total * (e * centred + bracket);
+    return -exponential(centred) * inverse_total * (e * centred + bracket);
   }
 };
 
