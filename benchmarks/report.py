@@ -74,8 +74,8 @@ def _header(groups: list[list[Row]]) -> list[str]:
         driver = f", driver {env['driver']}" if env["driver"] else ""
         waiting = f" ({env['wait_policy']})" if env.get("wait_policy") else ""
         lines.append(
-            f"- {env['device']}{driver}, {env['threads']} threads{waiting}, revision {env['revision']}, Python {env['python']}, {versions}: "
-            f"`{env['command']}`"
+            f"- {env['device']}{driver}, {env['threads']} threads{waiting}, revision {env['revision']}, Python {env['python']}, "
+            f"{versions}: `{env['command']}`"
         )
     return [
         *lines,
