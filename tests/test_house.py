@@ -17,6 +17,7 @@ ALLOWED = {
     "trapo_kernels/batch.py": {"checks"},
     "trapo_kernels/gates.py": {"checks"},
     "trapo_kernels/lora.py": {"checks"},
+    "trapo_kernels/memory.py": {"backends"},
     "trapo_kernels/sequence.py": {"checks"},
     "trapo_kernels/corrections.py": {"batch", "checks", "sequence"},
     "trapo_kernels/objective.py": {"checks", "gates", "sequence"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
     "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "lora", "objective"},
-    "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "lora", "objective", "objectives", "sequence"},
+    "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "lora", "memory", "objective", "objectives", "sequence"},
 }
 
 

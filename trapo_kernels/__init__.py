@@ -12,6 +12,7 @@ from trapo_kernels.api import (
 from trapo_kernels.batch import IGNORE_INDEX, LossTotals, Role, TokenBatch, aggregate, loss_totals
 from trapo_kernels.gates import Gate
 from trapo_kernels.lora import LoraHead
+from trapo_kernels.memory import head_memory
 from trapo_kernels.objective import KL, Objective, Term
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "aggregate",
     "corrections",
     "gates",
+    "head_memory",
     "linear_logprob",
     "linear_policy_loss",
     "loss_totals",

@@ -1,4 +1,4 @@
-"""The command line: `trapo-train run | eval | headroom | inspect | plot | compare | demo`.
+"""The command line: `trapo-train run | eval | headroom | inspect | plan-memory | plot | compare | demo`.
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative.
@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, configured, "Sample one problem's group and print it token by token, without training.")
     inspect.add_argument("--problem", type=int, default=0, metavar="N", help="which training problem, from 0 (0)")
     inspect.add_argument("--max-tokens", type=int, default=240, help="longest prefix or completion shown in full (240)")
+    memory = add("plan-memory", _plan_memory, configured, "Predict the memory of each GPU by component; loads no weights.")
+    memory.add_argument("--gpus", type=int, default=1, help="ranks that share the run (1)")
+    memory.add_argument(
+        "--context", type=int, metavar="TOKENS", help="longest prompt and response together (the configured limits)"
+    )
+    memory.add_argument("--memory-gib", type=float, metavar="GIB", help="what one GPU has: says whether it fits and what to change")
+    memory.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it will run (cuda)")
     plot = add("plot", _plot, common, "Draw the plots of a run into its directory.")
     plot.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
     compare = add("compare", _compare, common, "Draw several runs into one figure.")
@@ -181,6 +188,34 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     color = console.color_system is not None
     console.print(render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color))
     return EXIT_OK
+
+
+def _plan_memory(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.memory import GIB, changes, plan_memory
+    from trapo_train.tables import changes_table, memory_table
+
+    config = _load(args)
+    plan = plan_memory(config, gpus=args.gpus, context=args.context, device_type=args.device)
+    console.print(memory_table(plan))
+    console.print(
+        f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
+        f"{plan.micro_batch_tokens} tokens, {plan.sequences} responses generated together on a rank. Not counted: the CUDA "
+        "context, the allocator's fragmentation.",
+        highlight=False,
+    )
+    if args.memory_gib is None:
+        return EXIT_OK
+    if plan.peak_bytes <= args.memory_gib * GIB:
+        console.print(f"fits into {args.memory_gib:g} GiB", style="green", highlight=False)
+        return EXIT_OK
+    most = max(plan.components, key=lambda name: plan.components[name].get(plan.peak_phase, 0))
+    console.print(
+        f"does not fit into {args.memory_gib:g} GiB: {plan.peak_phase} needs most, and most of it is {most}.",
+        style="bold red",
+        highlight=False,
+    )
+    console.print(changes_table(changes(config, plan, args.device), args.memory_gib))
+    return EXIT_NEGATIVE
 
 
 def _plot(args: argparse.Namespace, console: Console) -> int:

@@ -196,28 +196,39 @@ def load_model_and_tokenizer(
     Raises: ValueError for a model that the packed step would train wrongly, with what to use instead.
     """
     device = torch.device(device)
-    tokenizer = _load_tokenizer(config, task_tokenizer)
+    tokenizer = load_tokenizer(config, task_tokenizer)
     implementation = choose_attention(config.attention, device=device, compute_dtype=DTYPES[config.dtype])
     common = {"dtype": torch.float32, "attn_implementation": implementation}
     if config.scratch is not None:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_scratch_config(config.scratch, tokenizer), **common)
+        model = AutoModelForCausalLM.from_config(scratch_config(config.scratch, tokenizer), **common)
     else:
         common["trust_remote_code"] = config.trust_remote_code
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **common)
     model.to(device)
-    check_attention(model)
-    install_policy_head(model, compute_dtype=DTYPES[config.dtype])
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
+    prepare(model, config)
+    return model, tokenizer
+
+
+def prepare(model: PreTrainedModel, config: ModelConfig, *, check_logits: bool = True) -> None:
+    """Make a model of transformers ready for the packed step: policy head, adapters and gradient checkpointing as configured.
+
+    Args:
+        check_logits: compare the head's logits with the model's, which runs the model.
+
+    Raises: ValueError for a model that the packed step would train wrongly.
+    """
+    check_attention(model)
+    install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     if config.lora is not None:
         add_lora(model, config.lora)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    return model, tokenizer
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -227,7 +238,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype) -> PolicyHead:
+def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, check_logits: bool = True) -> PolicyHead:
     """Replace the model's output head by a `PolicyHead` over the same parameters, and check that the logits stay.
 
     Raises: ValueError where the model's logits are not softcap(head(hidden)), which is all that the fused op knows.
@@ -242,7 +253,8 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype) -
     head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap)
     model.set_output_embeddings(head)
     model.run_head = types.MethodType(_run_head, model)  # a method, so that FSDP can gather the weights around it
-    _check_logits(model, head)
+    if check_logits:
+        _check_logits(model, head)
     return head
 
 
@@ -302,19 +314,24 @@ def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 
     return out.logprob, out.entropy
 
 
-def precision(model: PreTrainedModel) -> torch.autocast:
+def precision(model: PreTrainedModel, *, keep_casts: bool = True) -> torch.autocast:
     """A context in which the model's body computes in its `compute_dtype`, whatever its weights are stored in.
 
     Weights that FSDP has gathered are in that type already; then it does nothing.
+
+    Args:
+        keep_casts: keep weights cast to `compute_dtype` until the context ends, for several passes inside it. A training pass uses
+            each of them once: keeping would save no work and hold a second copy of the whole model.
     """
     compute_dtype, weight = policy_head(model).compute_dtype, model.get_input_embeddings().weight
     mixed = compute_dtype != weight.dtype
-    return torch.autocast(weight.device.type, dtype=compute_dtype if mixed else None, enabled=mixed)
+    dtype = compute_dtype if mixed else None
+    return torch.autocast(weight.device.type, dtype=dtype, enabled=mixed, cache_enabled=keep_casts)
 
 
 def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable[..., Any]) -> Any:
     device = micro_batch.input_ids.device
-    with precision(model):
+    with precision(model, keep_casts=False):
         hidden = model.base_model(
             input_ids=micro_batch.input_ids,
             position_ids=micro_batch.position_ids,
@@ -324,7 +341,8 @@ def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable
         return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn, micro_batch.rows_per_rank)
 
 
-def _load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The configured tokenizer, the model's own, or the task's."""
     source = config.tokenizer or config.name_or_path
     if source is not None:
         # A plain tokenizer file is what it says: beside a qwen2 model AutoTokenizer would make it a Qwen2Tokenizer, with
@@ -340,7 +358,8 @@ def _load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase
     return task_tokenizer
 
 
-def _scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The transformers configuration of a model from scratch for this tokenizer."""
     return ARCHITECTURES[scratch.architecture](
         vocab_size=len(tokenizer),
         hidden_size=scratch.hidden_size,

@@ -159,6 +159,13 @@ class PlanConfig:
         return _READERS[name].get(self.name) if value is None else value
 
     @property
+    def largest_request(self) -> int:
+        """The most samples of a problem that the plan generates at once; 0 where it never generates."""
+        if self.name in ("ladder", *LADDERS):
+            return max((rung.samples for rung in plan_rungs(self) if rung.prefix_ratio < 1), default=0)
+        return self.setting("num_samples") - (self.name == "luffy")
+
+    @property
     def guides(self) -> bool:
         """Whether the plan may use expert traces."""
         return self.name != "grpo" and (self.name != "ladder" or any(rung.prefix_ratio > 0 for rung in self.rungs))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from trapo_train.memory import GIB, PHASES, MemoryPlan
 
 
 def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
@@ -43,3 +45,35 @@ def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
 
 def _error(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """What each GPU holds in each phase, GiB, with the peak marked."""
+    title = f"memory of each of {plan.gpus} GPUs, GiB" if plan.gpus > 1 else "memory, GiB"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for phase in PHASES:
+        table.add_column(phase, justify="right")
+    for name, sizes in plan.components.items():
+        table.add_row(name, *(_gib(sizes[phase]) if phase in sizes else "" for phase in PHASES))
+    totals = [f"[reverse]{_gib(plan.total(phase))}[/]" if phase == plan.peak_phase else _gib(plan.total(phase)) for phase in PHASES]
+    table.add_section()
+    table.add_row("together", *totals, style="bold")
+    return table
+
+
+def changes_table(found: Sequence[tuple[str, MemoryPlan]], limit_gib: float) -> Table:
+    """Settings that lower the peak, with what it would be."""
+    table = Table(title="one change at a time", title_justify="left")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("peak, GiB", justify="right")
+    table.add_column("peak in")
+    table.add_column("")
+    for setting, plan in found:
+        fits = plan.peak_bytes <= limit_gib * GIB
+        table.add_row(setting, _gib(plan.peak_bytes), plan.peak_phase, "fits" if fits else "", style="green" if fits else "")
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,48 @@
+"""The account of a head's buffers against what the allocator counts during a forward and backward."""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.memory_plan import allocated_peak
+from trapo_kernels import Role, TokenBatch, head_memory, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends import native
+
+CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], [True, False], [True, False], [300]))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "trained", "two_phase", "rows"),
+    [*CASES, ("native", torch.float32, True, False, 2100)],  # of 2100 rows a chunk takes 1050
+)
+def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, rows):
+    if backend == "native" and native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+    hidden_size, vocab_size = 48, 16001
+    hidden = torch.randn(rows, hidden_size).to(dtype).requires_grad_()
+    weight = torch.randn(vocab_size, hidden_size, requires_grad=trained)
+    target = torch.arange(rows) % vocab_size
+    batch = TokenBatch(target, torch.full((rows,), Role.ROLLOUT, dtype=torch.uint8), torch.ones(rows), torch.ones(rows))
+    objective = objectives.trapo(entropy_coef=0.1)
+
+    def call():
+        if two_phase:
+            out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend)
+            (out.logprob + out.entropy).sum().backward()
+        else:
+            linear_policy_loss(hidden, weight, batch, objective, backend=backend).loss.backward()
+        hidden.grad = weight.grad = None
+
+    predicted = head_memory(
+        rows, hidden_size, vocab_size, dtype=dtype, weight_dtype=torch.float32, device_type="cpu", grad_weight=trained,
+        in_place=backend == "native",
+    )  # fmt: skip
+    assert sum(predicted.values()) == pytest.approx(allocated_peak(call), rel=0.02)
+    assert (predicted["grad_weight"] > 0) == trained and (predicted["weight"] > 0) == (dtype == torch.bfloat16)
+
+
+def test_a_gpu_keeps_its_gemms_in_bf16_and_its_chunk_larger():
+    sizes = head_memory(32768, 3584, 152064, weight_dtype=torch.float32)
+    assert sizes["logits"] == 4 * 4096 * 152064 and sizes["weight"] == 2 * 152064 * 3584
+    assert head_memory(32768, 3584, 152064)["weight"] == 0

@@ -1,0 +1,158 @@
+"""Predicted memory: the tracer against real tensors, the plan against a measured step, and what the command says."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+
+import pytest
+import torch
+import yaml
+from transformers import Qwen2Config
+
+from benchmarks.memory_plan import TOLERANCE, Run, compare
+from trapo_train import cli, memory_trace
+from trapo_train.config import load_config
+from trapo_train.live import LiveTensors
+from trapo_train.lora import LoraConfig
+from trapo_train.memory import changes, plan_memory
+from trapo_train.memory_trace import HeadSizes, trace_optimizer, trace_pass, weigh
+from trapo_train.model import ModelConfig
+from trapo_train.step import OptimizerConfig
+
+SHAPE = Qwen2Config(
+    vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+    max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+MATRICES = 2 * 500 * 64 + 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+VECTORS = 4 * (2 * 64 + 64 + 2 * 32) + 64  # norms, and the biases of queries, keys and values
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_live_tensors_counts_what_lives():
+    known = torch.zeros(1000)
+    with LiveTensors([known]) as live:
+        a = torch.ones(100)
+        view, same = a[:50], known.add_(1.0)
+        b = a + 1
+        del a
+    assert (live.now_bytes, live.peak_bytes) == (800, 800)  # the view keeps all of a
+    del view, b, same
+    assert live.now_bytes == 0
+    live.restart_peak()
+    assert live.peak_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_a_pass_on_fake_tensors_is_that_of_real_ones(dtype, checkpointing, monkeypatch):
+    config = ModelConfig(name_or_path="none", dtype=dtype, gradient_checkpointing=checkpointing)
+    head = HeadSizes(64, 500)
+    traced = trace_pass(config, SHAPE, (40, 24), head, cast=True)
+    monkeypatch.setattr(memory_trace, "fake_tensors", nullcontext)
+    assert memory_trace._trace(config, SHAPE, 4, (40, 24), head, torch.float32) == traced
+    assert 0 < traced.activations <= traced.forward_peak < traced.backward_peak
+
+
+def test_a_training_pass_keeps_no_second_copy_of_the_weights():
+    config = ModelConfig(name_or_path="none", dtype="bfloat16", gradient_checkpointing=True)
+    shallow, deep = (memory_trace._trace(config, SHAPE, layers, (8,), HeadSizes(8, 500), torch.float32) for layers in (2, 4))
+    residuals = 2 * 8 * 64 * 4  # what two layers more keep: their input
+    assert deep.activations - shallow.activations == residuals
+    assert deep.forward_peak - shallow.forward_peak == residuals
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state"), [("AdamW", 2), ("SGD", 0), ("RMSprop", 1), ("Adagrad", 1)], ids=lambda value: str(value)
+)
+def test_optimizer_state(optimizer, state):
+    model = ModelConfig(name_or_path="none")
+    size, _ = trace_optimizer(model, SHAPE, OptimizerConfig(name=optimizer), "cuda")
+    assert size == pytest.approx(state * 4 * (MATRICES + VECTORS), rel=1e-3)  # and a step count for each parameter
+
+
+def test_an_optimizer_that_looks_at_values_is_traced_too():
+    size, transient = trace_optimizer(ModelConfig(name_or_path="none"), SHAPE, OptimizerConfig(name="Adafactor"), "cuda")
+    assert 0 < size < 4 * MATRICES / 10 < transient
+
+
+def test_weights_are_counted_tied_or_not_and_with_adapters():
+    whole = weigh(ModelConfig(name_or_path="none"), SHAPE)
+    assert (whole.total, whole.trained, whole.head) == (4 * (MATRICES + VECTORS), whole.total, 4 * 500 * 64)
+    tied = Qwen2Config(**{**SHAPE.to_dict(), "tie_word_embeddings": True})
+    assert weigh(ModelConfig(name_or_path="none"), tied).total == whole.total - 4 * 500 * 64
+    if importlib.util.find_spec("peft"):
+        lora = weigh(ModelConfig(name_or_path="none", lora=LoraConfig(rank=2, target_modules=["q_proj"])), SHAPE)
+        assert (lora.trained, lora.head_trained) == (4 * 4 * 2 * (64 + 64), False)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A configuration of a model of which there is a config.json and nothing else."""
+    SHAPE.save_pretrained(tmp_path / "model")
+    values = {
+        "output_dir": "unused", "steps": 1, "prompts_per_step": 8, "reward": "exact_match",
+        "model": {"name_or_path": str(tmp_path / "model"), "dtype": "bfloat16"},
+        "data": {"path": "unused.jsonl", "max_prompt_tokens": 64},
+        "rollout": {"max_response_tokens": 448, "max_batch_tokens": 4096},
+        "packing": {"max_tokens": 4096},
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_the_plan_adds_up(recipe):
+    plan = plan_memory(load_config(recipe))
+    assert (plan.context, plan.micro_batch_tokens, plan.sequences) == (512, 4096, 8)  # of 32 that the plan asks for at once
+    parts = plan.components
+    assert parts["weights, float32"]["loss"] == 4 * (MATRICES + VECTORS) == parts["gradients, float32"]["backward"]
+    keys_and_values = 4 * 2 * 32 * 2 * 8 * 512  # layers, keys and values, width, bytes, sequences, tokens
+    assert keys_and_values < parts["keys and values of the responses"]["rollout"] < 1.2 * keys_and_values
+    assert plan.peak_bytes == max(plan.total(phase) for phase in ("rollout", "loss", "backward", "update"))
+    assert parts["chunk of logits and its gradient"] == {"loss": 4 * 4096 * 500}
+
+
+def test_more_gpus_share_weights_and_state(recipe):
+    alone, eight = (plan_memory(load_config(recipe), gpus=gpus) for gpus in (1, 8))
+    for name in ("weights, float32", "optimizer state", "gradients, float32"):
+        assert eight.components[name]["update"] == alone.components[name]["update"] // 8
+    assert "weights gathered by FSDP" in eight.components and "weights gathered by FSDP" not in alone.components
+    replicated = plan_memory(load_config(recipe, ["parallel.replicate=2"]), gpus=8)
+    assert replicated.components["optimizer state"]["update"] == alone.components["optimizer state"]["update"] // 4
+    with pytest.raises(ValueError, match=r"gpus must be a multiple of parallel\.replicate = 2 and at least 1, got 3"):
+        plan_memory(load_config(recipe, ["parallel.replicate=2"]), gpus=3)
+
+
+def test_changes_lower_the_peak(recipe):
+    config = load_config(recipe)
+    plan = plan_memory(config)
+    found = changes(config, plan)
+    assert "model.gradient_checkpointing=true" in [setting for setting, _ in found]
+    peaks = [other.peak_bytes for _, other in found]
+    assert peaks == sorted(peaks) and peaks[-1] < plan.peak_bytes
+
+
+def test_the_command_says_whether_it_fits_and_what_to_change(recipe, capsys):
+    assert cli.main(["plan-memory", recipe, "--memory-gib", "1"]) == 0
+    assert "fits into 1 GiB" in capsys.readouterr().out
+    assert cli.main(["plan-memory", recipe, "--memory-gib", "0.05", "--context", "1024", "--gpus", "2"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "context 1024 tokens" in printed and "memory of each of 2 GPUs" in printed
+    assert "does not fit into 0.05 GiB: loss needs most, and most of it is activations" in printed
+    assert "model.gradient_checkpointing=true" in printed
+
+
+@pytest.mark.slow
+def test_the_plan_is_what_a_run_needs():
+    shape = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 256}
+    (row,) = compare(Run("small", shape, 16000, 8, 128, ["model.gradient_checkpointing=true"]), "cpu")
+    for what in ("step", "rollout"):
+        assert row[f"predicted_{what}_mib"] == pytest.approx(row[f"{what}_mib"], rel=TOLERANCE)

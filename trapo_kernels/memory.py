@@ -1,0 +1,56 @@
+"""What a head's kernels hold beside their inputs, on paper: for planning memory before anything runs."""
+
+from __future__ import annotations
+
+import torch
+
+from trapo_kernels.backends.gemm import chunk_rows
+
+
+def head_memory(
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = None,
+    device_type: str = "cuda",
+    grad_weight: bool = True,
+    in_place: bool = True,
+    vocab_parallel: bool = False,
+) -> dict[str, int]:
+    """Bytes that a forward and backward of `linear_policy_loss` or `linear_logprob` hold at their peak, by what they hold.
+
+    Equivalent to: the peak of allocated memory during the call, above its inputs, up to vectors of [N].
+
+    Args:
+        num_rows: rows that reach the head, N ≥ 1; with a sharded head those of all ranks.
+        hidden_size, vocab_size: D and V; of a head sharded over the vocabulary this rank's part of V.
+        dtype: of the hidden states: bfloat16, float16 or float32.
+        weight_dtype: of the head's weight; None for `dtype`.
+        device_type: "cuda" or "cpu"; it decides the chunk, and a CPU computes in float32.
+        grad_weight: whether the weight is trained.
+        in_place: False for backend "torch", which needs the chunk of logits three times.
+        vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
+
+    Returns: "logits" (a chunk and its gradient, float32), "hidden chunk" (its hidden states and their gradient), "grad_hidden",
+        "grad_weight" (float32; rounded to the dtype of a narrower weight only when the chunk is gone) and "weight" (a copy in the
+        dtype of the GEMMs, where the weight is in another).
+
+    Determinism: a pure function of its arguments, as the chunk is.
+    Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
+    """
+    narrow = dtype.itemsize < 4
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    gemm_dtype = torch.float32 if narrow and device_type == "cpu" else dtype
+    rows = min(num_rows, chunk_rows(num_rows, vocab_size, device_type))
+    matrix = vocab_size * hidden_size
+    # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits.
+    chunks = (1 if in_place else 3) + (vocab_parallel and device_type == "cpu")
+    return {
+        "logits": chunks * 4 * rows * vocab_size,
+        "hidden chunk": rows * hidden_size * (4 + (gemm_dtype.itemsize if gemm_dtype != dtype else 0)),
+        "grad_hidden": num_rows * hidden_size * dtype.itemsize,
+        "grad_weight": 4 * matrix if grad_weight else 0,
+        "weight": matrix * gemm_dtype.itemsize if gemm_dtype != weight_dtype or (narrow and device_type == "cpu") else 0,
+    }

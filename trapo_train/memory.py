@@ -1,0 +1,231 @@
+"""How much memory a run will need on each GPU, by component and phase, before anything is loaded.
+
+Weights, gradients and optimizer state are counted on the model's own shapes, activations are traced through its own code on fake
+tensors (see `memory_trace`), buffers of head and rollouts follow from their sizes. Not included: the CUDA context, the allocator's
+fragmentation, and what other processes hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from trapo_kernels import head_memory
+from trapo_train.config import RunConfig
+from trapo_train.lora import LoraConfig
+from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
+from trapo_train.model import DTYPES, load_tokenizer, scratch_config
+from trapo_train.step import extreme_objectives
+from trapo_train.tasks import build_tokenizer
+
+PHASES = ("rollout", "loss", "backward", "update")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each GPU."""
+
+    components: dict[str, dict[str, int]]
+    """By component, then by phase; a phase that does not hold it is missing."""
+    gpus: int
+    context: int
+    """Prompt and response together, tokens."""
+    micro_batch_tokens: int
+    sequences: int
+    """Responses that a rank generates together."""
+
+    def total(self, phase: str) -> int:
+        """Bytes held in a phase."""
+        return sum(sizes.get(phase, 0) for sizes in self.components.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(PHASES, key=self.total)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes held in that phase."""
+        return self.total(self.peak_phase)
+
+
+def plan_memory(config: RunConfig, *, gpus: int = 1, context: int | None = None, device_type: str = "cuda") -> MemoryPlan:
+    """Predict what each of `gpus` GPUs must hold; needs the model's config.json, not its weights.
+
+    Args:
+        gpus: ranks, a multiple of parallel.replicate.
+        context: tokens of the longest prompt and response together; None for data.max_prompt_tokens + rollout.max_response_tokens.
+        device_type: "cuda" or "cpu", whose kernels take other chunks.
+
+    A micro-batch is taken to be full (packing.max_tokens), with all of its tokens in the loss and the gradients of an earlier one
+    there; responses that are generated together all reach the full context.
+
+    Raises: ValueError for a number of GPUs that replicate does not divide, or a model that cannot be traced.
+    """
+    if gpus < 1 or gpus % config.parallel.replicate:
+        raise ValueError(
+            f"plan-memory: gpus must be a multiple of parallel.replicate = {config.parallel.replicate} and at least 1, got {gpus}."
+        )
+    context = context or config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    tokens = max(config.packing.max_tokens, context)
+    architecture = load_architecture(config)
+    weights = weigh(config.model, architecture)
+    shards = gpus // config.parallel.replicate
+    state, transient = trace_optimizer(config.model, architecture, config.optimizer, device_type)
+    always = {
+        "weights, float32": weights.total // shards,
+        "optimizer state": state // shards,
+    }
+    if config.model.lora is None and any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
+        always["reference model, float32"] = weights.total // shards
+    sequences = _sequences_at_once(config, gpus, context)
+    components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
+    parts = [
+        *_training(config, architecture, weights, gpus, context, tokens, device_type),
+        *_rollout(config, architecture, weights, gpus, context, sequences),
+        ("gradients, float32", {phase: weights.trained // shards for phase in ("loss", "backward", "update")}),
+        ("optimizer step", {"update": transient // shards}),
+    ]
+    for name, sizes in parts:
+        held = {phase: size for phase, size in sizes.items() if size}
+        if held:
+            components[name] = components.get(name, {}) | held
+    return MemoryPlan(components, gpus, context, tokens, sequences)
+
+
+def load_architecture(config: RunConfig) -> PretrainedConfig:
+    """The configuration of the model, from its config.json or the shape of a model from scratch."""
+    model = config.model
+    if model.scratch is not None:
+        tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
+        return scratch_config(model.scratch, tokenizer)
+    return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+
+
+def _training(
+    config: RunConfig, architecture: PretrainedConfig, weights: Weights, gpus: int, context: int, tokens: int, device_type: str
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """What the passes over a micro-batch hold besides weights and gradients of the shards."""
+    text = architecture.get_text_config()
+    dtype = DTYPES[config.model.dtype]
+    sharded = gpus > 1
+    vocab_parallel = config.parallel.vocab_parallel_head and sharded
+    ranks = gpus if vocab_parallel else 1
+    memory = head_memory(
+        tokens * ranks,
+        text.hidden_size,
+        text.vocab_size // ranks,
+        dtype=dtype,
+        weight_dtype=dtype if sharded and not vocab_parallel else torch.float32,
+        device_type=device_type,
+        grad_weight=weights.head_trained,
+        vocab_parallel=vocab_parallel,
+    )
+    head = HeadSizes(tokens * ranks, text.vocab_size // ranks)
+    segments = tuple([context] * (tokens // context) + ([tokens % context] if tokens % context else []))
+    found = trace_pass(config.model, architecture, segments, head, cast=not sharded)
+    of_others = tokens * (ranks - 1) * text.hidden_size * dtype.itemsize
+    inside = {
+        "chunk of logits and its gradient": memory["logits"],
+        "head: hidden states": memory["hidden chunk"] + memory["grad_hidden"] + of_others,
+        "head: gradient of its weight": memory["grad_weight"],
+        "head: weight in the type of its GEMMs": memory["weight"],
+    }
+    # With a small vocabulary the layers before it may need more than the head.
+    during_loss = max(found.activations, found.forward_peak - sum(inside.values()))
+    yield "activations", {"loss": during_loss, "backward": found.backward_peak}
+    for name, size in inside.items():
+        yield name, {"loss": size}
+    if sharded:
+        layer = (weights.total - weights.outside_layers) // text.num_hidden_layers
+        outside = weights.outside_layers - (weights.head if vocab_parallel else 0)
+        width = dtype.itemsize / 4
+        gathered = int(width * (outside + 2 * layer))
+        yield "weights gathered by FSDP", {"loss": gathered, "backward": gathered}
+        trained = weights.trained / weights.total
+        yield "gradients before FSDP scatters them", {"backward": int(trained * (width * (outside + layer) + layer))}
+
+
+def _rollout(
+    config: RunConfig, architecture: PretrainedConfig, weights: Weights, gpus: int, context: int, sequences: int
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """What the engine in this process holds; a server holds its own."""
+    if config.rollout.engine != "transformers" or not sequences:
+        return
+    text = architecture.get_text_config()
+    dtype = DTYPES[config.model.dtype]
+    if gpus > 1:
+        yield "weights gathered by FSDP", {"rollout": _gathering(weights, gpus // config.parallel.replicate, dtype)}
+    elif dtype.itemsize < 4:
+        yield "weights cast while generating", {"rollout": weights.cast * dtype.itemsize // 4}
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layer = 2 * text.num_key_value_heads * head_dim * dtype.itemsize * sequences * context
+    # Growing by a token copies the keys, then the values, of one layer.
+    yield "keys and values of the responses", {"rollout": layer * text.num_hidden_layers + layer // 2}
+    # float32: the logits, their logprobs and one temporary; top_p sorts them, with token ids and two more.
+    per_logit = dtype.itemsize + (12 if config.rollout.top_p == 1 else 33)
+    yield "logits of the next tokens", {"rollout": per_logit * sequences * text.vocab_size}
+    # One copy of each prompt is read.
+    prompts = min(math.ceil(config.prompts_per_step / gpus), sequences)
+    prompt_tokens = prompts * max(1, min(config.data.max_prompt_tokens, context - 1))
+    yield "activations", {"rollout": trace_prefill(config.model, architecture, prompt_tokens)}
+
+
+def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
+    """Bytes while all ranks gather the whole model: FSDP unpacks what it received unit by unit, embedding and head first."""
+    width = dtype.itemsize / 4
+    first = weights.outside_layers * (2 + 1 / shards)
+    return int(width * max(weights.total, first))
+
+
+def _sequences_at_once(config: RunConfig, gpus: int, context: int) -> int:
+    """Responses that one rank generates together, for a step's problems or for an evaluation."""
+    wanted = math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request
+    if config.eval_data is not None:
+        wanted = max(wanted, config.evaluation.responses_per_call)
+    return min(wanted, max(1, config.rollout.max_batch_tokens // context))
+
+
+def changes(config: RunConfig, plan: MemoryPlan, device_type: str = "cuda") -> list[tuple[str, MemoryPlan]]:
+    """Single settings that lower the peak of `config`, whose plan is `plan`, each with its own plan; the most effective first."""
+    found = []
+    for setting, changed, gpus in _candidates(config, plan):
+        other = plan_memory(changed, gpus=gpus, context=plan.context, device_type=device_type)
+        if other.peak_bytes < plan.peak_bytes:
+            found.append((setting, other))
+    return sorted(found, key=lambda pair: pair[1].peak_bytes)
+
+
+def _candidates(config: RunConfig, plan: MemoryPlan) -> Iterator[tuple[str, RunConfig, int]]:
+    def model(setting: str, **values: Any) -> tuple[str, RunConfig, int]:
+        return f"model.{setting}", replace(config, model=replace(config.model, **values)), plan.gpus
+
+    if config.model.dtype == "float32":
+        yield model("dtype=bfloat16", dtype="bfloat16")
+    if not config.model.gradient_checkpointing:
+        yield model("gradient_checkpointing=true", gradient_checkpointing=True)
+    if config.model.lora is None and find_spec("peft"):
+        yield model("lora={rank: 16}", lora=LoraConfig(rank=16))
+    if plan.micro_batch_tokens > plan.context:
+        tokens = max(plan.context, plan.micro_batch_tokens // 2)
+        yield f"packing.max_tokens={tokens}", replace(config, packing=replace(config.packing, max_tokens=tokens)), plan.gpus
+    if plan.sequences > 1:
+        tokens = plan.context * (plan.sequences // 2)
+        yield (
+            f"rollout.max_batch_tokens={tokens}",
+            replace(config, rollout=replace(config.rollout, max_batch_tokens=tokens)),
+            plan.gpus,
+        )
+    if config.rollout.engine == "transformers":
+        server = replace(config.rollout, engine="vllm_server")
+        yield "rollout.engine=vllm_server (on other GPUs)", replace(config, rollout=server), plan.gpus
+    if plan.gpus > 1 and config.parallel.replicate > 1:
+        yield "parallel.replicate=1", replace(config, parallel=replace(config.parallel, replicate=1)), plan.gpus
+    yield f"--gpus {2 * plan.gpus}", config, 2 * plan.gpus

@@ -1,0 +1,218 @@
+"""The memory of one training pass, found by running it on fake tensors: the model's own code, no memory and no arithmetic.
+
+A model with one and with two layers is traced; further layers add what the second one added. The fused head is a stand-in that
+holds the two gradients, as that one does.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trapo_train.attention import PACKED_IMPLEMENTATION
+from trapo_train.live import LiveTensors
+from trapo_train.model import DTYPES, ModelConfig, policy_head, precision, prepare
+from trapo_train.packing import MicroBatch
+from trapo_train.step import OptimizerConfig, build_optimizer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's parameters in float32."""
+
+    total: int
+    trained: int
+    head: int
+    """The output head; 0 where it is the embedding, too."""
+    head_trained: bool
+    outside_layers: int
+    """Embedding, last norm and head."""
+    cast: int
+    """Trained matrices that autocast keeps in the compute type while a model generates."""
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """What the head of one rank works on."""
+
+    rows: int
+    """Those of all ranks where it is sharded over the vocabulary."""
+    vocab_size: int
+    """This rank's part."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes that a pass over one micro-batch holds beside weights, gradients and optimizer state."""
+
+    forward_peak: int
+    """Before the head."""
+    activations: int
+    """Kept for backward when the head begins."""
+    backward_peak: int
+    """After the forward of the head, its gradients included."""
+
+    def deeper(self, two: Pass, layers: int) -> Pass:
+        """The pass of a model with `layers` layers; this one has one, `two` has two."""
+        grow = lambda name: getattr(self, name) + (layers - 1) * (getattr(two, name) - getattr(self, name))  # noqa: E731
+        return Pass(grow("forward_peak"), grow("activations"), grow("backward_peak"))
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside, tensors have shapes and no memory."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about caches and checkpointing, which the real run gives too
+        yield
+
+
+def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as it will be trained, cut to `layers` layers, with weights in `dtype`; to be called inside `fake_tensors`.
+
+    Raises: ValueError as `prepare`.
+    """
+    shallow = copy.deepcopy(architecture)
+    text = shallow.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shallow, dtype=dtype, attn_implementation=PACKED_IMPLEMENTATION)
+        prepare(model, config, check_logits=False)
+    fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+                held[name] = fakes.get(tensor)
+    return model.train()
+
+
+def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
+    """The sizes of the whole model's parameters."""
+    with fake_tensors():
+        model = skeleton(config, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
+    parameters = list(model.parameters())
+    embedding, head = model.get_input_embeddings().weight, policy_head(model).weight
+    return Weights(
+        total=sum(p.nbytes for p in parameters),
+        trained=sum(p.nbytes for p in parameters if p.requires_grad),
+        head=0 if head is embedding else sum(p.nbytes for p in policy_head(model).parameters()),
+        head_trained=head.requires_grad,
+        outside_layers=sum(p.nbytes for p in parameters) - sum(p.nbytes for p in model.base_model.layers.parameters()),
+        cast=sum(p.nbytes for p in parameters if p.requires_grad and p.ndim == 2 and (p is not embedding or p is head)),
+    )
+
+
+def trace_pass(
+    config: ModelConfig, architecture: PretrainedConfig, segments: tuple[int, ...], head: HeadSizes, *, cast: bool
+) -> Pass:
+    """The pass of a whole model over a packed row of such segments.
+
+    Args:
+        cast: whether weights are kept in float32 and cast where they are used, as in a single process; FSDP gathers them in the
+            compute type.
+
+    Raises: ValueError for a model whose operations depend on values, such as a mixture of experts.
+    """
+    dtype = torch.float32 if cast else DTYPES[config.dtype]
+    layers = architecture.get_text_config().num_hidden_layers
+    try:
+        one, two = (_trace(config, architecture, depth, segments, head, dtype) for depth in (1, 2))
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"plan-memory: memory must follow from the model's shape, {architecture.model_type} asks for values ({error}). "
+            "Only a run can tell: see peak_memory_mib in metrics.jsonl."
+        ) from error
+    return one.deeper(two, layers)
+
+
+def _trace(
+    config: ModelConfig, architecture: PretrainedConfig, layers: int, segments: tuple[int, ...], head: HeadSizes, dtype: torch.dtype
+) -> Pass:
+    tokens = sum(segments)
+    with fake_tensors():
+        model = skeleton(config, architecture, layers, dtype)
+        weight = policy_head(model).weight
+        if head.vocab_size < len(weight):
+            policy_head(model).weight = nn.Parameter(torch.empty_like(weight[: head.vocab_size]), weight.requires_grad)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        positions = torch.zeros(1, tokens, dtype=torch.int64)
+        micro_batch = MicroBatch(positions, positions, segments, torch.zeros(tokens, dtype=torch.int64), batch=None)
+        known = [x for p in model.parameters() for x in (p, p.grad) if x is not None]
+        live = LiveTensors([*known, *model.buffers(), micro_batch.input_ids, micro_batch.loss_positions])
+        seen: dict[str, int] = {}
+
+        def loss_fn(hidden: Tensor, weight: Tensor, **_: Any) -> Tensor:
+            seen.update(activations=live.now_bytes, forward_peak=live.peak_bytes)
+            return _HeadStandIn.apply(hidden, weight, head.rows)
+
+        with live:
+            loss = model.run_head(micro_batch, loss_fn)
+            live.restart_peak()
+            loss.backward()
+    return Pass(seen["forward_peak"], seen["activations"], live.peak_bytes)
+
+
+class _HeadStandIn(torch.autograd.Function):
+    """Holds the gradients that the fused head computes in its forward until they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
+        ctx.trained, ctx.dtype, ctx.rows = weight.requires_grad, weight.dtype, len(hidden)
+        grad_weight = weight.new_empty(weight.shape if ctx.trained else 0, dtype=torch.float32)
+        ctx.save_for_backward(hidden.new_empty(rows, hidden.shape[1]), grad_weight)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden[: ctx.rows], grad_weight.to(ctx.dtype) if ctx.trained else None, None
+
+
+def trace_prefill(config: ModelConfig, architecture: PretrainedConfig, tokens: int) -> int:
+    """Bytes that one layer's pass over `tokens` prompt tokens holds without gradients, at its peak."""
+    with fake_tensors(), torch.no_grad():
+        model = skeleton(config, architecture, 1, DTYPES[config.dtype]).eval()
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        with LiveTensors([*model.parameters(), *model.buffers(), ids]) as live, precision(model):
+            model.base_model(input_ids=ids, use_cache=False)
+    return live.peak_bytes
+
+
+def trace_optimizer(
+    model: ModelConfig, architecture: PretrainedConfig, config: OptimizerConfig, device_type: str
+) -> tuple[int, int]:
+    """(bytes of state, bytes that a step holds besides) of the configured optimizer over the whole model."""
+    with fake_tensors():
+        whole = skeleton(model, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
+        for parameter in whole.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer = build_optimizer(whole, config)
+        if device_type == "cuda" and not optimizer.defaults.get("fused") and "foreach" in optimizer.defaults:
+            for group in optimizer.param_groups:
+                group["foreach"] = True  # as torch chooses there
+        with LiveTensors([x for p in whole.parameters() for x in (p, p.grad) if x is not None]) as live, _AnyScalar():
+            optimizer.step()
+            state = sum(x.nbytes for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor))
+    return state, max(0, live.peak_bytes - state)
+
+
+class _AnyScalar(TorchDispatchMode):
+    """Gives 1 for the value of a fake tensor; some optimizers ask for a norm, on which their memory does not depend."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1.0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
