@@ -81,7 +81,8 @@ def _header(groups: list[list[Row]]) -> list[str]:
         *lines,
         "",
         "Every contender ran on the same inputs and agreed with fp64 before it was timed. `× floor` is the time over that of the "
-        "bare GEMMs in the same round: median (p20-p80). Errors are relative L2 distances from fp64, largest distances for logprob "
+        "bare GEMMs, torch.mm on all rows at once, in the same round: median (p20-p80); below 1 means that GEMMs in smaller pieces "
+        "suit the machine better. Errors are relative L2 distances from fp64, largest distances for logprob "
         f"and entropy; (!) is more than {tables.EAGER_ERROR_FACTOR:g} times eager's. On a shared CPU only ratios mean anything.",
     ]
 
