@@ -11,6 +11,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
+# Where the gpu- targets write, a few files only, and how long they may take; QUESTIONS="trapo scoring" narrows gpu-bench.
+OUT ?= benchmarks/results
+GPU_SECONDS ?= 500
+GPU_MINUTES ?= 8.5
+GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | sed 's/\.//; s/^90$$/90a/')
 # The GPU machine's own interpreter serves where no environment was made: it brings a CUDA torch.
 GPU_RUN := $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3)
 
@@ -52,14 +57,16 @@ asan: $(VENV)/.ready  ## the CPU kernel tests against a build with address and u
 doctor: $(VENV)/.ready  ## what is installed, which backends run here and why the others do not
 	@$(RUN) -m trapo_kernels.doctor
 
-gpu-native:  ## build the native backend's CUDA part in place, for this machine's nvcc; then gpu-test and gpu-bench include it
-	@TRAPO_CUDA=1 $(GPU_RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
+gpu-native:  ## build the native backend's CUDA part in place, for this machine's GPU; then gpu-test and gpu-bench include it
+	@TRAPO_CUDA=1 TRAPO_CUDA_ARCHS="$${TRAPO_CUDA_ARCHS:-$(GPU_ARCH)}" $(GPU_RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
-gpu-test:  ## kernel correctness on a CUDA device, under 9 minutes; writes benchmarks/results/<gpu>/tests.md
-	@PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu_test
+gpu-test:  ## kernel correctness and compute-sanitizer on a CUDA device, under 9 minutes; writes OUT/<gpu>/tests.md, sanitizer.txt
+	@PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu_test --out $(OUT) --seconds $(GPU_SECONDS)
 
-gpu-bench:  ## the GPU tables, resumable, under 9 minutes a call; writes benchmarks/results/<gpu>
-	@PYTHONPATH=. $(GPU_RUN) -m benchmarks --device cuda --budget 8.5 --out benchmarks/results
+gpu-bench:  ## the GPU tables, under 9 minutes a call; writes OUT/<gpu>/results.jsonl and goes on from the one in benchmarks/results
+	@for old in benchmarks/results/nvidia-*/results.jsonl; do new=$(OUT)/$${old#benchmarks/results/}; \
+		if [ -e $$old ] && [ ! -e $$new ]; then mkdir -p $${new%/*} && cp $$old $$new; fi; done
+	@PYTHONPATH=. $(GPU_RUN) -m benchmarks --device cuda --budget $(GPU_MINUTES) --out $(OUT) --no-report $(QUESTIONS)
 
 clean:  ## remove the environment and the runs
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,95 +1,217 @@
-"""The kernel tests on a GPU, under nine minutes, with a record of what passed.
+"""The kernel tests on a GPU, then the native kernels under compute-sanitizer, under nine minutes, with a record of what passed.
 
-    python -m benchmarks.gpu_test           # writes benchmarks/results/<gpu>/tests.md
+    python -m benchmarks.gpu_test           # writes benchmarks/results/<gpu>/tests.md, sanitizer.txt
 
+Every test file is a process of its own, a few at a time, and every outcome is on disk when its test ends: a crash costs one test.
 Without a CUDA device it says so and exits with 2; with failures it exits with 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import pytest
 import torch
 
 from benchmarks import provenance
+from trapo_kernels import doctor
+from trapo_kernels.backends import native
 
-SECONDS = 520  # of the nine minutes; a test that has begun may still end
-TESTS = "tests/trapo_kernels"
-
-
-class Recorder:
-    """A pytest plugin that counts outcomes and ends the run when its time is over."""
-
-    def __init__(self, seconds: float):
-        self._end = time.monotonic() + seconds
-        self.counts: Counter[str] = Counter()
-        self.failures: list[tuple[str, str]] = []
-        self.slowest: list[tuple[float, str]] = []
-        self.collected = 0
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """How many tests there are."""
-        self.collected = len(items)
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """No further test once the time is over."""
-        if time.monotonic() > self._end:
-            pytest.exit("out of time", returncode=1)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a finished test: its call, or the setup or teardown that went wrong."""
-        if report.when == "call" or report.outcome != "passed":
-            self.counts[report.outcome] += 1
-            self.slowest = sorted([*self.slowest, (report.duration, report.nodeid)], reverse=True)[:5]
-        if report.failed:
-            last = report.longreprtext.strip().splitlines()[-1] if report.longreprtext else ""
-            self.failures.append((report.nodeid, last))
+SECONDS = 500.0  # of nine minutes; a compute-sanitizer that is being killed takes a while
+TESTS = provenance.ROOT / "tests" / "trapo_kernels"
+FIRST = ("ops", "equality", "linear_policy_loss", "linear_logprob", "native_gpu", "accuracy", "upstream", "row_selection")
+AT_ONCE = 4  # processes; compiling kernels keeps a core busy each
+RESTARTS = 4  # of a file whose tests break the CUDA context, before the rest of it is given up
+SANITIZER_SHARE = 0.4  # of the time, where there is something to sanitize
+SANITIZED = {  # tool: which tests of test_native_gpu.py, and which share of the sanitizer's time
+    "memcheck": ("4099 or 57000 or scoring", 0.6),
+    "racecheck": ("57000 and bfloat16 and plain or scoring and flat", 0.4),
+}
 
 
-def main() -> int:
+class Job(NamedTuple):
+    """A test file and the tests of it that `match` selects, as pytest's -k does."""
+
+    file: Path
+    match: str
+
+
+class Outcome(NamedTuple):
+    """How a test went: pytest's outcome, or "crashed", or "not reached"."""
+
+    test: str
+    outcome: str
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run the tests and write the record; the exit status says whether all of them passed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_test", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=provenance.ROOT / "benchmarks" / "results", metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="ends by then with what it has")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_test: needs a CUDA device, and torch sees none; `make test` runs the same tests on a CPU.", file=sys.stderr)
         return 2
-    recorder = Recorder(SECONDS)
     started = time.monotonic()
-    pytest.main([str(provenance.ROOT / TESTS), "-q", "--rootdir", str(provenance.ROOT)], plugins=[recorder])
-    path = provenance.ROOT / "benchmarks" / "results" / provenance.folder("cuda") / "tests.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(record(recorder, provenance.environment("cuda"), time.monotonic() - started))
-    print(f"gpu_test: {path.relative_to(provenance.ROOT)}")
-    unfinished = recorder.collected == 0 or sum(recorder.counts.values()) < recorder.collected
-    return 1 if recorder.failures or unfinished else 0
+    folder = options.out / provenance.folder("cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    tool = _sanitizer() if native.why_not("cuda") is None else None
+    report = Report(folder, doctor.report()[0], provenance.environment("cuda"))
+    report.write()
+    until = started + options.seconds * (1.0 - SANITIZER_SHARE if tool else 1.0)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for outcomes in pool.map(lambda job: run(job, until), jobs(TESTS)):
+            report.outcomes += outcomes
+            report.write()
+    if tool is None:
+        report.sanitized["none"] = native.why_not("cuda") or "compute-sanitizer was not found on PATH or beside nvcc."
+    for name, (match, share) in SANITIZED.items() if tool else ():
+        end = time.monotonic() + (started + options.seconds - time.monotonic()) * share / sum(s for _, s in _from(name))
+        report.sanitized[name] = sanitize(tool, name, match, end, folder / "sanitizer.txt")
+        report.write()
+    print(f"gpu_test: {folder / 'tests.md'}")
+    return 0 if report.passed() else 1
 
 
-def record(recorder: Recorder, environment: dict, seconds: float) -> str:
-    """The Markdown record of a run."""
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(recorder.counts.items())) or "none ran"
-    missing = recorder.collected - sum(recorder.counts.values())
-    lines = [
-        f"# Kernel tests on {environment['device']}",
-        "",
-        f"- {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, driver {environment['driver']}, revision {environment['revision']}, "
-        f"{versions}",
-        f"- command: `python -m benchmarks.gpu_test` ({TESTS}), {seconds:.0f} s",
-        f"- {recorder.collected} collected: {counts}" + (f", **{missing} not reached**" if missing > 0 else ""),
-        "",
-        "## Failures",
-        "",
-        *([f"- `{test}`: {reason}" for test, reason in recorder.failures] or ["None."]),
-        "",
-        "## Slowest",
-        "",
-        *(f"- {duration:.1f} s `{Path(test).name}`" for duration, test in recorder.slowest),
-        "",
-    ]
-    return "\n".join(lines)
+def _from(name: str) -> list[tuple[str, float]]:
+    """The tools from `name` on."""
+    return list(SANITIZED.values())[list(SANITIZED).index(name) :]
+
+
+def jobs(folder: Path) -> list[Job]:
+    """Every test file, the most telling first; what has never run on a GPU, native, after everything else."""
+    first = [folder / f"test_{name}.py" for name in FIRST]
+    files = [*first, *(path for path in sorted(folder.glob("test_*.py")) if path not in first)]
+    return [Job(path, match) for match in ("not native", "native") for path in files]
+
+
+def run(job: Job, until: float) -> list[Outcome]:
+    """The outcomes of a job's tests, those that `until` cut off included; a process that its tests break is started again."""
+    with tempfile.TemporaryDirectory() as scratch:
+        record = Path(scratch) / "record.jsonl"
+        for _ in range(1 + RESTARTS):
+            known = [o.test for o in read(record) if o.outcome != "not reached"]
+            command = [sys.executable, "-m", "pytest", str(job.file), "-k", job.match, "-p", "benchmarks.gpu_record", "-q"]
+            command += ["--rootdir", str(provenance.ROOT), *(f"--deselect={test}" for test in known)]
+            code = _run(command, until, os.environ | {"TRAPO_GPU_RECORD": str(record)})
+            if code in (0, 1, 5, None):  # passed, failed, nothing selected, out of time
+                break
+        return read(record)
+
+
+def _run(command: list[str], until: float, environment: dict[str, str], output: Path | None = None) -> int | None:
+    """Exit code of a command; None where `until` came first, and it was killed."""
+    if until <= time.monotonic():
+        return None
+    with output.open("a") if output else open(os.devnull, "w") as file:
+        process = subprocess.Popen(command, cwd=provenance.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            return process.wait(until - time.monotonic())
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def read(record: Path) -> list[Outcome]:
+    """The last word on every test of a record."""
+    if not record.exists():
+        return []
+    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    last: dict[str, Outcome] = {}
+    for line in lines:
+        if line["outcome"] != "not reached" or line["test"] not in last:
+            last[line["test"]] = Outcome(**line)
+    return list(last.values())
+
+
+def _sanitizer() -> str | None:
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(nvcc).resolve().parent))
+
+
+def sanitize(tool: str, name: str, match: str, until: float, output: Path) -> str:
+    """What one tool of compute-sanitizer says of the native kernels, in a sentence; its whole output goes to a file.
+
+    Without the caching allocator every tensor is an allocation of its own, beyond whose end memcheck looks.
+    """
+    command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", sys.executable, "-m", "pytest", "-q"]
+    command += ["--rootdir", str(provenance.ROOT), str(TESTS / "test_native_gpu.py"), "-k", match]
+    code = _run(command, until, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, output)
+    text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+    summary = next((line.strip("= ") for line in reversed(text.splitlines()) if "SUMMARY" in line), "no summary")
+    return {0: f"clean ({summary})", None: "out of time"}.get(code, f"**failed**, exit code {code} ({summary})")
+
+
+class Report:
+    """The Markdown record of a run, written anew whenever something is known."""
+
+    def __init__(self, folder: Path, doctor_lines: list[str], environment: dict):
+        self.path, self.doctor_lines, self.environment = folder / "tests.md", doctor_lines, environment
+        self.outcomes: list[Outcome] = []
+        self.sanitized: dict[str, str] = {}
+        self._started = time.monotonic()
+
+    def passed(self) -> bool:
+        """Whether tests ran and none of them, nor a sanitizer, found anything."""
+        bad = any(o.outcome not in ("passed", "skipped") for o in self.outcomes)
+        return bool(self.outcomes) and not bad and not any("failed" in text for text in self.sanitized.values())
+
+    def write(self) -> None:
+        """Write the file."""
+        self.path.write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """The record so far."""
+        environment = self.environment
+        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        counts = Counter(o.outcome for o in self.outcomes)
+        bad = [o for o in self.outcomes if o.outcome in ("failed", "crashed")]
+        skips = Counter(o.reason for o in self.outcomes if o.outcome == "skipped")
+        slowest = sorted(self.outcomes, key=lambda o: -o.seconds)[:5]
+        lines = [
+            f"# Kernel tests on {environment['device']}",
+            "",
+            f"- {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, driver {environment['driver']}, revision {environment['revision']}",
+            f"- {versions}",
+            f"- command: `python -m benchmarks.gpu_test`, {time.monotonic() - self._started:.0f} s",
+            f"- {len(self.outcomes)} tests: " + (", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "none so far"),
+            *(f"- compute-sanitizer, {name}: {text}" for name, text in self.sanitized.items()),
+            "",
+            "## Failures",
+            "",
+            *([f"- {o.outcome} `{o.test}`: {o.reason}" for o in bad] or ["None."]),
+            "",
+            "## Skipped",
+            "",
+            *([f"- {count}: {reason}" for reason, count in skips.most_common()] or ["None."]),
+            "",
+            "## Slowest",
+            "",
+            *(f"- {o.seconds:.1f} s `{o.test.rpartition('/')[2]}`" for o in slowest),
+            "",
+            "## `python -m trapo_kernels.doctor`",
+            "",
+            "```",
+            *self.doctor_lines,
+            "```",
+            "",
+        ]
+        return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ def environment(device: str) -> dict[str, object]:
 
 
 def command() -> str:
-    """The runner's command line as it was typed; the interpreter's path, and what the supervisor adds for its worker, left out."""
+    """The runner's command line as it was typed; paths of this machine and what the supervisor adds for its worker left out."""
     typed = sys.argv[1:]
+    if "--out" in typed and Path(typed[typed.index("--out") + 1]).is_absolute():
+        typed = [word for i, word in enumerate(typed) if i - typed.index("--out") not in (0, 1)]
     return " ".join(["python -m benchmarks", *(typed[: typed.index(WORKER_FLAG)] if WORKER_FLAG in typed else typed)])
 
 

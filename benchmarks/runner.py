@@ -103,7 +103,7 @@ def work(options: argparse.Namespace) -> int:
         _say(f"the budget of {options.budget:g} min is spent: {left} cases are left. The same command goes on with them.")
     else:
         _say("nothing is left to measure.")
-    if path.exists():
+    if path.exists() and options.report:
         _say(f"report: {report.write(path)}")
     return 0
 
@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--skip", action="append", default=[], metavar="CONTENDER", type=_one_of(list(BY_NAME)), help="leave one out; repeatable"
     )
     parser.add_argument("--rounds", type=int, default=measure.MAX_ROUNDS, help="at most this many timed rounds per case")
+    parser.add_argument("--no-report", dest="report", action="store_false", help="leave it to python -m benchmarks.report")
     parser.add_argument(provenance.WORKER_FLAG, type=float, help=argparse.SUPPRESS)
     return parser
 

@@ -1,0 +1,53 @@
+"""A pytest plugin (`-p benchmarks.gpu_record`) that writes a line per test as it ends, so that a process that dies loses nothing.
+
+The file is $TRAPO_GPU_RECORD. A failure that has broken the CUDA context ends the process: every later test in it would fail too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+CONTEXT_LOST = 3  # exit code
+
+
+def _write(**line: object) -> None:
+    with Path(os.environ["TRAPO_GPU_RECORD"]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Name every test, so that those which are never reached can be counted."""
+    for item in session.items:
+        _write(test=item.nodeid, outcome="not reached")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """What is left of a test that takes its process with it."""
+    _write(test=nodeid, outcome="crashed", reason="the process ended in the midst of it")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """The outcome: that of the call, or of a setup or teardown that did not pass."""
+    if report.when != "call" and report.outcome == "passed":
+        return
+    reason = ""
+    if report.skipped:
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.failed:
+        lines = report.longreprtext.strip().splitlines() or [""]
+        reason = next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1])
+    _write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), reason=reason[:400])
+    if report.failed and _context_is_lost():
+        os._exit(CONTEXT_LOST)
+
+
+def _context_is_lost() -> bool:
+    import torch
+
+    from benchmarks import measure
+
+    return torch.cuda.is_available() and measure.context_is_lost()

@@ -1,0 +1,132 @@
+"""`make gpu-test` where there is no GPU: what a crash, a hang and the end of the time leave behind."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_test, provenance
+
+ROOT = Path(__file__).parents[1]
+TESTS = """
+import os, time
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_takes_its_process_along():
+    os._exit(9)
+
+def test_comes_after_the_crash():
+    pass
+
+def test_native_kernel():
+    pass
+
+def test_zzz_hangs():
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "test_sample.py"
+    path.write_text(TESTS)
+    return path
+
+
+def _outcomes(outcomes):
+    return {o.test.rpartition("::")[2].removeprefix("test_"): o.outcome for o in outcomes}
+
+
+def test_a_crash_costs_one_test_and_the_end_of_the_time_those_that_were_left(file):
+    outcomes = gpu_test.run(gpu_test.Job(file, "not native"), time.monotonic() + 6)
+    assert _outcomes(outcomes) == {
+        "passes": "passed",
+        "fails": "failed",
+        "takes_its_process_along": "crashed",
+        "comes_after_the_crash": "passed",
+        "zzz_hangs": "crashed",  # killed in its midst
+    }
+    assert "assert 1 == 2" in next(o.reason for o in outcomes if o.outcome == "failed")
+
+
+def test_tests_are_chosen_by_name_and_none_are_begun_without_time(file):
+    assert _outcomes(gpu_test.run(gpu_test.Job(file, "native"), time.monotonic() + 60)) == {"native_kernel": "passed"}
+    assert gpu_test.run(gpu_test.Job(file, "native"), time.monotonic()) == []
+
+
+def test_what_was_never_reached_is_counted(tmp_path):
+    record = tmp_path / "record.jsonl"
+    record.write_text(
+        '{"test": "a", "outcome": "not reached"}\n{"test": "b", "outcome": "not reached"}\n'
+        '{"test": "a", "outcome": "crashed", "reason": "x"}\n{"test": "a", "outcome": "passed", "seconds": 0.1}\n'
+        '{"test": "b", "outco'
+    )
+    assert _outcomes(gpu_test.read(record)) == {"a": "passed", "b": "not reached"}
+
+
+def test_every_file_is_run_twice_native_last():
+    jobs = gpu_test.jobs(gpu_test.TESTS)
+    half = len(jobs) // 2
+    assert {job.match for job in jobs[:half]} == {"not native"} and {job.match for job in jobs[half:]} == {"native"}
+    assert [job.file for job in jobs[:half]] == [job.file for job in jobs[half:]]
+    assert {job.file for job in jobs} == set(gpu_test.TESTS.glob("test_*.py"))
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "clean (ERROR SUMMARY: 0 errors)"), (9, "**failed**, exit code 9")])
+def test_the_sanitizer_is_believed(tmp_path, code, said):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/sh\necho "========= ERROR SUMMARY: 0 errors"\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"\nexit {code}\n'
+    )
+    tool.chmod(0o755)
+    output = tmp_path / "sanitizer.txt"
+    text = gpu_test.sanitize(str(tool), "memcheck", "4099", time.monotonic() + 30, output)
+    assert text.startswith(said)
+    assert "1 --tool memcheck --error-exitcode 9" in output.read_text() and "-k 4099" in output.read_text()
+
+
+def test_the_record_names_failures_skips_and_the_sanitizer(tmp_path):
+    report = gpu_test.Report(tmp_path, ["python 3"], provenance.environment("cpu") | {"driver": "1.2"})
+    report.outcomes = [
+        gpu_test.Outcome("tests/x.py::test_y", "failed", 0.1, "assert 1 == 2"),
+        gpu_test.Outcome("tests/x.py::test_z", "passed", 3.0),
+        gpu_test.Outcome("tests/x.py::test_s", "skipped", 0.0, "needs two GPUs"),
+    ]
+    report.sanitized["memcheck"] = "clean (ERROR SUMMARY: 0 errors)"
+    report.write()
+    text = (tmp_path / "tests.md").read_text()
+    for part in (
+        "3 tests: 1 failed, 1 passed, 1 skipped",
+        "failed `tests/x.py::test_y`: assert 1 == 2",
+        "1: needs two GPUs",
+        "memcheck: clean",
+    ):
+        assert part in text
+    assert not report.passed()
+    report.outcomes = report.outcomes[1:]
+    assert report.passed()
+    report.sanitized["racecheck"] = "**failed**, exit code 9"
+    assert not report.passed()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_the_make_targets_reach_their_programs(tmp_path):
+    """With the results of earlier calls beside them; without a GPU the programs then say so."""
+    for target, path in (("gpu-test", "benchmarks.gpu_test"), ("gpu-bench", "benchmarks")):
+        command = ["make", "-n", target, f"OUT={tmp_path}", "GPU_SECONDS=60", "QUESTIONS=trapo"]
+        printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        assert f"-m {path} " in printed and f"--out {tmp_path}" in printed
+
+
+def test_paths_of_this_machine_stay_out_of_the_recorded_command(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "trapo", "--device", "cuda", "--out", "/somewhere/out", "--no-report"])
+    assert provenance.command() == "python -m benchmarks trapo --device cuda --no-report"
+    monkeypatch.setattr("sys.argv", ["x", "--out", "benchmarks/results"])
+    assert provenance.command() == "python -m benchmarks --out benchmarks/results"
