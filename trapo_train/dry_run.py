@@ -37,7 +37,14 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         data=problems,
         eval_data=dict.fromkeys(config.eval_data, held_out) if named else held_out if config.eval_data else None,
         reward="pointer_chasing",
-        model=replace(config.model, name_or_path=None, scratch=_SHAPE, tokenizer=None, attention="auto"),
+        model=replace(
+            config.model,
+            name_or_path=None,
+            scratch=_SHAPE,
+            tokenizer=None,
+            attention="auto",
+            liger="auto" if config.model.liger else False,
+        ),
         rollout=replace(
             config.rollout, max_response_tokens=_RESPONSE_TOKENS, paragraph_break="|", max_batch_tokens=4096, engine="transformers"
         ),

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ def fake_tensors() -> Iterator[None]:
 
 
 def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """The model as it will be trained, cut to `layers` layers, with weights in `dtype`; to be called inside `fake_tensors`.
+    """The model as it will be trained, cut to `layers` layers, with weights in `dtype`; to be called inside `fake_tensors`. Without
+    Liger's kernels, which need somewhat less.
 
     Raises: ValueError as `prepare`.
     """
@@ -88,7 +89,7 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
         text.layer_types = text.layer_types[:layers]
     with unset_fake_temporarily(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shallow, dtype=dtype, attn_implementation=PACKED_IMPLEMENTATION)
-        prepare(model, config, check_logits=False)
+        prepare(model, replace(config, liger=False), check_logits=False)
     fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for module in model.modules():
         for held in (module._parameters, module._buffers):

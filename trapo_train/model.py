@@ -31,6 +31,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from trapo_kernels import Objective, linear_logprob, linear_policy_loss
 from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
+from trapo_train.liger import LIGER, apply_liger
 from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.packing import MicroBatch
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
@@ -93,6 +94,8 @@ class ModelConfig:
     """Recompute each layer's activations in backward: less memory for about a third more time."""
     attention: Literal["auto", "sdpa_packed", "flex", "flash_attention_2"] = "auto"
     """auto (flash-attn where it can run, else sdpa_packed), sdpa_packed, flex (a CUDA device) or flash_attention_2."""
+    liger: bool | Literal["auto"] = False
+    """Liger's kernels for norms, rotary embeddings and MLP (extra [liger], CUDA): true, false, or auto where they can run."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights; null trains the weights."""
     trust_remote_code: bool = False
@@ -109,6 +112,8 @@ class ModelConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}.")
+        if self.liger not in LIGER:
+            raise ValueError(f"liger must be true, false or auto, got {self.liger!r}.")
 
 
 class PolicyHead(nn.Linear):
@@ -216,7 +221,7 @@ def load_model_and_tokenizer(
 
 
 def prepare(model: PreTrainedModel, config: ModelConfig, *, check_logits: bool = True) -> None:
-    """Make a model of transformers ready for the packed step: policy head, adapters and gradient checkpointing as configured.
+    """Make a model of transformers ready for the packed step: kernels, policy head, adapters, checkpointing as configured.
 
     Args:
         check_logits: compare the head's logits with the model's, which runs the model.
@@ -224,6 +229,7 @@ def prepare(model: PreTrainedModel, config: ModelConfig, *, check_logits: bool =
     Raises: ValueError for a model that the packed step would train wrongly.
     """
     check_attention(model)
+    apply_liger(model, config.liger, model.device)
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     if config.lora is not None:
         add_lora(model, config.lora)

@@ -1,0 +1,59 @@
+"""Liger's Triton kernels for norms, rotary embeddings and MLP of a loaded model; its heads and losses stay out, ours are there."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LIGER = (True, False, "auto")
+_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+
+
+def apply_liger(model: PreTrainedModel, wanted: bool | str, device: torch.device) -> bool:
+    """Patch the model's layers with Liger's kernels; returns whether that was done.
+
+    Rotary embeddings are a function of the model's module in transformers: from then on every model of this type in the process
+    uses Liger's.
+
+    Args:
+        wanted: True does it or raises, "auto" does it where it can run and logs the choice, False does nothing.
+
+    Raises: ImportError naming the extra; ValueError where the kernels do not run on `device` or for a model type without kernels.
+    """
+    if wanted is False:
+        return False
+    try:
+        patch = _patch_function(model.config.model_type, device)
+    except (ImportError, ValueError) as error:
+        if wanted == "auto":
+            logger.info("liger: not used, %s", error)
+            return False
+        raise
+    switches = {name for name, parameter in inspect.signature(patch).parameters.items() if isinstance(parameter.default, bool)}
+    patch(model=model, **{name: name not in _LOSSES for name in switches})
+    logger.info("liger: %s", ", ".join(sorted(switches.difference(_LOSSES))))
+    return True
+
+
+def _patch_function(model_type: str, device: torch.device) -> Any:
+    """Liger's function for models of this type."""
+    try:
+        from liger_kernel import transformers as liger
+    except ImportError as error:
+        raise ImportError("model.liger needs liger-kernel: pip install 'trapo[liger]'.") from error
+    if device.type != "cuda":
+        raise ValueError(f"model.liger: its kernels need a CUDA device, got {device}. Use model.liger=false, or auto.")
+    prefix = "apply_liger_kernel_to_"
+    known = sorted(name.removeprefix(prefix) for name in liger.__all__ if name.startswith(prefix))
+    if model_type not in known:
+        raise ValueError(
+            f"model.liger: the model's type must be one that liger-kernel has kernels for ({', '.join(known)}), got {model_type}. "
+            "Use model.liger=false, or auto."
+        )
+    return getattr(liger, prefix + model_type)
