@@ -144,6 +144,8 @@ def measure(arguments: list[str], head: str) -> dict[str, float]:
         if not on_gpu:
             peaks["resident_mib"] = _resident_mib("VmHWM") - before
         peaks |= {"rollout_mib": _peak(trainer, rollout), "step_mib": _peak(trainer, trainer.train_step)}
+        while trainer.last_metrics["finished_share"]:  # a response that ended early needed less than was planned
+            peaks["step_mib"] = _peak(trainer, trainer.train_step)
     peaks = {name: max(values) for name, values in _by_name(trainer.world.gather(peaks)).items()}
     trainer.world.close()
     return peaks

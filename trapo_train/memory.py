@@ -161,28 +161,32 @@ def _rollout(
         return
     text = architecture.get_text_config()
     dtype = DTYPES[config.model.dtype]
-    if gpus > 1:
-        yield "weights gathered by FSDP", {"rollout": _gathering(weights, gpus // config.parallel.replicate, dtype)}
-    elif dtype.itemsize < 4:
-        yield "weights cast while generating", {"rollout": weights.cast * dtype.itemsize // 4}
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layer = 2 * text.num_key_value_heads * head_dim * dtype.itemsize * sequences * context
-    # Growing by a token copies the keys, then the values, of one layer.
-    yield "keys and values of the responses", {"rollout": layer * text.num_hidden_layers + layer // 2}
     # float32: the logits, their logprobs and one temporary; top_p sorts them, with token ids and two more.
     per_logit = dtype.itemsize + (12 if config.rollout.top_p == 1 else 33)
-    yield "logits of the next tokens", {"rollout": per_logit * sequences * text.vocab_size}
     # One copy of each prompt is read.
     prompts = min(math.ceil(config.prompts_per_step / gpus), sequences)
     prompt_tokens = prompts * max(1, min(config.data.max_prompt_tokens, context - 1))
-    yield "activations", {"rollout": trace_prefill(config.model, architecture, prompt_tokens)}
+    held = {
+        # Growing by a token copies the keys, then the values, of one layer.
+        "keys and values of the responses": layer * text.num_hidden_layers + layer // 2,
+        "logits of the next tokens": per_logit * sequences * text.vocab_size,
+        "activations": trace_prefill(config.model, architecture, prompt_tokens),
+    }
+    for name, size in held.items():
+        yield name, {"rollout": size}
+    if gpus > 1:
+        gathering = _gathering(weights, gpus // config.parallel.replicate, dtype) - sum(held.values())  # over when these begin
+        yield "weights gathered by FSDP", {"rollout": max(weights.total * dtype.itemsize // 4, gathering)}
+    elif dtype.itemsize < 4:
+        yield "weights cast while generating", {"rollout": weights.cast * dtype.itemsize // 4}
 
 
 def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
-    """Bytes while all ranks gather the whole model: FSDP unpacks what it received unit by unit, embedding and head first."""
+    """Bytes while the first unit, embedding and head, is gathered: what came, unpacked, and the shard that was cast for it."""
     width = dtype.itemsize / 4
-    first = weights.outside_layers * (2 + 1 / shards)
-    return int(width * max(weights.total, first))
+    return int(width * weights.outside_layers * (2 if width == 1 else 2 + 1 / shards))
 
 
 def _sequences_at_once(config: RunConfig, gpus: int, context: int) -> int:

@@ -4,9 +4,12 @@ import socket
 
 import pytest
 
+from trapo_kernels import objectives
 from trapo_train.cli import main
 from trapo_train.config import load_config, recipes
 from trapo_train.dry_run import dry_config
+from trapo_train.plans import plan_rungs
+from trapo_train.step import build_objective
 
 
 @pytest.fixture
@@ -33,12 +36,35 @@ def test_recipes_are_listed_with_a_line_each(capsys):
     assert all(name in printed for name in recipes()) and all(about for about in recipes().values())
 
 
+# Of the models on the hub, which a dry run does not look at.
+POSITIONS = {"Elliott/Qwen2.5-Math-7B-16k-think": 16384, "Qwen/Qwen2.5-Math-1.5B": 4096}
+
+
 def test_the_authors_two_settings():
+    """Against the values of the paper and of the authors' release: exp_scripts/train_trapo.sh and the defaults of its code."""
     paper, release = (load_config(f"qwen2.5_math_7b_{name}") for name in ("paper", "release"))
     assert (paper.plan.name, paper.prompts_per_step, paper.optimizer.learning_rate) == ("paper", 128, 5e-6)
     assert (release.plan.name, release.prompts_per_step, release.optimizer.learning_rate) == ("release", 8, 1e-6)
-    assert release.packing.aggregation == "length" and release.rollout.max_response_tokens == 8192
-    assert paper.data.solution_column == "reward_model.ground_truth"
+    assert (release.packing.aggregation, paper.packing.aggregation) == ("length", "constant")  # Σ loss / 8192, and a mean
+    ladders = [[(rung.samples, rung.prefix_ratio, rung.threshold) for rung in plan_rungs(each.plan)] for each in (paper, release)]
+    assert ladders[0] == [(4, 0.0, None), (2, 0.2, 0.5), (1, 0.5, 0.7), (1, 1.0, 0.9)]
+    assert ladders[1] == [(4, 0.0, None), (2, 0.25, 0.5), (1, 0.5, 4 / 6), (1, 1.0, 1.0)]
+    for config in (paper, release):
+        assert build_objective(config.objective) == objectives.trapo(alpha=0.1, entropy_coef=0.001)
+        assert (config.advantage.center, config.advantage.normalise) == ("mean", "none")
+        assert (config.rollout.max_response_tokens, config.data.max_prompt_tokens, config.packing.max_tokens) == (8192, 1024, 32768)
+        assert (config.rollout.temperature, config.rollout.top_p, config.rollout.snap_window) == (1.0, 1.0, 0.3)
+        optimizer = config.optimizer
+        assert (optimizer.name, optimizer.weight_decay, optimizer.max_grad_norm, optimizer.betas) == ("AdamW", 0.01, 1.0, None)
+        assert (optimizer.schedule, optimizer.warmup_steps, config.updates.per_step) == ("constant_with_warmup", 0, 1)
+        assert config.data.solution_column == "reward_model.ground_truth" and config.evaluation.temperature == 0.6
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("qwen")])
+def test_prompt_and_response_fit_into_the_models_positions(name):
+    config = load_config(name)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    assert longest <= min(POSITIONS[config.model.name_or_path], config.packing.max_tokens, config.rollout.max_batch_tokens)
 
 
 def test_a_dry_run_keeps_what_the_configuration_decides(tmp_path):
