@@ -23,6 +23,7 @@ FUSED = (
     "triton_fused",
     "native_fused",
 )  # scoring whose logits stay on the chip; everything else as the backend before the underscore
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found out here, because torch.compile cannot trace the search
 _log = logging.getLogger("trapo_kernels")
 # Measured times of scoring, by GPU, dtype and shape; `python -m benchmarks.scoring_table` writes them. Read once, at import.
 _MEASURED = json.loads((Path(__file__).parent / "scoring.json").read_text(encoding="utf-8"))["entries"]
@@ -69,7 +70,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"its kernel is for sm_90 GPUs and the tensors are on the {device.type}."
     if backend in ("native", "native_fused"):
         return native.why_not(device.type)
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the package triton is not installed; pip install triton."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."

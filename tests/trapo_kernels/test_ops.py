@@ -1,10 +1,14 @@
 """The torch.library ops: schemas, fakes, torch.compile, double backward."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 
 from tests.trapo_kernels import cases
 from trapo_kernels import autograd, linear_logprob, linear_policy_loss, objectives, policy_loss, terms, token_logprob
+from trapo_kernels.backends import triton_ops
 
 
 def _policy_arguments(backend):
@@ -61,13 +65,15 @@ def test_opcheck(backend):
     torch.library.opcheck(autograd.policy_loss, policy_arguments, test_utils=checks)
 
 
-def test_compile_fullgraph_gives_the_same_bits():
+@pytest.mark.parametrize("backend", ["auto", *cases.CHUNKED])
+def test_compile_fullgraph_gives_the_same_bits(backend):
     hidden, weight, _ = cases.head(12, 5, 20, torch.float32)
     b = cases.batch(12, 20, torch.float32)
 
     def step(h, w):
-        scored = linear_logprob(h, w, b.target, with_entropy=True)
-        return linear_policy_loss(h, w, b, objectives.trapo()).loss + scored.logprob.sum() + scored.entropy.sum()
+        scored = linear_logprob(h, w, b.target, with_entropy=True, backend=backend)
+        loss = linear_policy_loss(h, w, b, objectives.trapo(), backend=backend).loss
+        return loss + scored.logprob.sum() + scored.entropy.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     eager = cases.gradients(step(hidden, weight), (hidden, weight))
@@ -117,13 +123,63 @@ def test_a_temperature_tensor_that_changes_compiles_once():
     assert counter.frame_count == 1
 
 
+def test_triton_launches_where_its_tensors_are(monkeypatch):
+    """Triton launches on the current GPU, which need not be that of the tensors: every launch is made in a context that sets it."""
+    inside, launched = [], {}
+
+    @contextlib.contextmanager
+    def device_of(x):
+        inside.append(x.device)
+        yield
+        inside.pop()
+
+    class Spy:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched[self.name] = list(inside)
+            return self.kernel[grid]
+
+    kernels = ("row_statistics", "row_gradient", "row_policy", "token_coefficient", "scale", "fused_scoring")
+    for name in kernels:
+        module = importlib.import_module(f"{triton_ops.__name__}.{name.replace('fused_scoring', 'fused_head')}")
+        monkeypatch.setattr(module, f"{name}_kernel", Spy(name, getattr(module, f"{name}_kernel")))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    b = cases.batch(6, 20, torch.float32)
+    out = linear_logprob(hidden, weight, b.target, with_entropy=True, backend="triton_fused")
+    linear_logprob(hidden, weight, b.target, backend="triton").logprob.sum().backward()
+    policy_loss(out.logprob, out.entropy, b, objectives.trapo(), backend="triton")
+    linear_policy_loss(hidden, weight, b, objectives.trapo(), backend="triton")
+    triton_ops.scale_(torch.ones(3, device=cases.DEVICE), torch.tensor(2.0, device=cases.DEVICE))
+    assert launched == {name: [hidden.device] for name in kernels}
+
+
 @pytest.mark.gpu
-def test_cuda_graph_capture_replays_the_same_bits():
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_tensors_on_a_gpu_that_is_not_the_current_one(backend):
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        hidden, weight = (x.detach().to(device).requires_grad_() for x in cases.head(64, 32, 500, torch.bfloat16)[:2])
+        loss = linear_policy_loss(
+            hidden, weight, cases.batch(64, 500, torch.float32).to(device), objectives.trapo(), backend=backend
+        ).loss
+        results.append([x.cpu() for x in (loss, *torch.autograd.grad(3.0 * loss, (hidden, weight)))])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_cuda_graph_capture_replays_the_same_bits(backend):
     hidden, weight, _ = cases.head(256, 64, 4000, torch.bfloat16)
     b = cases.batch(256, 4000, torch.float32)
 
     def step():
-        loss = linear_policy_loss(hidden, weight, b, objectives.trapo()).loss
+        scored = linear_logprob(hidden, weight, b.target, with_entropy=True, backend=backend)
+        loss = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss + scored.logprob.sum()
         return [loss, *torch.autograd.grad(loss, (hidden, weight))]
 
     expected = step()
