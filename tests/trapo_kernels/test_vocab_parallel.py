@@ -9,36 +9,43 @@ import torch.multiprocessing as mp
 
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends import native
 
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 40, 6, 101
 
 
-def _expected(scale, dtype, objective):
-    """Whole-head results: (logprob, entropy, logsumexp, grads of scoring, loss, grads of the policy loss)."""
-    inputs = cases.head(NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE, dtype, scale)
-    b = cases.batch(NUM_ROWS, VOCAB_SIZE, dtype)
-    return inputs, b, _run(*inputs, b, objective, None)
+def _batch(dtype):
+    """The last five rows carry no weight; two of them are scored all the same."""
+    weight = torch.rand(NUM_ROWS, dtype=dtype) / NUM_ROWS
+    weight[-5:] = 0.0
+    scored = torch.tensor([NUM_ROWS - 5, NUM_ROWS - 2])
+    return cases.batch(NUM_ROWS, VOCAB_SIZE, dtype, weight=weight, entropy_weight=None, scored_rows=scored)
 
 
-def _run(hidden, weight, bias, b, objective, group):
-    settings = {"bias": bias, "temperature": 0.8, "softcap": 20.0, "process_group": group, "backend": "torch"}
+def _run(inputs, b, group, backend):
+    """Everything that a head computes: scoring, the loss in one pass, the loss in two, each with its gradients."""
+    hidden, weight, bias = inputs
+    settings = {"bias": bias, "temperature": 0.8, "softcap": 20.0, "process_group": group, "backend": backend}
     target = torch.where(b.active, b.target, -100)
     out = linear_logprob(hidden, weight, target, with_entropy=True, **settings)
-    scoring = cases.gradients((out.logprob - 0.3 * out.entropy).sum(), (hidden, weight, bias))
-    policy = linear_policy_loss(hidden, weight, b, objective, **settings)
-    return [*out, *scoring, policy.loss, *cases.gradients(policy.loss, (hidden, weight, bias))]
+    results = [*out, *cases.gradients((out.logprob - 0.3 * out.entropy).sum(), inputs)]
+    for objective, invariant in ((objectives.trapo(entropy_coef=0.1), False), (objectives.gmpo(entropy_coef=0.1), True)):
+        policy = linear_policy_loss(hidden, weight, b, objective, batch_invariant=invariant, **settings)
+        assert policy.logprob[b.scored_rows].all()
+        results += [policy.loss, policy.logprob, policy.entropy, *cases.gradients(policy.loss, inputs)]
+    return results
 
 
-def _worker(rank, world_size, path, scale, dtype):
+def _worker(rank, world_size, path, scale, dtype, backend):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
-    objective = objectives.trapo(entropy_coef=0.1)
-    (hidden, weight, bias), b, expected = _expected(scale, dtype, objective)
+    inputs, b, objective = cases.head(NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE, dtype, scale), _batch(dtype), objectives.trapo()
+    (hidden, weight, bias), expected = inputs, _run(inputs, b, None, backend)
     edges = torch.tensor([0, *(VOCAB_SIZE * k // 7 + 5 for k in range(1, world_size)), VOCAB_SIZE])  # uneven shards
     mine = slice(int(edges[rank]), int(edges[rank + 1]))
     shard = [x.detach()[mine].clone().requires_grad_() for x in (weight, bias)]
-    actual = _run(hidden, *shard, b, objective, dist.group.WORLD)
+    actual = _run((hidden, *shard), b, dist.group.WORLD, backend)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     for i, (ours, whole) in enumerate(zip(actual, expected, strict=True)):
         whole = whole[mine] if whole.shape[:1] == (VOCAB_SIZE,) else whole
@@ -72,9 +79,42 @@ def _worker(rank, world_size, path, scale, dtype):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "scale", "dtype"),
-    [(1, 1.0, torch.float64), (2, 40.0, torch.float64), (3, 1.0, torch.float64), (2, 1.0, torch.float32)],
+    ("world_size", "scale", "dtype", "backend"),
+    [
+        (2, 40.0, torch.float64, "torch"),
+        (3, 1.0, torch.float32, "native"),
+        pytest.param(1, 1.0, torch.float64, "torch", marks=pytest.mark.slow),
+        pytest.param(4, 1.0, torch.float64, "torch", marks=pytest.mark.slow),
+        pytest.param(2, 1.0, torch.float32, "triton", marks=pytest.mark.slow),
+    ],
 )
-def test_sharded_equals_whole(tmp_path, monkeypatch, world_size, scale, dtype):
+def test_sharded_equals_whole(tmp_path, monkeypatch, world_size, scale, dtype, backend):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo's ranks are CPU processes, also where there is a GPU
-    mp.spawn(_worker, (world_size, tmp_path / "store", scale, dtype), nprocs=world_size)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if backend == "native" and native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+    mp.spawn(_worker, (world_size, tmp_path / "store", scale, dtype, backend), nprocs=world_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_one_rank_on_nccl_equals_no_group(tmp_path, backend):
+    """The collectives on a GPU: no copy to the host, no tensor on the wrong device."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        inputs = [x.detach().bfloat16().requires_grad_() for x in cases.head(NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE)]
+        results = []
+        for group in (None, dist.group.WORLD):
+            out = linear_policy_loss(
+                *inputs[:2],
+                cases.batch(NUM_ROWS, VOCAB_SIZE, torch.float32),
+                objectives.trapo(),
+                bias=inputs[2],
+                process_group=group,
+                backend=backend,
+            )
+            results.append([out.loss, out.logprob, *cases.gradients(out.loss, inputs)])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-2 if ours.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    finally:
+        dist.destroy_process_group()
