@@ -105,6 +105,7 @@ def run(job: Job, until: float) -> list[Outcome]:
         for _ in range(1 + RESTARTS):
             known = [o.test for o in read(record) if o.outcome != "not reached"]
             command = [sys.executable, "-m", "pytest", str(job.file), "-k", job.match, "-p", "benchmarks.gpu_record", "-q"]
+            command += ["-m", "not slow"]
             command += ["--rootdir", str(provenance.ROOT), *(f"--deselect={test}" for test in known)]
             code = _run(command, until, os.environ | {"TRAPO_GPU_RECORD": str(record)})
             if code in (0, 1, 5, None):  # passed, failed, nothing selected, out of time

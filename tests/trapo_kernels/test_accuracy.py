@@ -41,3 +41,25 @@ def test_weight_gradient_of_many_chunks_is_no_worse_than_of_one(backend, monkeyp
         grad = cases.gradients(linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss, (weight,))[0]
         errors.append(float((grad - truth).norm() / truth.norm()))
     assert errors[1] <= 1.5 * errors[0] + 1e-7
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("backend", EXACT)
+def test_bf16_gradients_are_never_worse_than_those_of_eager_bf16(backend, scale):
+    """Eager as a model has it: logits in bf16, their softmax in fp32."""
+    hidden, weight, _ = cases.head(128, 64, 4096, torch.bfloat16, scale)
+    target = torch.randint(4096, (128,), device=cases.DEVICE)
+    upstream = torch.randn(128, device=cases.DEVICE)
+
+    def eager(h, w, upcast):
+        log_p = (h @ w.T).to(upcast).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return ((log_p.gather(1, target[:, None])[:, 0] + 0.1 * entropy) * upstream).sum()
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = cases.gradients(eager(*exact, torch.float64), exact)
+    theirs = cases.gradients(eager(hidden, weight, torch.float32), (hidden, weight))
+    out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend)
+    ours = cases.gradients(((out.logprob + 0.1 * out.entropy) * upstream).sum(), (hidden, weight))
+    for mine, other, exactly in zip(ours, theirs, truth, strict=True):
+        assert (mine.double() - exactly).norm() <= (other.double() - exactly).norm()
