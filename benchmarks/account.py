@@ -2,7 +2,7 @@
 
     python -m benchmarks.account > benchmarks/results/TODO.md        # what awaits a GPU, with the arithmetic
 
-A prediction is arithmetic, never a measurement. The two rates are those of the machine's bf16 GEMM and copy.
+A prediction is arithmetic, never a measurement. Its two rates per GPU are those of a bf16 GEMM and of a copy.
 """
 
 from __future__ import annotations
@@ -11,11 +11,27 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.problem import JOBS, Case
+from benchmarks.problem import Case
 from trapo_kernels.backends.gemm import chunk_rows
 
-GEMM_TFLOPS = 790.0  # bf16 GEMM rate of one H200, as measured on that kind of machine
-COPY_TBPS = 4.3  # bytes read plus bytes written per second of a large copy there, in TB/s
+
+class Rates(NamedTuple):
+    """A GPU's bf16 GEMM, and bytes read plus bytes written per second of a large copy, as measured on that kind of machine."""
+
+    gpu: str
+    gemm_tflops: float
+    copy_tbps: float
+
+    def gemm_ms(self, flop: float) -> float:
+        """Time of a GEMM, or of several."""
+        return flop / (self.gemm_tflops * 1e12) * 1e3
+
+    def copy_ms(self, num_bytes: float) -> float:
+        """Time of moving so many bytes."""
+        return num_bytes / (self.copy_tbps * 1e12) * 1e3
+
+
+H200, H100 = Rates("H200", 790.0, 4.3), Rates("H100", 798.0, 3.0)
 
 
 def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float, str] | None:
@@ -50,99 +66,111 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
     return max(chunk + grads + upcast, grads + b * v * d) / 2**20, text
 
 
+class Plan(NamedTuple):
+    """A way through the head: its GEMMs and its floor's, bytes per fp32 logit that its row kernels move, GEMMs that write fp32
+    logits, the share of rows that take part, whether the head is trained, rows per chunk (0: the backend's own rule)."""
+
+    name: str
+    gemms: float
+    floor: int
+    row_bytes: int
+    wide_gemms: int
+    active: float = 1.0
+    trained: bool = True
+    chunk: int = 0
+
+
+SINGLE_PASS = Plan("single pass, `triton`", 3, 3, 4 + 4 + 2, 1)
+SCORING = Plan("scoring, `triton`", 1, 1, 4, 1, trained=False)
+PLANS = [
+    SINGLE_PASS,
+    Plan("single pass, `native`: a row stays in shared memory", 3, 3, 4 + 2, 1),
+    Plan("two passes, `triton`", 4, 3, 4 + 4 + 2, 2),
+    SINGLE_PASS._replace(name="single pass, half of the rows active", active=0.5),
+    Plan("single pass, frozen head", 2, 3, 4 + 4 + 2, 1, trained=False),
+    SINGLE_PASS._replace(name="single pass, batch_invariant=True", chunk=1024),
+    SCORING,
+    Plan("scoring, logits on the chip", 1, 1, 0, 0, trained=False),
+]
+
+
 class Prediction(NamedTuple):
     """Milliseconds of the parts, and the ratio to the floor if the GEMMs' own extra traffic hides behind their arithmetic
     (`hidden`) or adds up (`exposed`)."""
 
-    gemm_ms: float
+    gemms_ms: float
     floor_ms: float
-    row_kernel_ms: float
+    row_kernels_ms: float
+    rounding_ms: float
     wide_logits_ms: float
     grad_weight_ms: float
-    backward_ms: float
     chunks: int
-    hidden: float
-    exposed: float
+
+    @property
+    def hidden(self) -> float:
+        return (self.gemms_ms + self.row_kernels_ms + self.rounding_ms) / self.floor_ms
+
+    @property
+    def exposed(self) -> float:
+        return self.hidden + (self.wide_logits_ms + self.grad_weight_ms) / self.floor_ms
 
 
-def predict(case: Case) -> Prediction:
-    """The byte account of our Triton path with fp32 logits and bf16 inputs."""
-    n, d, v = case.num_rows, case.hidden_size, case.vocab_size
-    chunks = -(-n // chunk_rows(n, v, "cuda"))
-    gemms = JOBS[case.job].gemms
-    gemm_ms = case.gemm_flop / (GEMM_TFLOPS * 1e12) * 1e3
-    per_logit = 4 if case.job == "score" else 4 + 4 + 2
-    row_kernel_ms = _copy_ms(per_logit * n * v)
-    wide_logits_ms = _copy_ms(2 * n * v)  # fp32 instead of bf16 out of the first GEMM
-    grad_weight_ms = 0.0 if case.job == "score" else _copy_ms((2 * chunks - 1) * 4 * v * d)  # fp32, written by the first chunk
-    backward_ms = (
-        0.0 if case.job == "score" else _copy_ms((4 + 2) * v * d + (4 + 2) * n * d)
-    )  # round dWeight to its dtype in the backward, dHidden chunk by chunk
-    floor_ms = gemms * gemm_ms
-    sure = floor_ms + row_kernel_ms + backward_ms
+def predict(case: Case, plan: Plan = SINGLE_PASS, rates: Rates = H200) -> Prediction:
+    """The account of a plan with fp32 logits and bf16 inputs on one GPU."""
+    n, d, v = round(case.num_rows * plan.active), case.hidden_size, case.vocab_size
+    chunks = -(-n // (plan.chunk or chunk_rows(n, v, "cuda")))
+    one = rates.gemm_ms(case.gemm_flop)
+    forward_only = plan.gemms == 1
     return Prediction(
-        gemm_ms,
-        floor_ms,
-        row_kernel_ms,
-        wide_logits_ms,
-        grad_weight_ms,
-        backward_ms,
-        chunks,
-        sure / floor_ms,
-        (sure + wide_logits_ms + grad_weight_ms) / floor_ms,
+        gemms_ms=plan.gemms * one * plan.active,
+        floor_ms=plan.floor * one,
+        row_kernels_ms=rates.copy_ms(plan.row_bytes * n * v),
+        rounding_ms=0.0 if forward_only else rates.copy_ms(6 * n * d + (6 * v * d if plan.trained else 0)),
+        wide_logits_ms=rates.copy_ms(2 * n * v * plan.wide_gemms),
+        grad_weight_ms=rates.copy_ms((2 * chunks - 1) * 4 * v * d) if plan.trained else 0.0,
+        chunks=chunks,
     )
 
 
-def _copy_ms(num_bytes: float) -> float:
-    return num_bytes / (COPY_TBPS * 1e12) * 1e3
-
-
-SHAPES = [
-    ("trapo", 32768, 3584, 152064),
-    ("trapo", 8192, 4096, 151936),
-    ("trapo", 8192, 4096, 128256),
-    ("trapo", 8192, 3584, 256000),
-    ("trapo", 8192, 1024, 151936),
-    ("score", 32768, 3584, 152064),
-]
-
+SHAPES = [(32768, 3584, 152064), (8192, 4096, 151936), (8192, 4096, 128256), (8192, 3584, 256000), (8192, 1024, 151936)]
 COMMANDS = [
     (
-        "make gpu-native",
-        "builds the native backend's CUDA kernels, none of which has run yet; then gpu-test and gpu-bench include them",
+        "make -k gpu-native gpu-test GPU_SECONDS=430",
+        "builds the CUDA kernels of `csrc`, none of which has run yet, for this GPU (1-2 minutes); then the kernel tests, the "
+        "CUDA kernels after everything else, and compute-sanitizer on them: `tests.md`, `sanitizer.txt`",
     ),
-    (
-        "pip install --no-deps liger-kernel cut-cross-entropy trl",
-        "small pure-Python wheels, to be brought along: those peers compete; quack and verl do where they are installed",
-    ),
-    ("make gpu-test", "tests/trapo_kernels on the GPU: counts and failures into `<gpu>/tests.md`"),
-    ("make gpu-bench", "the matrix, resumable: repeat until it prints that nothing is left"),
-    ("python -m benchmarks trapo --device cuda --budget 8.5 --out benchmarks/results", "TRAPO's own micro-batch first"),
-    ("python -m benchmarks longest step compile --device cuda --budget 8.5 --out benchmarks/results", "the long questions"),
-    ("python -m benchmarks.report benchmarks/results/<gpu>/results.jsonl", "tables and plots from what is there"),
+    ("make -k gpu-native gpu-bench", "the matrix, TRAPO's own micro-batch first; every further call goes on where it stopped"),
+    ('make gpu-bench QUESTIONS="scoring sweep"', "what `scoring_table` needs, if the matrix has not come that far"),
+    ('make gpu-bench QUESTIONS="longest step compile"', "the long questions"),
+    ("python -m benchmarks.report benchmarks/results/<gpu>/results.jsonl", "tables and plots, on any machine"),
+    ("python -m benchmarks.scoring_table benchmarks/results/<gpu>/results.jsonl", 'pins what `backend="auto"` scores with'),
 ]
+NOTES = """
+Each `make` call ends within 9 minutes and writes into `OUT` (an environment variable serves), else into `benchmarks/results`:
+three small files per GPU, as things become known. `gpu-bench` goes on from `benchmarks/results/<gpu>/results.jsonl`, so put what
+came back there before the next call. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets tests and
+benchmarks run where the CUDA part does not build. A contender that crashes the GPU is recorded and passed over in that case; keep
+it out of the others with `QUESTIONS='trapo --skip "ours (native)"'`.
+"""
 
 
-def arithmetic(case: Case, p: Prediction) -> list[str]:
+def arithmetic(case: Case, plan: Plan, rates: Rates) -> list[str]:
     """The prediction of one shape, line by line."""
-    n, d, v = case.num_rows, case.hidden_size, case.vocab_size
-    per_logit = 4 if case.job == "score" else 10
-    second = (
-        "" if case.job == "score" else f"; a row is {4 * v // 1024} KiB and hundreds are in flight, so the L2 serves no second read"
-    )
-    parts = "4 read" if case.job == "score" else "4 read + 4 read again + 2 written"
+    p, n, d, v = predict(case, plan, rates), case.num_rows, case.hidden_size, case.vocab_size
+    second = f"; a row is {4 * v // 1024} KiB and hundreds are in flight, so the L2 serves no second read"
+    one, moved = p.floor_ms / plan.floor, plan.row_bytes * n * v / 1e9
     lines = [
-        f"- one GEMM: 2·{n}·{d}·{v} = {case.gemm_flop:.3e} FLOP / {GEMM_TFLOPS:g} TFLOP/s = {p.gemm_ms:.1f} ms; floor: "
-        f"{JOBS[case.job].gemms} of them = {p.floor_ms:.1f} ms",
-        f"- row kernel: {parts} = {per_logit} B per fp32 logit · {n}·{v} = {per_logit * n * v / 1e9:.1f} GB / {COPY_TBPS:g} TB/s = "
-        f"{p.row_kernel_ms:.2f} ms{second}",
+        f"- one GEMM: 2·{n}·{d}·{v} = {case.gemm_flop:.3e} FLOP / {rates.gemm_tflops:g} TFLOP/s = {one:.1f} ms; floor: "
+        f"{plan.floor} of them = {p.floor_ms:.1f} ms",
+        f"- row kernel: {plan.row_bytes} B per fp32 logit · {n}·{v} = {moved:.1f} GB / {rates.copy_tbps:g} TB/s = "
+        f"{p.row_kernels_ms:.2f} ms{second if plan.row_bytes == 10 else ''}",
         f"- fp32 logits out of the GEMM: 2 B more per logit than bf16 = {p.wide_logits_ms:.2f} ms, unless hidden in its epilogue",
     ]
-    if case.job != "score":
+    if plan.trained:
         lines += [
             f"- fp32 dWeight written by {p.chunks} chunks and read by all but the first: {2 * p.chunks - 1}·4·{v}·{d} B = "
             f"{p.grad_weight_ms:.2f} ms, unless hidden in that GEMM",
-            f"- both gradients rounded from fp32 to bf16, dWeight with the upstream factor: {p.backward_ms:.2f} ms",
+            f"- both gradients rounded from fp32 to bf16, dWeight with the upstream factor: {p.rounding_ms:.2f} ms",
         ]
     return [
         *lines,
@@ -150,40 +178,58 @@ def arithmetic(case: Case, p: Prediction) -> list[str]:
     ]
 
 
+def _table(rows: list[tuple[Case, Plan]]) -> list[str]:
+    """Ratios to the floor on both GPUs, with the GEMMs' traffic hidden and exposed."""
+    lines = [
+        "| | N | D | V | floor ms, H200 | × floor, H200 | floor ms, H100 | × floor, H100 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, plan in rows:
+        cells = []
+        for rates in (H200, H100):
+            p = predict(case, plan, rates)
+            cells += [f"{p.floor_ms:.1f}", f"{p.hidden:.2f}" + (f"-{p.exposed:.2f}" if p.exposed - p.hidden >= 0.005 else "")]
+        lines.append(f"| {plan.name} | {case.num_rows} | {case.hidden_size} | {case.vocab_size} | {' | '.join(cells)} |")
+    return lines
+
+
 def todo() -> str:
     """The text of results/TODO.md."""
+    cases = [Case("todo", "trapo", *shape, "bfloat16") for shape in SHAPES]
+    formula = memory_formula("ours (triton)", cases[1], "cuda")
     lines = [
         "# What awaits a GPU",
         "",
-        "No figure below was measured on a kernel of this project: each is arithmetic from two rates of one H200, "
-        f"{GEMM_TFLOPS:g} TFLOP/s for a bf16 GEMM and {COPY_TBPS:g} TB/s for a copy. `python -m benchmarks.account` writes this "
-        "file.",
+        "No figure below was measured on a kernel of this project: each is arithmetic from two rates per GPU, "
+        + " and ".join(
+            f"{r.gemm_tflops:g} TFLOP/s for a bf16 GEMM and {r.copy_tbps:g} TB/s for a copy on one {r.gpu}" for r in (H200, H100)
+        )
+        + ". `python -m benchmarks.account` writes this file.",
         "",
-        "## Commands",
+        "## Commands, in this order",
         "",
         "| command | what it gives |",
         "|---|---|",
         *(f"| `{command}` | {gives} |" for command, gives in COMMANDS),
+        NOTES,
+        "## Predictions, bf16 inputs, fp32 logits, entropy gradient on",
         "",
-        "## Predictions for backend `triton`, bf16 inputs, fp32 logits, entropy gradient on",
+        "Times the floor: the bare GEMMs of all rows, three for a loss, one for scoring. The range is from all of the GEMMs' own",
+        "extra traffic hidden behind their arithmetic to none of it.",
         "",
-        "| job | N | D | V | floor ms | row kernel ms | ratio, all hidden | ratio, none hidden |",
-        "|---|---|---|---|---|---|---|---|",
+        *_table([(case, SINGLE_PASS) for case in cases]),
+        "",
+        *_table([(cases[0], plan) for plan in PLANS[1:]]),
+        "",
     ]
-    cases = [Case("todo", job, n, d, v, "bfloat16") for job, n, d, v in SHAPES]
-    for case in cases:
-        p = predict(case)
-        lines.append(
-            f"| {case.job} | {case.num_rows} | {case.hidden_size} | {case.vocab_size} | {p.floor_ms:.1f} | {p.row_kernel_ms:.2f} | "
-            f"{p.hidden:.2f} | {p.exposed:.2f} |"
-        )
-    for case in (cases[0], cases[-1]):
-        lines += ["", f"## {case.job}, {case.shape}", "", *arithmetic(case, predict(case))]
-    formula = memory_formula("ours (triton)", cases[1], "cuda")
-    lines += ["", f"Peak memory at {cases[1].shape}: {formula[1]} = {formula[0] / 1024:.2f} GiB above the inputs.", ""]
+    for plan in (SINGLE_PASS, SCORING):
+        lines += [f"## {plan.name}, {cases[0].shape}, H200", "", *arithmetic(cases[0], plan, H200), ""]
     lines += [
-        "What would disprove the account: a ratio above the last column means the row kernel does not reach the copy rate (look at "
-        "`BLOCK_V` and the number of warps in `launch.py`) or the GEMMs of a chunk do not reach the rate of whole ones.",
+        f"Peak memory at {cases[1].shape}: {formula[1]} = {formula[0] / 1024:.2f} GiB above the inputs.",
+        "",
+        "What would disprove the account: a ratio above the range means that the row kernel does not reach the copy rate (look at "
+        "`BLOCK_V` and the number of warps in `launch.py`, or at `row_kernels.cuh`) or that the GEMMs of a chunk do not reach the "
+        "rate of whole ones. The fused scoring kernels are expected to miss their 1.00: see `offline_native.md` for why.",
         "",
     ]
     return "\n".join(lines)

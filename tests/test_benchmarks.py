@@ -117,10 +117,14 @@ def test_every_gpu_case_is_well_formed():
 
 
 def test_the_account_predicts_what_the_arithmetic_says():
-    p = account.predict(Case("test", "trapo", 32768, 3584, 152064, "bfloat16"))
-    assert p.gemm_ms == pytest.approx(2 * 32768 * 3584 * 152064 / 790e12 * 1e3) and p.chunks == 8
-    assert p.row_kernel_ms == pytest.approx(10 * 32768 * 152064 / 4.3e12 * 1e3)
+    case = Case("test", "trapo", 32768, 3584, 152064, "bfloat16")
+    p = account.predict(case)
+    assert p.floor_ms == pytest.approx(3 * 2 * 32768 * 3584 * 152064 / 790e12 * 1e3) and p.chunks == 8
+    assert p.row_kernels_ms == pytest.approx(10 * 32768 * 152064 / 4.3e12 * 1e3)
     assert 1.0 < p.hidden < p.exposed
+    plans = {plan.name: account.predict(case, plan, account.H100) for plan in account.PLANS}
+    assert 2 / 3 < plans["single pass, frozen head"].hidden < 0.85 and plans["single pass, half of the rows active"].hidden < 0.6
+    assert 4 / 3 < plans["two passes, `triton`"].hidden < 1.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
