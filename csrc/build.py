@@ -76,7 +76,7 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def _cuda_objects(self, torch: Path, macros: list[str]) -> list[str]:
-        archs = os.environ.get("TRAPO_CUDA_ARCHS", CUDA_ARCHS).split()
+        archs = (os.environ.get("TRAPO_CUDA_ARCHS") or CUDA_ARCHS).split()
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         objects = []
         for source in CUDA_SOURCES:

@@ -123,6 +123,15 @@ def test_a_temperature_tensor_that_changes_compiles_once():
     assert counter.frame_count == 1
 
 
+def test_fakes_of_strided_inputs_have_the_strides_of_the_real_outputs():
+    arguments = list(_policy_arguments("torch"))
+    arguments[0] = arguments[0].detach().t().contiguous().t().requires_grad_()
+    arguments[1] = arguments[1].detach().t().contiguous().t().requires_grad_()
+    torch.library.opcheck(autograd.linear_policy_loss, tuple(arguments), test_utils=("test_faketensor",))
+    scoring = (*arguments[:2], arguments[5], arguments[2], *(None,) * 5, 1.0, None, True, torch.float32, False, "", "torch")
+    torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=("test_faketensor",))
+
+
 def test_triton_launches_where_its_tensors_are(monkeypatch):
     """Triton launches on the current GPU, which need not be that of the tensors: every launch is made in a context that sets it."""
     inside, launched = [], {}

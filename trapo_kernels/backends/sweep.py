@@ -265,7 +265,7 @@ def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard
     no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
 
     def rows(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=rows_dtype) if needed else None
+        return torch.zeros_like(like, dtype=rows_dtype, memory_format=torch.contiguous_format) if needed else None
 
     def factor(like: Tensor | None, needed: bool) -> Tensor | None:
         new = torch.zeros_like if no_chunk else torch.empty_like
