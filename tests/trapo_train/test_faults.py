@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -102,7 +103,7 @@ def test_a_dataset_edited_between_two_runs_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "words"), [("SIGKILL", "Connection closed by peer"), ("SIGSTOP", "Timed out")])
+@pytest.mark.parametrize(("how", "words"), [("SIGKILL", "by peer|Broken pipe|Timed out"), ("SIGSTOP", "Timed out")])
 def test_a_rank_that_dies_or_hangs_ends_the_other_within_the_timeout(how, words, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
     arguments = ["run", f"{tmp_path}/run.yaml", f"output_dir={tmp_path}/run", "steps=100000", "parallel.timeout_s=8"]
@@ -128,5 +129,5 @@ def test_a_rank_that_dies_or_hangs_ends_the_other_within_the_timeout(how, words,
             rank.wait()
     assert ranks[0].returncode == 2
     error = " ".join(error.split())
-    assert "trapo-train: error: parallel: rank 0 has lost another rank" in error and words in error
+    assert re.search(f"trapo-train: error: parallel: rank 0 has lost another rank: .*({words})", error), error
     assert "continue with checkpoint.resume=true" in error
