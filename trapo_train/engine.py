@@ -165,6 +165,9 @@ class SeededEngine:
         """Start with another seed."""
         self._seed, self._streams = seed, 0
 
+    def close(self) -> None:
+        """Give back what the engine holds besides memory of its own, at the end of a run; the engine is of no use afterwards."""
+
     def _next_key(self, params: SamplingParams) -> int:
         """The key of a stream: of the call's own seed, or the next one of the engine's."""
         if params.seed is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -90,12 +89,20 @@ def without_lora(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def merged_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """`weights` (whole tensors by parameter name) with every adapter added to its layer, under the names of the plain model."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    merged = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
-    for name, layer in layers.items():
-        (adapter,) = layer.active_adapters
-        a, b = (weights[f"{name}.lora_{part}.{adapter}.weight"] for part in "AB")
-        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.scaling[adapter] * b @ a
-    return merged
+def merged_weights(model: PreTrainedModel, names: Iterable[str], whole: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors `names` (of parameters and buffers) with every adapter added to its layer, under the names of the plain model.
+
+    `whole` gives a tensor by its name; it is asked for them one after the other.
+    """
+    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "base_layer"))
+    layers = {f"{name}.base_layer.weight": (name, module) for name, module in adapted}
+    for name in names:
+        if ".lora_" in name:
+            continue
+        weight = whole(name)
+        if name in layers:
+            path, layer = layers[name]
+            (adapter,) = layer.active_adapters
+            a, b = (whole(f"{path}.lora_{part}.{adapter}.weight") for part in "AB")
+            weight = weight + layer.scaling[adapter] * b @ a
+        yield name.replace(".base_layer.", "."), weight

@@ -6,6 +6,7 @@ The names are those of the parameters, so that a checkpoint does not depend on h
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
@@ -67,6 +69,18 @@ def load_training_state(
         group.update(saved)
 
 
+def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model as it is now, whole and with LoRA's adapters added, under the names of the plain model; a tied one
+    once. Every rank must go through all of them: a sharded weight is put together when its turn comes."""
+    parameters = dict(model.named_parameters())
+
+    def whole(name: str) -> Tensor:
+        parameter = parameters[name].detach()
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    return merged_weights(model, parameters, whole)
+
+
 def export_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, world: World | None = None
 ) -> Path:
@@ -81,7 +95,7 @@ def export_model(
     if world is not None and not world.first:
         return directory
     if has_lora(model):
-        weights = merged_weights(model, weights)
+        weights = dict(merged_weights(model, list(weights), weights.__getitem__))
     unfinished = directory.with_name(f".unfinished_{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()

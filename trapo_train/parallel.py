@@ -110,6 +110,12 @@ class World:
                 "first printed, then continue with checkpoint.resume=true; a slow rank needs a larger parallel.timeout_s."
             ) from error
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise the first error that any rank has, on every rank."""
+        for failed in self.gather(error):
+            if failed is not None:
+                raise failed
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)

@@ -32,7 +32,8 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int
     longest = longest_prompt + response
     limits = {
         "packing.max_tokens": config.packing.max_tokens,
-        "rollout.max_batch_tokens": config.rollout.max_batch_tokens,
+        "rollout.max_batch_tokens": config.rollout.max_batch_tokens if config.rollout.engine == "transformers" else None,
+        "rollout.vllm.max_model_len": config.rollout.vllm.max_model_len if config.rollout.engine == "vllm" else None,
         "the model's positions": getattr(model.config.get_text_config(), "max_position_embeddings", None),
     }
     for name, limit in limits.items():

@@ -15,9 +15,10 @@ from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import cut_prefix
 from trapo_train.records import Completion, Problem, Request, Sample
 from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
-from trapo_train.vllm_server import VllmConfig
+from trapo_train.vllm_engine import VllmConfig
+from trapo_train.vllm_server import VllmServerConfig
 
-ENGINES = ("transformers", "vllm_server")
+ENGINES = ("transformers", "vllm", "vllm_server")
 VERIFICATIONS = ("response", "completion")
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
@@ -40,12 +41,14 @@ class RolloutConfig:
     """What the reward sees: the response, or the completion alone so that an answer in the prefix earns nothing."""
     correct_at: float = 1.0
     """Smallest reward that counts as correct where pass rates are measured (evaluation and headroom)."""
-    engine: Literal["transformers", "vllm_server"] = "transformers"
-    """What generates: transformers, in this process, or vllm_server, a vLLM server that runs already."""
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
+    """What generates: transformers or vllm, in this process, or vllm_server, a vLLM server that runs already."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
+    """vLLM in this process, with engine: vllm."""
+    vllm_server: VllmServerConfig = field(default_factory=VllmServerConfig)
     """The vLLM server, with engine: vllm_server."""
     max_batch_tokens: int = 131072
-    """Most tokens that the engine holds at once, prompts and budgets of all rows with padding, at least 2."""
+    """Most tokens that engine: transformers holds at once, prompts and budgets of all rows with padding, at least 2."""
 
     def __post_init__(self) -> None:
         checks = [

@@ -20,7 +20,7 @@ from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import export_model
 from trapo_train.records import Sample
 from trapo_train.samples import write_samples
-from trapo_train.trainer import Trainer
+from trapo_train.trainer import SAMPLING_ERRORS, Trainer
 
 CONFIG_FILE, CHECKPOINT_DIR, MODEL_DIR = "config.yaml", "checkpoints", "model"
 
@@ -80,6 +80,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
         export_model(trainer.model, trainer.tokenizer, output_dir / MODEL_DIR, trainer.world)
     summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
+    trainer.world.barrier()
+    trainer.engine.close()
     trainer.world.close()
     return summary
 
@@ -101,7 +103,12 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             saved_at = trainer.step
         if finished or stopping:
             return
-        metrics = trainer.train_step()
+        try:
+            metrics = trainer.train_step()
+        except SAMPLING_ERRORS:  # the step has changed nothing
+            if saved_at != trainer.step:
+                reporter.event(f"saved {trainer.save(store)}")
+            raise
         reporter.step(metrics)
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:

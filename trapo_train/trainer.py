@@ -22,19 +22,20 @@ from trapo_train.chooser import apply_choice, load_chooser
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
-from trapo_train.engine import TransformersEngine
+from trapo_train.engine import EngineError
+from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluate, load_eval_sets
 from trapo_train.lora import without_lora
-from trapo_train.model import load_model_and_tokenizer, precision, score
-from trapo_train.model_state import export_model, load_training_state, training_state
+from trapo_train.model import load_model_and_tokenizer, score
+from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack, pad_to_multiple
-from trapo_train.parallel import World, gathered, reshard, shard_model
+from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_lengths, check_objective
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
-from trapo_train.rewards import load_reward
+from trapo_train.rewards import RewardError, load_reward
 from trapo_train.rollout import RolloutResult, merge_results, run_plans
 from trapo_train.step import (
     NonFiniteError,
@@ -47,11 +48,11 @@ from trapo_train.step import (
 )
 from trapo_train.tasks import build_tokenizer
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
-from trapo_train.vllm_server import VllmServerEngine
 from trapo_train.vocab_parallel import join_micro_batches
 
 # Sections that may change between a run and its continuation without changing what is trained.
 _FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
+SAMPLING_ERRORS = (EngineError, RewardError)
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
 
 
@@ -89,8 +90,7 @@ class Trainer:
         shard_model(self.model, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
-        self.engine = self._build_engine()
-        self.synced_step = -1
+        self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._engine_seed(0))
         self.order = ProblemOrder(len(self.problems), config.seed)
         self.evaluated_at = -1
         self.skipped_in_a_row = 0
@@ -110,11 +110,21 @@ class Trainer:
         return build_plan(self.config.plan, step=self.step, seed=self.config.seed)
 
     def train_step(self) -> dict[str, Any]:
-        """Sample, score and learn from the next problems; returns the metrics of the step."""
+        """Sample, score and learn from the next problems; returns the metrics of the step.
+
+        Raises: EngineError or RewardError, on every rank, with all state as it was before the step.
+        """
         config = self.config
         started = time.perf_counter()
+        stateful = [part for part in (self.order, self.deferred, self.chooser, self.engine) if hasattr(part, "state_dict")]
+        before = [part.state_dict() for part in stateful]
         positions, plan, objective = self._next()
-        rollout = self._sample([self.problems[i] for i in positions], plan)
+        try:
+            rollout = self._sample([self.problems[i] for i in positions], plan)
+        except SAMPLING_ERRORS:
+            for part, state in zip(stateful, before, strict=True):
+                part.load_state_dict(state)
+            raise
         self.deferred.add(positions[i] for i in rollout.deferred)
         assign_advantages(rollout.groups, config.advantage)
         for group in rollout.groups:
@@ -173,35 +183,24 @@ class Trainer:
         return self.world.share(packed)
 
     def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
-        """The samples of all problems; each rank generates for its share and hands its samples to the others."""
-        with self.ready_to_generate():
-            mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
-        return merge_results(self.world.gather(mine))
+        """The samples of all problems; each rank generates for its share and hands its samples to the others.
 
-    def _build_engine(self) -> TransformersEngine | VllmServerEngine:
-        config, seed = self.config, self._engine_seed(0)
-        if config.rollout.engine == "transformers":
-            limit = config.rollout.max_batch_tokens
-            return TransformersEngine(self.model, self.tokenizer, seed=seed, max_batch_tokens=limit)
-        weights = Path(config.output_dir) / "vllm_weights"
-        engine = VllmServerEngine(config.rollout.vllm, config.model.name_or_path or "", weights, self.tokenizer, seed=seed)
-        engine.check()
-        return engine
+        Raises: EngineError or RewardError of any rank, on every rank.
+        """
+        mine, error = None, None
+        try:
+            with self.ready_to_generate():
+                mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
+        except SAMPLING_ERRORS as raised:
+            error = raised
+        self.world.raise_together(error)
+        return merge_results(self.world.gather(mine))
 
     @contextmanager
     def ready_to_generate(self) -> Iterator[None]:
         """Inside, the engine samples from the weights as they are now; every rank must enter."""
-        if isinstance(self.engine, TransformersEngine):
-            with gathered(self.model), precision(self.model):
-                yield
-            return
-        if self.synced_step != self.step:
-            export_model(self.model, self.tokenizer, self.engine.sync_dir, self.world)
-            if self.world.first:
-                self.engine.load_weights()
-            self.world.barrier()
-            self.synced_step = self.step
-        yield
+        with ready_to_generate(self.engine, self.model, self.tokenizer, self.world, step=self.step):
+            yield
 
     def _engine_seed(self, step: int) -> int:
         """Of this rank's engine; `step` > 0 for a run that resumes on another number of ranks."""

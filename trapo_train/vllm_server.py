@@ -4,7 +4,8 @@ Start the server with its endpoints for reinforcement learning, on a file system
 
     VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-Math-7B --port 8000 --logprobs-mode processed_logprobs
 
-`processed_logprobs` are those at the sampling temperature, which is what the trainer compares with. Before a step samples, the
+`processed_logprobs` are those at the sampling temperature, which is what the trainer compares with; vLLM takes them after top_k and
+top_p, so leave these off where the sampler's logprobs enter the loss. Before a step samples, the
 trainer writes its weights as safetensors to `sync_dir`, and the server reads them from there.
 """
 
@@ -32,7 +33,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
 @dataclass(frozen=True)
-class VllmConfig:
+class VllmServerConfig:
     """Where the vLLM server is and how it is used; only read with rollout.engine: vllm_server."""
 
     base_url: str = "http://127.0.0.1:8000"
@@ -72,12 +73,13 @@ class VllmServerEngine(SeededEngine):
     answers may still depend on how it batches them.
     """
 
-    def __init__(self, config: VllmConfig, model: str, sync_dir: Path, tokenizer: Any, *, seed: int) -> None:
+    def __init__(self, config: VllmServerConfig, model: str, sync_dir: Path, tokenizer: Any, *, seed: int) -> None:
         super().__init__(seed)
         self._config = config
         self._model = config.model or model
         self._tokenizer = tokenizer
         self._weights: _Weights | None = None  # none handed over yet
+        self.loaded_step = -1
         self.sync_dir = Path(config.sync_dir or sync_dir).resolve()
 
     def check(self) -> None:
@@ -87,7 +89,7 @@ class VllmServerEngine(SeededEngine):
         offered = [entry.get("id") for entry in (client.call("GET", "/v1/models") or {}).get("data", [])]
         if self._model not in offered:
             raise EngineError(
-                f"vllm_server: the server must offer the model {self._model!r}, it offers {offered}. Set rollout.vllm.model."
+                f"vllm_server: the server must offer the model {self._model!r}, it offers {offered}. Set rollout.vllm_server.model."
             )
 
     def load_weights(self) -> None:
@@ -205,15 +207,16 @@ class _Weights:
 
 
 class _Client:
-    """Requests with a bounded number of repetitions, from any number of threads; each thread keeps its connection.
+    """Requests with a bounded number of repetitions, from any number of threads.
 
-    `weights` are restored before a request is repeated whose connection broke.
+    Each has a connection of its own: one that was kept would break when the server tires of it, after 5 s by default, and a broken
+    connection means that the server may have lost its weights. They are restored before the request is repeated.
     """
 
-    def __init__(self, config: VllmConfig, weights: _Weights | None = None) -> None:
+    def __init__(self, config: VllmServerConfig, weights: _Weights | None = None) -> None:
         self._config, self._weights = config, weights
         self._address = urlsplit(config.base_url.rstrip("/"))
-        self._connections: dict[int, HTTPConnection] = {}  # by thread
+        self._connections: set[HTTPConnection] = set()
         self._stopped = threading.Event()
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -250,22 +253,20 @@ class _Client:
     def stop(self) -> None:
         """Call off everything that is under way; a server that runs stops generating for it."""
         self._stopped.set()
-        for connection in list(self._connections.values()):
+        for connection in list(self._connections):
             if connection.sock is not None:
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
-        thread = threading.get_ident()
-        if thread not in self._connections:
-            kind = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
-            self._connections[thread] = kind(self._address.netloc, timeout=self._config.timeout_s)
-        connection = self._connections[thread]
+        kind = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
+        connection = kind(self._address.netloc, timeout=self._config.timeout_s)
+        self._connections.add(connection)
         try:
             data = None if body is None else json.dumps(body)
-            connection.request(method, path, data, {"Content-Type": "application/json"})
+            connection.request(method, path, data, {"Content-Type": "application/json", "Connection": "close"})
             response = connection.getresponse()
             return response.status, response.read()
-        except (OSError, HTTPException):
-            connection.close()  # the next attempt opens a new one
-            raise
+        finally:
+            self._connections.discard(connection)
+            connection.close()

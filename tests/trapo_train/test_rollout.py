@@ -210,7 +210,7 @@ def test_a_failing_reward_names_the_row():
         ("snap_window", 1.5),
         ("verify", "prefix"),
         ("correct_at", float("nan")),
-        ("engine", "vllm"),
+        ("engine", "sglang"),
         ("max_batch_tokens", 1),
     ],
 )

@@ -2,103 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.trapo_train.fake_vllm import MODEL, FakeServer
+from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, iter_requests, problem
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import vllm_server
 from trapo_train.display import Reporter, read_metrics
-from trapo_train.engine import SamplingParams, TransformersEngine
-from trapo_train.tasks import build_tokenizer
+from trapo_train.engine import EngineError, SamplingParams
+from trapo_train.records import Request
+from trapo_train.rewards import RewardError
+from trapo_train.rollout import run_plans
+from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 from trapo_train.train import run
-from trapo_train.vllm_server import EngineError, VllmConfig, VllmServerEngine
-
-MODEL = "tiny"
-
-
-class FakeServer:
-    """`vllm serve` for one model: weights come from a folder, completions from the embedded engine, faults from a list."""
-
-    def __init__(self):
-        self.model, self.engine, self.lock = None, None, threading.Lock()
-        self.faults, self.requests, self.loaded = [], [], []
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *arguments):
-                pass
-
-            def do_GET(self):
-                self._answer({"data": [{"id": MODEL}]} if self.path == "/v1/models" else None)
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.requests.append((self.path, body))
-                if self.path == "/collective_rpc":
-                    fake.load(body["kwargs"]["weights_path"])
-                    return self._answer({"results": [None]})
-                if self.path == "/reset_prefix_cache":
-                    return self._answer(None)
-                fault = fake.faults.pop(0) if fake.faults else None
-                if fault == "hang":
-                    time.sleep(1.5)
-                if fault in (500, 400):
-                    return self._answer({"error": f"status {fault}"}, fault)
-                if fault == "garbage":
-                    return self._raw(b"{not json")
-                if fault == "die":
-                    return self.connection.close()
-                answer = fake.complete(body)
-                if fault == "short":
-                    answer["choices"][0]["logprobs"]["token_logprobs"].pop()
-                if fault == "no ids":
-                    del answer["choices"][0]["token_ids"]
-                self._answer(answer)
-
-            def _answer(self, value, status=200):
-                self._raw(b"" if value is None else json.dumps(value).encode(), status)
-
-            def _raw(self, data, status=200):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # as many connections at once as a test opens; the default of 5 resets the others
-
-        self.http = Server(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def load(self, path):
-        self.model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-        self.engine = TransformersEngine(self.model, build_tokenizer(), seed=0, max_batch_tokens=4096)
-        self.loaded.append(path)
-
-    def complete(self, body):
-        params = SamplingParams(
-            body["max_tokens"], body["temperature"], body["top_p"], stop_token_ids=tuple(body["stop_token_ids"]), seed=body["seed"]
-        )
-        with self.lock:
-            (completion,) = self.engine.generate([body["prompt"]], params)
-        choice = {"index": 0, "text": "", "finish_reason": completion.finish_reason, "token_ids": list(completion.token_ids)}
-        return {"choices": [choice | {"logprobs": {"token_logprobs": list(completion.logprobs)}}]}
+from trapo_train.vllm_server import VllmServerConfig, VllmServerEngine
 
 
 @pytest.fixture
 def server():
     fake = FakeServer()
     yield fake
-    fake.http.shutdown()
-    fake.http.server_close()
+    fake.close()
 
 
 @pytest.fixture
@@ -117,7 +48,7 @@ def weights(tmp_path):
 @pytest.fixture
 def engine(server, weights, monkeypatch):
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
-    config = VllmConfig(base_url=server.url, timeout_s=1.0, max_retries=2)
+    config = VllmServerConfig(base_url=server.url, timeout_s=1.0, max_retries=2)
     engine = VllmServerEngine(config, MODEL, weights, build_tokenizer(), seed=3)
     engine.load_weights()
     return engine
@@ -147,7 +78,7 @@ def test_equal_states_ask_for_equal_samples_whatever_the_order_of_arrival(engine
     assert engine.generate([[5, 6]], SamplingParams(8, seed=1)) == engine.generate([[5, 6]], SamplingParams(8, seed=1))
 
 
-@pytest.mark.parametrize("fault", [500, "garbage", "die", "hang"])
+@pytest.mark.parametrize("fault", [500, 429, "garbage", "die", "hang"])
 def test_a_fault_that_passes_is_retried(engine, server, fault):
     server.faults = [fault, fault]
     (completion,) = engine.generate([[5, 6]], SamplingParams(3))
@@ -159,26 +90,99 @@ def test_a_fault_that_passes_is_retried(engine, server, fault):
     [
         (500, "failed 3 times, at last with HTTP 500"),
         ("garbage", "failed 3 times, at last with JSONDecodeError"),
-        ("die", "failed 3 times"),
+        ("die", "failed 3 times, at last with RemoteDisconnected"),
         ("hang", "failed 3 times, at last with TimeoutError"),
         (400, "was refused: HTTP 400"),
-        ("short", "a logprob each"),
+        ("short", "a logprob each.* got 3 tokens, 2 logprobs"),
+        ("not a number", "a finite number"),
         ("no ids", "must hold one choice with token_ids"),
+        ("no logprobs", "must hold one choice with token_ids, finish_reason and logprobs"),
+        ("words", "must hold 1 to 3 tokens"),
+        ("abort", "end by stop or length, got 3 tokens, 3 logprobs and 'abort'"),
+        ("two choices", "must hold one choice"),
+        ("too long", "must hold 1 to 3 tokens .* got 27 tokens"),
     ],
 )
 def test_a_fault_that_stays_is_an_error_that_says_what_to_do(engine, server, fault, message):
     server.faults = [fault] * 9
     with pytest.raises(EngineError, match=message):
-        engine.generate([[5, 6]], SamplingParams(3))
+        engine.generate([[5, 6]], SamplingParams(3, stop_token_ids=()))
+
+
+def test_many_requests_are_in_flight_at_once_and_come_back_in_any_order(server, engine):
+    server.delay = lambda body: 0.02 * (8 - len(body["prompt"]))  # the first ones take longest
+    prompts = [[5] * (1 + i) for i in range(8)]
+    reordered = engine.generate(prompts, SamplingParams(3, seed=1))
+    assert server.most_at_once > 3
+    assert [len(body["prompt"]) for body in server.answered] != [1, 2, 3, 4, 5, 6, 7, 8]
+    server.delay = lambda body: 0.0
+    assert engine.generate(prompts, SamplingParams(3, seed=1)) == reordered
+    engine._config = replace(engine._config, max_in_flight=2)
+    server.most_at_once = 0
+    engine.generate(prompts, SamplingParams(3))
+    assert server.most_at_once <= 2
+
+
+def test_a_quick_problem_moves_on_while_a_slow_one_is_in_flight(server, engine):
+    quick, slow = problem(0, "ab?a1:"), problem(1, "ab,bc?a2:")
+    server.delay = lambda body: 0.6 if tuple(body["prompt"][: len(slow.prompt_ids)]) == slow.prompt_ids else 0.0
+    plan = lambda problem: iter_requests([Request(2), Request(1, 0.25), Request(1, 0.5)])  # noqa: E731
+    result = run_plans([slow, quick], plan, engine, pointer_chasing_reward, TOKENIZER, CONFIG)
+    order = [tuple(body["prompt"][: len(quick.prompt_ids)]) == quick.prompt_ids for body in server.answered]
+    assert order[:4] == [True] * 4  # all micro-groups of the quick one before the slow one's first answer
+    assert [len(group) for group in result.groups] == [4, 4]
+    assert 0 < result.metrics["rollout/rows_in_flight"] < 3 and result.metrics["rollout/tokens_per_s"] > 0
+
+
+def test_the_budget_of_a_request_is_what_the_prefix_leaves(server, engine):
+    one = problem()
+    plan = lambda problem: iter_requests([Request(1), Request(1, 0.25), Request(1, 0.5), Request(1, 1.0)])  # noqa: E731
+    (group,) = run_plans([one], plan, engine, pointer_chasing_reward, TOKENIZER, CONFIG).groups
+    bodies = [body for path, body in server.requests if path == "/v1/completions"]
+    assert [body["max_tokens"] for body in bodies] == [20 - len(sample.prefix_ids) for sample in group[:3]] == [20, 17, 11]
+    assert [tuple(body["prompt"]) for body in bodies] == [one.prompt_ids + sample.prefix_ids for sample in group[:3]]
+    assert all(len(sample.completion_logprobs) == len(sample.completion_ids) > 0 for sample in group[:3])
+
+
+def test_a_server_that_started_anew_gets_the_weights_before_it_samples_again(server, engine, weights):
+    engine._config = replace(engine._config, max_retries=8)
+    expected = engine.generate([[5, 6]] * 4, SamplingParams(6, seed=1))
+    server.faults = ["die"] * 4
+    answered = []
+    thread = threading.Thread(target=lambda: answered.append(engine.generate([[5, 6]] * 4, SamplingParams(6, seed=1))))
+    server.delay = lambda body: 0.2
+    thread.start()
+    time.sleep(0.1)  # all four are under way
+    server.close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=0.2).close()
+    again = FakeServer(server.port)  # knows no weights yet
+    thread.join(20)
+    again.close()
+    assert answered == [expected] and again.loaded == [str(weights)]
+    paths = [path for path, _ in again.requests]
+    assert paths[:2] == ["/collective_rpc", "/reset_prefix_cache"] and paths[2:] == ["/v1/completions"] * 4
+
+
+def test_an_error_does_not_wait_for_other_requests_that_hang(server, weights, monkeypatch):
+    monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
+    engine = VllmServerEngine(VllmServerConfig(base_url=server.url, timeout_s=60), MODEL, weights, build_tokenizer(), seed=3)
+    engine.load_weights()
+    server.delay = lambda body: 0.0 if len(body["prompt"]) == 1 else 30.0
+    server.fault = lambda body: 400 if len(body["prompt"]) == 1 else None
+    started = time.perf_counter()
+    with pytest.raises(EngineError, match="HTTP 400"):
+        engine.generate([[5, 6], [5, 6, 7], [5]], SamplingParams(3))
+    assert time.perf_counter() - started < 10
 
 
 def test_a_server_that_is_not_there_and_one_with_another_model(server, weights, monkeypatch):
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
     tokenizer = build_tokenizer()
-    absent = VllmServerEngine(VllmConfig(base_url="http://127.0.0.1:9", max_retries=1), MODEL, weights, tokenizer, seed=0)
+    absent = VllmServerEngine(VllmServerConfig(base_url="http://127.0.0.1:9", max_retries=1), MODEL, weights, tokenizer, seed=0)
     with pytest.raises(EngineError, match="failed 2 times.*Check that the server runs"):
         absent.check()
-    other = VllmServerEngine(VllmConfig(base_url=server.url), "other", weights, tokenizer, seed=0)
+    other = VllmServerEngine(VllmServerConfig(base_url=server.url), "other", weights, tokenizer, seed=0)
     with pytest.raises(EngineError, match=r"must offer the model 'other', it offers \['tiny'\]"):
         other.check()
 
@@ -192,13 +196,13 @@ def test_a_server_that_is_not_there_and_one_with_another_model(server, weights, 
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        VllmConfig(**settings)
+        VllmServerConfig(**settings)
 
 
 def _overrides(server):
     return (
         "rollout.engine=vllm_server",
-        f"rollout.vllm={{base_url: '{server.url}', model: {MODEL}, max_retries: 1, timeout_s: 20}}",
+        f"rollout.vllm_server={{base_url: '{server.url}', model: {MODEL}, max_retries: 1, timeout_s: 20}}",
         "reward='tests.trapo_train.test_updates:coin'",
         "objective={name: dapo}",
         "plan.name=grpo",
@@ -214,24 +218,67 @@ def test_a_run_samples_from_the_weights_that_it_has_just_trained(server, tmp_pat
     assert all(abs(row["rollout/mismatch_kl"]) < 1e-4 and row["rollout/mismatch_p95"] < 1e-3 for row in rows)
 
 
-def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["/v1/completions", "/collective_rpc"])
+def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch, where):
+    """The step that could not be sampled is not begun, everything before it is saved, and the run goes on to the same bits."""
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
-    whole = build_config(tmp_path, "whole", *_overrides(server))
+    overrides = (*_overrides(server), "checkpoint.every=0")
+    whole = build_config(tmp_path, "whole", *overrides)
     train_to_end(whole)
-    config = build_config(tmp_path, "run", *_overrides(server))
-    answered = server.complete
-    calls = []
-
-    def dies(body):
-        calls.append(body)
-        if len(calls) > 60:
-            server.faults = [500] * 999
-        return answered(body)
-
-    server.complete = dies
-    with pytest.raises(EngineError), Reporter(config.output_dir) as reporter:
+    config = build_config(tmp_path, "run", *overrides)
+    if where == "/v1/completions":  # 24 samples a step: in the middle of the third
+        monkeypatch.setattr(server, "complete", dies_after(server, server.complete, 60))
+    else:  # four loads of the whole run, and two of this one
+        monkeypatch.setattr(server, "load", raises_after(server.load, 2))
+    with pytest.raises(EngineError, match="checkpoint.resume=true"), Reporter(config.output_dir) as reporter:
         run(config, reporter)
-    server.faults, server.complete = [], answered
-    train_to_end(build_config(tmp_path, "run", *_overrides(server), "checkpoint.resume=true"))
+    assert [path.name for path in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_00000002"]
+    monkeypatch.undo()
+    server.faults = []
+    train_to_end(build_config(tmp_path, "run", *overrides, "checkpoint.resume=true"))
     model = "model/model.safetensors"
     assert (tmp_path / "run" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+
+
+def dies_after(server, complete, calls):
+    """`complete`, until the server answers nothing but errors."""
+    counted = []
+
+    def dying(body):
+        counted.append(body)
+        if len(counted) == calls:
+            server.faults = [500] * 999
+        return complete(body)
+
+    return dying
+
+
+def raises_after(load, calls):
+    counted = []
+
+    def failing(path):
+        counted.append(path)
+        if len(counted) > calls:
+            raise OSError("no weights today")
+        load(path)
+
+    return failing
+
+
+def test_a_reward_that_fails_loses_nothing_either(tmp_path):
+    config = build_config(tmp_path, "run", "reward='tests.trapo_train.test_vllm_server:moody'", "checkpoint.every=0", "steps=4")
+    MOOD["calls"] = 0
+    with pytest.raises(RewardError, match="not today"), Reporter(config.output_dir) as reporter:
+        run(config, reporter)
+    assert [path.name for path in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+MOOD = {"calls": 0}
+
+
+def moody(prompts, completions, **columns):
+    """Raises in the third step, of which each has three problems."""
+    MOOD["calls"] += len(completions)
+    if MOOD["calls"] > 2 * 3 * 8 + 8:
+        raise RuntimeError("not today")
+    return [0.0] * len(completions)

@@ -1,0 +1,224 @@
+"""vLLM in this process, against a stand-in that speaks its interface: weights in memory, sleep, joins, errors, whole runs."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.trapo_train.fake_vllm import FakeVllm
+from tests.trapo_train.scripted import Rounds
+from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, problem
+from tests.trapo_train.test_train import build_config, train_to_end
+from trapo_train.display import read_metrics
+from trapo_train.engine import EngineError, SamplingParams
+from trapo_train.plans import PlanConfig, build_plan
+from trapo_train.rollout import run_plans
+from trapo_train.tasks import pointer_chasing_reward
+from trapo_train.vllm_engine import VllmConfig, VllmEngine
+
+PROMPTS = [[5, 6, 7], [8, 9], [5], [8, 9]]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    fake = FakeVllm()
+    fake.install(monkeypatch)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # restored afterwards
+    return fake
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **(shape | options)))
+
+
+def build(model, tmp_path, *, seed=3, ranks=1, **config):
+    return VllmEngine(VllmConfig(**config), model, tmp_path / "config", TOKENIZER, seed=seed, dtype="float32", ranks=ranks)
+
+
+def weights(model):
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_completions_are_those_of_the_weights_handed_over(vllm, tmp_path, tied):
+    first, second = tiny(0, tie_word_embeddings=tied), tiny(1, tie_word_embeddings=tied)
+    engine, params, budgets = build(first, tmp_path), SamplingParams((4, 9, 1, 30), temperature=0.7, seed=1), (4, 9, 1, 30)
+    found = []
+    for model in (first, second, first):
+        with engine.awake(weights(model)):
+            found.append(engine.generate(PROMPTS, params))
+        for prompt, completion, budget in zip(PROMPTS, found[-1], budgets, strict=True):
+            assert completion.finish_reason == "stop" or len(completion.token_ids) == budget
+            logits = model(input_ids=torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = torch.log_softmax(logits.detach(), -1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-5)
+    assert found[0] == found[2] != found[1]
+
+
+def test_it_sleeps_while_training_and_wakes_in_the_right_order(vllm, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "device", property(lambda model: torch.device("cuda")))
+    model = tiny()
+    engine = build(model, tmp_path)
+    monkeypatch.undo()
+    FakeVllm.install(vllm, monkeypatch)
+    (llm,) = vllm.built
+    assert llm.log == ["sleep"] and llm.sleep_mode and llm.memory == set()
+    with engine.awake(weights(model)):
+        assert llm.log[1:] == ["wake weights", "load", "wake kv_cache", "reset"]
+        engine.generate(PROMPTS, SamplingParams(3))
+    assert llm.log[5:] == ["sleep"] and llm.memory == set()
+    with pytest.raises(ZeroDivisionError), engine.awake(weights(model)):
+        raise ZeroDivisionError
+    assert llm.log[-1] == "sleep"
+    with engine.awake(weights(model)):
+        assert engine.generate(PROMPTS, SamplingParams(3, seed=1))[0].token_ids  # from weights, not from what sleep left
+
+
+def test_without_a_gpu_or_with_sleep_false_it_stays_awake(vllm, tmp_path, monkeypatch):
+    model = tiny()
+    build(model, tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "device", property(lambda model: torch.device("cuda")))
+    build(model, tmp_path, sleep=False)
+    assert [(llm.sleep_mode, llm.log) for llm in vllm.built] == [(False, []), (False, [])]
+
+
+def test_building_it_leaves_the_random_states_alone_and_passes_the_settings_on(vllm, tmp_path):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    model = tiny()
+    torch.set_rng_state(before)
+    build(model, tmp_path, ranks=2, max_model_len=33)
+    assert torch.equal(torch.get_rng_state(), before)
+    (llm,) = vllm.built
+    assert (llm.backend, llm.max_model_len, llm.dtype) == ("external_launcher", 33, "float32")
+
+
+def test_equal_states_ask_for_equal_samples(vllm, tmp_path):
+    model = tiny()
+    engine = build(model, tmp_path)
+    with engine.awake(weights(model)):
+        first, state = engine.generate(PROMPTS, SamplingParams(8)), engine.state_dict()
+        second = engine.generate(PROMPTS, SamplingParams(8))
+        assert first != second
+        engine.load_state_dict(state)
+        assert engine.generate(PROMPTS, SamplingParams(8)) == second
+        engine.reseed(3)
+        assert engine.generate(PROMPTS, SamplingParams(8)) == first
+
+
+def test_plans_go_on_one_by_one(vllm, tmp_path):
+    model, config = tiny(), replace(CONFIG, max_response_tokens=200)  # about 28 tokens each
+    problems, plan = [problem(i, f"ab,bc?a{1 + i % 8}:") for i in range(12)], build_plan(PlanConfig("paper"))
+    results = []
+    for kind in (Rounds, lambda engine: engine):
+        engine = build(model, tmp_path, max_model_len=300)
+        with engine.awake(weights(model)):
+            results.append(run_plans(problems, plan, kind(engine), pointer_chasing_reward, TOKENIZER, config))
+    rounds, free = results
+    samples = [[[s.completion_ids for s in group] for group in result.groups] for result in results]
+    assert samples[0] == samples[1]
+    assert free.metrics["rollout/engine_steps"] < rounds.metrics["rollout/engine_steps"]
+    assert free.metrics["rollout/rows_in_flight"] > rounds.metrics["rollout/rows_in_flight"]
+
+
+def test_errors_of_vllm_are_engine_errors_and_what_is_unfinished_is_called_off(vllm, tmp_path):
+    model = tiny()
+    engine = build(model, tmp_path)
+    (llm,) = vllm.built
+    with engine.awake(weights(model)):
+        with pytest.raises(EngineError, match="add_request failed with ValueError: The prompt is longer"):
+            engine.generate([[5, 6], [5] * 64], SamplingParams(4))
+        assert llm.aborted == ["1"] and not llm.requests
+        llm.fault = RuntimeError("CUDA out of memory")
+        with pytest.raises(EngineError, match="step failed with RuntimeError: CUDA out of memory"):
+            engine.generate(PROMPTS, SamplingParams(4))
+        assert not llm.requests
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda answer: setattr(answer, "finish_reason", "abort"), "got 'abort'"),
+        (lambda answer: answer.logprobs.pop(), "2 tokens and 1 logprobs"),
+        (lambda answer: setattr(answer, "logprobs", None), "2 tokens and 0 logprobs"),
+        (lambda answer: answer.token_ids.clear(), "0 tokens"),
+    ],
+)
+def test_outputs_that_cannot_be_used_are_errors(vllm, tmp_path, spoil, message):
+    model = tiny()
+    engine = build(model, tmp_path)
+    (llm,) = vllm.built
+    step = llm.step
+
+    def spoiled():
+        outputs = step()
+        for output in outputs:
+            spoil(output.outputs[0])
+        return outputs
+
+    llm.step = spoiled
+    with engine.awake(weights(model)), pytest.raises(EngineError, match=message):
+        engine.generate([[5, 6]], SamplingParams(2, stop_token_ids=()))
+
+
+def test_without_vllm_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(EngineError, match=r"Install trapo\[vllm\].*vllm_server.*transformers"):
+        build(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("gpu_memory_utilization", 0.0), ("gpu_memory_utilization", 1.1), ("max_num_seqs", 0), ("max_model_len", 1)],
+)
+def test_bad_settings(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
+        VllmConfig(**{field: value})
+
+
+@pytest.mark.parametrize("more", [(), ("model.lora={rank: 2}",), ("model.scratch.tie_word_embeddings=true",)])
+def test_a_run_samples_from_the_weights_that_it_has_just_trained(vllm, tmp_path, more):
+    config = build_config(tmp_path, "run", "rollout.engine=vllm", "rollout.vllm.max_model_len=80", "steps=4", *more)
+    train_to_end(config)
+    rows = [row for row in read_metrics(config.output_dir) if row["kind"] == "train"]
+    assert len(rows) == 4 and len({row["rollout/logprob"] for row in rows}) == 4  # it learns
+    assert all(abs(row["rollout/mismatch_kl"]) < 1e-5 and row["rollout/mismatch_p95"] < 1e-4 for row in rows)
+    (llm,) = vllm.built
+    assert llm.log == ["load", "reset"] * 4 + ["shutdown"]
+
+
+def test_a_response_beyond_what_vllm_can_hold_is_refused_before_any_work(vllm, tmp_path):
+    config = build_config(tmp_path, "run", "rollout.engine=vllm", "rollout.vllm.max_model_len=20")
+    with pytest.raises(ValueError, match=r"must fit into rollout\.vllm\.max_model_len = 20, got"):
+        train_to_end(config)
+    assert vllm.built == []
+
+
+def test_a_killed_run_resumes_to_the_same_bits(vllm, tmp_path):
+    overrides = ("rollout.engine=vllm", "rollout.vllm.max_model_len=80")
+    whole = build_config(tmp_path, "whole", *overrides, "steps=4")
+    train_to_end(whole)
+    train_to_end(build_config(tmp_path, "run", *overrides, "steps=2"))
+    train_to_end(build_config(tmp_path, "run", *overrides, "steps=4", "checkpoint.resume=true"))
+    exported = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "run")]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+def test_with_nothing_to_generate_it_waits_for_the_reward(vllm, tmp_path):
+    async def reward(completions, **columns):
+        await asyncio.sleep(0.02)
+        return [0.0] * len(completions)
+
+    model = tiny()
+    engine = build(model, tmp_path)
+    with engine.awake(weights(model)):
+        result = run_plans([problem()], build_plan(PlanConfig("paper")), engine, reward, TOKENIZER, CONFIG)
+    assert [len(group) for group in result.groups] == [8]

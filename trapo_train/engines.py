@@ -1,0 +1,66 @@
+"""The configured engine, and how it comes by the weights that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trapo_train.config import RunConfig
+from trapo_train.engine import EngineError, TransformersEngine
+from trapo_train.model import precision
+from trapo_train.model_state import export_model, whole_weights
+from trapo_train.parallel import World, gathered
+from trapo_train.vllm_engine import VllmEngine
+from trapo_train.vllm_server import VllmServerEngine
+
+AnyEngine = TransformersEngine | VllmServerEngine | VllmEngine
+
+
+def build_engine(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, *, seed: int
+) -> AnyEngine:
+    """The engine of `rollout.engine` for this rank.
+
+    Raises: EngineError for a server that does not answer, or vLLM that is not installed.
+    """
+    rollout = config.rollout
+    if rollout.engine == "transformers":
+        return TransformersEngine(model, tokenizer, seed=seed, max_batch_tokens=rollout.max_batch_tokens)
+    if rollout.engine == "vllm_server":
+        weights = Path(config.output_dir) / "vllm_weights"
+        engine = VllmServerEngine(rollout.vllm_server, config.model.name_or_path or "", weights, tokenizer, seed=seed)
+        engine.check()
+        return engine
+    folder = Path(config.output_dir) / f"vllm_config_{world.rank}"
+    return VllmEngine(rollout.vllm, model, folder, tokenizer, seed=seed, dtype=config.model.dtype, ranks=world.size)
+
+
+@contextmanager
+def ready_to_generate(
+    engine: AnyEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, *, step: int
+) -> Iterator[None]:
+    """Inside, the engine samples from the weights as they are at optimizer step `step`; every rank must enter.
+
+    Raises: EngineError on every rank, where a server does not take them.
+    """
+    if isinstance(engine, TransformersEngine):
+        with gathered(model), precision(model):
+            yield
+    elif isinstance(engine, VllmEngine):
+        with engine.awake(whole_weights(model)):
+            yield
+    else:
+        if engine.loaded_step != step:
+            export_model(model, tokenizer, engine.sync_dir, world)
+            error = None
+            if world.first:
+                try:
+                    engine.load_weights()
+                except EngineError as raised:
+                    error = raised
+            world.raise_together(error)
+            engine.loaded_step = step
+        yield
