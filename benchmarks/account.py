@@ -142,6 +142,11 @@ COMMANDS = [
     ("make -k gpu-native gpu-bench", "the matrix, TRAPO's own micro-batch first; every further call goes on where it stopped"),
     ('make gpu-bench QUESTIONS="scoring sweep"', "what `scoring_table` needs, if the matrix has not come that far"),
     ('make gpu-bench QUESTIONS="longest step compile"', "the long questions"),
+    (
+        "python -m benchmarks.memory_plan --device cuda",
+        "`<gpu>/memory.md`: predicted and measured peak of a 0.5B model's step at 32k tokens, fused and eager head, tokens/s",
+    ),
+    ("python -m pytest -m gpu tests/trapo_train", "the trainer's tests that need a GPU, Liger's kernels among them"),
     ("python -m benchmarks.report benchmarks/results/<gpu>/results.jsonl", "tables and plots, on any machine"),
     ("python -m benchmarks.scoring_table benchmarks/results/<gpu>/results.jsonl", 'pins what `backend="auto"` scores with'),
 ]

@@ -4,7 +4,8 @@
     python -m benchmarks.memory_plan --device cuda            # a 0.5B model at 32k tokens, eager head and fused head
 
 On a CPU every allocation of a tensor is counted (torch's profiler, which sees those inside operations too), with the resident set
-of the process beside it; on a GPU the caching allocator keeps the peak. A step is measured whole, and its generation alone.
+of the process beside it, which counts alone where there are several ranks; on a GPU the caching allocator keeps the peak. A step is
+measured whole, and its generation alone.
 """
 
 from __future__ import annotations
@@ -48,13 +49,20 @@ class Run:
     overrides: list[str] = field(default_factory=list)
     ranks: int = 1
     heads: tuple[str, ...] = ("fused",)
+    traces: bool = False
+    """Whether a step takes expert traces of full length instead of generating."""
 
 
 def runs(device: str) -> list[Run]:
     """What is measured on a device; bf16 is narrow on a CPU, whose bf16 GEMMs are slow."""
+    both = ("fused", "eager")
     if device == "cuda":
-        long = ["model.dtype=bfloat16", "model.gradient_checkpointing=true", "packing.max_tokens=32768"]
-        return [Run("Qwen2.5-0.5B shape, 32k tokens", _QWEN_05B, 151936, 1024, 16384, long, heads=("fused", "eager"))]
+        common = ["model.dtype=bfloat16", "model.gradient_checkpointing=true"]
+        shape = (_QWEN_05B, 151936, 1024)
+        return [
+            Run("Qwen2.5-0.5B shape, 32k tokens", *shape, 16384, [*common, "packing.max_tokens=32768"], heads=both, traces=True),
+            Run("Qwen2.5-0.5B shape, 8k tokens", *shape, 8192, [*common, "packing.max_tokens=8192"], heads=both, traces=True),
+        ]
     wide, narrow = (_SMALL, 16000, 8, 256), (_NARROW, 16000, 8, 256)
     checkpointing = "model.gradient_checkpointing=true"
     tied = {**_SMALL, "tie_word_embeddings": True}
@@ -65,6 +73,7 @@ def runs(device: str) -> list[Run]:
         Run("float32, 64k vocabulary, SGD", _SMALL, 64000, 8, 256, ["optimizer.name=SGD"]),
         Run("float32, tied head, KL to a reference", tied, *wide[1:], [reference]),
         Run("float32, LoRA of rank 8", *wide, ["model.lora={rank: 8}"]),
+        Run("float32, expert traces alone", *wide, heads=both, traces=True),
         Run("bfloat16", *narrow, ["model.dtype=bfloat16"]),
         Run("bfloat16, gradient checkpointing", *narrow, ["model.dtype=bfloat16", checkpointing]),
         Run("float32, 2 ranks", *wide, ranks=2),
@@ -89,19 +98,21 @@ def write_inputs(run: Run, directory: Path) -> list[str]:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>").save_pretrained(directory / "tokenizer")
     rows = [" ".join(f"t{2 + (7 * i + j) % 1000}" for j in range(run.prompt_tokens)) for i in range(8)]
-    (directory / "train.jsonl").write_text("".join(json.dumps({"prompt": row, "solution": "t5"}) + "\n" for row in rows))
+    expert = " ".join(f"t{2 + i % 1000}" for i in range(run.context - run.prompt_tokens - 1))  # and the end of the sequence
+    records = [{"prompt": row, "solution": "t5", "expert": expert if run.traces else None} for row in rows]
+    (directory / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     values = {
         "output_dir": str(directory / "run"),
         "steps": 2,
-        "prompts_per_step": 2 * run.ranks,
+        "prompts_per_step": 8 if run.traces else 2 * run.ranks,
         "reward": "benchmarks.memory_plan:coin",
         "model": {
             "scratch": {"architecture": "qwen2", "max_position": run.context, **run.shape},
             "tokenizer": str(directory / "tokenizer"),
         },
-        "data": {"path": str(directory / "train.jsonl"), "expert_column": None, "max_prompt_tokens": run.prompt_tokens},
-        "plan": {"name": "grpo", "num_samples": 4},
-        "objective": {"name": "dr_grpo", "options": {"entropy_coef": 0.001}},
+        "data": {"path": str(directory / "train.jsonl"), "max_prompt_tokens": run.prompt_tokens},
+        "plan": {"name": "sft"} if run.traces else {"name": "grpo", "num_samples": 4},
+        "objective": {"name": "trapo" if run.traces else "dr_grpo", "options": {"entropy_coef": 0.001}},
         "rollout": {"max_response_tokens": run.context - run.prompt_tokens, "max_batch_tokens": 8 * run.context},
         "packing": {"max_tokens": 4 * run.context},
     }
@@ -143,9 +154,13 @@ def measure(arguments: list[str], head: str) -> dict[str, float]:
         peaks = {"update_tokens_per_s": metrics["response_tokens"] / metrics["time/update_s"]}
         if not on_gpu:
             peaks["resident_mib"] = _resident_mib("VmHWM") - before
-        peaks |= {"rollout_mib": _peak(trainer, rollout), "step_mib": _peak(trainer, trainer.train_step)}
-        while trainer.last_metrics["finished_share"]:  # a response that ended early needed less than was planned
+        if trainer.config.plan.largest_request:
+            peaks["rollout_mib"] = _peak(trainer, rollout)
+        peaks["step_mib"] = _peak(trainer, trainer.train_step)
+        while trainer.last_metrics.get("finished_share"):  # a response that ended early needed less than was planned
             peaks["step_mib"] = _peak(trainer, trainer.train_step)
+    if trainer.world.size > 1 and not on_gpu:
+        peaks["step_mib"] = peaks["resident_mib"]  # gloo's threads free memory that the profiler, kept by thread, never sees go
     peaks = {name: max(values) for name, values in _by_name(trainer.world.gather(peaks)).items()}
     trainer.world.close()
     return peaks
@@ -199,7 +214,7 @@ def _resident_mib(name: str) -> float:
 
 
 def in_a_process(run: Run, head: str, arguments: list[str], device: str) -> dict[str, float]:
-    """`measure` in fresh processes, one for each rank."""
+    """`measure` in fresh processes, one for each rank; nothing where the GPU's memory did not suffice."""
     module = ["-m", "benchmarks.memory_plan", "--child", head, *arguments]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.ranks}"] if run.ranks > 1 else []
     variables = {
@@ -212,6 +227,8 @@ def in_a_process(run: Run, head: str, arguments: list[str], device: str) -> dict
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (variables if device == "cpu" else {}),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+    if "OutOfMemoryError" in done.stderr:
+        return {}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise RuntimeError(f"{run.name}, {head}: exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -262,10 +279,13 @@ def table(rows: Sequence[dict[str, Any]], device: str) -> str:
         known = row["head"] == "fused"
         cells = [row["name"], row["head"], row["peak_phase"] if known else "–"]
         for what in ("step", "rollout"):
-            predicted, measured = row[f"predicted_{what}_mib"], row[f"{what}_mib"]
-            guess = known or what == "rollout"
-            cells += [f"{predicted:.0f}" if guess else "–", f"{measured:.0f}", f"{predicted / measured - 1:+.1%}" if guess else "–"]
-        cells.append(f"{row['resident_mib']:.0f}" if device == "cpu" else f"{row['update_tokens_per_s']:.0f}")
+            predicted, measured = row[f"predicted_{what}_mib"], row.get(f"{what}_mib")
+            generates = what == "step" or measured is not None
+            cells.append(f"{predicted:.0f}" if known and generates else "–")
+            cells.append(f"{measured:.0f}" if measured is not None else "out of memory" if what == "step" else "–")
+            cells.append(f"{predicted / measured - 1:+.1%}" if known and measured is not None else "–")
+        last = row.get("resident_mib" if device == "cpu" else "update_tokens_per_s")
+        cells.append("–" if last is None else f"{last:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     versions = where["versions"]
     place = f"{where['device']}, torch {versions['torch']}, revision {where['revision']}"

@@ -72,7 +72,8 @@ class World:
             if not dist.is_initialized():
                 # Objects travel over gloo, gradients over NCCL where there is CUDA.
                 backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-                dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+                with self.together():
+                    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
 
     @classmethod
     def alone(cls) -> World:

@@ -58,11 +58,17 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     Raises: ValueError for what cannot be trained; CheckpointError; RewardError; NonFiniteError after too many
         skipped steps; RankError when another rank dies or hangs.
     """
-    output_dir = Path(config.output_dir)
     _check_output_dir(config)
     trainer = Trainer(config)
+    with trainer.world.together():
+        summary = _run(trainer, reporter if trainer.world.first else NullReporter())
+        trainer.world.close()
+    return summary
+
+
+def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
+    config, output_dir = trainer.config, Path(trainer.config.output_dir)
     store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep, trainer.world)
-    reporter = reporter if trainer.world.first else NullReporter()
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
         reporter.rewind(trainer.step if resumed else -1)  # without a checkpoint step 0 is recorded again, too
@@ -73,7 +79,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     reporter.start(config, trainer.data_report)
     for note in trainer.notes:
         reporter.event(note)
-    with StopSignal() as stop, trainer.world.together():
+    with StopSignal() as stop:
         _loop(trainer, store, reporter, stop)
     interrupted = trainer.step < config.steps
     if not interrupted:
@@ -82,7 +88,6 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     reporter.finish(summary)
     trainer.world.barrier()
     trainer.engine.close()
-    trainer.world.close()
     return summary
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from benchmarks.soak import soak
 from trapo_kernels import objectives
 from trapo_train import trainer
 from trapo_train.config import RunConfig, load_config
@@ -293,37 +291,8 @@ def test_trainer_uses_the_configured_preset(configure):
     assert trainer.objective == objectives.trapo(alpha=0.3)
 
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from trapo_train.config import load_config
-from trapo_train.display import Reporter
-from trapo_train.train import run
-config = load_config(sys.argv[1], sys.argv[2:])
-run(config, Reporter(config.output_dir))
-"""
-
-
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(configure, tmp_path):
-    steps = ("steps=40", "checkpoint.every=1", "checkpoint.resume=true")
-    whole, killed = configure("whole", *steps), configure("killed", *steps)
-    train_to_end(whole)
-    arguments = [str(tmp_path / "run.yaml"), f"output_dir={killed.output_dir}", *steps]
-    kills = 0
-    for delay in (0.15, 0.4, 0.9, 1.3, None):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.DEVNULL)
-        if delay is None:
-            assert process.wait(timeout=120) == 0
-            break
-        metrics, size = Path(killed.output_dir) / "metrics.jsonl", -1
-        size = metrics.stat().st_size if metrics.exists() else 0
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
-            time.sleep(0.01)  # until it has trained a step
-        time.sleep(delay)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-    assert kills >= 2
-    assert exported(killed) == exported(whole)
-    assert rows(killed) == rows(whole)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(ranks, tmp_path):
+    result = soak(tmp_path, kills=3, ranks=ranks, seed=0)
+    assert result["kills"] == 3 and sum(result["by"].values()) == 3
