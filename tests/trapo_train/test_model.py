@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from trapo_kernels import objectives
 from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, segment_arguments
@@ -125,19 +126,28 @@ def test_flex_gives_the_hidden_states_of_one_sequence_at_a_time(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
-def test_flex_trains_as_sdpa_packed_does(window):
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "tolerance"),
+    [
+        (FLEX_IMPLEMENTATION, torch.float32, 1e-2),  # TF32 or fp32, whatever flex_attention's kernel takes
+        ("flash_attention_2", torch.bfloat16, 5e-2),
+    ],
+)
+def test_other_kernels_train_as_sdpa_packed_does(implementation, dtype, tolerance, window):
+    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed (extra [flash-attn])")
     shape = SHAPE | {"head_dim": 16}  # flex_attention's smallest on a GPU
     config = Qwen2Config(**shape, use_sliding_window=window is not None, sliding_window=window, max_window_layers=1)
     lengths, gradients = (300, 300, 130, 7), []
     token_ids = torch.randint(0, 13, (1, sum(lengths)), device="cuda")
     positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
-    for implementation in (PACKED_IMPLEMENTATION, FLEX_IMPLEMENTATION):
+    for each in (PACKED_IMPLEMENTATION, implementation):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).cuda()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=each, dtype=dtype).cuda()
         packed = segment_arguments(model, lengths, torch.device("cuda"))
         model.model(input_ids=token_ids, position_ids=positions, use_cache=False, **packed).last_hidden_state.sin().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))
-    assert_close(gradients[1], gradients[0], 1e-2)  # TF32 or fp32, whatever flex_attention's kernel takes
+    assert_close(gradients[1], gradients[0], tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

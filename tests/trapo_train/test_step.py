@@ -178,12 +178,22 @@ def test_weight_decay_spares_vectors():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop", "Adafactor", "NAdam"])
+OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items() if isinstance(value, type) and name != "Optimizer")
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"LBFGS", "SparseAdam", "Muon"}))
 def test_optimizers_by_name(name):
     model, objective = make_model(), objectives.trapo()
     before = weights(model)
     step(model, packed(make_samples(), objective), objective, OptimizerConfig(name, learning_rate=1e-2))
     assert not torch.equal(weights(model), before)
+
+
+def test_an_optimizer_for_matrices_alone_is_refused_with_its_reason():
+    if "Muon" not in OPTIMIZERS:
+        pytest.skip("this torch has no Muon")
+    with pytest.raises(ValueError, match="Muon refuses its arguments: Muon only supports 2D parameters"):
+        build_optimizer(make_model(), OptimizerConfig("Muon"))
 
 
 def test_schedules_by_name():
