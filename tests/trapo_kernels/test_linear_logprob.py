@@ -129,9 +129,9 @@ def test_non_contiguous_inputs(backend):
 
 
 def test_a_chunk_on_a_cpu_has_at_most_a_third_of_the_rows_and_256():
-    for num_rows in (512, 700, 768, 5000):
-        assert 171 <= chunk_rows(num_rows, 32768, "cpu") <= min(256, num_rows / 3 + 16)
-    assert chunk_rows(192, 151936, "cpu") == 192  # so few that their logits are small beside dWeight
+    for num_rows in (384, 700, 768, 5000):
+        assert 128 <= chunk_rows(num_rows, 32768, "cpu") <= min(256, num_rows / 3 + 16)
+    assert chunk_rows(128, 151936, "cpu") == 128  # so few that their logits are small beside dWeight
     assert chunk_rows(5000, 40, "cpu") == 5000  # all logits are less than 4 MiB
 
 

@@ -12,11 +12,11 @@ from trapo_kernels.backends.logits import statistics_dtype
 
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 _CHUNK_LOGITS_GPU = 4096 * 152064
-# Chunks on a CPU: three or more, so that the logits at hand are a third of all, of 192 to 256 rows; more rows while those are below
+# Chunks on a CPU: three or more, so that the logits at hand are a third of all, of 128 to 256 rows; more rows while those are below
 # 4 MiB. The GEMMs of a chunk pass over the weight, twice, and over dWeight: their CPU time per row, D = 896, V = 151936, fp32,
-# 2 cores (AMD EPYC, MKL 2024.2), is 11.1 ms in chunks of 64 rows, 9.7 of 128, 9.4 of 192, 8.9 of 256 and 9.1 of 384. Of fewer rows
-# than three chunks the logits are small, beside dWeight if D is large: at D = 896 and N = 192, 111 MiB beside 519.
-_CHUNKS_CPU, _LEAST_ROWS_CPU, _MOST_ROWS_CPU = 3, 192, 256
+# 2 cores (AMD EPYC, MKL 2024.2), is 11.1 ms in chunks of 64 rows, 9.7 of 128, 9.4 of 192, 8.9 of 256 and 9.1 of 384. Where
+# there are fewer than 384 rows, dWeight is several times their logits, so that a smaller chunk would save little.
+_CHUNKS_CPU, _LEAST_ROWS_CPU, _MOST_ROWS_CPU = 3, 128, 256
 _LEAST_LOGITS_CPU = 2**20
 # Tokens per GEMM into the logits on a CPU. MKL prepares an operand before it multiplies, and 1024 rows of the weight stay in cache
 # meanwhile: 0.91 ms of CPU time per row instead of 1.17 in chunks of 128 rows (D = 896, V = 32768; 512 to 2048 tokens do about as
