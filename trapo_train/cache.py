@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-_ROOM = 128  # columns
-_SMALL = 2**20  # elements of keys, below which a copy costs less than the gaps in memory that room makes
+ROOM = 128  # columns
+SMALL = 2**20  # elements of keys, below which a copy costs less than the gaps in memory that room makes
 
 
 class RoomyLayer(DynamicLayer):
@@ -36,7 +36,7 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
-        if self._buffers is None and self.keys.numel() < _SMALL:
+        if self._buffers is None and self.keys.numel() < SMALL:
             self.keys, self.values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
             return self.keys, self.values
         more = key_states.shape[2]
@@ -56,8 +56,8 @@ class RoomyLayer(DynamicLayer):
     def place(self, parts: Sequence[tuple[Tensor, Tensor]], columns: int) -> None:
         """Hold the rows of all parts, below each other and flush right in `columns` columns, with room for more unless small."""
         rows = sum(len(keys) for keys, _ in parts)
-        small = rows * parts[0][0][0, :, :1].numel() * columns < _SMALL
-        buffers = tuple(_stack_right(states, columns, columns + (0 if small else _ROOM)) for states in zip(*parts, strict=True))
+        small = rows * parts[0][0][0, :, :1].numel() * columns < SMALL
+        buffers = tuple(_stack_right(states, columns, columns + (0 if small else ROOM)) for states in zip(*parts, strict=True))
         if small:
             self._buffers, (self.keys, self.values) = None, buffers
             return

@@ -195,7 +195,8 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.tables import changes_table, memory_table
 
     config = _load(args)
-    plan = plan_memory(config, gpus=args.gpus, context=args.context, device_type=args.device)
+    where = {"device_type": args.device, "gpu_bytes": None if args.memory_gib is None else int(args.memory_gib * GIB)}
+    plan = plan_memory(config, gpus=args.gpus, context=args.context, **where)
     console.print(memory_table(plan))
     console.print(
         f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
@@ -214,7 +215,7 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
         style="bold red",
         highlight=False,
     )
-    console.print(changes_table(changes(config, plan, args.device), args.memory_gib))
+    console.print(changes_table(changes(config, plan, **where), args.memory_gib))
     return EXIT_NEGATIVE
 
 

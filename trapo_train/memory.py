@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from trapo_kernels import head_memory
+from trapo_train.cache import ROOM, SMALL
 from trapo_train.config import RunConfig
 from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
@@ -56,13 +57,16 @@ class MemoryPlan:
         return self.total(self.peak_phase)
 
 
-def plan_memory(config: RunConfig, *, gpus: int = 1, context: int | None = None, device_type: str = "cuda") -> MemoryPlan:
+def plan_memory(
+    config: RunConfig, *, gpus: int = 1, context: int | None = None, device_type: str = "cuda", gpu_bytes: int | None = None
+) -> MemoryPlan:
     """Predict what each of `gpus` GPUs must hold; needs the model's config.json, not its weights.
 
     Args:
         gpus: ranks, a multiple of parallel.replicate.
         context: tokens of the longest prompt and response together; None for data.max_prompt_tokens + rollout.max_response_tokens.
         device_type: "cuda" or "cpu", whose kernels take other chunks.
+        gpu_bytes: what one GPU has; of it vLLM in the trainer's process takes its share, which is left out where this is None.
 
     A micro-batch is taken to be full (packing.max_tokens), with all of its tokens in the loss and the gradients of an earlier one
     there; responses that are generated together all reach the full context.
@@ -89,7 +93,8 @@ def plan_memory(config: RunConfig, *, gpus: int = 1, context: int | None = None,
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
         *_training(config, architecture, weights, gpus, context, tokens, device_type),
-        *_rollout(config, architecture, weights, gpus, context, sequences),
+        *_rollout(config, architecture, weights, gpus, context, sequences, device_type),
+        *_vllm(config, gpu_bytes),
         ("gradients, float32", {phase: weights.trained // shards for phase in ("loss", "backward", "update")}),
         ("optimizer step", {"update": transient // shards}),
     ]
@@ -154,23 +159,31 @@ def _training(
 
 
 def _rollout(
-    config: RunConfig, architecture: PretrainedConfig, weights: Weights, gpus: int, context: int, sequences: int
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    weights: Weights,
+    gpus: int,
+    context: int,
+    sequences: int,
+    device_type: str,
 ) -> Iterator[tuple[str, dict[str, int]]]:
-    """What the engine in this process holds; a server holds its own."""
+    """What the embedded engine holds; a server holds its own."""
     if config.rollout.engine != "transformers" or not sequences:
         return
     text = architecture.get_text_config()
     dtype = DTYPES[config.model.dtype]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layer = 2 * text.num_key_value_heads * head_dim * dtype.itemsize * sequences * context
-    # float32: the logits, their logprobs and one temporary; top_p sorts them, with token ids and two more.
-    per_logit = dtype.itemsize + (12 if config.rollout.top_p == 1 else 33)
+    token = text.num_key_value_heads * head_dim * sequences
+    columns = context + (ROOM if token * context >= SMALL else 0)
+    layer = 2 * token * columns * dtype.itemsize
+    # float32: the logits, their logprobs, probabilities and their sums, which a GPU adds up in float64; top_p sorts them, with ids.
+    per_logit = 33 if config.rollout.top_p < 1 else 20 if device_type == "cuda" else 16
     # One copy of each prompt is read.
     prompts = min(math.ceil(config.prompts_per_step / gpus), sequences)
     prompt_tokens = prompts * max(1, min(config.data.max_prompt_tokens, context - 1))
     held = {
-        # Growing by a token copies the keys, then the values, of one layer.
-        "keys and values of the responses": layer * text.num_hidden_layers + layer // 2,
+        # What grows, or is joined by others, is copied layer by layer.
+        "keys and values of the responses": layer * (text.num_hidden_layers + 1),
         "logits of the next tokens": per_logit * sequences * text.vocab_size,
         "activations": trace_prefill(config.model, architecture, prompt_tokens),
     }
@@ -181,6 +194,13 @@ def _rollout(
         yield "weights gathered by FSDP", {"rollout": max(weights.total * dtype.itemsize // 4, gathering)}
     elif dtype.itemsize < 4:
         yield "weights cast while generating", {"rollout": weights.cast * dtype.itemsize // 4}
+
+
+def _vllm(config: RunConfig, gpu_bytes: int | None) -> Iterator[tuple[str, dict[str, int]]]:
+    """The share of the GPU that vLLM takes in the trainer's process, while it is awake."""
+    if config.rollout.engine == "vllm" and gpu_bytes is not None:
+        share = int(config.rollout.vllm.gpu_memory_utilization * gpu_bytes)
+        yield "vLLM", dict.fromkeys(("rollout",) if config.rollout.vllm.sleep else PHASES, share)
 
 
 def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
@@ -197,11 +217,13 @@ def _sequences_at_once(config: RunConfig, gpus: int, context: int) -> int:
     return min(wanted, max(1, config.rollout.max_batch_tokens // context))
 
 
-def changes(config: RunConfig, plan: MemoryPlan, device_type: str = "cuda") -> list[tuple[str, MemoryPlan]]:
+def changes(
+    config: RunConfig, plan: MemoryPlan, *, device_type: str = "cuda", gpu_bytes: int | None = None
+) -> list[tuple[str, MemoryPlan]]:
     """Single settings that lower the peak of `config`, whose plan is `plan`, each with its own plan; the most effective first."""
     found = []
     for setting, changed, gpus in _candidates(config, plan):
-        other = plan_memory(changed, gpus=gpus, context=plan.context, device_type=device_type)
+        other = plan_memory(changed, gpus=gpus, context=plan.context, device_type=device_type, gpu_bytes=gpu_bytes)
         if other.peak_bytes < plan.peak_bytes:
             found.append((setting, other))
     return sorted(found, key=lambda pair: pair[1].peak_bytes)

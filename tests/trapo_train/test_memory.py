@@ -114,8 +114,8 @@ def test_the_plan_adds_up(recipe):
     assert (plan.context, plan.micro_batch_tokens, plan.sequences) == (512, 4096, 8)  # of 32 that the plan asks for at once
     parts = plan.components
     assert parts["weights, float32"]["loss"] == 4 * (MATRICES + VECTORS) == parts["gradients, float32"]["backward"]
-    keys_and_values = 4 * 2 * 32 * 2 * 8 * 512  # layers, keys and values, width, bytes, sequences, tokens
-    assert keys_and_values < parts["keys and values of the responses"]["rollout"] < 1.2 * keys_and_values
+    layer = 2 * 32 * 2 * 8 * 512  # keys and values, width, bytes, sequences, tokens
+    assert parts["keys and values of the responses"]["rollout"] == (4 + 1) * layer
     assert plan.peak_bytes == max(plan.total(phase) for phase in ("rollout", "loss", "backward", "update"))
     assert parts["chunk of logits and its gradient"] == {"loss": 4 * 4096 * 500}
 
@@ -129,6 +129,13 @@ def test_more_gpus_share_weights_and_state(recipe):
     assert replicated.components["optimizer state"]["update"] == alone.components["optimizer state"]["update"] // 4
     with pytest.raises(ValueError, match=r"gpus must be a multiple of parallel\.replicate = 2 and at least 1, got 3"):
         plan_memory(load_config(recipe, ["parallel.replicate=2"]), gpus=3)
+
+
+def test_vllm_takes_its_share_while_it_generates(recipe):
+    plan = plan_memory(load_config(recipe, ["rollout.engine=vllm"]), gpu_bytes=1000)
+    assert plan.components["vLLM"] == {"rollout": 500} and "keys and values of the responses" not in plan.components
+    awake = plan_memory(load_config(recipe, ["rollout.engine=vllm", "rollout.vllm.sleep=false"]), gpu_bytes=1000)
+    assert awake.components["vLLM"]["update"] == 500
 
 
 def test_changes_lower_the_peak(recipe):

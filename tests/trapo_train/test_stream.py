@@ -31,8 +31,8 @@ MODELS = {
 def memory(request, monkeypatch):
     """Both ways of holding a cache, the second with so little room that it grows often."""
     if request.param == "roomy":
-        monkeypatch.setattr(cache, "_SMALL", 0)
-        monkeypatch.setattr(cache, "_ROOM", 3)
+        monkeypatch.setattr(cache, "SMALL", 0)
+        monkeypatch.setattr(cache, "ROOM", 3)
 
 
 def drain(stream):
