@@ -163,6 +163,15 @@ def test_non_finite_step_changes_nothing_but_the_schedule():
     assert metrics["learning_rate"] == pytest.approx(1e-2 * 0.8)
 
 
+def test_a_gradient_that_is_not_finite_skips_the_step_of_a_finite_loss():
+    model, objective = make_model(), objectives.trapo()
+    before = weights(model)
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
+    metrics = step(model, packed(make_samples(), objective), objective)
+    assert math.isfinite(metrics["loss"]) and not math.isfinite(metrics["grad_norm"])
+    assert metrics["skipped_step"] == 1 and torch.equal(weights(model), before)
+
+
 def test_a_step_without_any_loss_moves_momentum_only():
     model, objective = make_model(), objectives.dr_grpo()
     metrics = step(model, packed(make_samples((0.0, 0.0, 0.0)), objective), objective)
