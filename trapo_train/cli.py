@@ -153,7 +153,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     evaluations = trainer.evaluate()
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
-    trainer.world.close()
+    trainer.close()
     return EXIT_OK
 
 

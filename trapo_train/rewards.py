@@ -9,9 +9,10 @@ import inspect
 import logging
 import math
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
@@ -223,9 +224,7 @@ def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None
     values = reward(**arguments)
     if not inspect.isawaitable(values):
         return values
-    # In a thread of its own: the caller's may run an event loop already, as in a notebook.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, _awaited(values)).result()
+    return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
 
 
 REWARDS: dict[str, RewardFn] = {
@@ -247,6 +246,15 @@ def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
             reward = WorkerReward(term.name, time_limit_s=term.time_limit_s, memory_limit_mib=term.memory_limit_mib)
         loaded.append((term.name, reward, term.weight))
     return WeightedSum(loaded)
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all async rewards, so that what they share, such as a session or a semaphore, works between their calls. It runs
+    in a thread of its own: the caller's may run one already, as in a notebook."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async-rewards", daemon=True).start()
+    return loop
 
 
 async def _awaited(values: Any) -> Any:

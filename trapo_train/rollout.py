@@ -164,10 +164,14 @@ def run_plans(
     There are no rounds. A problem's samples are judged once the last of a request is there, its plan answers with the next
     request, and that joins what the engine is generating for other problems. Requests for full expert traces need no engine.
 
-    When rewards are awaited depends on the engine. With one in this process (`Stream.in_order`) they are awaited whenever
-    further prompts would join, and only then, all that are under way: what is generated together then follows from the samples
-    alone, however long a reward takes, so that an interrupted run resumes to the same bits. With a server a plan goes on as soon
-    as its own rewards are there. Asynchronous rewards and those in workers run beside the generation (see `Judging`).
+    When rewards are awaited depends on the engine. With the embedded one (`Stream.in_order`) they are awaited whenever further
+    prompts would join, and only then, all that are under way: what is generated together then follows from the samples alone,
+    however long a reward takes, so that an interrupted run resumes to the same bits. With vLLM a plan goes on as soon as its own
+    rewards are there. Asynchronous rewards and those in workers run beside the generation (see `Judging`).
+
+    The metrics say what it took: "rollout/tokens_per_s" (generated tokens over the whole time), "rollout/rows_in_flight" (mean over
+    the engine's steps, or over time for a server), "rollout/engine_steps" where the engine is in this process, and "time/reward_s",
+    the seconds in which the plans waited for rewards and nothing was handed in.
 
     Every expert trace must fit into max_response_tokens. A prefix ends before its trace does, so it leaves a budget of at
     least one token: max_response_tokens - prefix.

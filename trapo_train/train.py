@@ -55,14 +55,14 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM the run saves a
     checkpoint after the current step and returns. Under torchrun every rank calls this; the first one writes and reports.
 
-    Raises: ValueError for what cannot be trained; CheckpointError; RewardError; NonFiniteError after too many
-        skipped steps; RankError when another rank dies or hangs.
+    Raises: ValueError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps; RewardError or
+        EngineError, with a checkpoint of the last step before; RankError when another rank dies or hangs.
     """
     _check_output_dir(config)
     trainer = Trainer(config)
     with trainer.world.together():
         summary = _run(trainer, reporter if trainer.world.first else NullReporter())
-        trainer.world.close()
+        trainer.close()
     return summary
 
 
@@ -86,8 +86,6 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         export_model(trainer.model, trainer.tokenizer, output_dir / MODEL_DIR, trainer.world)
     summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
-    trainer.world.barrier()
-    trainer.engine.close()
     return summary
 
 

@@ -259,6 +259,12 @@ class Trainer:
             "max_grad_norm."
         )
 
+    def close(self) -> None:
+        """Give back the engine and leave the process group, together with the other ranks."""
+        self.world.barrier()
+        self.engine.close()
+        self.world.close()
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a run must share with this one to continue it: the configuration, except where and how long, and the data."""

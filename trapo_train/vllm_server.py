@@ -263,6 +263,9 @@ class _Client:
         connection = kind(self._address.netloc, timeout=self._config.timeout_s)
         self._connections.add(connection)
         try:
+            connection.connect()
+            if self._stopped.is_set():  # after the last look of `stop`
+                raise ConnectionAbortedError("called off")
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {"Content-Type": "application/json", "Connection": "close"})
             response = connection.getresponse()

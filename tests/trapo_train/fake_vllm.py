@@ -34,6 +34,7 @@ class FakeServer:
 
     def __init__(self, port=0):
         self.model, self.engine, self.lock = None, None, threading.Lock()
+        self.counting = threading.Lock()
         self.faults, self.requests, self.loaded, self.answered = [], [], [], []
         self.delay = lambda body: 0.0
         self.fault = lambda body: self.faults.pop(0) if self.faults else None
@@ -58,15 +59,15 @@ class FakeServer:
                     return self._answer(None)
                 if set(body) != BODY or not body["ignore_eos"]:
                     return self._answer({"error": f"not what vLLM expects: {sorted(set(body) ^ BODY)}"}, 400)
-                fake.at_once += 1
-                fake.most_at_once = max(fake.most_at_once, fake.at_once)
-                try:
-                    self._complete(body, fake.fault(body))
-                finally:
-                    fake.at_once -= 1
+                self._complete(body, fake.fault(body))
 
             def _complete(self, body, fault):
+                with fake.counting:
+                    fake.at_once += 1
+                    fake.most_at_once = max(fake.most_at_once, fake.at_once)
                 time.sleep(1.5 if fault == "hang" else fake.delay(body))
+                with fake.counting:
+                    fake.at_once -= 1  # before the answer, on which the client may send its next request
                 if isinstance(fault, int):
                     return self._answer({"error": f"status {fault}"}, fault)
                 if fault == "garbage":

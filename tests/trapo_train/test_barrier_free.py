@@ -217,6 +217,22 @@ def test_rewards_that_overlap_are_called_for_one_request_each():
     assert all(len(set(prompts)) == 1 for prompts, _ in rows)
 
 
+def test_calls_of_an_async_reward_share_what_belongs_to_an_event_loop():
+    semaphore, running, most = asyncio.Semaphore(2), [], []
+
+    async def reward(completions, **columns):
+        async with semaphore:
+            running.append(None)
+            most.append(len(running))
+            await asyncio.sleep(0.01)
+            running.pop()
+        return [0.0] * len(completions)
+
+    engine, _ = clocked(lambda text: WRONG)
+    ladder(engine, reward, problems=PROBLEMS)
+    assert max(most) == 2
+
+
 def test_what_may_overlap():
     class Asynchronous:
         async def __call__(self, completions, **columns): ...
