@@ -61,6 +61,6 @@ def ready_to_generate(
                     engine.load_weights()
                 except EngineError as raised:
                     error = raised
-            world.raise_together(error)
+            world.gather_or_raise(None, error)
             engine.loaded_step = step
         yield

@@ -14,7 +14,7 @@ from trapo_train.judging import judge_samples
 from trapo_train.parallel import World, interleave
 from trapo_train.records import Problem, Request
 from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
-from trapo_train.rollout import RolloutConfig, complete, draft
+from trapo_train.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,14 +180,19 @@ def evaluate(
         over problems, NaN for one problem); "pass@k" (unbiased) as configured; both accuracies for each group,
         such as "accuracy/depth_3"; "reward/mean", "completion_tokens_mean", "finished_share", "num_problems" and
         "samples_per_problem", their mean.
+
+    Raises: EngineError or RewardError of any rank, on every rank.
     """
     world = world or World.alone()
     calls = list(_calls(eval_set, config))
-    mine = []
-    for number, positions in world.share(list(enumerate(calls))):
-        seed = config.seed + _CALL_SEED * number
-        mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config.temperature, seed, rollout))
-    found: list[_Answers] = interleave(world.gather(mine))
+    mine, error = [], None
+    try:
+        for number, positions in world.share(list(enumerate(calls))):
+            seed = config.seed + _CALL_SEED * number
+            mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config.temperature, seed, rollout))
+    except SAMPLING_ERRORS as raised:
+        error = raised
+    found: list[_Answers] = interleave(world.gather_or_raise(mine, error))
     problems = [problem for answers in found for problem in answers.problems]
     responses = [response for problem in problems for response in problem]
     sizes = [sum(map(len, answers.problems)) for answers in found]

@@ -111,11 +111,13 @@ class World:
                 "first printed, then continue with checkpoint.resume=true; a slow rank needs a larger parallel.timeout_s."
             ) from error
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise the first error that any rank has, on every rank."""
-        for failed in self.gather(error):
+    def gather_or_raise(self, value: Any, error: Exception | None) -> list[Any]:
+        """The values of all ranks, as `gather`; where a rank has an error, every rank raises the first one."""
+        parts = self.gather((value, error))
+        for _, failed in parts:
             if failed is not None:
                 raise failed
+        return [part for part, _ in parts]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

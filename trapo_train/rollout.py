@@ -8,18 +8,19 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from trapo_train.engine import Engine, SamplingParams, Stream
+from trapo_train.engine import Engine, EngineError, SamplingParams, Stream
 from trapo_train.judging import Judging
 from trapo_train.parallel import interleave
 from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import cut_prefix
 from trapo_train.records import Completion, Problem, Request, Sample
-from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
+from trapo_train.rewards import RewardError, RewardFn, merge_metrics, take_metrics
 from trapo_train.vllm_engine import VllmConfig
 from trapo_train.vllm_server import VllmServerConfig
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 VERIFICATIONS = ("response", "completion")
+SAMPLING_ERRORS = (EngineError, RewardError)  # after which nothing is trained, and everything before is intact
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
 

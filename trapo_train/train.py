@@ -19,8 +19,9 @@ from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import export_model
 from trapo_train.records import Sample
+from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
-from trapo_train.trainer import SAMPLING_ERRORS, Trainer
+from trapo_train.trainer import Trainer
 
 CONFIG_FILE, CHECKPOINT_DIR, MODEL_DIR = "config.yaml", "checkpoints", "model"
 
@@ -95,20 +96,20 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
     while True:
         stopping = any(trainer.world.gather(stop.received))  # a signal to one rank stops all of them, at the same step
-        if trainer.evaluation_due and not stopping:
-            for name, metrics in trainer.evaluate().items():
-                reporter.evaluation({"step": trainer.step, **metrics}, name)
-        finished = trainer.step >= config.steps
-        every = config.checkpoint.every
-        due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
-        if (due or stopping) and saved_at != trainer.step:
-            reporter.event(f"saved {trainer.save(store)}")
-            saved_at = trainer.step
-        if finished or stopping:
-            return
         try:
+            if trainer.evaluation_due and not stopping:
+                for name, metrics in trainer.evaluate().items():
+                    reporter.evaluation({"step": trainer.step, **metrics}, name)
+            finished = trainer.step >= config.steps
+            every = config.checkpoint.every
+            due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
+            if (due or stopping) and saved_at != trainer.step:
+                reporter.event(f"saved {trainer.save(store)}")
+                saved_at = trainer.step
+            if finished or stopping:
+                return
             metrics = trainer.train_step()
-        except SAMPLING_ERRORS:  # the step has changed nothing
+        except SAMPLING_ERRORS:  # they leave the state as it was
             if saved_at != trainer.step:
                 reporter.event(f"saved {trainer.save(store)}")
             raise

@@ -22,7 +22,6 @@ from trapo_train.chooser import apply_choice, load_chooser
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
-from trapo_train.engine import EngineError
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluate, load_eval_sets
 from trapo_train.lora import without_lora
@@ -35,8 +34,8 @@ from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_lengths, check_objective
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
-from trapo_train.rewards import RewardError, load_reward
-from trapo_train.rollout import RolloutResult, merge_results, run_plans
+from trapo_train.rewards import load_reward
+from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
 from trapo_train.step import (
     NonFiniteError,
     build_objective,
@@ -52,7 +51,6 @@ from trapo_train.vocab_parallel import join_micro_batches
 
 # Sections that may change between a run and its continuation without changing what is trained.
 _FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
-SAMPLING_ERRORS = (EngineError, RewardError)
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
 
 
@@ -193,8 +191,7 @@ class Trainer:
                 mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
         except SAMPLING_ERRORS as raised:
             error = raised
-        self.world.raise_together(error)
-        return merge_results(self.world.gather(mine))
+        return merge_results(self.world.gather_or_raise(mine, error))
 
     @contextmanager
     def ready_to_generate(self) -> Iterator[None]:

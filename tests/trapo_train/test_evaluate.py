@@ -18,6 +18,7 @@ from trapo_train.data import DataConfig
 from trapo_train.engine import TransformersEngine
 from trapo_train.evaluate import EvalConfig, EvalSet, evaluate, group_problems, load_eval_sets, pass_at_k, standard_error
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.parallel import World
 from trapo_train.records import Completion, ExpertTrace, Problem
 from trapo_train.rewards import REWARDS, WeightedSum
 from trapo_train.rollout import RolloutConfig
@@ -156,6 +157,8 @@ class OneRank:
 
     def share(self, items):
         return items[self.rank :: self.size]
+
+    gather_or_raise = World.gather_or_raise
 
     def gather(self, mine):
         if self.parts is None:

@@ -229,6 +229,27 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
     assert len(CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps()) == 1
 
 
+def fails_on_one_rank(prompts, completions, **columns):
+    """A reward that raises on the second rank, in its third step."""
+    if os.environ["RANK"] == "1":
+        CALLS.append(len(completions))
+        if sum(CALLS) > 8 + 2 * 8:  # the expert traces of 8 problems, then one problem of 8 samples a step
+            raise RuntimeError("not today")
+    return [0.0] * len(completions)
+
+
+CALLS = []
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sampled_on_one_rank_ends_all_of_them_with_everything_before_saved(tmp_path):
+    settings = ("steps=5", "prompts_per_step=2", "checkpoint.every=0")
+    process = _torchrun(2, tmp_path, *settings, "reward='tests.trapo_train.test_parallel:fails_on_one_rank'", wait=False)
+    output = " ".join(process.communicate(timeout=120)[0].split())
+    assert process.returncode != 0 and "not today" in output and "lost another rank" not in output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+
+
 @pytest.mark.slow
 def test_a_dying_rank_ends_the_run_with_an_error(tmp_path):
     process = _torchrun(2, tmp_path, "steps=100000", "parallel.timeout_s=20", wait=False)

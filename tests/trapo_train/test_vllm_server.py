@@ -273,6 +273,22 @@ def test_a_reward_that_fails_loses_nothing_either(tmp_path):
     assert [path.name for path in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_an_evaluation_that_fails_loses_nothing_either(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
+    held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 4}"
+    overrides = (*_overrides(server), "checkpoint.every=0", held_out, "evaluation.every=2")
+    config = build_config(tmp_path, "run", *overrides)
+    complete, limit = server.complete, 4 + 2 * 24 + 2  # two samples into the evaluation after the second step
+    monkeypatch.setattr(server, "complete", dies_after(server, complete, limit))
+    with pytest.raises(EngineError), Reporter(config.output_dir) as reporter:
+        run(config, reporter)
+    assert [path.name for path in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_00000002"]
+    server.faults, server.complete = [], complete
+    train_to_end(build_config(tmp_path, "run", *overrides, "checkpoint.resume=true"))
+    evaluated = [row["step"] for row in read_metrics(config.output_dir) if row["kind"] == "eval"]
+    assert evaluated == [0, 2, 4]
+
+
 MOOD = {"calls": 0}
 
 
