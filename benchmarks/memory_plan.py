@@ -270,8 +270,8 @@ def table(rows: Sequence[dict[str, Any]], device: str) -> str:
     lines = [
         "# Peak memory, predicted and measured",
         "",
-        "`trapo-train plan-memory` before the run, then the run: the most that tensors held; on a CPU with several ranks, by how much "
-        f"the process grew. Tolerance of the test: {TOLERANCE:.0%} of the measured peak.",
+        "`trapo-train plan-memory` before the run, then the run: the most that tensors held; on a CPU with several ranks, by how "
+        f"much the process grew. Tolerance of the test: {TOLERANCE:.0%} of the measured peak.",
         "",
         f"| {' | '.join([*heading, *resident])} |",
         "|" + "---|" * (len(heading) + 1),

@@ -26,14 +26,6 @@ PROBLEMS = [problem(i, f"ab,bc?a{1 + i % 8}:") for i in range(10)]
 LADDER = build_plan(PlanConfig("paper"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)

@@ -23,15 +23,6 @@ def tiny_model(cls=LlamaForCausalLM, config_cls=LlamaConfig, **kwargs):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for a second thread: 22 s against 7 s on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,14 +24,6 @@ from trapo_train.rollout import RolloutConfig
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 ROLLOUT = RolloutConfig(max_response_tokens=8, paragraph_break="|", top_p=0.95)

@@ -28,14 +28,6 @@ MATRICES = 2 * 500 * 64 + 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
 VECTORS = 4 * (2 * 64 + 64 + 2 * 32) + 64  # norms, and the biases of queries, keys and values
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_live_tensors_counts_what_lives():
     known = torch.zeros(1000)
     with LiveTensors([known]) as live:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from tests.trapo_train.test_engine import EOS, RAGGED, VOCAB, engine_of, full_logprobs, one_thread, tiny_model  # noqa: F401
+from tests.trapo_train.test_engine import EOS, RAGGED, VOCAB, engine_of, full_logprobs, tiny_model
 from trapo_train import cache
 from trapo_train.engine import SamplingParams, TransformersEngine
 

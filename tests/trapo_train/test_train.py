@@ -48,14 +48,6 @@ EVALUATED = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build_config(directory: Path, name: str, *overrides: str) -> RunConfig:
     file = directory / "run.yaml"
     file.write_text(yaml.safe_dump(TINY))
