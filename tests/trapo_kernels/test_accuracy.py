@@ -21,7 +21,7 @@ def test_bf16_head_of_a_large_vocabulary(backend, scale):
     # 1e-5, or what fp32 can hold where that is more: a logit of 130 has a spacing of 1.5e-5.
     largest = torch.maximum((hidden.double() @ weight.double().T).abs().amax(-1), logprob.abs())
     bound = (2 * torch.finfo(torch.float32).eps * largest).clamp(min=1e-5)
-    assert ((out.entropy - entropy).abs() <= bound).all()
+    assert ((out.entropy - entropy).abs() <= (1e-5 if cases.DEVICE == "cpu" else bound)).all()
     assert ((out.logprob - logprob).abs() <= bound).all()
 
 

@@ -209,8 +209,9 @@ def test_fused_scoring_equals_the_chunked_path_on_ragged_sizes(dtype, scale):
         backend="torch",
         **settings | {"bias": bias.detach().double(), "temperature": settings["temperature"].double()},
     )
-    for ours, truth in zip(fused, exact, strict=True):  # z reaches 60, where fp32 has a spacing of 4e-6
-        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=2e-5)
+    atol = 1e-5 if cases.DEVICE == "cpu" else 2e-5  # z reaches 60, where fp32 has a spacing of 4e-6; a GPU's exp is not a CPU's
+    for ours, truth in zip(fused, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=atol)
     grads = cases.gradients((fused.logprob + fused.entropy).sum(), (hidden, weight))
     chunked = linear_logprob(hidden, weight, target, backend="triton", **settings)
     for ours, expected in zip(grads, cases.gradients((chunked.logprob + chunked.entropy).sum(), (hidden, weight)), strict=True):
