@@ -15,17 +15,19 @@ MODELS = {  # name: (D, V)
     "DeepSeek-V3": (7168, 129280),
 }
 SMALL = (48, 32, 264)  # a dry run of every code path
-# (N, D, V) on a CPU. The first is what a micro-batch looks like: several chunks, and dWeight's fresh memory weighs little. The
-# others have N so that 3 bare GEMMs take a second or less at 170 GFLOP/s; what a call costs apart from its rows weighs more there.
+# (N, D, V) on a CPU: two vocabularies, three widths. The first is what a micro-batch looks like: several chunks, and dWeight's
+# fresh memory weighs little. The others have as many rows as leave 3 bare GEMMs at 3 s or less on 2 cores.
 CPU_LONG = (2048, 896, 32768)
 CPU_MAIN = (512, 896, 32768)
+CPU_WIDE = (1024, 2048, 32768)
+CPU_WEIGHED = (CPU_LONG, CPU_WIDE)  # the long ones: where the logits outweigh dWeight
 CPU_MATRIX = [
     CPU_MAIN,
-    (192, 896, 151936),
+    (512, 896, 151936),
     (512, 256, 32768),
-    (384, 256, 151936),
-    (256, 2048, 32768),
-    (96, 2048, 151936),
+    (512, 256, 151936),
+    CPU_WIDE,
+    (256, 2048, 151936),
 ]
 # Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
 CPU_CHOICE = ("floor, 3 GEMMs", "eager", "torch.compile", "TRL chunked logprob", "ours (native)")
@@ -44,5 +46,5 @@ def main_cases(question: str, job: str, device: str, small: bool) -> list[Case]:
 
 
 def cpu_cases(question: str, job: str, shapes: list[tuple[int, int, int]], contenders: tuple[str, ...]) -> list[Case]:
-    """Timed cases with some contenders; the peak memory of long ones too."""
-    return [Case(question, job, *shape, "float32", with_memory=shape == CPU_LONG, contenders=contenders) for shape in shapes]
+    """Timed cases with some contenders; of the long ones the peak memory too."""
+    return [Case(question, job, *shape, "float32", with_memory=shape in CPU_WEIGHED, contenders=contenders) for shape in shapes]
