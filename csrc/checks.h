@@ -29,6 +29,10 @@ inline const char* dtype_name(ScalarType dtype) {
       return "torch.float32";
     case ScalarType::Double:
       return "torch.float64";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
     case ScalarType::Long:
       return "torch.int64";
     case ScalarType::Int:
@@ -59,6 +63,13 @@ const T* check_vector(const char* op, const char* name, const Tensor& x, int64_t
 inline const float* check_optional(const char* op, const char* name, const std::optional<Tensor>& x, int64_t length,
                                    const char* axis = "C") {
   return x.has_value() ? check_vector<float>(op, name, *x, length, axis) : nullptr;
+}
+
+// Logits or their gradient: rows of any stride, elements one after the other.
+inline void check_rows(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must have shape [C, V], got ", shape_of(x), ". Flatten all but the vocabulary.");
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, op, ": ", name, " must have unit stride in a row, got ", x.stride(1),
+                  ". Pass ", name, ".contiguous().");
 }
 
 inline Gates check_gates(const char* op, const std::vector<int64_t>& codes, const std::vector<double>& s) {

@@ -20,7 +20,6 @@ SMALL = (48, 32, 264)  # a dry run of every code path
 CPU_LONG = (2048, 896, 32768)
 CPU_MAIN = (512, 896, 32768)
 CPU_WIDE = (1024, 2048, 32768)
-CPU_WEIGHED = (CPU_LONG, CPU_WIDE)  # the long ones: where the logits outweigh dWeight
 CPU_MATRIX = [
     CPU_MAIN,
     (512, 896, 151936),
@@ -30,8 +29,8 @@ CPU_MATRIX = [
     (256, 2048, 151936),
 ]
 # Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
-CPU_CHOICE = ("floor, 3 GEMMs", "eager", "torch.compile", "TRL chunked logprob", "ours (native)")
-CPU_UNCOMPILED = tuple(name for name in CPU_CHOICE if name != "torch.compile")  # where it would compile for every case
+CPU_CHOICE = ("floor, 3 GEMMs", "eager", "torch.compile", "ours (native)")
+CPU_UNCOMPILED = ("floor, 3 GEMMs", "eager", "TRL chunked logprob", "ours (native)")  # where it would compile for every case
 CPU_CROSS_ENTROPY = ("floor, 3 GEMMs", "eager", "F.linear_cross_entropy", "ours (native)")
 
 
@@ -46,5 +45,6 @@ def main_cases(question: str, job: str, device: str, small: bool) -> list[Case]:
 
 
 def cpu_cases(question: str, job: str, shapes: list[tuple[int, int, int]], contenders: tuple[str, ...]) -> list[Case]:
-    """Timed cases with some contenders; of the long ones the peak memory too."""
-    return [Case(question, job, *shape, "float32", with_memory=shape in CPU_WEIGHED, contenders=contenders) for shape in shapes]
+    """Timed cases with some contenders; of TRAPO's long ones, where the logits outweigh dWeight, the peak memory too."""
+    weighed = (CPU_LONG, CPU_WIDE) if job == "trapo" else ()
+    return [Case(question, job, *shape, "float32", with_memory=shape in weighed, contenders=contenders) for shape in shapes]

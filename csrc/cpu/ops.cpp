@@ -28,10 +28,8 @@ struct Logits {
 };
 
 Logits check_logits(const char* op, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must have shape [C, V], got ", shape_of(x), ". Flatten all but the vocabulary.");
+  check_rows(op, name, x);
   check_dtype(op, name, x, ScalarType::Float);
-  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, op, ": ", name, " must have unit stride in a row, got ", x.stride(1),
-                  ". Pass ", name, ".contiguous().");
   return {x.mutable_data_ptr<float>(), x.size(0), x.size(1), x.stride(0)};
 }
 

@@ -1,4 +1,4 @@
-// Argument checks and launch details that the CUDA ops share.
+// What the CUDA ops check beyond csrc/checks.h, and launch details that they share.
 
 #pragma once
 
@@ -7,34 +7,33 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../checks.h"
+
 namespace trapo {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// check_vector, on the GPU; the dispatcher has chosen these ops because one argument was there, not all.
 template <typename T>
-const T* check_vector(const char* op, const char* name, const Tensor& x, int64_t length, ScalarType dtype) {
-  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on the GPU of the logits, got a tensor on the CPU.");
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length && x.is_contiguous() && x.scalar_type() == dtype, op, ": ", name,
-                  " must be contiguous, of length ", length, " and of the dtype of the schema, got ", x.dim(), " dimensions.");
-  return static_cast<const T*>(x.const_data_ptr());
+const T* check_gpu_vector(const char* op, const char* name, const Tensor& x, int64_t length, const char* axis = "C") {
+  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on the GPU of the logits, got a tensor on the CPU. Pass ", name,
+                  ".to(logits.device).");
+  return check_vector<T>(op, name, x, length, axis);
 }
 
-inline const float* check_floats(const char* op, const char* name, const std::optional<Tensor>& x, int64_t length) {
-  return x.has_value() ? check_vector<float>(op, name, *x, length, ScalarType::Float) : nullptr;
+inline const float* check_gpu_optional(const char* op, const char* name, const std::optional<Tensor>& x, int64_t length,
+                                       const char* axis = "C") {
+  return x.has_value() ? check_gpu_vector<float>(op, name, *x, length, axis) : nullptr;
 }
 
 inline void check_cuda(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error), ".");
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": a CUDA call must succeed, got \"", cudaGetErrorString(error),
+                  "\". Run with CUDA_LAUNCH_BLOCKING=1 to see whether an earlier kernel failed.");
 }
 
 inline cudaStream_t current_stream(const Tensor& like) {

@@ -21,8 +21,8 @@ struct Matrix {
 };
 
 Matrix check_matrix(const char* op, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, op, ": ", name, " must be [C, V] with unit stride in a row, got ", x.dim(),
-                  " dimensions. Call .contiguous() first.");
+  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on a GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
+  check_rows(op, name, x);
   return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type()};
 }
 
@@ -32,9 +32,9 @@ RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor&
   a.logits = logits.data;
   a.row_stride = logits.stride;
   a.vocab_size = logits.columns;
-  a.target = check_vector<int64_t>(op, "target", target, logits.rows, ScalarType::Long);
-  a.bias = check_floats(op, "bias", bias, logits.columns);
-  a.row_temperature = check_floats(op, "row_temperature", row_temperature, logits.rows);
+  a.target = check_gpu_vector<int64_t>(op, "target", target, logits.rows);
+  a.bias = check_gpu_optional(op, "bias", bias, logits.columns, "V");
+  a.row_temperature = check_gpu_optional(op, "row_temperature", row_temperature, logits.rows);
   a.temperature = static_cast<float>(temperature);
   a.softcap = static_cast<float>(softcap);
   return a;
@@ -107,7 +107,8 @@ void dispatch(const char* op, Kind kind, const RowArguments& a, const Matrix& lo
     return launch<__nv_bfloat16, __nv_bfloat16>(op, kind, a, logits.rows, aligned, stream);
   }
   if (from == ScalarType::Half && to == from) return launch<__half, __half>(op, kind, a, logits.rows, aligned, stream);
-  STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16 and their gradient of the same dtype or narrower.");
+  STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16 and their gradient of the same dtype or 16 bits of float32, got ",
+                  dtype_name(from), " and ", dtype_name(to), ". Convert the logits, or choose another backend.");
 }
 
 Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
@@ -133,29 +134,25 @@ void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bia
   a.grad = grad.data;
   a.grad_stride = grad.stride;
   const auto given = [&](const char* name, const Tensor& x) {
-    return const_cast<float*>(check_vector<float>(op, name, x, logits.rows, ScalarType::Float));  // read only
+    return const_cast<float*>(check_gpu_vector<float>(op, name, x, logits.rows));  // read only
   };
   a.logprob = given("logprob", logprob), a.entropy = given("entropy", entropy);
   a.row_max = given("row_max", row_max), a.log_sum = given("log_sum", log_sum);
-  a.grad_logprob = check_floats(op, "grad_logprob", grad_logprob, logits.rows);
-  a.grad_entropy = check_floats(op, "grad_entropy", grad_entropy, logits.rows);
+  a.grad_logprob = check_gpu_optional(op, "grad_logprob", grad_logprob, logits.rows);
+  a.grad_entropy = check_gpu_optional(op, "grad_entropy", grad_entropy, logits.rows);
   dispatch(op, Kind::kGradient, a, logits, &grad, current_stream(logits_tensor));
 }
 
 void put_streams(const char* op, RowArguments& a, int64_t rows, const Tensor& role, const Tensor& anchor, const Tensor& signal,
                  const Tensor& advantage, const std::optional<Tensor>& kl_weight, const std::optional<Tensor>& ref_logprob,
-                 const std::vector<int64_t>& codes, const std::vector<double>& s) {
-  STD_TORCH_CHECK(codes.size() == 3 && s.size() == 7, op, ": codes and scalars must have 3 and 7 entries, got ", codes.size(),
-                  " and ", s.size(), ".");
-  a.role = check_vector<uint8_t>(op, "role", role, rows, ScalarType::Byte);
-  a.anchor = check_vector<float>(op, "anchor", anchor, rows, ScalarType::Float);
-  a.signal = check_vector<float>(op, "signal", signal, rows, ScalarType::Float);
-  a.advantage = check_vector<float>(op, "advantage", advantage, rows, ScalarType::Float);
-  a.kl_weight = check_floats(op, "kl_weight", kl_weight, rows);
-  a.ref_logprob = check_floats(op, "ref_logprob", ref_logprob, rows);
-  const auto f = [&](int i) { return static_cast<float>(s[i]); };
-  a.gates = {static_cast<int>(codes[0]), static_cast<int>(codes[1]), static_cast<int>(codes[2]),
-             {f(0), f(1), f(2)},         {f(3), f(4), f(5)},         f(6)};
+                 const std::vector<int64_t>& codes, const std::vector<double>& scalars) {
+  a.role = check_gpu_vector<uint8_t>(op, "role", role, rows);
+  a.anchor = check_gpu_vector<float>(op, "anchor", anchor, rows);
+  a.signal = check_gpu_vector<float>(op, "signal", signal, rows);
+  a.advantage = check_gpu_vector<float>(op, "advantage", advantage, rows);
+  a.kl_weight = check_gpu_optional(op, "kl_weight", kl_weight, rows);
+  a.ref_logprob = check_gpu_optional(op, "ref_logprob", ref_logprob, rows);
+  a.gates = check_gates(op, codes, scalars);
 }
 
 Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
@@ -167,7 +164,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   put_streams(op, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
-  a.grad_entropy = check_floats(op, "grad_entropy", grad_entropy, logits.rows);
+  a.grad_entropy = check_gpu_optional(op, "grad_entropy", grad_entropy, logits.rows);
   StatisticsOutput out;
   const auto tensors = new_statistics(logits_tensor, logits.rows, &out);
   a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
@@ -197,7 +194,7 @@ Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor sign
   const int64_t tokens = logprob.size(0);
   RowArguments a = {};
   put_streams(op, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
-  const float* values = check_vector<float>(op, "logprob", logprob, tokens, ScalarType::Float);
+  const float* values = check_gpu_vector<float>(op, "logprob", logprob, tokens);
   Tensor out = torch::stable::new_empty(logprob, {tokens});
   if (tokens == 0) return out;
   const unsigned blocks = static_cast<unsigned>((tokens + 255) / 256);

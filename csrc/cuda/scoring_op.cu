@@ -14,15 +14,18 @@ int attribute(cudaDeviceAttr which, int device) {
 
 // The map of a row-major bf16 matrix in boxes of [box_rows, kTileDepth], swizzled by 128 bytes.
 CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "scoring: ", name,
-                  " must be bfloat16 on the GPU with unit stride in a row, got ", x.dim(), " dimensions.");
+  STD_TORCH_CHECK(x.is_cuda(), "scoring: ", name, " must be on the GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
+  STD_TORCH_CHECK(x.dim() == 2, "scoring: ", name, " must have two dimensions, got shape ", shape_of(x), ". Flatten it.");
+  check_dtype("scoring", name, x, ScalarType::BFloat16);
+  STD_TORCH_CHECK(x.stride(1) == 1, "scoring: ", name, " must have unit stride in a row, got ", x.stride(1), ". Pass ", name,
+                  ".contiguous().");
   STD_TORCH_CHECK(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "scoring: rows of ", name,
                   " must start at multiples of 16 bytes for the copy engine, got a row stride of ", x.stride(0),
                   " elements. Use backend=\"triton\".");
   void* encode = nullptr;
   cudaDriverEntryPointQueryResult found;
   check_cuda("scoring", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-  STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "scoring: the driver has no cuTensorMapEncodeTiled; update it.");
+  STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "scoring: the driver must know cuTensorMapEncodeTiled, got one that does not. Update it to CUDA 12 or later.");
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(x.size(1)), static_cast<cuuint64_t>(x.size(0))};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(x.stride(0)) * 2};
   const cuuint32_t box[2] = {kTileDepth, box_rows}, element_stride[2] = {1, 1};
@@ -31,7 +34,8 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
       &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x.const_data_ptr()), size, stride, box, element_stride,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, "scoring: no tensor map for ", name, ", driver error ", static_cast<int>(result), ".");
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "scoring: ", name, " must have a tensor map, got driver error ", static_cast<int>(result),
+                  " for shape ", shape_of(x), ". Use backend=\"triton\".");
   return map;
 }
 
@@ -53,8 +57,8 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   const ScoringArguments a = {rows,
                               vocab_size,
                               hidden.size(1),
-                              check_vector<int64_t>(op, "target", target, rows, ScalarType::Long),
-                              check_floats(op, "row_temperature", row_temperature, rows),
+                              check_gpu_vector<int64_t>(op, "target", target, rows),
+                              check_gpu_optional(op, "row_temperature", row_temperature, rows),
                               static_cast<float>(temperature),
                               static_cast<RunningSoftmax*>(partial.mutable_data_ptr()),
                               target_logit.mutable_data_ptr<float>(),

@@ -139,7 +139,7 @@ def test_scoring_of_a_target_outside_the_vocabulary_is_nan():
     ("change", "message"),
     [
         ({"bias": True}, "neither bias nor softcap"),
-        ({"dtype": torch.float32}, "must be bfloat16"),
+        ({"dtype": torch.float32}, "must be torch.bfloat16"),
         ({"hidden_size": 63}, "multiples of 16 bytes"),
     ],
 )
