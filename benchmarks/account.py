@@ -48,7 +48,7 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
     host = device_type == "cpu"
     n, d, v = case.num_rows, case.hidden_size, case.vocab_size
     m = round(n * case.active) if host else n  # a GPU knows the active rows too when the packer passes them
-    c = min(m, case.chunk_rows or chunk_rows(m, v, device_type))
+    c = min(m, case.chunk_rows or chunk_rows(m, d, v, device_type))
     logit_bytes = getattr(torch, case.logits_dtype).itemsize
     copies = 3 if "torch" in contender else 1
     chunk = copies * c * v * (4 if copies > 1 else logit_bytes)
@@ -118,7 +118,7 @@ class Prediction(NamedTuple):
 def predict(case: Case, plan: Plan = SINGLE_PASS, rates: Rates = H200) -> Prediction:
     """The account of a plan with fp32 logits and bf16 inputs on one GPU."""
     n, d, v = round(case.num_rows * plan.active), case.hidden_size, case.vocab_size
-    chunks = -(-n // (plan.chunk or chunk_rows(n, v, "cuda")))
+    chunks = -(-n // (plan.chunk or chunk_rows(n, d, v, "cuda")))
     one = rates.gemm_ms(case.gemm_flop)
     forward_only = plan.gemms == 1
     return Prediction(

@@ -16,7 +16,7 @@ from benchmarks.problem import Case, Problem, Result, build, errors, statistics,
 
 WRONG = {"logprob_max_nats": 0.25, "entropy_max_nats": 0.25, "grad_hidden_relative": 0.05, "grad_weight_relative": 0.05}
 DEVICE_LOST = 3  # exit code of a worker whose CUDA context an error has broken: every later call in it would fail too
-TIMED_SHARE = 0.25  # of a case's time goes to rounds beyond the first ones; inputs, truth, checks and memory take the rest
+TIMED_SHARE = 0.2  # of a case's time goes to rounds beyond the first ones; inputs, truth, checks and memory take the rest
 LONGEST_LIMIT_MIB = 512  # on a CPU, which swaps instead of refusing, the longest context is asked within a limit
 LONGEST_POWERS = {"cpu": range(8, 14), "cuda": range(12, 20)}  # beyond these building the inputs is what takes long
 

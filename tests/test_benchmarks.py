@@ -90,12 +90,12 @@ def test_active_rows_are_as_many_as_asked_and_weigh_one():
 
 def test_the_chunk_is_the_one_that_was_asked_for():
     case = Case("test", "trapo", 512, 16, 1000, "float32", chunk_rows=128)
-    own = sweep.chunk_rows(512, 1000, "cpu")
+    own = sweep.chunk_rows(512, 16, 1000, "cpu")
     with _chunk(case):
-        assert sweep.chunk_rows(512, 1000, "cpu") == 128 != own
+        assert sweep.chunk_rows(512, 16, 1000, "cpu") == 128 != own
     with _chunk(Case(**case.key | {"chunk_rows": 0})):
-        assert sweep.chunk_rows(512, 1000, "cpu") == own
-    assert sweep.chunk_rows(512, 1000, "cpu") == own
+        assert sweep.chunk_rows(512, 16, 1000, "cpu") == own
+    assert sweep.chunk_rows(512, 16, 1000, "cpu") == own
 
 
 def test_no_contender_gets_an_easier_job():

@@ -81,7 +81,7 @@ def linear_logprob(
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
     Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU those
-        of a third of the rows, of 256 at most. Backward adds dWeight in fp32.
+        of 256 rows at most. Backward adds dWeight in fp32.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """

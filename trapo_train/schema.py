@@ -133,14 +133,16 @@ def _wrong_type(value: Any, expected: str, origin: Callable[[KeyPath], str], pat
 
 def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str], path: KeyPath) -> str:
     full = ".".join((*path, key))
-    near = _did_you_mean(full, [".".join((*path, name)) for name in known])
+    near = _did_you_mean(key, list(known), prefix="".join(f"{part}." for part in path))
     section = f"section {'.'.join(path)!r}" if path else "the configuration"
     return f"{origin((*path, key))}: unknown key {full!r}.{near} The keys of {section} are: {', '.join(known)}."
 
 
-def _did_you_mean(word: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def _did_you_mean(word: str, choices: list[str], prefix: str = "") -> str:
+    """The choice that is closest in spelling, or whose words start with these letters: lr for learning_rate."""
+    abbreviated = [choice for choice in choices if word == "".join(part[:1] for part in choice.split("_"))]
+    near = abbreviated or difflib.get_close_matches(word, choices, n=1)
+    return f" Did you mean {prefix + near[0]!r}?" if near else ""
 
 
 def _listed(cls: type) -> str:

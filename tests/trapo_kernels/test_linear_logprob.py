@@ -128,11 +128,12 @@ def test_non_contiguous_inputs(backend):
         torch.testing.assert_close(grad, reference)
 
 
-def test_a_chunk_on_a_cpu_has_at_most_a_third_of_the_rows_and_256():
-    for num_rows in (384, 700, 768, 5000):
-        assert 128 <= chunk_rows(num_rows, 32768, "cpu") <= min(256, num_rows / 3 + 16)
-    assert chunk_rows(128, 151936, "cpu") == 128  # so few that their logits are small beside dWeight
-    assert chunk_rows(5000, 40, "cpu") == 5000  # all logits are less than 4 MiB
+def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_of_the_weight():
+    for num_rows, hidden_size in ((512, 896), (512, 256), (1024, 2048), (700, 64), (5000, 4096), (128, 896), (100, 8192)):
+        rows = chunk_rows(num_rows, hidden_size, 151936, "cpu")
+        eighth = max(5 * num_rows - hidden_size, hidden_size) / 8
+        assert min(num_rows, 112) <= rows <= min(256, max(eighth, 128)), (num_rows, hidden_size)
+    assert chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
 
 
 def test_many_chunks_equal_one(monkeypatch):

@@ -83,6 +83,7 @@ def test_to_yaml_and_back(tmp_path, file):
     ("overrides", "words"),
     [
         (["plan.nmae=grpo"], "override 'plan.nmae=grpo': unknown key 'plan.nmae'. Did you mean 'plan.name'?"),
+        (["optimizer.lr=1e-4"], "unknown key 'optimizer.lr'. Did you mean 'optimizer.learning_rate'?"),
         (["step=3"], "override 'step=3': unknown key 'step'. Did you mean 'steps'?"),
         (["steps=many"], "override 'steps=many': steps must be int, got 'many' (text)."),
         (["steps=0"], "with override 'steps=0': steps must be at least 1, got 0."),

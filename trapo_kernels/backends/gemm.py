@@ -12,11 +12,11 @@ from trapo_kernels.backends.logits import statistics_dtype
 
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 _CHUNK_LOGITS_GPU = 4096 * 152064
-# Chunks on a CPU: three or more, so that the logits at hand are a third of all, of 128 to 256 rows; more rows while those are below
-# 4 MiB. The GEMMs of a chunk pass over the weight, twice, and over dWeight: their CPU time per row, D = 896, V = 151936, fp32,
-# 2 cores (AMD EPYC, MKL 2024.2), is 11.1 ms in chunks of 64 rows, 9.7 of 128, 9.4 of 192, 8.9 of 256 and 9.1 of 384. Where
-# there are fewer than 384 rows, dWeight is several times their logits, so that a smaller chunk would save little.
-_CHUNKS_CPU, _LEAST_ROWS_CPU, _MOST_ROWS_CPU = 3, 128, 256
+# Rows per chunk on a CPU: as many as keep the chunk at an eighth of what eager PyTorch needs beside both gradients, or at an eighth
+# of dWeight, within these bounds; more rows while the logits are below 4 MiB. Eager holds 5 N V numbers at its peak, dWeight is D V
+# of them. The GEMMs of a chunk pass over the weight, twice, and over dWeight: their CPU time per row, D = 896, V = 151936, fp32,
+# 2 cores (AMD EPYC, MKL 2024.2), is 11.1 ms in chunks of 64 rows, 9.7 of 128, 9.4 of 192, 8.9 of 256 and 9.1 of 384.
+_LEAST_ROWS_CPU, _MOST_ROWS_CPU = 128, 256
 _LEAST_LOGITS_CPU = 2**20
 # Tokens per GEMM into the logits on a CPU. MKL prepares an operand before it multiplies, and 1024 rows of the weight stay in cache
 # meanwhile: 0.91 ms of CPU time per row instead of 1.17 in chunks of 128 rows (D = 896, V = 32768; 512 to 2048 tokens do about as
@@ -28,12 +28,12 @@ _INVARIANT_ROWS = {"cpu": 64}
 _INVARIANT_ROWS_GPU = 1024
 
 
-def chunk_rows(num_rows: int, vocab_size: int, device_type: str, batch_invariant: bool = False) -> int:
+def chunk_rows(num_rows: int, hidden_size: int, vocab_size: int, device_type: str, batch_invariant: bool = False) -> int:
     """Rows per chunk: a pure function of the shapes, so that the same batch always gives the same bits."""
     if batch_invariant:
         return _INVARIANT_ROWS.get(device_type, _INVARIANT_ROWS_GPU)
     if device_type == "cpu":
-        most = min(max(-(-num_rows // _CHUNKS_CPU), _LEAST_ROWS_CPU), _MOST_ROWS_CPU)
+        most = min(max((5 * num_rows - hidden_size) // 8, hidden_size // 8, _LEAST_ROWS_CPU), _MOST_ROWS_CPU)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
     return _even_chunk(num_rows, max(128, _CHUNK_LOGITS_GPU // vocab_size), multiple=128)
 
@@ -158,4 +158,4 @@ class HeadGemm:
     def _padded(self, rows: Tensor) -> Tensor:
         if not self.batch_invariant:
             return rows
-        return F.pad(rows, (0, 0, 0, chunk_rows(0, 0, rows.device.type, batch_invariant=True) - rows.shape[0]))
+        return F.pad(rows, (0, 0, 0, chunk_rows(0, 0, 0, rows.device.type, batch_invariant=True) - rows.shape[0]))

@@ -225,7 +225,8 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tu
     total = num_rows if active is None else active.shape[0]
     if total == 0:
         return
-    size = chunk_rows(total, gemm.weight.shape[0], gemm.weight.device.type, gemm.batch_invariant)
+    vocab_size, hidden_size = gemm.weight.shape
+    size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant)
     buffer = gemm.buffer(size if gemm.batch_invariant else min(size, total))
     for start in range(0, total, size):
         end = min(start + size, total)
@@ -350,6 +351,6 @@ def score_logits_backward(
 
 
 def _logit_chunks(logits: Tensor) -> Iterator[slice]:
-    size = chunk_rows(logits.shape[0], logits.shape[1], logits.device.type)
+    size = chunk_rows(logits.shape[0], 0, logits.shape[1], logits.device.type)
     for start in range(0, logits.shape[0], size):
         yield slice(start, min(start + size, logits.shape[0]))
