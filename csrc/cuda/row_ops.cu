@@ -107,8 +107,8 @@ void dispatch(const char* op, Kind kind, const RowArguments& a, const Matrix& lo
     return launch<__nv_bfloat16, __nv_bfloat16>(op, kind, a, logits.rows, aligned, stream);
   }
   if (from == ScalarType::Half && to == from) return launch<__half, __half>(op, kind, a, logits.rows, aligned, stream);
-  STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16 and their gradient of the same dtype or 16 bits of float32, got ",
-                  dtype_name(from), " and ", dtype_name(to), ". Convert the logits, or choose another backend.");
+  STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16 and their gradient of that dtype, or of 16 bits ",
+                  "beside float32, got ", dtype_name(from), " and ", dtype_name(to), ". Convert the logits, or choose another backend.");
 }
 
 Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,

@@ -25,7 +25,8 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
   void* encode = nullptr;
   cudaDriverEntryPointQueryResult found;
   check_cuda("scoring", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-  STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "scoring: the driver must know cuTensorMapEncodeTiled, got one that does not. Update it to CUDA 12 or later.");
+  STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "scoring: the driver must know cuTensorMapEncodeTiled, got one that does ",
+                  "not. Update it to CUDA 12 or later.");
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(x.size(1)), static_cast<cuuint64_t>(x.size(0))};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(x.stride(0)) * 2};
   const cuuint32_t box[2] = {kTileDepth, box_rows}, element_stride[2] = {1, 1};
