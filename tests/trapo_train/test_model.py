@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    modeling_flash_attention_utils,
 )
 from transformers.utils import is_flash_attn_2_available
 
@@ -122,6 +126,41 @@ def test_flex_gives_the_hidden_states_of_one_sequence_at_a_time(name):
     packed = segment_arguments(model, lengths, torch.device("cpu"))
     out = model.model(input_ids=torch.cat(make_sequences())[None], position_ids=positions, use_cache=False, **packed)
     assert_close(out.last_hidden_state[0], expected, 1e-12)
+
+
+def varlen_attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, deterministic=False,
+):  # fmt: skip
+    """flash_attn_varlen_func of the package flash-attn, in plain PyTorch: the same arguments, [T, heads, head_dim] in and out."""
+    assert causal and dropout_p == softcap == 0.0 and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max() and cu_seqlens_q[-1] == len(q)
+    outputs = []
+    for start, end in cu_seqlens_q.unfold(0, 2, 1).tolist():
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if window_size[0] < 0 else seen.triu(-window_size[0])
+        part = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        outputs.append(F.scaled_dot_product_attention(*part, attn_mask=seen, scale=softmax_scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flash_attention_is_told_the_boundaries_by_transformers(name, monkeypatch):
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = package.flash_attn_with_kvcache = None
+    package.flash_attn_varlen_func = varlen_attention
+    padding = types.ModuleType("flash_attn.bert_padding")
+    padding.pad_input = padding.unpad_input = None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+    for found_before in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn"):
+        monkeypatch.setattr(modeling_flash_attention_utils, found_before, None, raising=False)
+    expected = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
+    model = build(name)
+    model.config._attn_implementation_internal = "flash_attention_2"  # set by name, it would ask for the package's version
+    for actual, wanted in zip(hidden_and_gradient(model, [make_sequences()]), expected, strict=True):
+        assert_close(actual, wanted, 1e-12)
 
 
 @pytest.mark.gpu
