@@ -165,6 +165,7 @@ def supervise(tmp_path, prepare, seconds):
     return {(row["case"]["question"], row["contender"]): row for row in store.read(tmp_path / "cpu" / "results.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_contender_that_kills_its_process_is_recorded_and_the_others_are_measured(tmp_path, capfd):
     rows = supervise(tmp_path, "kills_its_process", 120)
     for question in ("grpo", "scoring"):
@@ -336,6 +337,7 @@ def test_python_m_benchmarks_starts():
     assert "QUESTION" in out.stdout
 
 
+@pytest.mark.slow
 def test_pytest_times_the_same_cases_after_the_same_check():
     pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--small", "-q", "-k", "grpo and (eager or native or FLCE)"]

@@ -44,6 +44,7 @@ def _outcomes(outcomes):
     return {o.test.rpartition("::")[2].removeprefix("test_"): o.outcome for o in outcomes}
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_test(file):
     outcomes = gpu_test.run(gpu_test.Job(file, "not native and not slow_one"), time.monotonic() + 60)
     assert _outcomes(outcomes) == {
@@ -55,6 +56,7 @@ def test_a_crash_costs_one_test(file):
     assert "assert 1 == 2" in next(o.reason for o in outcomes if o.outcome == "failed")
 
 
+@pytest.mark.slow
 def test_a_hanging_test_ends_with_the_time(file):
     outcomes = gpu_test.run(gpu_test.Job(file, "slow_one"), time.monotonic() + 3)
     assert set(_outcomes(outcomes).values()) <= {"crashed", "not reached"}  # the latter where pytest took all the time to start

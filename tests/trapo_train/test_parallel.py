@@ -97,10 +97,10 @@ def _free_port():
     ("size", "settings", "tied"),
     [
         (2, {}, False),
-        (3, {}, True),
-        (2, {"replicate": 2}, False),
+        pytest.param(3, {}, True, marks=pytest.mark.slow),
+        pytest.param(2, {"replicate": 2}, False, marks=pytest.mark.slow),
         (2, {"vocab_parallel_head": True}, False),
-        (3, {"vocab_parallel_head": True}, False),
+        pytest.param(3, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_path):

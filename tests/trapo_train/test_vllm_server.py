@@ -218,6 +218,7 @@ def test_a_run_samples_from_the_weights_that_it_has_just_trained(server, tmp_pat
     assert all(abs(row["rollout/mismatch_kl"]) < 1e-4 and row["rollout/mismatch_p95"] < 1e-3 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["/v1/completions", "/collective_rpc"])
 def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch, where):
     """The step that could not be sampled is not begun, everything before it is saved, and the run goes on to the same bits."""
