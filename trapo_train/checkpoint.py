@@ -194,11 +194,7 @@ class CheckpointStore:
             value = action()
         except (OSError, RuntimeError) as raised:
             error = raised
-        results = self._ranks.gather((value, error))
-        for _, failed in results:
-            if failed is not None:
-                raise failed
-        return [value for value, _ in results]
+        return self._ranks.gather_or_raise(value, error)
 
     def _digests(self, path: Path) -> dict[str, dict[str, Any]]:
         """Digest of every file by its name; the ranks share the work."""

@@ -30,7 +30,8 @@ CPU_MATRIX = [
 ]
 # Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
 CPU_CHOICE = ("floor, 3 GEMMs", "eager", "torch.compile", "ours (native)")
-CPU_UNCOMPILED = ("floor, 3 GEMMs", "eager", "TRL chunked logprob", "ours (native)")  # where it would compile for every case
+# Inactive rows and the longest context, where torch.compile would compile for every case, and TRL's chunks are of interest.
+CPU_UNCOMPILED = ("floor, 3 GEMMs", "eager", "TRL chunked logprob", "ours (native)")
 CPU_CROSS_ENTROPY = ("floor, 3 GEMMs", "eager", "F.linear_cross_entropy", "ours (native)")
 
 

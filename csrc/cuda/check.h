@@ -18,7 +18,7 @@ namespace trapo {
 
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// check_vector, on the GPU; the dispatcher has chosen these ops because one argument was there, not all.
+// check_vector, on the GPU: that an op was dispatched here says that one of its arguments is there, not all.
 template <typename T>
 const T* check_gpu_vector(const char* op, const char* name, const Tensor& x, int64_t length, const char* axis = "C") {
   STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on the GPU of the logits, got a tensor on the CPU. Pass ", name,

@@ -114,8 +114,8 @@ void dispatch(const char* op, Kind kind, const RowArguments& a, const Matrix& lo
 Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
                           double temperature, double softcap, bool /*with_entropy*/) {
   const char* op = "row_statistics";
-  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
+  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   StatisticsOutput out;
   const auto tensors = new_statistics(logits_tensor, logits.rows, &out);
@@ -128,8 +128,8 @@ void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bia
                   double temperature, double softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum,
                   std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy, Tensor grad_tensor) {
   const char* op = "row_gradient";
-  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   const Matrix logits = check_matrix(op, "logits", logits_tensor), grad = check_matrix(op, "grad", grad_tensor);
+  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   a.grad = grad.data;
   a.grad_stride = grad.stride;
@@ -160,8 +160,8 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
                       std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::optional<Tensor> grad_entropy,
                       std::vector<int64_t> codes, std::vector<double> scalars, std::optional<Tensor> grad_tensor) {
   const char* op = "row_policy";
-  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
+  const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   put_streams(op, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
   a.grad_entropy = check_gpu_optional(op, "grad_entropy", grad_entropy, logits.rows);
@@ -190,11 +190,11 @@ Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor sign
                          std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::vector<int64_t> codes,
                          std::vector<double> scalars) {
   const char* op = "token_coefficient";
+  const int64_t tokens = logprob.dim() == 0 ? 0 : logprob.size(0);
+  const float* values = check_gpu_vector<float>(op, "logprob", logprob, tokens);
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
-  const int64_t tokens = logprob.size(0);
   RowArguments a = {};
   put_streams(op, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
-  const float* values = check_gpu_vector<float>(op, "logprob", logprob, tokens);
   Tensor out = torch::stable::new_empty(logprob, {tokens});
   if (tokens == 0) return out;
   const unsigned blocks = static_cast<unsigned>((tokens + 255) / 256);

@@ -12,8 +12,8 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// The map of a row-major bf16 matrix in boxes of [box_rows, kTileDepth], swizzled by 128 bytes.
-CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
+// A row-major bf16 matrix that the copy engine can read.
+void check_operand(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), "scoring: ", name, " must be on the GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
   STD_TORCH_CHECK(x.dim() == 2, "scoring: ", name, " must have two dimensions, got shape ", shape_of(x), ". Flatten it.");
   check_dtype("scoring", name, x, ScalarType::BFloat16);
@@ -22,6 +22,10 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
   STD_TORCH_CHECK(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "scoring: rows of ", name,
                   " must start at multiples of 16 bytes for the copy engine, got a row stride of ", x.stride(0),
                   " elements. Use backend=\"triton\".");
+}
+
+// The map of such a matrix in boxes of [box_rows, kTileDepth], swizzled by 128 bytes.
+CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
   void* encode = nullptr;
   cudaDriverEntryPointQueryResult found;
   check_cuda("scoring", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
@@ -43,11 +47,14 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
 Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
                    double temperature, double softcap) {
   const char* op = "scoring";
+  check_operand("hidden", hidden);
+  check_operand("weight", weight);
   const int device = hidden.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   STD_TORCH_CHECK(major == 9, op, ": the kernel is for sm_90, got sm_", major, "x. Use backend=\"triton\".");
-  STD_TORCH_CHECK(!bias.has_value() && softcap == 0.0, op, ": the kernel has neither bias nor softcap. Use backend=\"triton\".");
+  STD_TORCH_CHECK(!bias.has_value() && softcap == 0.0, op, ": the kernel has neither bias nor softcap, got ",
+                  bias.has_value() ? "a bias" : "no bias", " and softcap ", softcap, ". Use backend=\"triton\".");
   const int64_t rows = hidden.size(0), vocab_size = weight.size(0);
   const Schedule schedule(rows > 0 ? rows : 1, vocab_size, attribute(cudaDevAttrMultiProcessorCount, device));
   StatisticsOutput out;

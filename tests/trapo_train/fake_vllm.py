@@ -26,6 +26,63 @@ BODY = {
 }  # fmt: skip
 
 
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        self._answer({"data": [{"id": MODEL}]} if self.path == "/v1/models" else None)
+
+    def do_POST(self):
+        fake = self.server.fake
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fake.requests.append((self.path, body))
+        if self.path == "/collective_rpc":
+            assert body["method"] == "reload_weights" and body["kwargs"]["is_checkpoint_format"]
+            fake.load(body["kwargs"]["weights_path"])
+            return self._answer({"results": [None]})
+        if self.path == "/reset_prefix_cache":
+            return self._answer(None)
+        if set(body) != BODY or not body["ignore_eos"]:
+            return self._answer({"error": f"not what vLLM expects: {sorted(set(body) ^ BODY)}"}, 400)
+        self._complete(body, fake.fault(body))
+
+    def _complete(self, body, fault):
+        fake = self.server.fake
+        with fake.counting:
+            fake.at_once += 1
+            fake.most_at_once = max(fake.most_at_once, fake.at_once)
+        time.sleep(1.5 if fault == "hang" else fake.delay(body))
+        with fake.counting:
+            fake.at_once -= 1  # before the answer, on which the client may send its next request
+        if isinstance(fault, int):
+            return self._answer({"error": f"status {fault}"}, fault)
+        if fault == "garbage":
+            return self._raw(b"{not json")
+        if fault == "die":
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        answer = fake.complete(body)
+        spoil(answer, fault)
+        fake.answered.append(body)
+        self._answer(answer)
+
+    def _answer(self, value, status=200):
+        self._raw(b"" if value is None else json.dumps(value).encode(), status)
+
+    def _raw(self, data, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # as many connections at once as a test opens; the default of 5 resets the others
+
+    def handle_error(self, *arguments):
+        """A client that has gone is no error."""
+
+
 class FakeServer:
     """`vllm serve` for one model: weights come from a folder, completions from the embedded engine, faults from a list.
 
@@ -39,60 +96,8 @@ class FakeServer:
         self.delay = lambda body: 0.0
         self.fault = lambda body: self.faults.pop(0) if self.faults else None
         self.at_once = self.most_at_once = 0
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *arguments):
-                pass
-
-            def do_GET(self):
-                self._answer({"data": [{"id": MODEL}]} if self.path == "/v1/models" else None)
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.requests.append((self.path, body))
-                if self.path == "/collective_rpc":
-                    assert body["method"] == "reload_weights" and body["kwargs"]["is_checkpoint_format"]
-                    fake.load(body["kwargs"]["weights_path"])
-                    return self._answer({"results": [None]})
-                if self.path == "/reset_prefix_cache":
-                    return self._answer(None)
-                if set(body) != BODY or not body["ignore_eos"]:
-                    return self._answer({"error": f"not what vLLM expects: {sorted(set(body) ^ BODY)}"}, 400)
-                self._complete(body, fake.fault(body))
-
-            def _complete(self, body, fault):
-                with fake.counting:
-                    fake.at_once += 1
-                    fake.most_at_once = max(fake.most_at_once, fake.at_once)
-                time.sleep(1.5 if fault == "hang" else fake.delay(body))
-                with fake.counting:
-                    fake.at_once -= 1  # before the answer, on which the client may send its next request
-                if isinstance(fault, int):
-                    return self._answer({"error": f"status {fault}"}, fault)
-                if fault == "garbage":
-                    return self._raw(b"{not json")
-                if fault == "die":
-                    return self.connection.shutdown(socket.SHUT_RDWR)
-                answer = fake.complete(body)
-                spoil(answer, fault)
-                fake.answered.append(body)
-                self._answer(answer)
-
-            def _answer(self, value, status=200):
-                self._raw(b"" if value is None else json.dumps(value).encode(), status)
-
-            def _raw(self, data, status=200):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # as many connections at once as a test opens; the default of 5 resets the others
-            handle_error = lambda *arguments: None  # noqa: E731 (a client that has gone)
-
-        self.http = Server(("127.0.0.1", port), Handler)
+        self.http = _Server(("127.0.0.1", port), _Handler)
+        self.http.fake = self
         self.http.daemon_threads, self.http.block_on_close = True, False
         self.port = self.http.server_port
         self.url = f"http://127.0.0.1:{self.port}"

@@ -1,12 +1,13 @@
-"""Packed attention: choosing it, and refusing what it cannot do; its equality to one sequence at a time is in test_model.py."""
+"""Choosing a packed attention, and refusing what it cannot do; that it equals single sequences: test_packed_attention.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import Gemma2Config, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from tests.trapo_train.small_models import CONFIGS, SHAPE
 from trapo_train import attention
 from trapo_train.attention import (
     FLEX_IMPLEMENTATION,
@@ -16,15 +17,6 @@ from trapo_train.attention import (
     segment_arguments,
 )
 from trapo_train.flex import BLOCK, packed_block_mask
-
-SHAPE = dict(
-    vocab_size=13, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-    intermediate_size=24, max_position_embeddings=64,
-)  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "qwen2": Qwen2Config(**SHAPE),
-}
 
 
 def build(config, implementation=PACKED_IMPLEMENTATION):
@@ -73,15 +65,6 @@ def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(monkeypat
         choose_attention("flash_attention_2", device=torch.device("cpu"), compute_dtype=bf16)
     with pytest.raises(ValueError, match=r"needs model\.dtype=bfloat16, got float32"):
         choose_attention("flash_attention_2", device=cuda, compute_dtype=torch.float32)
-
-
-def test_flash_attention_gets_the_boundaries():
-    model = build(CONFIGS["llama"])
-    model.config._attn_implementation_internal = "flash_attention_2"
-    arguments = segment_arguments(model, [4, 2, 3], torch.device("cpu"))
-    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
-    assert arguments["cu_seq_lens_q"].dtype == torch.int32
-    assert arguments["max_length_q"] == arguments["max_length_k"] == 4
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 300])

@@ -31,11 +31,15 @@ _INVARIANT_ROWS_GPU = 1024
 def chunk_rows(num_rows: int, hidden_size: int, vocab_size: int, device_type: str, batch_invariant: bool = False) -> int:
     """Rows per chunk: a pure function of the shapes, so that the same batch always gives the same bits."""
     if batch_invariant:
-        return _INVARIANT_ROWS.get(device_type, _INVARIANT_ROWS_GPU)
+        return _invariant_rows(device_type)
     if device_type == "cpu":
         most = min(max((5 * num_rows - hidden_size) // 8, hidden_size // 8, _LEAST_ROWS_CPU), _MOST_ROWS_CPU)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
     return _even_chunk(num_rows, max(128, _CHUNK_LOGITS_GPU // vocab_size), multiple=128)
+
+
+def _invariant_rows(device_type: str) -> int:
+    return _INVARIANT_ROWS.get(device_type, _INVARIANT_ROWS_GPU)
 
 
 def _even_chunk(num_rows: int, most: int, multiple: int) -> int:
@@ -158,4 +162,4 @@ class HeadGemm:
     def _padded(self, rows: Tensor) -> Tensor:
         if not self.batch_invariant:
             return rows
-        return F.pad(rows, (0, 0, 0, chunk_rows(0, 0, 0, rows.device.type, batch_invariant=True) - rows.shape[0]))
+        return F.pad(rows, (0, 0, 0, _invariant_rows(rows.device.type) - rows.shape[0]))

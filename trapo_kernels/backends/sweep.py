@@ -351,6 +351,6 @@ def score_logits_backward(
 
 
 def _logit_chunks(logits: Tensor) -> Iterator[slice]:
-    size = chunk_rows(logits.shape[0], 0, logits.shape[1], logits.device.type)
+    size = chunk_rows(logits.shape[0], 0, logits.shape[1], logits.device.type)  # no head, so no hidden size
     for start in range(0, logits.shape[0], size):
         yield slice(start, min(start + size, logits.shape[0]))

@@ -1,0 +1,135 @@
+"""Packed rows through every attention that can run them: hidden states and gradients are those of one sequence at a time."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Qwen2Config, modeling_flash_attention_utils
+from transformers.utils import is_flash_attn_2_available
+
+from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
+from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, segment_arguments
+from trapo_train.model import enable_gradient_checkpointing
+
+
+def hidden_and_gradient(model, rows):
+    """Last hidden states of `rows` (each a list of sequences packed into one row), and all gradients of the body."""
+    model.zero_grad()
+    outputs = []
+    for sequences in rows:
+        positions = torch.cat([torch.arange(len(s)) for s in sequences])[None]
+        packed = segment_arguments(model, [len(s) for s in sequences], torch.device("cpu"))
+        out = model.model(input_ids=torch.cat(sequences)[None], position_ids=positions, use_cache=False, **packed)
+        outputs.append(out.last_hidden_state[0])
+    hidden = torch.cat(outputs)
+    weight = torch.linspace(-1, 1, hidden.numel(), dtype=torch.float64).reshape(hidden.shape)
+    (hidden.sin() * weight).sum().backward()
+    return hidden.detach(), torch.cat([p.grad.flatten() for p in model.model.parameters()])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_packed_row_equals_one_sequence_at_a_time(name, checkpointing):
+    sequences = make_sequences()
+    model = build(name)
+    alone_hidden, alone_gradient = hidden_and_gradient(model, [[s] for s in sequences])
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+        model.train()
+    hidden, gradient = hidden_and_gradient(model, [sequences])
+    assert_close(hidden, alone_hidden, 1e-13)
+    assert_close(gradient, alone_gradient, 1e-12)
+
+
+def make_sequences() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 13, (n,), generator=generator) for n in (9, 5, 5, 5, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flex_gives_the_hidden_states_of_one_sequence_at_a_time(name):
+    expected, _ = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
+    model = build(name, FLEX_IMPLEMENTATION).requires_grad_(False)  # flex_attention has no backward on a CPU
+    lengths = [len(s) for s in make_sequences()]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = segment_arguments(model, lengths, torch.device("cpu"))
+    out = model.model(input_ids=torch.cat(make_sequences())[None], position_ids=positions, use_cache=False, **packed)
+    assert_close(out.last_hidden_state[0], expected, 1e-12)
+
+
+def varlen_attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, deterministic=False,
+):  # fmt: skip
+    """flash_attn_varlen_func of the package flash-attn, in plain PyTorch: the same arguments, [T, heads, head_dim] in and out."""
+    assert causal and dropout_p == softcap == 0.0 and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max() and cu_seqlens_q[-1] == len(q)
+    outputs = []
+    for start, end in cu_seqlens_q.unfold(0, 2, 1).tolist():
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if window_size[0] < 0 else seen.triu(-window_size[0])
+        part = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        outputs.append(F.scaled_dot_product_attention(*part, attn_mask=seen, scale=softmax_scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flash_attention_is_told_the_boundaries_by_transformers(name, monkeypatch):
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = package.flash_attn_with_kvcache = None
+    package.flash_attn_varlen_func = varlen_attention
+    padding = types.ModuleType("flash_attn.bert_padding")
+    padding.pad_input = padding.unpad_input = None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+    for found_before in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn"):
+        monkeypatch.setattr(modeling_flash_attention_utils, found_before, None, raising=False)
+    expected = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
+    model = build(name)
+    model.config._attn_implementation_internal = "flash_attention_2"  # set by name, it would ask for the package's version
+    for actual, wanted in zip(hidden_and_gradient(model, [make_sequences()]), expected, strict=True):
+        assert_close(actual, wanted, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "tolerance"),
+    [
+        (FLEX_IMPLEMENTATION, torch.float32, 1e-2),  # TF32 or fp32, whatever flex_attention's kernel takes
+        pytest.param(
+            "flash_attention_2",
+            torch.bfloat16,
+            5e-2,
+            marks=pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed (extra [flash-attn])"),
+        ),
+    ],
+)
+def test_other_kernels_train_as_sdpa_packed_does(implementation, dtype, tolerance, window):
+    shape = SHAPE | {"head_dim": 16}  # flex_attention's smallest on a GPU
+    config = Qwen2Config(**shape, use_sliding_window=window is not None, sliding_window=window, max_window_layers=1)
+    lengths, gradients = (300, 300, 130, 7), []
+    token_ids = torch.randint(0, 13, (1, sum(lengths)), device="cuda")
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    for each in (PACKED_IMPLEMENTATION, implementation):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=each, dtype=dtype).cuda()
+        packed = segment_arguments(model, lengths, torch.device("cuda"))
+        model.model(input_ids=token_ids, position_ids=positions, use_cache=False, **packed).last_hidden_state.sin().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))
+    assert_close(gradients[1], gradients[0], tolerance)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_sequence_equals_eager_attention(name):
+    token_ids = torch.randint(0, 13, (1, 9), generator=torch.Generator().manual_seed(2))
+    model, eager = build(name), build(name, "eager")
+    packed = segment_arguments(model, [9], torch.device("cpu"))
+    hidden = model.model(input_ids=token_ids, use_cache=False, **packed).last_hidden_state
+    # Eager attention takes its softmax in fp32.
+    assert_close(hidden, eager.model(input_ids=token_ids, use_cache=False).last_hidden_state, 1e-6)
