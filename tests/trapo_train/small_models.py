@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
@@ -44,7 +46,7 @@ def exact(model: nn.Module) -> nn.Module:
 
 def build(name: str, implementation: str = PACKED_IMPLEMENTATION) -> nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=implementation, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=implementation, dtype=torch.float64)
     install_policy_head(model, compute_dtype=torch.float64)
     return exact(model)
 

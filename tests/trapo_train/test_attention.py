@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import Gemma2Config, LlamaForCausalLM
@@ -22,7 +24,7 @@ from trapo_train.flex import BLOCK, packed_block_mask
 def build(config, implementation=PACKED_IMPLEMENTATION):
     torch.manual_seed(0)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class._from_config(config, attn_implementation=implementation).double()
+    return model_class._from_config(copy.deepcopy(config), attn_implementation=implementation).double()
 
 
 def test_no_mask_is_built_for_a_packed_row(monkeypatch):
