@@ -13,8 +13,8 @@
 
 #pragma once
 
-#include "hopper.cuh"
 #include "layout.h"
+#include "ptx.cuh"
 #include "softmax.h"
 
 namespace trapo {
@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
         const uint32_t stage = step % kStages;
         barrier_wait(&full[stage], step / kStages % 2);
         const uint8_t* const hidden = tiles + stage * kStageBytes;
-        const uint64_t hidden_operand = operand_descriptor(hidden + consumer * 64 * kTileDepth * 2);
-        const uint64_t weight_operand = operand_descriptor(hidden + kHiddenBytes);
+        const uint64_t hidden_operand = operand_descriptor(shared_address(hidden) + consumer * 64 * kTileDepth * 2);
+        const uint64_t weight_operand = operand_descriptor(shared_address(hidden) + kHiddenBytes);
         wgmma_begin();
 #pragma unroll
         for (int part = 0; part < kTileDepth / 16; ++part) {  // 16 of bf16 are 32 bytes, 2 units of the descriptor

@@ -1,5 +1,5 @@
-// Which thread holds which logit, and which block works on which tiles: the index arithmetic of the scoring kernel, compiled for the
-// host as well, where the tests check that every logit is met exactly once.
+// Which thread holds which logit, how wgmma is told where its operands lie, and which block works on which tiles: the index arithmetic
+// of the scoring kernel, compiled for the host as well, where the tests check that every logit is met exactly once.
 
 #pragma once
 
@@ -20,6 +20,13 @@ constexpr int kRowGroup = 11;  // row tiles that work on one part of the vocabul
 // wgmma m64n256: register `i` of thread `thread` (0-127) of a warpgroup lies in this row (0-63) and column (0-255) of its tile.
 TRAPO_HD int accumulator_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8; }
 TRAPO_HD int accumulator_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+// The operand descriptor of a K-major tile at `address` of shared memory whose rows are 128 bytes, swizzled by 128 bytes: start
+// address, 1024 bytes between groups of 8 rows, layout 1 (128-byte swizzle), all in units of 16 bytes.
+TRAPO_HD uint64_t operand_descriptor(uint32_t address) {
+  const uint64_t start = (address & 0x3FFFF) >> 4;
+  return start | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
 
 // A piece of work: one tile of rows against a run of vocabulary tiles.
 struct WorkItem {

@@ -15,6 +15,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "ptx.cuh"
 #include "softmax.h"
 
 namespace trapo {
@@ -179,7 +180,7 @@ __device__ __forceinline__ void gradient_of(const RowGradient& row, const Transf
 }
 
 // One block per row; the gradient may lie over the row itself in a narrower dtype: a tile's bytes have been read by tiles up to
-// itself, and the barrier keeps a fast warp from overwriting what a slow one has still to load.
+// itself, and the barrier keeps a fast warp from overwriting what a slow one has still to load, the target's logit included.
 template <typename T, typename G, int kWidth>
 __device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, const Transform& t, const RowGradient& row, float z_target,
                                int64_t target) {
@@ -234,21 +235,12 @@ __global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_con
   const float z_target = target_logit(a, logits, t, target);
   const RowStatistics statistics = {a.logprob[row], a.entropy[row], a.row_max[row], a.log_sum[row]};
   const RowGradient gradient(statistics, a.grad_logprob ? a.grad_logprob[row] : 0.0f, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
-  __syncthreads();  // every thread has the target's logit before its place is overwritten
   gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
 }
 
-// Starts a copy of 16 bytes from HBM to shared memory; of the bytes from `valid` on zeros arrive.
-__device__ __forceinline__ void start_copy(void* to, const void* from, int valid) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid) : "memory");
-}
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until all but the last kPending groups of this thread's copies are there. Only this thread may count on them: no other is told.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// How many of a row's columns each block of a cluster keeps, whole vectors of `width`; the last one has what is left.
+TRAPO_HD int64_t cluster_slice(int64_t vocab_size, int blocks, int width) {
+  return ((vocab_size + blocks - 1) / blocks + width - 1) / width * width;
 }
 
 // A cluster of blocks per row: each keeps its slice of `slice` columns in shared memory, so HBM is read once. Every thread reads

@@ -62,7 +62,7 @@ int cluster_blocks(const char* op, int64_t row_bytes) {
 
 template <typename T, typename G, int kWidth>
 void launch_cluster(const char* op, const RowArguments& a, int64_t rows, int blocks, cudaStream_t stream) {
-  const int64_t slice = ((a.vocab_size + blocks - 1) / blocks + kWidth - 1) / kWidth * kWidth;
+  const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth);
   const size_t shared = static_cast<size_t>(slice) * sizeof(T);
   const auto kernel = cluster_policy_kernel<T, G, kWidth>;
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));

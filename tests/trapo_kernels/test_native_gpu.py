@@ -1,103 +1,35 @@
 """The compiled CUDA kernels by themselves, on a GPU: every width, layout and dtype that a launch distinguishes, against fp64.
 
-`make gpu-test` runs this file under compute-sanitizer, too.
+`make gpu-test` runs this file under compute-sanitizer, too. The same checks run on the host in test_native_on_host.py.
 """
 
 import pytest
 import torch
 
-from tests.trapo_kernels import cases
-from trapo_kernels import objectives, terms
-from trapo_kernels.backends import native, rows_torch
-from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from tests.trapo_kernels import cases, cuda_checks
+from trapo_kernels.backends import native
+from trapo_kernels.backends.logits import LogitTransform
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(native.why_not("cuda") is not None, reason=str(native.why_not("cuda"))),
 ]
-ROWS = 5
 # One thread's worth, odd, a block, clusters of 1 to 8 blocks with two or one to a multiprocessor, too wide for a cluster.
 WIDTHS = [1, 7, 1000, 4099, 28_000, 57_000, 100_000, 152_064, 250_001, 470_000]
-DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
-DTYPES += [(torch.float32, torch.float16), (torch.float16, torch.float16)]
-
-
-def _logits(vocab_size, dtype, aligned):
-    """[5, V], every row aligned to 64 bytes as HeadGemm.buffer has them, or packed at an odd stride; row 1 is NaN."""
-    stride = -(-vocab_size // 16) * 16 if aligned else vocab_size + 1
-    buffer = torch.full((ROWS, stride), float("nan"), device="cuda", dtype=dtype)
-    buffer[:, :vocab_size] = 4 * torch.randn(ROWS, vocab_size, device="cuda")
-    buffer[1] = float("nan")
-    return buffer[:, :vocab_size]
-
-
-def _transform(vocab_size, plain):
-    if plain:
-        return LogitTransform()
-    bias = torch.randn(vocab_size, device="cuda")
-    return LogitTransform(bias, 6.0, torch.rand(ROWS, device="cuda") + 0.5)
-
-
-def _exact(transform):
-    bias = None if transform.bias is None else transform.bias.double()
-    temperature = transform.temperature
-    return transform._replace(bias=bias, temperature=temperature.double() if isinstance(temperature, torch.Tensor) else temperature)
-
-
-def _close(ours, truth, dtype):
-    """Within four roundings of `dtype`, of the largest element where that is in fp32."""
-    eps = max(torch.finfo(dtype).eps, 2e-6)
-    torch.testing.assert_close(ours.double(), truth.double(), rtol=4 * eps, atol=eps * max(1e-3, float(truth.abs().max())))
-
-
-def _batch(vocab_size, dtype):
-    role = torch.tensor([1, 0, 2, 1, 2], dtype=torch.uint8)
-    target = torch.tensor([0, 0, vocab_size - 1, vocab_size // 2, vocab_size // 3])
-    return cases.batch(ROWS, vocab_size, dtype, role=role, target=target)
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias, softcap, temperatures"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd stride"])
-@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize(("dtype", "grad_dtype"), cuda_checks.DTYPES, ids=lambda x: str(x).removeprefix("torch."))
 @pytest.mark.parametrize("vocab_size", WIDTHS)
 def test_rows_against_fp64(vocab_size, dtype, grad_dtype, aligned, plain):
-    logits, transform = _logits(vocab_size, dtype, aligned), _transform(vocab_size, plain)
-    objective = objectives.trapo(entropy_coef=0.1)
-    streams = [terms.streams(_batch(vocab_size, x), objective, x) for x in (torch.float32, torch.float64)]
-    target = _batch(vocab_size, dtype).target
-    scored = torch.where(streams[0].role == 0, -100, target)
-    exact = logits.double().nan_to_num(0.0)
-    truth, grad_truth = rows_torch.policy(exact.clone(), target, _exact(transform), streams[1], objective, True, torch.float64)
-
-    statistics = native.statistics(logits.clone(), scored, transform, True)
-    gradient = native.logprob_gradient(
-        logits.clone(),
-        scored,
-        transform,
-        RowStatistics(*(part.float() for part in truth)),
-        terms.coefficients(truth.logprob, streams[1], objective).grad_logprob.float(),
-        streams[0].grad_entropy,
-        grad_dtype,
-    )
-    stats, grad = native.policy(logits, target, transform, streams[0], objective, True, grad_dtype)  # in place
-    for ours in (statistics, stats):
-        for part, expected in zip(ours, truth, strict=True):
-            torch.testing.assert_close(part.double(), expected, rtol=1e-5, atol=2e-5)
-    for ours in (gradient, grad):
-        assert ours.dtype == grad_dtype and not ours[1].any()
-        _close(ours, grad_truth, grad_dtype)
+    cuda_checks.check_rows(native, vocab_size, dtype, grad_dtype, aligned, plain)
 
 
 def test_row_kernels_give_the_same_bits_twice():
-    logits, streams = _logits(152_064, torch.float32, True), terms.streams(_batch(152_064, torch.float32), objectives.trapo())
-    runs = [
-        native.policy(
-            logits.clone(), _batch(152_064, torch.float32).target, LogitTransform(), streams, objectives.trapo(), True, dtype
-        )
-        for dtype in (torch.float32, torch.float32)
-    ]
-    for first, second in zip([*runs[0][0], runs[0][1]], [*runs[1][0], runs[1][1]], strict=True):
-        assert torch.equal(first, second)
+    given = cuda_checks.logits(152_064, torch.float32, True)
+    first, second = (cuda_checks.policy_bits(native, 152_064, given) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 hopper = pytest.mark.skipif(
@@ -111,27 +43,12 @@ hopper = pytest.mark.skipif(
     "shape", [(1, 8, 1), (64, 64, 256), (129, 72, 257), (300, 200, 5000), (128 * 12 + 1, 128, 1000), (70, 3584, 33_000)], ids=str
 )
 def test_scoring_against_fp64(shape, scale):
-    hidden, weight, _ = (x.detach() for x in cases.head(*shape, torch.bfloat16, scale))
-    target = torch.randint(shape[2], (shape[0],), device="cuda")
-    target[::2] = (hidden[::2].float() @ weight.float().T).argmax(-1)
-    target[::7] = -100
-    temperature = torch.rand(shape[0], device="cuda") + 0.5
-    runs = [native.fused_scoring(hidden, weight, target, LogitTransform(temperature=temperature)) for _ in range(2)]
-    logprob, entropy = cases.eager_statistics(hidden.double(), weight.double(), target, temperature=temperature.double())
-    counted = target != -100
-    spacing = 4 * torch.finfo(torch.float32).eps * (hidden.double() @ weight.double().T).abs().amax(-1) / temperature
-    bound = torch.maximum(spacing, 2e-6 * logprob.abs()).clamp(min=1e-5)[counted]
-    assert ((runs[0].logprob - logprob)[counted].abs() <= bound).all()
-    assert ((runs[0].entropy - entropy)[counted].abs() <= bound).all()
-    assert all(not part[~counted].any() for part in runs[0])
-    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    cuda_checks.check_scoring([native, native], shape, scale)
 
 
 @hopper
 def test_scoring_of_a_target_outside_the_vocabulary_is_nan():
-    hidden, weight, _ = (x.detach() for x in cases.head(3, 64, 300, torch.bfloat16))
-    stats = native.fused_scoring(hidden, weight, torch.tensor([5, 300, -1], device="cuda"), LogitTransform())
-    assert stats.logprob.isnan().tolist() == [False, True, True]
+    cuda_checks.check_targets_outside(native)
 
 
 @hopper

@@ -1,4 +1,6 @@
-// The Hopper instructions that CUDA C++ has no name for: mbarriers, TMA loads and wgmma, as thin inline PTX.
+// The instructions that CUDA C++ has no name for, as thin inline PTX: copies to shared memory that no register waits for, mbarriers,
+// TMA loads and wgmma. All of csrc's PTX but softmax.h's exponential lies here, so that the tests can put the same functions on a
+// host in its place (tests/trapo_kernels/host_gpu) and run the kernels there.
 
 #pragma once
 
@@ -9,6 +11,18 @@
 namespace trapo {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Starts a copy of 16 bytes from HBM to shared memory; of the bytes from `valid` on zeros arrive.
+__device__ __forceinline__ void start_copy(void* to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
+}
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last kPending groups of this thread's copies are there. Only this thread may count on them: no other is told.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -57,13 +71,6 @@ __device__ __forceinline__ void take_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// The operand descriptor of a K-major tile whose rows are 128 bytes, swizzled by 128 bytes: start address, 1024 bytes between
-// groups of 8 rows, layout 1 (128-byte swizzle), all in units of 16 bytes.
-__device__ __forceinline__ uint64_t operand_descriptor(const void* tile) {
-  const uint64_t start = (shared_address(tile) & 0x3FFFF) >> 4;
-  return start | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

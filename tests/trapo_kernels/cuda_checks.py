@@ -1,0 +1,113 @@
+"""What the CUDA kernels of csrc must compute, against fp64: on a GPU (test_native_gpu.py) and on the host (test_native_on_host.py).
+
+`kernels` has the functions of `trapo_kernels.backends.native`.
+"""
+
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import objectives, terms
+from trapo_kernels.backends import rows_torch
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+
+ROWS = 5
+DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+DTYPES += [(torch.float32, torch.float16), (torch.float16, torch.float16)]
+
+
+def logits(vocab_size, dtype, aligned):
+    """[5, V], every row aligned to 64 bytes as HeadGemm.buffer has them, or packed at an odd stride; row 1 is NaN."""
+    stride = -(-vocab_size // 16) * 16 if aligned else vocab_size + 1
+    buffer = torch.full((ROWS, stride), float("nan"), device=cases.DEVICE, dtype=dtype)
+    buffer[:, :vocab_size] = 4 * torch.randn(ROWS, vocab_size, device=cases.DEVICE)
+    buffer[1] = float("nan")
+    return buffer[:, :vocab_size]
+
+
+def transform(vocab_size, plain):
+    if plain:
+        return LogitTransform()
+    bias = torch.randn(vocab_size, device=cases.DEVICE)
+    return LogitTransform(bias, 6.0, torch.rand(ROWS, device=cases.DEVICE) + 0.5)
+
+
+def batch(vocab_size, dtype=torch.float64):
+    """Row 1, whose logits are NaN, is ignored; targets at both ends of the vocabulary and inside."""
+    role = torch.tensor([1, 0, 2, 1, 2], dtype=torch.uint8)
+    target = torch.tensor([0, 0, vocab_size - 1, vocab_size // 2, vocab_size // 3])
+    return cases.batch(ROWS, vocab_size, dtype, role=role, target=target)
+
+
+def _exact(t):
+    bias = None if t.bias is None else t.bias.double()
+    return t._replace(bias=bias, temperature=t.temperature.double() if isinstance(t.temperature, torch.Tensor) else t.temperature)
+
+
+def _copy(x):
+    """The same values at the same strides: what clone() does not promise for a part of a buffer."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _close(ours, truth, dtype):
+    """Within four roundings of `dtype`, of the largest element where that is in fp32."""
+    eps = max(torch.finfo(dtype).eps, 2e-6)
+    torch.testing.assert_close(ours.double(), truth.double(), rtol=4 * eps, atol=eps * max(1e-3, float(truth.abs().max())))
+
+
+def check_rows(kernels, vocab_size, dtype, grad_dtype, aligned, plain):
+    """Statistics, the gradient from given statistics, and both at once over the logits themselves."""
+    given, t = logits(vocab_size, dtype, aligned), transform(vocab_size, plain)
+    objective = objectives.trapo(entropy_coef=0.1)
+    streams = [terms.streams(batch(vocab_size, x), objective, x) for x in (torch.float32, torch.float64)]
+    target = batch(vocab_size).target
+    scored = torch.where(streams[0].role == 0, -100, target)
+    exact = given.double().nan_to_num(0.0)
+    truth, grad_truth = rows_torch.policy(exact, scored, _exact(t), streams[1], objective, True, torch.float64)
+
+    statistics = kernels.statistics(_copy(given), scored, t, True)
+    known = RowStatistics(*(part.float() for part in truth))
+    slope = terms.coefficients(truth.logprob, streams[1], objective).grad_logprob.float()
+    gradient = kernels.logprob_gradient(_copy(given), scored, t, known, slope, streams[0].grad_entropy, grad_dtype)
+    stats, grad = kernels.policy(_copy(given), target, t, streams[0], objective, True, grad_dtype)
+    for ours in (statistics, stats):
+        for part, expected in zip(ours, truth, strict=True):
+            torch.testing.assert_close(part.double(), expected, rtol=1e-5, atol=2e-5)
+    for ours in (gradient, grad):
+        assert ours.dtype == grad_dtype and not ours[1].any()
+        _close(ours, grad_truth, grad_dtype)
+
+
+def policy_bits(kernels, vocab_size, given):
+    """All results of one `policy` call on a copy of these logits, for comparison bit by bit."""
+    objective, b = objectives.trapo(entropy_coef=0.1), batch(vocab_size, torch.float32)
+    streams = terms.streams(b, objective, torch.float32)
+    stats, grad = kernels.policy(_copy(given), b.target, LogitTransform(), streams, objective, True, torch.float32)
+    return [*stats, grad]
+
+
+def check_scoring(runs, shape, scale):
+    """The same bits from every one of `runs`, and the statistics of bf16 operands [N, D] and [V, D] within fp32's reach."""
+    hidden, weight, _ = (x.detach() for x in cases.head(*shape, torch.bfloat16, scale))
+    target = torch.randint(shape[2], (shape[0],), device=cases.DEVICE)
+    target[::2] = (hidden[::2].float() @ weight.float().T).argmax(-1)
+    target[::7] = -100
+    temperature = torch.rand(shape[0], device=cases.DEVICE) + 0.5
+    stats = [kernels.fused_scoring(hidden, weight, target, LogitTransform(temperature=temperature)) for kernels in runs]
+    for other in stats[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(stats[0], other, strict=True))
+    logprob, entropy = cases.eager_statistics(
+        hidden.double(), weight.double(), target.clamp(min=0), temperature=temperature.double()
+    )
+    counted = target != -100
+    spacing = 4 * torch.finfo(torch.float32).eps * (hidden.double() @ weight.double().T).abs().amax(-1) / temperature
+    bound = torch.maximum(spacing, 2e-6 * logprob.abs()).clamp(min=1e-5)[counted]
+    assert ((stats[0].logprob - logprob)[counted].abs() <= bound).all()
+    assert ((stats[0].entropy - entropy)[counted].abs() <= bound).all()
+    assert all(not part[~counted].any() for part in stats[0])
+
+
+def check_targets_outside(kernels):
+    """A target that the vocabulary does not have gives NaN, and only there."""
+    hidden, weight, _ = (x.detach() for x in cases.head(3, 64, 300, torch.bfloat16))
+    stats = kernels.fused_scoring(hidden, weight, torch.tensor([5, 300, -1], device=cases.DEVICE), LogitTransform())
+    assert stats.logprob.isnan().tolist() == [False, True, True]
