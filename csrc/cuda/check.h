@@ -42,6 +42,24 @@ inline cudaStream_t current_stream(const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Launches `clusters` clusters of so many blocks each.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int64_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 struct StatisticsOutput {
   float *logprob, *entropy, *row_max, *log_sum;
 };

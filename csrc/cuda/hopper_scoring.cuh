@@ -1,9 +1,11 @@
 // Scoring on Hopper: hidden [N, D] · weightᵀ [D, V] with the softmax sums in the epilogue; no logit leaves the chip.
 //
-//   producer warp    hidden tile [128, 64], weight tile [256, 64] ──TMA──▶ 4 stages of shared memory
+//   producer thread  hidden tile [128, 64], its part of the weight tile [256, 64] ──TMA──▶ 4 stages of shared memory
 //   2 warpgroups     wgmma m64n256k16 ─▶ 128 registers of logits a thread ─▶ max, Σexp, Σexp·z of its 2 rows
 //   combine kernel   the sums of all splits of the vocabulary ─▶ logprob, entropy, row_max, log_sum
 //
+// The two blocks of a cluster have neighbouring row tiles and the same weight tiles: each loads half of one into both, so a step of
+// 64 costs a block 32 KiB from L2 instead of 48. With up to 128 rows there is one block.
 // A block takes one tile of rows along a run of vocabulary tiles, so its sums stay in registers until the run ends.
 // Work: 2·N·D·V FLOP on the tensor cores, N·V exp. Reads: the operands, from L2 again for every tile. Writes: 12 bytes per row and
 // split. Registers: 128 accumulators in a consumer thread. Shared memory: 4 · 48 KiB. Order: columns ascend, then lanes, then
@@ -12,6 +14,8 @@
 // softcap: with either the 128 accumulators no longer fit the registers.
 
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "layout.h"
 #include "ptx.cuh"
@@ -86,51 +90,57 @@ __device__ __forceinline__ RunningSoftmax combine_quad(RunningSoftmax s) {
   return s;
 }
 
-__global__ void __launch_bounds__(kScoringThreads, 1)
-    hopper_scoring_kernel(const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-                          const __grid_constant__ ScoringArguments a) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ uint8_t shared[];
-  uint8_t* const tiles = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
-  uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + kStages * kStageBytes);
-  uint64_t* const empty = full + kStages;
-  const int warpgroup = threadIdx.x / 128;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], kConsumers * 4);  // one arrival per warp
-    }
-    barrier_fence();
-  }
-  __syncthreads();
-  const int depth_steps = static_cast<int>((a.hidden_size + kTileDepth - 1) / kTileDepth);
-  uint32_t step = 0;  // stages passed so far: stage step % kStages, in its round step / kStages
+// The shared memory of a block: kStages of a hidden tile and a weight tile, each with two barriers.
+struct Stages {
+  uint8_t* tiles;
+  uint64_t *full, *empty;  // the copies have arrived; all that read the stage, in every block that is loaded with this one, are done
 
-  if (warpgroup == 0) {  // the producer: one thread starts the copies
-    give_registers<40>();
-    if (threadIdx.x != 0) return;
-    for (int index = blockIdx.x; index < a.schedule.items(); index += gridDim.x) {
-      const WorkItem item = a.schedule.item(index);
-      for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) {
+  __device__ explicit Stages(uint8_t* memory)
+      : tiles(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024)),
+        full(reinterpret_cast<uint64_t*>(tiles + kStages * kStageBytes)), empty(full + kStages) {}
+  __device__ uint8_t* hidden(uint32_t stage) const { return tiles + stage * kStageBytes; }
+  __device__ uint8_t* weight(uint32_t stage) const { return hidden(stage) + kHiddenBytes; }
+};
+
+// One thread of a block: loads the hidden tile of its rows and its part of every weight tile, the latter into all blocks.
+template <int kCluster>
+__device__ __forceinline__ void load_tiles(const Stages& stages, const CUtensorMap* hidden_map, const CUtensorMap* weight_map,
+                                           const ScoringArguments& a, int rank, int depth_steps) {
+  uint32_t step = 0;  // stages passed so far: stage step % kStages, in its round step / kStages
+  for (int index = blockIdx.x / kCluster; index < a.schedule.items(); index += gridDim.x / kCluster) {
+    const WorkItem item = a.schedule.item(index);
+    const int first_row = (item.first_row_tile + rank) * kTileRows;
+    for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) {
+      const int first_column = tile * kTileColumns + rank * (kTileColumns / kCluster);
 #pragma unroll 1
-        for (int k = 0; k < depth_steps; ++k, ++step) {
-          const uint32_t stage = step % kStages, round = step / kStages;
-          barrier_wait(&empty[stage], round % 2 ^ 1);  // passes at once in the first round
-          uint8_t* const hidden = tiles + stage * kStageBytes;
-          barrier_expect(&full[stage], kStageBytes);
-          tma_load(hidden, &hidden_map, k * kTileDepth, item.row_tile * kTileRows, &full[stage]);
-          tma_load(hidden + kHiddenBytes, &weight_map, k * kTileDepth, tile * kTileColumns, &full[stage]);
+      for (int k = 0; k < depth_steps; ++k, ++step) {
+        const uint32_t stage = step % kStages, round = step / kStages;
+        uint64_t* const full = &stages.full[stage];
+        barrier_wait(&stages.empty[stage], round % 2 ^ 1);  // passes at once in the first round
+        barrier_expect(full, kStageBytes);
+        tma_load(stages.hidden(stage), hidden_map, k * kTileDepth, first_row, full);
+        uint8_t* const weight = stages.weight(stage) + rank * (kWeightBytes / kCluster);
+        if constexpr (kCluster == 1) {
+          tma_load(weight, weight_map, k * kTileDepth, first_column, full);
+        } else {
+          tma_load_multicast(weight, weight_map, k * kTileDepth, first_column, full, (1 << kCluster) - 1);
         }
       }
     }
-    return;
   }
+}
 
-  take_registers<232>();
-  const int consumer = warpgroup - 1, thread = threadIdx.x % 128;
-  for (int index = blockIdx.x; index < a.schedule.items(); index += gridDim.x) {
+// A warpgroup: the logits of its 64 rows, tile by tile, and their sums.
+template <int kCluster>
+__device__ __forceinline__ void sum_tiles(const Stages& stages, const ScoringArguments& a, int rank, int consumer, int depth_steps) {
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  uint32_t step = 0;
+  const auto give_back = [&](uint32_t stage) {  // to every block that loads it
+    if (lane < kCluster) barrier_arrive(&stages.empty[stage], lane);
+  };
+  for (int index = blockIdx.x / kCluster; index < a.schedule.items(); index += gridDim.x / kCluster) {
     const WorkItem item = a.schedule.item(index);
-    const int64_t first_row = static_cast<int64_t>(item.row_tile) * kTileRows + consumer * 64;
+    const int64_t first_row = static_cast<int64_t>(item.first_row_tile + rank) * kTileRows + consumer * 64;
     const auto thread_row = [&](int i) {
       const int64_t row = first_row + accumulator_row(thread, i);
       const bool inside = row < a.rows;
@@ -142,10 +152,9 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
       float logits[kAccumulators];
       for (int k = 0; k < depth_steps; ++k, ++step) {
         const uint32_t stage = step % kStages;
-        barrier_wait(&full[stage], step / kStages % 2);
-        const uint8_t* const hidden = tiles + stage * kStageBytes;
-        const uint64_t hidden_operand = operand_descriptor(shared_address(hidden) + consumer * 64 * kTileDepth * 2);
-        const uint64_t weight_operand = operand_descriptor(shared_address(hidden) + kHiddenBytes);
+        barrier_wait(&stages.full[stage], step / kStages % 2);
+        const uint64_t hidden_operand = operand_descriptor(shared_address(stages.hidden(stage)) + consumer * 64 * kTileDepth * 2);
+        const uint64_t weight_operand = operand_descriptor(shared_address(stages.weight(stage)));
         wgmma_begin();
 #pragma unroll
         for (int part = 0; part < kTileDepth / 16; ++part) {  // 16 of bf16 are 32 bytes, 2 units of the descriptor
@@ -153,11 +162,11 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
         }
         wgmma_commit();
         wgmma_wait<1>();  // the step before this one has read its stage
-        if (k > 0 && thread % 32 == 0) barrier_arrive(&empty[(step - 1) % kStages]);
+        if (k > 0) give_back((step - 1) % kStages);
       }
       wgmma_wait<0>();
       pin_registers(logits);
-      if (thread % 32 == 0) barrier_arrive(&empty[(step - 1) % kStages]);
+      give_back((step - 1) % kStages);
       add_tile(rows, logits, a, static_cast<int64_t>(tile) * kTileColumns);
     }
 #pragma unroll
@@ -166,6 +175,36 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
       if (thread % 4 == 0 && rows[upper].row < a.rows) a.partial[item.split * a.rows + rows[upper].row] = s;
     }
   }
+}
+
+// weight_map has boxes of kTileColumns / kCluster rows.
+template <int kCluster>
+__global__ void __launch_bounds__(kScoringThreads, 1)
+    hopper_scoring_kernel(const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
+                          const __grid_constant__ ScoringArguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint8_t shared[];
+  const Stages stages(shared);
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  const int warpgroup = threadIdx.x / 128, rank = static_cast<int>(cluster.block_rank());
+  const int depth_steps = static_cast<int>((a.hidden_size + kTileDepth - 1) / kTileDepth);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(&stages.full[stage], 1);
+      barrier_init(&stages.empty[stage], kCluster * kConsumers * 4);  // one arrival per warp
+    }
+    barrier_fence();
+  }
+  cluster.sync();  // the other block may load into this one as soon as its barriers stand
+  if (warpgroup == 0) {
+    give_registers<40>();
+    if (threadIdx.x == 0) load_tiles<kCluster>(stages, &hidden_map, &weight_map, a, rank, depth_steps);
+    __syncwarp();
+  } else {
+    take_registers<232>();
+    sum_tiles<kCluster>(stages, a, rank, warpgroup - 1, depth_steps);
+  }
+  cluster.sync();  // no block leaves while the other arrives at its barriers
 #endif
 }
 

@@ -15,7 +15,8 @@ constexpr int kTileDepth = 64;    // of D per stage: 128 bytes of bf16, the widt
 constexpr int kStages = 4;
 constexpr int kConsumers = 2;
 constexpr int kAccumulators = 64 * kTileColumns / 128;  // fp32 registers of a consumer thread
-constexpr int kRowGroup = 11;  // row tiles that work on one part of the vocabulary at a time, so that both operands stay in L2
+constexpr int kScoringCluster = 2;  // row tiles that share their weight tiles: each block loads half of one for both
+constexpr int kRowGroup = 12;       // row tiles that work on one part of the vocabulary at a time, so that both operands stay in L2
 
 // wgmma m64n256: register `i` of thread `thread` (0-127) of a warpgroup lies in this row (0-63) and column (0-255) of its tile.
 TRAPO_HD int accumulator_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8; }
@@ -28,33 +29,42 @@ TRAPO_HD uint64_t operand_descriptor(uint32_t address) {
   return start | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// A piece of work: one tile of rows against a run of vocabulary tiles.
+// A piece of work: the row tiles of a cluster, one for each of its blocks, against a run of vocabulary tiles.
 struct WorkItem {
-  int row_tile, split;
+  int first_row_tile, split;
   int first_column_tile, last_column_tile;  // half open
 };
 
-// How the [row tiles × column tiles] of a problem are shared out. 32-bit numbers: tiles are counted, not elements.
+// How the [row tiles × column tiles] of a problem are shared out to clusters. 32-bit numbers: tiles are counted, not elements.
 struct Schedule {
-  int row_tiles, column_tiles, group, splits;
+  int cluster, clusters;  // blocks of a cluster, and clusters that run at a time
+  int units, column_tiles, group, splits;  // a unit is the row tiles of a cluster; where they are odd, the last one is empty
 
   TRAPO_HD Schedule(int64_t rows, int64_t vocab_size, int processors)
-      : row_tiles(static_cast<int>((rows + kTileRows - 1) / kTileRows)),
+      : cluster(rows > kTileRows ? kScoringCluster : 1), clusters(processors < cluster ? 1 : processors / cluster),
+        units(static_cast<int>((rows + kTileRows * cluster - 1) / (kTileRows * cluster))),
         column_tiles(static_cast<int>((vocab_size + kTileColumns - 1) / kTileColumns)) {
-    group = row_tiles < kRowGroup ? row_tiles : kRowGroup;
-    const int wanted = processors / group;
-    splits = wanted < 1 ? 1 : wanted < column_tiles ? wanted : column_tiles;
+    const int most = kRowGroup / cluster;
+    group = units < most ? units : most;
+    // The fewest splits that make whole rounds of all clusters, and at least so many that one round fills them with one group.
+    const int whole = clusters / common_divisor(units, clusters), wanted = (clusters + group - 1) / group;
+    splits = (wanted + whole - 1) / whole * whole;
+    if (splits > column_tiles) splits = column_tiles;
   }
 
-  TRAPO_HD int items() const { return row_tiles * splits; }
+  TRAPO_HD int items() const { return units * splits; }
 
-  // Groups of row tiles follow each other; within a group the row tiles of one split are neighbours. The last group may be smaller.
+  // Groups of units follow each other; within a group the units of one split are neighbours. The last group may be smaller.
   TRAPO_HD WorkItem item(int index) const {
     const int in_group = group * splits, which = index / in_group;
-    const int left = row_tiles - which * group, members = left < group ? left : group, inside = index - which * in_group;
+    const int left = units - which * group, members = left < group ? left : group, inside = index - which * in_group;
     const int split = inside / members;
-    return {which * group + inside % members, split, column_tiles * split / splits, column_tiles * (split + 1) / splits};
+    const auto first_tile = [&](int64_t of) { return static_cast<int>(column_tiles * of / splits); };
+    return {(which * group + inside % members) * cluster, split, first_tile(split), first_tile(split + 1)};
   }
+
+ private:
+  static TRAPO_HD int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 };
 
 }  // namespace trapo

@@ -31,8 +31,17 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
 // Makes initialised barriers visible to the TMA unit.
 __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+// An arrival at the barrier that lies at the same place in block `rank` of the cluster. Its release is the block's own, not the
+// cluster's, which would cost a fence: it says that shared memory has been read, and hands over no data.
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -61,6 +70,15 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, int32
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same into every block of the cluster whose bit is set in `ranks`, at the same place there, and at the barrier of each.
+__device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* map, int32_t x, int32_t y, uint64_t* barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(ranks)
       : "memory");
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kReservedBytes = 2048;  // of shared memory, per block: its static part, a slice's rounding, what the system keeps
-constexpr int kLargestCluster = 8;        // the largest that every GPU with clusters can place
+constexpr int kLargestCluster = 8;      // the largest that every GPU with clusters can place
 
 struct Matrix {
   void* data;
@@ -60,25 +60,6 @@ int cluster_blocks(const char* op, int64_t row_bytes) {
   return 0;
 }
 
-template <typename T, typename G, int kWidth>
-void launch_cluster(const char* op, const RowArguments& a, int64_t rows, int blocks, cudaStream_t stream) {
-  const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth);
-  const size_t shared = static_cast<size_t>(slice) * sizeof(T);
-  const auto kernel = cluster_policy_kernel<T, G, kWidth>;
-  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check_cuda(op, cudaLaunchKernelEx(&config, kernel, a, slice));
-}
-
 enum class Kind { kPolicy, kGradient };
 
 template <typename T, typename G>
@@ -86,7 +67,10 @@ void launch(const char* op, Kind kind, const RowArguments& a, int64_t rows, bool
   constexpr int kWidth = kVectorBytes / sizeof(T);
   const dim3 grid(static_cast<unsigned>(rows));
   const int blocks = kind == Kind::kPolicy && a.grad && aligned ? cluster_blocks(op, a.vocab_size * int64_t{sizeof(T)}) : 0;
-  if (blocks > 0) return launch_cluster<T, G, kWidth>(op, a, rows, blocks, stream);
+  if (blocks > 0) {
+    const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth);
+    return launch_clusters(op, cluster_policy_kernel<T, G, kWidth>, rows, blocks, kThreads, slice * int64_t{sizeof(T)}, stream, a, slice);
+  }
   if (kind == Kind::kPolicy && aligned) row_policy_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);
   if (kind == Kind::kPolicy && !aligned) row_policy_kernel<T, G, 1><<<grid, kThreads, 0, stream>>>(a);
   if (kind == Kind::kGradient && aligned) row_gradient_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);

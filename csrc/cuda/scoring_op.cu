@@ -71,13 +71,12 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
                               static_cast<RunningSoftmax*>(partial.mutable_data_ptr()),
                               target_logit.mutable_data_ptr<float>(),
                               schedule};
-  const CUtensorMap hidden_map = tensor_map("hidden", hidden, kTileRows), weight_map = tensor_map("weight", weight, kTileColumns);
+  const CUtensorMap hidden_map = tensor_map("hidden", hidden, kTileRows);
+  const CUtensorMap weight_map = tensor_map("weight", weight, static_cast<uint32_t>(kTileColumns / schedule.cluster));
   const cudaStream_t stream = current_stream(hidden);
-  check_cuda(op, cudaFuncSetAttribute(hopper_scoring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kScoringShared));
-  const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
-  const unsigned blocks = static_cast<unsigned>(schedule.items() < processors ? schedule.items() : processors);
-  hopper_scoring_kernel<<<blocks, kScoringThreads, kScoringShared, stream>>>(hidden_map, weight_map, a);
-  check_cuda(op, cudaGetLastError());
+  const auto kernel = schedule.cluster == 1 ? hopper_scoring_kernel<1> : hopper_scoring_kernel<kScoringCluster>;
+  const int clusters = schedule.items() < schedule.clusters ? schedule.items() : schedule.clusters;
+  launch_clusters(op, kernel, clusters, schedule.cluster, kScoringThreads, kScoringShared, stream, hidden_map, weight_map, a);
   combine_splits_kernel<<<static_cast<unsigned>((rows + 255) / 256), 256, 0, stream>>>(a, out.logprob, out.entropy, out.row_max,
                                                                                        out.log_sum);
   check_cuda(op, cudaGetLastError());

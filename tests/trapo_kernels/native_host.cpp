@@ -16,13 +16,16 @@ void accumulator_places(int* rows, int* columns) {
   }
 }
 
-// How often each tile of [row tiles, column tiles] is worked on; returns the number of splits.
+// How often each tile of [row tiles, column tiles] is worked on; tiles of rows beyond the last one are left out. Returns the number of
+// splits.
 int count_tiles(int64_t rows, int64_t vocab_size, int processors, int* counts) {
   const Schedule schedule(rows, vocab_size, processors);
   for (int index = 0; index < schedule.items(); ++index) {
     const WorkItem item = schedule.item(index);
-    for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) {
-      ++counts[item.row_tile * schedule.column_tiles + tile];
+    for (int rank = 0; rank < schedule.cluster; ++rank) {
+      const int row_tile = item.first_row_tile + rank;
+      if (int64_t{row_tile} * kTileRows >= rows) continue;
+      for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) ++counts[row_tile * schedule.column_tiles + tile];
     }
   }
   return schedule.splits;

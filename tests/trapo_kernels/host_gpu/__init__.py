@@ -40,7 +40,7 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> ctypes
     for name in ("cooperative_groups.h", "cuda.h", "cuda_bf16.h", "cuda_fp16.h"):  # machine.h has what the kernels use of them
         (directory / name).touch()
     command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I."]
-    command += ["-fno-extern-tls-init"]  # machine.h: __shared__ is thread_local
+    command += ["-fno-extern-tls-init", "-fno-gnu-unique"]  # __shared__ is thread_local, and no two libraries share their globals
     command += [str(HERE / "kernels.cpp"), "-o", "kernels.so"]
     subprocess.run(command, check=True, cwd=directory)
     library = ctypes.CDLL(str(directory / "kernels.so"))

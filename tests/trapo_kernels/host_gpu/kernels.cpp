@@ -78,10 +78,12 @@ int run_scoring(const uint16_t* hidden, const uint16_t* weight, int64_t rows, in
   const ScoringArguments a = {rows,        vocab_size,     hidden_size,         target,  row_temperature,
                               temperature, partial.data(), target_logit.data(), schedule};
   const CUtensorMap hidden_map = {hidden, hidden_size, rows, hidden_size, kTileDepth, kTileRows};
-  const CUtensorMap weight_map = {weight, hidden_size, vocab_size, hidden_size, kTileDepth, kTileColumns};
-  const unsigned blocks = static_cast<unsigned>(min(schedule.items(), processors));
-  std::string found = host_gpu::launch(blocks, kScoringThreads, 1, kScoringShared, seed, scoring_memory,
-                                       [&] { hopper_scoring_kernel(hidden_map, weight_map, a); });
+  const CUtensorMap weight_map = {weight, hidden_size, vocab_size, hidden_size, kTileDepth, kTileColumns / schedule.cluster};
+  const unsigned blocks = static_cast<unsigned>(schedule.cluster), clusters = static_cast<unsigned>(min(schedule.items(), schedule.clusters));
+  std::string found = host_gpu::launch(clusters * blocks, kScoringThreads, blocks, kScoringShared, seed, scoring_memory, [&] {
+    if (blocks == 1) hopper_scoring_kernel<1>(hidden_map, weight_map, a);
+    else hopper_scoring_kernel<kScoringCluster>(hidden_map, weight_map, a);
+  });
   if (found.empty()) {
     found = host_gpu::launch(static_cast<unsigned>((rows + 255) / 256), 256, 1, 0, seed, scoring_memory,
                              [&] { combine_splits_kernel(a, out, out + rows, out + 2 * rows, out + 3 * rows); });

@@ -100,7 +100,7 @@ struct Thread {
   const char* waits_for = "its first turn";
   bool (*ready)(const void*) = nullptr;
   const void* condition = nullptr;
-  unsigned block_syncs = 0, cluster_syncs = 0, shuffles = 0, wgmma_waits = 0;  // so far
+  unsigned block_syncs = 0, warp_syncs = 0, cluster_syncs = 0, shuffles = 0, wgmma_waits = 0;  // so far
   std::deque<std::vector<Copy>> copies = {{}};  // by group, the open one last
   // The wgmmas that this thread has not waited for; numbers count from its first one.
   std::deque<Product> products;
@@ -288,7 +288,7 @@ inline void block_main(Block& me, char* shared, char* anchor) {
   while (true) {
     cluster->turn_changed.wait(lock, [&] { return cluster->over() || cluster->turns.back() == me.rank; });
     if (cluster->over()) break;
-    for (auto runs = 1 + cluster->random() % 3; runs > 0 && run_once(); --runs) cluster->moved = true;
+    for (auto runs = 1 + cluster->random() % 8; runs > 0 && run_once(); --runs) cluster->moved = true;
     me.left = std::all_of(me.threads.begin(), me.threads.end(), [](const Thread& t) { return t.finished; });
     if (me.left) {  // who still reads here reads NaN
       for (const auto& [owner, range] : cluster->lent) {
@@ -344,6 +344,8 @@ inline void __syncthreads() {
   const auto& threads = host_gpu::block->threads;
   host_gpu::sync("__syncthreads", threads.data(), threads.size(), &host_gpu::Thread::block_syncs);
 }
+
+inline void __syncwarp() { host_gpu::sync("__syncwarp", host_gpu::warp_threads(), host_gpu::kWarpThreads, &host_gpu::Thread::warp_syncs); }
 
 inline float __shfl_xor_sync(unsigned, float mine, int offset) {
   const int lane = host_gpu::self().index % host_gpu::kWarpThreads;

@@ -59,8 +59,8 @@ inline void barrier_init(uint64_t* place, uint32_t arrivals) {
 }
 inline void barrier_fence() { gpu::block->unfenced.clear(); }
 
-inline void barrier_arrive(uint64_t* place) {
-  Barrier& barrier = barrier_at(place);
+inline void barrier_arrive(uint64_t* place, uint32_t rank) {
+  Barrier& barrier = barrier_at(gpu::in_block(place, rank));
   if (barrier.pending == 0) gpu::fail("more threads arrive at an mbarrier than it was initialised for");
   --barrier.pending;
   barrier.complete();
@@ -68,20 +68,27 @@ inline void barrier_arrive(uint64_t* place) {
 
 inline void barrier_expect(uint64_t* place, uint32_t bytes) {
   barrier_at(place).bytes += bytes;
-  barrier_arrive(place);
+  barrier_arrive(place, static_cast<uint32_t>(gpu::block->rank));
 }
 
 inline void barrier_wait(uint64_t* place, uint32_t parity) {
   gpu::wait_until("an mbarrier", [=] { return barrier_at(place).parity != parity; });
 }
 
-// The bytes at `to` are NaN from now on, until the load is delivered.
-inline void tma_load(void* to, const CUtensorMap* map, int32_t x, int32_t y, uint64_t* barrier) {
+// The bytes at `to` are NaN from now on, in every block, until the load is delivered there.
+inline void tma_load_multicast(void* to, const CUtensorMap* map, int32_t x, int32_t y, uint64_t* barrier, uint16_t ranks) {
   const auto& unfenced = gpu::block->unfenced;
   if (std::find(unfenced.begin(), unfenced.end(), barrier) != unfenced.end()) gpu::fail("a load to an mbarrier without a fence after its init");
   if (shared_address(to) % 128) gpu::fail("a load to an address that is no multiple of 128");
-  std::memset(to, 0xFF, static_cast<size_t>(map->box_rows) * 128);
-  gpu::cluster->loads.push_back({gpu::block, static_cast<char*>(to), *map, x, y, barrier});
+  for (uint32_t rank = 0; ranks >> rank; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    char* const there = gpu::in_block(static_cast<char*>(to), rank);
+    std::memset(there, 0xFF, static_cast<size_t>(map->box_rows) * 128);
+    gpu::cluster->loads.push_back({&gpu::other_block(rank), there, *map, x, y, gpu::in_block(barrier, rank)});
+  }
+}
+inline void tma_load(void* to, const CUtensorMap* map, int32_t x, int32_t y, uint64_t* barrier) {
+  tma_load_multicast(to, map, x, y, barrier, static_cast<uint16_t>(1 << gpu::block->rank));
 }
 
 template <int kRegisters>
