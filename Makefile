@@ -48,7 +48,7 @@ lint: $(VENV)/.ready  ## ruff, check only
 format: $(VENV)/.ready  ## ruff, in place
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
-asan: $(VENV)/.ready  ## the CPU kernel tests against a build with address and undefined-behaviour sanitizers; about 4 minutes
+asan: $(VENV)/.ready  ## the native tests, CUDA kernels on the host included, with address and undefined-behaviour sanitizers; about 2 minutes
 	@rm -rf build/asan && mkdir -p build/asan && cp -r benchmarks csrc trapo_kernels tests pyproject.toml build/asan/ && rm -f build/asan/trapo_kernels/*.so
 	@TRAPO_SANITIZE=1 $(RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
 	@cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

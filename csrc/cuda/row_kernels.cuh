@@ -304,4 +304,13 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __gri
 #endif
 }
 
+// c = dL/dlogp of every token, where the statistics are known; one thread each.
+__global__ void token_coefficient_kernel(const __grid_constant__ RowArguments a, const float* logprob, float* out, int64_t tokens) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= tokens) return;
+  out[i] = a.role[i] == kIgnored ? 0.0f
+                                 : coefficient(a.gates, logprob[i], a.role[i], a.anchor[i], a.signal[i], a.advantage[i],
+                                               a.kl_weight ? a.kl_weight[i] : 0.0f, a.ref_logprob ? a.ref_logprob[i] : 0.0f);
+}
+
 }  // namespace trapo

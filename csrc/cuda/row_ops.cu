@@ -162,14 +162,6 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
   return {tensors[0], tensors[1], tensors[2], tensors[3]};
 }
 
-__global__ void token_coefficient_kernel(const __grid_constant__ RowArguments a, const float* logprob, float* out, int64_t tokens) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= tokens) return;
-  out[i] = a.role[i] == kIgnored ? 0.0f
-                                 : coefficient(a.gates, logprob[i], a.role[i], a.anchor[i], a.signal[i], a.advantage[i],
-                                               a.kl_weight ? a.kl_weight[i] : 0.0f, a.ref_logprob ? a.ref_logprob[i] : 0.0f);
-}
-
 Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,
                          std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::vector<int64_t> codes,
                          std::vector<double> scalars) {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cuda_checks, host_gpu
+from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from tests.trapo_kernels.host_gpu import HostGpu
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
@@ -41,6 +42,12 @@ def test_rows_have_the_same_bits_under_every_interleaving(library, cluster):
     given = cuda_checks.logits(9001, torch.float32, True)
     first, *others = (cuda_checks.policy_bits(HostGpu(library, seed, cluster), 9001, given) for seed in SEEDS)
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("kl", KL_CASES, ids=str)
+@pytest.mark.parametrize("gate", GATE_CASES, ids=str)
+def test_coefficients_equal_the_slopes_of_every_gate_and_kl(library, gate, kl):
+    check_coefficients(HostGpu(library).coefficients, gate, kl)
 
 
 @pytest.mark.parametrize("scale", [1.0, 12.0], ids=["flat", "peaked"])

@@ -7,27 +7,13 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
+from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from trapo_kernels import KL, Objective, Term, gates, linear_policy_loss, objectives, policy_loss, terms
-from trapo_kernels.backends import triton_ops
-from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Power, Ratio, Sapo, Shape, Truncate
+from trapo_kernels.backends import native, triton_ops
+from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Truncate
 from trapo_kernels.objective import KL_ESTIMATORS
 
-GATE_CASES = [
-    One(),
-    Ratio(),
-    Clip(0.2, 0.28),
-    Clip(0.2, 0.2, dual=3.0),
-    Truncate(high=0.1, scale=10.0),
-    Truncate(high=1.0),
-    Truncate(low=0.8, high=1.28),
-    Band(0.5, 2.0),
-    Shape(0.1),
-    Power(0.5),
-    Power(2.0),
-    Phi(),
-    Sapo(1.0, 1.5),
-]
-KL_CASES = [None, *(KL(0.3, estimator, clamp) for estimator in KL_ESTIMATORS for clamp in (math.inf, 0.8))]
+COMPILED = {"triton": triton_ops, "native": native}
 
 
 def _grid(gate):
@@ -112,18 +98,9 @@ def test_a_clamped_kl_stays_finite_where_the_plain_one_overflows():
 
 @pytest.mark.parametrize("kl", KL_CASES, ids=str)
 @pytest.mark.parametrize("gate", GATE_CASES, ids=str)
-def test_triton_coefficients_equal_the_slopes_of_every_gate_and_kl(gate, kl):
-    """Both roles, both signs of the advantage, ratios on both sides of every bound; own anchor and policy itself."""
-    n = 512
-    logprob = torch.linspace(-7.0, -0.01, n, device=cases.DEVICE)
-    old = torch.where(torch.arange(n) % 5 == 0, terms.SELF, -4 * torch.rand(n))
-    b = cases.batch(n, 50, torch.float32, old_logprob=old)
-    objective = Objective(expert=Term(gate, anchor="old"), rollout=Term(gate, anchor="old", signal="advantage"), kl=kl)
-    s = terms.streams(b, objective)
-    expected = terms.coefficients(logprob, s, objective).grad_logprob
-    compiled = triton_ops.coefficients(logprob, s, objective)
-    assert (compiled[b.role == 0] == 0).all() and (compiled[b.role == 1] != 0).any()
-    torch.testing.assert_close(compiled, expected, rtol=3e-6, atol=3e-6 * expected.abs().max().item())
+@pytest.mark.parametrize("backend", cases.COMPILED)
+def test_compiled_coefficients_equal_the_slopes_of_every_gate_and_kl(gate, kl, backend):
+    check_coefficients(COMPILED[backend].coefficients, gate, kl)
 
 
 @pytest.mark.parametrize("backend", cases.CHUNKED)

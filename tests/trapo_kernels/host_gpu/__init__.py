@@ -6,6 +6,7 @@ Triton brings an interpreter; CUDA does not. `HostGpu` has the functions of `tra
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_uint64, c_void_p
@@ -21,7 +22,8 @@ from trapo_kernels.objective import Objective
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_POLICY, _GRADIENT, _CLUSTER = range(3)
+_STREAMS = ("role", "anchor", "signal", "advantage", "kl_weight", "ref_logprob")
+_POLICY, _GRADIENT, _CLUSTER = range(3)  # kinds of row kernel, as kernels.cpp numbers them
 
 
 def build(directory: Path, change: tuple[str, str, str] | None = None) -> ctypes.CDLL:
@@ -41,6 +43,8 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> ctypes
         (directory / name).touch()
     command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I."]
     command += ["-fno-extern-tls-init", "-fno-gnu-unique"]  # __shared__ is thread_local, and no two libraries share their globals
+    if os.environ.get("TRAPO_SANITIZE"):  # make asan: every access to a tensor; the stacks are fibers', which confuse it
+        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
     command += [str(HERE / "kernels.cpp"), "-o", "kernels.so"]
     subprocess.run(command, check=True, cwd=directory)
     library = ctypes.CDLL(str(directory / "kernels.so"))
@@ -101,8 +105,7 @@ class HostGpu:
         grad_dtype: torch.dtype | None,
     ) -> tuple[RowStatistics, Tensor | None]:
         grad, stats = None if grad_dtype is None else _over(logits, grad_dtype), _new_statistics(logits)
-        names = ("role", "anchor", "signal", "advantage", "kl_weight", "ref_logprob")
-        pointers = stats._asdict() | {name: getattr(streams, name) for name in names}
+        pointers = stats._asdict() | {name: getattr(streams, name) for name in _STREAMS}
         pointers["grad_entropy"] = streams.grad_entropy if with_entropy_gradient else None
         kind = _CLUSTER if self.cluster and grad is not None else _POLICY
         self._rows(kind, logits, grad, target, transform, pointers, terms.gate_scalars(objective))
@@ -117,6 +120,14 @@ class HostGpu:
         arguments = (_pointer(hidden), _pointer(weight), *sizes, _pointer(target), _pointer(row_temperature), c_float(temperature))
         self._call(self.library.run_scoring, *arguments, c_int(self.processors), c_uint64(self.seed), _pointer(out))
         return RowStatistics(*out)
+
+    def coefficients(self, logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
+        out = torch.full_like(logprob, float("nan"))
+        pointers = {name: _pointer(getattr(streams, name)) for name in _STREAMS}
+        a = _RowArguments(gates=_gates(terms.gate_scalars(objective)), **pointers)
+        tokens = c_int64(len(logprob))
+        self._call(self.library.run_coefficients, ctypes.byref(a), _pointer(logprob), _pointer(out), tokens, c_uint64(self.seed))
+        return out
 
     def _rows(self, kind, logits, grad, target, transform, pointers, gates=((0, 0, 0), (0.0,) * 7)):
         vector = 16 // logits.element_size()
@@ -133,7 +144,7 @@ class HostGpu:
             row_temperature=_pointer(row_temperature),
             temperature=temperature,
             softcap=transform.softcap or 0.0,
-            gates=_Gates((c_int * 3)(*gates[0]), (c_float * 7)(*gates[1])),
+            gates=_gates(gates),
             **{name: _pointer(x) for name, x in pointers.items()},
         )
         dtypes = _DTYPES[logits.dtype], _DTYPES[logits.dtype if grad is None else grad.dtype]
@@ -144,6 +155,11 @@ class HostGpu:
         error = ctypes.create_string_buffer(500)
         if function(*arguments, c_char_p(ctypes.addressof(error)), c_size_t(len(error))):
             raise AssertionError(f"seed {self.seed}: {error.value.decode()}")
+
+
+def _gates(codes_and_scalars: tuple) -> _Gates:
+    codes, scalars = codes_and_scalars
+    return _Gates((c_int * 3)(*codes), (c_float * 7)(*scalars))
 
 
 def _pointer(x: Tensor | None) -> c_void_p | None:

@@ -68,6 +68,12 @@ int run_rows(int kind, int from, int to, const RowArguments* a, unsigned rows, u
   return put_error(found, error, error_size);
 }
 
+int run_coefficients(const RowArguments* a, const float* logprob, float* out, int64_t tokens, uint64_t seed, char* error, size_t error_size) {
+  const unsigned blocks = static_cast<unsigned>((tokens + 255) / 256);
+  return put_error(host_gpu::launch(blocks, 256, 1, 0, seed, row_memory, [&] { token_coefficient_kernel(*a, logprob, out, tokens); }),
+                   error, error_size);
+}
+
 // Scoring on a GPU of so many multiprocessors; out is [4, rows]: logprob, entropy, row_max, log_sum.
 int run_scoring(const uint16_t* hidden, const uint16_t* weight, int64_t rows, int64_t hidden_size, int64_t vocab_size, const int64_t* target,
                 const float* row_temperature, float temperature, int processors, uint64_t seed, float* out, char* error,

@@ -263,6 +263,14 @@ inline void thread_main() {
   swapcontext(&block->running->context, &block->scheduler);
 }
 
+inline void prepare(Thread& t, int index, char* stack) {
+  t.index = index;
+  getcontext(&t.context);
+  t.context.uc_stack.ss_sp = stack;
+  t.context.uc_stack.ss_size = kStackBytes;
+  makecontext(&t.context, thread_main, 0);
+}
+
 // The life of a block, in its own operating-system thread.
 inline void block_main(Block& me, char* shared, char* anchor) {
   std::unique_lock lock(cluster->turn_lock);
@@ -274,14 +282,7 @@ inline void block_main(Block& me, char* shared, char* anchor) {
   const size_t stack_bytes = blockDim.x * kStackBytes;
   char* const stacks =
       static_cast<char*>(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (unsigned i = 0; i < blockDim.x; ++i) {
-    Thread& t = me.threads[i];
-    t.index = static_cast<int>(i);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = stacks + i * kStackBytes;
-    t.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&t.context, thread_main, 0);
-  }
+  for (unsigned i = 0; i < blockDim.x; ++i) prepare(me.threads[i], static_cast<int>(i), stacks + i * kStackBytes);
   ++cluster->ready;
   cluster->turn_changed.notify_all();
   cluster->turn_changed.wait(lock, [] { return cluster->ready == cluster->blocks.size(); });
