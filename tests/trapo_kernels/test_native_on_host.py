@@ -8,11 +8,14 @@ import shutil
 import pytest
 import torch
 
-from tests.trapo_kernels import cuda_checks, host_gpu
+from tests.trapo_kernels import cases, cuda_checks, host_gpu
 from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from tests.trapo_kernels.host_gpu import HostGpu
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine"),
+    pytest.mark.skipif(cases.DEVICE != "cpu", reason="the kernels run on the GPU itself: test_native_gpu.py"),
+]
 SEEDS = range(3)
 
 

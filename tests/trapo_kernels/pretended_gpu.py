@@ -1,0 +1,94 @@
+"""A GPU that is pretended: tensors on the device `meta` whose values lie on the CPU.
+
+What the code does differently off the CPU then runs without a GPU. As on one, tensors of two devices do not mix, and what would
+make the host wait for the GPU is recorded. Compiled kernels do not run here: they want addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = "meta"
+_HOST_WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+_MIXES_DEVICES = {"aten::copy_", "aten::index.Tensor", "aten::index_put_"}  # as on a GPU: copies, and indices from the CPU
+_WIDER = {f"aten::{name}.dtype{out}" for name in ("mm", "addmm") for out in ("", "_out")}  # which torch has for CUDA only
+
+
+class _Pretended(torch.Tensor):
+    """A tensor that says it lies on DEVICE."""
+
+    values: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor):
+        layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, values.size(), **layout, device=DEVICE)
+        tensor.values = values
+        return tensor
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"pretended({self.values!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        raise RuntimeError(f"{op} on a pretended GPU outside of `with PretendedGpu()`")
+
+
+class PretendedGpu(TorchDispatchMode):
+    """While active, `device="meta"` means the pretended GPU. `waits`: the operations so far that make the host wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if op._schema.name in OPDEFS:  # an op of ours: its own code, on pretended tensors
+            with self:
+                return OPDEFS[op._schema.name]._init_fn(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        pretended = [x for x in tensors if isinstance(x, _Pretended)]
+        device = kwargs.get("device")
+        if not pretended and (device is None or torch.device(device).type != DEVICE):
+            return op(*args, **kwargs)
+        if op.name() not in _MIXES_DEVICES and any(x.dim() and not isinstance(x, _Pretended) for x in tensors) and pretended:
+            raise RuntimeError(f"Expected all tensors to be on the same device, got cpu and {DEVICE} in {op}")
+        to_host = device is not None and torch.device(device).type == "cpu"
+        if to_host or op._schema.name in _HOST_WAITS:
+            self.waits.append(op.name())
+        if device is not None:
+            kwargs["device"] = torch.device("cpu")
+        inner_args, inner_kwargs = tree_map(lambda x: x.values if isinstance(x, _Pretended) else x, (args, kwargs))
+        wider = op.name() in _WIDER
+        values = _multiply(op, inner_args, inner_kwargs) if wider else op(*inner_args, **inner_kwargs)
+        if op.name() == "aten::copy_":
+            return args[0]
+        out = values if to_host else tree_map(lambda x: _Pretended(x) if isinstance(x, torch.Tensor) else x, values)
+        return return_and_correct_aliasing(op, args, kwargs, out)
+
+
+def _multiply(op, args, kwargs):
+    given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    dtype = given["out_dtype"]
+    left, right = (given.get("mat1", given["self"]), given["mat2"])
+    result = given.get("alpha", 1) * (left.to(dtype) @ right.to(dtype))
+    if "mat1" in given and given.get("beta", 1):
+        result += given.get("beta", 1) * given["self"].to(dtype)
+    return given["out"].copy_(result) if "out" in given else result
+
+
+@contextlib.contextmanager
+def without_autocast(monkeypatch):
+    """Autocast does not know DEVICE; where code asks for it, it is off."""
+    enabled, autocast = torch.is_autocast_enabled, torch.autocast
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda device_type="cpu": device_type != DEVICE and enabled(device_type))
+        patch.setattr(
+            torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == DEVICE else autocast(kind, *a, **k)
+        )
+        yield

@@ -1,0 +1,109 @@
+"""What the chunked path does on any device but the CPU: the host never waits, nothing mixes devices, the results are the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from tests.trapo_kernels.pretended_gpu import DEVICE, PretendedGpu, without_autocast
+from trapo_kernels import linear_logprob, linear_policy_loss, objectives, policy_loss
+
+pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
+N, D, V = 300, 12, 40
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with without_autocast(monkeypatch), PretendedGpu() as mode:
+        yield mode
+
+
+def _moved(*tensors):
+    return [x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in tensors]
+
+
+def _close(ours, reference, dtype):
+    eps = max(torch.finfo(dtype).eps, 1e-6)
+    for x, y in zip(ours, reference, strict=True):
+        assert x.device.type == DEVICE
+        values, truth = x.detach().values.double(), y.detach().double()
+        torch.testing.assert_close(values, truth, rtol=8 * eps, atol=8 * eps * max(1e-3, float(truth.abs().max())))
+
+
+def _policy(hidden, weight, b, objective, **options):
+    """Loss, gradients and metrics."""
+    out = linear_policy_loss(hidden, weight, b, objective, **options)
+    return [out.loss, *torch.autograd.grad(out.loss, (hidden, weight)), *out.metrics.values()]
+
+
+def _check_policy(gpu, preset, dtype, known_rows, batch_invariant=False):
+    hidden, weight, _ = cases.head(N, D, V, dtype)
+    b, objective = cases.batch(N, V, torch.float32), getattr(objectives, preset)()
+    reference = _policy(hidden, weight, b, objective, backend="reference")
+    there = b.to(DEVICE) if known_rows else replace(b.to(DEVICE), active_rows=None)
+    assert (there.active_rows is None) == (not known_rows)
+    gpu.waits.clear()
+    _close(_policy(*_moved(hidden, weight), there, objective, backend="torch", batch_invariant=batch_invariant), reference, dtype)
+    assert gpu.waits == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", cases.PUBLISHED)
+def test_policy_loss(gpu, preset, dtype):
+    _check_policy(gpu, preset, dtype, known_rows=False)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("preset", ["trapo", "gspo"])  # one pass and two
+def test_policy_loss_of_the_rows_that_a_cpu_knew_to_be_active(gpu, preset, batch_invariant):
+    _check_policy(gpu, preset, torch.bfloat16, known_rows=True, batch_invariant=batch_invariant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [None, "hidden", "weight"])
+def test_logprob(gpu, dtype, frozen):
+    hidden, weight, bias = cases.head(N, D, V, dtype)
+    target = torch.randint(V, (N,))
+    target[::3] = -100
+    hidden[::3].data.fill_(float("nan"))
+    tensors = [x for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)) if name != frozen]
+    hidden.requires_grad_(frozen != "hidden"), weight.requires_grad_(frozen != "weight")
+
+    def run(hidden, weight, bias, target, backend):
+        out = linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, softcap=5.0, backend=backend)
+        leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+        return [out.logprob, out.entropy, *torch.autograd.grad((out.logprob - 0.1 * out.entropy).sum(), leaves)]
+
+    reference = run(hidden, weight, bias, target, "reference")
+    assert len(reference) == 2 + len(tensors)
+    there = [*_moved(hidden, weight, bias), target.to(DEVICE)]
+    gpu.waits.clear()
+    _close(run(*there, "torch"), reference, dtype)
+    assert gpu.waits == []
+
+
+def test_loss_of_given_logprobs(gpu):
+    b = cases.batch(N, V, torch.float32)
+    logprob = (-6 * torch.rand(N)).requires_grad_()
+    objective = objectives.trapo(entropy_coef=0.0)
+    results = []
+    for x, streams, backend in ((logprob, b, "reference"), (*_moved(logprob), b.to(DEVICE), "torch")):
+        gpu.waits.clear()
+        out = policy_loss(x, None, streams, objective, backend=backend)
+        results.append([out.loss, *torch.autograd.grad(out.loss, x)])
+    _close(results[1], results[0], torch.float32)
+    assert gpu.waits == []
+
+
+def test_the_pretended_gpu_sees_a_wait_and_a_tensor_of_another_device(gpu):
+    x = torch.arange(3.0, device=DEVICE)
+    assert (x.sum().item(), x.cpu().tolist(), gpu.waits) == (3.0, [0.0, 1.0, 2.0], ["aten::_local_scalar_dense", "aten::_to_copy"])
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(3)
+
+
+def test_a_tensor_left_on_the_cpu_is_named(gpu):
+    hidden, weight, _ = cases.head(4, D, V, torch.float32)
+    with pytest.raises(ValueError, match=f"target must be on {DEVICE}.*cpu"):
+        linear_logprob(*_moved(hidden, weight), torch.zeros(4, dtype=torch.int64), backend="torch")
