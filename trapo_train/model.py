@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -309,15 +309,20 @@ def policy_forward(model: PreTrainedModel, micro_batch: MicroBatch, objective: O
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy [N] in nats of the tokens of `micro_batch.batch` under the current policy, without gradients."""
+def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> Tensor:
+    """Logprob [N] in nats of the tokens of `micro_batch.batch` under the current policy, without gradients."""
 
-    def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Any:
-        target = micro_batch.batch.target
-        return linear_logprob(hidden, weight, target, temperature=temperature, with_entropy=True, **head_arguments)
+    def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Tensor:
+        return linear_logprob(hidden, weight, micro_batch.batch.target, temperature=temperature, **head_arguments).logprob
 
-    out = model.run_head(micro_batch, score_fn)
-    return out.logprob, out.entropy
+    return model.run_head(micro_batch, score_fn)
+
+
+def score_all(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
+    """The logprobs of every micro-batch, on the CPU; a GPU is waited for when it has work for all of them."""
+    device = next(model.parameters()).device
+    scored = [score(model, micro_batch.to(device), temperature) for micro_batch in micro_batches]
+    return [logprob.cpu() for logprob in scored]
 
 
 def precision(model: PreTrainedModel, *, keep_casts: bool = True) -> torch.autocast:

@@ -25,7 +25,7 @@ from trapo_train.display import Reporter
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluate, load_eval_sets
 from trapo_train.lora import without_lora
-from trapo_train.model import load_model_and_tokenizer, score
+from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack, pad_to_multiple
 from trapo_train.parallel import World, reshard, shard_model
@@ -340,14 +340,13 @@ class Trainer:
                 f"objective.chooser chose {objective.name}, which reads the logprobs of the model before training; it is kept "
                 f"only for an objective.name that reads them too, got {self.config.objective.name}."
             )
-        scored = []
-        for micro_batch in micro_batches:
-            with without_lora(self.reference):
-                logprob, _ = score(self.reference, micro_batch.to(self.world.device), self.config.rollout.temperature)
-            batch = replace(micro_batch.batch, ref_logprob=logprob.cpu())
-            scored.append(replace(micro_batch, batch=batch))
+        with without_lora(self.reference):
+            scored = score_all(self.reference, micro_batches, self.config.rollout.temperature)
         reshard(self.reference)
-        return scored
+        return [
+            replace(micro_batch, batch=replace(micro_batch.batch, ref_logprob=logprob))
+            for micro_batch, logprob in zip(micro_batches, scored, strict=True)
+        ]
 
 
 def peak_memory_mib(device: torch.device) -> float:

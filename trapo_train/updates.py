@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trapo_kernels import corrections
-from trapo_train.model import score
+from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import reshard
 from trapo_train.records import Sample
@@ -86,9 +86,8 @@ def with_old_policy(
     """
     if config.per_step == 1 and config.correction is None:
         return list(micro_batches)
-    device = next(model.parameters()).device
     model.train()
-    scored = [score(model, micro_batch.to(device), temperature)[0].cpu() for micro_batch in micro_batches]
+    scored = score_all(model, micro_batches, temperature)
     reshard(model)  # or the first update would see the weights of before
     return [_with_old(micro_batch, logprob, config) for micro_batch, logprob in zip(micro_batches, scored, strict=True)]
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
-from tests.trapo_kernels.pretended_gpu import DEVICE, PretendedGpu, without_autocast
 from trapo_kernels import linear_logprob, linear_policy_loss, objectives, policy_loss
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
@@ -15,7 +15,7 @@ N, D, V = 300, 12, 40
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with without_autocast(monkeypatch), PretendedGpu() as mode:
+    with pretend(monkeypatch) as mode:
         yield mode
 
 

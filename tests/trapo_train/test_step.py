@@ -232,7 +232,7 @@ def test_every_preset_trains_a_step_whatever_the_split(name):
         before = weights(model)
         micro_batches = packed(make_samples((0.5, -0.5, 0.25), (2, 0, 4)), objective, max_tokens)
         if "ref_logprob" in objective.streams:
-            micro_batches = [with_stream(m, "ref_logprob", score(model, m)[0] - 0.1) for m in micro_batches]
+            micro_batches = [with_stream(m, "ref_logprob", score(model, m) - 0.1) for m in micro_batches]
         results.append(step(model, micro_batches, objective))
         moved.append(weights(model) - before)
     whole, split = results
@@ -252,7 +252,7 @@ def test_presets_with_a_ratio_train_off_policy_too(name):
         model = make_model()
         prefixes = (0, 0, 0) if name == "exgrpo" else (2, 0, 4)
         micro_batches = packed(make_samples((0.5, -0.5, 0.25), prefixes), objective, max_tokens)
-        scored = [score(model, m)[0] for m in micro_batches]
+        scored = [score(model, m) for m in micro_batches]
         micro_batches = [with_stream(m, "old_logprob", logprob - 1e-4) for m, logprob in zip(micro_batches, scored, strict=True)]
         if "ref_logprob" in objective.streams:
             micro_batches = [with_stream(m, "ref_logprob", x) for m, x in zip(micro_batches, scored, strict=True)]

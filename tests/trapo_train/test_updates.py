@@ -28,7 +28,7 @@ def test_old_logprobs_are_those_of_the_policy_before_the_updates():
     model, objective = make_model(), objectives.dapo()
     (micro_batch,) = packed(make_samples(), objective)
     (prepared,) = with_old_policy(model, [micro_batch], UpdateConfig(epochs=2), temperature=1.0)
-    assert torch.equal(prepared.batch.old_logprob, score(model, micro_batch)[0])
+    assert torch.equal(prepared.batch.old_logprob, score(model, micro_batch))
     assert torch.equal(prepared.batch.weight, micro_batch.batch.weight)
 
 
@@ -46,7 +46,7 @@ def test_a_correction_scales_the_weights_of_rollout_tokens(name, options):
     (micro_batch,) = packed(make_samples(), objective)
     config = UpdateConfig(correction=CorrectionConfig(name, options))
     (prepared,) = with_old_policy(model, [micro_batch], config, temperature=1.0)
-    batch, logprob = micro_batch.batch, score(model, micro_batch)[0]
+    batch, logprob = micro_batch.batch, score(model, micro_batch)
     extra = {} if name == "icepop" else {"sequence_id": batch.sequence_id}
     factor = getattr(corrections, name)(batch.role, logprob, batch.rollout_logprob, **extra, **options)
     assert torch.equal(prepared.batch.weight, batch.weight * factor)

@@ -7,9 +7,11 @@ make the host wait for the GPU is recorded. Compiled kernels do not run here: th
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import torch
 from torch._library.custom_ops import OPDEFS
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -83,12 +85,24 @@ def _multiply(op, args, kwargs):
 
 
 @contextlib.contextmanager
-def without_autocast(monkeypatch):
-    """Autocast does not know DEVICE; where code asks for it, it is off."""
-    enabled, autocast = torch.is_autocast_enabled, torch.autocast
-    with monkeypatch.context() as patch:
+def pretend(monkeypatch):
+    """A PretendedGpu, and what torch must be told of its device: autocast is off there, and fused optimizers run."""
+    enabled, autocast, from_data = torch.is_autocast_enabled, torch.autocast, torch.tensor
+    fused = [*_foreach_utils._get_fused_kernels_supported_devices(), DEVICE]
+
+    def tensor(data, *, device=None, **options):
+        made = from_data(data, **options)
+        return made if device is None else made.to(device)
+
+    def autocast_unless_pretended(device_type, *args, **options):
+        return contextlib.nullcontext() if device_type == DEVICE else autocast(device_type, *args, **options)
+
+    with monkeypatch.context() as patch, PretendedGpu() as gpu:
+        patch.setattr(torch, "tensor", tensor)  # torch makes it without asking the mode
         patch.setattr(torch, "is_autocast_enabled", lambda device_type="cpu": device_type != DEVICE and enabled(device_type))
-        patch.setattr(
-            torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == DEVICE else autocast(kind, *a, **k)
-        )
-        yield
+        patch.setattr(torch, "autocast", autocast_unless_pretended)
+        patch.setattr(_Pretended, "tolist", lambda x: gpu.waits.append("tolist") or x.values.tolist(), raising=False)
+        for module in (_foreach_utils, *(sys.modules[cls.__module__] for cls in (torch.optim.Optimizer, torch.optim.Adam))):
+            if hasattr(module, "_get_fused_kernels_supported_devices"):
+                patch.setattr(module, "_get_fused_kernels_supported_devices", lambda: fused)
+        yield gpu

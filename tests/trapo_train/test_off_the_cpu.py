@@ -1,0 +1,75 @@
+"""The trainer on a device that is not the CPU, a pretended one: nothing is left behind, and the device is seldom waited for."""
+
+from itertools import groupby
+
+import pytest
+import torch
+
+from tests.pretended_gpu import DEVICE, pretend
+from tests.trapo_train.test_train import build_config
+from trapo_train import parallel
+from trapo_train.train import Trainer
+
+OPTIONS = [
+    "steps=2",
+    "plan={name: uft, num_samples: 3, guidance: 0.5}",
+    "objective={name: uft, options: {beta: 0.1}}",
+    "updates={mini_batches: 2}",
+]
+COMPARED = ("loss", "grad_norm", "reward/mean", "entropy/rollout", "response_tokens")
+
+
+@pytest.fixture
+def on_a_pretended_gpu(monkeypatch):
+    """A function that runs another one with every World on the pretended GPU; returns its result, then what waited for the GPU."""
+    alone = parallel.World.__init__
+
+    def init(world, *arguments, **options):
+        alone(world, *arguments, **options)
+        world.device = torch.device(DEVICE)
+
+    def call(run):
+        with pretend(monkeypatch) as gpu, monkeypatch.context() as patch:
+            patch.setattr(parallel.World, "__init__", init)
+            return run(gpu)
+
+    return call
+
+
+def test_a_run_equals_that_on_the_cpu(tmp_path, on_a_pretended_gpu):
+    def train(gpu=None):
+        trainer = Trainer(build_config(tmp_path, "cpu" if gpu is None else "gpu", *OPTIONS))
+        devices = {p.device.type for model in (trainer.model, trainer.reference) for p in model.parameters()}
+        assert devices == {"cpu" if gpu is None else DEVICE}
+        return [trainer.train_step() for _ in range(2)]
+
+    for here, there in zip(train(), on_a_pretended_gpu(train), strict=True):
+        assert set(here) == set(there) and here["grad_norm"] > 1e-5
+        for name in COMPARED:
+            assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-8), name
+
+
+def test_an_update_queues_all_of_its_passes_before_it_waits(tmp_path, on_a_pretended_gpu):
+    """Per mini-batch: logprobs of the old policy, of the reference; then per update one transfer of its metrics."""
+
+    def watched(gpu):
+        trainer = Trainer(build_config(tmp_path, "run", *OPTIONS, "packing.max_tokens=60", "rollout.max_response_tokens=8"))
+        for model in (trainer.model, trainer.reference):
+            model.run_head = _marked(model.run_head, gpu.waits)
+        update = trainer._update
+        trainer._update = lambda *arguments: gpu.waits.clear() or update(*arguments)
+        trainer.train_step()
+        return list(gpu.waits), len(trainer.last_micro_batches)
+
+    waits, micro_batches = on_a_pretended_gpu(watched)
+    assert micro_batches > 4 and waits.count("pass") == 3 * micro_batches
+    scored, updated = ["pass", "aten::_to_copy"], ["pass", "tolist"]
+    assert [what for what, _ in groupby(waits)] == 4 * scored + 2 * updated
+
+
+def _marked(call, marks):
+    def marked(*arguments):
+        marks.append("pass")
+        return call(*arguments)
+
+    return marked
