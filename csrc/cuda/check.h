@@ -42,22 +42,30 @@ inline cudaStream_t current_stream(const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Launches `clusters` clusters of so many blocks each.
+// Launches a kernel on `blocks` blocks, `cluster` of which form a cluster.
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int64_t shared_bytes,
+void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int64_t shared_bytes,
                      cudaStream_t stream, const Arguments&... arguments) {
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = cluster > 0 ? 1 : 0;
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// The same without clusters and dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch_blocks(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  launch_clusters(op, kernel, blocks, 0, threads, 0, stream, arguments...);
 }
 
 struct StatisticsOutput {

@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
     hopper_scoring_kernel(const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
                           const __grid_constant__ ScoringArguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ uint8_t shared[];
-  const Stages stages(shared);
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Stages stages(memory);
   const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
   const int warpgroup = threadIdx.x / 128, rank = static_cast<int>(cluster.block_rank());
   const int depth_steps = static_cast<int>((a.hidden_size + kTileDepth - 1) / kTileDepth);

@@ -65,17 +65,14 @@ enum class Kind { kPolicy, kGradient };
 template <typename T, typename G>
 void launch(const char* op, Kind kind, const RowArguments& a, int64_t rows, bool aligned, cudaStream_t stream) {
   constexpr int kWidth = kVectorBytes / sizeof(T);
-  const dim3 grid(static_cast<unsigned>(rows));
   const int blocks = kind == Kind::kPolicy && a.grad && aligned ? cluster_blocks(op, a.vocab_size * int64_t{sizeof(T)}) : 0;
   if (blocks > 0) {
-    const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth);
-    return launch_clusters(op, cluster_policy_kernel<T, G, kWidth>, rows, blocks, kThreads, slice * int64_t{sizeof(T)}, stream, a, slice);
+    const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth), bytes = slice * int64_t{sizeof(T)};
+    return launch_clusters(op, cluster_policy_kernel<T, G, kWidth>, rows * blocks, blocks, kThreads, bytes, stream, a, slice);
   }
-  if (kind == Kind::kPolicy && aligned) row_policy_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);
-  if (kind == Kind::kPolicy && !aligned) row_policy_kernel<T, G, 1><<<grid, kThreads, 0, stream>>>(a);
-  if (kind == Kind::kGradient && aligned) row_gradient_kernel<T, G, kWidth><<<grid, kThreads, 0, stream>>>(a);
-  if (kind == Kind::kGradient && !aligned) row_gradient_kernel<T, G, 1><<<grid, kThreads, 0, stream>>>(a);
-  check_cuda(op, cudaGetLastError());
+  const auto kernel = kind == Kind::kPolicy ? (aligned ? row_policy_kernel<T, G, kWidth> : row_policy_kernel<T, G, 1>)
+                                            : (aligned ? row_gradient_kernel<T, G, kWidth> : row_gradient_kernel<T, G, 1>);
+  launch_blocks(op, kernel, rows, kThreads, stream, a);
 }
 
 void dispatch(const char* op, Kind kind, const RowArguments& a, const Matrix& logits, const Matrix* grad, cudaStream_t stream) {
@@ -173,9 +170,8 @@ Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor sign
   put_streams(op, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
   Tensor out = torch::stable::new_empty(logprob, {tokens});
   if (tokens == 0) return out;
-  const unsigned blocks = static_cast<unsigned>((tokens + 255) / 256);
-  token_coefficient_kernel<<<blocks, 256, 0, current_stream(logprob)>>>(a, values, out.mutable_data_ptr<float>(), tokens);
-  check_cuda(op, cudaGetLastError());
+  launch_blocks(op, token_coefficient_kernel, (tokens + 255) / 256, 256, current_stream(logprob), a, values,
+                out.mutable_data_ptr<float>(), tokens);
   return out;
 }
 

@@ -76,10 +76,9 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   const cudaStream_t stream = current_stream(hidden);
   const auto kernel = schedule.cluster == 1 ? hopper_scoring_kernel<1> : hopper_scoring_kernel<kScoringCluster>;
   const int clusters = schedule.items() < schedule.clusters ? schedule.items() : schedule.clusters;
-  launch_clusters(op, kernel, clusters, schedule.cluster, kScoringThreads, kScoringShared, stream, hidden_map, weight_map, a);
-  combine_splits_kernel<<<static_cast<unsigned>((rows + 255) / 256), 256, 0, stream>>>(a, out.logprob, out.entropy, out.row_max,
-                                                                                       out.log_sum);
-  check_cuda(op, cudaGetLastError());
+  launch_clusters(op, kernel, clusters * schedule.cluster, schedule.cluster, kScoringThreads, kScoringShared, stream, hidden_map,
+                  weight_map, a);
+  launch_blocks(op, combine_splits_kernel, (rows + 255) / 256, 256, stream, a, out.logprob, out.entropy, out.row_max, out.log_sum);
   return {tensors[0], tensors[1], tensors[2], tensors[3]};
 }
 

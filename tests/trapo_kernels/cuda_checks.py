@@ -3,6 +3,7 @@
 `kernels` has the functions of `trapo_kernels.backends.native`.
 """
 
+import pytest
 import torch
 
 from tests.trapo_kernels import cases
@@ -111,3 +112,11 @@ def check_targets_outside(kernels):
     hidden, weight, _ = (x.detach() for x in cases.head(3, 64, 300, torch.bfloat16))
     stats = kernels.fused_scoring(hidden, weight, torch.tensor([5, 300, -1], device=cases.DEVICE), LogitTransform())
     assert stats.logprob.isnan().tolist() == [False, True, True]
+
+
+def check_refused_scoring(kernels, message, hidden_size=64, dtype=torch.bfloat16, bias=False):
+    """The op raises with this message."""
+    hidden, weight, head_bias = (x.detach() for x in cases.head(3, hidden_size, 300, dtype))
+    target = torch.zeros(3, dtype=torch.int64, device=cases.DEVICE)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.fused_scoring(hidden, weight, target, LogitTransform(bias=head_bias.float() if bias else None))

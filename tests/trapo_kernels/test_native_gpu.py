@@ -8,7 +8,6 @@ import torch
 
 from tests.trapo_kernels import cases, cuda_checks
 from trapo_kernels.backends import native
-from trapo_kernels.backends.logits import LogitTransform
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,10 +60,7 @@ def test_scoring_of_a_target_outside_the_vocabulary_is_nan():
     ],
 )
 def test_what_scoring_refuses(change, message):
-    hidden, weight, bias = cases.head(3, change.get("hidden_size", 64), 300, change.get("dtype", torch.bfloat16))
-    transform = LogitTransform(bias=bias if "bias" in change else None)
-    with pytest.raises(RuntimeError, match=message):
-        native.fused_scoring(hidden, weight, torch.zeros(3, dtype=torch.int64, device="cuda"), transform)
+    cuda_checks.check_refused_scoring(native, message, **change)
 
 
 def test_arguments_on_the_wrong_device_are_refused():

@@ -40,7 +40,8 @@
 #define __shared__ thread_local
 
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -118,8 +119,7 @@ struct Warp {
 
 struct Block {
   int rank = 0;
-  char* shared = nullptr;  // dynamic shared memory
-  char* anchor = nullptr;  // a thread-local variable: all others lie at the same distance from it in every block
+  char* shared = nullptr;  // its dynamic shared memory; other shared variables lie at the same distance from it in every block
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<const uint64_t*> unfenced;  // barriers that the copy engine has not been told of
@@ -156,6 +156,14 @@ struct Cluster {
     return !error.empty() || std::all_of(blocks.begin(), blocks.end(), [](const Block& b) { return b.left; });
   }
 };
+
+}  // namespace host_gpu
+
+namespace trapo {
+alignas(1024) inline thread_local unsigned char memory[host_gpu::kSharedBytes];  // the kernels' name for dynamic shared memory
+}
+
+namespace host_gpu {
 
 inline thread_local Block* block;
 inline Cluster* cluster;
@@ -198,7 +206,7 @@ inline Block& other_block(unsigned rank) {
 // Where a shared variable lies in another block of the cluster.
 template <typename T>
 T* in_block(T* mine, unsigned rank) {
-  return reinterpret_cast<T*>(other_block(rank).anchor + (reinterpret_cast<char*>(mine) - block->anchor));
+  return reinterpret_cast<T*>(other_block(rank).shared + (reinterpret_cast<char*>(mine) - block->shared));
 }
 
 // A load arrives: 128 bytes per row of the box, bits 4 to 6 of an address exchanged by its bits 7 to 9.
@@ -272,10 +280,11 @@ inline void prepare(Thread& t, int index, char* stack) {
 }
 
 // The life of a block, in its own operating-system thread.
-inline void block_main(Block& me, char* shared, char* anchor) {
+inline void block_main(Block& me) {
+  char* const shared = reinterpret_cast<char*>(trapo::memory);
   std::unique_lock lock(cluster->turn_lock);
   block = &me;
-  me.shared = shared, me.anchor = anchor;
+  me.shared = shared;
   me.threads.resize(blockDim.x);
   me.warps.resize((blockDim.x + kWarpThreads - 1) / kWarpThreads);
   std::memset(shared, 0xFF, kSharedBytes);
@@ -306,12 +315,9 @@ inline void block_main(Block& me, char* shared, char* anchor) {
   munmap(stacks, stack_bytes);
 }
 
-// Runs `body` as a kernel; an empty string, or what went wrong. `shared` says where the dynamic shared memory of the calling thread is.
+// Runs `body` as a kernel; an empty string, or what went wrong.
 inline std::string launch(unsigned blocks, unsigned threads, unsigned cluster_blocks, size_t shared_bytes, uint64_t seed,
-                          char* (*shared)(), const std::function<void()>& body) {
-  static thread_local char anchor;
-  if (shared_bytes > kSharedBytes) return "a block may have 227 KiB of shared memory, got " + std::to_string(shared_bytes) + " bytes";
-  if (blocks % cluster_blocks != 0) return "the grid must be whole clusters, got " + std::to_string(blocks) + " blocks";
+                          const std::function<void()>& body) {
   kernel = &body;
   blockDim.x = threads, gridDim.x = blocks;
   std::mt19937_64 random(seed);
@@ -330,7 +336,7 @@ inline std::string launch(unsigned blocks, unsigned threads, unsigned cluster_bl
       b.rank = static_cast<int>(&b - c.blocks.data());
       c.turns.push_back(b.rank);
     }
-    for (Block& b : c.blocks) running.emplace_back([&b, shared] { block_main(b, shared(), &anchor); });
+    for (Block& b : c.blocks) running.emplace_back([&b] { block_main(b); });
     for (std::thread& t : running) t.join();
     if (c.error.empty() && !c.loads.empty()) c.error = "a load is still on its way when its block has left";
     if (!c.error.empty()) return c.error;
