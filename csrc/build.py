@@ -77,6 +77,8 @@ class BuildNative(build_ext):
 
     def _cuda_objects(self, torch: Path, macros: list[str]) -> list[str]:
         archs = (os.environ.get("TRAPO_CUDA_ARCHS") or CUDA_ARCHS).split()
+        if "90" in archs:
+            raise RuntimeError("TRAPO_CUDA_ARCHS must name 90a, whose instructions the Hopper kernel needs, got 90. Write 90a.")
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         objects = []
         for source in CUDA_SOURCES:

@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "meta"
-_HOST_WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
-_MIXES_DEVICES = {"aten::copy_", "aten::index.Tensor", "aten::index_put_"}  # as on a GPU: copies, and indices from the CPU
+# As on a GPU: results whose size or value the host must know, and copies between the two unless they are said to be non-blocking.
+_HOST_WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount")}
+_HOST_WAITS |= {"aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"}
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by a mask, the host counts it
+_MIXES_DEVICES = {"aten::copy_", *_INDEXING}  # indices may lie on the CPU
 _WIDER = {f"aten::{name}.dtype{out}" for name in ("mm", "addmm") for out in ("", "_out")}  # which torch has for CUDA only
 
 
@@ -54,24 +57,38 @@ class PretendedGpu(TorchDispatchMode):
             with self:
                 return OPDEFS[op._schema.name]._init_fn(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        pretended = [x for x in tensors if isinstance(x, _Pretended)]
+        on_gpu = [isinstance(x, _Pretended) for x in tensors]
         device = kwargs.get("device")
-        if not pretended and (device is None or torch.device(device).type != DEVICE):
+        to_gpu, to_host = (device is not None and torch.device(device).type == kind for kind in (DEVICE, "cpu"))
+        if not any(on_gpu) and not to_gpu:
             return op(*args, **kwargs)
-        if op.name() not in _MIXES_DEVICES and any(x.dim() and not isinstance(x, _Pretended) for x in tensors) and pretended:
+        name = op._schema.name
+        if (
+            name not in _MIXES_DEVICES
+            and any(x.dim() and not there for x, there in zip(tensors, on_gpu, strict=True))
+            and any(on_gpu)
+        ):
             raise RuntimeError(f"Expected all tensors to be on the same device, got cpu and {DEVICE} in {op}")
-        to_host = device is not None and torch.device(device).type == "cpu"
-        if to_host or op._schema.name in _HOST_WAITS:
-            self.waits.append(op.name())
+        if self._waits(name, tensors, on_gpu, to_host, args, kwargs):
+            self.waits.append(name)
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         inner_args, inner_kwargs = tree_map(lambda x: x.values if isinstance(x, _Pretended) else x, (args, kwargs))
         wider = op.name() in _WIDER
         values = _multiply(op, inner_args, inner_kwargs) if wider else op(*inner_args, **inner_kwargs)
-        if op.name() == "aten::copy_":
+        if name == "aten::copy_":
             return args[0]
         out = values if to_host else tree_map(lambda x: _Pretended(x) if isinstance(x, torch.Tensor) else x, values)
         return return_and_correct_aliasing(op, args, kwargs, out)
+
+    @staticmethod
+    def _waits(name: str, tensors: list, on_gpu: list, to_host: bool, args: tuple, kwargs: dict) -> bool:
+        if name == "aten::copy_" and on_gpu[0] != on_gpu[1]:
+            return not (on_gpu[0] and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)))
+        if name == "aten::_to_copy":
+            return to_host or not (on_gpu[0] or kwargs.get("non_blocking", False))
+        masks = name in _INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
+        return masks or name in _HOST_WAITS
 
 
 def _multiply(op, args, kwargs):

@@ -149,7 +149,9 @@ class RunningBatch:
             token = draw_token(logprob, uniform, top_k=self._top_k, top_p=self._top_p)
         drawn = torch.stack([token.double(), logprob.gather(1, token[:, None])[:, 0].double()])
         live = []
-        for i, (row, token_id, value) in enumerate(zip(rows, *drawn.tolist(), strict=True)):  # a step's one wait for work
+        for i, (row, token_id, value) in enumerate(
+            zip(rows, *drawn.tolist(), strict=True)
+        ):  # the step's only host sync with work queued
             if value != value:  # one logit of the row is NaN or +inf, or all are -inf
                 raise ValueError(
                     "generate: the model's logits must be finite, got NaN or infinity. The weights have diverged: resume from an "

@@ -319,7 +319,7 @@ def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 
 
 
 def score_all(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
-    """The logprobs of every micro-batch, on the CPU; a GPU is waited for when it has work for all of them."""
+    """The logprobs [N] of each micro-batch, on the CPU; every pass is queued before the first copy to the host."""
     device = next(model.parameters()).device
     scored = [score(model, micro_batch.to(device), temperature) for micro_batch in micro_batches]
     return [logprob.cpu() for logprob in scored]

@@ -42,11 +42,21 @@ inline cudaStream_t current_stream(const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Launches a kernel on `blocks` blocks, `cluster` of which form a cluster.
+inline int device_attribute(const char* op, cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Launches a kernel on `blocks` blocks, `cluster` of which form a cluster; 0 for none.
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int64_t shared_bytes,
                      cudaStream_t stream, const Arguments&... arguments) {
-  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > 0) {  // of a multiprocessor's memory all that can be shared, so that as many blocks fit as were counted on
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);

@@ -5,11 +5,11 @@
 //   combine kernel   the sums of all splits of the vocabulary ─▶ logprob, entropy, row_max, log_sum
 //
 // The two blocks of a cluster have neighbouring row tiles and the same weight tiles: each loads half of one into both, so a step of
-// 64 costs a block 32 KiB from L2 instead of 48. With up to 128 rows there is one block.
+// 64 costs a block 32 KiB from L2 instead of 48. With up to 128 rows a cluster is one block.
 // A block takes one tile of rows along a run of vocabulary tiles, so its sums stay in registers until the run ends.
 // Work: 2·N·D·V FLOP on the tensor cores, N·V exp. Reads: the operands, from L2 again for every tile. Writes: 12 bytes per row and
 // split. Registers: 128 accumulators in a consumer thread. Shared memory: 4 · 48 KiB. Order: columns ascend, then lanes, then
-// splits in order: bitwise repeatable for one number of processors.
+// splits in a fixed order: bitwise repeatable for one number of processors.
 // Edges: rows beyond N, columns beyond V and D beyond its end arrive as zeros; columns beyond V are left out of the sums. No bias and no
 // softcap: with either the 128 accumulators no longer fit the registers.
 
@@ -19,7 +19,7 @@
 
 #include "layout.h"
 #include "ptx.cuh"
-#include "softmax.h"
+#include "warp.cuh"
 
 namespace trapo {
 
@@ -47,26 +47,19 @@ struct ThreadRow {
 };
 
 // Adds a tile to the sums of both rows of a thread; register i belongs to row i / 2 % 2 and to column accumulator_column(thread, i),
-// of which the first `columns` lie within V. Both rows in one sweep: two would keep 64 column numbers alive between them.
-__device__ __forceinline__ void add_tile(ThreadRow (&rows)[2], float (&logits)[kAccumulators], const ScoringArguments& a,
-                                         int64_t first_column) {
-  const int mine = accumulator_column(threadIdx.x % 128, 0);
-  const int64_t left = a.vocab_size - first_column - mine;
-  const int columns = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
+// of which the first `columns` lie within V. Both rows in one sweep: two would keep 64 column numbers alive between them. In a whole
+// tile without targets there is nothing to leave out.
+template <bool kWhole>
+__device__ __forceinline__ void add_tile(ThreadRow (&rows)[2], float (&logits)[kAccumulators], const int (&target)[2], int columns,
+                                         float* target_logit) {
   float most[2] = {rows[0].sums.max, rows[1].sums.max};
-  int target[2];
-#pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    const int64_t place = rows[upper].target - first_column - mine;
-    target[upper] = place >= 0 && place < columns ? static_cast<int>(place) : -1;
-  }
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) {
     const int upper = i / 2 % 2, column = accumulator_column(0, i);
-    float z = -INFINITY;
-    if (column < columns) z = logits[i] * rows[upper].inverse_temperature;
-    if (column == target[upper]) {
-      a.target_logit[rows[upper].row] = z;
+    float z = logits[i] * rows[upper].inverse_temperature;
+    if (!kWhole && column >= columns) z = -INFINITY;
+    if (!kWhole && column == target[upper]) {
+      target_logit[rows[upper].row] = z;
       z = -INFINITY;
     }
     most[upper] = most[upper] < z ? z : most[upper];
@@ -80,20 +73,30 @@ __device__ __forceinline__ void add_tile(ThreadRow (&rows)[2], float (&logits)[k
   for (int i = 0; i < kAccumulators; ++i) add_logit(rows[i / 2 % 2].sums, logits[i]);
 }
 
-__device__ __forceinline__ RunningSoftmax combine_quad(RunningSoftmax s) {
+// The same, for a tile that starts at this column.
+__device__ __forceinline__ void add_tile(ThreadRow (&rows)[2], float (&logits)[kAccumulators], const ScoringArguments& a,
+                                         int64_t first_column) {
+  const int mine = accumulator_column(threadIdx.x % 128, 0);
+  const int64_t left = a.vocab_size - first_column - mine;
+  const int columns = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
+  int target[2];
 #pragma unroll
-  for (int offset = 1; offset < 4; offset *= 2) {
-    const RunningSoftmax other = {__shfl_xor_sync(~0u, s.max, offset), __shfl_xor_sync(~0u, s.others, offset),
-                                  __shfl_xor_sync(~0u, s.moment, offset)};
-    s = threadIdx.x & offset ? combine(other, s) : combine(s, other);
+  for (int upper = 0; upper < 2; ++upper) {
+    const int64_t place = rows[upper].target - first_column - mine;
+    target[upper] = place >= 0 && place < columns ? static_cast<int>(place) : -1;
   }
-  return s;
+  if (__all_sync(~0u, columns == kTileColumns && target[0] < 0 && target[1] < 0)) {
+    add_tile<true>(rows, logits, target, columns, a.target_logit);
+  } else {
+    add_tile<false>(rows, logits, target, columns, a.target_logit);
+  }
 }
 
 // The shared memory of a block: kStages of a hidden tile and a weight tile, each with two barriers.
 struct Stages {
   uint8_t* tiles;
-  uint64_t *full, *empty;  // the copies have arrived; all that read the stage, in every block that is loaded with this one, are done
+  uint64_t* full;   // the stage's copies have arrived
+  uint64_t* empty;  // its readers are done, in every block of the cluster
 
   __device__ explicit Stages(uint8_t* memory)
       : tiles(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024)),
@@ -117,7 +120,7 @@ __device__ __forceinline__ void load_tiles(const Stages& stages, const CUtensorM
         const uint32_t stage = step % kStages, round = step / kStages;
         uint64_t* const full = &stages.full[stage];
         barrier_wait(&stages.empty[stage], round % 2 ^ 1);  // passes at once in the first round
-        barrier_expect(full, kStageBytes);
+        barrier_arrive_expect(full, kStageBytes);
         tma_load(stages.hidden(stage), hidden_map, k * kTileDepth, first_row, full);
         uint8_t* const weight = stages.weight(stage) + rank * (kWeightBytes / kCluster);
         if constexpr (kCluster == 1) {
@@ -155,7 +158,7 @@ __device__ __forceinline__ void sum_tiles(const Stages& stages, const ScoringArg
         barrier_wait(&stages.full[stage], step / kStages % 2);
         const uint64_t hidden_operand = operand_descriptor(shared_address(stages.hidden(stage)) + consumer * 64 * kTileDepth * 2);
         const uint64_t weight_operand = operand_descriptor(shared_address(stages.weight(stage)));
-        wgmma_begin();
+        wgmma_fence();
 #pragma unroll
         for (int part = 0; part < kTileDepth / 16; ++part) {  // 16 of bf16 are 32 bytes, 2 units of the descriptor
           wgmma_m64n256k16(logits, hidden_operand + 2 * part, weight_operand + 2 * part, k + part > 0);
@@ -171,7 +174,7 @@ __device__ __forceinline__ void sum_tiles(const Stages& stages, const ScoringArg
     }
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      const RunningSoftmax s = combine_quad(rows[upper].sums);
+      const RunningSoftmax s = combine_lanes<4>(rows[upper].sums);
       if (thread % 4 == 0 && rows[upper].row < a.rows) a.partial[item.split * a.rows + rows[upper].row] = s;
     }
   }
@@ -191,7 +194,7 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(&stages.full[stage], 1);
-      barrier_init(&stages.empty[stage], kCluster * kConsumers * 4);  // one arrival per warp
+      barrier_init(&stages.empty[stage], kCluster * kConsumers * 4);  // one arrival per warp of every block
     }
     barrier_fence();
   }
@@ -205,22 +208,23 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
     sum_tiles<kCluster>(stages, a, rank, warpgroup - 1, depth_steps);
   }
   cluster.sync();  // no block leaves while the other arrives at its barriers
+#else
+  __trap();  // launched on sm_90 only, where it must be compiled for sm_90a
 #endif
 }
 
-// One thread per row: the splits in order, then the target.
+// One warp per row: every lane takes its splits in order, then the lanes combine, then the target joins.
 __global__ void combine_splits_kernel(const __grid_constant__ ScoringArguments a, float* logprob, float* entropy, float* row_max,
                                       float* log_sum) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= a.rows) return;
-  if (a.target[row] == -100) {
-    logprob[row] = entropy[row] = row_max[row] = log_sum[row] = 0.0f;
-    return;
-  }
-  RunningSoftmax s = a.partial[row];
-  for (int split = 1; split < a.schedule.splits; ++split) s = combine(s, a.partial[split * a.rows + row]);
-  const bool known = a.target[row] >= 0 && a.target[row] < a.vocab_size;
-  const RowStatistics statistics = finish(s, known ? a.target_logit[row] : NAN);
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= a.rows) return;  // the whole warp
+  RunningSoftmax s = empty_softmax();
+  for (int split = lane; split < a.schedule.splits; split += 32) s = combine(s, a.partial[split * a.rows + row]);
+  s = combine_lanes<32>(s);
+  if (lane != 0) return;
+  const bool ignored = a.target[row] == -100, known = a.target[row] >= 0 && a.target[row] < a.vocab_size;
+  const RowStatistics statistics = ignored ? RowStatistics{} : finish(s, known ? a.target_logit[row] : NAN);
   logprob[row] = statistics.logprob;
   entropy[row] = statistics.entropy;
   row_max[row] = statistics.row_max;

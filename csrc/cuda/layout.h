@@ -37,30 +37,35 @@ struct WorkItem {
 
 // How the [row tiles × column tiles] of a problem are shared out to clusters. 32-bit numbers: tiles are counted, not elements.
 struct Schedule {
-  int cluster, clusters;  // blocks of a cluster, and clusters that run at a time
+  int cluster_blocks, resident_clusters;  // blocks of a cluster, and clusters that run at a time
   int units, column_tiles, group, splits;  // a unit is the row tiles of a cluster; where they are odd, the last one is empty
 
-  TRAPO_HD Schedule(int64_t rows, int64_t vocab_size, int processors)
-      : cluster(rows > kTileRows ? kScoringCluster : 1), clusters(processors < cluster ? 1 : processors / cluster),
-        units(static_cast<int>((rows + kTileRows * cluster - 1) / (kTileRows * cluster))),
+  TRAPO_HD Schedule(int64_t rows, int64_t vocab_size, int multiprocessors)
+      : cluster_blocks(rows > kTileRows ? kScoringCluster : 1),
+        resident_clusters(multiprocessors < cluster_blocks ? 1 : multiprocessors / cluster_blocks),
+        units(static_cast<int>((rows + kTileRows * cluster_blocks - 1) / (kTileRows * cluster_blocks))),
         column_tiles(static_cast<int>((vocab_size + kTileColumns - 1) / kTileColumns)) {
-    const int most = kRowGroup / cluster;
+    const int most = kRowGroup / cluster_blocks;
     group = units < most ? units : most;
-    // The fewest splits that make whole rounds of all clusters, and at least so many that one round fills them with one group.
-    const int whole = clusters / common_divisor(units, clusters), wanted = (clusters + group - 1) / group;
+    // The fewest splits that make whole rounds of all clusters and let one group fill a round; a vocabulary of fewer tiles than that is
+    // split into its tiles, and the last round is not full.
+    const int whole = resident_clusters / common_divisor(units, resident_clusters);
+    const int wanted = (resident_clusters + group - 1) / group;
     splits = (wanted + whole - 1) / whole * whole;
     if (splits > column_tiles) splits = column_tiles;
   }
 
   TRAPO_HD int items() const { return units * splits; }
 
-  // Groups of units follow each other; within a group the units of one split are neighbours. The last group may be smaller.
+  // Groups of units follow each other; within a group the units of one split are neighbours. The last group may be smaller. Splits with
+  // a tile more than others lie elsewhere in every group, or the same clusters would meet them each time.
   TRAPO_HD WorkItem item(int index) const {
     const int in_group = group * splits, which = index / in_group;
     const int left = units - which * group, members = left < group ? left : group, inside = index - which * in_group;
     const int split = inside / members;
-    const auto first_tile = [&](int64_t of) { return static_cast<int>(column_tiles * of / splits); };
-    return {(which * group + inside % members) * cluster, split, first_tile(split), first_tile(split + 1)};
+    const int64_t shift = int64_t{which} * column_tiles % splits;
+    const auto first_tile = [&](int64_t of) { return static_cast<int>((column_tiles * of + shift) / splits); };
+    return {(which * group + inside % members) * cluster_blocks, split, first_tile(split), first_tile(split + 1)};
   }
 
  private:

@@ -16,7 +16,7 @@
 #include <cuda_fp16.h>
 
 #include "ptx.cuh"
-#include "softmax.h"
+#include "warp.cuh"
 
 namespace trapo {
 
@@ -136,13 +136,7 @@ __device__ __forceinline__ void add_logits(RunningSoftmax& s, const float (&z)[k
 
 // The sums of all threads, in every thread.
 __device__ __forceinline__ RunningSoftmax block_combine(RunningSoftmax s, RunningSoftmax* per_warp) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const RunningSoftmax other = {__shfl_xor_sync(~0u, s.max, offset), __shfl_xor_sync(~0u, s.others, offset),
-                                  __shfl_xor_sync(~0u, s.moment, offset)};
-    // The lower lane's sums come first on both sides, so that both get the same bits.
-    s = threadIdx.x & offset ? combine(other, s) : combine(s, other);
-  }
+  s = combine_lanes<32>(s);
   if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = s;
   __syncthreads();
   s = per_warp[0];
@@ -150,17 +144,27 @@ __device__ __forceinline__ RunningSoftmax block_combine(RunningSoftmax s, Runnin
   return s;
 }
 
-// Statistics to memory, then c = dL/dlogp from the streams.
-__device__ __forceinline__ float put_statistics(const RowArguments& a, int64_t row, const RowStatistics& s, bool writer) {
-  if (writer) {
-    a.logprob[row] = s.logprob;
-    a.entropy[row] = s.entropy;
-    a.row_max[row] = s.row_max;
-    a.log_sum[row] = s.log_sum;
+// What the coefficient of a row is made of, besides its logprob, and the weight of its entropy's gradient. Loaded before the row is
+// summed, so that nothing waits for it afterwards.
+struct RowStreams {
+  uint8_t role;
+  float anchor, signal, advantage, kl_weight, ref_logprob, entropy;
+
+  __device__ RowStreams(const RowArguments& a, int64_t row)
+      : role(a.role ? a.role[row] : uint8_t{kIgnored}), anchor(a.role ? a.anchor[row] : 0.0f), signal(a.role ? a.signal[row] : 0.0f),
+        advantage(a.role ? a.advantage[row] : 0.0f), kl_weight(a.kl_weight ? a.kl_weight[row] : 0.0f),
+        ref_logprob(a.ref_logprob ? a.ref_logprob[row] : 0.0f), entropy(a.grad_entropy ? a.grad_entropy[row] : 0.0f) {}
+
+  __device__ float coefficient_at(const Gates& gates, float logprob) const {
+    return role == kIgnored ? 0.0f : coefficient(gates, logprob, role, anchor, signal, advantage, kl_weight, ref_logprob);
   }
-  if (!a.role) return 0.0f;
-  return coefficient(a.gates, s.logprob, a.role[row], a.anchor[row], a.signal[row], a.advantage[row],
-                     a.kl_weight ? a.kl_weight[row] : 0.0f, a.ref_logprob ? a.ref_logprob[row] : 0.0f);
+};
+
+__device__ __forceinline__ void put_statistics(const RowArguments& a, int64_t row, const RowStatistics& s) {
+  a.logprob[row] = s.logprob;
+  a.entropy[row] = s.entropy;
+  a.row_max[row] = s.row_max;
+  a.log_sum[row] = s.log_sum;
 }
 
 template <typename T>
@@ -208,6 +212,7 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   const Transform t = a.transform(row);
   const int64_t target = a.target[row];
   const float z_target = target_logit(a, logits, t, target);
+  const RowStreams streams(a, row);
   RunningSoftmax s = empty_softmax();
   for (int64_t i = threadIdx.x * kWidth; i < a.vocab_size; i += kThreads * kWidth) {
     float z[kWidth];
@@ -215,9 +220,9 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
     add_logits<kWidth>(s, z, place_of<kWidth>(target, i));
   }
   const RowStatistics statistics = finish(block_combine(s, per_warp), z_target);
-  const float c = put_statistics(a, row, statistics, threadIdx.x == 0);
+  if (threadIdx.x == 0) put_statistics(a, row, statistics);
   if (!grad) return;
-  const RowGradient gradient(statistics, c, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
+  const RowGradient gradient(statistics, streams.coefficient_at(a.gates, statistics.logprob), streams.entropy);
   gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
 }
 
@@ -267,13 +272,14 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __gri
   const int64_t first = begin + threadIdx.x * kWidth, step = kThreads * kWidth;
   const int64_t half = first + (end - begin) / (2 * step) * step;  // one half is summed while the other is on its way
   for (int64_t i = first; i < end; i += step) {
-    if (i == half) close_copies();
+    if (i == half) commit_copies();
     start_copy(mine + (i - begin), logits + i, static_cast<int>(min(int64_t{kWidth}, end - i) * sizeof(T)));
   }
-  close_copies();
+  commit_copies();
   const Transform t = a.transform(row);
   const int64_t target = a.target[row];
   const float z_target = target_logit(a, logits, t, target);
+  const RowStreams streams(a, row);
   RunningSoftmax s = empty_softmax();
   const auto add_columns = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i += step) {
@@ -289,18 +295,23 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __gri
   s = block_combine(s, per_warp);
   if (threadIdx.x == 0) of_block = s;
   cluster.sync();  // all slices are read and all sums are there
-  s = *cluster.map_shared_rank(&of_block, 0);
-  for (unsigned block = 1; block < cluster.num_blocks(); ++block) s = combine(s, *cluster.map_shared_rank(&of_block, block));
-  cluster.sync();  // no block leaves while another reads its sums
-  const RowStatistics statistics = finish(s, z_target);
-  const float c = put_statistics(a, row, statistics, writer);
-  const RowGradient gradient(statistics, c, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
+  const unsigned lane = threadIdx.x % 32;  // all blocks are read at once, then combined in their order
+  if (lane < cluster.num_blocks()) s = *cluster.map_shared_rank(&of_block, lane);
+  cluster.barrier_arrive();
+  RunningSoftmax whole = of_lane(s, 0);
+  for (unsigned block = 1; block < cluster.num_blocks(); ++block) whole = combine(whole, of_lane(s, block));
+  const RowStatistics statistics = finish(whole, z_target);
+  if (writer) put_statistics(a, row, statistics);
+  const RowGradient gradient(statistics, streams.coefficient_at(a.gates, statistics.logprob), streams.entropy);
   for (int64_t i = first; i < end; i += step) {
     float z[kWidth], g[kWidth];
     load_z<T, kWidth>(a, mine + (i - begin), t, i, end, z);
     gradient_of<G, kWidth>(gradient, t, z_target, z, place_of<kWidth>(target, i), g);
     store_gradient<G, kWidth>(grad, i, end, g);
   }
+  cluster.barrier_wait();  // no block leaves while another reads its sums
+#else
+  __trap();  // launched on sm_90 and later only
 #endif
 }
 
@@ -308,9 +319,7 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __gri
 __global__ void token_coefficient_kernel(const __grid_constant__ RowArguments a, const float* logprob, float* out, int64_t tokens) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= tokens) return;
-  out[i] = a.role[i] == kIgnored ? 0.0f
-                                 : coefficient(a.gates, logprob[i], a.role[i], a.anchor[i], a.signal[i], a.advantage[i],
-                                               a.kl_weight ? a.kl_weight[i] : 0.0f, a.ref_logprob ? a.ref_logprob[i] : 0.0f);
+  out[i] = RowStreams(a, i).coefficient_at(a.gates, logprob[i]);
 }
 
 }  // namespace trapo

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kReservedBytes = 2048;  // of shared memory, per block: its static part, a slice's rounding, what the system keeps
-constexpr int kLargestCluster = 8;      // the largest that every GPU with clusters can place
+constexpr int kLargestCluster = 8;        // the largest that every GPU with clusters can place
 
 struct Matrix {
   void* data;
@@ -38,13 +38,6 @@ RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor&
   a.temperature = static_cast<float>(temperature);
   a.softcap = static_cast<float>(softcap);
   return a;
-}
-
-int device_attribute(const char* op, cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check_cuda(op, cudaGetDevice(&device));
-  check_cuda(op, cudaDeviceGetAttribute(&value, which, device));
-  return value;
 }
 
 // Blocks of a cluster whose shared memory holds a row: so many that two blocks fit a multiprocessor, else one; 0 where no cluster does.

@@ -6,21 +6,18 @@
 namespace trapo {
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check_cuda("scoring", cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
+// Elements from one row to the next; where there is one row, whatever its tensor says, so many that TMA agrees.
+int64_t row_stride(const Tensor& x) { return x.size(0) == 1 ? (x.size(1) + 7) / 8 * 8 : x.stride(0); }
 
-// A row-major bf16 matrix that the copy engine can read.
+// A row-major bf16 matrix that TMA can read.
 void check_operand(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), "scoring: ", name, " must be on the GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
   STD_TORCH_CHECK(x.dim() == 2, "scoring: ", name, " must have two dimensions, got shape ", shape_of(x), ". Flatten it.");
   check_dtype("scoring", name, x, ScalarType::BFloat16);
   STD_TORCH_CHECK(x.stride(1) == 1, "scoring: ", name, " must have unit stride in a row, got ", x.stride(1), ". Pass ", name,
                   ".contiguous().");
-  STD_TORCH_CHECK(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "scoring: rows of ", name,
-                  " must start at multiples of 16 bytes for the copy engine, got a row stride of ", x.stride(0),
+  STD_TORCH_CHECK(row_stride(x) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "scoring: rows of ", name,
+                  " must start at multiples of 16 bytes for TMA, got a row stride of ", x.stride(0),
                   " elements. Use backend=\"triton\".");
 }
 
@@ -32,7 +29,7 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
   STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "scoring: the driver must know cuTensorMapEncodeTiled, got one that does ",
                   "not. Update it to CUDA 12 or later.");
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(x.size(1)), static_cast<cuuint64_t>(x.size(0))};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(x.stride(0)) * 2};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(row_stride(x)) * 2};
   const cuuint32_t box[2] = {kTileDepth, box_rows}, element_stride[2] = {1, 1};
   CUtensorMap map;
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
@@ -49,14 +46,13 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   const char* op = "scoring";
   check_operand("hidden", hidden);
   check_operand("weight", weight);
-  const int device = hidden.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  const int major = device_attribute(op, cudaDevAttrComputeCapabilityMajor);
   STD_TORCH_CHECK(major == 9, op, ": the kernel is for sm_90, got sm_", major, "x. Use backend=\"triton\".");
   STD_TORCH_CHECK(!bias.has_value() && softcap == 0.0, op, ": the kernel has neither bias nor softcap, got ",
                   bias.has_value() ? "a bias" : "no bias", " and softcap ", softcap, ". Use backend=\"triton\".");
   const int64_t rows = hidden.size(0), vocab_size = weight.size(0);
-  const Schedule schedule(rows > 0 ? rows : 1, vocab_size, attribute(cudaDevAttrMultiProcessorCount, device));
+  const Schedule schedule(rows > 0 ? rows : 1, vocab_size, device_attribute(op, cudaDevAttrMultiProcessorCount));
   StatisticsOutput out;
   const auto tensors = new_statistics(hidden, rows, &out);
   if (rows == 0) return {tensors[0], tensors[1], tensors[2], tensors[3]};
@@ -72,13 +68,13 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
                               target_logit.mutable_data_ptr<float>(),
                               schedule};
   const CUtensorMap hidden_map = tensor_map("hidden", hidden, kTileRows);
-  const CUtensorMap weight_map = tensor_map("weight", weight, static_cast<uint32_t>(kTileColumns / schedule.cluster));
+  const CUtensorMap weight_map = tensor_map("weight", weight, static_cast<uint32_t>(kTileColumns / schedule.cluster_blocks));
   const cudaStream_t stream = current_stream(hidden);
-  const auto kernel = schedule.cluster == 1 ? hopper_scoring_kernel<1> : hopper_scoring_kernel<kScoringCluster>;
-  const int clusters = schedule.items() < schedule.clusters ? schedule.items() : schedule.clusters;
-  launch_clusters(op, kernel, clusters * schedule.cluster, schedule.cluster, kScoringThreads, kScoringShared, stream, hidden_map,
-                  weight_map, a);
-  launch_blocks(op, combine_splits_kernel, (rows + 255) / 256, 256, stream, a, out.logprob, out.entropy, out.row_max, out.log_sum);
+  const auto kernel = schedule.cluster_blocks == 1 ? hopper_scoring_kernel<1> : hopper_scoring_kernel<kScoringCluster>;
+  const int clusters = schedule.items() < schedule.resident_clusters ? schedule.items() : schedule.resident_clusters;
+  launch_clusters(op, kernel, clusters * schedule.cluster_blocks, schedule.cluster_blocks, kScoringThreads, kScoringShared, stream,
+                  hidden_map, weight_map, a);
+  launch_blocks(op, combine_splits_kernel, (rows + 7) / 8, 256, stream, a, out.logprob, out.entropy, out.row_max, out.log_sum);
   return {tensors[0], tensors[1], tensors[2], tensors[3]};
 }
 

@@ -1,9 +1,9 @@
-"""The CUDA kernels without a GPU: they compile cleanly, their host-side arithmetic is right, and their ops refuse bad arguments."""
+"""The CUDA kernels without a GPU: they compile cleanly, and the arithmetic and index maps in them are right."""
 
-import ctypes
 import shutil
 import subprocess
 import sys
+from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -12,32 +12,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler on this machine")
-    library = tmp_path_factory.mktemp("native") / "host.so"
-    source = Path(__file__).with_name("native_host.cpp")
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        f"-I{ROOT}",
-        str(source),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+@pytest.fixture
+def host(host_gpu_library):
+    return host_gpu_library.functions
 
 
 def _pointer(x):
-    return ctypes.c_void_p(x.data_ptr())
+    return c_void_p(x.data_ptr())
 
 
 def test_a_warpgroup_holds_every_logit_of_its_tile_once(host):
@@ -50,13 +31,33 @@ def test_a_warpgroup_holds_every_logit_of_its_tile_once(host):
     assert (columns == columns[:1] + columns[:, :1]).all()  # a thread's columns are its first plus those of thread 0
 
 
+def _schedule(host, rows, vocab_size, multiprocessors):
+    """How often each tile is worked on, the tiles of every cluster, and (blocks of a cluster, splits, items)."""
+    counts = torch.zeros(-(-rows // 128), -(-vocab_size // 256), dtype=torch.int32)
+    by_cluster, sizes = torch.zeros(max(1, multiprocessors), dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    arguments = c_int64(rows), c_int64(vocab_size), multiprocessors
+    host.count_tiles(*arguments, _pointer(counts), _pointer(by_cluster), _pointer(sizes))
+    return counts, by_cluster, sizes.tolist()
+
+
 @pytest.mark.parametrize("rows", [1, 128, 129, 1408, 1500, 5000, 65_537])
 @pytest.mark.parametrize("vocab_size", [1, 256, 257, 32_000, 152_064])
-@pytest.mark.parametrize("processors", [1, 8, 132])
-def test_every_tile_is_worked_on_once(host, rows, vocab_size, processors):
-    counts = torch.zeros(-(-rows // 128), -(-vocab_size // 256), dtype=torch.int32)
-    splits = host.count_tiles(ctypes.c_int64(rows), ctypes.c_int64(vocab_size), processors, _pointer(counts))
-    assert (counts == 1).all() and 1 <= splits <= max(1, processors)
+@pytest.mark.parametrize("multiprocessors", [1, 8, 132])
+def test_every_tile_is_worked_on_once(host, rows, vocab_size, multiprocessors):
+    counts, _, (cluster_blocks, splits, _) = _schedule(host, rows, vocab_size, multiprocessors)
+    assert (counts == 1).all() and 1 <= splits <= counts.shape[1]
+    assert cluster_blocks == (1 if rows <= 128 else 2)
+
+
+@pytest.mark.parametrize(("rows", "slack"), [(128, 1.12), (512, 1.06), (2048, 1.06), (4096, 1.03), (8192, 1.01), (32_768, 1.002)])
+@pytest.mark.parametrize("vocab_size", [152_064, 128_256])
+def test_the_clusters_of_a_whole_gpu_finish_together(host, rows, vocab_size, slack):
+    """132 multiprocessors are 66 clusters of two; what remains unequal is a tile more or less."""
+    _, by_cluster, (cluster_blocks, _, items) = _schedule(host, rows, vocab_size, 132)
+    clusters = 132 // cluster_blocks
+    work = by_cluster[:clusters].double()
+    assert items % clusters == 0 and not by_cluster[clusters:].any()
+    assert work.max() <= slack * work.mean()
 
 
 @pytest.mark.parametrize("parts", [1, 7, 512])
@@ -67,8 +68,8 @@ def test_row_arithmetic_against_fp64(host, parts, scale, softcap, temperature):
     logits[17] = float("-inf") if softcap == 0.0 else -3.0
     target = int(logits.argmax()) if scale > 1 else 4
     statistics, gradient = torch.empty(3), torch.empty(1500)
-    arguments = [ctypes.c_float(x) for x in (softcap, temperature)]
-    weights = [ctypes.c_float(x) for x in (-0.7, 0.2)]
+    arguments = [c_float(x) for x in (softcap, temperature)]
+    weights = [c_float(x) for x in (-0.7, 0.2)]
     host.row(_pointer(logits), 1500, target, *arguments, parts, *weights, _pointer(statistics), _pointer(gradient))
     exact = logits.double().requires_grad_()
     z = exact if softcap == 0.0 else softcap * torch.tanh(exact / softcap)
@@ -84,7 +85,7 @@ def test_target_gradient_keeps_its_digits_as_p_approaches_one(host):
     """Contract 5: 1 - p = 4e-9 is far below the spacing of fp32 at 1."""
     logits = torch.tensor([20.0, 0.0, 0.0])
     statistics, gradient = torch.empty(3), torch.empty(3)
-    zero, one = ctypes.c_float(0.0), ctypes.c_float(1.0)
+    zero, one = c_float(0.0), c_float(1.0)
     host.row(_pointer(logits), 3, 0, zero, one, 1, one, zero, _pointer(statistics), _pointer(gradient))
     truth = 1 - torch.softmax(logits.double(), 0)[0]
     assert abs(gradient[0] - truth) / truth < 1e-5

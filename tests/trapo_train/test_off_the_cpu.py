@@ -21,7 +21,7 @@ COMPARED = ("loss", "grad_norm", "reward/mean", "entropy/rollout", "response_tok
 
 @pytest.fixture
 def on_a_pretended_gpu(monkeypatch):
-    """A function that runs another one with every World on the pretended GPU; returns its result, then what waited for the GPU."""
+    """A function that calls another one with the pretended GPU, on which every World then is."""
     alone = parallel.World.__init__
 
     def init(world, *arguments, **options):

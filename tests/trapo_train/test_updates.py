@@ -26,10 +26,12 @@ def test_groups_stay_whole_and_every_sample_is_in_one_mini_batch():
 
 def test_old_logprobs_are_those_of_the_policy_before_the_updates():
     model, objective = make_model(), objectives.dapo()
-    (micro_batch,) = packed(make_samples(), objective)
-    (prepared,) = with_old_policy(model, [micro_batch], UpdateConfig(epochs=2), temperature=1.0)
-    assert torch.equal(prepared.batch.old_logprob, score(model, micro_batch))
-    assert torch.equal(prepared.batch.weight, micro_batch.batch.weight)
+    micro_batches = packed(make_samples(), objective, max_tokens=20)
+    assert len(micro_batches) > 1
+    prepared = with_old_policy(model, micro_batches, UpdateConfig(epochs=2), temperature=1.0)
+    for before, after in zip(micro_batches, prepared, strict=True):
+        assert torch.equal(after.batch.old_logprob, score(model, before))
+        assert torch.equal(after.batch.weight, before.batch.weight)
 
 
 def test_a_single_update_without_correction_is_left_alone():

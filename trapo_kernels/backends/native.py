@@ -18,6 +18,7 @@ from trapo_kernels.objective import Objective
 STATISTICS_OVERWRITE = True  # whether `statistics` destroys the logits
 _LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 _REASON = Path(__file__).parents[1] / "_native_build.txt"
+_OPS = torch.ops.trapo_native
 
 
 def _load() -> str | None:
@@ -53,13 +54,13 @@ def why_not(device_type: str) -> str | None:
 
 def instruction_set() -> str:
     """The instruction set that the CPU rows run on: avx512, avx2 or portable."""
-    return torch.ops.trapo_native.instruction_set(None)
+    return _OPS.instruction_set(None)
 
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row; destroys `logits`."""
     logits = _operand(logits)
-    stats = RowStatistics(*torch.ops.trapo_native.row_statistics(logits, target.contiguous(), *_transform(transform), with_entropy))
+    stats = RowStatistics(*_OPS.row_statistics(logits, target.contiguous(), *_transform(transform), with_entropy))
     return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.entropy))
 
 
@@ -75,7 +76,7 @@ def logprob_gradient(
     """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; destroys `logits`."""
     logits = _operand(logits)
     grad = _gradient_buffer(logits, grad_dtype)
-    torch.ops.trapo_native.row_gradient(
+    _OPS.row_gradient(
         logits,
         target.contiguous(),
         *_transform(transform),
@@ -99,7 +100,7 @@ def policy(
     """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss in one go; destroys `logits`."""
     logits = _operand(logits)
     grad = None if grad_dtype is None else _gradient_buffer(logits, grad_dtype)
-    stats = torch.ops.trapo_native.row_policy(
+    stats = _OPS.row_policy(
         logits,
         target.contiguous(),
         *_transform(transform),
@@ -114,26 +115,27 @@ def policy(
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """Statistics [N] of bf16 hidden [N, D] and weight [V, D] from a kernel that writes no logits; sm_90, no bias, no softcap."""
     operands = (hidden.contiguous(), weight.contiguous(), target.contiguous())
-    return RowStatistics(*torch.ops.trapo_native.scoring(*operands, *_transform(transform)))
+    return RowStatistics(*_OPS.scoring(*operands, *_transform(transform)))
 
 
 def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
     """dL/dlogp [N] fp32 of every token; exact zeros for IGNORED ones."""
-    return torch.ops.trapo_native.token_coefficient(logprob.contiguous(), *_streams(streams), *terms.gate_scalars(objective))
+    return _OPS.token_coefficient(logprob.contiguous(), *_streams(streams), *terms.gate_scalars(objective))
+
+
+def _on_gpu(logits: Tensor) -> bool:
+    """Whether the rows run on the CUDA kernels: on 16-bit logits as they are, with gradients of 16 bits over logits of 32."""
+    return logits.device.type == "cuda"
 
 
 def _operand(logits: Tensor) -> Tensor:
     """The logits in a dtype that the rows run on: fp32 on a CPU; bf16 and fp16 as they are on a GPU."""
-    return logits if logits.device.type == "cuda" else logits.float()
+    return logits if _on_gpu(logits) else logits.float()
 
 
 def _gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
-    """Where the gradient goes: the memory of the logits, unless it is wider than they are."""
-    if logits.device.type == "cpu" or grad_dtype == logits.dtype:
-        return logits
-    if grad_dtype.itemsize > logits.dtype.itemsize:
-        return torch.empty_like(logits, dtype=grad_dtype)
-    return logits.view(grad_dtype)[:, : logits.shape[1]]
+    """Where the gradient goes: the memory of the logits, which are at least as wide."""
+    return logits.view(grad_dtype)[:, : logits.shape[1]] if _on_gpu(logits) else logits
 
 
 def _transform(transform: LogitTransform) -> tuple[Tensor | None, Tensor | None, float, float]:

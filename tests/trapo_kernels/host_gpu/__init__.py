@@ -1,7 +1,7 @@
 """csrc's CUDA code, compiled from its own source for the host and run there by an emulated GPU.
 
 Triton brings an interpreter; CUDA does not. Kernels and launches run on the machine of machine.h, with the instructions of ptx.cuh
-and the runtime of cuda_runtime.h. `HostGpu` has the functions of `trapo_kernels.backends.native`.
+and the runtime of cuda_runtime.h.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from csrc.build import OLDEST_TORCH, torch_directory
-from trapo_kernels import terms
 from trapo_kernels.backends import native
-from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.objective import Objective
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -29,11 +26,10 @@ _numbers = itertools.count()
 
 
 class Library(NamedTuple):
-    """The compiled code: its ops, what sets the properties of the GPU, and the cluster size of the last launch."""
+    """The compiled code: its ops, and its other functions, those of kernels.cpp and arithmetic.h."""
 
     ops: Any
-    set_properties: Any
-    last_cluster: Any
+    functions: ctypes.CDLL
 
 
 def build(directory: Path, change: tuple[str, str, str] | None = None) -> Library:
@@ -48,7 +44,7 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
         assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}"
         (directory / "csrc" / "cuda" / file).write_text(source.replace(old, new))
     shutil.copy(HERE / "ptx.cuh", directory / "csrc" / "cuda")
-    for name in ("machine.h", "cuda_runtime.h", "kernels.cpp"):
+    for name in ("machine.h", "cuda_runtime.h", "arithmetic.h", "kernels.cpp"):
         shutil.copy(HERE / name, directory)
     for name in ("cooperative_groups.h", "cuda.h", "cuda_bf16.h", "cuda_fp16.h"):  # machine.h has what the kernels use of them
         (directory / name).touch()
@@ -66,60 +62,28 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
     command += ["kernels.cpp", "-o", "kernels.so", "-L", str(torch_directory() / "lib"), "-ltorch_cpu", "-ltorch", "-lc10"]
     subprocess.run(command, check=True, cwd=directory)
     torch.ops.load_library(directory / "kernels.so")
-    library = ctypes.CDLL(str(directory / "kernels.so"))
-    return Library(getattr(torch.ops, namespace), library.set_properties, library.last_cluster)
+    return Library(getattr(torch.ops, namespace), ctypes.CDLL(str(directory / "kernels.so")))
 
 
 class HostGpu:
-    """An emulated GPU, a Hopper of few multiprocessors unless told otherwise. `seed` picks the interleaving of its threads."""
+    """An emulated GPU, a Hopper of few multiprocessors unless told otherwise. `seed` picks the interleaving of its threads.
 
-    def __init__(self, library: Library, seed: int = 0, *, major: int = 9, shared_bytes: int = 228 << 10, processors: int = 4):
-        self.library = library
-        self.properties = (ctypes.c_uint64(seed), major, shared_bytes, min(shared_bytes, 227 << 10), processors)
+    Its attributes are the functions of `trapo_kernels.backends.native`, on tensors of the CPU that count as a GPU's.
+    """
 
-    def statistics(self, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
-        return RowStatistics(*self._ops().row_statistics(logits, target, *native._transform(transform), with_entropy))
+    def __init__(self, library: Library, seed: int = 0, *, major: int = 9, shared_bytes: int = 228 << 10, multiprocessors: int = 4):
+        self._library = library
+        self._properties = (ctypes.c_uint64(seed), major, shared_bytes, min(shared_bytes, 227 << 10), multiprocessors)
 
-    def logprob_gradient(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        transform: LogitTransform,
-        stats: RowStatistics,
-        grad_logprob: Tensor | None,
-        grad_entropy: Tensor | None,
-        grad_dtype: torch.dtype,
-    ) -> Tensor:
-        grad = _over(logits, grad_dtype)
-        self._ops().row_gradient(logits, target, *native._transform(transform), *stats, grad_logprob, grad_entropy, grad)
-        return grad
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self._library.functions.set_properties(*self._properties)
+            with patch.object(native, "_OPS", self._library.ops), patch.object(native, "_on_gpu", lambda logits: True):
+                return getattr(native, name)(*arguments)
 
-    def policy(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        transform: LogitTransform,
-        streams: terms.Streams,
-        objective: Objective,
-        with_entropy_gradient: bool,
-        grad_dtype: torch.dtype | None,
-    ) -> tuple[RowStatistics, Tensor | None]:
-        grad = None if grad_dtype is None else _over(logits, grad_dtype)
-        given = (logits, target, *native._transform(transform), *native._streams(streams))
-        entropy = streams.grad_entropy if with_entropy_gradient else None
-        return RowStatistics(*self._ops().row_policy(*given, entropy, *terms.gate_scalars(objective), grad)), grad
+        return call
 
-    def fused_scoring(self, hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
-        return RowStatistics(*self._ops().scoring(hidden, weight, target, *native._transform(transform)))
-
-    def coefficients(self, logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
-        return self._ops().token_coefficient(logprob, *native._streams(streams), *terms.gate_scalars(objective))
-
-    def _ops(self) -> Any:
-        self.library.set_properties(*self.properties)
-        return self.library.ops
-
-
-def _over(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
-    """The gradient lies in the memory of the logits, as on a GPU."""
-    return logits.view(grad_dtype)[:, : logits.shape[1]]
+    @property
+    def largest_cluster(self) -> int:
+        """Blocks of the largest cluster that the last op launched; 0 without clusters."""
+        return self._library.functions.largest_cluster()

@@ -11,13 +11,13 @@ namespace host_gpu {
 
 // The GPU that is emulated, as HostGpu of __init__.py sets it.
 struct Properties {
-  uint64_t seed = 0;
-  int major = 9, shared_per_processor = 228 << 10, shared_per_block = 227 << 10, processors = 132;
+  uint64_t seed;
+  int major, shared_per_processor, shared_per_block, multiprocessors;
 };
 inline Properties properties;
 inline std::map<const void*, size_t> shared_allowed;  // by kernel
 inline std::string last_error;
-inline unsigned last_cluster = 0;  // blocks of a cluster in the last launch; 0 without clusters
+inline unsigned largest_cluster = 0;  // blocks of a cluster, over all launches since the properties were set; 0 without clusters
 
 }  // namespace host_gpu
 
@@ -29,7 +29,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMultiProcessorCount,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -60,14 +61,15 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const host_gpu::Properties& p = host_gpu::properties;
-  const int values[] = {p.major, p.shared_per_processor, p.shared_per_block, p.processors};
+  const int values[] = {p.major, p.shared_per_processor, p.shared_per_block, p.multiprocessors};
   *value = values[which];
   return cudaSuccess;
 }
 
 template <typename... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
-  if (bytes > host_gpu::properties.shared_per_block) return failed("a block cannot have " + std::to_string(bytes) + " bytes of shared memory");
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, int bytes) {
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (bytes > host_gpu::properties.shared_per_block) return failed("too much shared memory for a block: " + std::to_string(bytes));
   host_gpu::shared_allowed[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
@@ -75,13 +77,14 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int by
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x;
-  if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) return failed("an empty grid, or no block of 1 to 1024 threads");
+  const unsigned threads = config->blockDim.x;
+  if (config->gridDim.x == 0 || threads == 0 || threads > 1024) return failed("an empty grid, or no block of 1 to 1024 threads");
   if (cluster == 0 || cluster > 8 || config->gridDim.x % cluster) return failed("a grid must be whole clusters of 1 to 8 blocks");
   if (cluster > 1 && host_gpu::properties.major < 9) return failed("clusters before sm_90");
   if (config->dynamicSmemBytes > host_gpu::shared_allowed[reinterpret_cast<const void*>(kernel)]) {
     return failed("more dynamic shared memory than was asked for with cudaFuncSetAttribute");
   }
-  host_gpu::last_cluster = config->numAttrs == 0 ? 0 : cluster;
+  if (config->numAttrs > 0) host_gpu::largest_cluster = std::max(host_gpu::largest_cluster, cluster);
   const std::tuple<P...> values(arguments...);
   const std::string error = host_gpu::launch(config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes,
                                              host_gpu::properties.seed, [&] { std::apply(kernel, values); });
@@ -102,8 +105,8 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
                                        const cuuint64_t* stride_bytes, const cuuint32_t* box, const cuuint32_t* element_stride,
                                        CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   const bool fits = rank == 2 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes[0] % 16 == 0 &&
-                    stride_bytes[0] >= size[0] * 2 && size[0] > 0 && size[1] > 0 && box[0] * 2 <= 128 && box[1] >= 1 &&
-                    box[1] <= 256 && element_stride[0] == 1 && element_stride[1] == 1;
+                    stride_bytes[0] >= size[0] * 2 && size[0] > 0 && size[1] > 0 && box[1] >= 1 && box[1] <= 256 &&
+                    element_stride[0] == 1 && element_stride[1] == 1;
   if (!fits || box[0] * 2 != 128) return CUDA_ERROR_INVALID_VALUE;  // the machine copies rows of 128 bytes only
   *map = {static_cast<const uint16_t*>(data), static_cast<int64_t>(size[0]), static_cast<int64_t>(size[1]),
           static_cast<int64_t>(stride_bytes[0] / 2), static_cast<int>(box[0]), static_cast<int>(box[1])};
@@ -112,7 +115,8 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
 
 enum { cudaEnableDefault };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, int, cudaDriverEntryPointQueryResult* found) {
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* found) {
   const bool known = std::string(name) == "cuTensorMapEncodeTiled";
   *function = known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
   *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;

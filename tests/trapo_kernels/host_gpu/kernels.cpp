@@ -7,8 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "csrc/cuda/layout.h"
-#include "csrc/cuda/softmax.h"
+#include "arithmetic.h"  // before __CUDA_ARCH__: softmax.h then has the host's exponential, not PTX
 #include "cuda_runtime.h"
 
 #define __CUDA_ARCH__ 900
@@ -29,7 +28,7 @@ inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream)
 }
 
 namespace trapo {
-using std::min;
+using std::min;  // CUDA has it in the global namespace
 }
 
 #include "csrc/cuda/row_ops.cu"
@@ -37,9 +36,10 @@ using std::min;
 
 extern "C" {
 
-void set_properties(uint64_t seed, int major, int shared_per_processor, int shared_per_block, int processors) {
-  host_gpu::properties = {seed, major, shared_per_processor, shared_per_block, processors};
+void set_properties(uint64_t seed, int major, int shared_per_processor, int shared_per_block, int multiprocessors) {
+  host_gpu::properties = {seed, major, shared_per_processor, shared_per_block, multiprocessors};
+  host_gpu::largest_cluster = 0;
 }
 
-unsigned last_cluster() { return host_gpu::last_cluster; }
+unsigned largest_cluster() { return host_gpu::largest_cluster; }
 }

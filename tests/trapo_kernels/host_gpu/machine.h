@@ -6,7 +6,7 @@
 //
 // What is asynchronous on a GPU is done early or late here, as the random numbers have it, and its result is NaN until it may be
 // read: a missing wait shows as NaN, a missing barrier as a wrong number, an arrival too few as an error that says who waits for what.
-// What this cannot see: races between two barriers (a fiber runs undisturbed from one to the next), the memory model, and time.
+// What this cannot see: races of plain loads and stores between two calls that wait or pause, the memory model, and time.
 
 #pragma once
 
@@ -28,6 +28,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 // The language.
@@ -113,7 +114,7 @@ struct Thread {
 };
 
 struct Warp {
-  float slots[2][kWarpThreads];
+  uint32_t slots[2][kWarpThreads];  // of a shuffle and the next
   size_t multiplied = 0;  // how many of its wgmmas have been carried out
 };
 
@@ -122,7 +123,7 @@ struct Block {
   char* shared = nullptr;  // its dynamic shared memory; other shared variables lie at the same distance from it in every block
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<const uint64_t*> unfenced;  // barriers that the copy engine has not been told of
+  std::vector<const uint64_t*> unfenced;  // barriers that TMA has not been told of
   ucontext_t scheduler;
   Thread* running = nullptr;
   bool left = false;
@@ -186,6 +187,13 @@ void wait_until(const char* what, const Ready& ready) {
   me.ready = nullptr;
 }
 
+// Now and then lets others run first: what kernels call does so on entry.
+inline void pause() {
+  if (!cluster->chance(5)) return;
+  bool resumed = false;
+  wait_until("its turn", [&] { return std::exchange(resumed, true); });
+}
+
 inline Thread& self() { return *block->running; }
 inline Warp& warp() { return block->warps[static_cast<size_t>(self().index / kWarpThreads)]; }
 inline Thread* warp_threads() { return &block->threads[static_cast<size_t>(self().index / kWarpThreads * kWarpThreads)]; }
@@ -197,7 +205,7 @@ inline void sync(const char* what, const Thread* first, size_t count, unsigned T
 }
 
 inline Block& other_block(unsigned rank) {
-  if (rank >= cluster->blocks.size()) fail("a cluster of " + std::to_string(cluster->blocks.size()) + " has no block " + std::to_string(rank));
+  if (rank >= cluster->blocks.size()) fail("the cluster has no block " + std::to_string(rank));
   Block& other = cluster->blocks[rank];
   if (other.left) fail("a block reaches into the shared memory of one that has left");
   return other;
@@ -354,12 +362,24 @@ inline void __syncthreads() {
 
 inline void __syncwarp() { host_gpu::sync("__syncwarp", host_gpu::warp_threads(), host_gpu::kWarpThreads, &host_gpu::Thread::warp_syncs); }
 
-inline float __shfl_xor_sync(unsigned, float mine, int offset) {
+// The value that lane `from` passes, as in all warp-wide calls of float and int.
+template <typename T>
+T __shfl_sync(unsigned, T mine, int from) {
+  static_assert(sizeof(T) == sizeof(float));
   const int lane = host_gpu::self().index % host_gpu::kWarpThreads;
-  float* const slots = host_gpu::warp().slots[host_gpu::self().shuffles % 2];
-  slots[lane] = mine;
+  uint32_t* const slots = host_gpu::warp().slots[host_gpu::self().shuffles % 2];
+  slots[lane] = std::bit_cast<uint32_t>(mine);
   host_gpu::sync("a shuffle", host_gpu::warp_threads(), host_gpu::kWarpThreads, &host_gpu::Thread::shuffles);
-  return slots[lane ^ offset];
+  return std::bit_cast<T>(slots[from % host_gpu::kWarpThreads]);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned all, T mine, int offset) {
+  return __shfl_sync(all, mine, host_gpu::self().index % host_gpu::kWarpThreads ^ offset);
+}
+inline int __all_sync(unsigned all, int mine) {
+  int every = mine != 0;
+  for (int offset = 1; offset < host_gpu::kWarpThreads; offset *= 2) every &= __shfl_xor_sync(all, every, offset);
+  return every;
 }
 
 namespace cooperative_groups {
@@ -368,12 +388,17 @@ struct cluster_group {
   unsigned num_blocks() const { return static_cast<unsigned>(host_gpu::cluster->blocks.size()); }
   unsigned block_rank() const { return static_cast<unsigned>(host_gpu::block->rank); }
   void sync() const {
-    const unsigned mine = ++host_gpu::self().cluster_syncs;
+    barrier_arrive();
+    barrier_wait();
+  }
+  void barrier_arrive() const { ++host_gpu::self().cluster_syncs; }
+  void barrier_wait() const {
+    const unsigned mine = host_gpu::self().cluster_syncs;
     host_gpu::wait_until("the cluster", [mine] {
-      for (const host_gpu::Block& b : host_gpu::cluster->blocks) {
-        if (std::any_of(b.threads.begin(), b.threads.end(), [mine](const host_gpu::Thread& t) { return t.cluster_syncs < mine; })) return false;
-      }
-      return true;
+      const auto arrived = [mine](const host_gpu::Thread& t) { return t.cluster_syncs >= mine; };
+      const auto& blocks = host_gpu::cluster->blocks;
+      return std::all_of(blocks.begin(), blocks.end(),
+                         [&](const host_gpu::Block& b) { return std::all_of(b.threads.begin(), b.threads.end(), arrived); });
     });
   }
   template <typename T>

@@ -14,6 +14,7 @@ inline uint32_t shared_address(const void* p) {
 
 // cp.async: the destination is NaN until the wait.
 inline void start_copy(void* to, const void* from, int valid) {
+  gpu::pause();
   if (shared_address(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) gpu::fail("cp.async of 16 bytes that are not aligned");
   if (valid < 0 || valid > 16) gpu::fail("cp.async of " + std::to_string(valid) + " bytes");
   gpu::Copy copy = {static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(valid), gpu::cluster->chance(50), {}};
@@ -21,7 +22,7 @@ inline void start_copy(void* to, const void* from, int valid) {
   std::memset(to, 0xFF, 16);
   gpu::self().copies.back().push_back(copy);
 }
-inline void close_copies() { gpu::self().copies.emplace_back(); }
+inline void commit_copies() { gpu::self().copies.emplace_back(); }
 
 template <size_t kPending>
 void wait_copies() {
@@ -59,16 +60,21 @@ inline void barrier_init(uint64_t* place, uint32_t arrivals) {
 }
 inline void barrier_fence() { gpu::block->unfenced.clear(); }
 
-inline void barrier_arrive(uint64_t* place, uint32_t rank) {
-  Barrier& barrier = barrier_at(gpu::in_block(place, rank));
+inline void arrive(Barrier& barrier) {
   if (barrier.pending == 0) gpu::fail("more threads arrive at an mbarrier than it was initialised for");
   --barrier.pending;
   barrier.complete();
 }
 
-inline void barrier_expect(uint64_t* place, uint32_t bytes) {
+inline void barrier_arrive(uint64_t* place, uint32_t rank) {
+  gpu::pause();
+  arrive(barrier_at(gpu::in_block(place, rank)));
+}
+
+inline void barrier_arrive_expect(uint64_t* place, uint32_t bytes) {
+  gpu::pause();
   barrier_at(place).bytes += bytes;
-  barrier_arrive(place, static_cast<uint32_t>(gpu::block->rank));
+  arrive(barrier_at(place));
 }
 
 inline void barrier_wait(uint64_t* place, uint32_t parity) {
@@ -77,8 +83,11 @@ inline void barrier_wait(uint64_t* place, uint32_t parity) {
 
 // The bytes at `to` are NaN from now on, in every block, until the load is delivered there.
 inline void tma_load_multicast(void* to, const CUtensorMap* map, int32_t x, int32_t y, uint64_t* barrier, uint16_t ranks) {
+  gpu::pause();
   const auto& unfenced = gpu::block->unfenced;
-  if (std::find(unfenced.begin(), unfenced.end(), barrier) != unfenced.end()) gpu::fail("a load to an mbarrier without a fence after its init");
+  if (std::find(unfenced.begin(), unfenced.end(), barrier) != unfenced.end()) {
+    gpu::fail("a load to an mbarrier without a fence after its init");
+  }
   if (shared_address(to) % 128) gpu::fail("a load to an address that is no multiple of 128");
   for (uint32_t rank = 0; ranks >> rank; ++rank) {
     if (!(ranks >> rank & 1)) continue;
@@ -96,7 +105,7 @@ void take_registers() {}
 template <int kRegisters>
 void give_registers() {}
 
-inline void wgmma_begin() { gpu::self().fenced = true; }
+inline void wgmma_fence() { gpu::self().fenced = true; }
 inline void wgmma_commit() { gpu::self().group_ends.push_back(gpu::self().waited + gpu::self().products.size()); }
 
 // Element [row, k] of the bf16 operand that a descriptor describes.
@@ -105,7 +114,9 @@ inline float operand(uint64_t descriptor, uint32_t row, uint32_t k) {
   const uint32_t start = (descriptor & 0x3FFF) << 4, eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
   const uint32_t plain = start + row / 8 * eight_rows + row % 8 * 128 + k * 2;
   const uint32_t address = plain ^ (plain >> 7 & 7) << 4;
-  if (address < gpu::kSharedStart || address - gpu::kSharedStart + 2 > gpu::cluster->shared_bytes) gpu::fail("a wgmma reads outside the shared memory");
+  if (address < gpu::kSharedStart || address - gpu::kSharedStart + 2 > gpu::cluster->shared_bytes) {
+    gpu::fail("a wgmma reads outside the shared memory");
+  }
   __nv_bfloat16 value;
   std::memcpy(&value, gpu::block->shared + (address - gpu::kSharedStart), 2);
   return static_cast<float>(value);
@@ -141,6 +152,7 @@ inline void multiply(size_t number) {
 
 // d is NaN from now on, until the wait. The operands are read now or at the wait.
 inline void wgmma_m64n256k16(float (&d)[gpu::kAccumulators], uint64_t a, uint64_t b, int add) {
+  gpu::pause();
   gpu::Thread& me = gpu::self();
   if (me.products.empty()) {
     if (!me.fenced) gpu::fail("a wgmma without a fence after its accumulators were used");
@@ -153,7 +165,8 @@ inline void wgmma_m64n256k16(float (&d)[gpu::kAccumulators], uint64_t a, uint64_
   me.products.push_back({a, b, add != 0});
   const size_t issued = me.waited + me.products.size();
   const gpu::Thread* const lanes = gpu::warp_threads();
-  const bool last = std::all_of(lanes, lanes + gpu::kWarpThreads, [=](const gpu::Thread& t) { return t.waited + t.products.size() >= issued; });
+  const auto has_issued = [=](const gpu::Thread& t) { return t.waited + t.products.size() >= issued; };
+  const bool last = std::all_of(lanes, lanes + gpu::kWarpThreads, has_issued);
   if (!last || !gpu::cluster->chance(50)) return;
   for (size_t& done = gpu::warp().multiplied; done < issued; ++done) multiply(done);
 }

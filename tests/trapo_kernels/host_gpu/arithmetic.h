@@ -1,9 +1,11 @@
-// The arithmetic of csrc/cuda that runs on a host as well, for test_native_cuda.py to call.
+// The arithmetic of csrc/cuda that a host can call by itself, for test_native_cuda.py.
+
+#pragma once
 
 #include "csrc/cuda/layout.h"
 #include "csrc/cuda/softmax.h"
 
-using namespace trapo;
+namespace trapo {
 
 extern "C" {
 
@@ -16,19 +18,20 @@ void accumulator_places(int* rows, int* columns) {
   }
 }
 
-// How often each tile of [row tiles, column tiles] is worked on; tiles of rows beyond the last one are left out. Returns the number of
-// splits.
-int count_tiles(int64_t rows, int64_t vocab_size, int processors, int* counts) {
-  const Schedule schedule(rows, vocab_size, processors);
+// How often each tile of [row tiles, column tiles] is worked on, tiles of rows beyond the last one left out; how many tiles each cluster
+// that runs at a time works on; out: blocks of a cluster, splits, items.
+void count_tiles(int64_t rows, int64_t vocab_size, int multiprocessors, int* counts, int* by_cluster, int* out) {
+  const Schedule schedule(rows, vocab_size, multiprocessors);
   for (int index = 0; index < schedule.items(); ++index) {
     const WorkItem item = schedule.item(index);
-    for (int rank = 0; rank < schedule.cluster; ++rank) {
+    by_cluster[index % schedule.resident_clusters] += item.last_column_tile - item.first_column_tile;
+    for (int rank = 0; rank < schedule.cluster_blocks; ++rank) {
       const int row_tile = item.first_row_tile + rank;
       if (int64_t{row_tile} * kTileRows >= rows) continue;
       for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) ++counts[row_tile * schedule.column_tiles + tile];
     }
   }
-  return schedule.splits;
+  out[0] = schedule.cluster_blocks, out[1] = schedule.splits, out[2] = schedule.items();
 }
 
 // Statistics and gradient of a row in `parts` interleaved partial sums, combined in order.
@@ -56,3 +59,5 @@ void row(const float* logits, int vocab_size, int target, float softcap, float t
   }
 }
 }
+
+}  // namespace trapo
