@@ -144,8 +144,7 @@ __device__ __forceinline__ RunningSoftmax block_combine(RunningSoftmax s, Runnin
   return s;
 }
 
-// What the coefficient of a row is made of, besides its logprob, and the weight of its entropy's gradient. Loaded before the row is
-// summed, so that nothing waits for it afterwards.
+// What the coefficient of a row is made of, besides its logprob, and the weight of its entropy's gradient.
 struct RowStreams {
   uint8_t role;
   float anchor, signal, advantage, kl_weight, ref_logprob, entropy;
@@ -212,7 +211,6 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   const Transform t = a.transform(row);
   const int64_t target = a.target[row];
   const float z_target = target_logit(a, logits, t, target);
-  const RowStreams streams(a, row);
   RunningSoftmax s = empty_softmax();
   for (int64_t i = threadIdx.x * kWidth; i < a.vocab_size; i += kThreads * kWidth) {
     float z[kWidth];
@@ -222,6 +220,7 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   const RowStatistics statistics = finish(block_combine(s, per_warp), z_target);
   if (threadIdx.x == 0) put_statistics(a, row, statistics);
   if (!grad) return;
+  const RowStreams streams(a, row);
   const RowGradient gradient(statistics, streams.coefficient_at(a.gates, statistics.logprob), streams.entropy);
   gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
 }
@@ -279,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __gri
   const Transform t = a.transform(row);
   const int64_t target = a.target[row];
   const float z_target = target_logit(a, logits, t, target);
-  const RowStreams streams(a, row);
+  const RowStreams streams(a, row);  // now, so that nothing waits for them when the sums are there
   RunningSoftmax s = empty_softmax();
   const auto add_columns = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i += step) {
