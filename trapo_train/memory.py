@@ -22,6 +22,7 @@ from trapo_train.config import RunConfig
 from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES, load_tokenizer, scratch_config
+from trapo_train.preflight import check_places
 from trapo_train.step import extreme_objectives
 from trapo_train.tasks import build_tokenizer
 
@@ -108,6 +109,7 @@ def plan_memory(
 def load_architecture(config: RunConfig) -> PretrainedConfig:
     """The configuration of the model, from its config.json or the shape of a model from scratch."""
     model = config.model
+    check_places(model)
     if model.scratch is not None:
         tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
         return scratch_config(model.scratch, tokenizer)

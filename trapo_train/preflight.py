@@ -1,11 +1,14 @@
-"""What must fit together before the first rollout: objective, plan, problems and model."""
+"""What must be there and fit together before the first rollout: objective, plan, problems and model."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective
 from trapo_train.config import RunConfig
+from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams
 
 
@@ -24,6 +27,17 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         )
     if plan.guides:
         check_expert_streams(objective)
+
+
+def check_places(config: ModelConfig) -> None:
+    """Raise ValueError for a directory that does not exist; what may be a name on the hub, at most owner/name, passes."""
+    for key, place in (("model.name_or_path", config.name_or_path), ("model.tokenizer", config.tokenizer)):
+        is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")))
+        if is_path and not Path(place).is_dir():
+            raise ValueError(
+                f"{key} must be a directory or a hub name such as owner/name, got {place!r}, which does not exist here. Give one "
+                "that does; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
+            )
 
 
 def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int) -> None:

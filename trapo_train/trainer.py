@@ -31,7 +31,7 @@ from trapo_train.packing import MicroBatch, pack, pad_to_multiple
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.postmortem import save_batch
-from trapo_train.preflight import check_lengths, check_objective
+from trapo_train.preflight import check_lengths, check_objective, check_places
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards import load_reward
@@ -70,6 +70,7 @@ class Trainer:
         self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
         self.reward = load_reward(config.reward)
         check_objective(config, self.objective)
+        check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         self.model, self.tokenizer = load_model_and_tokenizer(
             config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device
