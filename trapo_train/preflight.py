@@ -29,14 +29,19 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         check_expert_streams(objective)
 
 
+_MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("tokenizer_config.json", "tokenizer.json")
+
+
 def check_places(config: ModelConfig) -> None:
-    """Raise ValueError for a directory that does not exist; what may be a name on the hub, at most owner/name, passes."""
-    for key, place in (("model.name_or_path", config.name_or_path), ("model.tokenizer", config.tokenizer)):
-        is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")))
-        if is_path and not Path(place).is_dir():
+    """Raise ValueError for a directory that does not hold what it should; a name on the hub, at most owner/name, passes."""
+    places = (("name_or_path", config.name_or_path, _MODEL_FILES), ("tokenizer", config.tokenizer, _TOKENIZER_FILES))
+    for key, place, files in places:
+        is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")) or Path(place).is_dir())
+        if is_path and not any((Path(place) / file).is_file() for file in files):
+            wanted, found = " or ".join(files), "which has none" if Path(place).is_dir() else "which does not exist"
             raise ValueError(
-                f"{key} must be a directory or a hub name such as owner/name, got {place!r}, which does not exist here. Give one "
-                "that does; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
+                f"model.{key} must be a hub name such as owner/name or a directory with {wanted}, got {place!r}, {found}. "
+                "Give another; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
             )
 
 
