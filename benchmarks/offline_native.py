@@ -126,7 +126,7 @@ ACCOUNT = """
 
 Per logit with fp32 logits and bf16 gradients, V = 152064. Predictions, not measurements.
 
-| kernel | HBM bytes per logit | at 4.8 TB/s, 4096 rows | exp per logit |
+| kernel | HBM bytes per logit | these alone, at 4.8 TB/s, 4096 rows | exp per logit |
 |---|---|---|---|
 | Triton `row_policy`, row re-read from HBM | 4 + 4 + 2 | 1.30 ms | 2 |
 | `row_policy_kernel`, row re-read from HBM | 4 + 4 + 2 | 1.30 ms | 2 |
@@ -135,8 +135,15 @@ Per logit with fp32 logits and bf16 gradients, V = 152064. Predictions, not meas
 
 A chunk of 4096 rows at D = 3584 costs three GEMMs of 4.46 TFLOP, 16.9 ms at 790 TFLOP/s: the second reading of the row is 3 % of
 that at most, and nothing where it comes from L2 (50 MB hold 82 fp32 rows of this width; 132 blocks of one row each need 80 MB). So
-the cluster kernel should bring a step from 1.08 to 1.05 × the GEMMs, if it reaches the bandwidth. It can while two of its blocks
-share a multiprocessor (74 KiB each at this V): one then waits for its slice, all of it asked for at once, while the other computes.
+the cluster kernel would bring a step from 1.08 to 1.05 × the GEMMs, if it reached the bandwidth. Two of its blocks share a
+multiprocessor (74 KiB each at this V): one waits for its slice, all of it asked for at once, while the other computes.
+
+It is not expected to reach it as it stands. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp
+issues 220 instructions per 4 logits and some 1 345 besides: at 1.98 GHz and perfect issue 4096 rows take at least 1.70 ms on
+132 multiprocessors, more than the 1.30 ms of the row read twice, whose kernel issues for about 1.0 ms. First to change: one
+`combine` on operands chosen by selects in `warp.cuh` instead of two in a branch, the combines over warps and blocks by lanes,
+32-bit offsets and the branches on bias and softcap outside the loops, about 1.0 ms together. Time both kernels on a GPU before
+a cluster is chosen.
 
 `hopper_scoring_kernel`, D = 3584: a tile of 128 × 256 is 56 steps of 64, 2 · 128 · 256 · 3584 FLOP: 39 µs on one of 132
 multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 1 200 instructions a warp where the tile lies inside V and
