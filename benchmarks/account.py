@@ -234,8 +234,8 @@ def todo() -> str:
         "",
         "What would disprove the account: a ratio above the range means that the row kernel does not reach the copy rate (look at "
         "`BLOCK_V` and the number of warps in `launch.py`, or at `row_kernels.cuh`) or that the GEMMs of a chunk do not reach the "
-        "rate of whole ones. The row kept in shared memory is expected to miss its range, and the fused scoring kernels their "
-        "1.00: see `offline_native.md` for why.",
+        "rate of whole ones. The row kept in shared memory may miss its range and the fused scoring kernels will miss "
+        "their 1.00: see `offline_native.md` for why.",
         "",
     ]
     return "\n".join(lines)

@@ -114,8 +114,7 @@ def fault(row: dict[str, object]) -> str | None:
         return "spills registers"
     kernel, _, arguments = row["kernel"].partition("<")
     scalar = kernel.startswith("row_") and arguments.endswith(" 1>")  # for rows that are not aligned
-    intended = {name: INTENDED.get(name, {}).get(row["sm"], ()) for name in (kernel, row["kernel"])}
-    for name in chain(*intended.values()):
+    for name in chain(*(INTENDED.get(entry, {}).get(row["sm"], ()) for entry in (kernel, row["kernel"]))):
         if name not in row["sass"] and not (scalar and ".128" in name):
             return f"has no {name}"
     return None
@@ -138,20 +137,19 @@ that at most, and nothing where it comes from L2 (50 MB hold 82 fp32 rows of thi
 the cluster kernel would bring a step from 1.08 to 1.05 × the GEMMs, if it reached the bandwidth. Two of its blocks share a
 multiprocessor (74 KiB each at this V): one waits for its slice, all of it asked for at once, while the other computes.
 
-It is not expected to reach it as it stands. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp
-issues 220 instructions per 4 logits and some 1 345 besides: at 1.98 GHz and perfect issue 4096 rows take at least 1.70 ms on
-132 multiprocessors, more than the 1.30 ms of the row read twice, whose kernel issues for about 1.0 ms. First to change: one
-`combine` on operands chosen by selects in `warp.cuh` instead of two in a branch, the combines over warps and blocks by lanes,
-32-bit offsets and the branches on bias and softcap outside the loops, about 1.0 ms together. Time both kernels on a GPU before
-a cluster is chosen.
+Whether it reaches it is open. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp issues about 145
+instructions per 4 logits, 15 to copy, 64 to sum and 66 for the gradient, and 700 to 1 300 besides: at 1.98 GHz and perfect
+issue 4096 rows take 1.03 to 1.33 ms on 132 multiprocessors. So instructions limit it, not its bytes, and whether it beats the
+row read twice is for a GPU to say: time both before believing either.
 
 `hopper_scoring_kernel`, D = 3584: a tile of 128 × 256 is 56 steps of 64, 2 · 128 · 256 · 3584 FLOP: 39 µs on one of 132
-multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 1 200 instructions a warp where the tile lies inside V and
-holds no target of the warp's 16 rows (1 750 elsewhere), two warps per scheduler: 2 400 cycles in which no wgmma runs, 1.4 µs,
-1.04 × the GEMM if the operands arrive in time. Each step brings a block 48 KiB. Loaded by itself they are 2.75 MB a tile from
-L2, 9.2 TB/s over all blocks; with the weight tile shared by the two blocks of a cluster (`hopper_scoring_kernel<2>`, each loads
-half for both) 1.84 MB, 6.2 TB/s. How much of that the L2 gives decides: at 5.5 TB/s, a cautious guess, a tile takes 44 µs, 1.13
-× the GEMM. The chunked path is expected at 1.10 to 1.15 (TODO.md).
+multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 1 050 instructions a warp where the tile lies inside V and
+holds no target of the warp's 16 rows (1 620 elsewhere), two warps per scheduler: 2 100 cycles in which no wgmma runs, 1.2 µs,
+1.04 × the GEMM if the operands arrive in time. Each step brings a block 48 KiB: where every block loads them for itself, 2.75
+MB a tile from L2, 9.3 TB/s over all blocks; with the weight tile shared by the two blocks of a cluster
+(`hopper_scoring_kernel<2>`, each loads half for both) 1.84 MB, 6.2 TB/s. How much of that the L2 gives decides: at 5.5 TB/s, a
+cautious guess, a tile takes 44 µs, 1.13 × the GEMM. The account of the chunked path (`python -m benchmarks.account`) expects
+1.10 to 1.15.
 
 The vocabulary is split so that the clusters finish together, to a tile where it has tiles enough: at 132 multiprocessors and N
 = 4096 (16 pairs of row tiles) 33 splits make 528 items of 18 tiles, 8 rounds of 66 clusters; a fixed number of 11 splits would

@@ -63,11 +63,8 @@ class PretendedGpu(TorchDispatchMode):
         if not any(on_gpu) and not to_gpu:
             return op(*args, **kwargs)
         name = op._schema.name
-        if (
-            name not in _MIXES_DEVICES
-            and any(x.dim() and not there for x, there in zip(tensors, on_gpu, strict=True))
-            and any(on_gpu)
-        ):
+        mixed = any(on_gpu) and any(x.dim() and not there for x, there in zip(tensors, on_gpu, strict=True))
+        if mixed and name not in _MIXES_DEVICES:
             raise RuntimeError(f"Expected all tensors to be on the same device, got cpu and {DEVICE} in {op}")
         if self._waits(name, tensors, on_gpu, to_host, args, kwargs):
             self.waits.append(name)
@@ -92,6 +89,7 @@ class PretendedGpu(TorchDispatchMode):
 
 
 def _multiply(op, args, kwargs):
+    """mm or addmm with `out_dtype`: operands are widened, then multiplied."""
     given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
     dtype = given["out_dtype"]
     left, right = (given.get("mat1", given["self"]), given["mat2"])

@@ -148,10 +148,9 @@ class RunningBatch:
         else:
             token = draw_token(logprob, uniform, top_k=self._top_k, top_p=self._top_p)
         drawn = torch.stack([token.double(), logprob.gather(1, token[:, None])[:, 0].double()])
+        tokens, values = drawn.tolist()  # the step's only host sync with work queued
         live = []
-        for i, (row, token_id, value) in enumerate(
-            zip(rows, *drawn.tolist(), strict=True)
-        ):  # the step's only host sync with work queued
+        for i, (row, token_id, value) in enumerate(zip(rows, tokens, values, strict=True)):
             if value != value:  # one logit of the row is NaN or +inf, or all are -inf
                 raise ValueError(
                     "generate: the model's logits must be finite, got NaN or infinity. The weights have diverged: resume from an "

@@ -29,7 +29,7 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         check_expert_streams(objective)
 
 
-_MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("tokenizer_config.json", "tokenizer.json")
+_MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 
 def check_places(config: ModelConfig) -> None:

@@ -62,7 +62,7 @@ __device__ __forceinline__ void add_tile(ThreadRow (&rows)[2], float (&logits)[k
       target_logit[rows[upper].row] = z;
       z = -INFINITY;
     }
-    most[upper] = most[upper] < z ? z : most[upper];
+    most[upper] = fmaxf(most[upper], z);  // passes over NaN, which the sums keep
     logits[i] = z;
   }
 #pragma unroll

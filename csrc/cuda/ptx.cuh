@@ -12,7 +12,11 @@ namespace trapo {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Starts a copy of 16 bytes from HBM to shared memory; of the bytes from `valid` on zeros arrive.
+// Starts a copy of 16 bytes from HBM to shared memory.
+__device__ __forceinline__ void start_copy(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// The same; of the bytes from `valid` on zeros arrive, and they are not read.
 __device__ __forceinline__ void start_copy(void* to, const void* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
 }

@@ -24,6 +24,7 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+constexpr int kLargestCluster = 8;  // the largest that every GPU with clusters can place
 constexpr int64_t kIgnoredTarget = -100;
 
 // What the kernels read and write. A policy kernel takes the coefficient from the streams; a gradient kernel gets statistics and
@@ -68,23 +69,23 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// z of up to kWidth raw logits that lie at `from` and are those of columns i, i + 1, …; -inf beyond `end`. What a call has none of,
-// bias or softcap, costs a branch per kWidth logits.
-template <typename T, int kWidth>
-__device__ __forceinline__ void load_z(const RowArguments& a, const T* from, const Transform& t, int64_t i, int64_t end, float (&z)[kWidth]) {
+// z of up to kWidth raw logits, those of columns i, i + 1, … of the ones at `logits`; -inf beyond `end`. `bias` null means none. Neither
+// bias nor softcap: kPlain says so at compile time, otherwise each costs a branch per kWidth logits.
+template <typename T, int kWidth, bool kPlain = false>
+__device__ __forceinline__ void load_z(const T* logits, const float* bias, const Transform& t, int i, int end, float (&z)[kWidth]) {
   if (i + kWidth <= end) {
-    const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(from);
+    const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(logits + i);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) z[k] = to_float(pack.lane[k]);
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? to_float(from[k]) : -INFINITY;
+    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? to_float(logits[i + k]) : -INFINITY;
   }
-  if (a.bias) {
+  if (!kPlain && bias) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] += i + k < end ? a.bias[i + k] : 0.0f;
+    for (int k = 0; k < kWidth; ++k) z[k] += i + k < end ? bias[i + k] : 0.0f;
   }
-  if (t.softcap == 0.0f) {
+  if (kPlain || t.softcap == 0.0f) {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) z[k] *= t.inverse_temperature;
   } else {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void load_z(const RowArguments& a, const T* from, con
 }
 
 template <typename T, int kWidth>
-__device__ __forceinline__ void store_gradient(T* row, int64_t i, int64_t end, const float (&g)[kWidth]) {
+__device__ __forceinline__ void store_gradient(T* row, int i, int end, const float (&g)[kWidth]) {
   if (i + kWidth <= end) {
     Pack<T, kWidth> pack;
 #pragma unroll
@@ -109,29 +110,29 @@ __device__ __forceinline__ void store_gradient(T* row, int64_t i, int64_t end, c
 }
 
 template <typename T, int kWidth>
-__device__ void write_zeros(T* row, int64_t begin, int64_t end) {
+__device__ void write_zeros(T* row, int columns) {
   const float zeros[kWidth] = {};
-  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kThreads * kWidth) store_gradient<T, kWidth>(row, i, end, zeros);
+  for (int i = threadIdx.x * kWidth; i < columns; i += kThreads * kWidth) store_gradient<T, kWidth>(row, i, columns, zeros);
 }
 
-// Which of columns i, i + 1, … i + kWidth - 1 is the target; -1 if none is.
+// x[place] = value, where there is such a place: the target's, in one of the packs of a row.
 template <int kWidth>
-__device__ __forceinline__ int place_of(int64_t target, int64_t i) {
-  return target >= i && target < i + kWidth ? static_cast<int>(target - i) : -1;
-}
-
-// Adds kWidth logits to the sums; the one at `target_place`, if any, stays out of them.
-template <int kWidth>
-__device__ __forceinline__ void add_logits(RunningSoftmax& s, const float (&z)[kWidth], int target_place) {
-  float others[kWidth], most = s.max;
+__device__ __forceinline__ void put_at(float (&x)[kWidth], int place, float value) {
+  if (static_cast<unsigned>(place) >= kWidth) return;
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    others[k] = k == target_place ? -INFINITY : z[k];
-    most = most < others[k] ? others[k] : most;
-  }
+  for (int k = 0; k < kWidth; ++k) x[k] = k == place ? value : x[k];
+}
+
+// Adds kWidth logits to the sums; the one at `target_place`, if that is one of them, stays out: z loses it.
+template <int kWidth>
+__device__ __forceinline__ void add_logits(RunningSoftmax& s, float (&z)[kWidth], int target_place) {
+  put_at(z, target_place, -INFINITY);
+  float most = s.max;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) most = fmaxf(most, z[k]);  // passes over NaN, which the sums keep
   if (most > s.max) raise_max(s, most);
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) add_logit(s, others[k]);
+  for (int k = 0; k < kWidth; ++k) add_logit(s, z[k]);
 }
 
 // The sums of all threads, in every thread.
@@ -139,9 +140,7 @@ __device__ __forceinline__ RunningSoftmax block_combine(RunningSoftmax s, Runnin
   s = combine_lanes<32>(s);
   if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = s;
   __syncthreads();
-  s = per_warp[0];
-  for (int warp = 1; warp < kWarps; ++warp) s = combine(s, per_warp[warp]);
-  return s;
+  return combine_lanes<kWarps>(per_warp[threadIdx.x % kWarps]);
 }
 
 // What the coefficient of a row is made of, besides its logprob, and the weight of its entropy's gradient.
@@ -166,34 +165,39 @@ __device__ __forceinline__ void put_statistics(const RowArguments& a, int64_t ro
   a.log_sum[row] = s.log_sum;
 }
 
-template <typename T>
-__device__ __forceinline__ float target_logit(const RowArguments& a, const T* row, const Transform& t, int64_t target) {
-  if (target < 0 || target >= a.vocab_size) return NAN;
-  return t.z(to_float(row[target]) + (a.bias ? a.bias[target] : 0.0f));
+// The target's column; -1 where the row has none of that number.
+__device__ __forceinline__ int target_column(const RowArguments& a, int64_t row) {
+  const int64_t target = a.target[row];
+  return target >= 0 && target < a.vocab_size ? static_cast<int>(target) : -1;
 }
 
-// The gradient of columns [i, i + kWidth), from their z.
-template <typename G, int kWidth>
+template <typename T>
+__device__ __forceinline__ float target_logit(const RowArguments& a, const T* row, const Transform& t, int target) {
+  return target < 0 ? NAN : t.z(to_float(row[target]) + (a.bias ? a.bias[target] : 0.0f));
+}
+
+// The gradient of kWidth columns, from their z; `target_place` as in add_logits.
+template <int kWidth, bool kPlain = false>
 __device__ __forceinline__ void gradient_of(const RowGradient& row, const Transform& t, float z_target, const float (&z)[kWidth],
                                             int target_place, float (&g)[kWidth]) {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    g[k] = k == target_place ? row.at_target * t.slope(z_target) : row.elsewhere(z[k]) * t.slope(z[k]);
-  }
+  for (int k = 0; k < kWidth; ++k) g[k] = row.elsewhere(z[k]) * (kPlain ? t.inverse_temperature : t.slope(z[k]));
+  put_at(g, target_place, row.at_target * t.slope(z_target));
 }
 
 // One block per row; the gradient may lie over the row itself in a narrower dtype: a tile's bytes have been read by tiles up to
 // itself, and the barrier keeps a fast warp from overwriting what a slow one has still to load, the target's logit included.
 template <typename T, typename G, int kWidth>
 __device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, const Transform& t, const RowGradient& row, float z_target,
-                               int64_t target) {
-  for (int64_t tile = 0; tile < a.vocab_size; tile += kThreads * kWidth) {
-    const int64_t i = tile + threadIdx.x * kWidth;
+                               int target) {
+  const int columns = static_cast<int>(a.vocab_size);
+  for (int tile = 0; tile < columns; tile += kThreads * kWidth) {
+    const int i = tile + threadIdx.x * kWidth;
     float z[kWidth], g[kWidth];
-    load_z<T, kWidth>(a, logits + i, t, i, a.vocab_size, z);
-    gradient_of<G, kWidth>(row, t, z_target, z, place_of<kWidth>(target, i), g);
+    load_z<T, kWidth>(logits, a.bias, t, i, columns, z);
+    gradient_of<kWidth>(row, t, z_target, z, target - i, g);
     __syncthreads();
-    store_gradient<G, kWidth>(grad, i, a.vocab_size, g);
+    store_gradient<G, kWidth>(grad, i, columns, g);
   }
 }
 
@@ -204,18 +208,19 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
   G* grad = a.grad ? static_cast<G*>(a.grad) + row * a.grad_stride : nullptr;
   if (a.ignored(row)) {
-    if (threadIdx.x == 0) a.logprob[row] = a.entropy[row] = a.row_max[row] = a.log_sum[row] = 0.0f;
-    if (grad) write_zeros<G, kWidth>(grad, 0, a.vocab_size);
+    if (threadIdx.x == 0) put_statistics(a, row, {});
+    if (grad) write_zeros<G, kWidth>(grad, static_cast<int>(a.vocab_size));
     return;
   }
   const Transform t = a.transform(row);
-  const int64_t target = a.target[row];
+  const int target = target_column(a, row);
   const float z_target = target_logit(a, logits, t, target);
   RunningSoftmax s = empty_softmax();
-  for (int64_t i = threadIdx.x * kWidth; i < a.vocab_size; i += kThreads * kWidth) {
+  const int columns = static_cast<int>(a.vocab_size);
+  for (int i = threadIdx.x * kWidth; i < columns; i += kThreads * kWidth) {
     float z[kWidth];
-    load_z<T, kWidth>(a, logits + i, t, i, a.vocab_size, z);
-    add_logits<kWidth>(s, z, place_of<kWidth>(target, i));
+    load_z<T, kWidth>(logits, a.bias, t, i, columns, z);
+    add_logits<kWidth>(s, z, target - i);
   }
   const RowStatistics statistics = finish(block_combine(s, per_warp), z_target);
   if (threadIdx.x == 0) put_statistics(a, row, statistics);
@@ -231,11 +236,11 @@ __global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_con
   const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
   G* grad = static_cast<G*>(a.grad) + row * a.grad_stride;
   if (a.ignored(row)) {
-    write_zeros<G, kWidth>(grad, 0, a.vocab_size);
+    write_zeros<G, kWidth>(grad, static_cast<int>(a.vocab_size));
     return;
   }
   const Transform t = a.transform(row);
-  const int64_t target = a.target[row];
+  const int target = target_column(a, row);
   const float z_target = target_logit(a, logits, t, target);
   const RowStatistics statistics = {a.logprob[row], a.entropy[row], a.row_max[row], a.log_sum[row]};
   const RowGradient gradient(statistics, a.grad_logprob ? a.grad_logprob[row] : 0.0f, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
@@ -247,68 +252,77 @@ TRAPO_HD int64_t cluster_slice(int64_t vocab_size, int blocks, int width) {
   return ((vocab_size + blocks - 1) / blocks + width - 1) / width * width;
 }
 
-// A cluster of blocks per row: each keeps its slice of `slice` columns in shared memory, so HBM is read once. Every thread reads
-// there what it has copied itself, so the copies need no barrier.
-template <typename T, typename G, int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
-#if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) unsigned char memory[];
+// A cluster of blocks per row: each keeps its slice in shared memory, so HBM is read once. Every thread reads there what it has copied
+// itself, so the copies need no barrier. Columns count from the start of the slice.
+template <typename T, typename G, int kWidth, bool kPlain>
+__device__ __forceinline__ void cluster_policy(const RowArguments& a, int64_t row, int64_t begin, int columns, T* mine) {
   __shared__ RunningSoftmax per_warp[kWarps];
   __shared__ RunningSoftmax of_block;
   const cg::cluster_group cluster = cg::this_cluster();
-  const int64_t row = blockIdx.x / cluster.num_blocks();
-  const int64_t begin = cluster.block_rank() * slice;
-  const int64_t end = begin + slice < a.vocab_size ? begin + slice : a.vocab_size;
   const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
-  G* grad = static_cast<G*>(a.grad) + row * a.grad_stride;
-  const bool writer = threadIdx.x == 0 && cluster.block_rank() == 0;
-  if (a.ignored(row)) {  // the same in every block of the cluster, so none waits for another
-    if (writer) a.logprob[row] = a.entropy[row] = a.row_max[row] = a.log_sum[row] = 0.0f;
-    write_zeros<G, kWidth>(grad, begin, end);
-    return;
-  }
-  T* const mine = reinterpret_cast<T*>(memory);
-  const int64_t first = begin + threadIdx.x * kWidth, step = kThreads * kWidth;
-  const int64_t half = first + (end - begin) / (2 * step) * step;  // one half is summed while the other is on its way
-  for (int64_t i = first; i < end; i += step) {
-    if (i == half) commit_copies();
-    start_copy(mine + (i - begin), logits + i, static_cast<int>(min(int64_t{kWidth}, end - i) * sizeof(T)));
-  }
-  commit_copies();
+  G* grad = static_cast<G*>(a.grad) + row * a.grad_stride + begin;
+  const float* bias = a.bias ? a.bias + begin : nullptr;
+  constexpr int kStep = kThreads * kWidth;
+  const int first = threadIdx.x * kWidth, half = first + columns / (2 * kStep) * kStep;  // one half is summed while the other comes
+  const auto copy_columns = [&](int from, int to) {
+    int i = from;
+    for (; i < to && i + kWidth <= columns; i += kStep) start_copy(mine + i, logits + begin + i);
+    if (i < to) start_copy(mine + i, logits + begin + i, (columns - i) * static_cast<int>(sizeof(T)));
+    commit_copies();
+  };
+  copy_columns(first, half);
+  copy_columns(half, columns);
   const Transform t = a.transform(row);
-  const int64_t target = a.target[row];
+  const int target = target_column(a, row), target_here = target - static_cast<int>(begin);
   const float z_target = target_logit(a, logits, t, target);
   const RowStreams streams(a, row);  // now, so that nothing waits for them when the sums are there
   RunningSoftmax s = empty_softmax();
-  const auto add_columns = [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i += step) {
+  const auto add_columns = [&](int from, int to) {
+    for (int i = from; i < to; i += kStep) {
       float z[kWidth];
-      load_z<T, kWidth>(a, mine + (i - begin), t, i, end, z);
-      add_logits<kWidth>(s, z, place_of<kWidth>(target, i));
+      load_z<T, kWidth, kPlain>(mine, bias, t, i, columns, z);
+      add_logits<kWidth>(s, z, target_here - i);
     }
   };
   wait_copies<1>();
   add_columns(first, half);
   wait_copies<0>();
-  add_columns(half, end);
+  add_columns(half, columns);
   s = block_combine(s, per_warp);
   if (threadIdx.x == 0) of_block = s;
   cluster.sync();  // all slices are read and all sums are there
-  const unsigned lane = threadIdx.x % 32;  // all blocks are read at once, then combined in their order
-  if (lane < cluster.num_blocks()) s = *cluster.map_shared_rank(&of_block, lane);
+  const unsigned block = threadIdx.x % kLargestCluster;
+  s = combine_lanes<kLargestCluster>(block < cluster.num_blocks() ? *cluster.map_shared_rank(&of_block, block) : empty_softmax());
   cluster.barrier_arrive();
-  RunningSoftmax whole = of_lane(s, 0);
-  for (unsigned block = 1; block < cluster.num_blocks(); ++block) whole = combine(whole, of_lane(s, block));
-  const RowStatistics statistics = finish(whole, z_target);
-  if (writer) put_statistics(a, row, statistics);
+  const RowStatistics statistics = finish(s, z_target);
+  if (threadIdx.x == 0 && cluster.block_rank() == 0) put_statistics(a, row, statistics);
   const RowGradient gradient(statistics, streams.coefficient_at(a.gates, statistics.logprob), streams.entropy);
-  for (int64_t i = first; i < end; i += step) {
+  for (int i = first; i < columns; i += kStep) {
     float z[kWidth], g[kWidth];
-    load_z<T, kWidth>(a, mine + (i - begin), t, i, end, z);
-    gradient_of<G, kWidth>(gradient, t, z_target, z, place_of<kWidth>(target, i), g);
-    store_gradient<G, kWidth>(grad, i, end, g);
+    load_z<T, kWidth, kPlain>(mine, bias, t, i, columns, z);
+    gradient_of<kWidth, kPlain>(gradient, t, z_target, z, target_here - i, g);
+    store_gradient<G, kWidth>(grad, i, columns, g);
   }
   cluster.barrier_wait();  // no block leaves while another reads its sums
+}
+
+// `slice` columns for each block of a cluster.
+template <typename T, typename G, int kWidth>
+__global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) unsigned char memory[];
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int64_t row = blockIdx.x / cluster.num_blocks(), begin = cluster.block_rank() * slice;
+  const int columns = static_cast<int>(min(slice, a.vocab_size - begin));
+  T* const mine = reinterpret_cast<T*>(memory);
+  if (a.ignored(row)) {  // the same in every block of the cluster, so none waits for another
+    if (threadIdx.x == 0 && cluster.block_rank() == 0) put_statistics(a, row, {});
+    write_zeros<G, kWidth>(static_cast<G*>(a.grad) + row * a.grad_stride + begin, columns);
+  } else if (!a.bias && a.softcap == 0.0f) {
+    cluster_policy<T, G, kWidth, true>(a, row, begin, columns, mine);
+  } else {
+    cluster_policy<T, G, kWidth, false>(a, row, begin, columns, mine);
+  }
 #else
   __trap();  // launched on sm_90 and later only
 #endif

@@ -7,8 +7,8 @@ namespace trapo {
 namespace {
 
 constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kMostColumns = int64_t{1} << 30;  // the kernels count the columns of a row in 32 bits
 constexpr int64_t kReservedBytes = 2048;  // of shared memory, per block: its static part, a slice's rounding, what the system keeps
-constexpr int kLargestCluster = 8;        // the largest that every GPU with clusters can place
 
 struct Matrix {
   void* data;
@@ -23,6 +23,8 @@ struct Matrix {
 Matrix check_matrix(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on a GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
   check_rows(op, name, x);
+  STD_TORCH_CHECK(x.size(1) < kMostColumns, op, ": ", name, " must have fewer than 2^30 columns, got ", x.size(1),
+                  ". Shard the vocabulary with process_group.");
   return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type()};
 }
 

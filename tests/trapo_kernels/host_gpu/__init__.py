@@ -44,9 +44,9 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
         assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}"
         (directory / "csrc" / "cuda" / file).write_text(source.replace(old, new))
     shutil.copy(HERE / "ptx.cuh", directory / "csrc" / "cuda")
-    for name in ("machine.h", "cuda_runtime.h", "arithmetic.h", "kernels.cpp"):
-        shutil.copy(HERE / name, directory)
-    for name in ("cooperative_groups.h", "cuda.h", "cuda_bf16.h", "cuda_fp16.h"):  # machine.h has what the kernels use of them
+    for source in (*HERE.glob("*.h"), HERE / "kernels.cpp"):
+        shutil.copy(source, directory)
+    for name in ("cuda.h", "cuda_bf16.h", "cuda_fp16.h"):  # language.h has what the kernels use of them
         (directory / name).touch()
     namespace = f"trapo_host_gpu_{next(_numbers)}"
     command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I."]

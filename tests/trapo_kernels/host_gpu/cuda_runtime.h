@@ -12,7 +12,7 @@ namespace host_gpu {
 // The GPU that is emulated, as HostGpu of __init__.py sets it.
 struct Properties {
   uint64_t seed;
-  int major, shared_per_processor, shared_per_block, multiprocessors;
+  int major, shared_per_multiprocessor, shared_per_block, multiprocessors;
 };
 inline Properties properties;
 inline std::map<const void*, size_t> shared_allowed;  // by kernel
@@ -61,7 +61,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   const host_gpu::Properties& p = host_gpu::properties;
-  const int values[] = {p.major, p.shared_per_processor, p.shared_per_block, p.multiprocessors};
+  const int values[] = {p.major, p.shared_per_multiprocessor, p.shared_per_block, p.multiprocessors};
   *value = values[which];
   return cudaSuccess;
 }

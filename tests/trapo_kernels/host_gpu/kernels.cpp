@@ -36,8 +36,8 @@ using std::min;  // CUDA has it in the global namespace
 
 extern "C" {
 
-void set_properties(uint64_t seed, int major, int shared_per_processor, int shared_per_block, int multiprocessors) {
-  host_gpu::properties = {seed, major, shared_per_processor, shared_per_block, multiprocessors};
+void set_properties(uint64_t seed, int major, int shared_per_multiprocessor, int shared_per_block, int multiprocessors) {
+  host_gpu::properties = {seed, major, shared_per_multiprocessor, shared_per_block, multiprocessors};
   host_gpu::largest_cluster = 0;
 }
 

@@ -31,40 +31,7 @@
 #include <utility>
 #include <vector>
 
-// The language.
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __grid_constant__
-#define __launch_bounds__(...)
-#define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ thread_local
-
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-// bf16 and fp16.
-struct __nv_bfloat16 {
-  uint16_t bits;
-  explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-};
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (x != x) return {0x7FFF};
-  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
-}
-using __half = _Float16;
-inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
-
-// A tensor map as cuTensorMapEncodeTiled makes it: bf16, two dimensions, swizzled by 128 bytes, zeros outside.
-struct CUtensorMap {
-  const uint16_t* data;
-  int64_t columns, rows, stride;
-  int box_columns, box_rows;
-};
+#include "language.h"
 
 namespace host_gpu {
 
@@ -306,7 +273,7 @@ inline void block_main(Block& me) {
   while (true) {
     cluster->turn_changed.wait(lock, [&] { return cluster->over() || cluster->turns.back() == me.rank; });
     if (cluster->over()) break;
-    for (auto runs = 1 + cluster->random() % 8; runs > 0 && run_once(); --runs) cluster->moved = true;
+    for (auto runs = 1 + cluster->random() % 32; runs > 0 && run_once(); --runs) cluster->moved = true;
     me.left = std::all_of(me.threads.begin(), me.threads.end(), [](const Thread& t) { return t.finished; });
     if (me.left) {  // who still reads here reads NaN
       for (const auto& [owner, range] : cluster->lent) {
@@ -381,34 +348,3 @@ inline int __all_sync(unsigned all, int mine) {
   for (int offset = 1; offset < host_gpu::kWarpThreads; offset *= 2) every &= __shfl_xor_sync(all, every, offset);
   return every;
 }
-
-namespace cooperative_groups {
-
-struct cluster_group {
-  unsigned num_blocks() const { return static_cast<unsigned>(host_gpu::cluster->blocks.size()); }
-  unsigned block_rank() const { return static_cast<unsigned>(host_gpu::block->rank); }
-  void sync() const {
-    barrier_arrive();
-    barrier_wait();
-  }
-  void barrier_arrive() const { ++host_gpu::self().cluster_syncs; }
-  void barrier_wait() const {
-    const unsigned mine = host_gpu::self().cluster_syncs;
-    host_gpu::wait_until("the cluster", [mine] {
-      const auto arrived = [mine](const host_gpu::Thread& t) { return t.cluster_syncs >= mine; };
-      const auto& blocks = host_gpu::cluster->blocks;
-      return std::all_of(blocks.begin(), blocks.end(),
-                         [&](const host_gpu::Block& b) { return std::all_of(b.threads.begin(), b.threads.end(), arrived); });
-    });
-  }
-  template <typename T>
-  T* map_shared_rank(T* mine, unsigned rank) const {
-    T* const theirs = host_gpu::in_block(mine, rank);
-    char* const begin = reinterpret_cast<char*>(theirs);
-    host_gpu::cluster->lent.push_back({&host_gpu::cluster->blocks[rank], {begin, begin + sizeof(T)}});
-    return theirs;
-  }
-};
-inline cluster_group this_cluster() { return {}; }
-
-}  // namespace cooperative_groups

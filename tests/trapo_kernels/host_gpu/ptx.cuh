@@ -22,6 +22,7 @@ inline void start_copy(void* to, const void* from, int valid) {
   std::memset(to, 0xFF, 16);
   gpu::self().copies.back().push_back(copy);
 }
+inline void start_copy(void* to, const void* from) { start_copy(to, from, 16); }
 inline void commit_copies() { gpu::self().copies.emplace_back(); }
 
 template <size_t kPending>
