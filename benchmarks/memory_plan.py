@@ -1,6 +1,6 @@
 """Predicted and measured peak memory of training steps: `trapo-train plan-memory` against real runs, each in a process of its own.
 
-    python -m benchmarks.memory_plan --device cpu             # writes results/cpu/memory.md
+    python -m benchmarks.memory_plan --device cpu             # writes results/<cpu>/memory.md
     python -m benchmarks.memory_plan --device cuda            # a 0.5B model at 32k tokens, eager head and fused head
 
 On a CPU every allocation of a tensor is counted (torch's profiler, which sees those inside operations too), with the resident set

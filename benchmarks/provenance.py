@@ -29,10 +29,14 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entrop
 
 
 def folder(device: str) -> str:
-    """The name of this device's folder under results/: "cpu", or the GPU's name in lower case with dashes."""
-    if device == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    """The name of this device's folder under results/: the GPU's name in lower case with dashes, or "cpu-" and the processor's."""
+    if device == "cuda":
+        return _dashed(torch.cuda.get_device_name())
+    return "cpu-" + _dashed(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", _cpu_name()))
+
+
+def _dashed(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @functools.cache
@@ -61,9 +65,13 @@ def command() -> str:
 def _device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {os.cpu_count()} cores"
+
+
+def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return f"{names[0].strip() if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def smi(field: str) -> str | None:

@@ -1,7 +1,7 @@
 """From a results file to tables and plots that a person can read.
 
 python -m benchmarks.report RESULTS.jsonl                   # report.md and plots beside it
-python -m benchmarks.report RESULTS.jsonl --readme README.md    # rewrite the table between <!-- bench:cpu --> markers
+python -m benchmarks.report RESULTS.jsonl --readme README.md    # rewrite the table between its <!-- bench:FOLDER --> markers
 python -m benchmarks.report OLD.jsonl --compare NEW.jsonl   # regressions between two result sets
 """
 

@@ -1,6 +1,6 @@
 """Kill and resume: a run that SIGKILL hits at random moments, many times, must end with the bits of a run that nothing hit.
 
-    python -m benchmarks.soak --kills 20            # writes results/cpu/soak.md
+    python -m benchmarks.soak --kills 20            # writes results/<cpu>/soak.md
     python -m benchmarks.soak --kills 20 --ranks 2  # one rank dies, the others must end by themselves
 
 A process is killed while it starts or resumes, while it trains, evaluates or saves. It starts again with checkpoint.resume=true
@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.provenance import ROOT, environment
+from benchmarks.provenance import ROOT, environment, folder
 
 STEPS = 24
 CONFIG = {
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(soak(Path(directory), args.kills, ranks, args.seed))
     text = report(results)
     print(text)
-    path = ROOT / "benchmarks" / "results" / "cpu" / "soak.md"
+    path = ROOT / "benchmarks" / "results" / folder("cpu") / "soak.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return 0

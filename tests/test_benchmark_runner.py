@@ -23,6 +23,10 @@ LEFT_OUT = ("torch.compile", "ours (triton)", "ours, two-phase (triton)", "ours 
 SMALL = Case("test", "trapo", 48, 32, 264, "float32")
 
 
+def _results(out):
+    return out / provenance.folder("cpu") / "results.jsonl"
+
+
 def run(out, *questions, seconds=300.0):
     """The runner's worker on the CPU with tiny shapes; what is slow to compile, to interpret or to run twice is left out."""
     common = ["--small", "--device", "cpu", "--rounds", "2", "--out", str(out), "--worker-seconds", str(seconds)]
@@ -39,7 +43,7 @@ def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     names = [name for name in questions.NAMES if name not in SLOW]
     assert run(out, *names) == 0
-    return out / "cpu" / "results.jsonl"
+    return _results(out)
 
 
 def test_every_question_answers_and_every_contender_is_checked_or_excused(small_run):
@@ -96,7 +100,7 @@ def test_the_readme_table_and_its_markers(small_run):
 def test_a_spent_budget_ends_with_what_there_is(tmp_path, capsys):
     assert run(tmp_path, "trapo", seconds=0) == 0
     assert "1 cases are left" in capsys.readouterr().err
-    assert not (tmp_path / "cpu" / "results.jsonl").exists()
+    assert not _results(tmp_path).exists()
 
 
 def test_the_budget_interrupts_a_case_and_keeps_the_finished_ones(tmp_path, monkeypatch, capsys):
@@ -115,7 +119,7 @@ def test_the_budget_interrupts_a_case_and_keeps_the_finished_ones(tmp_path, monk
     monkeypatch.setattr(Bench, "_time", endless)
     assert run(tmp_path, "accuracy", seconds=4) == 0
     assert "min is spent" in capsys.readouterr().err
-    rows = store.read(tmp_path / "cpu" / "results.jsonl")
+    rows = store.read(_results(tmp_path))
     assert rows and all(row["case"]["peaked"] for row in rows)
     assert not (tmp_path / "cpu.running.json").exists(), "nobody crashed"
 
@@ -126,7 +130,7 @@ def test_figures_of_an_interrupted_case_are_kept_and_measured_again(tmp_path, mo
 
     monkeypatch.setattr(Bench, "_memory", spent)
     assert run(tmp_path, "trapo") == 0
-    path = tmp_path / "cpu" / "results.jsonl"
+    path = _results(tmp_path)
     assert all(row["partial"] and row["ratio"] > 0 for row in store.read(path)) and store.read(path)
     assert "before this case was whole" in (path.parent / "report.md").read_text()
     case = questions.load("trapo").cases("cpu", small=True)[0]
@@ -162,7 +166,7 @@ def supervise(tmp_path, prepare, seconds):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + WORKER.replace("PREPARE", prepare)
     worker = [sys.executable, "-c", code, str(tmp_path)]
     assert runner.supervise(worker, Journal(tmp_path / "cpu.running.json"), seconds) == 0
-    return {(row["case"]["question"], row["contender"]): row for row in store.read(tmp_path / "cpu" / "results.jsonl")}
+    return {(row["case"]["question"], row["contender"]): row for row in store.read(_results(tmp_path))}
 
 
 @pytest.mark.slow
@@ -313,7 +317,7 @@ def test_a_half_written_line_is_dropped(tmp_path):
 @pytest.mark.slow
 def test_the_slow_questions_and_torch_compile(tmp_path):
     assert run(tmp_path, "compile", "step") == 0
-    rows = store.read(tmp_path / "cpu" / "results.jsonl")
+    rows = store.read(_results(tmp_path))
     first = next(row for row in rows if row["case"]["question"] == "compile" and row["contender"] == "ours (torch)")
     assert first["status"] == "ok" and first["first_call_ms"] > 0
     shares = [row["head_share"] for row in rows if row["case"]["question"] == "step" and row["contender"].startswith("ours")]

@@ -37,7 +37,7 @@ def head_memory(
         "grad_weight" (float32; rounded to the dtype of a narrower weight only when the chunk is gone) and "weight" (a copy in the
         dtype of the GEMMs, where the weight is in another).
 
-    Determinism: a pure function of its arguments, as the chunk is.
+    Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor's make, which decides the chunk.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
     """
     narrow = dtype.itemsize < 4

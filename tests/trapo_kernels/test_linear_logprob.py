@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.trapo_kernels import cases
 from trapo_kernels import linear_logprob
-from trapo_kernels.backends.gemm import chunk_rows
+from trapo_kernels.backends import gemm
 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["flat", "peaked"])
@@ -128,12 +128,28 @@ def test_non_contiguous_inputs(backend):
         torch.testing.assert_close(grad, reference)
 
 
-def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_of_the_weight():
+@pytest.mark.parametrize("processor", (gemm._INTEL, gemm._OTHER))
+def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_of_the_weight(processor, monkeypatch):
+    monkeypatch.setattr(gemm, "_cpu_gemms", lambda: processor)
     for num_rows, hidden_size in ((512, 896), (512, 256), (1024, 2048), (700, 64), (5000, 4096), (128, 896), (100, 8192)):
-        rows = chunk_rows(num_rows, hidden_size, 151936, "cpu")
+        rows = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu")
         eighth = max(5 * num_rows - hidden_size, hidden_size) / 8
-        assert min(num_rows, 112) <= rows <= min(256, max(eighth, 128)), (num_rows, hidden_size)
-    assert chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
+        assert min(num_rows, 112) <= rows <= min(processor.most_rows, max(eighth, 128)), (num_rows, hidden_size)
+    assert gemm.chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="the GEMMs of a GPU are the same everywhere")
+@pytest.mark.parametrize("processor", (gemm._INTEL, gemm._OTHER, gemm._CpuGemms(most_rows=16, block=16, transposed=False)))
+def test_the_gemms_of_every_processor_agree(processor, monkeypatch):
+    monkeypatch.setattr(gemm, "_cpu_gemms", lambda: processor)
+    monkeypatch.setattr(gemm, "_LEAST_LOGITS_CPU", 1)
+    hidden, weight, _ = cases.head(40, 24, 50, torch.float64)
+    target = torch.randint(50, (40,))
+    found, expected = (linear_logprob(hidden, weight, target, backend=backend) for backend in ("torch", "reference"))
+    torch.testing.assert_close(found.logprob, expected.logprob)
+    ours = cases.gradients(found.logprob.sum(), (hidden, weight))
+    for grad, reference in zip(ours, cases.gradients(expected.logprob.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(grad, reference)
 
 
 def test_many_chunks_equal_one(monkeypatch):

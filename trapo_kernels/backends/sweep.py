@@ -261,16 +261,20 @@ def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> Non
 
 
 def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None) -> Gradients:
-    """Room for the gradients; those of weight and lora_b are uninitialised where a first chunk will overwrite them."""
+    """Room for the gradients; those of weight and lora_b are uninitialised on a GPU where a first chunk will overwrite them.
+
+    On a CPU zeros cost less than they save: two threads that clear pages map them faster than a GEMM which runs into them
+    (dWeight of 512 rows, D = 896, V = 151936: 676 ms in fresh memory, 621 with the zeros, 499 in memory that is there).
+    """
     rows_dtype = head.hidden.dtype if shard is None else gemm.statistics_dtype  # the ranks' parts are summed, then rounded
     no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
+    new_factor = torch.zeros_like if no_chunk or head.hidden.device.type == "cpu" else torch.empty_like
 
     def rows(like: Tensor | None, needed: bool) -> Tensor | None:
         return torch.zeros_like(like, dtype=rows_dtype, memory_format=torch.contiguous_format) if needed else None
 
     def factor(like: Tensor | None, needed: bool) -> Tensor | None:
-        new = torch.zeros_like if no_chunk else torch.empty_like
-        return new(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
+        return new_factor(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
 
     return Gradients(
         hidden=rows(head.hidden, needs.hidden),
