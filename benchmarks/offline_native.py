@@ -134,22 +134,25 @@ Per logit with fp32 logits and bf16 gradients, V = 152064. Predictions, not meas
 
 A chunk of 4096 rows at D = 3584 costs three GEMMs of 4.46 TFLOP, 16.9 ms at 790 TFLOP/s: the second reading of the row is 3 % of
 that at most, and nothing where it comes from L2 (50 MB hold 82 fp32 rows of this width; 132 blocks of one row each need 80 MB). So
-the cluster kernel would bring a step from 1.08 to 1.05 × the GEMMs, if it reached the bandwidth. Two of its blocks share a
-multiprocessor (74 KiB each at this V): one waits for its slice, all of it asked for at once, while the other computes.
+the cluster kernel would bring a step from 1.08 to 1.05 × the GEMMs, if it reached the bandwidth. Three of its blocks share a
+multiprocessor (75.5 KiB each at this V): some wait for their slices, all of each asked for at once, while another computes.
 
-Whether it reaches it is open. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp issues about 145
-instructions per 4 logits, 15 to copy, 64 to sum and 66 for the gradient, and 700 to 1 300 besides: at 1.98 GHz and perfect
-issue 4096 rows take 1.03 to 1.33 ms on 132 multiprocessors. So instructions limit it, not its bytes, and whether it beats the
-row read twice is for a GPU to say: time both before believing either.
+Whether it reaches it is open. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp issues about 76
+instructions per 4 logits, 8 to copy, 42 to sum and 26 for the gradient, and about 800 besides: at 1.98 GHz and perfect issue 4096
+rows take 0.55 ms on 132 multiprocessors, and their exponentials 0.30 ms. That is below the 0.78 ms of the bytes, but not so far
+that it must hide behind them: time both kernels before believing either. (A first version took 145 per 4 logits in blocks of 512
+threads, 1.03 to 1.33 ms. What made the difference: sums in powers of 2, so that a logit is one multiply-add and one ex2 away from
+its exponential; a NaN-keeping maximum instead of a comparison and a selection; the target's and the ragged packs out of the loop;
+one maximum for 32 lanes before their sums are added; half the threads, and with them half of what is done once per thread.)
 
 `hopper_scoring_kernel`, D = 3584: a tile of 128 × 256 is 56 steps of 64, 2 · 128 · 256 · 3584 FLOP: 39 µs on one of 132
-multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 1 050 instructions a warp where the tile lies inside V and
-holds no target of the warp's 16 rows (1 620 elsewhere), two warps per scheduler: 2 100 cycles in which no wgmma runs, 1.2 µs,
-1.04 × the GEMM if the operands arrive in time. Each step brings a block 48 KiB: where every block loads them for itself, 2.75
-MB a tile from L2, 9.3 TB/s over all blocks; with the weight tile shared by the two blocks of a cluster
-(`hopper_scoring_kernel<2>`, each loads half for both) 1.84 MB, 6.2 TB/s. How much of that the L2 gives decides: at 5.5 TB/s, a
-cautious guess, a tile takes 44 µs, 1.13 × the GEMM. The account of the chunked path (`python -m benchmarks.account`) expects
-1.10 to 1.15.
+multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 840 instructions a warp where the tile lies inside V and
+holds no target of the warp's 16 rows (1 420 elsewhere), two warps per scheduler; its 128 exponentials a warp, 8 cycles each,
+take longer: 2 050 cycles in which no wgmma runs, 1.1 µs, 1.03 × the GEMM if the operands arrive in time. Each step brings a
+block 48 KiB: where every block loads them for itself, 2.75 MB a tile from L2, 9.3 TB/s over all blocks; with the weight tile
+shared by the two blocks of a cluster (`hopper_scoring_kernel<2>`, each loads half for both) 1.84 MB, 6.2 TB/s. How much of
+that the L2 gives decides: at 5.5 TB/s, a cautious guess, a tile takes 44 µs, 1.13 × the GEMM. The account of the chunked path
+(`python -m benchmarks.account`) expects 1.10 to 1.15.
 
 The vocabulary is split so that the clusters finish together, to a tile where it has tiles enough: at 132 multiprocessors and N
 = 4096 (16 pairs of row tiles) 33 splits make 528 items of 18 tiles, 8 rounds of 66 clusters; a fixed number of 11 splits would

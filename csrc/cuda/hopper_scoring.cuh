@@ -35,14 +35,16 @@ struct ScoringArguments {
   const float* row_temperature;
   float temperature;
   RunningSoftmax* partial;  // [splits, rows]
-  float* target_logit;      // [rows] z of the target, NaN where there is none
+  float* target_logit;      // [rows] the target's, NaN where there is none
   Schedule schedule;
+
+  __device__ float scale(int64_t row) const { return Transform(0.0f, row_temperature ? row_temperature[row] : temperature).scale; }
 };
 
 // One of the two rows whose logits a thread holds.
 struct ThreadRow {
   int64_t row, target;
-  float inverse_temperature;
+  float scale;  // bits per logit
   RunningSoftmax sums;
 };
 
@@ -52,25 +54,24 @@ struct ThreadRow {
 template <bool kWhole>
 __device__ __forceinline__ void add_tile(ThreadRow (&rows)[2], float (&logits)[kAccumulators], const int (&target)[2], int columns,
                                          float* target_logit) {
-  float most[2] = {rows[0].sums.max, rows[1].sums.max};
+  float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) {
     const int upper = i / 2 % 2, column = accumulator_column(0, i);
-    float z = logits[i] * rows[upper].inverse_temperature;
-    if (!kWhole && column >= columns) z = -INFINITY;
+    if (!kWhole && column >= columns) logits[i] = -INFINITY;
     if (!kWhole && column == target[upper]) {
-      target_logit[rows[upper].row] = z;
-      z = -INFINITY;
+      target_logit[rows[upper].row] = logits[i];
+      logits[i] = -INFINITY;
     }
-    most[upper] = fmaxf(most[upper], z);  // passes over NaN, which the sums keep
-    logits[i] = z;
+    most[upper] = fmaxf(most[upper], logits[i]);  // passes over NaN, which the sums keep
   }
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
-    if (most[upper] > rows[upper].sums.max) raise_max(rows[upper].sums, most[upper]);
+    const float bits = most[upper] * rows[upper].scale;
+    if (bits > rows[upper].sums.max) raise_max(rows[upper].sums, bits);
   }
 #pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) add_logit(rows[i / 2 % 2].sums, logits[i]);
+  for (int i = 0; i < kAccumulators; ++i) add_logit(rows[i / 2 % 2].sums, logits[i], rows[i / 2 % 2].scale);
 }
 
 // The same, for a tile that starts at this column.
@@ -147,8 +148,7 @@ __device__ __forceinline__ void sum_tiles(const Stages& stages, const ScoringArg
     const auto thread_row = [&](int i) {
       const int64_t row = first_row + accumulator_row(thread, i);
       const bool inside = row < a.rows;
-      const float temperature = inside && a.row_temperature ? a.row_temperature[row] : a.temperature;
-      return ThreadRow{row, inside ? a.target[row] : -1, quotient(1.0f, temperature), empty_softmax()};
+      return ThreadRow{row, inside ? a.target[row] : -1, inside ? a.scale(row) : 0.0f, empty_softmax()};
     };
     ThreadRow rows[2] = {thread_row(0), thread_row(2)};
     for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) {
@@ -224,7 +224,7 @@ __global__ void combine_splits_kernel(const __grid_constant__ ScoringArguments a
   s = combine_lanes<32>(s);
   if (lane != 0) return;
   const bool ignored = a.target[row] == -100, known = a.target[row] >= 0 && a.target[row] < a.vocab_size;
-  const RowStatistics statistics = ignored ? RowStatistics{} : finish(s, known ? a.target_logit[row] : NAN);
+  const RowStatistics statistics = ignored ? RowStatistics{} : finish(s, known ? a.target_logit[row] : NAN, a.scale(row));
   logprob[row] = statistics.logprob;
   entropy[row] = statistics.entropy;
   row_max[row] = statistics.row_max;

@@ -3,10 +3,11 @@
 //   one block     row in HBM ─▶ sums ─▶ c, e ─▶ row in HBM (L2 where it still lies there) ─▶ gradient
 //   a cluster     row in HBM ─▶ slices in the shared memory of K blocks ─▶ sums ─▶ exchanged between the blocks ─▶ gradient
 //
-// Reads / writes per fp32 logit with bf16 gradients: one block 4 + 4 + 2 bytes, a cluster 4 + 2. Order: a thread's columns ascend,
-// then lanes, warps and blocks combine in a fixed order: bitwise repeatable. Addresses are 64-bit.
-// A block of a cluster asks for its whole slice at once, and two blocks of different rows share a multiprocessor where they fit: one
-// computes while the other waits for memory.
+// Reads / writes per fp32 logit with bf16 gradients: one block 4 + 4 + 2 bytes, a cluster 4 + 2. Order: a thread's columns ascend, those
+// beside the target and at a ragged end come last, then lanes, warps and blocks combine in a fixed order: bitwise repeatable.
+// Addresses are 64-bit.
+// A block of a cluster asks for its whole slice at once, and at least two blocks of different rows share a multiprocessor where they
+// fit: one computes while the other waits for memory.
 // Edges: a row that is ignored is written as zeros and never read; rows whose start is not 16-byte aligned load one by one.
 
 #pragma once
@@ -15,6 +16,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "ptx.cuh"
 #include "warp.cuh"
 
@@ -22,7 +25,7 @@ namespace trapo {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLargestCluster = 8;  // the largest that every GPU with clusters can place
 constexpr int64_t kIgnoredTarget = -100;
@@ -69,34 +72,31 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// z of up to kWidth raw logits, those of columns i, i + 1, … of the ones at `logits`; -inf beyond `end`. `bias` null means none. Neither
-// bias nor softcap: kPlain says so at compile time, otherwise each costs a branch per kWidth logits.
-template <typename T, int kWidth, bool kPlain = false>
-__device__ __forceinline__ void load_z(const T* logits, const float* bias, const Transform& t, int i, int end, float (&z)[kWidth]) {
-  if (i + kWidth <= end) {
+// y of up to kWidth raw logits, those of columns i, i + 1, … of the ones at `logits`; -inf beyond `end`, where kWhole does not say that all
+// lie before it. `bias` null means none. Neither bias nor softcap: kPlain says so, otherwise each costs a branch.
+template <typename T, int kWidth, bool kPlain, bool kWhole>
+__device__ __forceinline__ void load_y(const T* logits, const float* bias, const Transform& t, int i, int end, float (&y)[kWidth]) {
+  if (kWhole || i + kWidth <= end) {
     const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(logits + i);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = to_float(pack.lane[k]);
+    for (int k = 0; k < kWidth; ++k) y[k] = to_float(pack.lane[k]);
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? to_float(logits[i + k]) : -INFINITY;
+    for (int k = 0; k < kWidth; ++k) y[k] = i + k < end ? to_float(logits[i + k]) : -INFINITY;
   }
   if (!kPlain && bias) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] += i + k < end ? bias[i + k] : 0.0f;
+    for (int k = 0; k < kWidth; ++k) y[k] += kWhole || i + k < end ? bias[i + k] : 0.0f;
   }
-  if (kPlain || t.softcap == 0.0f) {
+  if (!kPlain && t.softcap != 0.0f) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] *= t.inverse_temperature;
-  } else {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) z[k] = i + k < end ? t.z(z[k]) : -INFINITY;
+    for (int k = 0; k < kWidth; ++k) y[k] = kWhole || i + k < end ? t.capped(y[k]) : -INFINITY;
   }
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kWhole = false>
 __device__ __forceinline__ void store_gradient(T* row, int i, int end, const float (&g)[kWidth]) {
-  if (i + kWidth <= end) {
+  if (kWhole || i + kWidth <= end) {
     Pack<T, kWidth> pack;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) pack.lane[k] = from_float<T>(g[k]);
@@ -115,25 +115,61 @@ __device__ void write_zeros(T* row, int columns) {
   for (int i = threadIdx.x * kWidth; i < columns; i += kThreads * kWidth) store_gradient<T, kWidth>(row, i, columns, zeros);
 }
 
-// x[place] = value, where there is such a place: the target's, in one of the packs of a row.
+// Whether the pack of column i belongs to this thread.
 template <int kWidth>
-__device__ __forceinline__ void put_at(float (&x)[kWidth], int place, float value) {
-  if (static_cast<unsigned>(place) >= kWidth) return;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) x[k] = k == place ? value : x[k];
+__device__ __forceinline__ bool owns(int i) {
+  return i / kWidth % kThreads == static_cast<int>(threadIdx.x);
 }
 
-// Adds kWidth logits to the sums; the one at `target_place`, if that is one of them, stays out: z loses it.
+// Adds kWidth logits to the sums.
 template <int kWidth>
-__device__ __forceinline__ void add_logits(RunningSoftmax& s, float (&z)[kWidth], int target_place) {
-  put_at(z, target_place, -INFINITY);
-  float most = s.max;
+__device__ __forceinline__ void add_logits(RunningSoftmax& s, const float (&y)[kWidth], float scale) {
+  float most = y[0];
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) most = fmaxf(most, z[k]);  // passes over NaN, which the sums keep
-  if (most > s.max) raise_max(s, most);
+  for (int k = 1; k < kWidth; ++k) most = fmaxf(most, y[k]);  // passes over NaN, which the sums keep
+  if (most * scale > s.max) raise_max(s, most * scale);
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) add_logit(s, z[k]);
+  for (int k = 0; k < kWidth; ++k) add_logit(s, y[k], scale);
 }
+
+// A thread's columns of a row and their sums without the target. Two packs need care, that of the target and one cut off at the end; they
+// wait until the others are summed, so that those pay nothing for them.
+template <typename T, int kWidth, bool kPlain>
+struct RowSums {
+  const T* logits;
+  const float* bias;
+  const Transform& t;
+  int columns, target;  // the latter outside 0 … columns - 1 where it lies elsewhere
+  RunningSoftmax sums = empty_softmax();
+
+  __device__ int whole() const { return columns / kWidth * kWidth; }
+
+  // Those from `from`, which must be this thread's first or a tile's width further, up to `to`.
+  __device__ __forceinline__ void add(int from, int to) {
+    const int end = min(to, whole()), of_target = target < 0 ? -1 : target / kWidth * kWidth;
+    for (int i = from; i < end; i += kThreads * kWidth) {
+      if (i == of_target) continue;
+      float y[kWidth];
+      load_y<T, kWidth, kPlain, true>(logits, bias, t, i, columns, y);
+      add_logits<kWidth>(sums, y, t.scale);
+    }
+  }
+
+  __device__ __forceinline__ void add_special() {
+    const bool here = target >= 0 && target < columns;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      const int i = turn == 0 ? target / kWidth * kWidth : whole();
+      const bool there = turn == 0 ? here : i < columns && !(here && target >= i);
+      if (!there || !owns<kWidth>(i)) continue;
+      float y[kWidth];
+      load_y<T, kWidth, kPlain, false>(logits, bias, t, i, columns, y);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) y[k] = i + k == target ? -INFINITY : y[k];
+      add_logits<kWidth>(sums, y, t.scale);
+    }
+  }
+};
 
 // The sums of all threads, in every thread.
 __device__ __forceinline__ RunningSoftmax block_combine(RunningSoftmax s, RunningSoftmax* per_warp) {
@@ -171,34 +207,44 @@ __device__ __forceinline__ int target_column(const RowArguments& a, int64_t row)
   return target >= 0 && target < a.vocab_size ? static_cast<int>(target) : -1;
 }
 
+// y of the target, NaN where the row has none.
 template <typename T>
 __device__ __forceinline__ float target_logit(const RowArguments& a, const T* row, const Transform& t, int target) {
-  return target < 0 ? NAN : t.z(to_float(row[target]) + (a.bias ? a.bias[target] : 0.0f));
+  return target < 0 ? NAN : t.capped(to_float(row[target]) + (a.bias ? a.bias[target] : 0.0f));
 }
 
-// The gradient of kWidth columns, from their z; `target_place` as in add_logits.
-template <int kWidth, bool kPlain = false>
-__device__ __forceinline__ void gradient_of(const RowGradient& row, const Transform& t, float z_target, const float (&z)[kWidth],
-                                            int target_place, float (&g)[kWidth]) {
+// The gradient of kWidth columns other than the target's, from their y.
+template <int kWidth, bool kPlain>
+__device__ __forceinline__ void gradient_of(const RowGradient& row, const Transform& t, const float (&y)[kWidth], float (&g)[kWidth]) {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) g[k] = row.elsewhere(z[k]) * (kPlain ? t.inverse_temperature : t.slope(z[k]));
-  put_at(g, target_place, row.at_target * t.slope(z_target));
+  for (int k = 0; k < kWidth; ++k) g[k] = row.elsewhere(y[k]) * (kPlain ? 1.0f : t.slope(y[k]));
+}
+
+// Writes the target's gradient over what its thread has written there: the one that has the pack of column `target`, counted as the
+// columns of `grad`.
+template <typename G, int kWidth>
+__device__ __forceinline__ void put_target(G* grad, int target, int columns, const RowStatistics& s, const Transform& t, float y_target,
+                                           float c, float e) {
+  if (target < 0 || target >= columns || !owns<kWidth>(target)) return;
+  grad[target] = from_float<G>(gradient_at_target(s, t, c, e) * t.slope(y_target));
 }
 
 // One block per row; the gradient may lie over the row itself in a narrower dtype: a tile's bytes have been read by tiles up to
 // itself, and the barrier keeps a fast warp from overwriting what a slow one has still to load, the target's logit included.
 template <typename T, typename G, int kWidth>
-__device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, const Transform& t, const RowGradient& row, float z_target,
-                               int target) {
+__device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, const Transform& t, const RowStatistics& s, float c,
+                               float e, float y_target, int target) {
   const int columns = static_cast<int>(a.vocab_size);
+  const RowGradient row(s, t, c, e);
   for (int tile = 0; tile < columns; tile += kThreads * kWidth) {
     const int i = tile + threadIdx.x * kWidth;
-    float z[kWidth], g[kWidth];
-    load_z<T, kWidth>(logits, a.bias, t, i, columns, z);
-    gradient_of<kWidth>(row, t, z_target, z, target - i, g);
+    float y[kWidth], g[kWidth];
+    load_y<T, kWidth, false, false>(logits, a.bias, t, i, columns, y);
+    gradient_of<kWidth, false>(row, t, y, g);
     __syncthreads();
     store_gradient<G, kWidth>(grad, i, columns, g);
   }
+  put_target<G, kWidth>(grad, target, columns, s, t, y_target, c, e);
 }
 
 template <typename T, typename G, int kWidth>
@@ -214,20 +260,17 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   }
   const Transform t = a.transform(row);
   const int target = target_column(a, row);
-  const float z_target = target_logit(a, logits, t, target);
-  RunningSoftmax s = empty_softmax();
+  const float y_target = target_logit(a, logits, t, target);
   const int columns = static_cast<int>(a.vocab_size);
-  for (int i = threadIdx.x * kWidth; i < columns; i += kThreads * kWidth) {
-    float z[kWidth];
-    load_z<T, kWidth>(logits, a.bias, t, i, columns, z);
-    add_logits<kWidth>(s, z, target - i);
-  }
-  const RowStatistics statistics = finish(block_combine(s, per_warp), z_target);
+  RowSums<T, kWidth, false> row_sums{logits, a.bias, t, columns, target};
+  row_sums.add(threadIdx.x * kWidth, columns);
+  row_sums.add_special();
+  const RowStatistics statistics = finish(block_combine(row_sums.sums, per_warp), y_target, t.scale);
   if (threadIdx.x == 0) put_statistics(a, row, statistics);
   if (!grad) return;
   const RowStreams streams(a, row);
-  const RowGradient gradient(statistics, streams.coefficient_at(a.gates, statistics.logprob), streams.entropy);
-  gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
+  const float c = streams.coefficient_at(a.gates, statistics.logprob);
+  gradient_sweep<T, G, kWidth>(a, logits, grad, t, statistics, c, streams.entropy, y_target, target);
 }
 
 template <typename T, typename G, int kWidth>
@@ -241,10 +284,10 @@ __global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_con
   }
   const Transform t = a.transform(row);
   const int target = target_column(a, row);
-  const float z_target = target_logit(a, logits, t, target);
+  const float y_target = target_logit(a, logits, t, target);
   const RowStatistics statistics = {a.logprob[row], a.entropy[row], a.row_max[row], a.log_sum[row]};
-  const RowGradient gradient(statistics, a.grad_logprob ? a.grad_logprob[row] : 0.0f, a.grad_entropy ? a.grad_entropy[row] : 0.0f);
-  gradient_sweep<T, G, kWidth>(a, logits, grad, t, gradient, z_target, target);
+  const float c = a.grad_logprob ? a.grad_logprob[row] : 0.0f, e = a.grad_entropy ? a.grad_entropy[row] : 0.0f;
+  gradient_sweep<T, G, kWidth>(a, logits, grad, t, statistics, c, e, y_target, target);
 }
 
 // How many of a row's columns each block of a cluster keeps, whole vectors of `width`; the last one has what is left.
@@ -264,51 +307,52 @@ __device__ __forceinline__ void cluster_policy(const RowArguments& a, int64_t ro
   const float* bias = a.bias ? a.bias + begin : nullptr;
   constexpr int kStep = kThreads * kWidth;
   const int first = threadIdx.x * kWidth, half = first + columns / (2 * kStep) * kStep;  // one half is summed while the other comes
+  const int whole = columns / kWidth * kWidth;
   const auto copy_columns = [&](int from, int to) {
+    const int end = min(to, whole);
     int i = from;
-    for (; i < to && i + kWidth <= columns; i += kStep) start_copy(mine + i, logits + begin + i);
-    if (i < to) start_copy(mine + i, logits + begin + i, (columns - i) * static_cast<int>(sizeof(T)));
+    for (; i < end; i += kStep) start_copy(mine + i, logits + begin + i);
+    if (i < min(to, columns)) start_copy(mine + i, logits + begin + i, (columns - i) * static_cast<int>(sizeof(T)));
     commit_copies();
   };
   copy_columns(first, half);
   copy_columns(half, columns);
   const Transform t = a.transform(row);
   const int target = target_column(a, row), target_here = target - static_cast<int>(begin);
-  const float z_target = target_logit(a, logits, t, target);
+  const float y_target = target_logit(a, logits, t, target);
   const RowStreams streams(a, row);  // now, so that nothing waits for them when the sums are there
-  RunningSoftmax s = empty_softmax();
-  const auto add_columns = [&](int from, int to) {
-    for (int i = from; i < to; i += kStep) {
-      float z[kWidth];
-      load_z<T, kWidth, kPlain>(mine, bias, t, i, columns, z);
-      add_logits<kWidth>(s, z, target_here - i);
-    }
-  };
+  RowSums<T, kWidth, kPlain> row_sums{mine, bias, t, columns, target_here};
   wait_copies<1>();
-  add_columns(first, half);
+  row_sums.add(first, half);
   wait_copies<0>();
-  add_columns(half, columns);
-  s = block_combine(s, per_warp);
+  row_sums.add(half, columns);
+  row_sums.add_special();
+  RunningSoftmax s = block_combine(row_sums.sums, per_warp);
   if (threadIdx.x == 0) of_block = s;
   cluster.sync();  // all slices are read and all sums are there
   const unsigned block = threadIdx.x % kLargestCluster;
   s = combine_lanes<kLargestCluster>(block < cluster.num_blocks() ? *cluster.map_shared_rank(&of_block, block) : empty_softmax());
   cluster.barrier_arrive();
-  const RowStatistics statistics = finish(s, z_target);
+  const RowStatistics statistics = finish(s, y_target, t.scale);
   if (threadIdx.x == 0 && cluster.block_rank() == 0) put_statistics(a, row, statistics);
-  const RowGradient gradient(statistics, streams.coefficient_at(a.gates, statistics.logprob), streams.entropy);
-  for (int i = first; i < columns; i += kStep) {
-    float z[kWidth], g[kWidth];
-    load_z<T, kWidth, kPlain>(mine, bias, t, i, columns, z);
-    gradient_of<kWidth, kPlain>(gradient, t, z_target, z, target_here - i, g);
-    store_gradient<G, kWidth>(grad, i, columns, g);
-  }
+  const float c = streams.coefficient_at(a.gates, statistics.logprob), e = streams.entropy;
+  const RowGradient gradient(statistics, t, c, e);
+  const auto write_pack = [&](int i, auto is_whole) {
+    float y[kWidth], g[kWidth];
+    load_y<T, kWidth, kPlain, is_whole>(mine, bias, t, i, columns, y);
+    gradient_of<kWidth, kPlain>(gradient, t, y, g);
+    store_gradient<G, kWidth, is_whole>(grad, i, columns, g);
+  };
+  int i = first;
+  for (; i < whole; i += kStep) write_pack(i, std::true_type());
+  if (i < columns) write_pack(i, std::false_type());
+  put_target<G, kWidth>(grad, target_here, columns, statistics, t, y_target, c, e);
   cluster.barrier_wait();  // no block leaves while another reads its sums
 }
 
 // `slice` columns for each block of a cluster.
 template <typename T, typename G, int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
+__global__ void __launch_bounds__(kThreads, 3) cluster_policy_kernel(const __grid_constant__ RowArguments a, int64_t slice) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char memory[];
   const cg::cluster_group cluster = cg::this_cluster();

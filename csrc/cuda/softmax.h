@@ -1,5 +1,10 @@
 // The running sums of a softmax and how two of them combine: arithmetic shared by the row kernels and the scoring kernel, and
 // compiled for the host as well, where the tests run it.
+//
+//   x  raw logit     y  after bias and softcap     bits = y / temperature · log2(e), so that p = 2^(bits - ...)
+//
+// Sums count in bits: from y to an exponential it is one fused multiply-add, rounded relative to the distance from the maximum, and
+// one ex2. Statistics and gradients are in nats.
 
 #pragma once
 
@@ -11,38 +16,48 @@ namespace trapo {
 
 constexpr float kFloor = -1e30f;  // stands for -inf after the row maximum is subtracted: exp is 0, and 0 · kFloor is 0, not NaN
 
-// Over some columns of a row, the target's left out: the largest z, Σ exp(z - max) and Σ exp(z - max) (z - max).
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+
+// Over some columns of a row, the target's left out: the largest bits, Σ 2^(bits - max) and Σ 2^(bits - max) (bits - max).
 struct RunningSoftmax {
   float max, others, moment;
 };
 
 #if defined(__CUDA_ARCH__)
 TRAPO_HD float quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp, without the slow path for subnormal numbers
-TRAPO_HD float exponential(float x) {  // 2 + 1.2 |x| ulp in two instructions instead of eight; 0 where it would be subnormal
+TRAPO_HD float power_of_2(float x) {  // 2 ulp in one instruction; 0 where it would be subnormal
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+TRAPO_HD float at_least_floor(float x) {  // NaN stays NaN
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(kFloor));
   return y;
 }
 #else
 TRAPO_HD float quotient(float a, float b) { return a / b; }
-TRAPO_HD float exponential(float x) { return expf(x); }
+TRAPO_HD float power_of_2(float x) { return exp2f(x); }
+TRAPO_HD float at_least_floor(float x) { return x < kFloor ? kFloor : x; }
 #endif
 
 TRAPO_HD RunningSoftmax empty_softmax() { return {kFloor, 0.0f, 0.0f}; }
 
 // Bring the sums to a larger maximum.
 TRAPO_HD void raise_max(RunningSoftmax& s, float new_max) {
-  const float shift = s.max - new_max, scale = exponential(shift);
+  const float shift = s.max - new_max, scale = power_of_2(shift);
   s.moment = s.others == 0.0f ? 0.0f : scale * (s.moment + shift * s.others);
   s.others *= scale;
   s.max = new_max;
 }
 
-TRAPO_HD void add_logit(RunningSoftmax& s, float z) {
-  const float centred = z - s.max < kFloor ? kFloor : z - s.max;  // NaN stays NaN
-  const float e = exponential(centred);
+// bits - max of a logit y, where bits = y · scale.
+TRAPO_HD float centred(float y, float scale, float max) { return at_least_floor(fmaf(y, scale, -max)); }
+
+TRAPO_HD void add_logit(RunningSoftmax& s, float y, float scale) {
+  const float below = centred(y, scale, s.max), e = power_of_2(below);
   s.others += e;
-  s.moment += e * centred;
+  s.moment = fmaf(e, below, s.moment);
 }
 
 TRAPO_HD RunningSoftmax combine(RunningSoftmax a, RunningSoftmax b) {
@@ -53,59 +68,67 @@ TRAPO_HD RunningSoftmax combine(RunningSoftmax a, RunningSoftmax b) {
 }
 
 struct RowStatistics {
-  float logprob, entropy, row_max, log_sum;
+  float logprob, entropy, row_max, log_sum;  // nats; row_max is the maximum up to a rounding, and log_sum belongs to that number
 };
 
-// The statistics of a row from its sums without the target and the target's z; a NaN target gives NaN.
-TRAPO_HD RowStatistics finish(RunningSoftmax s, float z_target) {
-  if (z_target > s.max) raise_max(s, z_target);
-  const float shifted = z_target - s.max, at_target = expf(shifted), total = s.others + at_target;
-  // p → 1: log1p keeps the digits of `others` that 1 + others has lost.
-  const float log_sum = shifted == 0.0f ? log1pf(s.others) : logf(total);
-  const float moment = s.moment + (at_target == 0.0f ? 0.0f : at_target * shifted);
-  return {shifted - log_sum, log_sum - moment / total, s.max, log_sum};
+// The statistics of a row from its sums without the target and the target's y; a NaN target gives NaN.
+TRAPO_HD RowStatistics finish(RunningSoftmax s, float y_target, float scale) {
+  if (y_target * scale > s.max) raise_max(s, y_target * scale);
+  const float shifted = fmaf(y_target, scale, -s.max), at_target = power_of_2(shifted), total = s.others + at_target;
+  const float bits = log2f(total), row_max = s.max * kLn2;
+  // p → 1: log1p keeps the digits of `others` that 1 + others has lost. The entropy is that of the others, then the target's.
+  const float logprob = shifted < -1.0f ? kLn2 * (shifted - bits) : -log1pf(s.others / at_target);
+  const float of_target = at_target == 0.0f ? 0.0f : at_target * logprob;
+  return {logprob, (kLn2 * (s.others * bits - s.moment) - of_target) / total, row_max, fmaf(kLn2, bits, fmaf(s.max, kLn2, -row_max))};
 }
 
 // tanh from exp; its odd series below 1/4, where 1 - 2/(exp(2x)+1) would lose digits.
 TRAPO_HD float tanh_of(float x) {
   const float size = fabsf(x), square = x * x;
-  const float far = 1.0f - quotient(2.0f, exponential(2.0f * fminf(size, 20.0f)) + 1.0f);
+  const float far = 1.0f - quotient(2.0f, power_of_2(2.0f * kLog2E * fminf(size, 20.0f)) + 1.0f);
   const float series = -1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835)));
   const float near = size * (1.0f + square * series);
   return copysignf(size < 0.25f ? near : x != x ? x : far, x);
 }
 
-// z = softcap · tanh((x + bias) / softcap) / temperature; softcap 0 means none. Divisions are done once per row.
+// From raw logits to bits: y = softcap · tanh(x / softcap), bits = y · scale; softcap 0 means none. Divisions are done once per row.
 struct Transform {
-  float softcap, inverse_softcap, inverse_temperature, z_to_tanh;
+  float softcap, inverse_softcap, inverse_temperature, scale;
 
   TRAPO_HD Transform(float softcap, float temperature)
-      : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : quotient(1.0f, softcap)), inverse_temperature(quotient(1.0f, temperature)),
-        z_to_tanh(temperature * inverse_softcap) {}
-  TRAPO_HD float z(float x) const {
-    return (softcap != 0.0f ? softcap * tanh_of(x * inverse_softcap) : x) * inverse_temperature;
-  }
-  // dz/dx from z itself.
-  TRAPO_HD float slope(float z) const {
-    const float t = z * z_to_tanh;
-    return softcap != 0.0f ? (1.0f - t * t) * inverse_temperature : inverse_temperature;
+      : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : quotient(1.0f, softcap)),
+        inverse_temperature(quotient(1.0f, temperature)), scale(inverse_temperature * kLog2E) {}
+  TRAPO_HD float capped(float x) const { return softcap == 0.0f ? x : softcap * tanh_of(x * inverse_softcap); }
+  // dy/dx from y itself.
+  TRAPO_HD float slope(float y) const {
+    const float t = y * inverse_softcap;
+    return softcap == 0.0f ? 1.0f : 1.0f - t * t;  // y may be -inf without a softcap
   }
 };
 
-// dL/dz of the columns of a row: c (1[v = target] - p) - e p (log p + H).
+// dL/dy of the columns of a row: (c (1[v = target] - p) - e p (log p + H)) / temperature.
 struct RowGradient {
-  float row_max, inverse_total, e, bracket, at_target;
+  float max, scale;       // bits, and bits per y
+  float of_bits, bracket;  // at other columns than the target's: 2^(bits - max) (of_bits (bits - max) + bracket)
 
-  TRAPO_HD RowGradient(const RowStatistics& s, float c, float grad_entropy)
-      : row_max(s.row_max), inverse_total(expf(-s.log_sum)), e(grad_entropy), bracket(c + grad_entropy * (s.entropy - s.log_sum)) {
-    const float p = expf(s.logprob);
-    at_target = -c * expm1f(s.logprob);  // c (1 - p) without cancellation at p → 1
-    if (e != 0.0f && p != 0.0f) at_target -= p * e * (s.logprob + s.entropy);
+  TRAPO_HD RowGradient(const RowStatistics& s, const Transform& t, float c, float e) : max(s.row_max * kLog2E), scale(t.scale) {
+    const float log_total = s.log_sum + kLn2 * fmaf(s.row_max, kLog2E, -max);  // of the sum that belongs to the rounded max
+    const float factor = -expf(-log_total) * t.inverse_temperature;
+    of_bits = factor * e * kLn2;
+    bracket = factor * (c + e * (s.entropy - log_total));
   }
-  TRAPO_HD float elsewhere(float z) const {
-    const float centred = z - row_max < kFloor ? kFloor : z - row_max;
-    return -exponential(centred) * inverse_total * (e * centred + bracket);
+  TRAPO_HD float elsewhere(float y) const {
+    const float below = centred(y, scale, max);
+    return power_of_2(below) * fmaf(of_bits, below, bracket);
   }
 };
+
+// The same at the target's column.
+TRAPO_HD float gradient_at_target(const RowStatistics& s, const Transform& t, float c, float e) {
+  const float p = expf(s.logprob);
+  float g = -c * expm1f(s.logprob);  // c (1 - p) without cancellation at p → 1
+  if (e != 0.0f && p != 0.0f) g -= p * e * (s.logprob + s.entropy);
+  return g * t.inverse_temperature;
+}
 
 }  // namespace trapo

@@ -6,13 +6,18 @@
 
 namespace trapo {
 
-// The sums of every kLanes neighbouring lanes, in each of them: `combine` does not mind which of the two comes first, so all get the
-// same bits.
+// The sums of every kLanes neighbouring lanes, in each of them: all are brought to the largest maximum, then added in pairs. Neither
+// minds which of two comes first, so all lanes get the same bits.
 template <int kLanes>
 __device__ __forceinline__ RunningSoftmax combine_lanes(RunningSoftmax s) {
+  float max = s.max;
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, offset));
+  raise_max(s, max);
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2) {
-    s = combine(s, {__shfl_xor_sync(~0u, s.max, offset), __shfl_xor_sync(~0u, s.others, offset), __shfl_xor_sync(~0u, s.moment, offset)});
+    s.others += __shfl_xor_sync(~0u, s.others, offset);
+    s.moment += __shfl_xor_sync(~0u, s.moment, offset);
   }
   return s;
 }

@@ -42,20 +42,19 @@ void row(const float* logits, int vocab_size, int target, float softcap, float t
   for (int part = 0; part < parts; ++part) {
     RunningSoftmax s = empty_softmax();
     for (int v = part; v < vocab_size; v += parts) {
-      const float z = t.z(logits[v]);
+      const float y = t.capped(logits[v]);
       if (v == target) continue;
-      if (z > s.max) raise_max(s, z);
-      add_logit(s, z);
+      if (y * t.scale > s.max) raise_max(s, y * t.scale);
+      add_logit(s, y, t.scale);
     }
     total = part == 0 ? s : combine(total, s);
   }
-  const float z_target = t.z(logits[target]);
-  const RowStatistics s = finish(total, z_target);
+  const RowStatistics s = finish(total, t.capped(logits[target]), t.scale);
   statistics[0] = s.logprob, statistics[1] = s.entropy, statistics[2] = s.row_max + s.log_sum;
-  const RowGradient g(s, c, e);
+  const RowGradient g(s, t, c, e);
   for (int v = 0; v < vocab_size; ++v) {
-    const float z = t.z(logits[v]);
-    gradient[v] = (v == target ? g.at_target : g.elsewhere(z)) * t.slope(z);
+    const float y = t.capped(logits[v]);
+    gradient[v] = (v == target ? gradient_at_target(s, t, c, e) : g.elsewhere(y)) * t.slope(y);
   }
 }
 }
