@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trapo_train.parallel import World
 
-FORMAT = 4
+FORMAT = 5
 STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
 _UNFINISHED = ".unfinished_"
 

@@ -60,9 +60,10 @@ def apply_choice(choice: str, objective: Objective) -> Objective:
     """
     if choice == "both":
         return objective
-    if choice in objectives.PRESETS:
+    named = isinstance(choice, str)
+    if named and choice in objectives.PRESETS:
         return objectives.PRESETS[choice]()
-    if choice not in CHOICES:
+    if not named or choice not in CHOICES:
         raise ValueError(
             f"objective.chooser must answer one of {', '.join(CHOICES)} or a preset ({', '.join(objectives.PRESETS)}), "
             f"got {choice!r}."

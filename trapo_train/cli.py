@@ -26,7 +26,7 @@ CONFIG_HELP = "YAML file, packaged recipe such as demo_trapo, or (not for run) t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return args.command(args, Console())
     except KeyboardInterrupt:
@@ -57,11 +57,24 @@ def entry() -> NoReturn:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user can correct: our own errors and those of files and missing packages. Anything else is a bug."""
     from trapo_train.checkpoint import CheckpointError
+    from trapo_train.engine import EngineError
     from trapo_train.parallel import RankError
     from trapo_train.rewards import RewardError
     from trapo_train.step import NonFiniteError
 
-    return (ValueError, OSError, ImportError, CheckpointError, RankError, RewardError, NonFiniteError)
+    return (ValueError, OSError, ImportError, CheckpointError, EngineError, RankError, RewardError, NonFiniteError)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand behind options, too, where argparse no longer looks for them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(args, "overrides")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ class RunConfig:
     steps: int
     """Rollout steps, at least 1; optimizer steps as well unless updates says otherwise."""
     prompts_per_step: int
-    """Problems sampled for each optimizer step, at least 1."""
+    """Problems sampled for each rollout step, at least 1."""
     data: DataConfig
     """Training problems."""
     eval_data: DataConfig | dict[str, DataConfig] | None = None
@@ -79,6 +79,17 @@ class RunConfig:
         for name in ("output_dir", "reward"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")
+        if self.updates.mini_batches > self.prompts_per_step:
+            raise ValueError(
+                f"updates.mini_batches must be at most prompts_per_step, {self.prompts_per_step}, got {self.updates.mini_batches}: "
+                "all samples of a problem are in one mini-batch, and others would be empty. Lower it."
+            )
+        dropout = 0.0 if self.model.lora is None else self.model.lora.dropout
+        if dropout > 0 and (self.updates.per_step > 1 or self.updates.correction is not None):
+            raise ValueError(
+                "model.lora.dropout must be 0 with several updates per rollout step or updates.correction, got "
+                f"{dropout:g}: ratios would compare different random masks. Set model.lora.dropout=0."
+            )
         names = list(self.eval_data) if isinstance(self.eval_data, dict) else []
         if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
             raise ValueError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")

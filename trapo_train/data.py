@@ -138,8 +138,7 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
 
     Raises:
         ValueError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
-            without chat template, or a tokenizer without end-of-sequence token.
-        TypeError: for a column of the wrong type.
+            without chat template, a tokenizer without end-of-sequence token, or a column of the wrong type.
         RewardError: if the reward fails on an expert trace.
     """
     reader = RowReader(config, tokenizer)

@@ -28,12 +28,13 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
     """`config` for one step of a tiny model on generated problems, written to `output_dir`."""
     problems = DataConfig(task="pointer_chasing", num_problems=4)
     held_out = replace(problems, split="test")
+    prompts = min(2, config.prompts_per_step)
     named = isinstance(config.eval_data, dict)
     return replace(
         config,
         output_dir=output_dir,
         steps=1,
-        prompts_per_step=min(2, config.prompts_per_step),
+        prompts_per_step=prompts,
         data=problems,
         eval_data=dict.fromkeys(config.eval_data, held_out) if named else held_out if config.eval_data else None,
         reward="pointer_chasing",
@@ -49,6 +50,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
             config.rollout, max_response_tokens=_RESPONSE_TOKENS, paragraph_break="|", max_batch_tokens=4096, engine="transformers"
         ),
         packing=replace(config.packing, max_tokens=4 * _POSITIONS),
+        updates=replace(config.updates, mini_batches=min(prompts, config.updates.mini_batches)),
         evaluation=replace(config.evaluation, num_problems=2, group_by=None, pass_at=None),
         checkpoint=CheckpointConfig(every=1),
         tracking=TrackingConfig(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -98,7 +98,8 @@ class EvalSet:
         repeats: dict[Any, int] = {}
         values: list[Any] = []
         for row, problem in enumerate(problems):
-            key = (problem.prompt_ids, problem.solution)
+            answer = problem.solution if problem.solution is not None else repr(problem.columns)  # then the columns hold it
+            key = (problem.prompt_ids, answer)
             if key not in rows and len(rows) != config.num_problems:
                 rows[key], repeats[key] = row, 0
                 values.append(problem.columns.get(config.group_by))
@@ -286,6 +287,6 @@ def group_problems(problems: Sequence[Problem], group_by: str | None) -> dict[st
 def _group(values: Sequence[Any], group_by: str | None) -> dict[str, list[int]]:
     positions: dict[Any, list[int]] = {}
     for i, value in enumerate(values):
-        positions.setdefault(value, []).append(i)
+        positions.setdefault(value if isinstance(value, Hashable) else str(value), []).append(i)
     ordered = sorted(positions, key=lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value)))
     return {f"{group_by}_{value}": positions[value] for value in ordered}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -39,7 +39,8 @@ class LoraConfig:
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """Freeze the model and put a trainable adapter beside each of the configured layers.
 
-    Raises: ImportError naming the extra; ValueError for a module that the model does not have, or for its output head.
+    Raises: ImportError naming the extra; ValueError for a module that the model does not have, its output head, or one that is not
+        linear.
     """
     try:
         import peft
@@ -66,6 +67,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     peft.inject_adapter_in_model(settings, model)
+    others = {
+        name: type(layer.base_layer).__name__ for name, layer in adapted_layers(model) if type(layer.base_layer) is not nn.Linear
+    }
+    if others:
+        name, kind = next(iter(others.items()))
+        raise ValueError(
+            f"model.lora.target_modules must name linear layers, {name} is of type {kind}, whose adapter could not be merged. "
+            "Leave it out."
+        )
+
+
+def adapted_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The layers that have an adapter, with their names."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
 
 
 def has_lora(model: PreTrainedModel) -> bool:
@@ -94,8 +109,7 @@ def merged_weights(model: PreTrainedModel, names: Iterable[str], whole: Callable
 
     `whole` gives a tensor by its name; it is asked for them one after the other.
     """
-    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "base_layer"))
-    layers = {f"{name}.base_layer.weight": (name, module) for name, module in adapted}
+    layers = {f"{name}.base_layer.weight": (name, module) for name, module in adapted_layers(model)}
     for name in names:
         if ".lora_" in name:
             continue

@@ -196,7 +196,7 @@ def load_model_and_tokenizer(
     Args:
         config: where the model comes from and how it runs.
         task_tokenizer: the tokenizer of a generated task, used by a model from scratch.
-        seed: of the random weights of a model from scratch.
+        seed: of the random weights: those of a model from scratch, and LoRA's adapters.
 
     Raises: ValueError for a model that the packed step would train wrongly, with what to use instead.
     """
@@ -204,8 +204,8 @@ def load_model_and_tokenizer(
     tokenizer = load_tokenizer(config, task_tokenizer)
     implementation = choose_attention(config.attention, device=device, compute_dtype=DTYPES[config.dtype])
     common = {"dtype": torch.float32, "attn_implementation": implementation}
+    torch.manual_seed(seed)  # adapters, too, are the same on every rank
     if config.scratch is not None:
-        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(scratch_config(config.scratch, tokenizer), **common)
     else:
         common["trust_remote_code"] = config.trust_remote_code

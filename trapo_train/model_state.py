@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from trapo_train.checkpoint import CheckpointStore
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
 
@@ -88,6 +89,8 @@ def export_model(
     are added to the weights.
 
     Every rank of `world` must call this; the first one gathers the weights and writes.
+
+    Raises: CheckpointError, on the first rank, when the disk is full or not writable; an older export stays.
     """
     directory = Path(directory)
     sharded = world is not None and world.size > 1
@@ -100,10 +103,15 @@ def export_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()
     disable_progress_bar()
-    model.save_pretrained(unfinished, state_dict=weights)
-    tokenizer.save_pretrained(unfinished)
-    if progress_bar:
-        enable_progress_bar()
+    try:
+        model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"model: could not be written to {directory}: {error}.") from error
+    finally:
+        if progress_bar:
+            enable_progress_bar()
     if directory.exists():
         shutil.rmtree(directory)
     unfinished.rename(directory)

@@ -94,7 +94,7 @@ class ProblemSet(Sequence[Problem]):
 class RowReader:
     """Turns rows of the configured dataset into problems.
 
-    Raises: ValueError and TypeError as `data.load_problems` says, naming the dataset, its split and the row.
+    Raises: ValueError as `data.load_problems` says, naming the dataset, its split and the row.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,7 +141,7 @@ class RowReader:
         if config.expert_column is not None:
             for text in trace_texts(cell(row, config.expert_column, at), at):
                 text = with_think_tags(text, config.think_tags, prompt, at)
-                traces.append(without_start(text, prompt, config.response_start))
+                traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
         columns = {column: row[column] for column in self._further}
         return Problem(index, prompt, prompt_ids, solution, columns=columns), traces
 
@@ -168,9 +168,9 @@ class Digest:
         self._hash = hashlib.sha256()
 
     def update(self, problem: Problem) -> None:
-        """Add a problem."""
-        traces = [expert.token_ids for expert in problem.experts]
-        self._hash.update(repr((problem.index, problem.prompt_ids, problem.solution, traces)).encode())
+        """Add a problem, the columns that its reward reads included."""
+        traces, columns = [expert.token_ids for expert in problem.experts], sorted(problem.columns.items())
+        self._hash.update(repr((problem.index, problem.prompt_ids, problem.solution, traces, columns)).encode())
 
     def hexdigest(self) -> str:
         """The fingerprint so far."""

@@ -87,7 +87,7 @@ def solution_text(value: Any, where: str) -> str | None:
         return str(value)
     if value is None or isinstance(value, str):
         return value
-    raise TypeError(f"{where}: a solution must be text, a whole number or null, got {_shown(value)}. Convert the column.")
+    raise ValueError(f"{where}: a solution must be text, a whole number or null, got {_shown(value)}. Convert the column.")
 
 
 def trace_texts(value: Any, where: str) -> list[str]:
@@ -114,9 +114,10 @@ def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
     return trace
 
 
-def without_start(trace: str, prompt: str, response_start: str) -> str:
-    """The expert trace without what the prompt ends with already: response_start, or an opening tag such as <think>."""
-    tag = re.search(r"<[A-Za-z_|]+>\s*$", prompt)
+def without_start(trace: str, prompt: str, response_start: str, rendered: bool) -> str:
+    """The expert trace without what the prompt ends with already: response_start, <think>, or whatever tag a chat template opened,
+    where the prompt was `rendered` with one."""
+    tag = re.search(r"<[A-Za-z_|]+>\s*$" if rendered else f"{THINK}\\s*$", prompt)
     opening = response_start.strip() or (tag.group().strip() if tag else "")
     if not opening or not trace.lstrip().startswith(opening):
         return trace
@@ -160,7 +161,7 @@ def _messages(value: Any, what: str) -> list[dict[str, str]]:
         for message in value
     )
     if not good or not value:
-        raise TypeError(
+        raise ValueError(
             f"{what} must be text or a non-empty list of messages with text under 'role' and 'content', got {_shown(value)}."
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]

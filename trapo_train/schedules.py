@@ -1,8 +1,8 @@
-"""Scalar schedules: a number as a function of the optimizer step, as data, for any scalar of an objective or a plan.
+"""Scalar schedules: a number as a function of the rollout step, as data, for any scalar of an objective or a plan.
 
     {schedule: cosine, start: 0.9, end: 0.05, steps: 200}  →  Cosine(0.9, 0.05, 200)  →  schedule(step)
 
-The first optimizer step is step 0. Schedules have no state, so a resumed run continues them exactly.
+The first step is step 0. Schedules have no state, so a resumed run continues them exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Schedule:
-    """A number per optimizer step; `bounds` are the smallest and the largest value that it takes."""
+    """A number per rollout step; `bounds` are the smallest and the largest value that it takes."""
 
     def __call__(self, step: int) -> float:
         """The value at `step` ≥ 0."""

@@ -34,7 +34,7 @@ class ObjectiveConfig:
     name: str = "trapo"
     """A preset of trapo_kernels.objectives, such as trapo, sft, dr_grpo, luffy or chord_mu."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the preset, such as alpha in (0, 1] of trapo; a number may be a schedule over the optimizer steps, such as
+    """Arguments of the preset, such as alpha in (0, 1] of trapo; a number may be a schedule over the rollout steps, such as
     {schedule: cosine, start: 0.9, end: 0.05, steps: 200}."""
     chooser: str | None = None
     """Path to your own function, my_choosers:choose, that says before every step which terms it trains; null for all."""
@@ -99,7 +99,7 @@ class NonFiniteError(RuntimeError):
 
 
 def build_objective(config: ObjectiveConfig, step: int = 0) -> Objective:
-    """The configured preset with the options that hold at optimizer step `step` ≥ 0.
+    """The configured preset with the options that hold at rollout step `step` ≥ 0.
 
     Raises: ValueError for an unknown preset, an unknown option, or an option out of range.
     """
@@ -107,7 +107,7 @@ def build_objective(config: ObjectiveConfig, step: int = 0) -> Objective:
 
 
 def scheduled_options(config: ObjectiveConfig, step: int) -> dict[str, float]:
-    """The options that are schedules, with their values at optimizer step `step` ≥ 0."""
+    """The options that are schedules, with their values at rollout step `step` ≥ 0."""
     return {name: schedule(step) for name, schedule in _schedules(config).items()}
 
 

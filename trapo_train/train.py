@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trapo_train.checkpoint import CheckpointStore, StopSignal
+from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import export_model
@@ -31,7 +31,7 @@ class RunSummary:
     """What a run came to."""
 
     steps: int
-    """Optimizer steps taken in total, those before a resume included."""
+    """Rollout steps taken in total, those before a resume included."""
     interrupted: bool
     """True when SIGTERM ended the run before its last step; it can be resumed."""
     output_dir: Path
@@ -84,10 +84,27 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         _loop(trainer, store, reporter, stop)
     interrupted = trainer.step < config.steps
     if not interrupted:
-        export_model(trainer.model, trainer.tokenizer, output_dir / MODEL_DIR, trainer.world)
+        _export(trainer, store)
     summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
+
+
+def _export(trainer: Trainer, store: CheckpointStore) -> None:
+    """Write the trained model; where that fails, a checkpoint of the last step, so that nothing has to be trained again."""
+    directory, error = Path(trainer.config.output_dir) / MODEL_DIR, None
+    try:
+        export_model(trainer.model, trainer.tokenizer, directory, trainer.world)
+    except CheckpointError as raised:
+        error = raised
+    failed = next((found for found in trainer.world.gather(error) if found is not None), None)
+    if failed is None:
+        return
+    saved = store.path(trainer.step) if trainer.step in store.steps() else trainer.save(store)
+    raise CheckpointError(
+        f"{failed} What was trained is in {saved}. Free space or make the directory writable, then resume with "
+        "checkpoint.resume=true, which writes the model."
+    ) from failed
 
 
 def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> None:

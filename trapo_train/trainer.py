@@ -320,6 +320,12 @@ class Trainer:
         problems, dropped = loaded.without_long_experts(longest)
         if dropped:
             self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
+        experts = len(problems.with_experts())
+        if self.deferred.size is not None and experts < self.deferred.size:
+            self.notes.append(
+                f"no step will train on expert traces: it waits for {self.deferred.size} unsolved problems (buffer_size of plan "
+                f"{self.config.plan.name}), and {experts} have a trace"
+            )
         if self.objective.rollout is None:
             kept = problems.with_experts()
             if len(kept) < len(problems):

@@ -79,5 +79,7 @@ def test_bad_paths_are_refused(path, message):
 def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="must answer one of both, expert, rollout or a preset .*got 'sftt'"):
         apply_choice("sftt", objectives.trapo())
+    with pytest.raises(ValueError, match=r"must answer one of .*got \['expert'\]"):
+        apply_choice(["expert"], objectives.trapo())
     with pytest.raises(ValueError, match="chose 'expert', and the objective dr_grpo has no expert term"):
         apply_choice("expert", objectives.dr_grpo())

@@ -77,6 +77,9 @@ def test_plot_and_compare(finished_run, tmp_path, capsys):
     assert (tmp_path / "compare.png").exists()
 
 
+DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -90,6 +93,7 @@ def test_plot_and_compare(finished_run, tmp_path, capsys):
         (["plan-memory", "demo_trapo", "model.name_or_path=runs/nowhere/model"], "which does not exist"),
         (["eval", "CONFIG", "eval_data=null"], "eval_data"),
         (["inspect", "CONFIG", "--problem", "8"], "must be in [0, 7], got 8"),
+        (["run", "CONFIG", "rollout.engine=vllm_server", "rollout.vllm_server=DOWN"], "GET http://127.0.0.1:9/"),
         (["plot", "no_such_run"], "no_such_run"),
         (["eval", "EMPTY"], "config.yaml"),
     ],
@@ -97,11 +101,22 @@ def test_plot_and_compare(finished_run, tmp_path, capsys):
 def test_what_the_user_can_correct_is_one_line_and_exit_code_2(arguments, words, config, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
-    arguments = [argument.replace("CONFIG", str(config)).replace("EMPTY", str(empty)) for argument in arguments]
+    arguments = [
+        argument.replace("CONFIG", str(config)).replace("EMPTY", str(empty)).replace("DOWN", DOWN) for argument in arguments
+    ]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("trapo-train: error: ") and words in error
     assert "Traceback" not in error
+
+
+def test_overrides_may_stand_behind_options(config, capsys):
+    assert cli.main(["plan-memory", config, "--gpus", "1", "packing.max_tokens=3000"]) == 0
+    assert "micro-batches of 3000 tokens" in " ".join(capsys.readouterr().out.split())
+    for wrong in (["plan-memory", config, "--gpu", "1", "word"], ["recipes", "steps=1"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(wrong)
+        assert stop.value.code == 2 and f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
 def test_traceback_on_request(config, capsys):

@@ -99,6 +99,7 @@ def test_to_yaml_and_back(tmp_path, file):
         (["eval_data={a/b: {path: x}}"], "eval_data must name its sets with letters, digits, '_', '.' and '-', got ['a/b']"),
         (["eval_data={a: {path: x}}", "evaluation.samples_per_prompt={b: 2}"], "must name the sets of eval_data, a, got b."),
         (["eval_data={path: x}", "evaluation.samples_per_prompt={b: 2}"], "eval_data, which has no names, got b."),
+        (["updates={mini_batches: 5}"], "updates.mini_batches must be at most prompts_per_step, 4, got 5"),
         (["steps"], "override 'steps': must have the form section.key=value."),
         (["=3"], "override '=3': must have the form"),
         (["plan..name=3"], "must have the form"),

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -135,6 +136,13 @@ def test_groups_are_in_the_order_of_their_values():
     assert groups == {"depth_9": [1], "depth_10": [0, 3], "depth_None": [4], "depth_deep": [2]}
     assert list(groups) == ["depth_9", "depth_10", "depth_None", "depth_deep"]
     assert group_problems(problems, None) == {}
+    assert group_problems([problem(0, ["a"]), problem(1, ["a"])], "depth") == {"depth_['a']": [0, 1]}
+
+
+def test_one_prompt_with_other_answers_in_its_columns_is_another_problem():
+    tests = [replace(problem(0, depth), solution=None) for depth in (1, 2, 1)]
+    assert EvalSet.of(tests, EvalConfig()).rows == (0, 1)
+    assert EvalSet.of([replace(entry, solution="x") for entry in tests], EvalConfig()).rows == (0,)
 
 
 class OneRank:

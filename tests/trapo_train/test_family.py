@@ -71,6 +71,7 @@ def test_a_stopped_run_continues_to_the_same_bits(configure, name):
 
 def test_relift_trains_on_traces_when_enough_problems_wait(configure):
     trainer = Trainer(configure("relift", *RESUMED["relift"]))
+    assert not trainer.notes
     history = [trainer.train_step() for _ in range(5)]
     traces = [metrics["guided_share"] == 1.0 for metrics in history]
     assert any(traces) and not traces[0]
@@ -81,6 +82,13 @@ def test_relift_trains_on_traces_when_enough_problems_wait(configure):
             assert "entropy/rollout" not in metrics
     step = traces.index(True)
     assert history[step]["entropy/expert"] > 0
+
+
+def test_relift_says_so_where_too_few_problems_can_wait(configure):
+    trainer = Trainer(configure("relift", "plan={name: relift, num_samples: 2, buffer_size: 9}", "objective.name=relift"))
+    assert trainer.notes == [
+        "no step will train on expert traces: it waits for 9 unsolved problems (buffer_size of plan relift), and 8 have a trace"
+    ]
 
 
 def test_hpt_trains_on_rollouts_or_on_the_trace_of_each_problem(configure):

@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from tests.trapo_train.test_train import TINY, build_config, train_to_end
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
@@ -63,6 +66,25 @@ def on_a_small_disk(directory: Path, script: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [*isolate, f"{mount} && {script}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def test_a_model_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
+    """Without checkpoints of its own the run saves one then; resuming writes the model."""
+    whole = build_config(tmp_path, "whole", "steps=2", "checkpoint.every=0")
+    train_to_end(whole)
+
+    def full_disk(model, directory, **options):
+        Path(directory).mkdir()
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "save_pretrained", full_disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*What was trained is in .*step_00000002.*checkpoint.resume=true"):
+            train_to_end(build_config(tmp_path, "run", "steps=2", "checkpoint.every=0"))
+    assert not any("model" in path.name for path in (tmp_path / "run").iterdir())
+    train_to_end(build_config(tmp_path, "run", "steps=2", "checkpoint={every: 0, resume: true}"))
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
 from trapo_train.lora import LoraConfig, add_lora, has_lora, without_lora
 from trapo_train.model_state import export_model
+from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
+from trapo_train.train import Trainer
 
 pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
 IDS = torch.tensor([[1, 5, 2, 7]])
@@ -95,6 +97,7 @@ def load_adapters(config):
     [
         ({"target_modules": ["lm_head"]}, "must not name the output head 'lm_head'"),
         ({"target_modules": ["q_proj", "qkv"]}, "must name layers of the model, it has no qkv"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "must name linear layers, model.embed_tokens is of type Embedding"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"target_modules": []}, "target_modules must be all-linear or a list of names"),
@@ -103,6 +106,25 @@ def load_adapters(config):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         add_lora(make_model(), LoraConfig(**settings))
+
+
+def test_the_seed_decides_the_adapters_whatever_was_drawn_before(configure):
+    """Or the replicas of HSDP would train different models."""
+    models = []
+    for seed, before in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(before)
+        models.append(Trainer(configure("run", *RUN, f"seed={seed}")).model.state_dict())
+    adapters = [{name: value for name, value in model.items() if "lora_A" in name} for model in models]
+    assert adapters[0] and all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert not any(torch.equal(adapters[0][name], adapters[2][name]) for name in adapters[0])
+
+
+@pytest.mark.parametrize("updates", ["{epochs: 2}", "{mini_batches: 2}", "{correction: {name: tis}}"])
+def test_dropout_is_refused_where_two_passes_must_agree(configure, updates):
+    overrides = ("model.lora={dropout: 0.1}", f"updates={updates}")
+    with pytest.raises(ConfigError, match=r"model.lora.dropout must be 0 .*got 0\.1: ratios would compare"):
+        configure("run", *overrides)
+    assert configure("run", "model.lora={dropout: 0.1}").model.lora.dropout == 0.1
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):

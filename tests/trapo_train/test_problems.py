@@ -95,6 +95,11 @@ def test_the_fingerprint_is_that_of_the_data(load, change):
     assert load([ROWS[0] | change, *ROWS[1:]]).fingerprint != before
 
 
+def test_the_fingerprint_knows_the_columns_that_the_reward_reads(load):
+    first, other = (load([row | {"level": level} for row in ROWS]).fingerprint for level in (1, 2))
+    assert first != other
+
+
 def test_the_fingerprint_knows_order_and_number(load):
     before = load(ROWS).fingerprint
     assert load(ROWS[::-1]).fingerprint != before and load(ROWS[:2]).fingerprint != before
@@ -132,6 +137,7 @@ def test_required_think_tags(trace, prompt):
 @pytest.mark.parametrize(
     ("trace", "prompt", "start", "expected"),
     [
+        ("<b>a</b>", "Write <b>", "", "<b>a</b>"),
         ("<think>\na", "p<think>\n", "", "a"),
         ("<think>\na", "p<think>", "", "\na"),
         ("\n<think> a", "p<think>\n", "", "a"),
@@ -142,7 +148,11 @@ def test_required_think_tags(trace, prompt):
     ],
 )
 def test_nothing_is_opened_twice(trace, prompt, start, expected):
-    assert without_start(trace, prompt, start) == expected
+    assert without_start(trace, prompt, start, rendered=False) == expected
+
+
+def test_a_tag_that_the_chat_template_opened_is_not_opened_twice():
+    assert without_start("<plan>\na", "user: p\n<plan>\n", "", rendered=True) == "a"
 
 
 def test_failed_gradings_while_loading_are_told_and_not_left_to_the_first_step(load, caplog):
