@@ -180,7 +180,7 @@ def aggregate(
     else:
         sequences = 1 if mode == "length" else totals.sequences
         denominator = float(sequences * (1 if mode == "sequence_sum" else max_tokens))
-    denominator = torch.as_tensor(denominator).expand(role.shape)
+    denominator = torch.as_tensor(denominator, dtype=torch.float64, device=role.device).expand(role.shape)
     weight = torch.where(counted, 1.0 / denominator.clamp(min=1.0), 0.0).float()
     return weight if share is None else weight * share
 

@@ -284,6 +284,12 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
         )
     if device.type == "cpu" and not torch.compiler.is_compiling():
         target(where, torch.where(batch.role != 0, batch.target, -100), num_rows, vocab_size, device)
+        missing = (batch.role != 0) & (batch.target == -100)
+        if missing.any():
+            raise ValueError(
+                f"{where}: a token with a role must have a target in the vocabulary, got -100 at row {int(missing.nonzero()[0])}. "
+                "Set role to Role.IGNORED there, before weights are computed, so that it does not count in their normaliser."
+            )
 
 
 def streams_present(where: str, batch: TokenBatch, objective: Objective) -> None:

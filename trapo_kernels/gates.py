@@ -275,17 +275,19 @@ class Sapo(Gate):
         return (self.tau_positive, self.tau_negative, 0.0)
 
     def _soft(self, d, advantage):
-        tau = torch.where(advantage >= 0, self.tau_positive, self.tau_negative)
-        return torch.sigmoid(tau * torch.expm1(d)), tau
+        positive, negative = torch.full_like(d, self.tau_positive), torch.full_like(d, self.tau_negative)
+        tau = torch.where(advantage >= 0, positive, negative)
+        return torch.sigmoid(
+            tau * torch.expm1(d.clamp(max=20.0))
+        ), tau  # beyond it the value is exactly 4/τ, and only r could overflow
 
     def value(self, d, advantage):
         soft, tau = self._soft(d, advantage)
         return 4.0 * soft / tau
 
     def slope(self, d, advantage):
-        d = d.clamp(max=20.0)  # beyond it s(1-s) is exactly 0, and only r could overflow
         soft, _ = self._soft(d, advantage)
-        return 4.0 * soft * (1.0 - soft) * d.exp()
+        return 4.0 * soft * (1.0 - soft) * d.clamp(max=20.0).exp()
 
 
 GATES = {gate.code: gate for gate in (One, Ratio, Clip, Truncate, Band, Shape, Power, Phi, Sapo)}

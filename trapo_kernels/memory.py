@@ -43,7 +43,7 @@ def head_memory(
     narrow = dtype.itemsize < 4
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     gemm_dtype = torch.float32 if narrow and device_type == "cpu" else dtype
-    rows = min(num_rows, chunk_rows(num_rows, hidden_size, vocab_size, device_type))
+    rows = min(num_rows, chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel))
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits.
     chunks = (1 if in_place else 3) + (vocab_parallel and device_type == "cpu")

@@ -239,15 +239,14 @@ GRAD_ENTROPY = _STREAM_NAMES.index("grad_entropy")
 
 
 def pack(s: Streams) -> list[Tensor]:
-    """The streams as the tensor list of a `torch.library` op; an absent one is an empty tensor."""
+    """The streams as the tensor list of a `torch.library` op; an absent one is an empty matrix, which one of no tokens is not."""
     values = [getattr(s, name) for name in _STREAM_NAMES]  # torch 2.11 cannot compile vars(s).values()
-    return [s.role.new_empty(0) if value is None else value.contiguous() for value in values]
+    return [s.role.new_empty(0, 0) if value is None else value.contiguous() for value in values]
 
 
 def unpack(tensors: list[Tensor]) -> Streams:
     """The way back from `pack`."""
     s = dict(zip(_STREAM_NAMES, tensors, strict=True))
-    present = s["role"].numel() > 0
     for name in ("kl_weight", "ref_logprob"):
-        s[name] = s[name] if present and s[name].numel() else None
+        s[name] = None if s[name].dim() == 2 else s[name]
     return Streams(**s)

@@ -32,6 +32,7 @@ inline const float* check_gpu_optional(const char* op, const char* name, const s
 }
 
 inline void check_cuda(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch, an innocent one, would be told of it
   STD_TORCH_CHECK(error == cudaSuccess, op, ": a CUDA call must succeed, got \"", cudaGetErrorString(error),
                   "\". Run with CUDA_LAUNCH_BLOCKING=1 to see whether an earlier kernel failed.");
 }

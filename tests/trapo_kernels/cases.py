@@ -113,7 +113,7 @@ def _shaped(log_ratio, b, gamma=0.1):
 
 
 def _sapo(logp, b, *_):
-    ratio, tau = (logp - b.old_logprob).exp(), torch.where(b.advantage >= 0, 1.0, 1.05).to(logp.dtype)
+    ratio, tau = (logp - b.old_logprob).exp(), torch.where(b.advantage >= 0, 1.0, 1.05 * torch.ones_like(logp))
     return -b.advantage * 4 * torch.sigmoid(tau * (ratio - 1)) / tau
 
 

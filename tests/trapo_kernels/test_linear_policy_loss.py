@@ -260,3 +260,25 @@ def test_the_first_chunk_reads_nothing_of_an_uninitialised_gradient(backend, mon
             grads.append(cases.gradients(loss, (hidden, weight)))
         for reference, ours in zip(*grads, strict=True):
             torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", "reference"])
+def test_no_tokens_and_a_kl(backend):
+    """An empty micro-batch: its streams are there, with nothing in them."""
+    if backend not in cases.backends(torch.float32) and backend != "reference":
+        pytest.skip("native is not built here")
+    hidden, weight, _ = cases.head(4, 8, 20, torch.float32)
+    full = cases.batch(4, 20, torch.float32, ref_logprob=torch.zeros(4))
+    empty = TokenBatch(**{name: None if value is None else value[:0] for name, value in vars(full).items()})
+    out = linear_policy_loss(hidden[:0], weight, empty, objectives.grpo(beta=0.1), backend=backend)
+    out.loss.backward()
+    assert out.loss == 0 and not weight.grad.any()
+
+
+def test_a_role_without_a_target_is_refused():
+    hidden, weight, _ = cases.head(4, 8, 20, torch.float32)
+    wrong = cases.batch(
+        4, 20, torch.float32, role=torch.tensor([1, 2, 0, 2], dtype=torch.uint8), target=torch.tensor([1, -100, -100, 3])
+    )
+    with pytest.raises(ValueError, match="must have a target in the vocabulary, got -100 at row 1. Set role to Role.IGNORED"):
+        linear_policy_loss(hidden, weight, wrong, objectives.trapo())

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native
+from trapo_kernels.backends.gemm import chunk_rows
 
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 40, 6, 101
 
@@ -118,3 +119,10 @@ def test_one_rank_on_nccl_equals_no_group(tmp_path, backend):
             torch.testing.assert_close(ours, expected, rtol=2e-2 if ours.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
     finally:
         dist.destroy_process_group()
+
+
+def test_every_rank_of_a_sharded_head_has_the_same_chunks():
+    """Whatever its part of the vocabulary: or the ranks would exchange statistics of different rows."""
+    for device in ("cpu", "cuda"):
+        for num_rows in (1, 600, 16427, 19425, 70000):
+            assert len({chunk_rows(num_rows, 16, part, device, sharded=True) for part in (1000, 3000, 37917, 37914)}) == 1

@@ -24,6 +24,9 @@ _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
 # Rows of every GEMM in batch-invariant mode, the last chunk padded: one shape, so one kernel and one order of summation per row.
 _INVARIANT_ROWS = {"cpu": 64}
 _INVARIANT_ROWS_GPU = 1024
+# Most rows per chunk where ranks share the vocabulary.
+_SHARDED_ROWS = {"cpu": 256}
+_SHARDED_ROWS_GPU = 4096
 
 
 class _CpuGemms(NamedTuple):
@@ -51,10 +54,18 @@ def _cpu_gemms() -> _CpuGemms:
     return _INTEL if "GenuineIntel" in (info.read_text() if info.exists() else platform.processor()) else _OTHER
 
 
-def chunk_rows(num_rows: int, hidden_size: int, vocab_size: int, device_type: str, batch_invariant: bool = False) -> int:
-    """Rows per chunk: a pure function of the shapes on a given machine, so that the same batch always gives the same bits."""
+def chunk_rows(
+    num_rows: int, hidden_size: int, vocab_size: int, device_type: str, batch_invariant: bool = False, sharded: bool = False
+) -> int:
+    """Rows per chunk: a pure function of the shapes on a given machine, so that the same batch always gives the same bits.
+
+    With a head `sharded` over the vocabulary neither this rank's part of it nor the processor may matter: all ranks meet once per
+    chunk, and must have the same ones.
+    """
     if batch_invariant:
         return _invariant_rows(device_type)
+    if sharded:
+        return _even_chunk(num_rows, _SHARDED_ROWS.get(device_type, _SHARDED_ROWS_GPU), multiple=128)
     if device_type == "cpu":
         most = min(max((5 * num_rows - hidden_size) // 8, hidden_size // 8, _LEAST_ROWS_CPU), _cpu_gemms().most_rows)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)

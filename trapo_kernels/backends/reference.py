@@ -62,7 +62,7 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
             loss = loss + layer.kl.beta * torch.where(mine, weight * kl, 0.0).sum()
         if layer.entropy_coef:
             entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight
-            loss = loss - layer.entropy_coef * torch.where(active, entropy_weight * entropy, 0.0).sum()
+            loss = loss - layer.entropy_coef * (torch.where(active, entropy_weight, 0.0) * torch.where(active, entropy, 0.0)).sum()
     return loss
 
 

@@ -92,7 +92,7 @@ def _score_rows(
     out: RowStatistics,
 ) -> None:
     """Statistics of the rows `which` (None: all) into `out`, one GEMM."""
-    for index, _, buffer in _chunks(gemm, target.shape[0], which):
+    for index, _, buffer in _chunks(gemm, target.shape[0], which, shard is not None):
         logits = gemm.logits(_operands(gemm, head, index, target[index] != -100), buffer)
         if shard is None:
             stats = rows.statistics(logits, target[index], transform.rows(index), with_entropy)
@@ -124,7 +124,7 @@ def score_backward(
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
         active_rows = _active_rows((target != -100) & torch.stack(wanted).any(0))
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows)):
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
         operands = _operands(gemm, head, index, target[index] != -100)
         grad_logits = rows.logprob_gradient(
             gemm.logits(operands, buffer),
@@ -163,7 +163,7 @@ def policy(
     grad_dtype = gemm.operand_dtype if any(needs) else None
     scored, target = target, torch.where(streams.role != 0, target, -100)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows)):
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
         streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
         operands = _operands(gemm, head, index, streams_chunk.role != 0)
         stats, grad_logits = policy_rows(
@@ -217,7 +217,7 @@ def _active_rows(active: Tensor) -> Tensor | None:
     return active.nonzero().squeeze(1) if active.device.type == "cpu" else None
 
 
-def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tuple[Tensor | slice, int, Tensor]]:
+def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool) -> Iterator[tuple[Tensor | slice, int, Tensor]]:
     """(which rows, how many of them count, buffer for their logits); slices where all rows are active, so that nothing is copied.
 
     In batch-invariant mode a short chunk is filled up by repeating its last row: row operations then run on one shape, too.
@@ -226,7 +226,7 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None) -> Iterator[tu
     if total == 0:
         return
     vocab_size, hidden_size = gemm.weight.shape
-    size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant)
+    size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant, sharded)
     buffer = gemm.buffer(size if gemm.batch_invariant else min(size, total))
     for start in range(0, total, size):
         end = min(start + size, total)
