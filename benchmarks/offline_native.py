@@ -140,7 +140,8 @@ multiprocessor (75.5 KiB each at this V): some wait for their slices, all of eac
 Whether it reaches it is open. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp issues about 76
 instructions per 4 logits, 8 to copy, 42 to sum and 26 for the gradient, and about 800 besides: at 1.98 GHz and perfect issue 4096
 rows take 0.55 ms on 132 multiprocessors, and their exponentials 0.30 ms. That is below the 0.78 ms of the bytes, but not so far
-that it must hide behind them: time both kernels before believing either. (A first version took 145 per 4 logits in blocks of 512
+that it must hide behind them; and what the two barriers of a cluster wait for once per row is not counted. Time both kernels
+before believing either. (A first version took 145 per 4 logits in blocks of 512
 threads, 1.03 to 1.33 ms. What made the difference: sums in powers of 2, so that a logit is one multiply-add and one ex2 away from
 its exponential; a NaN-keeping maximum instead of a comparison and a selection; the target's and the ragged packs out of the loop;
 one maximum for 32 lanes before their sums are added; half the threads, and with them half of what is done once per thread.)
