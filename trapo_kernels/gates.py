@@ -277,9 +277,8 @@ class Sapo(Gate):
     def _soft(self, d, advantage):
         positive, negative = torch.full_like(d, self.tau_positive), torch.full_like(d, self.tau_negative)
         tau = torch.where(advantage >= 0, positive, negative)
-        return torch.sigmoid(
-            tau * torch.expm1(d.clamp(max=20.0))
-        ), tau  # beyond it the value is exactly 4/τ, and only r could overflow
+        d = d.clamp(max=20.0)  # beyond it the sigmoid is exactly 1, and only r could overflow
+        return torch.sigmoid(tau * torch.expm1(d)), tau
 
     def value(self, d, advantage):
         soft, tau = self._soft(d, advantage)

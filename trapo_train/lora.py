@@ -91,7 +91,7 @@ def has_lora(model: PreTrainedModel) -> bool:
 @contextmanager
 def without_lora(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model is the one that the adapters were added to."""
-    layers = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "base_layer")]
+    layers = [layer for _, layer in adapted_layers(model)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)

@@ -262,11 +262,9 @@ def test_the_first_chunk_reads_nothing_of_an_uninitialised_gradient(backend, mon
             torch.testing.assert_close(ours, reference)
 
 
-@pytest.mark.parametrize("backend", ["torch", "native", "reference"])
+@pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
 def test_no_tokens_and_a_kl(backend):
     """An empty micro-batch: its streams are there, with nothing in them."""
-    if backend not in cases.backends(torch.float32) and backend != "reference":
-        pytest.skip("native is not built here")
     hidden, weight, _ = cases.head(4, 8, 20, torch.float32)
     full = cases.batch(4, 20, torch.float32, ref_logprob=torch.zeros(4))
     empty = TokenBatch(**{name: None if value is None else value[:0] for name, value in vars(full).items()})
