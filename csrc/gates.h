@@ -67,7 +67,7 @@ TRAPO_HD float coefficient(const Gates& gates, float logprob, uint8_t role, floa
                            float kl_weight, float ref_logprob) {
   const float d = anchor == INFINITY ? 0.0f : logprob - anchor;
   const float g = role == kExpert ? slope(gates.expert, d, advantage, gates.e) : slope(gates.rollout, d, advantage, gates.r);
-  float c = -signal * g;
+  float c = signal == 0.0f ? 0.0f : -signal * g;  // 0 however large the ratio is
   if (gates.kl == 0 || role != kRollout || kl_weight == 0.0f) return c;
   const float d_ref = logprob - ref_logprob;
   const float held = clamped(d_ref, -gates.clamp, gates.clamp);

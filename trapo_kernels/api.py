@@ -235,6 +235,8 @@ def token_logprob(
     Source: the softmax identity above.
     """
     where = "token_logprob"
+    checks.is_a(where, "logits", logits, Tensor, "the model's logits [..., V]")
+    checks.is_a(where, "target", target, Tensor, "the token ids [...]")
     if logits.ndim < 1 or logits.shape[:-1] != target.shape or logits.shape[-1] == 0:
         raise ValueError(
             f"{where}: logits must have shape [..., V] and target the same leading shape, got {list(logits.shape)} and "
@@ -316,6 +318,7 @@ class Settings(NamedTuple):
 
 
 def _prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraHead | None, backend: str) -> Inputs:
+    dispatch.check_name(where, backend)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.head(where, hidden, weight, bias)
     if lora is not None:

@@ -155,11 +155,14 @@ def aggregate(
         prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
 
     Returns: weight [N] fp32, zero on ignored tokens.
-    Raises: ValueError for an unknown mode, or a missing `max_tokens`, `prompt_id` or count of prompts.
+    Raises: ValueError for an unknown mode, a tensor of another shape, or a missing `max_tokens`, `prompt_id` or count of prompts.
     """
     checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
-    if mode in ("constant", "length") and (max_tokens is None or max_tokens <= 0):
-        raise ValueError(f'aggregate: mode "{mode}" needs max_tokens > 0, got {max_tokens}. Pass the longest response in tokens.')
+    checks.roles("aggregate", role, sequence_id=sequence_id, prompt_id=prompt_id)
+    if share is not None:
+        checks.vector("aggregate", "share", share, len(role), role.device, (torch.float32, torch.float64))
+    if mode in ("constant", "length") and not (isinstance(max_tokens, int) and max_tokens > 0):
+        raise ValueError(f'aggregate: mode "{mode}" needs an integer max_tokens > 0, got {max_tokens}. Pass the longest response.')
     if mode == "prompt_mean" and prompt_id is None:
         raise ValueError('aggregate: mode "prompt_mean" needs prompt_id [N] int64, got None. Pass the prompt of every token.')
     totals = totals or loss_totals(role, sequence_id, prompt_id)

@@ -23,16 +23,28 @@ def one_of(where: str, name: str, value: object, allowed: tuple) -> None:
 
 def finite(where: str, name: str, value: float) -> None:
     """`value` must be a finite number."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not (isinstance(value, int | float) and -math.inf < value < math.inf):  # math.isfinite would stop torch.compile
         raise ValueError(f"{where}: {name} must be a finite number, got {value!r}.")
 
 
-def in_range(where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    """`value` must lie in [low, high], or in (low, high] with `open_low`; never NaN."""
-    inside = isinstance(value, int | float) and (low < value if open_low else low <= value) and value <= high
-    if not inside:
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{where}: {name} must lie in {bracket}{low:g}, {high:g}], got {value!r}.")
+def in_range(
+    where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """`value` must lie in [low, high], without an end that is open; never NaN."""
+    number = isinstance(value, int | float)
+    if not (number and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{where}: {name} must lie in {interval}, got {value!r}.")
+
+
+def finite_tensor(where: str, name: str, value: Tensor, remedy: str) -> None:
+    """`value` [N] must hold finite numbers; looked at on the CPU only, where it costs no sync."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    finite = value.isfinite()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"{where}: {name} must be finite, got {float(value[row])} at row {row}. {remedy}")
 
 
 def vector(where: str, name: str, value: Tensor, length: int, device: torch.device, dtypes: tuple) -> None:
@@ -49,6 +61,15 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
         raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. Convert it with {name}.to({dtypes[0]}).")
     if value.device != device:
         raise ValueError(f"{where}: {name} must be on {device}, got {value.device}. Move it with {name}.to({str(device)!r}).")
+
+
+def roles(where: str, role: Tensor, **labels: Tensor | None) -> None:
+    """role [N] uint8, and labels [N] int64 beside it, where given."""
+    is_a(where, "role", role, Tensor, "the roles of N tokens")
+    vector(where, "role", role, role.numel(), role.device, (torch.uint8,))
+    for name, value in labels.items():
+        if value is not None:
+            vector(where, name, value, role.numel(), role.device, (torch.int64,))
 
 
 def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -146,8 +167,10 @@ def temperature(where: str, value: float | Tensor, num_rows: int, device: torch.
             raise ValueError(
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
-        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
-            raise ValueError(f"{where}: temperature must be > 0, got {float(value.min())}. For greedy sampling score at 1.0.")
+        positive = (value > 0) & (value < math.inf)
+        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(positive.all()):
+            actual = float(value[~positive][0])
+            raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
     elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
         raise ValueError(f"{where}: temperature must be a finite number > 0, got {value!r}. For greedy sampling score at 1.0.")
 
@@ -228,12 +251,11 @@ def token_batch(batch: TokenBatch) -> None:
     if device.type == "cpu" and not torch.compiler.is_compiling():
         if length and int(batch.role.max()) > 2:
             raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(batch.role.max())}.")
-        weight = torch.where(batch.role != 0, batch.weight, 0.0)
-        if not bool(torch.isfinite(weight).all()):
-            row = int((~torch.isfinite(weight)).nonzero()[0])
-            raise ValueError(
-                f"{where}: weight must be finite on every row that is not ignored, got {float(weight[row])} at row {row}."
-            )
+        remedy = "Only rows with role IGNORED may hold anything."
+        finite_tensor(where, "weight", torch.where(batch.role != 0, batch.weight, 0.0), remedy)
+        trained = (batch.role == 1) & (batch.weight != 0)
+        remedy = "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
+        finite_tensor(where, "advantage", torch.where(trained, batch.advantage, 0.0), remedy)
 
 
 def active_rows(given: Tensor, found: Tensor) -> None:

@@ -93,6 +93,7 @@ def sequence_mask(
     ratio = _log_ratio("sequence_mask", role, old_logprob, rollout_logprob, "geometric", sequence_id).exp()
     kept = (ratio >= low) & (ratio <= high) | (role != Role.ROLLOUT)
     if advantage is not None:
+        checks.vector("sequence_mask", "advantage", advantage, len(role), role.device, (torch.float32, torch.float64))
         kept = kept | (advantage >= 0)
     return kept.to(old_logprob.dtype)
 
@@ -103,6 +104,7 @@ def duplicate_share(prefix_id: Tensor, sequence_id: Tensor) -> Tensor:
     prefix_id: [N] int64, equal for tokens of the same prefix in whatever sequence, negative on all other tokens (share 1).
     sequence_id: [N] int64. A prefix counts once per sequence, however many tokens it has there.
     """
+    checks.vector("duplicate_share", "sequence_id", sequence_id, len(prefix_id), prefix_id.device, (torch.int64,))
     inside = prefix_id >= 0
     # The first token of a (prefix, sequence) pair stands for the pair: sort by sequence, then stably by prefix.
     order = sequence_id.argsort(stable=True)
@@ -123,6 +125,8 @@ def drop_overlong(role: Tensor, sequence_id: Tensor, finished: Tensor) -> Tensor
 
     Source: arXiv 2503.14476, section 3.4.
     """
+    checks.roles("drop_overlong", role, sequence_id=sequence_id)
+    checks.vector("drop_overlong", "finished", finished, len(role), role.device, (torch.bool,))
     ends = Sequences(sequence_id, finished).sum(torch.ones_like(role, dtype=torch.float64))
     return torch.where((role == Role.ROLLOUT) & (ends == 0), Role.IGNORED, role).to(torch.uint8)
 
@@ -132,10 +136,12 @@ def _log_ratio(
 ) -> Tensor:
     """log ρ [N] at the given level, 0 on tokens that are no rollout."""
     checks.one_of(where, "level", level, LEVELS)
-    length, device = role.shape[0], role.device
-    checks.vector(where, "old_logprob", old_logprob, length, device, (torch.float32, torch.float64))
-    checks.vector(where, "rollout_logprob", rollout_logprob, length, device, (torch.float32, torch.float64))
+    checks.roles(where, role, sequence_id=sequence_id)
     mine = role == Role.ROLLOUT
+    for name, value in (("old_logprob", old_logprob), ("rollout_logprob", rollout_logprob)):
+        checks.vector(where, name, value, len(role), role.device, (torch.float32, torch.float64))
+        remedy = "A sampler reports one for every token it chose; give a token without one the role IGNORED."
+        checks.finite_tensor(where, name, torch.where(mine, value, 0.0), remedy)
     log_ratio = torch.where(mine, old_logprob - rollout_logprob, 0.0)
     if level == "token":
         return log_ratio

@@ -44,8 +44,7 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
     "auto" is Triton on a GPU and the native rows on a CPU; chunked PyTorch where those cannot run. For `scoring` on a GPU it is the
     backend that was fastest there at about this shape, if any was measured.
     """
-    backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name not in FUSED)
-    checks.one_of(where, "backend", backend, backends)
+    check_name(where, backend)
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "native"
         chosen = "torch" if why_not(preferred, device, dtype) else preferred
@@ -58,6 +57,12 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
     if reason:
         raise RuntimeError(f'{where}: backend="{backend}" cannot run: {reason} Use backend="auto" to have one chosen.')
     return backend
+
+
+def check_name(where: str, backend: str) -> None:
+    """`backend` must be one that the function `where` has; scoring alone has fused ones."""
+    backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name not in FUSED)
+    checks.one_of(where, "backend", backend, backends)
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -144,6 +144,7 @@ class Truncate(Gate):
     def __post_init__(self):
         checks.in_range("Truncate", "low", self.low, 0.0, math.inf)
         checks.in_range("Truncate", "high", self.high, self.low, math.inf, open_low=True)
+        checks.finite("Truncate", "scale", self.scale)
 
     def __str__(self):
         return ("" if self.scale == 1.0 else f"{self.scale:g}·") + super().__str__()
@@ -206,7 +207,7 @@ class Shape(Gate):
     formula: ClassVar[str] = "r/(r+{gamma:g})"
 
     def __post_init__(self):
-        checks.in_range("Shape", "gamma", self.gamma, 0.0, math.inf, open_low=True)
+        checks.in_range("Shape", "gamma", self.gamma, 0.0, math.inf, open_low=True, open_high=True)
 
     @property
     def scalars(self):
@@ -229,7 +230,7 @@ class Power(Gate):
     formula: ClassVar[str] = "r^{exponent:g}"
 
     def __post_init__(self):
-        checks.in_range("Power", "exponent", self.exponent, 0.0, math.inf, open_low=True)
+        checks.in_range("Power", "exponent", self.exponent, 0.0, math.inf, open_low=True, open_high=True)
 
     @property
     def scalars(self):
@@ -267,8 +268,8 @@ class Sapo(Gate):
     formula: ClassVar[str] = "4σ(τ(r-1))/τ, τ = {tau_positive:g}/{tau_negative:g}"
 
     def __post_init__(self):
-        checks.in_range("Sapo", "tau_positive", self.tau_positive, 0.0, math.inf, open_low=True)
-        checks.in_range("Sapo", "tau_negative", self.tau_negative, 0.0, math.inf, open_low=True)
+        checks.in_range("Sapo", "tau_positive", self.tau_positive, 0.0, math.inf, open_low=True, open_high=True)
+        checks.in_range("Sapo", "tau_negative", self.tau_negative, 0.0, math.inf, open_low=True, open_high=True)
 
     @property
     def scalars(self):

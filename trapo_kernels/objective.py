@@ -44,6 +44,8 @@ class Term:
         checks.one_of("Term", "anchor", self.anchor, ANCHORS)
         checks.one_of("Term", "signal", self.signal, SIGNALS)
         checks.finite("Term", "scale", self.scale)
+        if self.reduction is not None:
+            checks.is_a("Term", "reduction", self.reduction, Reduction, "one of trapo_kernels.sequence, such as MeanRatio()")
 
     def __str__(self):
         scale = "" if self.scale == 1.0 else f"{self.scale:g}·"
@@ -76,7 +78,7 @@ class KL:
     clamp: float = math.inf
 
     def __post_init__(self):
-        checks.in_range("KL", "beta", self.beta, 0.0, math.inf)
+        checks.in_range("KL", "beta", self.beta, 0.0, math.inf, open_high=True)
         checks.one_of("KL", "estimator", self.estimator, KL_ESTIMATORS)
         checks.in_range("KL", "clamp", self.clamp, 0.0, math.inf, open_low=True)
 
@@ -122,7 +124,11 @@ class Objective:
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self):
-        checks.in_range("Objective", "entropy_coef", self.entropy_coef, -math.inf, math.inf)
+        checks.finite("Objective", "entropy_coef", self.entropy_coef)
+        parts = (("expert", Term, "Term(gate)"), ("rollout", Term, "Term(gate)"), ("kl", KL, "KL(beta)"))
+        for name, expected, example in (*parts, ("plus", Objective, "another Objective")):
+            if getattr(self, name) is not None:
+                checks.is_a("Objective", name, getattr(self, name), expected, f"{example}, or None")
         if self.expert is None and self.rollout is None:
             raise ValueError("Objective: needs a term for expert or rollout tokens, got neither. Pass expert= or rollout=.")
         if self.kl and self.kl.estimator == "k3_corrected":

@@ -42,7 +42,8 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
     """Fold scales, anchors and normalisers of `objective` into per-token vectors of `dtype`."""
     active = batch.active
     role = torch.where(active, batch.role, Role.IGNORED)
-    weight, advantage = batch.weight.to(dtype), batch.advantage.to(dtype)
+    weight = batch.weight.to(dtype)
+    advantage = torch.where(weight == 0, 0.0, batch.advantage.to(dtype))  # unread there, NaN included
     anchor, signal = torch.zeros_like(weight), torch.zeros_like(weight)
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is None:
@@ -83,7 +84,7 @@ class Coefficients:
 
     loss: Tensor  # without the entropy bonus
     grad_logprob: Tensor
-    ratio: Tensor
+    log_ratio: Tensor  # d
     slope: Tensor  # G(d), before signal and weight
     kl: Tensor | None
     clipped_low: Tensor
@@ -95,6 +96,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficie
     counted = s.role != Role.IGNORED
     logprob = torch.where(counted, logprob, 0.0)
     d = torch.where((s.anchor == SELF) | ~counted, 0.0, logprob - s.anchor)
+    muted = s.signal == 0  # an advantage of 0: 0 · V and 0 · G are 0 however large the ratio is
     zero = torch.zeros_like(d)
     value, slope, low, high = zero, zero, zero.bool(), zero.bool()
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
@@ -102,11 +104,11 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficie
             continue
         mine = s.role == code
         gate_low, gate_high = term.gate.clipped(d, s.advantage)
-        value = torch.where(mine, term.gate.value(d, s.advantage), value)
+        value = torch.where(mine, term.gate.value(torch.where(muted, 0.0, d), s.advantage), value)
         slope = torch.where(mine, term.gate.slope(d, s.advantage), slope)
         low, high = torch.where(mine, gate_low, low), torch.where(mine, gate_high, high)
     loss = torch.where(counted, -s.signal * value, 0.0)
-    grad = torch.where(counted, -s.signal * slope, 0.0)
+    grad = torch.where(counted & ~muted, -s.signal * slope, 0.0)
     kl = None
     if objective.kl is not None:
         rollout = (s.role == Role.ROLLOUT) & (s.kl_weight != 0)
@@ -114,7 +116,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficie
         kl = objective.kl.value(d_ref, d)
         loss = loss + torch.where(rollout, s.kl_weight * kl, 0.0)
         grad = grad + torch.where(rollout, s.kl_weight * objective.kl.slope(d_ref, d), 0.0)
-    return Coefficients(loss, grad, torch.where(counted, d.exp(), 1.0), slope, kl, low, high)
+    return Coefficients(loss, grad, d, slope, kl, low, high)
 
 
 def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: TokenBatch, mine: Tensor) -> Reduced:
@@ -167,13 +169,15 @@ def metrics(
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Expert:
     `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/ratio`,
     `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`; `rollout/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from
-    the ratio; with a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref). What
-    describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the entropy bonus alone.
+    the ratio, unless the anchor is "zero"; with a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and
+    `_k3`, of KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others
+    carry the entropy bonus alone.
     """
     out: dict[str, Tensor] = {}
     for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
         mine = s.role == code
         trained = mine & (weight != 0)
+        ratio = c.log_ratio.exp()
 
         def mean(x: Tensor, over: Tensor = trained) -> Tensor:
             return torch.where(over, x, 0).sum(dtype=torch.float32) / over.sum().clamp(min=1)
@@ -184,16 +188,17 @@ def metrics(
         if name == "expert" and objective.expert is not None:
             out["expert/trsft_weight"] = mean(c.slope)
             if isinstance(objective.expert.gate, Truncate):
-                out["expert/share_below_alpha"] = mean((c.ratio < objective.expert.gate.high).float())
+                out["expert/share_below_alpha"] = mean((ratio < objective.expert.gate.high).float())
         if name == "rollout" and objective.rollout is not None:
-            out["rollout/ratio"] = mean(c.ratio)
-            out["rollout/ratio_max"] = torch.cat([torch.where(trained, c.ratio, 0), c.ratio.new_zeros(1)]).max().float()
+            out["rollout/ratio"] = mean(ratio)
+            out["rollout/ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
             out["rollout/clip_low"], out["rollout/clip_high"] = (
                 mean(c.clipped_low.float()),
                 mean(c.clipped_high.float()),
             )
-            log_ratio = torch.where(trained, c.ratio.log(), 0.0)
-            out["rollout/kl_old_k1"], out["rollout/kl_old_k3"] = mean(-log_ratio), mean(torch.expm1(log_ratio) - log_ratio)
+            if objective.rollout.anchor != "zero":
+                log_ratio = torch.where(trained, c.log_ratio, 0.0)
+                out["rollout/kl_old_k1"], out["rollout/kl_old_k3"] = mean(-log_ratio), mean(torch.expm1(log_ratio) - log_ratio)
             if c.kl is not None:
                 d_ref = torch.where(trained, logprob - s.ref_logprob, 0.0)
                 out["rollout/kl_ref"] = mean(c.kl)

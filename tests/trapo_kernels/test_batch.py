@@ -64,8 +64,14 @@ def test_unknown_mode_and_missing_length_are_refused():
     with pytest.raises(ValueError, match="mode must be one of .*got 'mean'"):
         aggregate(ROLE, SEQUENCE, mode="mean")
     for mode in ("constant", "length"):
-        with pytest.raises(ValueError, match=f'mode "{mode}" needs max_tokens > 0, got None'):
+        with pytest.raises(ValueError, match=f'mode "{mode}" needs an integer max_tokens > 0, got None'):
             aggregate(ROLE, SEQUENCE, mode=mode)
+    with pytest.raises(ValueError, match="needs an integer max_tokens > 0, got nan"):
+        aggregate(ROLE, SEQUENCE, mode="length", max_tokens=float("nan"))
+    with pytest.raises(ValueError, match=r"share must have shape \[N\]"):
+        aggregate(ROLE, SEQUENCE, mode="token_mean", share=torch.ones(len(ROLE), 1))
+    with pytest.raises(ValueError, match=r"sequence_id must have shape \[N\]"):
+        aggregate(ROLE, SEQUENCE[:2], mode="token_mean")
     with pytest.raises(ValueError, match="needs prompt_id .* got None"):
         aggregate(ROLE, SEQUENCE, mode="prompt_mean")
     with pytest.raises(ValueError, match="needs totals with prompts > 0, got 0. Count them"):

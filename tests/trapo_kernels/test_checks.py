@@ -32,7 +32,9 @@ def _batch(**changes):
         ((HIDDEN, WEIGHT, TARGET + 5), {}, r"target must lie in \[0, V\) = \[0, 7\).*got 7 at row 2"),
         ((HIDDEN, WEIGHT, TARGET - 1), {}, "got -1 at row 0"),
         ((HIDDEN, WEIGHT, TARGET), {"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
-        ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.tensor([1.0, 1, 1, -1])}, "temperature must be > 0, got -1.0"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.tensor([1.0, 1, 1, -1])}, "temperature must be finite and > 0, got -1.0"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.tensor([1.0, float("inf"), 1, 1])}, "must be finite and > 0, got inf"),
+        ((HIDDEN, WEIGHT, TARGET), {"backend": None}, "backend must be one of 'auto'.*got None"),
         ((HIDDEN, WEIGHT, TARGET), {"temperature": torch.ones(3)}, r"temperature must have shape \[N\] = \[4\], got \[3\]"),
         ((HIDDEN, WEIGHT, TARGET), {"softcap": -30.0}, "softcap must be None or a finite number > 0, got -30.0"),
         ((HIDDEN, WEIGHT, TARGET), {"bias": torch.ones(3)}, r"bias must have shape \[V\] = \[7\].*got \[3\]"),
@@ -61,6 +63,7 @@ def test_linear_logprob(arguments, options, message):
         ({"role": torch.full((N,), 3, dtype=torch.uint8)}, r"role must be .*\(0, 1, 2\), got 3"),
         ({"advantage": torch.ones(N, 1)}, r"advantage must have shape \[N\] = \[4\], got \[4, 1\]"),
         ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
+        ({"advantage": torch.tensor([1.0, float("nan"), 1, 1])}, "advantage must be finite, got nan at row 1. Check the rewards"),
         ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
         ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
         ({"active_rows": torch.tensor([0, 0, 2])}, r"active_rows must be the rows.*got \[0, 0, 2\] \(3 rows\)"),
@@ -86,6 +89,8 @@ def test_linear_policy_loss_and_policy_loss():
 def test_token_logprob():
     with pytest.raises(ValueError, match=r"same leading shape, got \[4, 7\] and \[3\]"):
         token_logprob(torch.randn(N, V), TARGET[:3])
+    with pytest.raises(TypeError, match="token_logprob: target must be a Tensor, got NoneType"):
+        token_logprob(torch.randn(N, V), None)
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):

@@ -106,6 +106,11 @@ def test_overlong_rollouts_leave_loss_and_denominator():
         (lambda: corrections.mis(*ARGUMENTS), 'mis: level "sequence" needs sequence_id .* got None'),
         (lambda: corrections.icepop(*ARGUMENTS, low=2.0, high=1.0), r"high must lie in \(2, inf\], got 1.0"),
         (lambda: corrections.tis(ROLE, OLD[:3], ROLLOUT), r"old_logprob must have shape \[N\] = \[7\], got \[3\]"),
+        (lambda: corrections.mis(*ARGUMENTS, sequence_id=SEQUENCE[:2]), r"mis: sequence_id must have shape \[N\] = \[7\]"),
+        (lambda: corrections.icepop(ROLE, OLD, ROLLOUT.log()), r"mis: rollout_logprob must be finite, got .* at row"),
+        (lambda: corrections.sequence_mask(*ARGUMENTS, SEQUENCE, advantage=OLD[:, None]), r"advantage must have shape \[N\]"),
+        (lambda: corrections.drop_overlong(ROLE, SEQUENCE, ROLE[:4] > 0), r"drop_overlong: finished must have shape \[N\]"),
+        (lambda: corrections.duplicate_share(SEQUENCE, SEQUENCE[:4]), r"duplicate_share: sequence_id must have shape"),
     ],
 )
 def test_bad_input_says_the_rule_and_the_value(build, message):

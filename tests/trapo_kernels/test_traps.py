@@ -6,7 +6,9 @@ import torch
 from tests.trapo_kernels import cases
 from trapo_kernels import (
     LossTotals,
+    Objective,
     Role,
+    Term,
     TokenBatch,
     aggregate,
     corrections,
@@ -15,6 +17,7 @@ from trapo_kernels import (
     objectives,
     policy_loss,
 )
+from trapo_kernels.gates import Ratio
 
 BACKENDS = ["reference", "torch"]
 
@@ -89,6 +92,39 @@ def test_a_group_of_equal_rewards_has_no_advantage_but_its_expert_tokens_still_t
     assert (grad[b.role != Role.EXPERT] == 0).all()
     expert_alone = linear_policy_loss(hidden, weight, b, objectives.trsft(), backend=backend)
     torch.testing.assert_close(out.loss, expert_alone.loss)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_no_advantage_is_no_loss_however_large_the_ratio_and_a_weight_of_0_hides_a_nan_advantage(backend):
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    numbers = {
+        "role": torch.ones(6, dtype=torch.uint8),
+        "advantage": torch.tensor([0.0, 1.0, 0.0, float("nan"), -1.0, 1.0]),
+        "weight": torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]),
+        "entropy_weight": torch.ones(6),
+    }
+    objective = Objective(rollout=Term(Ratio(), anchor="old", signal="advantage"), entropy_coef=0.01)
+
+    def run(old_logprob):
+        b = cases.batch(6, 20, torch.float32, **numbers, old_logprob=torch.tensor(old_logprob))
+        out = linear_policy_loss(hidden, weight, b, objective, backend=backend)
+        return out, cases.gradients(out.loss, (hidden, weight))
+
+    huge, grads = run([-200.0, -3.0, -3.0, -3.0, -3.0, -3.0])
+    plain, expected = run([-3.0] * 6)
+    torch.testing.assert_close(huge.loss, plain.loss, rtol=0, atol=0)
+    for ours, same in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, same, rtol=0, atol=0)
+        assert ours.isfinite().all()
+
+
+def test_divergence_from_the_sampler_is_told_where_the_ratio_is_0_in_fp32():
+    one = torch.ones(1)
+    b = TokenBatch(torch.zeros(1, dtype=torch.int64), one.to(torch.uint8), one, one, old_logprob=-1.0 * one)
+    metrics = policy_loss(-201.0 * one, None, b, objectives.grpo()).metrics
+    assert metrics["rollout/kl_old_k1"] == 200.0
+    assert metrics["rollout/kl_old_k3"] == 199.0
+    assert "rollout/kl_old_k1" not in policy_loss(-one, None, b, objectives.rloo()).metrics  # anchored at no policy
 
 
 def test_k_copies_of_a_prefix_at_weight_1_over_k_are_one_prefix():

@@ -76,6 +76,7 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, m
         pooled = terms.reduced(term, logprob, entropy, d, batch, mine)
         d = pooled.log_ratio + torch.where(pooled.flows, logp - logp.detach(), 0.0)  # pooled in value, logp's in gradient
         amount = amount * pooled.factor
+    d = torch.where(amount == 0, 0.0, d)  # an advantage of 0 keeps the loss at 0 however large the ratio is
     return -torch.where(mine, amount * term.gate.value(d, signal), 0.0).sum()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trapo_kernels import checks
 from trapo_kernels.gates import Clip, One, Ratio, Sapo, Truncate
 from trapo_kernels.objective import KL, Objective, Term
 from trapo_kernels.sequence import MeanRatio
@@ -65,8 +66,7 @@ def cispo(
 
     Source: arXiv 2506.13585.
     """
-    if bounds not in ("absolute", "relative"):
-        raise ValueError(f"objectives.cispo: bounds must be one of 'absolute', 'relative', got {bounds!r}.")
+    checks.one_of("objectives.cispo", "bounds", bounds, ("absolute", "relative"))
     if bounds == "absolute" and epsilon_low is not None:
         raise ValueError(
             f'objectives.cispo: epsilon_low must be None with bounds="absolute", which have no floor, got {epsilon_low}. '
@@ -76,6 +76,8 @@ def cispo(
         gate = Truncate(high=5.0 if epsilon_high is None else epsilon_high)
     else:
         low, high = (0.2 if epsilon is None else epsilon for epsilon in (epsilon_low, epsilon_high))
+        checks.in_range("objectives.cispo", "epsilon_low", low, 0.0, 1.0)
+        checks.in_range("objectives.cispo", "epsilon_high", high, 0.0, math.inf)
         gate = Truncate(low=1.0 - low, high=1.0 + high)
     return Objective(rollout=Term(gate, anchor="old", signal="advantage"), entropy_coef=entropy_coef, name="cispo")
 

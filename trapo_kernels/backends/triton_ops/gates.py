@@ -73,7 +73,7 @@ def coefficient(
     """
     d = tl.where(anchor == float("inf"), 0.0, logprob - anchor)
     g = tl.where(role == 2, slope(EXPERT_GATE, d, advantage, e0, e1, e2), slope(ROLLOUT_GATE, d, advantage, r0, r1, r2))
-    c = -signal * g
+    c = tl.where(signal == 0, 0.0, -signal * g)  # 0 however large the ratio is
     if KL_CODE > 0:
         weighted = (role == 1) & (kl_weight != 0)
         d_ref = tl.where(weighted, logprob - ref_logprob, 0.0)
