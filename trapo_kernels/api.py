@@ -149,8 +149,7 @@ def linear_policy_loss(
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
-    low_rank, lora_b = _low_rank(lora, hidden, batch.target_to_score)
-    tensors = (hidden, lm_head_weight, bias, low_rank, lora_b)
+    tensors = (hidden, lm_head_weight, bias, *_factors(lora, hidden))
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
         *tensors,
@@ -350,7 +349,7 @@ def _linear_logprob(
             weight,
             target,
             bias,
-            *_low_rank(lora, hidden, target),
+            *_factors(lora, hidden),
             active_rows,
             scored_rows,
             *_split(settings.temperature),
@@ -365,9 +364,9 @@ def _linear_logprob(
     return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
 
 
-def _low_rank(lora: LoraHead | None, hidden: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The two operands [N, R] and [V, R] of the low-rank part."""
-    return (None, None) if lora is None else (lora.project(hidden, target != -100), lora.b)
+def _factors(lora: LoraHead | None, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """scaling · a [R, D] in fp32 (fp64), and b [V, R]."""
+    return (None, None) if lora is None else (lora.scaled_a(statistics_dtype(hidden)), lora.b)
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

@@ -48,7 +48,7 @@ def linear_logprob(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    low_rank: Tensor | None,
+    lora_a: Tensor | None,
     lora_b: Tensor | None,
     active_rows: Tensor | None,
     scored_rows: Tensor | None,
@@ -67,7 +67,7 @@ def linear_logprob(
     if backend in dispatch.FUSED:
         return tuple(rows.fused_scoring(hidden, weight.to(hidden.dtype), target, transform))
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
-    head = Head(hidden, weight, low_rank, lora_b)
+    head = Head(hidden, weight, lora_a, lora_b)
     return tuple(sweep.score(rows, head, target, active_rows, scored_rows, transform, with_entropy, mode))
 
 
@@ -84,7 +84,7 @@ def linear_logprob_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    low_rank: Tensor | None,
+    lora_a: Tensor | None,
     lora_b: Tensor | None,
     active_rows: Tensor | None,
     row_temperature: Tensor | None,
@@ -97,10 +97,10 @@ def linear_logprob_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias, low_rank and lora_b in their dtypes; empty where not needed."""
+    """Gradients of hidden, weight, bias, lora_a and lora_b in their dtypes; empty where not needed."""
     grads = sweep.score_backward(
         dispatch.rows(backend),
-        Head(hidden, weight, low_rank, lora_b),
+        Head(hidden, weight, lora_a, lora_b),
         target,
         active_rows,
         LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
@@ -110,14 +110,14 @@ def linear_logprob_backward(
         sweep.Needs(*needs),
         sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
-    inputs = (hidden, weight, bias, low_rank, lora_b)
+    inputs = (hidden, weight, bias, lora_a, lora_b)
     rounded = (None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
     return _or_empty(sweep.Gradients(*rounded), hidden)
 
 
 @linear_logprob_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, target, bias, low_rank, lora_b, a, r, statistics, t, s, d, i, g, needs, backend):
-    inputs = (hidden, weight, bias, low_rank, lora_b)
+def _(grad_logprob, grad_entropy, hidden, weight, target, bias, lora_a, lora_b, a, r, statistics, t, s, d, i, g, needs, backend):
+    inputs = (hidden, weight, bias, lora_a, lora_b)
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
         for x, need in zip(inputs, needs, strict=True)
@@ -166,7 +166,7 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low_rank: Tensor | None,
+    lora_a: Tensor | None,
     lora_b: Tensor | None,
     target: Tensor,
     streams: list[Tensor],
@@ -189,7 +189,7 @@ def linear_policy_loss(
     s = terms.unpack(streams)
     stats, grads = sweep.policy(
         dispatch.rows(backend),
-        Head(hidden, weight, low_rank, lora_b),
+        Head(hidden, weight, lora_a, lora_b),
         target,
         s,
         active_rows,
@@ -205,10 +205,10 @@ def linear_policy_loss(
 
 
 @linear_policy_loss.register_fake
-def _(hidden, weight, bias, low_rank, lora_b, target, streams, a, v, r, t, s, codes, parameters, e, d, i, g, needs, backend):
+def _(hidden, weight, bias, lora_a, lora_b, target, streams, a, v, r, t, s, codes, parameters, e, d, i, g, needs, backend):
     dtype = statistics_dtype(hidden)
     vector = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    inputs = ((hidden, hidden.dtype), (weight, dtype), (bias, dtype), (low_rank, hidden.dtype), (lora_b, dtype))
+    inputs = ((hidden, hidden.dtype), *((x, dtype) for x in (weight, bias, lora_a, lora_b)))
     grads = (x.new_empty(x.shape, dtype=to) if need else hidden.new_empty(0) for (x, to), need in zip(inputs, needs, strict=True))
     return hidden.new_empty((), dtype=dtype), vector, torch.empty_like(vector), *grads
 

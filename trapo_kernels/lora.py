@@ -19,7 +19,7 @@ class LoraHead:
         b: [V, R], the dtype of hidden; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard.
         scaling: lora_alpha / R, or lora_alpha / √R for rank-stabilised LoRA.
 
-    Memory: [N, R] beside what the head needs. Source: arXiv 2106.09685.
+    Memory: [C, R] beside what a chunk of C rows needs; backward adds both gradients in fp32. Source: arXiv 2106.09685.
     """
 
     a: Tensor
@@ -29,9 +29,9 @@ class LoraHead:
     def __post_init__(self):
         checks.lora_factors(self.a, self.b, self.scaling)
 
-    def project(self, hidden: Tensor, active: Tensor) -> Tensor:
-        """scaling · hidden · aᵀ [N, R], differentiable; zeros where `active` [N] is False, whatever hidden holds there."""
-        return torch.where(active[:, None], hidden, 0) @ self.a.t() * self.scaling
+    def scaled_a(self, dtype: torch.dtype) -> Tensor:
+        """scaling · a [R, D] in `dtype`, differentiable."""
+        return self.a.to(dtype) * self.scaling
 
     def to(self, dtype: torch.dtype) -> LoraHead:
         """The same in another dtype."""

@@ -4,18 +4,21 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 
 
+@pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", cases.CHUNKED)
-def test_a_row_has_the_same_bits_in_any_batch(backend, dtype):
+def test_a_row_has_the_same_bits_in_any_batch(backend, dtype, rank):
     hidden, weight, _ = cases.head(150, 48, 67, dtype)
     target = torch.randint(67, (150,), device=cases.DEVICE)
+    a, b = (torch.randn(*shape, device=cases.DEVICE).to(dtype) for shape in ((rank, 48), (67, rank)))
+    settings = {"lora": LoraHead(a, b, 0.3) if rank else None, "with_entropy": True, "batch_invariant": True, "backend": backend}
     with torch.no_grad():
-        whole = linear_logprob(hidden, weight, target, with_entropy=True, batch_invariant=True, backend=backend)
+        whole = linear_logprob(hidden, weight, target, **settings)
         for rows in (slice(0, 1), slice(3, 70), slice(149, 150), torch.randperm(150, device=cases.DEVICE)[:99]):
-            part = linear_logprob(hidden[rows], weight, target[rows], with_entropy=True, batch_invariant=True, backend=backend)
+            part = linear_logprob(hidden[rows], weight, target[rows], **settings)
             for ours, expected in zip(part, whole, strict=True):
                 assert torch.equal(ours, expected[rows])
 

@@ -74,7 +74,7 @@ def test_rows_that_cannot_contribute_never_reach_a_gemm(monkeypatch):
 @pytest.mark.parametrize(("frozen", "gemms"), [("weight", ["hidden"]), ("hidden", ["weight"]), ("both", [])])
 def test_gradients_that_nobody_asked_for_cost_no_gemm(monkeypatch, frozen, gemms):
     ran = []
-    for method, label in (("grad_rows", "hidden"), ("add_grad_factor", "weight")):
+    for method, label in (("grad_hidden", "hidden"), ("add_grad_factor", "weight")):
         original = getattr(gemm.HeadGemm, method)
         monkeypatch.setattr(gemm.HeadGemm, method, lambda *a, o=original, label=label: ran.append(label) or o(*a))
     hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
@@ -85,7 +85,7 @@ def test_gradients_that_nobody_asked_for_cost_no_gemm(monkeypatch, frozen, gemms
 
 
 def test_no_grad_computes_no_gradient(monkeypatch):
-    monkeypatch.setattr(gemm.HeadGemm, "grad_rows", lambda *a: pytest.fail("a gradient GEMM ran under no_grad"))
+    monkeypatch.setattr(gemm.HeadGemm, "grad_hidden", lambda *a: pytest.fail("a gradient GEMM ran under no_grad"))
     hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
     with torch.no_grad():
         linear_policy_loss(hidden, weight, cases.batch(8, 30, torch.float32), objectives.trapo(), backend="torch")

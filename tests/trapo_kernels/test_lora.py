@@ -73,8 +73,7 @@ def test_a_frozen_weight_gets_no_gradient_and_the_factors_do(backend):
 
 def test_opcheck():
     hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
-    _, lora_b = _factors(torch.float32, 5, 20)
-    low_rank = torch.randn(6, 3, device=cases.DEVICE, requires_grad=True)
+    lora_a, lora_b = _factors(torch.float32, 5, 20)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     b = cases.batch(6, 20, torch.float32)
     scoring = (
@@ -82,7 +81,7 @@ def test_opcheck():
         weight,
         b.target,
         bias,
-        low_rank,
+        lora_a,
         lora_b,
         None,
         None,
@@ -98,7 +97,7 @@ def test_opcheck():
     torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=checks)
     streams = terms.pack(terms.streams(b, objectives.trapo()))
     settings = (None, 1.0, None, *terms.encode(objectives.trapo()), True, torch.float32, False, "", [True] * 5, "torch")
-    loss = (hidden, weight, bias, low_rank, lora_b, b.target, streams, b.active_rows, None, *settings)
+    loss = (hidden, weight, bias, lora_a, lora_b, b.target, streams, b.active_rows, None, *settings)
     torch.library.opcheck(autograd.linear_policy_loss, loss, test_utils=checks)
 
 

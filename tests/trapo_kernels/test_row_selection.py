@@ -14,7 +14,7 @@ from trapo_kernels.backends.gemm import HeadGemm
 @pytest.fixture
 def rows_through(monkeypatch):
     """Rows that went through the GEMMs of logits, dHidden and dWeight."""
-    rows = {"logits": 0, "grad_rows": 0, "add_grad_factor": 0}
+    rows = {"logits": 0, "grad_hidden": 0, "add_grad_factor": 0}
 
     def count(name, which):
         run = getattr(HeadGemm, name)
@@ -27,7 +27,7 @@ def rows_through(monkeypatch):
         monkeypatch.setattr(HeadGemm, name, counted)
 
     count("logits", 0)
-    count("grad_rows", 0)
+    count("grad_hidden", 0)
     count("add_grad_factor", 0)
     return rows
 
@@ -55,7 +55,7 @@ def test_scored_rows_skip_the_backward_alone(backend, name, rows_through):
     out = linear_policy_loss(poisoned, weight, b, objectives.PRESETS[name](entropy_coef=0.1), backend=backend)
     grads = cases.gradients(out.loss, (poisoned, weight))
     recomputed = 8 if out.passes == 2 else 0
-    assert rows_through == {"logits": 16 + recomputed, "grad_rows": 8, "add_grad_factor": 8}
+    assert rows_through == {"logits": 16 + recomputed, "grad_hidden": 8, "add_grad_factor": 8}
 
     scored = linear_logprob(hidden[:16], weight, b.target[:16], with_entropy=True, backend="reference")
     torch.testing.assert_close(out.logprob[:16], scored.logprob)
@@ -92,7 +92,7 @@ def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_th
     upstream[[3, 11]] = 1.0
     loss = (out.logprob * upstream).sum() + (out.entropy * upstream.roll(1)).sum()
     grad_hidden, _ = cases.gradients(loss, (hidden, weight))
-    assert rows_through == {"logits": 24, "grad_rows": 4, "add_grad_factor": 4}
+    assert rows_through == {"logits": 24, "grad_hidden": 4, "add_grad_factor": 4}
     assert grad_hidden.abs().sum(1).nonzero().squeeze(1).tolist() == [3, 4, 11, 12]
 
 

@@ -84,16 +84,16 @@ def _even_chunk(num_rows: int, most: int, multiple: int) -> int:
 
 
 class Head(NamedTuple):
-    """Hidden states and the head they meet: logits = hidden · weightᵀ (+ low_rank · lora_bᵀ)."""
+    """Hidden states and the head they meet: logits = hidden · weightᵀ (+ hidden · lora_aᵀ · lora_bᵀ)."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
-    low_rank: Tensor | None = None  # [N, R] scaling · hidden · lora_aᵀ
+    lora_a: Tensor | None = None  # [R, D], its scaling included
     lora_b: Tensor | None = None  # [V, R]
 
 
 class Operands(NamedTuple):
-    """A chunk of hidden [C, D] and low_rank [C, R] as the GEMMs take them."""
+    """A chunk of hidden [C, D] and low_rank = hidden · lora_aᵀ [C, R] as the GEMMs take them."""
 
     hidden: Tensor
     low_rank: Tensor | None
@@ -105,8 +105,8 @@ class HeadGemm:
     On a GPU bf16 and fp16 operands stay as they are and the output is fp32. On a CPU, whose bf16 GEMMs are up to 90 times
     slower than fp32 ones, they are converted to fp32 first: one fp32 copy of the weight lives as long as the call.
     A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient stays fp32.
-    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds low_rank · lora_bᵀ,
-    one thin GEMM into the same logits.
+    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds two thin GEMMs:
+    low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits.
     """
 
     def __init__(self, head: Head, logits_dtype: torch.dtype, batch_invariant: bool = False):
@@ -117,15 +117,19 @@ class HeadGemm:
         self.mixed = low_precision and not self.upcast
         weight = weight.to(hidden.dtype)
         self.weight = weight.float() if self.upcast else weight
-        self.lora_b = head.lora_b.float() if self.upcast and head.lora_b is not None else head.lora_b
         self.statistics_dtype = statistics_dtype(hidden)
         self.operand_dtype = self.weight.dtype  # of hidden, weight and the logit gradient as GEMM operands
+        self.lora_a, self.lora_b = (None if x is None else x.to(self.operand_dtype) for x in (head.lora_a, head.lora_b))
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
 
-    def operands(self, hidden_chunk: Tensor, low_rank_chunk: Tensor | None) -> Operands:
-        """The chunk in the dtype that the GEMMs take."""
-        low_rank = None if low_rank_chunk is None else low_rank_chunk.to(self.operand_dtype)
-        return Operands(hidden_chunk.to(self.operand_dtype), low_rank)
+    def operands(self, hidden_chunk: Tensor) -> Operands:
+        """The chunk in the dtype that the GEMMs take, and its low-rank part."""
+        hidden = hidden_chunk.to(self.operand_dtype)
+        if self.lora_a is None:
+            return Operands(hidden, None)
+        with self._exact():
+            low_rank = torch.mm(self._padded(hidden), self.lora_a.t())
+        return Operands(hidden, low_rank[: hidden.shape[0]])
 
     def logits(self, operands: Operands, buffer: Tensor) -> Tensor:
         """hidden · weightᵀ (+ low_rank · lora_bᵀ) of a chunk into `buffer[:C]` [C, V], in `logits_dtype`.
@@ -170,11 +174,21 @@ class HeadGemm:
         stride = -(-vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         return torch.empty(rows, stride, dtype=self.logits_dtype, device=self.weight.device)[:, :vocab_size]
 
-    def grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
-        """grad_logits [C, V] · factor [V, K] in fp32 (fp64): dHidden for the weight, dLow_rank for lora_b.
+    def grad_low_rank(self, grad_logits: Tensor) -> Tensor:
+        """dLow_rank [C, R] as a GEMM operand."""
+        return self._grad_rows(grad_logits, self.lora_b).to(self.operand_dtype)
 
-        Not in the dtype of hidden, because cuBLAS may split V and add the parts in the dtype of its output.
-        """
+    def grad_hidden(self, grad_logits: Tensor, grad_low_rank: Tensor | None) -> Tensor:
+        """dHidden [C, D] in fp32 (fp64)."""
+        grad = self._grad_rows(grad_logits, self.weight)
+        if grad_low_rank is not None:
+            with self._exact():
+                self._add_product(grad, grad_low_rank, self.lora_a, beta=1)
+        return grad
+
+    def _grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
+        """grad_logits [C, V] · factor [V, K] in fp32 (fp64); not in the dtype of hidden, because cuBLAS may split V and add the
+        parts in the dtype of its output."""
         padded = self._padded(grad_logits)
         with self._exact():
             if padded.device.type == "cpu":
@@ -185,10 +199,10 @@ class HeadGemm:
                 grad = self._multiply(padded, factor, out)
         return grad[: grad_logits.shape[0]]
 
-    def add_grad_factor(self, grad_logits: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:
-        """grad [V, K] fp32 += grad_logitsᵀ · rows [C, K], accumulated in fp32; the first chunk overwrites it unread."""
+    def add_grad_factor(self, grad_out: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:
+        """grad [M, K] fp32 += grad_outᵀ [M, C] · rows [C, K], accumulated in fp32; the first chunk overwrites it unread."""
         with self._exact():
-            self._add_product(grad, grad_logits.t(), rows, beta=0 if first else 1)
+            self._add_product(grad, grad_out.t(), rows, beta=0 if first else 1)
 
     def _exact(self) -> torch.autocast:
         """The caller's autocast has chosen the inputs' dtype; it must not round what is computed from them."""

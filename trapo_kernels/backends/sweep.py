@@ -32,7 +32,7 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-    low_rank: bool = False
+    lora_a: bool = False
     lora_b: bool = False
 
 
@@ -49,12 +49,12 @@ class Mode(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """None where not wanted; those of rows in the dtype of hidden, those of the head in fp32 (fp64)."""
+    """None where not wanted; that of hidden in its dtype, those of the head in fp32 (fp64)."""
 
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
-    low_rank: Tensor | None  # [N, R]
+    lora_a: Tensor | None  # [R, D]
     lora_b: Tensor | None  # [V, R]
 
 
@@ -244,11 +244,11 @@ def _first(index: Tensor | slice, count: int) -> Tensor | slice:
 
 def _operands(gemm: HeadGemm, head: Head, index: Tensor | slice, active: Tensor) -> Operands:
     """The rows [C] of a chunk. On a GPU, where inactive rows may still pass through the GEMMs, zeros take the place of their hidden
-    states, so that NaN in them reaches no gradient; their low_rank is zero already."""
+    states, so that NaN in them reaches no gradient."""
     hidden = head.hidden[index]
     if hidden.device.type != "cpu":
         hidden = torch.where(active[:, None], hidden, 0)
-    return gemm.operands(hidden, None if head.low_rank is None else head.low_rank[index])
+    return gemm.operands(hidden)
 
 
 def _empty_statistics(num_rows: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
@@ -261,7 +261,7 @@ def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> Non
 
 
 def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None) -> Gradients:
-    """Room for the gradients; those of weight and lora_b are uninitialised on a GPU where a first chunk will overwrite them.
+    """Room for the gradients; those of the head are uninitialised on a GPU where a first chunk will overwrite them.
 
     On a CPU zeros cost less than they save: two threads that clear pages map them faster than a GEMM which runs into them
     (dWeight of 512 rows, D = 896, V = 151936: 676 ms in fresh memory, 621 with the zeros, 499 in memory that is there).
@@ -270,29 +270,26 @@ def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard
     no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
     new_factor = torch.zeros_like if no_chunk or head.hidden.device.type == "cpu" else torch.empty_like
 
-    def rows(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=rows_dtype, memory_format=torch.contiguous_format) if needed else None
-
     def factor(like: Tensor | None, needed: bool) -> Tensor | None:
         return new_factor(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
 
     return Gradients(
-        hidden=rows(head.hidden, needs.hidden),
+        hidden=torch.zeros_like(head.hidden, dtype=rows_dtype, memory_format=torch.contiguous_format) if needs.hidden else None,
         weight=factor(head.weight, needs.weight),
         bias=head.weight.new_zeros(head.weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
-        low_rank=rows(head.low_rank, needs.low_rank),
+        lora_a=factor(head.lora_a, needs.lora_a),
         lora_b=factor(head.lora_b, needs.lora_b),
     )
 
 
 def _reduced(grads: Gradients, shard: VocabShard | None, hidden_dtype: torch.dtype) -> Gradients:
-    """Gradients of the rows summed over the ranks and rounded to the dtype of hidden."""
+    """What all ranks hold whole, hidden and lora_a, summed over them; that of hidden rounded to its dtype."""
     if shard is None:
         return grads
-    summed = {name: getattr(grads, name) for name in ("hidden", "low_rank") if getattr(grads, name) is not None}
-    for grad in summed.values():
-        shard.sum_over_ranks(grad)
-    return grads._replace(**{name: grad.to(hidden_dtype) for name, grad in summed.items()})
+    for grad in (grads.hidden, grads.lora_a):
+        if grad is not None:
+            shard.sum_over_ranks(grad)
+    return grads._replace(hidden=None if grads.hidden is None else grads.hidden.to(hidden_dtype))
 
 
 def _accumulate(
@@ -300,10 +297,12 @@ def _accumulate(
 ) -> None:
     """Add what a chunk's dLogits [C, V] contribute to every gradient wanted."""
     count = grad_logits.shape[0]
+    through_a = gemm.lora_a is not None and (grads.hidden is not None or grads.lora_a is not None)
+    grad_low_rank = gemm.grad_low_rank(grad_logits) if through_a else None
     if grads.hidden is not None:
-        _put_rows(grads.hidden, index, gemm.grad_rows(grad_logits, gemm.weight))
-    if grads.low_rank is not None:
-        _put_rows(grads.low_rank, index, gemm.grad_rows(grad_logits, gemm.lora_b))
+        _put_rows(grads.hidden, index, gemm.grad_hidden(grad_logits, grad_low_rank))
+    if grads.lora_a is not None:
+        gemm.add_grad_factor(grad_low_rank, operands.hidden[:count], grads.lora_a, first)
     if grads.weight is not None:
         gemm.add_grad_factor(grad_logits, operands.hidden[:count], grads.weight, first)
     if grads.lora_b is not None:
