@@ -135,7 +135,7 @@ def linear_policy_loss(
     where = "linear_policy_loss"
     inputs = _prepared(where, hidden, lm_head_weight, bias, lora, backend)
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
-    hidden, lm_head_weight, bias, lora = inputs
+    hidden, lm_head_weight, *_ = inputs
     checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
     checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
@@ -149,10 +149,10 @@ def linear_policy_loss(
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
-    tensors = (hidden, lm_head_weight, bias, *_factors(lora, hidden))
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    checks.reverse_mode(where, chosen, *inputs)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
-        *tensors,
+        *inputs,
         batch.target,
         terms.pack(s),
         batch.active_rows,
@@ -204,6 +204,7 @@ def policy_loss(
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
     checks.streams_present(where, batch, objective)
     chosen = dispatch.choose(where, backend, device, logprob.dtype)
+    checks.reverse_mode(where, chosen, logprob, entropy)
     s = terms.streams(batch, objective, logprob.dtype)
     if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
@@ -255,6 +256,7 @@ def token_logprob(
     checks.temperature(where, temperature, flat.shape[0], logits.device)
     checks.softcap(where, softcap)
     chosen = dispatch.choose(where, backend, logits.device, logits.dtype)
+    checks.reverse_mode(where, chosen, logits)
     if chosen == "reference":
         exact = flat.to(statistics_dtype(flat))
         transform = LogitTransform(None, softcap, temperature)
@@ -284,12 +286,13 @@ def _policy_output(
 
 
 class Inputs(NamedTuple):
-    """A head's checked inputs, in the autocast dtype where autocast is on."""
+    """A head's checked inputs, in the autocast dtype where autocast is on; lora_a with its scaling, in fp32 (fp64)."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    lora: LoraHead | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
 
 
 class Settings(NamedTuple):
@@ -320,11 +323,12 @@ def _prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, l
     dispatch.check_name(where, backend)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.head(where, hidden, weight, bias)
-    if lora is not None:
-        checks.is_a(where, "lora", lora, LoraHead, "LoraHead(a, b, scaling)")
-        lora = lora.to(hidden.dtype) if torch.is_autocast_enabled(hidden.device.type) else lora
-        checks.lora_fits(where, lora.a, lora.b, hidden, weight, backend)
-    return Inputs(hidden, weight, bias, lora)
+    if lora is None:
+        return Inputs(hidden, weight, bias, None, None)
+    checks.is_a(where, "lora", lora, LoraHead, "LoraHead(a, b, scaling)")
+    lora = lora.to(hidden.dtype) if torch.is_autocast_enabled(hidden.device.type) else lora
+    checks.lora_fits(where, lora.a, lora.b, hidden, weight, backend)
+    return Inputs(hidden, weight, bias, lora.scaled_a(statistics_dtype(hidden)), lora.b)
 
 
 def _linear_logprob(
@@ -333,23 +337,21 @@ def _linear_logprob(
     """`linear_logprob` of prepared inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
     with a target, where the caller knows them."""
     where = "linear_logprob"
-    hidden, weight, bias, lora = inputs
+    hidden, weight, bias, *lora = inputs
     checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
     settings.check(where, hidden)
-    on_chip = lora is None and active_rows is None and settings.may_stay_on_chip
+    on_chip = inputs.lora_a is None and active_rows is None and settings.may_stay_on_chip
     shape = dispatch.Scoring(*hidden.shape, weight.shape[0], bias is None and settings.softcap is None) if on_chip else None
     chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, shape)
     if chosen == "reference":
-        logits = reference.head_logits(hidden, weight, target, bias, lora, settings.logits_dtype)
+        logits = reference.head_logits(hidden, weight, target, bias, *lora, settings.logits_dtype)
         transform = LogitTransform(None, settings.softcap, settings.temperature)
         logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
     else:
+        checks.reverse_mode(where, chosen, *inputs)
         logprob, entropy, row_max, log_sum = autograd.linear_logprob(
-            hidden,
-            weight,
+            *inputs,
             target,
-            bias,
-            *_factors(lora, hidden),
             active_rows,
             scored_rows,
             *_split(settings.temperature),
@@ -362,11 +364,6 @@ def _linear_logprob(
         )
         logsumexp = (row_max + log_sum).detach()
     return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
-
-
-def _factors(lora: LoraHead | None, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """scaling · a [R, D] in fp32 (fp64), and b [V, R]."""
-    return (None, None) if lora is None else (lora.scaled_a(statistics_dtype(hidden)), lora.b)
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

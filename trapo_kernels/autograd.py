@@ -46,10 +46,10 @@ def _or_empty(grads: sweep.Gradients, like: Tensor) -> tuple[Tensor, ...]:
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    target: Tensor,
     active_rows: Tensor | None,
     scored_rows: Tensor | None,
     row_temperature: Tensor | None,
@@ -72,7 +72,7 @@ def linear_logprob(
 
 
 @linear_logprob.register_fake
-def _(hidden, weight, target, *args):
+def _(hidden, *args):
     return tuple(hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden)) for _ in range(4))
 
 
@@ -82,10 +82,10 @@ def linear_logprob_backward(
     grad_entropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    target: Tensor,
     active_rows: Tensor | None,
     row_temperature: Tensor | None,
     statistics: list[Tensor],
@@ -116,7 +116,7 @@ def linear_logprob_backward(
 
 
 @linear_logprob_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, target, bias, lora_a, lora_b, a, r, statistics, t, s, d, i, g, needs, backend):
+def _(grad_logprob, grad_entropy, hidden, weight, bias, lora_a, lora_b, target, a, r, statistics, t, s, d, i, g, needs, backend):
     inputs = (hidden, weight, bias, lora_a, lora_b)
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
@@ -137,7 +137,7 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     *tensors, logprob, entropy, row_max, log_sum = ctx.saved_tensors
     statistics = [logprob, entropy, row_max, log_sum]
     grad_entropy = grad_entropy if ctx.with_entropy else None
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
+    needs = list(ctx.needs_input_grad[:5])
     if grad_logprob is None and grad_entropy is None:
         return (None,) * 16
     grads = linear_logprob_backward(
@@ -151,8 +151,7 @@ def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
         needs,
         ctx.backend,
     )
-    grad_hidden, grad_weight, *others = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return grad_hidden, grad_weight, None, *others, *(None,) * 10
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 11
 
 
 linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear_logprob_setup)

@@ -214,6 +214,17 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
         )
 
 
+def reverse_mode(where: str, backend: str, *inputs: Tensor | None) -> None:
+    """The kernels have gradients and no tangents; a custom op would leave them out without a word."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    if any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            f'{where}: forward-mode differentiation is not supported by backend "{backend}", got an input with a tangent. '
+            'Use backward, or backend="reference".'
+        )
+
+
 def token_batch(batch: TokenBatch) -> None:
     """Shapes, dtypes, devices and roles of a TokenBatch."""
     where = "TokenBatch"

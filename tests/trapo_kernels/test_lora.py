@@ -79,10 +79,10 @@ def test_opcheck():
     scoring = (
         hidden,
         weight,
-        b.target,
         bias,
         lora_a,
         lora_b,
+        b.target,
         None,
         None,
         None,

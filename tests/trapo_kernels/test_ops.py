@@ -40,10 +40,10 @@ def test_opcheck(backend):
     logprob_arguments = (
         hidden,
         weight,
-        target,
         bias,
         None,
         None,
+        target,
         None,
         None,
         temperature,
@@ -123,12 +123,32 @@ def test_a_temperature_tensor_that_changes_compiles_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_forward_mode_is_refused_and_reference_has_it(backend):
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    b, target, tangent = cases.batch(6, 20, torch.float32), torch.zeros(6, dtype=torch.int64, device=cases.DEVICE), torch.ones(6, 5)
+    ops = {
+        "linear_logprob": lambda h, name: linear_logprob(h, weight, target, backend=name).logprob,
+        "linear_policy_loss": lambda h, name: linear_policy_loss(h, weight, b, objectives.sft(), backend=name).loss,
+        "token_logprob": lambda h, name: token_logprob(h @ weight.t(), target, backend=name).logprob,
+        "policy_loss": lambda h, name: policy_loss(h.sum(1), None, b, objectives.sft(), backend=name).loss,
+    }
+    for op, run in ops.items():
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(hidden.detach(), tangent.to(cases.DEVICE))
+            with pytest.raises(RuntimeError, match=f"^{op}: forward-mode differentiation is not supported by backend"):
+                run(dual, backend)
+            assert torch.autograd.forward_ad.unpack_dual(run(dual, "reference")).tangent.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="forward-mode differentiation is not supported"):
+        torch.func.jvp(lambda h: ops["linear_logprob"](h, backend), (hidden.detach(),), (tangent.to(cases.DEVICE),))
+
+
 def test_fakes_of_strided_inputs_have_the_strides_of_the_real_outputs():
     arguments = list(_policy_arguments("torch"))
     arguments[0] = arguments[0].detach().t().contiguous().t().requires_grad_()
     arguments[1] = arguments[1].detach().t().contiguous().t().requires_grad_()
     torch.library.opcheck(autograd.linear_policy_loss, tuple(arguments), test_utils=("test_faketensor",))
-    scoring = (*arguments[:2], arguments[5], arguments[2], *(None,) * 5, 1.0, None, True, torch.float32, False, "", "torch")
+    scoring = (*arguments[:6], *(None,) * 3, 1.0, None, True, torch.float32, False, "", "torch")
     torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=("test_faketensor",))
 
 

@@ -8,12 +8,17 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
 from trapo_kernels.batch import Role, TokenBatch
-from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective, Term
 
 
 def head_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora: LoraHead | None, logits_dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    logits_dtype: torch.dtype,
 ) -> Tensor:
     """[N, V] in fp32 (fp64 for fp64 inputs), rounded to `logits_dtype` on the way when that is lower.
 
@@ -23,8 +28,8 @@ def head_logits(
     hidden = torch.where((target != -100)[:, None], hidden, 0)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(exact) @ weight.to(exact).T
-        if lora is not None:
-            logits = logits + lora.scaling * (hidden.to(exact) @ lora.a.to(exact).T) @ lora.b.to(exact).T
+        if lora_a is not None:
+            logits = logits + (hidden.to(exact) @ lora_a.T) @ lora_b.to(exact).T
     if logits_dtype != torch.float32:
         logits = logits.to(logits_dtype).to(exact)
     return logits if bias is None else logits + bias.to(exact)
