@@ -1,7 +1,8 @@
-"""What must be there and fit together before the first rollout: objective, plan, problems and model."""
+"""What must be there and fit together before the first rollout: objective, plan, problems, model and disk."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -62,3 +63,32 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int
                 f"{longest - response} + {response} = {longest} tokens. Raise that limit, lower "
                 "rollout.max_response_tokens, or drop long prompts with data.max_prompt_tokens and on_long_prompt."
             )
+
+
+def check_disk(config: RunConfig, model: PreTrainedModel, saved: int) -> str | None:
+    """Raise ValueError unless the disk of output_dir has room for the trained model and a checkpoint of it, without which the run
+    would be lost; a note where it has no room for all that checkpoint.keep keeps, of which `saved` are there."""
+    output_dir = Path(config.output_dir)
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    exported = sum(size for size, _ in sizes)
+    checkpoint = 3 * sum(size for size, trained in sizes if trained)  # AdamW keeps two numbers beside each weight
+    free = shutil.disk_usage(place).free
+    if free < exported + checkpoint:
+        raise ValueError(
+            f"output_dir must have room for the trained model and a checkpoint, {_size(exported)} + {_size(checkpoint)}, got "
+            f"{_size(free)} free at {place}. Free space, or choose another output_dir."
+        )
+    keep, every = config.checkpoint.keep, config.checkpoint.every
+    coming = min(config.steps // every, keep + 1) if every > 0 else 0  # an old one goes when the new one is whole
+    needed = exported + max(1, coming - saved) * checkpoint
+    if coming and free < needed:
+        return (
+            f"output_dir has {_size(free)} free and needs {_size(needed)} for the model and checkpoints of {_size(checkpoint)}: "
+            f"checkpoint.keep={keep} of them, and the one being written. A run that cannot save stops at its last checkpoint."
+        )
+    return None
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

@@ -18,6 +18,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import export_model
+from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
@@ -70,6 +71,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
 def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
     store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep, trainer.world)
+    note = check_disk(config, trainer.model, len(store.steps()))
+    trainer.notes += [note] if note else []
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
         reporter.rewind(trainer.step if resumed else -1)  # without a checkpoint step 0 is recorded again, too

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests.trapo_train.test_train import TINY, build_config, train_to_end
+from trapo_train import preflight
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -66,6 +69,23 @@ def on_a_small_disk(directory: Path, script: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [*isolate, f"{mount} && {script}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def test_a_disk_too_small_for_the_model_and_a_checkpoint_is_refused_before_the_first_rollout(tmp_path, monkeypatch):
+    config = build_config(tmp_path, "run", "steps=4", "checkpoint={every: 1, keep: 2}")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage._replace(free=2**14))
+    with pytest.raises(ValueError, match=r"output_dir must have room for the trained model and a checkpoint, .* got 0.0 MiB free"):
+        train_to_end(config)
+    assert not (tmp_path / "run").exists()
+    trainer = Trainer(config)
+    weights = 4 * sum(p.numel() for p in trainer.model.parameters())
+    for free, note in ((4 * weights, "output_dir has"), (10 * weights - 1, "output_dir has"), (10 * weights, None)):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place, free=free: usage._replace(free=free))
+        told = preflight.check_disk(config, trainer.model, saved=0)  # the model and 3 checkpoints of 3 times its size
+        assert told is None if note is None else told.startswith(note)
+    assert preflight.check_disk(config, trainer.model, saved=3) is None
+    trainer.close()
 
 
 def test_a_model_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
