@@ -12,6 +12,7 @@ NAMES = (
     "scoring",
     "grpo",
     "accuracy",
+    "narrow",
     "active_rows",
     "chunk",
     "sweep",
