@@ -1,10 +1,10 @@
 """Does every Triton kernel compile for sm_80, sm_90 and sm_100 without spilling registers? Needs no GPU.
 
-    python -m benchmarks.offline_compile            # registers, spills, shared memory, 16-byte loads; results/offline_compile.md
-    python -m benchmarks.offline_compile --json     # the same as JSON lines
+    python -m benchmarks.offline_compile > benchmarks/results/offline_compile.md    # registers, spills, shared memory, wide loads
+    python -m benchmarks.offline_compile --json                                     # the same as JSON lines
 
-Each kernel is compiled once per architecture for the variants that real calls use: every gate, with and without entropy gradient,
-bias, softcap and per-row temperature.
+Each kernel is compiled once per architecture for variants that real calls use: the gates of every preset, transforms plain and with
+everything on, the heaviest gates with the latter, and every gate by itself.
 """
 
 from __future__ import annotations

@@ -125,26 +125,25 @@ ACCOUNT = """
 
 Per logit with fp32 logits and bf16 gradients, V = 152064. Predictions, not measurements.
 
-| kernel | HBM bytes per logit | these alone, at 4.8 TB/s, 4096 rows | exp per logit |
+| kernel | HBM bytes per logit | these alone, at 4.3 TB/s, 4096 rows | exp per logit |
 |---|---|---|---|
-| Triton `row_policy`, row re-read from HBM | 4 + 4 + 2 | 1.30 ms | 2 |
-| `row_policy_kernel`, row re-read from HBM | 4 + 4 + 2 | 1.30 ms | 2 |
-| `cluster_policy_kernel`, row kept in the shared memory of 8 blocks | 4 + 2 | 0.78 ms | 2 |
+| Triton `row_policy`, row re-read from HBM | 4 + 4 + 2 | 1.45 ms | 2 |
+| `row_policy_kernel`, row re-read from HBM | 4 + 4 + 2 | 1.45 ms | 2 |
+| `cluster_policy_kernel`, row kept in the shared memory of 8 blocks | 4 + 2 | 0.87 ms | 2 |
 | `hopper_scoring_kernel` | 0 (the chunked path: 4 written + 4 read) | – | 1 |
 
 A chunk of 4096 rows at D = 3584 costs three GEMMs of 4.46 TFLOP, 16.9 ms at 790 TFLOP/s: the second reading of the row is 3 % of
 that at most, and nothing where it comes from L2 (50 MB hold 82 fp32 rows of this width; 132 blocks of one row each need 80 MB). So
-the cluster kernel would bring a step from 1.08 to 1.05 × the GEMMs, if it reached the bandwidth. Three of its blocks share a
+the cluster kernel would bring a step from 1.09 to 1.06 × the GEMMs, if it reached the bandwidth. Three of its blocks share a
 multiprocessor (75.5 KiB each at this V): some wait for their slices, all of each asked for at once, while another computes.
 
 Whether it reaches it is open. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp issues about 76
 instructions per 4 logits, 8 to copy, 42 to sum and 26 for the gradient, and about 800 besides: at 1.98 GHz and perfect issue 4096
-rows take 0.55 ms on 132 multiprocessors, and their exponentials 0.30 ms. That is below the 0.78 ms of the bytes, but not so far
+rows take 0.55 ms on 132 multiprocessors, and their exponentials 0.30 ms. That is below the 0.87 ms of the bytes, but not so far
 that it must hide behind them; and what the two barriers of a cluster wait for once per row is not counted. Time both kernels
-before believing either. (A first version took 145 per 4 logits in blocks of 512
-threads, 1.03 to 1.33 ms. What made the difference: sums in powers of 2, so that a logit is one multiply-add and one ex2 away from
-its exponential; a NaN-keeping maximum instead of a comparison and a selection; the target's and the ragged packs out of the loop;
-one maximum for 32 lanes before their sums are added; half the threads, and with them half of what is done once per thread.)
+before believing either. What keeps it there: sums in powers of 2, so that a logit is one multiply-add and one
+ex2 away from its exponential; a NaN-keeping maximum; the target's and the ragged packs out of the loop; one maximum for 32 lanes
+before their sums are added; blocks of 256 threads, because of what is done once per thread.
 
 `hopper_scoring_kernel`, D = 3584: a tile of 128 × 256 is 56 steps of 64, 2 · 128 · 256 · 3584 FLOP: 39 µs on one of 132
 multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 840 instructions a warp where the tile lies inside V and

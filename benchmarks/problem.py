@@ -27,7 +27,7 @@ ALPHA, ENTROPY_COEF, EPSILON = 0.1, 0.001, 0.2
 class Case:
     """What to compute at which shape. `job` is one of JOBS; `active` is the share of rows with a non-zero weight.
 
-    `chunk_rows` and `logits_dtype` are ours alone. `measure`: "time", "error" (accuracy only), "first_call", or "longest".
+    `chunk_rows` and `logits_dtype` are ours alone. `measure`: "time", "error" (accuracy only), "first_call", "step" or "longest".
     `contenders`: names to run, empty for all. `with_memory`: measure the peak too; on a CPU that costs a process per contender.
     """
 

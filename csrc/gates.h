@@ -13,6 +13,8 @@
 
 namespace trapo {
 
+constexpr int64_t kIgnoredTarget = -100;
+constexpr float kFloor = -1e30f;  // stands for -inf after the row maximum is subtracted: exp is 0, and 0 · kFloor is 0, not NaN
 constexpr int kLastGate = 9, kLastKl = 4;  // the codes of `slope` and of the KL terms in `coefficient`; 0 is none
 
 enum Role : uint8_t { kIgnored = 0, kRollout = 1, kExpert = 2 };

@@ -9,7 +9,7 @@
 STABLE_TORCH_LIBRARY(trapo_native, m) {
   m.def(
       "row_statistics(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
-      "float softcap, bool with_entropy) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+      "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
   m.def(
       "row_gradient(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor? grad_logprob, "

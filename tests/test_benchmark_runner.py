@@ -185,7 +185,7 @@ def test_a_contender_that_never_returns_is_killed_after_the_budget_and_recorded(
     assert rows["grpo", "guilty"]["status"] == "crashed" and "did not return" in rows["grpo", "guilty"]["reason"]
 
 
-def test_a_supervisor_that_is_told_to_stop_takes_its_worker_along(tmp_path):
+def test_a_supervisor_that_is_told_to_stop_takes_its_worker_along():
     worker = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 from benchmarks import runner, journal

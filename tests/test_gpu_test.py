@@ -59,7 +59,7 @@ def test_a_crash_costs_one_test(file):
 @pytest.mark.slow
 def test_a_hanging_test_ends_with_the_time(file):
     outcomes = gpu_test.run(gpu_test.Job(file, "slow_one"), time.monotonic() + 3)
-    assert set(_outcomes(outcomes).values()) <= {"crashed", "not reached"}  # the latter where pytest took all the time to start
+    assert set(_outcomes(outcomes).values()) in ({"crashed"}, {"not reached"})  # the latter where pytest took all the time to start
 
 
 def test_tests_are_chosen_by_name_and_none_are_begun_without_time(file):

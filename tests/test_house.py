@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -115,5 +116,6 @@ def test_every_kernel_compiles_for_sm_80_90_100_without_spilling():
     for architecture in ("80", "90", "100"):
         assert f"| {architecture} |" in result.stdout
     committed = (ROOT / "benchmarks" / "results" / "offline_compile.md").read_text()
-    kernels = {line.split("|")[1] for line in result.stdout.splitlines() if re.match(r"\| (row|token|fused|scale)", line)}
-    assert kernels and all(kernel in committed for kernel in kernels), "regenerate results/offline_compile.md"
+    assert len(result.stdout.splitlines()) == len(committed.splitlines())
+    if f"triton {version('triton')}," in committed:  # another triton compiles to other figures
+        assert result.stdout == committed, "regenerate results/offline_compile.md"

@@ -78,10 +78,10 @@ def linear_logprob(
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
             follows the measurements in trapo_kernels/scoring.json.
 
-    Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight and bias.
+    Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
     Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU those
-        of 256 rows at most. Backward adds dWeight in fp32.
+        of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
@@ -180,7 +180,8 @@ def policy_loss(
 
     Args:
         logprob: [N] fp32 or fp64 nats, differentiable. entropy: [N], differentiable; may be None when entropy_coef is 0.
-        batch: `TokenBatch` of N tokens; `target` is not read. objective, backend: as in `linear_policy_loss`.
+        batch: `TokenBatch` of N tokens; `target` is not read. objective: as in `linear_policy_loss`.
+        backend: as there; what has no compiled form or needs whole sequences first is the reference formula on each of them.
 
     Returns: `PolicyLossOutput` with passes = 2.
     Raises: ValueError for a shape that does not fit, a missing stream, or a missing entropy.

@@ -80,7 +80,7 @@ class TokenBatch:
         wanted = self.active
         if self.scored_rows is not None:
             wanted = wanted.index_fill(0, self.scored_rows, True)
-        return torch.where(wanted, self.target, -100)
+        return torch.where(wanted, self.target, IGNORE_INDEX)
 
     def __len__(self) -> int:
         return self.target.shape[0]

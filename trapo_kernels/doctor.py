@@ -56,7 +56,7 @@ def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
         return f"missing: {reason}", True
     note = f" ({native.instruction_set()})" if backend == "native" and device.type == "cpu" else ""
     if backend in dispatch.FUSED:
-        return "runs: linear_logprob without gradients only", True
+        return "runs: linear_logprob alone, backward as without _fused; has no self-test", True
     error = _self_test(backend, device)
     if error <= _TOLERANCE:
         return f"runs{note}: self-test passed, largest error against fp64 {error:.1e}", True

@@ -43,7 +43,7 @@ class CheckpointConfig:
     """When a run saves its state and how many states it keeps."""
 
     every: int = 0
-    """Optimizer steps between checkpoints, at least 0; 0 saves on SIGTERM only."""
+    """Rollout steps between checkpoints, at least 0; 0 saves only on SIGTERM and where a failure would lose the run."""
     keep: int = 2
     """Newest checkpoints to keep, at least 1."""
     resume: bool = False

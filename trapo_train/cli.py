@@ -1,4 +1,4 @@
-"""The command line: `trapo-train run | eval | headroom | inspect | plan-memory | plot | compare | demo`.
+"""The command line: `trapo-train run | eval | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative.

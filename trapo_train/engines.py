@@ -42,7 +42,7 @@ def build_engine(
 def ready_to_generate(
     engine: AnyEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, *, step: int
 ) -> Iterator[None]:
-    """Inside, the engine samples from the weights as they are at optimizer step `step`; every rank must enter.
+    """Inside, the engine samples from the weights as they are at rollout step `step`; every rank must enter.
 
     Raises: EngineError on every rank, where a server does not take them.
     """

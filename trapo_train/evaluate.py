@@ -28,7 +28,7 @@ class EvalConfig:
     """When and how to evaluate."""
 
     every: int = 0
-    """Optimizer steps between evaluations, at least 0; 0 evaluates only at the end."""
+    """Rollout steps between evaluations, at least 0; 0 evaluates only at the end."""
     samples_per_prompt: int | dict[str, int] = 1
     """Responses sampled for each problem, at least 1: one number, or one for each set by name; accuracy is their mean (avg@k)."""
     pass_at: list[int] | None = None

@@ -32,7 +32,7 @@ class View:
     color: bool
 
 
-PREFIX_WITH_LOSS = Segment("expert prefix with TrSFT", "black on #f0b94d", "⟦", "⟧")
+PREFIX_WITH_LOSS = Segment("expert prefix in the loss", "black on #f0b94d", "⟦", "⟧")
 PREFIX_WITHOUT_LOSS = Segment("expert prefix without loss", "black on #c9c9c9", "⟨", "⟩")
 COMPLETION = Segment("the model's completion", "black on #9ccbee", "", "")
 SEGMENTS = (PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, COMPLETION)

@@ -114,7 +114,7 @@ def pack(
     Args:
         samples: every sample of the step, in any order.
         objective: says which roles are trained, by which signal, and whether there is an entropy bonus.
-        max_response_tokens: longest response allowed, tokens; the divisor of aggregation "constant".
+        max_response_tokens: longest response allowed, tokens; the divisor of aggregations "constant" and "length".
         pad_to: number of micro-batches to return, filled up with empty ones, so that all ranks run equally many.
 
     Returns: at least one micro-batch, on the host; a step without any loss gets an empty one, whose gradient is zero.

@@ -187,7 +187,7 @@ def plan_rungs(config: PlanConfig) -> tuple[Rung, ...]:
 
 
 def build_plan(config: PlanConfig, *, step: int = 0, seed: int = 0) -> Plan:
-    """Build the configured plan for optimizer step `step` ≥ 0: a function that returns a fresh generator for a problem.
+    """Build the configured plan for rollout step `step` ≥ 0: a function that returns a fresh generator for a problem.
 
     A plan is a pure function of (problem, step, seed) and of the rewards it is sent, so that a resumed run draws the same.
     A problem without an expert trace is never guided, whatever the plan: its samples are drawn without a prefix.

@@ -16,7 +16,6 @@ namespace {
 
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kIgnoredTarget = -100;
 constexpr int64_t kLogitsPerTask = 1 << 15;  // below it a thread costs more than it saves
 
 struct Logits {
@@ -104,7 +103,7 @@ void write_zeros(float* grad, int64_t vocab_size) {
 }
 
 Statistics row_statistics(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias,
-                          std::optional<Tensor> row_temperature, double temperature, double softcap, bool /*with_entropy*/) {
+                          std::optional<Tensor> row_temperature, double temperature, double softcap) {
   const char* op = "row_statistics";
   const Logits logits = check_logits(op, "logits", logits_tensor);
   const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);

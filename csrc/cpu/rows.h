@@ -5,9 +5,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../gates.h"
+
 namespace trapo {
 
-constexpr float kFloor = -1e30f;  // stands for -inf after the row maximum is subtracted: exp is 0, and 0 · kFloor is 0, not NaN
 constexpr int64_t kBlock = 4096;  // logits; 16 KiB, half of a usual L1 cache
 
 struct Transform {

@@ -223,7 +223,7 @@ __global__ void combine_splits_kernel(const __grid_constant__ ScoringArguments a
   for (int split = lane; split < a.schedule.splits; split += 32) s = combine(s, a.partial[split * a.rows + row]);
   s = combine_lanes<32>(s);
   if (lane != 0) return;
-  const bool ignored = a.target[row] == -100, known = a.target[row] >= 0 && a.target[row] < a.vocab_size;
+  const bool ignored = a.target[row] == kIgnoredTarget, known = a.target[row] >= 0 && a.target[row] < a.vocab_size;
   const RowStatistics statistics = ignored ? RowStatistics{} : finish(s, known ? a.target_logit[row] : NAN, a.scale(row));
   logprob[row] = statistics.logprob;
   entropy[row] = statistics.entropy;

@@ -28,7 +28,6 @@ namespace cg = cooperative_groups;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLargestCluster = 8;  // the largest that every GPU with clusters can place
-constexpr int64_t kIgnoredTarget = -100;
 
 // What the kernels read and write. A policy kernel takes the coefficient from the streams; a gradient kernel gets statistics and
 // both gradients; `grad` null means statistics alone.

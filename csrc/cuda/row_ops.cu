@@ -88,7 +88,7 @@ void dispatch(const char* op, Kind kind, const RowArguments& a, const Matrix& lo
 }
 
 Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
-                          double temperature, double softcap, bool /*with_entropy*/) {
+                          double temperature, double softcap) {
   const char* op = "row_statistics";
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());

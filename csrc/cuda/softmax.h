@@ -14,8 +14,6 @@
 
 namespace trapo {
 
-constexpr float kFloor = -1e30f;  // stands for -inf after the row maximum is subtracted: exp is 0, and 0 · kFloor is 0, not NaN
-
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
 
 // Over some columns of a row, the target's left out: the largest bits, Σ 2^(bits - max) and Σ 2^(bits - max) (bits - max).

@@ -14,7 +14,7 @@ CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "trained", "two_phase", "rows"),
-    [*CASES, ("native", torch.float32, True, False, 2100)],  # of 2100 rows a chunk takes 1050
+    [*CASES, ("native", torch.float32, True, False, 2100)],  # several chunks
 )
 def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, rows):
     if backend == "native" and native.why_not("cpu"):

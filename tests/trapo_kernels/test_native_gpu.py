@@ -66,4 +66,4 @@ def test_what_scoring_refuses(change, message):
 def test_arguments_on_the_wrong_device_are_refused():
     logits = torch.zeros(2, 3, device="cuda")
     with pytest.raises(RuntimeError, match="target must be on the GPU"):
-        torch.ops.trapo_native.row_statistics(logits, torch.zeros(2, dtype=torch.int64), None, None, 1.0, 0.0, True)
+        torch.ops.trapo_native.row_statistics(logits, torch.zeros(2, dtype=torch.int64), None, None, 1.0, 0.0)

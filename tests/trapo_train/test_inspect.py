@@ -50,7 +50,7 @@ def test_without_colour_brackets_tell_the_kinds_apart():
     group = [sample("pre", "own"), sample("pre", "own", prefix_weight=0.0), sample("", "own")]
     text = rendered(group, color=False)
     assert "⟦pre⟧own" in text and "⟨pre⟩own" in text and "\n  own" in text
-    assert "⟦expert prefix with TrSFT⟧" in text and "⟨expert prefix without loss⟩" in text
+    assert "⟦expert prefix in the loss⟧" in text and "⟨expert prefix without loss⟩" in text
     assert "\x1b" not in text
 
 

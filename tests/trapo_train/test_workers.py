@@ -78,7 +78,7 @@ def test_closing_leaves_no_process(pool):
         os.kill(pid, 0)
 
 
-def test_a_worker_that_cannot_start_says_why(monkeypatch):
+def test_a_worker_that_cannot_start_says_why():
     pool = WorkerPool("no_such_module_anywhere", num_workers=1, time_limit_s=1.0)
     with pytest.raises(WorkerError, match="No module named"):
         pool.map([("x",)])

@@ -1,1 +1,1 @@
-"""Backends: `reference` defines what is correct; `sweep` runs the chunked path over `rows_torch` or `triton_ops`."""
+"""Backends: `reference` defines what is correct; `sweep` runs the chunked path over `rows_torch`, `triton_ops` or `native`."""

@@ -60,7 +60,7 @@ def instruction_set() -> str:
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row; destroys `logits`."""
     logits = _operand(logits)
-    stats = RowStatistics(*_OPS.row_statistics(logits, target.contiguous(), *_transform(transform), with_entropy))
+    stats = RowStatistics(*_OPS.row_statistics(logits, target.contiguous(), *_transform(transform)))
     return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.entropy))
 
 

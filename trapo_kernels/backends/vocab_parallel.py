@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from trapo_kernels.backends.logits import RowStatistics
+from trapo_kernels.batch import IGNORE_INDEX
 
 _ELSEWHERE = -1  # the target's column lies on another rank
-_IGNORED = -100
 
 
 class VocabShard:
@@ -30,7 +30,7 @@ class VocabShard:
     def local_target(self, target: Tensor) -> Tensor:
         """[C] the column within this shard; -1 where another rank has it, -100 where the row is ignored."""
         here = (target >= self.offset) & (target < self.end)
-        return torch.where(here, target - self.offset, torch.where(target == _IGNORED, _IGNORED, _ELSEWHERE))
+        return torch.where(here, target - self.offset, torch.where(target == IGNORE_INDEX, IGNORE_INDEX, _ELSEWHERE))
 
     def combine(self, local: RowStatistics, local_target: Tensor) -> RowStatistics:
         """Global statistics [C] from the local ones; identical on every rank, zeros on ignored rows.
@@ -52,7 +52,7 @@ class VocabShard:
         global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))
         moment = torch.where(share > 0, share * (mean + row_max - global_max), 0.0).sum(0)
         stats = RowStatistics(global_logprob, global_log_sum - moment / total, global_max, global_log_sum)
-        return RowStatistics(*(torch.where(local_target == _IGNORED, 0.0, value) for value in stats))
+        return RowStatistics(*(torch.where(local_target == IGNORE_INDEX, 0.0, value) for value in stats))
 
     def sum_over_ranks(self, grad_hidden: Tensor) -> None:
         """Add up the ranks' partial dHidden in place."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from trapo_kernels.backends.logits import LogitTransform
 
 # One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. The register cap
-# keeps ptxas from stopping at 64 and spilling 2 of them (sapo gates with bias and softcap on sm_90); no variant uses more than 71.
+# keeps ptxas from stopping at 64 and spilling 2 of them (sapo gates with bias and softcap on sm_90); none uses more than 71 there.
 # Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
 TILE = {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 96}
 
