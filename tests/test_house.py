@@ -28,7 +28,8 @@ ALLOWED = {
     "trapo_kernels/backends": {"terms", "objective", "batch", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
-    "trapo_kernels/api.py": {"autograd", "checks", "dispatch", "terms", "backends", "batch", "lora", "objective"},
+    "trapo_kernels/inputs.py": {"checks", "dispatch", "lora", "backends"},
+    "trapo_kernels/api.py": {"autograd", "inputs", "checks", "dispatch", "terms", "backends", "batch", "lora", "objective"},
     "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "lora", "memory", "objective", "objectives", "sequence"},
 }
 

@@ -12,6 +12,7 @@ from trapo_kernels import autograd, checks, dispatch, terms
 from trapo_kernels.backends import reference
 from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
 from trapo_kernels.batch import TokenBatch
+from trapo_kernels.inputs import Inputs, prepared
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective
 
@@ -25,12 +26,13 @@ class LogprobOutput(NamedTuple):
 
 
 class PolicyLossOutput(NamedTuple):
-    """loss: 0-d, differentiable. logprob, entropy [N] nats, detached. metrics: 0-d tensors (see `terms.metrics`). passes: 1 when
-    the gradients came from the forward sweep, 2 when the loss was built on `linear_logprob`."""
+    """loss: 0-d, differentiable. logprob, entropy [N] nats, detached; no entropy, and none in the metrics, where `policy_loss` got
+    none. metrics: 0-d tensors (see `terms.metrics`). passes: 1 when the gradients came from the forward sweep, 2 when the loss was
+    built on `linear_logprob`."""
 
     loss: Tensor
     logprob: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     metrics: dict[str, Tensor]
     passes: int
 
@@ -65,7 +67,7 @@ def linear_logprob(
             hidden states: the GEMMs run in the dtype of hidden, the gradient stays float32, never rounded.
         target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
         bias: [V] or None.
-        lora: `LoraHead` or None; the low-rank part of the head, with gradients of its factors.
+        lora: `LoraHead` or None; the low-rank part of the head, with gradients of its factors in their dtype.
         temperature: float > 0 or [N] fp32; divides the logits, and with them the gradient. torch.compile specialises on a float:
             pass a tensor where it varies.
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
@@ -86,7 +88,7 @@ def linear_logprob(
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
     return _linear_logprob(
-        _prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
+        prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
         target,
         None,
         None,
@@ -133,14 +135,14 @@ def linear_policy_loss(
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """
     where = "linear_policy_loss"
-    inputs = _prepared(where, hidden, lm_head_weight, bias, lora, backend)
+    inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     hidden, lm_head_weight, *_ = inputs
     checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
     checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
-    checks.streams_present(where, batch, objective)
-    settings.check(where, hidden)
+    checks.streams_fit(where, batch, objective)
+    settings.check(where, hidden, batch.target_to_score)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
@@ -149,7 +151,7 @@ def linear_policy_loss(
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
-    checks.reverse_mode(where, chosen, *inputs)
+    checks.reverse_mode(where, chosen, *inputs, temperature, *vars(batch).values())
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
         *inputs,
@@ -192,7 +194,8 @@ def policy_loss(
     checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     num_rows, device = len(batch), batch.target.device
     checks.vector(where, "logprob", logprob, num_rows, device, (torch.float32, torch.float64))
-    if entropy is None:
+    known = entropy is not None
+    if not known:
         if objective.needs_entropy:
             raise ValueError(
                 f"{where}: objective {objective.name!r} has entropy_coef = {objective.entropy_coef:g} and needs entropy [N], got "
@@ -203,15 +206,18 @@ def policy_loss(
             )
         entropy = torch.zeros_like(logprob, requires_grad=False)
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
-    checks.streams_present(where, batch, objective)
+    checks.streams_fit(where, batch, objective)
     chosen = dispatch.choose(where, backend, device, logprob.dtype)
-    checks.reverse_mode(where, chosen, logprob, entropy)
     s = terms.streams(batch, objective, logprob.dtype)
     if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
     else:
+        checks.reverse_mode(where, chosen, logprob, entropy, *vars(batch).values())
         loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
-    return _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
+    out = _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
+    if known:
+        return out
+    return out._replace(entropy=None, metrics={name: x for name, x in out.metrics.items() if not name.endswith("/entropy")})
 
 
 def token_logprob(
@@ -254,10 +260,10 @@ def token_logprob(
             )
         temperature = temperature.reshape(-1)
     checks.target(where, flat_target, flat.shape[0], flat.shape[1], logits.device)
-    checks.temperature(where, temperature, flat.shape[0], logits.device)
+    checks.temperature(where, temperature, flat_target)
     checks.softcap(where, softcap)
     chosen = dispatch.choose(where, backend, logits.device, logits.dtype)
-    checks.reverse_mode(where, chosen, logits)
+    checks.reverse_mode(where, chosen, logits, temperature)
     if chosen == "reference":
         exact = flat.to(statistics_dtype(flat))
         transform = LogitTransform(None, softcap, temperature)
@@ -286,16 +292,6 @@ def _policy_output(
         return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective, batch.weight), passes)
 
 
-class Inputs(NamedTuple):
-    """A head's checked inputs, in the autocast dtype where autocast is on; lora_a with its scaling, in fp32 (fp64)."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-
-
 class Settings(NamedTuple):
     """How a head is evaluated, as the public functions take it."""
 
@@ -311,25 +307,13 @@ class Settings(NamedTuple):
         """Whether the fused scoring kernels compute the same: fp32 logits of a whole head."""
         return self.logits_dtype == torch.float32 and self.process_group is None and not self.batch_invariant
 
-    def check(self, where: str, hidden: Tensor) -> None:
-        """Raise for a setting that breaks a rule."""
-        checks.temperature(where, self.temperature, hidden.shape[0], hidden.device)
+    def check(self, where: str, hidden: Tensor, target: Tensor) -> None:
+        """Raise for a setting that breaks a rule; `target` [N] is -100 on rows that are not read."""
+        checks.temperature(where, self.temperature, target)
         checks.softcap(where, self.softcap)
         checks.logits_dtype(where, self.logits_dtype, hidden)
         checks.mode(where, self.process_group, self.batch_invariant, self.backend)
         checks.fused_scoring(where, self.backend, self.logits_dtype, self.process_group, self.batch_invariant)
-
-
-def _prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraHead | None, backend: str) -> Inputs:
-    dispatch.check_name(where, backend)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    checks.head(where, hidden, weight, bias)
-    if lora is None:
-        return Inputs(hidden, weight, bias, None, None)
-    checks.is_a(where, "lora", lora, LoraHead, "LoraHead(a, b, scaling)")
-    lora = lora.to(hidden.dtype) if torch.is_autocast_enabled(hidden.device.type) else lora
-    checks.lora_fits(where, lora.a, lora.b, hidden, weight, backend)
-    return Inputs(hidden, weight, bias, lora.scaled_a(statistics_dtype(hidden)), lora.b)
 
 
 def _linear_logprob(
@@ -340,7 +324,7 @@ def _linear_logprob(
     where = "linear_logprob"
     hidden, weight, bias, *lora = inputs
     checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
-    settings.check(where, hidden)
+    settings.check(where, hidden, target)
     on_chip = inputs.lora_a is None and active_rows is None and settings.may_stay_on_chip
     shape = dispatch.Scoring(*hidden.shape, weight.shape[0], bias is None and settings.softcap is None) if on_chip else None
     chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, shape)
@@ -349,7 +333,7 @@ def _linear_logprob(
         transform = LogitTransform(None, settings.softcap, settings.temperature)
         logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
     else:
-        checks.reverse_mode(where, chosen, *inputs)
+        checks.reverse_mode(where, chosen, *inputs, settings.temperature)
         logprob, entropy, row_max, log_sum = autograd.linear_logprob(
             *inputs,
             target,
@@ -379,20 +363,3 @@ def _group_name(process_group: ProcessGroup | None) -> str:
 def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """(per-row temperature or None, scalar): the two forms that an op's schema can carry."""
     return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast to the autocast dtype where autocast is on, as torch.nn.functional.linear does.
-
-    A float32 weight is left to the op, which computes in the dtype of hidden and returns the weight's gradient in float32.
-    """
-    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(x: Tensor | None, *dtypes: torch.dtype) -> Tensor | None:
-        return x.to(dtype) if isinstance(x, Tensor) and x.dtype in dtypes else x
-
-    low = (torch.bfloat16, torch.float16)
-    return cast(hidden, torch.float32, *low), cast(weight, *low), cast(bias, torch.float32, *low)

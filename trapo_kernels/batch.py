@@ -158,38 +158,36 @@ def aggregate(
     Raises: ValueError for an unknown mode, a tensor of another shape, or a missing `max_tokens`, `prompt_id` or count of prompts.
     """
     checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
-    checks.roles("aggregate", role, sequence_id=sequence_id, prompt_id=prompt_id)
-    if share is not None:
-        checks.vector("aggregate", "share", share, len(role), role.device, (torch.float32, torch.float64))
-    if mode in ("constant", "length") and not (isinstance(max_tokens, int) and max_tokens > 0):
-        raise ValueError(f'aggregate: mode "{mode}" needs an integer max_tokens > 0, got {max_tokens}. Pass the longest response.')
-    if mode == "prompt_mean" and prompt_id is None:
-        raise ValueError('aggregate: mode "prompt_mean" needs prompt_id [N] int64, got None. Pass the prompt of every token.')
-    totals = totals or loss_totals(role, sequence_id, prompt_id)
-    if mode == "prompt_mean" and totals.prompts == 0 and len(role):
-        raise ValueError(
-            'aggregate: mode "prompt_mean" needs totals with prompts > 0, got 0. '
-            "Count them with loss_totals(role, sequence_id, prompt_id)."
-        )
+    checks.aggregation(role, sequence_id, mode, max_tokens, share, prompt_id)
+    longest = checks.whole_number(max_tokens)
+    counted_here = loss_totals(role, sequence_id, prompt_id)
+    totals = totals or counted_here
+    for name, here in vars(counted_here).items():
+        if getattr(totals, name) < here and (name != "prompts" or mode == "prompt_mean"):
+            raise ValueError(
+                f"aggregate: totals must count all micro-batches and ranks, this call included, got {name} = "
+                f"{getattr(totals, name)} where this call has {here}. Add up their loss_totals(...)."
+            )
     counted = role != Role.IGNORED
     if mode == "token_mean":
         denominator = float(totals.expert_tokens + totals.rollout_tokens)
     elif mode == "role_mean":
-        denominator = torch.where(role == Role.EXPERT, float(totals.expert_tokens), float(totals.rollout_tokens))
+        expert = (role == Role.EXPERT).double()
+        denominator = expert * totals.expert_tokens + (1.0 - expert) * totals.rollout_tokens
     elif mode == "sequence_mean":
         denominator = _tokens_per_group(sequence_id, counted) * float(totals.sequences)
     elif mode == "prompt_mean":
         denominator = _tokens_per_group(prompt_id, counted) * float(totals.prompts)
     else:
         sequences = 1 if mode == "length" else totals.sequences
-        denominator = float(sequences * (1 if mode == "sequence_sum" else max_tokens))
+        denominator = float(sequences * (1 if mode == "sequence_sum" else longest))
     denominator = torch.as_tensor(denominator, dtype=torch.float64, device=role.device).expand(role.shape)
     weight = torch.where(counted, 1.0 / denominator.clamp(min=1.0), 0.0).float()
-    return weight if share is None else weight * share
+    return weight if share is None else (weight * share).float()
 
 
 def _tokens_per_group(group_id: Tensor, counted: Tensor) -> Tensor:
-    """[N] int64: counted tokens in the group of each token."""
+    """[N] fp64: counted tokens in the group of each token."""
     _, compact_id = group_id.unique(return_inverse=True)
     tokens = torch.bincount(compact_id[counted], minlength=int(compact_id.max()) + 1 if len(compact_id) else 0)
-    return tokens[compact_id]
+    return tokens[compact_id].double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,13 +64,40 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
         raise ValueError(f"{where}: {name} must be on {device}, got {value.device}. Move it with {name}.to({str(device)!r}).")
 
 
-def roles(where: str, role: Tensor, **labels: Tensor | None) -> None:
-    """role [N] uint8, and labels [N] int64 beside it, where given."""
+def roles(where: str, role: Tensor) -> None:
+    """role [N] uint8."""
     is_a(where, "role", role, Tensor, "the roles of N tokens")
     vector(where, "role", role, role.numel(), role.device, (torch.uint8,))
-    for name, value in labels.items():
-        if value is not None:
-            vector(where, name, value, role.numel(), role.device, (torch.int64,))
+
+
+def label(where: str, name: str, value: Tensor, role: Tensor) -> None:
+    """`value` [N] int64, one label per token of role [N]."""
+    vector(where, name, value, len(role), role.device, (torch.int64,))
+
+
+def aggregation(
+    role: Tensor, sequence_id: Tensor, mode: str, max_tokens: object, share: Tensor | None, prompt_id: Tensor | None
+) -> None:
+    """What `aggregate` takes: tensors of one length, and what its mode needs."""
+    where = "aggregate"
+    roles(where, role)
+    label(where, "sequence_id", sequence_id, role)
+    if prompt_id is not None:
+        label(where, "prompt_id", prompt_id, role)
+    if share is not None:
+        vector(where, "share", share, len(role), role.device, (torch.float32, torch.float64))
+    if mode in ("constant", "length") and (whole_number(max_tokens) or 0) <= 0:
+        raise ValueError(f'{where}: mode "{mode}" needs an integer max_tokens > 0, got {max_tokens}. Pass the longest response.')
+    if mode == "prompt_mean" and prompt_id is None:
+        raise ValueError(f'{where}: mode "{mode}" needs prompt_id [N] int64, got None. Pass the prompt of every token.')
+
+
+def whole_number(value: object) -> int | None:
+    """A whole number of any kind, numpy's and 0-d tensors among them, as an int; None for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -127,17 +155,18 @@ def lora_factors(a: object, b: object, scaling: object) -> None:
 
 
 def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, backend: str) -> None:
-    """The LoRA must have the D, V, dtype and device of the head."""
+    """The LoRA must have the D, V, dtype and device of the head; float32 factors may stand beside 16-bit hidden states."""
     if a.shape[1] != hidden.shape[1] or b.shape[0] != weight.shape[0]:
         raise ValueError(
             f"{where}: lora.a [R, D] and lora.b [V, R] must have D = {hidden.shape[1]} and V = {weight.shape[0]} of the head, got "
             f"{list(a.shape)} and {list(b.shape)}. Pass the adapter of the same head."
         )
     for name, value in (("lora.a", a), ("lora.b", b)):
-        if value.dtype != hidden.dtype or value.device != hidden.device:
+        master = value.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+        if not (value.dtype == hidden.dtype or master) or value.device != hidden.device:
             raise TypeError(
-                f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on {value.device}. "
-                "Cast it, or call under torch.autocast."
+                f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, or float32 beside 16-bit hidden states, "
+                f"got {value.dtype} on {value.device}. Cast it, or call under torch.autocast."
             )
     if backend.endswith("_fused"):
         raise ValueError(f'{where}: backend "{backend}" has no LoRA, got lora of rank {a.shape[0]}. Use backend="triton".')
@@ -159,15 +188,16 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
         )
 
 
-def temperature(where: str, value: float | Tensor, num_rows: int, device: torch.device) -> None:
-    """A positive float, or a positive [N] fp32 tensor that needs no gradient."""
+def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
+    """A positive float, or a positive [N] fp32 tensor that needs no gradient, whatever it holds where target [N] is -100."""
+    num_rows, device = target.shape[0], target.device
     if isinstance(value, Tensor):
         vector(where, "temperature", value, num_rows, device, (torch.float32, torch.float64))
         if value.requires_grad:
             raise ValueError(
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
-        positive = (value > 0) & (value < math.inf)
+        positive = (value > 0) & (value < math.inf) | (target == -100)
         if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(positive.all()):
             actual = float(value[~positive][0])
             raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
@@ -214,11 +244,11 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
         )
 
 
-def reverse_mode(where: str, backend: str, *inputs: Tensor | None) -> None:
+def reverse_mode(where: str, backend: str, *inputs: object) -> None:
     """The kernels have gradients and no tangents; a custom op would leave them out without a word."""
     if backend == "reference" or torch.compiler.is_compiling():
         return
-    if any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    if any(isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
             f'{where}: forward-mode differentiation is not supported by backend "{backend}", got an input with a tangent. '
             'Use backward, or backend="reference".'
@@ -264,9 +294,8 @@ def token_batch(batch: TokenBatch) -> None:
             raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(batch.role.max())}.")
         remedy = "Only rows with role IGNORED may hold anything."
         finite_tensor(where, "weight", torch.where(batch.role != 0, batch.weight, 0.0), remedy)
-        trained = (batch.role == 1) & (batch.weight != 0)
-        remedy = "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
-        finite_tensor(where, "advantage", torch.where(trained, batch.advantage, 0.0), remedy)
+        if batch.entropy_weight is not None:
+            finite_tensor(where, "entropy_weight", torch.where(batch.role != 0, batch.entropy_weight, 0.0), remedy)
 
 
 def active_rows(given: Tensor, found: Tensor) -> None:
@@ -325,8 +354,9 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
             )
 
 
-def streams_present(where: str, batch: TokenBatch, objective: Objective) -> None:
-    """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy)."""
+def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
+    """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
+    must be finite where it is read."""
     for name in sorted(objective.reads(on_policy=batch.old_logprob is None) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = "reduction" if name == "sequence_id" else "KL term or anchor"
@@ -334,3 +364,17 @@ def streams_present(where: str, batch: TokenBatch, objective: Objective) -> None
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
                 f"Pass TokenBatch(..., {name}=...), or drop the {reason} that needs it."
             )
+    weighted = (batch.weight != 0) & batch.active
+    for layer in objective.layers:
+        for code, term in ((1, layer.rollout), (2, layer.expert)):
+            names = set() if term is None else term.reads(on_policy=batch.old_logprob is None) - {"sequence_id"}
+            names |= {"advantage"} if term is not None and term.signal == "advantage" else set()
+            names |= {"ref_logprob"} if layer.kl is not None and code == 1 else set()
+            for name in sorted(names - ({"old_logprob"} if batch.old_logprob is None else set())):
+                remedy = (
+                    "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
+                    if name == "advantage"
+                    else "Give a token without one the role IGNORED."
+                )
+                read = torch.where(weighted & (batch.role == code), getattr(batch, name), 0.0)
+                finite_tensor(where, f"batch.{name}", read, remedy)

@@ -104,7 +104,9 @@ def duplicate_share(prefix_id: Tensor, sequence_id: Tensor) -> Tensor:
     prefix_id: [N] int64, equal for tokens of the same prefix in whatever sequence, negative on all other tokens (share 1).
     sequence_id: [N] int64. A prefix counts once per sequence, however many tokens it has there.
     """
-    checks.vector("duplicate_share", "sequence_id", sequence_id, len(prefix_id), prefix_id.device, (torch.int64,))
+    checks.is_a("duplicate_share", "prefix_id", prefix_id, Tensor, "the prefix of every token, -1 for none")
+    for name, value in (("prefix_id", prefix_id), ("sequence_id", sequence_id)):
+        checks.vector("duplicate_share", name, value, prefix_id.numel(), prefix_id.device, (torch.int64,))
     inside = prefix_id >= 0
     # The first token of a (prefix, sequence) pair stands for the pair: sort by sequence, then stably by prefix.
     order = sequence_id.argsort(stable=True)
@@ -125,7 +127,8 @@ def drop_overlong(role: Tensor, sequence_id: Tensor, finished: Tensor) -> Tensor
 
     Source: arXiv 2503.14476, section 3.4.
     """
-    checks.roles("drop_overlong", role, sequence_id=sequence_id)
+    checks.roles("drop_overlong", role)
+    checks.label("drop_overlong", "sequence_id", sequence_id, role)
     checks.vector("drop_overlong", "finished", finished, len(role), role.device, (torch.bool,))
     ends = Sequences(sequence_id, finished).sum(torch.ones_like(role, dtype=torch.float64))
     return torch.where((role == Role.ROLLOUT) & (ends == 0), Role.IGNORED, role).to(torch.uint8)
@@ -136,7 +139,7 @@ def _log_ratio(
 ) -> Tensor:
     """log ρ [N] at the given level, 0 on tokens that are no rollout."""
     checks.one_of(where, "level", level, LEVELS)
-    checks.roles(where, role, sequence_id=sequence_id)
+    checks.roles(where, role)
     mine = role == Role.ROLLOUT
     for name, value in (("old_logprob", old_logprob), ("rollout_logprob", rollout_logprob)):
         checks.vector(where, name, value, len(role), role.device, (torch.float32, torch.float64))
@@ -146,7 +149,8 @@ def _log_ratio(
     if level == "token":
         return log_ratio
     if sequence_id is None:
-        raise ValueError(f'{where}: level "{level}" needs sequence_id [N] int64, got None. Pass it, or use level="token".')
+        raise ValueError(f'{where}: level "{level}" needs sequence_id [N] int64, got None. Pass the sequence of every token.')
+    checks.label(where, "sequence_id", sequence_id, role)
     sequences = Sequences(sequence_id, mine)
     pooled = sequences.sum(log_ratio) if level == "sequence" else sequences.mean(log_ratio)
     return torch.where(mine, pooled, 0.0).to(old_logprob.dtype)

@@ -15,8 +15,8 @@ class LoraHead:
     """The low-rank part of a head: logits = hidden · (weight + scaling · b · a)ᵀ, as two thin GEMMs beside that of the weight.
 
     Args:
-        a: [R, D], the dtype of hidden; PEFT's `lora_A.weight`.
-        b: [V, R], the dtype of hidden; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard.
+        a: [R, D], the dtype of hidden, or float32 beside 16-bit hidden states; PEFT's `lora_A.weight`.
+        b: [V, R], as a; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard.
         scaling: lora_alpha / R, or lora_alpha / √R for rank-stabilised LoRA.
 
     Memory: [C, R] beside what a chunk of C rows needs; backward adds both gradients in fp32. Source: arXiv 2106.09685.
@@ -33,6 +33,7 @@ class LoraHead:
         """scaling · a [R, D] in `dtype`, differentiable."""
         return self.a.to(dtype) * self.scaling
 
-    def to(self, dtype: torch.dtype) -> LoraHead:
-        """The same in another dtype."""
-        return LoraHead(self.a.to(dtype), self.b.to(dtype), self.scaling)
+    def autocast(self, dtype: torch.dtype) -> LoraHead:
+        """The same with 16-bit factors in the autocast dtype; float32 ones are left to the op, as a head's weight is."""
+        a, b = (x if x.dtype == torch.float32 else x.to(dtype) for x in (self.a, self.b))
+        return LoraHead(a, b, self.scaling)

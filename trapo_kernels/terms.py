@@ -67,7 +67,7 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
         advantage=advantage,
         kl_weight=kl_weight,
         ref_logprob=ref_logprob,
-        grad_entropy=torch.where(active, -objective.entropy_coef * entropy_weight, 0.0),
+        grad_entropy=torch.where(active & (objective.entropy_coef != 0.0), -objective.entropy_coef * entropy_weight, 0.0),
     )
 
 

@@ -74,8 +74,25 @@ def test_unknown_mode_and_missing_length_are_refused():
         aggregate(ROLE, SEQUENCE[:2], mode="token_mean")
     with pytest.raises(ValueError, match="needs prompt_id .* got None"):
         aggregate(ROLE, SEQUENCE, mode="prompt_mean")
-    with pytest.raises(ValueError, match="needs totals with prompts > 0, got 0. Count them"):
+    with pytest.raises(ValueError, match="totals must count all micro-batches and ranks.*got prompts = 0 where this call has"):
         aggregate(ROLE, SEQUENCE, mode="prompt_mean", prompt_id=PROMPT, totals=loss_totals(ROLE, SEQUENCE))
+    with pytest.raises(ValueError, match="totals must count all .* got expert_tokens = 0 where"):
+        aggregate(ROLE, SEQUENCE, mode="token_mean", totals=LossTotals(0, 0, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mode", ["token_mean", "role_mean", "sequence_mean", "prompt_mean", "constant"])
+def test_weights_do_not_depend_on_the_default_dtype(mode, dtype):
+    role = torch.tensor([1, 2], dtype=torch.uint8).repeat(40000)
+    arguments = {"mode": mode, "prompt_id": torch.arange(80000) // 600, "max_tokens": torch.tensor(300)}
+    expected = aggregate(role, torch.arange(80000) // 300, **arguments)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        weight = aggregate(role, torch.arange(80000) // 300, **arguments, share=torch.ones(80000, dtype=torch.float64))
+    finally:
+        torch.set_default_dtype(before)
+    assert weight.dtype == torch.float32 and torch.equal(weight, expected) and weight.min() > 0
 
 
 def test_active_rows_are_found_once_and_move_with_the_batch():

@@ -37,6 +37,20 @@ def test_gradients_are_those_of_the_default_path_and_bitwise_repeatable():
         assert cases.error(a, other) < 1e-13
 
 
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_row_has_the_same_gradient_in_any_batch_with_a_lora(backend):
+    hidden, weight, _ = cases.head(150, 48, 67, torch.float32)
+    target = torch.randint(67, (150,), device=cases.DEVICE)
+    lora = LoraHead(torch.randn(8, 48, device=cases.DEVICE), torch.randn(67, 8, device=cases.DEVICE), 0.3)
+
+    def grad_hidden(rows):
+        out = linear_logprob(hidden[rows], weight, target[rows], lora=lora, batch_invariant=True, backend=backend)
+        return cases.gradients(out.logprob.sum(), (hidden,))[0][rows]
+
+    for count in (1, 65, 129):  # the last chunk has one row
+        assert torch.equal(grad_hidden(slice(0, count)), grad_hidden(slice(0, 150))[:count])
+
+
 def test_a_peaked_neighbour_changes_no_bit():
     hidden, weight, _ = cases.head(3, 8, 67, torch.float32)
     target = torch.randint(67, (3,), device=cases.DEVICE)

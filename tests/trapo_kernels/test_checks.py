@@ -63,7 +63,7 @@ def test_linear_logprob(arguments, options, message):
         ({"role": torch.full((N,), 3, dtype=torch.uint8)}, r"role must be .*\(0, 1, 2\), got 3"),
         ({"advantage": torch.ones(N, 1)}, r"advantage must have shape \[N\] = \[4\], got \[4, 1\]"),
         ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
-        ({"advantage": torch.tensor([1.0, float("nan"), 1, 1])}, "advantage must be finite, got nan at row 1. Check the rewards"),
+        ({"entropy_weight": torch.tensor([1.0, float("inf"), 1, 1])}, "entropy_weight must be finite, got inf at row 1"),
         ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
         ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
         ({"active_rows": torch.tensor([0, 0, 2])}, r"active_rows must be the rows.*got \[0, 0, 2\] \(3 rows\)"),
@@ -84,6 +84,53 @@ def test_linear_policy_loss_and_policy_loss():
         policy_loss(torch.zeros(N), None, _batch(), objectives.trapo())
     with pytest.raises(ValueError, match=r"\[0, 7\).*got 10 at row 3"):
         linear_policy_loss(HIDDEN, WEIGHT, _batch(target=TARGET + 7 * (TARGET == 3)), objectives.sft())
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "message"),
+    [
+        (
+            objectives.grpo(),
+            {"advantage": torch.tensor([1.0, float("nan"), 1, 1])},
+            "batch.advantage .* got nan at row 1. Check the",
+        ),
+        (objectives.grpo(), {"old_logprob": torch.tensor([0.0, 0, float("nan"), 0])}, "batch.old_logprob .* got nan at row 2"),
+        (
+            objectives.grpo(beta=0.1),
+            {"ref_logprob": torch.tensor([0.0, 0, 0, -float("inf")])},
+            "batch.ref_logprob .* got -inf at row 3",
+        ),
+        (
+            objectives.luffy(),
+            {"advantage": torch.full((N,), float("nan")), "role": torch.full((N,), 2, dtype=torch.uint8)},
+            "advantage",
+        ),
+        (objectives.sft(), {"advantage": torch.full((N,), float("nan"))}, None),  # which it does not read
+        (objectives.grpo(), {"advantage": torch.full((N,), float("nan")), "weight": torch.zeros(N)}, None),
+    ],
+)
+def test_a_stream_must_be_finite_where_it_is_read(objective, changes, message):
+    batch = _batch(**changes)
+    if message is None:
+        assert linear_policy_loss(HIDDEN, WEIGHT, batch, objective).loss == 0
+        return
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(HIDDEN, WEIGHT, batch, objective)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(torch.zeros(N), torch.zeros(N), batch, objective)
+
+
+def test_an_entropy_that_is_not_known_is_in_no_metric():
+    out = policy_loss(torch.zeros(N), None, _batch(), objectives.sft())
+    assert out.entropy is None and not [name for name in out.metrics if "entropy" in name] and "rollout/logprob" in out.metrics
+
+
+def test_a_temperature_that_no_row_reads_may_be_anything():
+    temperature, ignored = torch.tensor([1.0, 0.7, float("nan"), 0.0]), torch.tensor([0, 1, -100, -100])
+    assert linear_logprob(HIDDEN, WEIGHT, ignored, temperature=temperature).logprob.isfinite().all()
+    assert token_logprob(HIDDEN @ WEIGHT.T, ignored, temperature=temperature).logprob.isfinite().all()
+    role = torch.tensor([1, 2, 0, 0], dtype=torch.uint8)
+    assert linear_policy_loss(HIDDEN, WEIGHT, _batch(role=role), objectives.trapo(), temperature=temperature).loss.isfinite()
 
 
 def test_token_logprob():

@@ -159,6 +159,18 @@ def test_token_logprob_equals_eager_fp64_in_value_and_gradient(backend, temperat
     assert cases.error(ours, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_token_logprob_of_transposed_logits(backend):
+    logits = torch.randn(50, 7, device=cases.DEVICE).t().requires_grad_()  # [7, 50], as from (weight @ hidden.T).T
+    target = torch.arange(7, device=cases.DEVICE) * 6
+    results = []
+    for x in (logits, logits.detach().contiguous().requires_grad_()):
+        out = token_logprob(x, target, with_entropy=True, backend=backend)
+        results.append([out.logprob, out.entropy, *cases.gradients((out.logprob + out.entropy).sum(), (x,))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("backend", cases.COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_token_logprob_of_a_compiled_backend_matches_the_reference(dtype, backend):

@@ -194,12 +194,16 @@ def test_a_token_of_weight_zero_with_an_entropy_bonus_is_safe_whatever_its_ratio
 
 
 @pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
-def test_a_nan_in_old_logprob_shows_in_the_loss(backend):
+def test_a_nan_in_old_logprob_shows_in_the_loss_or_is_refused_where_that_costs_no_sync(backend):
     hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
     old = torch.full((8,), -1.0)
     old[3] = float("nan")
     b = cases.batch(8, 30, torch.float32, roles=(1,), old_logprob=old)
-    assert linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss.isnan()
+    if cases.DEVICE == "cpu":
+        with pytest.raises(ValueError, match="batch.old_logprob must be finite, got nan at row 3"):
+            linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
+    else:
+        assert linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss.isnan()
 
 
 def test_fp16_gradients_survive_a_small_loss_under_a_gradient_scaler():

@@ -71,6 +71,19 @@ def test_a_frozen_weight_gets_no_gradient_and_the_factors_do(backend):
     assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 and x.grad.abs().sum() > 0 for x in (hidden, a, b))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_float32_factors_beside_bfloat16_hidden_states_get_unrounded_gradients(backend, autocast):
+    hidden, weight, _ = cases.head(40, 6, 40, torch.float32 if autocast else torch.bfloat16)
+    factors = _factors(torch.float32)
+    with torch.autocast(cases.DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        loss = linear_policy_loss(
+            hidden, weight, cases.batch(40, 40, torch.float32), objectives.sft(), lora=LoraHead(*factors, 0.3), backend=backend
+        ).loss
+    for grad in cases.gradients(loss, factors):
+        assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_opcheck():
     hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
     lora_a, lora_b = _factors(torch.float32, 5, 20)
@@ -107,7 +120,7 @@ def test_opcheck():
         (torch.zeros(3), torch.zeros(4, 3), r"a must be a tensor of shape \[R, D\]"),
         (torch.zeros(2, 6), torch.zeros(40, 3), "must agree in R, got 2 and 3"),
         (torch.zeros(3, 5), torch.zeros(40, 3), r"must have D = 6 and V = 40 of the head"),
-        (torch.zeros(3, 6).double(), torch.zeros(40, 3).double(), "lora.a must be torch.float32"),
+        (torch.zeros(3, 6).double(), torch.zeros(40, 3).double(), "lora.a must be torch.float32 on cpu as hidden is, or float32"),
     ],
 )
 def test_bad_factors(a, b, message):

@@ -181,10 +181,12 @@ class HeadGemm:
     def grad_hidden(self, grad_logits: Tensor, grad_low_rank: Tensor | None) -> Tensor:
         """dHidden [C, D] in fp32 (fp64)."""
         grad = self._grad_rows(grad_logits, self.weight)
-        if grad_low_rank is not None:
-            with self._exact():
-                self._add_product(grad, grad_low_rank, self.lora_a, beta=1)
-        return grad
+        if grad_low_rank is None:
+            return grad
+        whole = self._padded(grad)
+        with self._exact():
+            self._add_product(whole, self._padded(grad_low_rank), self.lora_a, beta=1)
+        return whole[: grad.shape[0]]
 
     def _grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
         """grad_logits [C, V] · factor [V, K] in fp32 (fp64); not in the dtype of hidden, because cuBLAS may split V and add the

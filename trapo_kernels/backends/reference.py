@@ -75,7 +75,7 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, m
     """0-d: Σ -weight · scale · signal · V(d) over the tokens `mine` [N] bool."""
     logp = torch.where(mine, logprob, 0.0)
     d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
-    signal = batch.advantage if term.signal == "advantage" else torch.ones_like(logp)
+    signal = batch.advantage.to(logp.dtype) if term.signal == "advantage" else torch.ones_like(logp)
     amount = batch.weight.to(logp.dtype) * term.scale * signal
     if term.reduces(on_policy=batch.old_logprob is None):
         pooled = terms.reduced(term, logprob, entropy, d, batch, mine)

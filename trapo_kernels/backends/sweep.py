@@ -324,7 +324,7 @@ def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: Lo
         _put(
             out,
             index,
-            rows.statistics(logits[index].to(dtype, copy=True), target[index], transform.rows(index), with_entropy),
+            rows.statistics(_own_copy(logits[index], dtype), target[index], transform.rows(index), with_entropy),
         )
     return out
 
@@ -342,7 +342,7 @@ def score_logits_backward(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for index in _logit_chunks(logits):
         grad[index] = rows.logprob_gradient(
-            logits[index].to(stats.logprob.dtype, copy=True),
+            _own_copy(logits[index], stats.logprob.dtype),
             target[index],
             transform.rows(index),
             RowStatistics(*(part[index] for part in stats)),
@@ -351,6 +351,11 @@ def score_logits_backward(
             logits.dtype,
         )
     return grad
+
+
+def _own_copy(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy with the unit stride that row operations need; that of transposed logits would be transposed, too."""
+    return logits.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _logit_chunks(logits: Tensor) -> Iterator[slice]:

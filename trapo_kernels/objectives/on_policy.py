@@ -77,7 +77,7 @@ def cispo(
     else:
         low, high = (0.2 if epsilon is None else epsilon for epsilon in (epsilon_low, epsilon_high))
         checks.in_range("objectives.cispo", "epsilon_low", low, 0.0, 1.0)
-        checks.in_range("objectives.cispo", "epsilon_high", high, 0.0, math.inf)
+        checks.in_range("objectives.cispo", "epsilon_high", high, 0.0, math.inf, open_low=True)
         gate = Truncate(low=1.0 - low, high=1.0 + high)
     return Objective(rollout=Term(gate, anchor="old", signal="advantage"), entropy_coef=entropy_coef, name="cispo")
 
