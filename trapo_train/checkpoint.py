@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trapo_train.parallel import World
 
-FORMAT = 5
+FORMAT = 6
 STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
 _UNFINISHED = ".unfinished_"
 
@@ -78,6 +78,12 @@ class CheckpointStore:
         """Steps that have a checkpoint, in order; whether they are intact shows when they are loaded."""
         names = [path.name for path in self.directory.glob("step_*") if path.is_dir()]
         return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+
+    def unfinished_bytes(self) -> int:
+        """What was left behind by a save that was killed, and goes with the next one."""
+        return sum(
+            file.stat().st_size for place in self.directory.glob(f"{_UNFINISHED}*") for file in place.rglob("*") if file.is_file()
+        )
 
     def path(self, step: int) -> Path:
         """Directory of the checkpoint of `step`."""

@@ -14,6 +14,7 @@ from trapo_train.config import RunConfig
 from trapo_train.data import DataConfig
 from trapo_train.display import NullReporter
 from trapo_train.model import ScratchConfig
+from trapo_train.parallel import World
 from trapo_train.rewards import load_reward
 from trapo_train.trackers import TrackingConfig
 from trapo_train.train import RunSummary, run
@@ -63,5 +64,6 @@ def dry_run(config: RunConfig) -> RunSummary:
     Raises: whatever the run itself would raise for its configuration.
     """
     load_reward(config.reward)
+    world = World(config.parallel)
     with tempfile.TemporaryDirectory() as directory:
-        return run(dry_config(config, directory), NullReporter())
+        return run(dry_config(config, world.gather(directory)[0]), NullReporter())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
 from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams
+from trapo_train.step import OptimizerConfig, build_optimizer
 
 
 def check_objective(config: RunConfig, objective: Objective) -> None:
@@ -65,29 +70,40 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int
             )
 
 
-def check_disk(config: RunConfig, model: PreTrainedModel, saved: int) -> str | None:
+def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore) -> str | None:
     """Raise ValueError unless the disk of output_dir has room for the trained model and a checkpoint of it, without which the run
-    would be lost; a note where it has no room for all that checkpoint.keep keeps, of which `saved` are there."""
+    would be lost; a note where it has no room for all that checkpoint.keep keeps."""
     output_dir = Path(config.output_dir)
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    exported = sum(size for size, _ in sizes)
-    checkpoint = 3 * sum(size for size, trained in sizes if trained)  # AdamW keeps two numbers beside each weight
-    free = shutil.disk_usage(place).free
-    if free < exported + checkpoint:
+    exported = sum(size for size, _ in sizes) * (2 if config.rollout.engine == "vllm_server" else 1)  # which is handed files
+    checkpoint = int((1 + _optimizer_share(config.optimizer)) * sum(size for size, trained in sizes if trained))
+    free = shutil.disk_usage(place).free + store.unfinished_bytes()  # which the next save deletes
+    saved, last = len(store.steps()), config.steps in store.steps()
+    if free < exported + (0 if last else checkpoint):
         raise ValueError(
             f"output_dir must have room for the trained model and a checkpoint, {_size(exported)} + {_size(checkpoint)}, got "
             f"{_size(free)} free at {place}. Free space, or choose another output_dir."
         )
     keep, every = config.checkpoint.keep, config.checkpoint.every
-    coming = min(config.steps // every, keep + 1) if every > 0 else 0  # an old one goes when the new one is whole
+    coming = min(math.ceil(config.steps / every), keep + 1) if every > 0 else 0  # an old one goes when the new one is whole
     needed = exported + max(1, coming - saved) * checkpoint
-    if coming and free < needed:
+    if coming and not last and free < needed:
         return (
             f"output_dir has {_size(free)} free and needs {_size(needed)} for the model and checkpoints of {_size(checkpoint)}: "
             f"checkpoint.keep={keep} of them, and the one being written. A run that cannot save stops at its last checkpoint."
         )
     return None
+
+
+def _optimizer_share(config: OptimizerConfig) -> float:
+    """Bytes of the optimizer's state per byte of a weight matrix, found out on a small one."""
+    matrix = nn.ParameterList([torch.zeros(256, 256)])
+    matrix[0].grad = torch.zeros(256, 256)
+    optimizer = build_optimizer(matrix, config)
+    optimizer.step()
+    state = (value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
+    return sum(value.nbytes for value in state) / matrix[0].nbytes
 
 
 def _size(num_bytes: int) -> str:

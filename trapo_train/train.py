@@ -10,6 +10,7 @@ summary = run(config, Reporter(config.output_dir))
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
 from trapo_train.trainer import Trainer
 
+SHARED_WITHIN_S = 20.0
 CONFIG_FILE, CHECKPOINT_DIR, MODEL_DIR = "config.yaml", "checkpoints", "model"
 
 
@@ -71,7 +73,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
 def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
     store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep, trainer.world)
-    note = check_disk(config, trainer.model, len(store.steps()))
+    note = check_disk(config, trainer.model, store)
     trainer.notes += [note] if note else []
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
@@ -80,29 +82,52 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     if trainer.world.first:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    _check_shared(trainer)
     reporter.start(config, trainer.data_report)
     for note in trainer.notes:
         reporter.event(note)
-    with StopSignal() as stop:
-        _loop(trainer, store, reporter, stop)
-    interrupted = trainer.step < config.steps
-    if not interrupted:
-        _export(trainer, store)
+    with StopSignal() as stop:  # which also holds while the model is written
+        failed = _loop(trainer, store, reporter, stop)
+        interrupted = trainer.step < config.steps
+        if not interrupted:
+            _export(trainer, store, failed)
     summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
 
 
-def _export(trainer: Trainer, store: CheckpointStore) -> None:
-    """Write the trained model; where that fails, a checkpoint of the last step, so that nothing has to be trained again."""
+def _check_shared(trainer: Trainer) -> None:
+    """Raise ValueError on every rank unless all of them see the output_dir that the first one writes to."""
+    path, wanted = Path(trainer.config.output_dir) / CONFIG_FILE, to_yaml(trainer.config)
+    trainer.world.barrier()
+    deadline = time.monotonic() + SHARED_WITHIN_S  # a network disk may show a new file late
+    while not (seen := path.exists() and path.read_text(encoding="utf-8") == wanted) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(trainer.world.gather(seen)) if not sees]
+    if blind:
+        raise ValueError(
+            f"output_dir must be one directory for all ranks, which write their shards of a checkpoint there; ranks {blind} do not "
+            f"see what rank 0 wrote to {path.absolute()}. Put it on a disk that all of them share."
+        )
+
+
+def _export(trainer: Trainer, store: CheckpointStore, unsaved: CheckpointError | None) -> None:
+    """Write the trained model; where that fails, a checkpoint of the last step, so that nothing has to be trained again.
+
+    `unsaved`: why that checkpoint could not be written, where it was tried already; raised once the model is there.
+    """
     directory, error = Path(trainer.config.output_dir) / MODEL_DIR, None
     try:
         export_model(trainer.model, trainer.tokenizer, directory, trainer.world)
     except CheckpointError as raised:
         error = raised
     failed = next((found for found in trainer.world.gather(error) if found is not None), None)
-    if failed is None:
+    if failed is None and unsaved is None:
         return
+    if failed is None:
+        raise CheckpointError(f"{unsaved} The trained model is complete: {directory}.") from unsaved
+    if unsaved is not None:
+        raise CheckpointError(f"{failed} Nor could a checkpoint: {unsaved}") from failed
     saved = store.path(trainer.step) if trainer.step in store.steps() else trainer.save(store)
     raise CheckpointError(
         f"{failed} What was trained is in {saved}. Free space or make the directory writable, then resume with "
@@ -110,8 +135,9 @@ def _export(trainer: Trainer, store: CheckpointStore) -> None:
     ) from failed
 
 
-def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> None:
-    """Step until the end or until SIGTERM; after each step evaluate, then save, whichever is due."""
+def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> CheckpointError | None:
+    """Step until the end or until SIGTERM; after each step evaluate, then save, whichever is due. Returns why the last step could
+    not be saved, which must not keep the model from being written."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
     while True:
@@ -120,14 +146,20 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if trainer.evaluation_due and not stopping:
                 for name, metrics in trainer.evaluate().items():
                     reporter.evaluation({"step": trainer.step, **metrics}, name)
+                stopping = any(trainer.world.gather(stop.received))  # an evaluation may take long
             finished = trainer.step >= config.steps
             every = config.checkpoint.every
             due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
             if (due or stopping) and saved_at != trainer.step:
-                reporter.event(f"saved {trainer.save(store)}")
+                try:
+                    reporter.event(f"saved {trainer.save(store)}")
+                except CheckpointError as error:
+                    if finished:
+                        return error
+                    raise
                 saved_at = trainer.step
             if finished or stopping:
-                return
+                return None
             metrics = trainer.train_step()
         except SAMPLING_ERRORS:  # they leave the state as it was
             if saved_at != trainer.step:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from trapo_train.chooser import apply_choice, load_chooser
-from trapo_train.config import RunConfig, to_yaml
+from trapo_train.config import RunConfig
+from trapo_train.continuation import set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
 from trapo_train.engines import build_engine, ready_to_generate
@@ -49,8 +49,6 @@ from trapo_train.tasks import build_tokenizer
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vocab_parallel import join_micro_batches
 
-# Sections that may change between a run and its continuation without changing what is trained.
-_FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
 
 
@@ -265,12 +263,8 @@ class Trainer:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a run must share with this one to continue it: the configuration, except where and how long, and the data."""
-        config = yaml.safe_load(to_yaml(self.config))
-        free = [*_FREE_SECTIONS]
-        if self.config.optimizer.schedule.startswith("constant"):
-            free.append("steps")  # other schedules depend on it
-        return {"config": {k: v for k, v in config.items() if k not in free}, "data": self.data_fingerprint[:16]}
+        """What a run must share with this one to continue it: the configuration, except what may change, and the data."""
+        return {"config": split_settings(self.config)[0], "data": self.data_fingerprint[:16]}
 
     def save(self, store: CheckpointStore) -> Path:
         """Write all state of the run; every rank calls this and writes its shards. See `CheckpointStore.save`."""
@@ -285,6 +279,7 @@ class Trainer:
             "deferred": self.deferred.state_dict(),
             "chooser": self.chooser.state_dict() if hasattr(self.chooser, "state_dict") else {},
             "last_metrics": self.last_metrics,
+            "settings": split_settings(self.config)[1],
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
         return store.save(self.step, state, self.fingerprint, tensors)
@@ -310,6 +305,10 @@ class Trainer:
             self.engine.reseed(self._engine_seed(self.step))
             self.notes.append(f"saved by {len(state['ranks'])} ranks, continued by {self.world.size}: new random states")
         self.notes.append(f"resumed from step {self.step}")
+        changed = what_changed(state["settings"], split_settings(self.config)[1])
+        if changed:
+            set_learning_rate(self.optimizer, self.scheduler, self.config.optimizer.learning_rate)
+            self.notes.append(changed)
         return True
 
     def _load_problems(self) -> ProblemSet:

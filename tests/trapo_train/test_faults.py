@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,19 +73,28 @@ def on_a_small_disk(directory: Path, script: str) -> subprocess.CompletedProcess
 
 
 def test_a_disk_too_small_for_the_model_and_a_checkpoint_is_refused_before_the_first_rollout(tmp_path, monkeypatch):
-    config = build_config(tmp_path, "run", "steps=4", "checkpoint={every: 1, keep: 2}")
+    config = build_config(tmp_path, "run", "steps=5", "checkpoint={every: 2, keep: 2}")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage._replace(free=2**14))
+
+    def with_free(num_bytes):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage._replace(free=num_bytes))
+
+    with_free(2**14)
     with pytest.raises(ValueError, match=r"output_dir must have room for the trained model and a checkpoint, .* got 0.0 MiB free"):
         train_to_end(config)
     assert not (tmp_path / "run").exists()
-    trainer = Trainer(config)
-    weights = 4 * sum(p.numel() for p in trainer.model.parameters())
-    for free, note in ((4 * weights, "output_dir has"), (10 * weights - 1, "output_dir has"), (10 * weights, None)):
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place, free=free: usage._replace(free=free))
-        told = preflight.check_disk(config, trainer.model, saved=0)  # the model and 3 checkpoints of 3 times its size
+    trainer, store = Trainer(config), CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    for factor, note in ((4.1, "output_dir has"), (9.9, "output_dir has"), (10.1, None)):
+        with_free(int(factor * weights))
+        told = preflight.check_disk(config, trainer.model, store)  # the model and 3 checkpoints of 3 times its size
         assert told is None if note is None else told.startswith(note)
-    assert preflight.check_disk(config, trainer.model, saved=3) is None
+    sgd = replace(config, optimizer=replace(config.optimizer, name="SGD"))
+    with_free(int(2.1 * weights))  # no state: a checkpoint has the size of the weights
+    assert preflight.check_disk(sgd, trainer.model, store).startswith("output_dir has")
+    store.path(5).mkdir(parents=True)  # what an export that failed leaves
+    with_free(int(1.1 * weights))
+    assert preflight.check_disk(config, trainer.model, store) is None
     trainer.close()
 
 

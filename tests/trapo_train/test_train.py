@@ -173,9 +173,9 @@ def test_a_finished_run_can_be_continued_with_more_steps_and_evaluating_changes_
 
 def test_resume_refuses_another_run(configure):
     train_to_end(configure("run", "steps=2"))
-    other = configure("run", "checkpoint.resume=true", "optimizer.learning_rate=0.1", "data.num_problems=9")
+    other = configure("run", "checkpoint.resume=true", "optimizer.weight_decay=0.1", "data.num_problems=9")
     with pytest.raises(
-        RuntimeError, match=r"num_problems was 8, is 9; config\.optimizer\.learning_rate was 0\.01, is 0\.1; data was"
+        RuntimeError, match=r"num_problems was 8, is 9; config\.optimizer\.weight_decay was 0\.0, is 0\.1; data was"
     ):
         train_to_end(other)
 

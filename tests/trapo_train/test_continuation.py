@@ -1,0 +1,139 @@
+"""How a run ends and goes on: what may change in between, a signal at any moment, a disk or a rank in the way at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_train import EVALUATED, build_config, rows, train_to_end
+from trapo_train import train
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.continuation import set_learning_rate
+from trapo_train.display import read_metrics
+from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.train import Trainer
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """A function that builds the tiny configuration with overrides, in its own output directory."""
+    return partial(build_config, tmp_path)
+
+
+def _events(config):
+    return [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+
+
+def test_a_continuation_may_lower_the_learning_rate_and_the_memory_it_needs_and_says_so(configure):
+    train_to_end(configure("run", "steps=4"))
+    changes = ("optimizer.learning_rate=0.001", "optimizer.max_grad_norm=0.5", "packing.max_tokens=150")
+    config = configure("run", "steps=6", "checkpoint.resume=true", *changes)
+    assert train_to_end(config).steps == 6
+    assert [row["learning_rate"] for row in rows(config)] == pytest.approx([0.0, 0.005, 0.01, 0.01, 0.001, 0.001])
+    (note,) = [text for text in _events(config) if "not the run any more" in text]
+    assert note.startswith(
+        "optimizer.learning_rate was 0.01, is 0.001; optimizer.max_grad_norm was 1.0, is 0.5; packing.max_tokens"
+    )
+
+
+def test_an_unchanged_continuation_says_nothing_of_the_kind(configure):
+    train_to_end(configure("run", "steps=2"))
+    config = configure("run", "steps=3", "checkpoint.resume=true")
+    train_to_end(config)
+    assert any("resumed from step 2" in text for text in _events(config))
+    assert not any("not the run any more" in text for text in _events(config))
+
+
+def test_a_new_peak_keeps_the_place_in_the_schedule():
+    def trained(peak, steps):
+        layer = nn.Linear(2, 2)
+        optimizer = build_optimizer(layer, OptimizerConfig(learning_rate=peak, schedule="cosine", warmup_steps=2))
+        scheduler = build_scheduler(optimizer, OptimizerConfig(learning_rate=peak, schedule="cosine", warmup_steps=2), steps=10)
+        for _ in range(steps):
+            layer(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+        return optimizer, scheduler
+
+    optimizer, scheduler = trained(0.1, 5)
+    set_learning_rate(optimizer, scheduler, 0.02)
+    for steps in (5, 6, 7):
+        assert scheduler.get_last_lr() == pytest.approx(trained(0.02, steps)[1].get_last_lr())
+        assert [group["lr"] for group in optimizer.param_groups] == scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("at_step", [0, 3, 6])
+def test_a_signal_during_an_evaluation_stops_the_run_there(configure, monkeypatch, at_step):
+    evaluate = Trainer.evaluate
+
+    def interrupted(trainer):
+        if trainer.step == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    config = configure("run", *EVALUATED, "checkpoint.every=0")
+    summary = train_to_end(config)
+    assert (summary.steps, summary.interrupted) == (at_step, at_step < 6)
+    assert CheckpointStore(Path(config.output_dir) / "checkpoints", keep=2).steps() == [at_step]
+
+
+def test_a_signal_while_the_model_is_written_does_not_stop_that(configure, monkeypatch):
+    export = train.export_model
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return export(*arguments)
+
+    monkeypatch.setattr(train, "export_model", interrupted)
+    config = configure("run", "steps=1", "checkpoint.every=0")
+    assert not train_to_end(config).interrupted
+    assert (Path(config.output_dir) / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("export_fails", [False, True])
+def test_a_last_checkpoint_that_cannot_be_written_does_not_keep_the_model_from_being_written(configure, monkeypatch, export_fails):
+    save = CheckpointStore.save
+
+    def full(store, step, *arguments):
+        if step == 3:
+            raise CheckpointError("checkpoint: No space left on device.")
+        return save(store, step, *arguments)
+
+    def no_export(*arguments):
+        raise CheckpointError("model: No space left on device.")
+
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    if export_fails:
+        monkeypatch.setattr(train, "export_model", no_export)
+    config = configure("run", "steps=3")
+    message = (
+        r"model: No space.* Nor could a checkpoint" if export_fails else r"checkpoint: No space.* The trained model is complete"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train_to_end(config)
+    assert (Path(config.output_dir) / "model" / "model.safetensors").is_file() != export_fails
+
+
+def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(configure, monkeypatch):
+    monkeypatch.setattr(train, "SHARED_WITHIN_S", 0.2)
+    config = configure("run")
+    world = SimpleNamespace(barrier=lambda: None, gather=lambda seen: [True, seen])
+    with pytest.raises(ValueError, match=r"output_dir must be one directory for all ranks.* ranks \[1\] do not see"):
+        train._check_shared(SimpleNamespace(config=config, world=world))
+
+
+@pytest.mark.slow
+def test_two_ranks_make_a_dry_run(tmp_path):
+    _torchrun(2, tmp_path, "--dry-run")
+    assert not (tmp_path / "run").exists()

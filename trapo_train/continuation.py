@@ -1,0 +1,55 @@
+"""What a run and its continuation must have in common, and what may change in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from trapo_train.checkpoint import compare_fingerprints
+from trapo_train.config import RunConfig, to_yaml
+
+# Sections that change nothing of what is trained.
+_FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
+# What a run that diverged, ran out of memory or lost its server must be able to change; its continuation says so.
+_CHANGEABLE = (
+    "optimizer.learning_rate",
+    "optimizer.max_grad_norm",
+    "optimizer.max_skipped_steps",
+    "packing.max_tokens",
+    "model.gradient_checkpointing",
+    "rollout.max_batch_tokens",
+    "rollout.vllm",
+    "rollout.vllm_server",
+)
+
+
+def split_settings(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings that a continuation must share, those that it may change, by their dotted names)."""
+    fixed = yaml.safe_load(to_yaml(config))
+    for name in _FREE_SECTIONS:
+        del fixed[name]
+    if config.optimizer.schedule.startswith("constant"):
+        del fixed["steps"]  # other schedules depend on it
+    changeable = {}
+    for name in _CHANGEABLE:
+        section, key = name.split(".")
+        changeable[name] = fixed[section].pop(key)
+    return fixed, changeable
+
+
+def what_changed(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """A sentence on the settings that a continuation has changed, or None."""
+    differences = compare_fingerprints(saved, current)
+    return f"{'; '.join(differences)}: not the run any more that would have gone on unchanged" if differences else None
+
+
+def set_learning_rate(optimizer: Optimizer, scheduler: LRScheduler, peak: float) -> None:
+    """Give a loaded optimizer and its schedule another peak learning rate; where they are in the schedule stays."""
+    for group in optimizer.param_groups:
+        group["lr"] *= peak / group["initial_lr"]
+        group["initial_lr"] = peak
+    scheduler.base_lrs = [peak] * len(optimizer.param_groups)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
