@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -156,12 +157,18 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.plans import PlanConfig
+    from trapo_train.step import ObjectiveConfig
     from trapo_train.tables import evaluation_table
     from trapo_train.train import Trainer
+    from trapo_train.updates import UpdateConfig
 
     config = _load(args)
     if config.eval_data is None:
         raise ValueError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
+    held_out = next(iter(config.eval_data.values())) if isinstance(config.eval_data, dict) else config.eval_data
+    # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
+    config = replace(config, data=held_out, plan=PlanConfig("grpo"), objective=ObjectiveConfig("dr_grpo"), updates=UpdateConfig())
     trainer = Trainer(config)
     evaluations = trainer.evaluate()
     if trainer.world.first:
@@ -177,8 +184,11 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
 
     config = _load(args)
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
-    report = measure(Trainer(config), settings)
-    return EXIT_OK if show_headroom(report, Path(config.output_dir), console) else EXIT_NEGATIVE
+    trainer = Trainer(config)
+    report = measure(trainer, settings)
+    found = show_headroom(report, Path(config.output_dir), console) if trainer.world.first else report.verdict()[0]
+    trainer.close()
+    return EXIT_OK if found else EXIT_NEGATIVE
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
@@ -199,7 +209,9 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     group = result.groups[0]
     assign_prefix_weights(group)
     color = console.color_system is not None
-    console.print(render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color))
+    if trainer.world.first:
+        console.print(render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color))
+    trainer.close()
     return EXIT_OK
 
 
@@ -208,6 +220,8 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.tables import changes_table, memory_table
 
     config = _load(args)
+    if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
+        raise ValueError(f"plan-memory: --memory-gib must be a finite number above 0, got {args.memory_gib}.")
     where = {"device_type": args.device, "gpu_bytes": None if args.memory_gib is None else int(args.memory_gib * GIB)}
     plan = plan_memory(config, gpus=args.gpus, context=args.context, **where)
     console.print(memory_table(plan))

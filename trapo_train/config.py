@@ -76,6 +76,8 @@ class RunConfig:
         for name, smallest in (("steps", 1), ("prompts_per_step", 1), ("seed", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}.")
         for name in ("output_dir", "reward"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")
@@ -83,6 +85,12 @@ class RunConfig:
             raise ValueError(
                 f"updates.mini_batches must be at most prompts_per_step, {self.prompts_per_step}, got {self.updates.mini_batches}: "
                 "all samples of a problem are in one mini-batch, and others would be empty. Lower it."
+            )
+        buffer_size = self.plan.setting("buffer_size")
+        if buffer_size is not None and self.updates.mini_batches > buffer_size:
+            raise ValueError(
+                f"updates.mini_batches must be at most plan.buffer_size, {buffer_size}, the problems of a step on traces, got "
+                f"{self.updates.mini_batches}. Lower it."
             )
         dropout = 0.0 if self.model.lora is None else self.model.lora.dropout
         if dropout > 0 and (self.updates.per_step > 1 or self.updates.correction is not None):

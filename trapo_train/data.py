@@ -45,8 +45,8 @@ class DataConfig:
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
     preset: Literal["luffy"] | None = None
-    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth). What is set
-    beside it stays as set: the evaluation sets of that layout have no traces and want expert_column: null."""
+    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth). A column
+    that is set beside it to another name than its default stays: the evaluation sets of that layout want expert_column: null."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth."""
     solution_column: str | None = "solution"

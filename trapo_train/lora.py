@@ -30,7 +30,11 @@ class LoraConfig:
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", 0 < self.alpha < float("inf"), "a finite number above 0"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("target_modules", bool(self.target_modules), "all-linear or a list of names"),
+            (
+                "target_modules",
+                bool(self.target_modules) and (self.target_modules == "all-linear" or not isinstance(self.target_modules, str)),
+                "all-linear or a list of names such as [q_proj, v_proj]",
+            ),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")

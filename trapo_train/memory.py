@@ -65,7 +65,8 @@ def plan_memory(
 
     Args:
         gpus: ranks, a multiple of parallel.replicate.
-        context: tokens of the longest prompt and response together; None for data.max_prompt_tokens + rollout.max_response_tokens.
+        context: tokens of the longest prompt and response together; None for the longest that data.max_prompt_tokens,
+            rollout.max_response_tokens and the model's positions allow.
         device_type: "cuda" or "cpu", whose kernels take other chunks.
         gpu_bytes: what one GPU has; of it vLLM in the trainer's process takes its share, which is left out where this is None.
 
@@ -78,9 +79,13 @@ def plan_memory(
         raise ValueError(
             f"plan-memory: gpus must be a multiple of parallel.replicate = {config.parallel.replicate} and at least 1, got {gpus}."
         )
-    context = context or config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    tokens = max(config.packing.max_tokens, context)
+    if context is not None and context < 2:
+        raise ValueError(f"plan-memory: context must be at least 2 tokens, a prompt and a response, got {context}.")
     architecture = load_architecture(config)
+    if context is None:
+        positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
+        context = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, positions)
+    tokens = max(config.packing.max_tokens, context)
     weights = weigh(config.model, architecture)
     shards = gpus // config.parallel.replicate
     state, transient = trace_optimizer(config.model, architecture, config.optimizer, device_type)

@@ -126,7 +126,7 @@ def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
     """Entropy of the policy on the tokens it wrote and on expert tokens, over steps."""
     figure, (axis,) = new_figure(
         "Entropy of the policy",
-        "mean over the tokens of each role · dots: one step · line: running mean",
+        "mean over the tokens of each role with a gradient · dots: one step · line: running mean",
     )
     labels = []
     for role, name, colour in (("rollout", "own tokens", PALETTE[0]), ("expert", "expert tokens", PALETTE[1])):

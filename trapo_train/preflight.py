@@ -26,6 +26,16 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
             f"objective {objective.name} trains on expert tokens alone, and plan {plan.name} has none. "
             "Use plan.name=sft, or an objective for rollouts such as dr_grpo."
         )
+    if objective.expert is None and plan.largest_request == 0:
+        raise ValueError(
+            f"plan {plan.name} samples nothing, and objective {objective.name} does not train on expert tokens. "
+            "Use an objective with an expert term such as sft, or a plan with rollouts such as grpo."
+        )
+    if plan.name == "grpo" and plan.setting("num_samples") == 1 and config.advantage.center != "none":
+        raise ValueError(
+            "plan.num_samples must be at least 2 for a baseline of the same problem, got 1, whose advantage is always 0. "
+            "Raise it, or set advantage.center=none."
+        )
     if plan.setting("buffer_size") is not None and objective.expert is None:
         raise ValueError(
             f"plan {plan.name} has steps on expert traces alone, and objective {objective.name} does not train on them. "

@@ -62,6 +62,11 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
         messages = [{"role": "user", "content": value}]
     else:
         messages = _messages(value, f"{where}: a prompt")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where}: a chat prompt must end with what the model is to answer, got an assistant message at its end. Leave the "
+            "answer out of the prompt; expert_column is the place for it."
+        )
     if config.system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     if not tokenizer.chat_template:
@@ -134,15 +139,21 @@ def _load_dataset(path: str, name: str | None, split: str) -> Any:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = datasets.load_from_disk(path)
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    if folder.suffix not in FILE_SUFFIXES:
+    suffix = folder.suffix.lower()
+    if any(character in path for character in "*?[") and not glob.glob(path):
+        raise FileNotFoundError(f"no file matches {path!r}")
+    if suffix not in FILE_SUFFIXES:
         return datasets.load_dataset(path, name, split=split)
     if not glob.glob(path):
         raise FileNotFoundError(f"there is no file {path!r}")
     # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read
     # it too, but asks the hub to count the download first and waits for an answer where there is no network.
     files = {re.match(r"\w*", split).group(): path}
-    reader = datasets.Dataset.from_parquet if folder.suffix == ".parquet" else datasets.Dataset.from_json
-    return reader(files, split=split)
+    reader = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
+    try:
+        return reader(files, split=split)
+    except StopIteration:  # of datasets, for an empty file
+        raise ValueError(f"{path} holds no rows") from None
 
 
 def _trace_text(item: Any, where: str) -> str:

@@ -72,9 +72,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
             ("betas", self.betas is None or _are_betas(self.betas), "two numbers in [0, 1), or null"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
             ("max_skipped_steps", self.max_skipped_steps >= 0, "at least 0"),
@@ -154,6 +154,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         arguments["fused"] = True
     if config.betas is not None:
         arguments["betas"] = config.betas
+    own = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "params": "model", "fused": "nothing"}
+    for name in set(config.options) & set(own):
+        raise ValueError(f"options must not set {name}, which optimizer.{own[name]} decides. Set that.")
     arguments |= config.options
     for name in [*arguments, *(["weight_decay"] if config.weight_decay else [])]:
         if name not in accepted:
@@ -176,6 +179,8 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int
     known = [schedule.value for schedule in SchedulerType if schedule.value not in _UNFIT_SCHEDULES]
     if config.schedule not in known:
         raise ValueError(f"schedule must be one of {', '.join(known)}, got {config.schedule!r}.")
+    if config.schedule.startswith("constant") and config.schedule_options:  # which get_scheduler would drop without a word
+        raise ValueError(f"schedule {config.schedule} has no schedule_options, got {config.schedule_options}. Leave them out.")
     try:
         return get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
     except (TypeError, ValueError) as error:
@@ -205,7 +210,8 @@ def optimizer_step(
 
     Returns: loss, grad_norm (before clipping), learning_rate, loss_tokens, micro_batches, loss_passes (2 where the objective
         needs the logprobs of whole sequences first, else 1), skipped_step; and for each role that has tokens, entropy/<role>
-        in nats and the kernel's metrics (see `linear_policy_loss`), TrSFT's under trsft/.
+        in nats and the kernel's metrics (see `linear_policy_loss`), TrSFT's under trsft/. They are means over the tokens that
+        carry a gradient: without an entropy bonus rollouts of advantage 0 are left out.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -254,8 +260,10 @@ class _Tally:
         metrics = dict(out.metrics)
         if batch.rollout_logprob is not None:
             trained = (batch.role == Role.ROLLOUT) & (batch.weight != 0)
-            metrics |= _mismatch(out.logprob, batch.rollout_logprob, trained)
-            self._mismatches.append(torch.where(trained, (out.logprob.float() - batch.rollout_logprob).abs(), torch.nan))
+            # With several updates the policy moves away from the sampler: the one that sampled is the old one.
+            sampled_with = out.logprob if batch.old_logprob is None else batch.old_logprob
+            metrics |= _mismatch(sampled_with, batch.rollout_logprob, trained)
+            self._mismatches.append(torch.where(trained, (sampled_with.float() - batch.rollout_logprob).abs(), torch.nan))
         self._add("loss", out.loss.detach().double())
         for name, value in metrics.items():
             if name.endswith("_max"):

@@ -1,5 +1,6 @@
 """The commands do what they say on a tiny model, and what the user can correct is told in one line."""
 
+import json
 import subprocess
 import sys
 
@@ -55,6 +56,15 @@ def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, ca
     assert f"{last['accuracy']:.3f}" in shown
 
 
+def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
+    rows = [{"prompt": f"ab?a{depth}:", "solution": "de", "depth": depth} for depth in (1, 2)]
+    data = tmp_path / "held_out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gone = ["data={path: gone.jsonl}", "evaluation.group_by=depth", "reward=exact_match"]
+    assert cli.main(["eval", str(finished_run), *gone, f"eval_data={{path: {data}, expert_column: null}}"]) == 0
+    assert "depth" in capsys.readouterr().out
+
+
 def test_headroom_of_a_random_model_fails_and_says_so(config, tmp_path, capsys):
     assert cli.main(["headroom", config, "--num-problems", "4", "--samples", "1"]) == 1
     assert "No headroom" in capsys.readouterr().out
@@ -95,6 +105,8 @@ DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
         (["inspect", "CONFIG", "--problem", "8"], "must be in [0, 7], got 8"),
         (["run", "CONFIG", "rollout.engine=vllm_server", "rollout.vllm_server=DOWN"], "GET http://127.0.0.1:9/"),
         (["plot", "no_such_run"], "no_such_run"),
+        (["plan-memory", "CONFIG", "--context", "-5"], "context must be at least 2 tokens, a prompt and a response, got -5"),
+        (["plan-memory", "CONFIG", "--memory-gib", "nan"], "--memory-gib must be a finite number above 0, got nan"),
         (["eval", "EMPTY"], "config.yaml"),
     ],
 )

@@ -88,6 +88,11 @@ def test_to_yaml_and_back(tmp_path, file):
         (["steps=many"], "override 'steps=many': steps must be int, got 'many' (text)."),
         (["steps=0"], "with override 'steps=0': steps must be at least 1, got 0."),
         (["seed=-1"], "seed must be at least 0, got -1."),
+        (["seed=99999999999999999999"], "seed must be below 2^63, got 99999999999999999999."),
+        (
+            ["plan={name: relift, buffer_size: 1}", "objective.name=relift", "updates.mini_batches=3"],
+            "updates.mini_batches must be at most plan.buffer_size, 1, the problems of a step on traces, got 3",
+        ),
         (["reward=''"], "reward must not be empty"),
         (["plan.name=gropo"], "plan.name must be one of ['paper', 'release', 'grpo'"),
         (["plan.num_samples=3"], "run.yaml with override 'plan.num_samples=3': plan: num_samples is fixed by the plan"),

@@ -210,6 +210,12 @@ def test_whole_numbers_are_solutions(load):
             ValueError,
             "row 0: column 'solution.b' has no field 'b': the value there has the fields ['a']",
         ),
+        (
+            [{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "solution": "s", "expert": "e"}],
+            {},
+            ValueError,
+            "row 0: a chat prompt must end with what the model is to answer, got an assistant message",
+        ),
         ([{"prompt": 5, "solution": "s", "expert": "e"}], {}, ValueError, "row 0: a prompt must be text or a non-empty"),
         ([{"prompt": [], "solution": "s", "expert": "e"}], {}, ValueError, "row 0: a prompt must be text or a non-empty"),
         ([{"prompt": [{"role": "user"}], "solution": "s", "expert": "e"}], {}, ValueError, "row 0: a prompt must be"),
@@ -257,6 +263,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
         (str(broken), "broken.parquet', split 'train', failed"),
         (str(empty), "not empty."),
         (str(no_rows), "not empty."),
+        (str(tmp_path / "*.jsonl.gz"), "no file matches"),
     ]:
         with pytest.raises(ValueError) as error:
             load_problems(DataConfig(path=path), tokenizer, None)

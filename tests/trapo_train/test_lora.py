@@ -101,6 +101,10 @@ def load_adapters(config):
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"target_modules": []}, "target_modules must be all-linear or a list of names"),
+        (
+            {"target_modules": "q_proj"},
+            r"target_modules must be all-linear or a list of names such as \[q_proj, v_proj\], got 'q_proj'",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

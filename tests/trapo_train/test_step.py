@@ -114,6 +114,24 @@ def test_metrics_describe_the_tokens():
     assert metrics["rollout/ratio_max"] == 1.0
 
 
+def test_several_updates_do_not_look_like_a_sampler_that_disagrees():
+    model, objective = make_model(), objectives.trapo()
+    (micro_batch,) = packed(make_samples(), objective)
+    old = micro_batch.batch.rollout_logprob + 0.05  # what the policy that sampled gives, wherever training has moved it since
+    batch = replace(micro_batch.batch, old_logprob=old)
+    metrics = step(model, [replace(micro_batch, batch=batch)], objective)
+    assert metrics["rollout/mismatch_kl"] == pytest.approx(-0.05, abs=1e-6)
+    assert metrics["rollout/mismatch_p95"] == pytest.approx(0.05, abs=1e-6)
+
+
+def test_the_histogram_is_of_trsft_alone():
+    model, objective = make_model(), objectives.iw_sft_token()
+    samples = make_samples()
+    (micro_batch,) = packed(samples, objective)
+    batch = replace(micro_batch.batch, ref_logprob=micro_batch.batch.rollout_logprob)
+    assert "trsft/weight_histogram" not in step(model, [replace(micro_batch, batch=batch)], objective)
+
+
 def test_sampler_that_agrees_has_no_mismatch():
     model, objective = make_model(), objectives.dr_grpo()
     (micro_batch,) = packed(make_samples(prefixes=(0, 0, 0)), objective)
@@ -310,7 +328,12 @@ def test_objective_config_is_checked(arguments, message):
         ({"name": "SGD", "betas": (0.9, 0.9)}, "SGD takes lr, .*got 'betas'. Leave it out"),
         ({"options": {"momentum": 0.9}}, "AdamW takes .*got 'momentum'"),
         ({"name": "SGD", "options": {"nesterov": True}}, "SGD refuses its arguments: .*[Nn]esterov"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number above 0, got inf"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number of at least 0, got inf"),
+        ({"options": {"weight_decay": 0.5}}, "options must not set weight_decay, which optimizer.weight_decay decides"),
+        ({"options": {"lr": 0.5}}, "options must not set lr, which optimizer.learning_rate decides"),
+        ({"schedule_options": {"min_lr": 1e-4}}, "schedule constant_with_warmup has no schedule_options, got .*min_lr.*Leave"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), or null, got \(0.9, 1.0\)"),
         ({"schedule": "cosin"}, "schedule must be one of linear, cosine.*got 'cosin'"),
         ({"schedule": "reduce_lr_on_plateau"}, "schedule must be one of"),

@@ -64,8 +64,8 @@ def psft(epsilon: float = 0.2, entropy_coef: float = 0.0) -> Objective:
 
 def trsft_term(preset: str, alpha: float) -> Term:
     """V = p/α below α and 1 + log(p/α) above; α in (0, 1]."""
-    if not 0.0 < alpha <= 1.0:
-        raise ValueError(f"objectives.{preset}: alpha must lie in (0, 1], got {alpha}. The paper uses 0.1; 1 is DFT.")
+    if not (isinstance(alpha, int | float) and 0.0 < alpha <= 1.0):
+        raise ValueError(f"objectives.{preset}: alpha must lie in (0, 1], got {alpha!r}. The paper uses 0.1; 1 is DFT.")
     return Term(Truncate(high=alpha, scale=1.0 / alpha))
 
 

@@ -145,8 +145,8 @@ def _ratio_term() -> Term:
 
 
 def _chord(name: str, expert: Term, mu: float, epsilon_low: float, epsilon_high: float, entropy_coef: float) -> Objective:
-    if not 0.0 <= mu <= 1.0:
-        raise ValueError(f"objectives.{name}: mu must lie in [0, 1], got {mu}. It is the share of the expert loss.")
+    if not (isinstance(mu, int | float) and 0.0 <= mu <= 1.0):
+        raise ValueError(f"objectives.{name}: mu must lie in [0, 1], got {mu!r}. It is the share of the expert loss.")
     rollout = clip_term(epsilon_low, epsilon_high, scale=1.0 - mu)
     return Objective(expert=expert, rollout=rollout, entropy_coef=entropy_coef, name=name)
 
