@@ -141,4 +141,4 @@ def test_benchmark_files_and_functions_stay_small():
         assert text.count("\n") <= 400, f"{path.relative_to(ROOT)}: split it by job"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 70, f"{path.name}:{node.name}"
+                assert node.end_lineno - node.lineno <= 60, f"{path.name}:{node.name}"

@@ -6,7 +6,6 @@ import asyncio
 import difflib
 import importlib
 import inspect
-import logging
 import math
 import sys
 import threading
@@ -22,8 +21,6 @@ from trapo_train.grading import MathVerify, WorkerReward
 from trapo_train.math_grader import load_library
 from trapo_train.records import Problem
 from trapo_train.tasks import pointer_chasing_reward
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,21 +70,6 @@ class RewardFn(Protocol):
 
 class RewardError(RuntimeError):
     """A reward function raised, or returned something that is not one finite number (or None) per row."""
-
-
-def score(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """Return the reward of each response text; `problems[i]` is the problem that `texts[i]` answers.
-
-    None means that the reward has no opinion on a row: it counts as 0.0, and a warning says how many there were.
-
-    Raises:
-        RewardError: as `judge`.
-    """
-    opinions = judge(reward, problems, texts)
-    missing = sum(opinion is None for opinion in opinions)
-    if missing:
-        logger.warning("%s has no opinion (None) on %d of %d rows: 0.0", _name(reward), missing, len(opinions))
-    return [0.0 if opinion is None else opinion for opinion in opinions]
 
 
 def judge(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:

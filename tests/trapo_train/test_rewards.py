@@ -1,7 +1,6 @@
 """Rewards: what is passed to them, what is accepted from them, and grading of real answers."""
 
 import asyncio
-import logging
 import re
 import sys
 from fractions import Fraction
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from trapo_train.records import Problem
-from trapo_train.rewards import REWARDS, RewardError, RewardTerm, WeightedSum, exact_match, judge, load_reward, score, take_metrics
+from trapo_train.rewards import REWARDS, RewardError, RewardTerm, WeightedSum, exact_match, judge, load_reward, take_metrics
 from trapo_train.tasks import pointer_chasing_reward
 
 math_verify = REWARDS["math_verify"]
@@ -36,23 +35,19 @@ def test_a_reward_gets_every_column_as_a_list():
         calls.append(arguments)
         return [1, 2]
 
-    assert score(spy, problems(2), ["a", "b"]) == [1.0, 2.0]
+    assert judge(spy, problems(2), ["a", "b"]) == [1.0, 2.0]
     assert calls == [{"prompts": ["prompt 0", "prompt 1"], "completions": ["a", "b"], "solution": ["s0", "s1"], "depth": [0, 1]}]
 
 
 def test_numbers_of_any_kind_become_floats():
-    values = score(returning([1, True, 0.5, np.float32(0.25), Fraction(1, 8)]), problems(5), ["x"] * 5)
+    values = judge(returning([1, True, 0.5, np.float32(0.25), Fraction(1, 8)]), problems(5), ["x"] * 5)
     assert values == [1.0, 1.0, 0.5, 0.25, 0.125]
     assert all(type(value) is float for value in values)
-    assert score(returning(np.array([0.0, 1.0])), problems(2), ["x"] * 2) == [0.0, 1.0]
+    assert judge(returning(np.array([0.0, 1.0])), problems(2), ["x"] * 2) == [0.0, 1.0]
 
 
-def test_none_is_no_opinion_counts_as_zero_and_is_reported(caplog):
-    reward = returning([None, 1.0, None])
-    assert judge(reward, problems(3), ["x"] * 3) == [None, 1.0, None]
-    with caplog.at_level(logging.WARNING):
-        assert score(reward, problems(3), ["x"] * 3) == [0.0, 1.0, 0.0]
-    assert "'fixed_reward' has no opinion (None) on 2 of 3 rows" in caplog.text
+def test_none_is_no_opinion():
+    assert judge(returning([None, 1.0, None]), problems(3), ["x"] * 3) == [None, 1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +66,7 @@ def test_none_is_no_opinion_counts_as_zero_and_is_reported(caplog):
 )
 def test_bad_returns(values, words):
     with pytest.raises(RewardError) as error:
-        score(returning(values), problems(2), ["x", "y"])
+        judge(returning(values), problems(2), ["x", "y"])
     assert words in str(error.value)
     assert "'fixed_reward'" in str(error.value)
 
@@ -81,7 +76,7 @@ def test_an_exception_is_wrapped_with_the_reward_and_the_row():
         return [1 / (completion != "bad") for completion in completions]
 
     with pytest.raises(RewardError, match=r"'picky' raised on row 12: ZeroDivisionError.*'bad'") as error:
-        score(picky, problems(4), ["a", "b", "bad", "c"])
+        judge(picky, problems(4), ["a", "b", "bad", "c"])
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
@@ -92,13 +87,13 @@ def test_an_exception_of_the_whole_batch_only():
         return [1.0]
 
     with pytest.raises(RewardError, match="raised on 2 rows, though on none of them alone"):
-        score(lonely, problems(2), ["a", "b"])
+        judge(lonely, problems(2), ["a", "b"])
 
 
 def test_texts_and_problems_must_match_and_may_be_none():
     with pytest.raises(ValueError, match="one text per problem = 2, got 1"):
-        score(exact_match, problems(2), ["a"])
-    assert score(returning(None), [], []) == []
+        judge(exact_match, problems(2), ["a"])
+    assert judge(returning(None), [], []) == []
 
 
 def test_exact_match():
@@ -112,7 +107,7 @@ def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
     (tmp_path / "my_own_rewards.py").write_text("def length(completions, **columns):\n    return [len(c) for c in completions]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert score(load_reward("my_own_rewards:length"), problems(1), ["abc"]) == [3.0]
+    assert judge(load_reward("my_own_rewards:length"), problems(1), ["abc"]) == [3.0]
 
 
 @pytest.mark.parametrize(

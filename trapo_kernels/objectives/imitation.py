@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from trapo_kernels import checks
 from trapo_kernels.gates import Clip, One, Truncate
 from trapo_kernels.objective import Objective, Term
 from trapo_kernels.sequence import TrajectoryWeight
@@ -38,6 +41,7 @@ def iw_sft_token(cap: float = 16.0, entropy_coef: float = 0.0) -> Objective:
 
     Source: arXiv 2507.12856.
     """
+    checks.in_range("objectives.iw_sft_token", "cap", cap, 0.0, math.inf, open_low=True)
     return Objective(expert=Term(Truncate(high=cap), anchor="ref"), entropy_coef=entropy_coef, name="iw_sft_token")
 
 
@@ -59,6 +63,7 @@ def psft(epsilon: float = 0.2, entropy_coef: float = 0.0) -> Objective:
 
     Source: arXiv 2508.17784.
     """
+    checks.in_range("objectives.psft", "epsilon", epsilon, 0.0, 1.0)
     return Objective(expert=Term(Clip(epsilon, epsilon), anchor="old"), entropy_coef=entropy_coef, name="psft")
 
 

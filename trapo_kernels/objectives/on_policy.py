@@ -36,6 +36,7 @@ def grpo(
 
     Source: arXiv 2402.03300, equation 3.
     """
+    checks.in_range("objectives.grpo", "delta", delta, 1.0, math.inf)
     return clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, KL(beta, kl, kl_clamp) if beta else None)
 
 
