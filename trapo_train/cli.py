@@ -178,8 +178,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
 
 
 def _headroom(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.demo import measure, show_headroom
-    from trapo_train.headroom import HeadroomConfig
+    from trapo_train.headroom import HeadroomConfig, measure, show_headroom
     from trapo_train.train import Trainer
 
     config = _load(args)

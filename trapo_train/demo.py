@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,10 +23,11 @@ from rich.table import Table
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics
 from trapo_train.figures import group_label, group_order
-from trapo_train.headroom import HeadroomConfig, HeadroomReport, measure_headroom
+from trapo_train.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.inspect import render_group
-from trapo_train.plots import plot_accuracy_by_group, plot_comparison, plot_headroom, plot_run
+from trapo_train.plots import plot_accuracy_by_group, plot_comparison, plot_run
 from trapo_train.records import Sample
+from trapo_train.tables import accuracy_cell
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import MODEL_DIR, RunSummary, Trainer, run
 
@@ -144,33 +145,6 @@ def _train(config: RunConfig, console: Console) -> RunSummary:
         return run(config, reporter)
 
 
-def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
-    """The headroom of the trainer's model on the first held-out set with expert traces, or on its training problems."""
-    held_out = (entry.problems for entry in trainer.eval_sets.values() if len(entry.problems.with_experts()))
-    problems = next(held_out, trainer.problems)
-    with trainer.ready_to_generate():
-        return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
-
-
-def show_headroom(report: HeadroomReport, directory: Path, console: Console) -> bool:
-    """Print pass rates and verdict, write headroom.json and headroom.png to `directory`; returns the verdict."""
-    table = Table("pass rate after …", *(f"{fraction:.0%}" for fraction in report.config.fractions))
-    for group in dict.fromkeys(row.group for row in report.rows):
-        rows = [row for row in report.rows if row.group == group]
-        table.add_row(group_label(group), *(_accuracy(row.pass_rate, row.standard_error) for row in rows))
-    stated = [f"{row.answer_in_prefix:.0%}" for row in report.overall()]
-    table.add_row("answer in the prefix", *stated, style="dim")
-    console.print(table)
-    holds, sentence = report.verdict()
-    _say(console, sentence, "green" if holds else "bold red")
-    path = plot_headroom(report, directory / "headroom.png")
-    rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in report.rows]
-    summary = {"verdict": holds, "sentence": sentence, "gain": report.gain, "rows": rows}
-    path.with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    _say(console, f"wrote {path} and {path.with_suffix('.json').name}", "dim")
-    return holds
-
-
 def _gather(output: Path, seed: int, methods: Sequence[str]) -> SeedResult:
     """The base's evaluation is TRAPO's at step 0; every method's own is its last."""
     evaluations: dict[str, dict[str, Any]] = {}
@@ -181,11 +155,6 @@ def _gather(output: Path, seed: int, methods: Sequence[str]) -> SeedResult:
     return SeedResult(seed, evaluations)
 
 
-def _accuracy(value: float, standard_error: float | None) -> str:
-    known = standard_error is not None and standard_error == standard_error
-    return f"{value:.2f} ± {standard_error:.2f}" if known else f"{value:.2f}"
-
-
 def result_table(result: SeedResult) -> Table:
     """Held-out accuracy ± 1 standard error by group, a column per model."""
     table = Table("held-out accuracy", *(LABELS.get(name, name) for name in result.evaluations))
@@ -193,7 +162,7 @@ def result_table(result: SeedResult) -> Table:
     for key in [*sorted(keys, key=group_order), "accuracy"]:
         _, _, group = key.partition("/")
         stderr = f"accuracy_stderr/{group}" if group else "accuracy_stderr"
-        cells = [_accuracy(row[key], row.get(stderr)) if key in row else "–" for row in result.evaluations.values()]
+        cells = [accuracy_cell(row[key], row.get(stderr)) if key in row else "–" for row in result.evaluations.values()]
         table.add_row(group_label(group) or "all", *cells, style="" if group else "bold")
     return table
 
@@ -212,7 +181,7 @@ def _show_seeds(results: Sequence[SeedResult], console: Console) -> None:
     names = list(results[0].evaluations)
     table = Table("held-out accuracy", *(LABELS.get(name, name) for name in names), "TRAPO - base, points")
     for result in results:
-        cells = [_accuracy(row["accuracy"], row["accuracy_stderr"]) for row in result.evaluations.values()]
+        cells = [accuracy_cell(row["accuracy"], row["accuracy_stderr"]) for row in result.evaluations.values()]
         table.add_row(f"seed {result.seed}", *cells, f"{100 * result.gain:+.1f}")
     means = [fmean(result.evaluations[name]["accuracy"] for result in results) for name in names]
     gain = fmean(result.gain for result in results)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trapo_train.engine import Engine
 from trapo_train.evaluate import group_problems, standard_error
@@ -14,6 +16,11 @@ from trapo_train.judging import judge_samples
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn
 from trapo_train.rollout import RolloutConfig, complete, draft, drop_long_experts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trapo_train.trainer import Trainer
 
 ALL = "all"
 
@@ -190,3 +197,28 @@ def _accepted(
 def _row(fraction: float, group: str, rates: list[float], samples: list[Sample]) -> HeadroomRow:
     stated = fmean(sample.answer_in_prefix for sample in samples)
     return HeadroomRow(fraction, group, fmean(rates), len(rates), standard_error(rates), stated)
+
+
+def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
+    """The headroom of the trainer's model on the first held-out set with expert traces, or on its training problems."""
+    held_out = (entry.problems for entry in trainer.eval_sets.values() if len(entry.problems.with_experts()))
+    problems = next(held_out, trainer.problems)
+    with trainer.ready_to_generate():
+        return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
+
+
+def show_headroom(report: HeadroomReport, directory: Path, console: Console) -> bool:
+    """Print pass rates and verdict, write headroom.json and headroom.png to `directory`; returns the verdict."""
+    from trapo_train.plots import plot_headroom
+    from trapo_train.tables import headroom_table
+
+    console.print(headroom_table(report))
+    holds, sentence = report.verdict()
+    plain = {"highlight": False, "markup": False, "soft_wrap": True}
+    console.print(sentence, style="green" if holds else "bold red", **plain)
+    path = plot_headroom(report, directory / "headroom.png")
+    rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in report.rows]
+    summary = {"verdict": holds, "sentence": sentence, "gain": report.gain, "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    console.print(f"wrote {path} and {path.with_suffix('.json').name}", style="dim", **plain)
+    return holds

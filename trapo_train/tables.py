@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from trapo_train.figures import group_label
 from trapo_train.memory import GIB, PHASES, MemoryPlan
+
+if TYPE_CHECKING:
+    from trapo_train.headroom import HeadroomReport
 
 
 def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
@@ -77,3 +81,20 @@ def changes_table(found: Sequence[tuple[str, MemoryPlan]], limit_gib: float) -> 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
+
+
+def headroom_table(report: HeadroomReport) -> Table:
+    """Pass rates by group and by share of the expert trace, ± 1 standard error."""
+    table = Table("pass rate after …", *(f"{fraction:.0%}" for fraction in report.config.fractions))
+    for group in dict.fromkeys(row.group for row in report.rows):
+        rows = [row for row in report.rows if row.group == group]
+        table.add_row(group_label(group), *(accuracy_cell(row.pass_rate, row.standard_error) for row in rows))
+    stated = [f"{row.answer_in_prefix:.0%}" for row in report.overall()]
+    table.add_row("answer in the prefix", *stated, style="dim")
+    return table
+
+
+def accuracy_cell(value: float, standard_error: float | None) -> str:
+    """An accuracy and its standard error, where it is known."""
+    known = standard_error is not None and standard_error == standard_error
+    return f"{value:.2f} ± {standard_error:.2f}" if known else f"{value:.2f}"
