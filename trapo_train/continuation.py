@@ -43,7 +43,7 @@ def split_settings(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 def what_changed(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     """A sentence on the settings that a continuation has changed, or None."""
     differences = compare_fingerprints(saved, current)
-    return f"{'; '.join(differences)}: not the run any more that would have gone on unchanged" if differences else None
+    return f"{'; '.join(differences)}: from here on not bitwise the run that it continues" if differences else None
 
 
 def set_learning_rate(optimizer: Optimizer, scheduler: LRScheduler, peak: float) -> None:

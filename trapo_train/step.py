@@ -154,9 +154,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         arguments["fused"] = True
     if config.betas is not None:
         arguments["betas"] = config.betas
-    own = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "params": "model", "fused": "nothing"}
-    for name in set(config.options) & set(own):
-        raise ValueError(f"options must not set {name}, which optimizer.{own[name]} decides. Set that.")
+    for name, field_name in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("betas", "betas")):
+        if name in config.options:
+            raise ValueError(f"options must not set {name}, which is optimizer.{field_name}. Set that.")
     arguments |= config.options
     for name in [*arguments, *(["weight_decay"] if config.weight_decay else [])]:
         if name not in accepted:

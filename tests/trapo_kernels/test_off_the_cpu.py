@@ -7,7 +7,7 @@ import torch
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives, policy_loss
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
 N, D, V = 300, 12, 40
@@ -134,3 +134,25 @@ def test_a_tensor_left_on_the_cpu_is_named(gpu):
     hidden, weight, _ = cases.head(4, D, V, torch.float32)
     with pytest.raises(ValueError, match=f"target must be on {DEVICE}.*cpu"):
         linear_logprob(*_moved(hidden, weight), torch.zeros(4, dtype=torch.int64), backend="torch")
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", ["trapo", "gspo"])  # one pass and two
+def test_a_lora(gpu, preset, dtype, batch_invariant):
+    """The thin GEMMs, of bf16 operands into fp32 sums; ignored rows, which pass through them here, hold NaN."""
+    hidden, weight, _ = cases.head(N, D, V, dtype)
+    a, b = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((3, D), (V, 3)))
+    batch, objective = cases.batch(N, V, torch.float32), getattr(objectives, preset)()
+    hidden = torch.where(batch.active[:, None], hidden.detach(), float("nan")).requires_grad_()
+
+    def run(hidden, weight, a, b, batch, **options):
+        out = linear_policy_loss(hidden, weight, batch, objective, lora=LoraHead(a, b, 0.25), **options)
+        return [out.loss, *torch.autograd.grad(out.loss, (hidden, weight, a, b))]
+
+    reference = run(hidden, weight, a, b, batch, backend="reference")
+    there = replace(batch.to(DEVICE), active_rows=None)
+    moved = _moved(hidden, weight, a, b)
+    gpu.waits.clear()
+    _close(run(*moved, there, backend="torch", batch_invariant=batch_invariant), reference, dtype)
+    assert gpu.waits == []
