@@ -91,11 +91,17 @@ class Coefficients:
     clipped_high: Tensor
 
 
-def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Coefficients:
-    """Loss and dL/dlogp of every token from explicit slopes; rows with role IGNORED are exact zeros whatever they hold."""
+def log_ratio(logprob: Tensor, s: Streams) -> Tensor:
+    """d = logp - anchor [N], 0 where the anchor is the policy itself and on rows with role IGNORED."""
+    return torch.where((s.anchor == SELF) | (s.role == Role.IGNORED), 0.0, logprob - s.anchor)
+
+
+def coefficients(logprob: Tensor, s: Streams, objective: Objective, d: Tensor | None = None) -> Coefficients:
+    """Loss and dL/dlogp of every token from explicit slopes; rows with role IGNORED are exact zeros whatever they hold. `d` [N] is
+    what the gates see, where that is not `log_ratio`."""
     counted = s.role != Role.IGNORED
     logprob = torch.where(counted, logprob, 0.0)
-    d = torch.where((s.anchor == SELF) | ~counted, 0.0, logprob - s.anchor)
+    d = log_ratio(logprob, s) if d is None else d
     muted = s.signal == 0  # an advantage of 0: 0 · V and 0 · G are 0 however large the ratio is
     zero = torch.zeros_like(d)
     value, slope, low, high = zero, zero, zero.bool(), zero.bool()
@@ -140,17 +146,16 @@ def evaluated(
     logprob: Tensor, entropy: Tensor, s: Streams, batch: TokenBatch, objective: Objective
 ) -> tuple[Coefficients, Streams]:
     """Coefficients of the objective's first layer and the streams as its gates see them, reductions applied; for the metrics."""
-    anchor, signal, flows = s.anchor, s.signal, torch.ones_like(s.role, dtype=torch.bool)
+    d, signal, flows = log_ratio(logprob, s), s.signal, torch.ones_like(s.role, dtype=torch.bool)
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is not None and term.reduces(batch.old_logprob is None):
             mine = s.role == code
-            d = torch.where((s.anchor == SELF) | ~mine, 0.0, logprob - s.anchor)
             of_role = reduced(term, logprob, entropy, d, batch, mine)
-            anchor = torch.where(mine, logprob - of_role.log_ratio, anchor)
+            d = torch.where(mine, of_role.log_ratio, d)
             signal = torch.where(mine, signal * of_role.factor, signal)
             flows = flows & (of_role.flows | ~mine)
-    s = replace(s, anchor=anchor, signal=signal)
-    c = coefficients(logprob, s, objective)
+    s = replace(s, signal=signal)
+    c = coefficients(logprob, s, objective, d)
     low, high = c.clipped_low | (~flows & (s.advantage < 0)), c.clipped_high | (~flows & (s.advantage >= 0))
     return replace(c, grad_logprob=torch.where(flows, c.grad_logprob, 0.0), clipped_low=low, clipped_high=high), s
 

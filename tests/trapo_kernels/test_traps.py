@@ -127,6 +127,15 @@ def test_divergence_from_the_sampler_is_told_where_the_ratio_is_0_in_fp32():
     assert "rollout/kl_old_k1" not in policy_loss(-one, None, b, objectives.rloo()).metrics  # anchored at no policy
 
 
+def test_an_impossible_token_leaves_no_nan_in_the_metrics_of_a_pooled_ratio():
+    """Its advantage is 0, so that the loss is finite; the ratio of its sequence is 0."""
+    b = cases.batch(4, 20, torch.float32, roles=(1,), advantage=torch.zeros(4), sequence_id=torch.tensor([0, 0, 1, 1]))
+    logprob = torch.tensor([-float("inf"), -1.0, -1.0, -2.0], device=cases.DEVICE)
+    out = policy_loss(logprob, None, b, objectives.gspo())
+    assert out.loss == 0
+    assert out.metrics["rollout/ratio"].isfinite() and out.metrics["rollout/ratio_max"].isfinite()
+
+
 def test_k_copies_of_a_prefix_at_weight_1_over_k_are_one_prefix():
     hidden, weight, _ = cases.head(6, 5, 30)
     one = cases.batch(6, 30, roles=(2,))
