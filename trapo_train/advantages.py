@@ -141,7 +141,7 @@ def _centred(peers: list[Sample], config: AdvantageConfig) -> list[float]:
     rewards = [sample.reward for sample in peers]
     if config.center == "none":
         return rewards
-    if min(rewards) == max(rewards):
+    if _equal(rewards):
         return [0.0] * len(peers)
     inside = [config.baseline != "unguided" or not sample.guided for sample in peers]
     baseline = [reward for reward, counts in zip(rewards, inside, strict=True) if counts]
@@ -160,11 +160,16 @@ def _whiten(samples: list[Sample]) -> None:
     if not values:
         return
     mean, scale = fmean(values), _deviation(values)
-    equal = min(values) == max(values)
+    equal = _equal(values)
     for sample in samples:
         sample.advantage = 0.0 if equal else (sample.advantage - mean) / scale
 
 
 def _deviation(values: Sequence[float]) -> float:
     """Standard deviation (n - 1); 1 where there is none, because what is divided by it is 0 there."""
-    return stdev(values) if len(values) > 1 and min(values) != max(values) else 1.0
+    return 1.0 if len(values) < 2 or _equal(values) else stdev(values)
+
+
+def _equal(values: Sequence[float]) -> bool:
+    """Whether there is nothing to compare: sums of the same weights in another order differ in their last digits."""
+    return max(values) - min(values) <= 1e-9 * max(map(abs, values))

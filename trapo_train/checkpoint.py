@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -178,6 +179,13 @@ class CheckpointStore:
         with (unfinished / STATE_FILE).open("wb") as file:
             torch.save(dict(state), file)
             _make_durable(file)
+        try:  # a state that only saves would show when the run is resumed, and then it is too late
+            torch.load(unfinished / STATE_FILE, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise CheckpointError(
+                "checkpoint: the state of a chooser, and the metrics of a reward, must be plain values and tensors: "
+                f"{_one_line(error)}"
+            ) from error
 
     def _finish(self, unfinished: Path, step: int, manifest: Mapping[str, Any]) -> None:
         with (unfinished / MANIFEST_FILE).open("w", encoding="utf-8") as file:

@@ -4,9 +4,9 @@
         def __call__(self, step, metrics):
             return "expert" if step % 2 == 0 else "rollout"
 
-A chooser is asked before every step, with the number of steps taken and the metrics of the last step (empty before the first),
-and answers "both", "expert", "rollout", or the name of a preset, which is used with its own defaults. A step without a rollout
-term takes the expert traces of its problems instead of what the plan would sample.
+A chooser is asked before every step, those of plan relift on deferred problems left out, with the number of steps taken and the
+metrics of the last step (empty before the first), and answers "both", "expert", "rollout", or the name of a preset, which is used
+with its own defaults. A step without a rollout term takes the expert traces of its problems instead of what the plan would sample.
 
 A chooser must draw its decision from these and its own state alone, so that a run can be resumed. One with state has
 `state_dict()` and `load_state_dict(state)`, of tensors and plain values, which go into the checkpoint.
@@ -25,6 +25,10 @@ from trapo_kernels import Objective, objectives
 
 Chooser = Callable[[int, Mapping[str, Any]], str]
 CHOICES = ("both", "expert", "rollout")
+
+
+class ChooserError(ValueError):
+    """A chooser raised, or answered what cannot be trained."""
 
 
 def load_chooser(path: str) -> Chooser:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from trapo_train.checkpoint import compare_fingerprints
 from trapo_train.config import RunConfig, to_yaml
@@ -46,10 +46,10 @@ def what_changed(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     return f"{'; '.join(differences)}: from here on not bitwise the run that it continues" if differences else None
 
 
-def set_learning_rate(optimizer: Optimizer, scheduler: LRScheduler, peak: float) -> None:
+def set_learning_rate(optimizer: Optimizer, scheduler: LambdaLR, peak: float) -> None:
     """Give a loaded optimizer and its schedule another peak learning rate; where they are in the schedule stays."""
-    for group in optimizer.param_groups:
-        group["lr"] *= peak / group["initial_lr"]
+    for group, share in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group["initial_lr"] = peak
+        group["lr"] = peak * share(scheduler.last_epoch)
     scheduler.base_lrs = [peak] * len(optimizer.param_groups)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

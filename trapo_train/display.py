@@ -87,7 +87,7 @@ class NullReporter:
     def finish(self, summary: Any) -> None:
         """Ignore the end of a run."""
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, evaluated: bool = True) -> None:
         """Ignore a resume."""
 
 
@@ -166,13 +166,14 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
-    def rewind(self, step: int) -> int:
-        """Drop every row after `step`, and return how many: the file is replaced in one move, or not at all."""
+    def rewind(self, step: int, evaluated: bool = True) -> int:
+        """Drop every row after `step`, and its evaluation unless it was `evaluated`; return how many. The file is replaced in
+        one move, or not at all."""
         self.close()
         if not self.path.exists():
             return 0
         rows, _ = _parse_metrics(self.path)
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in rows if row["step"] < step or (row["step"] == step and (evaluated or row["kind"] != "eval"))]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
@@ -288,9 +289,9 @@ class Reporter:
         if summary is not None:
             self._say(str(summary))
 
-    def rewind(self, step: int) -> None:
-        """Drop what was recorded after `step`, before training continues from there."""
-        dropped = self.log.rewind(step)
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drop what was recorded after `step`, and its evaluation unless it was `evaluated`, before training goes on from there."""
+        dropped = self.log.rewind(step, evaluated)
         self._last_step = step
         if dropped:
             self._say(f"metrics: dropped {dropped} rows after step {step}, they are computed again", "dim")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trapo_train.config import RunConfig
 from trapo_train.engine import EngineError, TransformersEngine
 from trapo_train.model import precision
-from trapo_train.model_state import export_model, whole_weights
+from trapo_train.model_state import check_replaceable, export_model, whole_weights
 from trapo_train.parallel import World, gathered
 from trapo_train.vllm_engine import VllmEngine
 from trapo_train.vllm_server import VllmServerEngine
@@ -24,7 +24,8 @@ def build_engine(
 ) -> AnyEngine:
     """The engine of `rollout.engine` for this rank.
 
-    Raises: EngineError for a server that does not answer, or vLLM that is not installed.
+    Raises: EngineError for a server that does not answer, or vLLM that is not installed; CheckpointError for a sync_dir that holds
+        what is not the trainer's to replace.
     """
     rollout = config.rollout
     if rollout.engine == "transformers":
@@ -33,6 +34,7 @@ def build_engine(
         weights = Path(config.output_dir) / "vllm_weights"
         engine = VllmServerEngine(rollout.vllm_server, config.model.name_or_path or "", weights, tokenizer, seed=seed)
         engine.check()
+        check_replaceable(engine.sync_dir)
         return engine
     folder = Path(config.output_dir) / f"vllm_config_{world.rank}"
     return VllmEngine(rollout.vllm, model, folder, tokenizer, seed=seed, dtype=config.model.dtype, ranks=world.size)
@@ -55,12 +57,12 @@ def ready_to_generate(
     else:
         if engine.loaded_step != step:
             export_model(model, tokenizer, engine.sync_dir, world)
-            error = None
-            if world.first:
-                try:
-                    engine.load_weights()
-                except EngineError as raised:
-                    error = raised
-            world.gather_or_raise(None, error)
-            engine.loaded_step = step
+        error = None
+        if world.first:
+            try:
+                engine.load_weights()  # also where they are unchanged: the server may have started anew since
+            except EngineError as raised:
+                error = raised
+        world.gather_or_raise(None, error)
+        engine.loaded_step = step
         yield

@@ -28,6 +28,7 @@ from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
+_MARKER = ".exported_by_trapo"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -90,15 +91,17 @@ def export_model(
 
     Every rank of `world` must call this; the first one gathers the weights and writes.
 
-    Raises: CheckpointError, on the first rank, when the disk is full or not writable; an older export stays.
+    Raises: CheckpointError, on the first rank, when the disk is full or not writable, or for a directory that holds anything but an
+        older export; what was there stays.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()  # a link to a larger disk stays one
     sharded = world is not None and world.size > 1
     weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) else None
     if world is not None and not world.first:
         return directory
     if has_lora(model):
         weights = dict(merged_weights(model, list(weights), weights.__getitem__))
+    check_replaceable(directory)
     unfinished = directory.with_name(f".unfinished_{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()
@@ -106,13 +109,24 @@ def export_model(
     try:
         model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
+        (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"model: could not be written to {directory}: {error}.") from error
     finally:
         if progress_bar:
             enable_progress_bar()
-    if directory.exists():
-        shutil.rmtree(directory)
-    unfinished.rename(directory)
     return directory
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise CheckpointError for a directory that an export would replace and that is not one itself."""
+    if not directory.exists() or (directory / _MARKER).is_file() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    raise CheckpointError(
+        f"model: {directory} must be empty or an export of trapo-train, which replaces it as a whole, got other files. "
+        "Move them, or choose another directory."
+    )

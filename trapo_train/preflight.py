@@ -31,10 +31,12 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
             f"plan {plan.name} samples nothing, and objective {objective.name} does not train on expert tokens. "
             "Use an objective with an expert term such as sft, or a plan with rollouts such as grpo."
         )
-    if plan.name == "grpo" and plan.setting("num_samples") == 1 and config.advantage.center != "none":
+    drawn = sum(rung.samples for rung in plan.rungs) if plan.name == "ladder" else plan.setting("num_samples")
+    single = drawn == 1 and plan.name in ("grpo", "ladder")
+    if single and objective.expert is None and config.advantage.center != "none":
         raise ValueError(
-            "plan.num_samples must be at least 2 for a baseline of the same problem, got 1, whose advantage is always 0. "
-            "Raise it, or set advantage.center=none."
+            "plan must draw at least 2 samples of a problem for a baseline among them, got 1, whose advantage is always 0. "
+            "Raise plan.num_samples, add rungs, or set advantage.center=none."
         )
     if plan.setting("buffer_size") is not None and objective.expert is None:
         raise ValueError(
@@ -86,7 +88,8 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
     output_dir = Path(config.output_dir)
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    exported = sum(size for size, _ in sizes) * (2 if config.rollout.engine == "vllm_server" else 1)  # which is handed files
+    handed_over = config.rollout.engine == "vllm_server" and config.rollout.vllm_server.sync_dir is None
+    exported = sum(size for size, _ in sizes) * (2 if handed_over else 1)  # to the server, as files beside the model
     checkpoint = int((1 + _optimizer_share(config.optimizer)) * sum(size for size, trained in sizes if trained))
     free = shutil.disk_usage(place).free + store.unfinished_bytes()  # which the next save deletes
     saved, last = len(store.steps()), config.steps in store.steps()

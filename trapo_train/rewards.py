@@ -173,7 +173,7 @@ class WeightedSum:
 
 def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
     """What a reward counted besides its values since this was last asked; nothing for a plain function."""
-    return reward.take_metrics() if hasattr(reward, "take_metrics") else {}
+    return {name: float(value) for name, value in reward.take_metrics().items()} if hasattr(reward, "take_metrics") else {}
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
+from trapo_train.chooser import ChooserError
 from trapo_train.engine import Engine, EngineError, SamplingParams, Stream
 from trapo_train.judging import Judging
 from trapo_train.parallel import interleave
@@ -20,7 +21,7 @@ from trapo_train.vllm_server import VllmServerConfig
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 VERIFICATIONS = ("response", "completion")
-SAMPLING_ERRORS = (EngineError, RewardError)  # after which nothing is trained, and everything before is intact
+SAMPLING_ERRORS = (EngineError, RewardError, ChooserError)  # after which nothing is trained, and everything before is intact
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
-from trapo_train.model_state import export_model
+from trapo_train.model_state import check_replaceable, export_model
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
@@ -77,7 +77,8 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     trainer.notes += [note] if note else []
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
-        reporter.rewind(trainer.step if resumed else -1)  # without a checkpoint step 0 is recorded again, too
+        # Without a checkpoint step 0 is recorded again, too, and so is an evaluation that the checkpoint knows nothing of.
+        reporter.rewind(trainer.step if resumed else -1, evaluated=trainer.evaluated_at == trainer.step)
     trainer.world.barrier()  # all ranks have looked at output_dir
     if trainer.world.first:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -173,6 +174,11 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
 
 
 def _check_output_dir(config: RunConfig) -> None:
+    exported = (Path(config.output_dir) / MODEL_DIR).resolve()
+    if config.model.name_or_path is not None and Path(config.model.name_or_path).resolve() == exported:
+        raise ValueError(
+            f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
+        )
     metrics, checkpoints = Path(config.output_dir) / METRICS_FILE, Path(config.output_dir) / CHECKPOINT_DIR
     used = CheckpointStore(checkpoints, config.checkpoint.keep).steps() or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
@@ -180,3 +186,4 @@ def _check_output_dir(config: RunConfig) -> None:
             f"output_dir {config.output_dir} already holds a run. Continue it with checkpoint.resume=true, delete it, or "
             "choose another output_dir."
         )
+    check_replaceable(exported)

@@ -17,11 +17,12 @@ import torch
 from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
-from trapo_train.chooser import apply_choice, load_chooser
+from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
 from trapo_train.continuation import set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
+from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluate, load_eval_sets
 from trapo_train.lora import without_lora
@@ -74,6 +75,8 @@ class Trainer:
             config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device
         )
         self.notes: list[str] = []
+        if switch_off_dropout(self.model):
+            self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
         self.problems = self._load_problems()
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
         loaded = [self.problems, *(entry.problems for entry in self.eval_sets.values())]
@@ -109,14 +112,14 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Sample, score and learn from the next problems; returns the metrics of the step.
 
-        Raises: EngineError or RewardError, on every rank, with all state as it was before the step.
+        Raises: EngineError, RewardError or ChooserError, on every rank, with all state as it was before the step.
         """
         config = self.config
         started = time.perf_counter()
         stateful = [part for part in (self.order, self.deferred, self.chooser, self.engine) if hasattr(part, "state_dict")]
-        before = [part.state_dict() for part in stateful]
-        positions, plan, objective = self._next()
+        before = [copy.deepcopy(part.state_dict()) for part in stateful]
         try:
+            positions, plan, objective = self._next()
             rollout = self._sample([self.problems[i] for i in positions], plan)
         except SAMPLING_ERRORS:
             for part, state in zip(stateful, before, strict=True):
@@ -212,10 +215,19 @@ class Trainer:
         if not positions:
             positions = self.order.next(self.config.prompts_per_step)
             if self.chooser is not None:
-                choice = self.chooser(self.step, self.last_metrics)
+                choice = self._asked()
         objective = apply_choice(choice, self.objective)
         alone = choice != "both" and objective.rollout is None
         return positions, build_plan(PlanConfig("sft")) if alone else self.plan, objective
+
+    def _asked(self) -> str:
+        try:
+            choice = self.chooser(self.step, self.last_metrics)
+            apply_choice(choice, self.objective)
+        except Exception as error:
+            name = self.config.objective.chooser
+            raise ChooserError(f"objective.chooser {name!r} failed at step {self.step}: {error!r}") from error
+        return choice
 
     @property
     def evaluation_due(self) -> bool:
@@ -279,6 +291,7 @@ class Trainer:
             "deferred": self.deferred.state_dict(),
             "chooser": self.chooser.state_dict() if hasattr(self.chooser, "state_dict") else {},
             "last_metrics": self.last_metrics,
+            "last_evaluation": self.last_evaluation,
             "settings": split_settings(self.config)[1],
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
@@ -290,7 +303,7 @@ class Trainer:
         if found is None:
             return False
         step, state = found
-        for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics"):
+        for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics", "last_evaluation"):
             setattr(self, name, state[name])
         load_training_state(self.model, self.optimizer, state["training"], store, step)
         for name in ("scheduler", "order", "deferred"):

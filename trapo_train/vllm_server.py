@@ -66,8 +66,8 @@ class VllmServerEngine(SeededEngine):
 
     `Completion.logprobs` are what the server reports; see the module's docstring for the server's option.
 
-    A connection that breaks may mean that the server has started anew, with its old weights: it reads those of this run again
-    before the request is repeated.
+    A request that fails may mean that the server has started anew, with its old weights: it reads those of this run again before
+    the request is repeated, and whenever generating begins.
 
     Determinism: requests carry seeds derived from the engine's, so that equal states ask for equal samples; what a GPU server
     answers may still depend on how it batches them.
@@ -78,8 +78,8 @@ class VllmServerEngine(SeededEngine):
         self._config = config
         self._model = config.model or model
         self._tokenizer = tokenizer
-        self._weights: _Weights | None = None  # none handed over yet
-        self.loaded_step = -1
+        self._weights = _Weights(self.load_weights)
+        self.loaded_step = -1  # none handed over yet
         self.sync_dir = Path(config.sync_dir or sync_dir).resolve()
 
     def check(self) -> None:
@@ -101,8 +101,6 @@ class VllmServerEngine(SeededEngine):
             {"method": "reload_weights", "kwargs": {"weights_path": str(self.sync_dir), "is_checkpoint_format": True}},
         )
         client.call("POST", "/reset_prefix_cache", {})
-        if self._weights is None:
-            self._weights = _Weights(self.load_weights)
 
     def stream(self, params: SamplingParams) -> VllmServerStream:
         """Start generating for requests that arrive one after another; each brings its own budget."""
@@ -118,7 +116,8 @@ class VllmServerEngine(SeededEngine):
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        return VllmServerStream(_Client(self._config, self._weights), self._config.max_in_flight, body, self._next_key(params))
+        weights = self._weights if self.loaded_step >= 0 else None
+        return VllmServerStream(_Client(self._config, weights), self._config.max_in_flight, body, self._next_key(params))
 
 
 class VllmServerStream:
@@ -209,8 +208,8 @@ class _Weights:
 class _Client:
     """Requests with a bounded number of repetitions, from any number of threads.
 
-    Each has a connection of its own: one that was kept would break when the server tires of it, after 5 s by default, and a broken
-    connection means that the server may have lost its weights. They are restored before the request is repeated.
+    Each has a connection of its own: one that was kept would break when the server tires of it, after 5 s by default, and a failure
+    means that the server may have lost its weights. They are restored before it is repeated, unless the server was only busy (429).
     """
 
     def __init__(self, config: VllmServerConfig, weights: _Weights | None = None) -> None:
@@ -240,11 +239,12 @@ class _Client:
                 if status < 400:
                     return json.loads(text) if text.strip() else None
                 reason = f"HTTP {status}: {text.decode(errors='replace')[:300]}"
+                broken = status != 429
                 if status < 500 and status != 429:
                     raise EngineError(f"vllm_server: {method} {url} was refused: {reason}")
             except (OSError, HTTPException, ValueError) as error:  # no connection, a timeout, a broken answer
                 reason = f"{type(error).__name__}: {error}"
-                broken = isinstance(error, ConnectionError)
+                broken = True
         raise EngineError(
             f"vllm_server: {method} {url} failed {self._config.max_retries + 1} times, at last with {reason}. Check that the "
             "server runs (VLLM_SERVER_DEV_MODE=1 vllm serve …), then continue with checkpoint.resume=true."

@@ -32,6 +32,13 @@ def test_all_samples_of_the_problem_are_the_baseline_guided_ones_too():
     assert advantages(group) == [-0.5, -0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
+def test_the_last_digits_of_a_weighted_sum_are_no_difference(normalise):
+    group = [sample(0.1 + 0.2), sample(0.3)]  # 0.30000000000000004 and 0.3
+    assert group[0].reward != group[1].reward
+    assert advantages(group, normalise=normalise) == [0.0, 0.0]
+
+
 def test_unguided_baseline():
     group = [sample(0.0), sample(1.0), sample(1.0, (7,)), sample(0.25, (7,))]
     assert advantages(group, baseline="unguided") == [-0.5, 0.5, 0.5, -0.25]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pickle
@@ -227,6 +228,27 @@ def test_export_is_loaded_by_transformers_and_replaced_as_a_whole(tmp_path):
     assert torch.equal(again.eval()(token_ids).logits, model.eval()(token_ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab|")["input_ids"] == tokenizer("ab|")["input_ids"]
     assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_an_export_replaces_nothing_but_an_export_and_follows_a_link(tmp_path):
+    scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=build_tokenizer())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="mine must be empty or an export of trapo-train"):
+        export_model(model, tokenizer, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "large_disk")
+    for _ in range(2):
+        export_model(model, tokenizer, tmp_path / "model")
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "large_disk" / "model.safetensors").is_file()
+
+
+def test_a_state_that_could_not_be_loaded_again_is_not_saved(store):
+    with pytest.raises(CheckpointError, match="must be plain values and tensors"):
+        store.save(1, {"chooser": collections.deque([1])}, FINGERPRINT)
+    assert store.steps() == []
 
 
 def test_stop_signal_catches_sigterm_and_gives_it_back():

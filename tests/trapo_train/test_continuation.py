@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from tests.trapo_train.test_parallel import _torchrun
-from tests.trapo_train.test_train import EVALUATED, build_config, rows, train_to_end
+from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
 from trapo_train import train
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.chooser import ChooserError
 from trapo_train.continuation import set_learning_rate
 from trapo_train.display import read_metrics
+from trapo_train.dropout import switch_off_dropout
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
-from trapo_train.train import Trainer
+from trapo_train.train import Trainer, run
 
 
 @pytest.fixture
@@ -52,18 +54,22 @@ def test_an_unchanged_continuation_says_nothing_of_the_kind(configure):
     assert not any("not bitwise the run" in text for text in _events(config))
 
 
-def test_a_new_peak_keeps_the_place_in_the_schedule():
+@pytest.mark.parametrize(("schedule", "options"), [("cosine", {}), ("cosine_with_min_lr", {"min_lr": 1e-3})])
+def test_a_new_peak_keeps_the_place_in_the_schedule(schedule, options):
     def trained(peak, steps):
         layer = nn.Linear(2, 2)
-        optimizer = build_optimizer(layer, OptimizerConfig(learning_rate=peak, schedule="cosine", warmup_steps=2))
-        scheduler = build_scheduler(optimizer, OptimizerConfig(learning_rate=peak, schedule="cosine", warmup_steps=2), steps=10)
+        config = OptimizerConfig(learning_rate=peak, schedule=schedule, warmup_steps=2, schedule_options=options)
+        optimizer = build_optimizer(layer, config)
+        scheduler = build_scheduler(optimizer, config, steps=10)
         for _ in range(steps):
             layer(torch.ones(1, 2)).sum().backward()
             optimizer.step()
             scheduler.step()
         return optimizer, scheduler
 
-    optimizer, scheduler = trained(0.1, 5)
+    saved, (optimizer, scheduler) = trained(0.1, 5), trained(0.02, 0)
+    optimizer.load_state_dict(saved[0].state_dict())  # as a continuation does
+    scheduler.load_state_dict(saved[1].state_dict())
     set_learning_rate(optimizer, scheduler, 0.02)
     for steps in (5, 6, 7):
         assert scheduler.get_last_lr() == pytest.approx(trained(0.02, steps)[1].get_last_lr())
@@ -123,6 +129,49 @@ def test_a_last_checkpoint_that_cannot_be_written_does_not_keep_the_model_from_b
     with pytest.raises(CheckpointError, match=message):
         train_to_end(config)
     assert (Path(config.output_dir) / "model" / "model.safetensors").is_file() != export_fails
+
+
+def test_the_model_to_start_from_is_not_replaced(configure):
+    config = configure("run", "steps=1", "checkpoint.every=0")
+    train_to_end(config)
+    base = Path(config.output_dir) / "model"
+    (Path(config.output_dir) / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="output_dir must not hold the model to start from, which the export would replace"):
+        train_to_end(configure("run", "steps=1", "model.scratch=null", f"model.name_or_path={base}"))
+    assert (base / "model.safetensors").is_file()
+
+
+def failing(step, metrics):
+    """A chooser with a slip at its third step."""
+    return "expert" if step < 2 else "expert "
+
+
+def test_a_chooser_that_fails_loses_nothing(configure):
+    config = configure(
+        "run", "objective={name: trapo, chooser: 'tests.trapo_train.test_continuation:failing'}", "checkpoint.every=0"
+    )
+    with pytest.raises(ChooserError, match=r"test_continuation:failing' failed at step 2: .*must answer one of"):
+        train_to_end(config)
+    assert CheckpointStore(Path(config.output_dir) / "checkpoints", keep=2).steps() == [2]
+
+
+def test_an_evaluation_is_recorded_once_however_often_the_run_was_stopped(configure, monkeypatch):
+    config = configure("run", *EVALUATED, "checkpoint.every=0")
+    run(config, StopAfter(config.output_dir, 3))
+    resumed = configure("run", *EVALUATED, "checkpoint={every: 0, resume: true}")
+    with pytest.raises(OSError, match="power cut"):
+        run(resumed, StopAfter(config.output_dir, 5, OSError("power cut")))
+    summary = train_to_end(resumed)
+    assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0, 3, 6]
+    assert train_to_end(resumed).evaluation == summary.evaluation != {}
+
+
+def test_dropout_of_the_model_is_switched_off_and_that_of_adapters_left():
+    model = nn.ModuleDict({"drop": nn.Dropout(0.1), "attention": nn.Linear(2, 2), "lora_dropout": nn.Dropout(0.2)})
+    model["attention"].attention_dropout = 0.1
+    assert switch_off_dropout(model)
+    assert (model["drop"].p, model["attention"].attention_dropout, model["lora_dropout"].p) == (0.0, 0.0, 0.2)
+    assert not switch_off_dropout(model)
 
 
 def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(configure, monkeypatch):

@@ -197,7 +197,10 @@ def test_used_output_dir_is_refused(configure):
     [
         (["objective.name=sft", "plan.name=grpo"], "objective sft trains on expert tokens alone, and plan grpo has none"),
         (["objective.name=dr_grpo", "plan.name=sft"], "plan sft samples nothing, and objective dr_grpo does not train on expert"),
-        (["objective.name=dr_grpo", "plan={name: grpo, num_samples: 1}"], "num_samples must be at least 2 for a baseline"),
+        (
+            ["objective.name=dr_grpo", "plan={name: grpo, num_samples: 1}"],
+            "plan must draw at least 2 samples of a problem",
+        ),
         (["packing.max_tokens=20"], r"fit into packing\.max_tokens = 20, got 30 \+ 16 = 46 tokens"),
         (["model.scratch.max_position=32"], r"fit into the model's positions = 32, got 30 \+ 16 = 46"),
         (["objective.name=sft", "plan.name=sft", "rollout.max_response_tokens=2"], "none of the 8 problems has an expert"),

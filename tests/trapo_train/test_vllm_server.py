@@ -51,6 +51,7 @@ def engine(server, weights, monkeypatch):
     config = VllmServerConfig(base_url=server.url, timeout_s=1.0, max_retries=2)
     engine = VllmServerEngine(config, MODEL, weights, build_tokenizer(), seed=3)
     engine.load_weights()
+    engine.loaded_step = 0
     return engine
 
 
@@ -162,6 +163,17 @@ def test_a_server_that_started_anew_gets_the_weights_before_it_samples_again(ser
     assert answered == [expected] and again.loaded == [str(weights)]
     paths = [path for path, _ in again.requests]
     assert paths[:2] == ["/collective_rpc", "/reset_prefix_cache"] and paths[2:] == ["/v1/completions"] * 4
+
+
+@pytest.mark.parametrize(("fault", "reloads"), [(503, 1), ("hang", 1), ("garbage", 1), (429, 0)])
+def test_any_failure_but_a_busy_server_brings_the_weights_back_on_every_rank(server, engine, weights, fault, reloads):
+    other = VllmServerEngine(engine._config, MODEL, weights, build_tokenizer(), seed=3)  # a rank that did not hand them over
+    other.loaded_step = 0
+    for rank in (engine, other):
+        server.loaded.clear()
+        server.faults = [fault]
+        rank.generate([[5, 6]], SamplingParams(3, seed=1))
+        assert server.loaded == [str(weights)] * reloads
 
 
 def test_an_error_does_not_wait_for_other_requests_that_hang(server, weights, monkeypatch):
