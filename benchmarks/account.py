@@ -136,10 +136,17 @@ SHAPES = [(32768, 3584, 152064), (8192, 4096, 151936), (8192, 4096, 128256), (81
 COMMANDS = [
     (
         "make -k gpu-native gpu-test GPU_SECONDS=430",
-        "builds the CUDA kernels of `csrc`, none of which has run yet, for this GPU (1-2 minutes); then the kernel tests, the "
+        "builds the CUDA kernels of `csrc`, none of which has run yet, for this GPU (half a minute); then the kernel tests, the "
         "CUDA kernels after everything else, and compute-sanitizer on them: `tests.md`, `sanitizer.txt`",
     ),
-    ("make -k gpu-native gpu-bench", "the matrix, TRAPO's own micro-batch first; every further call goes on where it stopped"),
+    (
+        "make -k gpu-native gpu-bench GPU_MINUTES=8 QUESTIONS='trapo scoring --skip torch.compile --skip \"ours (reference)\"'",
+        "TRAPO's own micro-batch and the scoring kernels, without what compiles for minutes or runs out of memory",
+    ),
+    (
+        "make -k gpu-native gpu-bench GPU_MINUTES=8",
+        "the matrix; every call goes on where the last one stopped, so change nothing between them: rows belong to a revision",
+    ),
     ('make gpu-bench QUESTIONS="scoring sweep"', "what `scoring_table` needs, if the matrix has not come that far"),
     ('make gpu-bench QUESTIONS="longest step compile"', "the long questions"),
     (
@@ -154,8 +161,8 @@ NOTES = """
 Each `make` call ends within 9 minutes and writes into `OUT` (an environment variable serves), else into `benchmarks/results`:
 three small files per GPU, as things become known. `gpu-bench` goes on from `benchmarks/results/<gpu>/results.jsonl`, so put what
 came back there before the next call. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets tests and
-benchmarks run where the CUDA part does not build. A contender that crashes the GPU is recorded and passed over in that case; keep
-it out of the others with `QUESTIONS='trapo --skip "ours (native)"'`.
+benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for 2
+minutes, is recorded and passed over in that case, and after the second time in all that follow in the same call.
 """
 
 

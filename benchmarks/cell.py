@@ -50,11 +50,16 @@ class Bench:
             rows[name] |= measure.summary(timing, timings.get(floor))
         if self.device == "cuda":
             for name in timings:
-                rows[name] |= provenance.clocks(calls[name], rows[name]["median_ms"]) | measure.cuda_counts(calls[name])
+                failed, found = self._attempt(name, lambda name=name: self._counts(calls[name], rows[name]["median_ms"]))
+                rows[name] |= found if failed is None else {"note": f"clocks and counts: {failed['reason']}"}
         if case.with_memory or self.device == "cuda":
             for contender in able:
                 if contender.name in timings and not contender.floor:
                     rows[contender.name] |= self._memory(case, contender.name, calls[contender.name])
+
+    @staticmethod
+    def _counts(call: Callable, median_ms: float) -> dict[str, object]:
+        return provenance.clocks(call, median_ms) | measure.cuda_counts(call)
 
     def _checked(self, case: Case, able: list[Contender], rows: Rows) -> tuple[Problem | None, dict[str, Callable]]:
         """The case's inputs and the calls that agree with fp64; `rows` gets every contender's errors, or why it does not run."""
@@ -152,9 +157,9 @@ class Bench:
     def _longest_here(self, case: Case, contender: Contender, powers: range) -> dict[str, object]:
         tokens = 0
         for k in powers:
-            problem = build(Case(**case.key | {"num_rows": 2**k}), self.device)
-            failed, result = self._attempt(contender.name, lambda p=problem: contender.prepare(p)())
-            del problem, result
+            larger = Case(**case.key | {"num_rows": 2**k})
+            failed, result = self._attempt(contender.name, lambda c=larger: contender.prepare(build(c, self.device))())
+            del result
             self._free()
             if failed is not None:
                 return {"longest_tokens": tokens, "stopped_by": f"{failed['status']}: {failed['reason']}"}

@@ -5,6 +5,7 @@ The file is $TRAPO_GPU_RECORD. A failure that has broken the CUDA context ends t
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 CONTEXT_LOST = 3  # exit code
+# A kernel that hangs holds the process; a C thread ends it then, with exit code 1.
+LONGEST_TEST_S = float(os.environ.get("TRAPO_GPU_TEST_SECONDS", "120"))
 
 
 def _write(**line: object) -> None:
@@ -27,7 +30,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     """What is left of a test that takes its process with it."""
-    _write(test=nodeid, outcome="crashed", reason="the process ended in the midst of it")
+    _write(test=nodeid, outcome="crashed", reason=f"the process ended in the midst of it, or it took over {LONGEST_TEST_S:g} s")
+    faulthandler.dump_traceback_later(LONGEST_TEST_S, exit=True)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """It has ended."""
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A file that cannot be imported has no tests that could fail."""
+    if report.failed:
+        _write(test=report.nodeid, outcome="failed", reason=(report.longreprtext.strip().splitlines() or [""])[-1][:400])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

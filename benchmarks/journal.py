@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from benchmarks import store
@@ -25,12 +26,20 @@ class Journal:
         if self._path is not None and self._results is not None:
             row = {"contender": contender, "status": "crashed", "reason": reason, "note": "", **self._row}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps({"results": str(self._results), "row": row}))
+            self._path.write_text(json.dumps({"results": str(self._results), "row": row, "since": time.time()}))
 
     def leave(self) -> None:
         """Nobody runs."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+    def running(self) -> tuple[store.Row, float] | None:
+        """The row of the contender that runs, and for how many seconds it has; None where none does."""
+        try:
+            found = json.loads(self._path.read_text()) if self._path is not None else None
+        except (FileNotFoundError, ValueError):  # gone, or just being written
+            return None
+        return None if found is None else (found["row"], time.time() - found["since"])
 
     def blame(self, reason: str) -> tuple[Path, store.Row] | None:
         """Write the row of the contender that was running into its results file and return both; None where none was."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from benchmarks.journal import Journal
 from benchmarks.problem import JOBS, Case
 
 RESERVE_SECONDS = 12  # for the report
+HUNG_SECONDS = 120.0  # for one call on a GPU that compiles nothing for minutes
+LONGEST_CALL_SECONDS = 700.0  # for any other; processes that measure memory and first calls have limits of their own
+POLL_SECONDS = 2.0
+MOST_DEATHS = 2  # of a contender, before it is left out of the cases to come
 GRACE_SECONDS = 45  # after the budget, for a call that does not return to Python; then the worker is killed
 ONE_BY_ONE = ("first_call", "longest")  # measures that take a contender at a time, so that a run goes on in the midst of a case
 
@@ -48,32 +53,51 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
     end = time.monotonic() + seconds
     journal.leave()  # a run that was stopped by hand is nobody's fault
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker goes too
+    deaths: Counter[str] = Counter()
     while True:
         left = max(0.0, end - time.monotonic())
-        process = subprocess.Popen([*worker, provenance.WORKER_FLAG, f"{left:.1f}"])
+        skipped = [word for name, times in deaths.items() if times >= MOST_DEATHS and name in BY_NAME for word in ("--skip", name)]
+        process = subprocess.Popen([*worker, *skipped, provenance.WORKER_FLAG, f"{left:.1f}"])
         try:
-            code = process.wait(left + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
+            code, death = _watch(process, journal, end + GRACE_SECONDS)
         finally:
             process.kill()
             process.wait()
         if code in (0, 2):
             return code
-        blamed = journal.blame(_death(code))
+        blamed = journal.blame(death)
         if blamed is None:
-            print(f"benchmarks: the worker ended while no contender ran: {_death(code)}", file=sys.stderr)
+            print(f"benchmarks: the worker ended while no contender ran: {death}", file=sys.stderr)
             return 1
         path, row = blamed
+        deaths[row["contender"]] += 1
         _say(f"    {row['contender']}: crashed: {row['reason']}")
         if end - time.monotonic() < RESERVE_SECONDS:
             _say(f"the budget is spent. The same command goes on. Report: {report.write(path)}")
             return 0
 
 
-def _death(code: int | None) -> str:
-    if code is None:
-        return f"did not return until {GRACE_SECONDS} s after the end of the budget."
+def _watch(process: subprocess.Popen, journal: Journal, end: float) -> tuple[int | None, str]:
+    """(exit code, how it ended) of the worker; the code is None for one that hangs, in a kernel that no alarm can interrupt."""
+    while time.monotonic() < end:
+        try:
+            code = process.wait(POLL_SECONDS)
+            return code, _death(code)
+        except subprocess.TimeoutExpired:
+            found = journal.running()
+        if found is not None and found[1] > (limit := _patience(found[0])):
+            return None, f"hung: one call did not return within {limit:g} s."
+    return None, f"did not return until {GRACE_SECONDS} s after the end of the budget."
+
+
+def _patience(row: store.Row) -> float:
+    """Seconds that one call may take: on a GPU a kernel's, or a compiler's; elsewhere that of the processes that measure memory."""
+    on_gpu = row.get("environment", {}).get("driver") is not None
+    compiles = row["contender"] == "torch.compile" or row.get("case", {}).get("measure") in ("first_call", "step")
+    return HUNG_SECONDS if on_gpu and not compiles else LONGEST_CALL_SECONDS
+
+
+def _death(code: int) -> str:
     return f"ended its process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}."
 
 

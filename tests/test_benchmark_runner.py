@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,26 @@ def test_a_contender_that_never_returns_is_killed_after_the_budget_and_recorded(
     monkeypatch.setattr(runner, "GRACE_SECONDS", 2)
     rows = supervise(tmp_path, "hangs", 25)
     assert rows["grpo", "guilty"]["status"] == "crashed" and "did not return" in rows["grpo", "guilty"]["reason"]
+
+
+def test_a_call_that_hangs_ends_its_worker_long_before_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "HUNG_SECONDS", 0.5)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.1)
+    journal = Journal(tmp_path / "running.json")
+    on_gpu = {"environment": {"driver": "1.2"}, "case": {"measure": "time"}}
+    journal.begin(tmp_path / "results.jsonl", on_gpu)
+    journal.enter("ours (native)")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        code, death = runner._watch(process, journal, time.monotonic() + 30)
+    finally:
+        process.kill()
+        process.wait()
+    assert code is None and death == "hung: one call did not return within 0.5 s."
+    for row in (on_gpu | {"contender": "torch.compile"}, {"environment": {"driver": None}, "contender": "eager"}):
+        assert runner._patience(row) == runner.LONGEST_CALL_SECONDS
+    done = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    assert runner._watch(done, journal, time.monotonic() + 30) == (3, "ended its process with exit code 3.")
 
 
 def test_a_supervisor_that_is_told_to_stop_takes_its_worker_along():

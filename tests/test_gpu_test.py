@@ -1,6 +1,7 @@
 """`make gpu-test` where there is no GPU: what a crash, a hang and the end of the time leave behind."""
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,7 +65,32 @@ def test_a_hanging_test_ends_with_the_time(file):
 
 def test_tests_are_chosen_by_name_and_none_are_begun_without_time(file):
     assert _outcomes(gpu_test.run(gpu_test.Job(file, "native"), time.monotonic() + 60)) == {"native_kernel": "passed"}
-    assert gpu_test.run(gpu_test.Job(file, "native"), time.monotonic()) == []
+    (unseen,) = gpu_test.run(gpu_test.Job(file, "native"), time.monotonic())
+    assert unseen.outcome == "not reached" and "-k 'native'" in unseen.test
+    assert gpu_test.run(gpu_test.Job(file, "no_such_test"), time.monotonic() + 60) == []
+
+
+@pytest.mark.slow
+def test_a_hanging_test_costs_itself_alone(file, monkeypatch):
+    monkeypatch.setenv("TRAPO_GPU_TEST_SECONDS", "2")
+    outcomes = gpu_test.run(gpu_test.Job(file, "slow_one or comes_after"), time.monotonic() + 60)
+    assert _outcomes(outcomes) == {"slow_one_hangs": "crashed", "comes_after_the_crash": "passed"}
+
+
+def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path):
+    file = tmp_path / "test_broken.py"
+    file.write_text("import no_such_module_anywhere\n")
+    (outcome,) = gpu_test.run(gpu_test.Job(file, "native"), time.monotonic() + 60)
+    assert outcome.outcome == "failed" and "no_such_module_anywhere" in outcome.reason
+
+
+def test_the_doctor_is_asked_in_a_process_of_its_own():
+    def ask(code, seconds=30.0):
+        return gpu_test.ask_doctor([sys.executable, "-c", code], seconds)
+
+    assert ask("print('fine')") == ["fine"]
+    assert ask("print('ill'); raise SystemExit(1)") == ["ill", "exit code 1"]
+    assert ask("import time; time.sleep(60)", 0.5) == ["did not return within 0.5 s"]
 
 
 def test_what_was_never_reached_is_counted(tmp_path):
@@ -79,27 +105,31 @@ def test_what_was_never_reached_is_counted(tmp_path):
 
 def test_every_file_is_run_twice_native_last():
     jobs = gpu_test.jobs(gpu_test.TESTS)
-    half = len(jobs) // 2
-    assert {job.match for job in jobs[:half]} == {"not native"} and {job.match for job in jobs[half:]} == {"native"}
-    assert [job.file for job in jobs[:half]] == [job.file for job in jobs[half:]]
-    assert {job.file for job in jobs} == set(gpu_test.TESTS.glob("test_*.py"))
+    first, last = ([job.file for job in jobs if job.match == match] for match in ("not native", "native"))
+    assert [job.match for job in jobs] == ["not native"] * len(first) + ["native"] * len(last)
+    assert set(last) - set(first) == {gpu_test.TESTS / "test_native_gpu.py"} and set(first) < set(last)
+    on_the_cpu = {gpu_test.TESTS / f"test_{name}.py" for name in gpu_test.ON_THE_CPU}
+    assert all(path.is_file() for path in on_the_cpu)
+    assert set(last) == set(gpu_test.TESTS.glob("test_*.py")) - on_the_cpu
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, "clean (ERROR SUMMARY: 0 errors)"), (9, "**failed**, exit code 9")])
 def test_the_sanitizer_is_believed(tmp_path, code, said):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
-        f'#!/bin/sh\necho "========= ERROR SUMMARY: 0 errors"\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"\nexit {code}\n'
+        '#!/bin/sh\n[ "$1" = --help ] && echo "  --kernel-regex arg" && exit 0\n'
+        f'echo "========= ERROR SUMMARY: 0 errors"\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"\nexit {code}\n'
     )
     tool.chmod(0o755)
     output = tmp_path / "sanitizer.txt"
     text = gpu_test.sanitize(str(tool), "memcheck", "4099", time.monotonic() + 30, output)
     assert text.startswith(said)
     assert "1 --tool memcheck --error-exitcode 9" in output.read_text() and "-k 4099" in output.read_text()
+    assert "--kernel-regex kns=trapo" in output.read_text()
 
 
 def test_the_record_names_failures_skips_and_the_sanitizer(tmp_path):
-    report = gpu_test.Report(tmp_path, ["python 3"], provenance.environment("cpu") | {"driver": "1.2"})
+    report = gpu_test.Report(tmp_path, provenance.environment("cpu") | {"driver": "1.2"})
     report.outcomes = [
         gpu_test.Outcome("tests/x.py::test_y", "failed", 0.1, "assert 1 == 2"),
         gpu_test.Outcome("tests/x.py::test_z", "passed", 3.0),
