@@ -68,8 +68,8 @@ def linear_logprob(
         target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
         bias: [V] or None.
         lora: `LoraHead` or None; the low-rank part of the head, with gradients of its factors in their dtype.
-        temperature: float > 0 or [N] fp32; divides the logits, and with them the gradient. torch.compile specialises on a float:
-            pass a tensor where it varies.
+        temperature: float > 0, or fp32 0-d or [N]; divides the logits, and with them the gradient. torch.compile specialises on a
+            float: pass a tensor where it varies.
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
         with_entropy: also return the entropy, with gradient.
         logits_dtype: what logits are rounded to before the softmax: float32, or the dtype of hidden to match a sampler that does.
@@ -92,7 +92,7 @@ def linear_logprob(
         target,
         None,
         None,
-        Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend),
+        Settings(_per_row(temperature, len(target)), softcap, logits_dtype, process_group, batch_invariant, backend),
         with_entropy,
     )
 
@@ -136,6 +136,7 @@ def linear_policy_loss(
     """
     where = "linear_policy_loss"
     inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
+    temperature = _per_row(temperature, len(batch))
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     hidden, lm_head_weight, *_ = inputs
     checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
@@ -253,6 +254,7 @@ def token_logprob(
         raise TypeError(f"{where}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
     flat, flat_target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if isinstance(temperature, Tensor):
+        temperature = temperature.expand_as(target) if temperature.ndim == 0 else temperature
         if temperature.shape != target.shape:
             raise ValueError(
                 f"{where}: temperature must be a float or have the shape of target, {list(target.shape)}, got "
@@ -354,6 +356,12 @@ def _linear_logprob(
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:
     """V where this process has the whole head; None where only the ranks together know it."""
     return weight.shape[0] if process_group is None else None
+
+
+def _per_row(temperature: float | Tensor, num_rows: int) -> float | Tensor:
+    """A 0-d tensor stands for all rows."""
+    zero_d = isinstance(temperature, Tensor) and temperature.ndim == 0
+    return temperature.expand(num_rows).contiguous() if zero_d else temperature
 
 
 def _group_name(process_group: ProcessGroup | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
@@ -347,3 +348,27 @@ def _token_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
 
 
 token_logprob.register_autograd(_token_logprob_backward, setup_context=_token_logprob_setup)
+
+
+# What torch.utils.flop_counter counts: the GEMMs with the weight, all rows taking part; tensors arrive as their shapes
+
+
+def _gemm_flop(hidden: torch.Size, weight: torch.Size) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.trapo.linear_logprob)
+def _(hidden, weight, *args, **kwargs) -> int:
+    return _gemm_flop(hidden, weight)
+
+
+@register_flop_formula(torch.ops.trapo.linear_logprob_backward)
+def _(grad_logprob, grad_entropy, hidden, weight, *args, needs=None, **kwargs) -> int:
+    needs = args[-2] if needs is None else needs
+    return _gemm_flop(hidden, weight) * (1 + sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.trapo.linear_policy_loss)
+def _(hidden, weight, *args, needs=None, **kwargs) -> int:
+    needs = args[-2] if needs is None else needs
+    return _gemm_flop(hidden, weight) * (1 + sum(needs[:2]))

@@ -60,7 +60,7 @@ class TokenBatch:
         checks.token_batch(self)
         if self.scored_rows is not None:
             checks.scored_rows(self)
-        if self.role.device.type == "cpu" and not torch.compiler.is_compiling():
+        if checks.may_look(self.role):
             found = self.active.nonzero().squeeze(1)
             if self.active_rows is None:
                 object.__setattr__(self, "active_rows", found)
@@ -109,17 +109,26 @@ class LossTotals:
             self.prompts + other.prompts,
         )
 
+    def __radd__(self, other: int) -> LossTotals:
+        return self if other == 0 else NotImplemented  # the start of Python's sum
+
 
 def loss_totals(role: Tensor, sequence_id: Tensor, prompt_id: Tensor | None = None) -> LossTotals:
     """Count the loss tokens per role, the sequences and the prompts; `role`, `sequence_id`, `prompt_id` are host tensors [N].
 
-    Every distinct id counts, also one whose tokens are all ignored: an empty sequence still belongs to the mean.
+    Every distinct id counts, also one whose tokens are all ignored: an empty sequence still belongs to the mean. A negative id of
+    ignored tokens is padding, which is in no sequence and of no prompt.
     """
+    checks.roles("loss_totals", role)
+    for name, label in (("sequence_id", sequence_id), ("prompt_id", prompt_id)):
+        if label is not None:
+            checks.label("loss_totals", name, label, role)
+    real = role != Role.IGNORED
     return LossTotals(
         expert_tokens=int((role == Role.EXPERT).sum()),
         rollout_tokens=int((role == Role.ROLLOUT).sum()),
-        sequences=int(sequence_id.unique().numel()),
-        prompts=0 if prompt_id is None else int(prompt_id.unique().numel()),
+        sequences=int(sequence_id[real | (sequence_id >= 0)].unique().numel()),
+        prompts=0 if prompt_id is None else int(prompt_id[real | (prompt_id >= 0)].unique().numel()),
     )
 
 
@@ -144,7 +153,7 @@ def aggregate(
 
     Args:
         role: [N] uint8 `Role`, host tensor.
-        sequence_id: [N] int64, which sequence a token belongs to; a sequence is never split over calls.
+        sequence_id: [N] int64, which sequence a token belongs to, negative for padding; a sequence is never split over calls.
         mode: "constant": 1 / (sequences · max_tokens), the unbiased form of Dr.GRPO; "length": 1 / max_tokens, as TRAPO's release
             does; "token_mean": 1 / loss tokens, DAPO; "role_mean": 1 / loss tokens of the same role, CHORD; "sequence_mean": the
             mean over sequences of each sequence's token mean, GRPO; "sequence_sum": the mean over sequences of each sequence's

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from trapo_kernels.batch import TokenBatch
@@ -38,9 +39,23 @@ def in_range(
         raise ValueError(f"{where}: {name} must lie in {interval}, got {value!r}.")
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether the values of `x` can be looked at without waiting for a GPU: not while compiling, and not of a fake tensor."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def whole(where: str, name: str, value: object) -> None:
+    """`value` must not be a shard of a distributed tensor."""
+    if hasattr(value, "placements") and hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{where}: {name} must be a plain tensor, got a DTensor. Call inside the forward of the FSDP unit that has it; or pass "
+            ".full_tensor(grad_placements=[Partial()]); or .to_local() of vocabulary shards, with process_group=mesh.get_group()."
+        )
+
+
 def finite_tensor(where: str, name: str, value: Tensor, remedy: str) -> None:
     """`value` [N] must hold finite numbers; looked at on the CPU only, where it costs no sync."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if not may_look(value):
         return
     finite = value.isfinite()
     if not bool(finite.all()):
@@ -58,8 +73,10 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
             f"Flatten it with {name}.reshape(-1), and give every per-token tensor the same N."
         )
     if value.dtype not in dtypes:
-        names = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. Convert it with {name}.to({dtypes[0]}).")
+        names, remedy = " or ".join(str(dtype) for dtype in dtypes), f"Convert it with {name}.to({dtypes[0]})."
+        if value.dtype in (torch.bfloat16, torch.float16):  # and rounded already
+            remedy = "If FSDP's mixed precision cast it, set cast_forward_inputs=False in MixedPrecisionPolicy."
+        raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. {remedy}")
     if value.device != device:
         raise ValueError(f"{where}: {name} must be on {device}, got {value.device}. Move it with {name}.to({str(device)!r}).")
 
@@ -106,6 +123,7 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         shape = "[N, D]" if name == "hidden" else "[V, D]"
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}.")
+        whole(where, name, value)
         if value.ndim != 2:
             raise ValueError(
                 f"{where}: {name} must have shape {shape}, got {list(value.shape)}. "
@@ -129,6 +147,7 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{where}: lm_head_weight [V, D] must not be empty, got {list(weight.shape)}.")
     if bias is not None:
+        whole(where, "bias", bias)
         if not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.shape[0],):
             actual = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
             raise ValueError(
@@ -142,6 +161,7 @@ def lora_factors(a: object, b: object, scaling: object) -> None:
     """a [R, D] and b [V, R] of one LoRA."""
     where = "LoraHead"
     for name, value, shape in (("a", a, "[R, D]"), ("b", b, "[V, R]")):
+        whole(where, name, value)
         if not isinstance(value, Tensor) or value.ndim != 2:
             actual = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -176,7 +196,7 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
     """target [N] int64 in [0, V), or -100 for a row to ignore. The range is checked on the CPU only (no sync): on a GPU, and where
     V is the sum over the ranks of a process group (None here), a target outside it gives that row a NaN logprob."""
     vector(where, "target", value, num_rows, device, (torch.int64,))
-    if vocab_size is None or device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+    if vocab_size is None or value.numel() == 0 or not may_look(value):
         return
     low, high = int(value.min()), int(value.max())
     bad = (value < 0) & (value != -100) | (value >= vocab_size)
@@ -198,7 +218,7 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
         positive = (value > 0) & (value < math.inf) | (target == -100)
-        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(positive.all()):
+        if may_look(value) and not bool(positive.all()):
             actual = float(value[~positive][0])
             raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
     elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
@@ -222,7 +242,7 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
     if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"{where}: process_group must be a torch.distributed.ProcessGroup whose ranks hold the shards of the vocabulary, or "
-            f"None, got {type(process_group).__name__}. Pass torch.distributed.new_group(...) or torch.distributed.group.WORLD."
+            f"None, got {type(process_group).__name__}. Pass torch.distributed.group.WORLD, new_group(...) or mesh.get_group()."
         )
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"{where}: batch_invariant must be True or False, got {batch_invariant!r}.")
@@ -289,7 +309,7 @@ def token_batch(batch: TokenBatch) -> None:
             f"{where}: active_rows must be int64 of shape [M], got {batch.active_rows.dtype} {list(batch.active_rows.shape)}. "
             "Leave it out to have it found."
         )
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look(batch.role):
         if length and int(batch.role.max()) > 2:
             raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(batch.role.max())}.")
         remedy = "Only rows with role IGNORED may hold anything."
@@ -315,7 +335,7 @@ def scored_rows(batch: TokenBatch) -> None:
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != batch.target.device:
         actual = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"{where} must be int64 of shape [K] on {batch.target.device}, got {actual}. Pass indices of rows.")
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
+    if not may_look(rows) or len(rows) == 0:
         return
     if int(rows.min()) < 0 or int(rows.max()) >= len(batch):
         raise ValueError(f"{where} must lie in [0, N) = [0, {len(batch)}), got {int(rows.min())} to {int(rows.max())}.")
@@ -344,7 +364,7 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
         raise ValueError(
             f"{where}: the batch must be on {device}, got {batch.target.device}. Move it with batch.to({str(device)!r})."
         )
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look(batch.role):
         target(where, torch.where(batch.role != 0, batch.target, -100), num_rows, vocab_size, device)
         missing = (batch.role != 0) & (batch.target == -100)
         if missing.any():

@@ -36,6 +36,12 @@ class Gate:
     code: ClassVar[int | None] = None  # what the compiled backends switch on
     formula: ClassVar[str] = "V(d)"
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).items()))
+
     def value(self, d: Tensor, advantage: Tensor) -> Tensor:
         """V(d) [N], differentiable by autograd to exactly `slope`."""
         raise NotImplementedError(f"{type(self).__name__} must implement value(d, advantage).")

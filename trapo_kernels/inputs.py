@@ -30,7 +30,7 @@ def prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lo
     if lora is None:
         return Inputs(hidden, weight, bias, None, None)
     checks.is_a(where, "lora", lora, LoraHead, "LoraHead(a, b, scaling)")
-    lora = lora.autocast(hidden.dtype) if torch.is_autocast_enabled(hidden.device.type) else lora
+    lora = lora.autocast(hidden.dtype) if _autocasts(hidden.device.type) else lora
     checks.lora_fits(where, lora.a, lora.b, hidden, weight, backend)
     return Inputs(hidden, weight, bias, lora.scaled_a(statistics_dtype(hidden)), lora.b)
 
@@ -41,7 +41,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     A float32 weight is left to the op, which computes in the dtype of hidden and returns the weight's gradient in float32.
     """
     device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocasts(device_type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -50,3 +50,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
     low = (torch.bfloat16, torch.float16)
     return cast(hidden, torch.float32, *low), cast(weight, *low), cast(bias, torch.float32, *low)
+
+
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)

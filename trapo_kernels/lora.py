@@ -19,6 +19,9 @@ class LoraHead:
         b: [V, R], as a; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard.
         scaling: lora_alpha / R, or lora_alpha / √R for rank-stabilised LoRA.
 
+    Of a PEFT layer `head` with adapter `name` pass `head.base_layer.weight` as the head's weight, and here
+    `head.lora_A[name].weight`, `head.lora_B[name].weight` and `head.scaling[name]`; its `weight` is the base's alone.
+
     Memory: [C, R] beside what a chunk of C rows needs; backward adds both gradients in fp32. Source: arXiv 2106.09685.
     """
 

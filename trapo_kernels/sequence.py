@@ -92,6 +92,12 @@ class Reduction:
         """The pooled quantities of `tokens`."""
         raise NotImplementedError(f"{type(self).__name__} must implement reduce(tokens).")
 
+    def applied(self, tokens: Tokens) -> Reduced:
+        """`reduce`, in the dtype of the log-ratios: sums over sequences are fp64."""
+        found, dtype = self.reduce(tokens), tokens.log_ratio.dtype
+        checks.is_a(type(self).__name__, "what reduce returns", found, Reduced, "Reduced(log_ratio, factor, flows), tensors [N]")
+        return Reduced(found.log_ratio.to(dtype), found.factor.to(dtype), found.flows)
+
     def __str__(self) -> str:
         return self.formula.format(**vars(self))
 

@@ -139,7 +139,7 @@ def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: Toke
     with torch.no_grad():
         sequences = Sequences(batch.sequence_id, mine)
         seen = (logprob.detach(), entropy.detach(), d.detach(), advantage, batch.ref_logprob)
-        return term.reduction.reduce(Tokens(*map(own, seen), sequences))
+        return term.reduction.applied(Tokens(*map(own, seen), sequences))
 
 
 def evaluated(
@@ -172,11 +172,11 @@ def metrics(
     """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
 
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Expert:
-    `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/ratio`,
-    `rollout/ratio_max`, `rollout/clip_low`, `rollout/clip_high`; `rollout/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from
-    the ratio, unless the anchor is "zero"; with a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and
-    `_k3`, of KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others
-    carry the entropy bonus alone.
+    `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/clip_low` and
+    `rollout/clip_high`; unless the anchor is "zero" `rollout/ratio`, `rollout/ratio_max`, and `rollout/kl_old_k1` and `_k3`,
+    estimates of KL(anchor ‖ π) from the ratio; with a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1`
+    and `_k3`, of KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the
+    others carry the entropy bonus alone.
     """
     out: dict[str, Tensor] = {}
     for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
@@ -195,13 +195,13 @@ def metrics(
             if isinstance(objective.expert.gate, Truncate):
                 out["expert/share_below_alpha"] = mean((ratio < objective.expert.gate.high).float())
         if name == "rollout" and objective.rollout is not None:
-            out["rollout/ratio"] = mean(ratio)
-            out["rollout/ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
             out["rollout/clip_low"], out["rollout/clip_high"] = (
                 mean(c.clipped_low.float()),
                 mean(c.clipped_high.float()),
             )
-            if objective.rollout.anchor != "zero":
+            if objective.rollout.anchor != "zero":  # which stands for no policy: the ratio to it is p
+                out["rollout/ratio"] = mean(ratio)
+                out["rollout/ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
                 log_ratio = torch.where(trained, c.log_ratio, 0.0)
                 out["rollout/kl_old_k1"], out["rollout/kl_old_k3"] = mean(-log_ratio), mean(torch.expm1(log_ratio) - log_ratio)
             if c.kl is not None:

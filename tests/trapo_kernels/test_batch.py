@@ -47,6 +47,22 @@ def test_parts_with_the_totals_of_the_whole_equal_the_whole(mode):
     assert torch.equal(torch.cat(split), whole)
 
 
+@pytest.mark.parametrize("mode", ["sequence_mean", "sequence_sum", "constant", "prompt_mean", "token_mean"])
+def test_padding_with_a_negative_id_is_no_sequence(mode):
+    role, sequence = torch.cat([ROLE, ROLE.new_zeros(3)]), torch.cat([SEQUENCE, torch.full((3,), -1)])
+    prompt = torch.cat([PROMPT, torch.full((3,), -1)])
+    padded = aggregate(role, sequence, mode=mode, max_tokens=8, prompt_id=prompt)
+    plain = aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8, prompt_id=PROMPT)
+    assert torch.equal(padded[:-3], plain) and (padded[-3:] == 0).all()
+
+
+def test_totals_add_up_with_sum():
+    parts = [loss_totals(ROLE, SEQUENCE, PROMPT)] * 2
+    assert sum(parts) == parts[0] + parts[1]
+    with pytest.raises(TypeError, match="loss_totals: role must be torch.uint8, got torch.bool"):
+        loss_totals(ROLE > 0, SEQUENCE)
+
+
 def test_share_multiplies_and_is_not_counted():
     share = torch.where(ROLE == Role.EXPERT, 0.5, 1.0)
     plain = aggregate(ROLE, SEQUENCE, mode="token_mean")

@@ -1,9 +1,12 @@
 """Bad input gets the rule, the actual value and the remedy, before anything is computed."""
 
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trapo_kernels import TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss, token_logprob
+from trapo_kernels import LoraHead, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss, token_logprob
 
 N, D, V = 4, 3, 7
 HIDDEN, WEIGHT, TARGET = torch.randn(N, D), torch.randn(V, D), torch.arange(N)
@@ -65,6 +68,10 @@ def test_linear_logprob(arguments, options, message):
         ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
         ({"entropy_weight": torch.tensor([1.0, float("inf"), 1, 1])}, "entropy_weight must be finite, got inf at row 1"),
         ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
+        (
+            {"weight": torch.ones(N, dtype=torch.bfloat16)},
+            "weight must be .*got torch.bfloat16. If FSDP.*cast_forward_inputs",
+        ),
         ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
         ({"active_rows": torch.tensor([0, 0, 2])}, r"active_rows must be the rows.*got \[0, 0, 2\] \(3 rows\)"),
         ({"advantage": torch.ones(N, requires_grad=True)}, "advantage is a constant of the loss.*Detach it"),
@@ -118,6 +125,40 @@ def test_a_stream_must_be_finite_where_it_is_read(objective, changes, message):
         linear_policy_loss(HIDDEN, WEIGHT, batch, objective)
     with pytest.raises(ValueError, match=message):
         policy_loss(torch.zeros(N), torch.zeros(N), batch, objective)
+
+
+def test_a_0d_temperature_stands_for_all_rows():
+    def run(temperature):
+        return [
+            linear_logprob(HIDDEN, WEIGHT, TARGET, temperature=temperature).logprob,
+            token_logprob(HIDDEN @ WEIGHT.T, TARGET, temperature=temperature).logprob,
+            linear_policy_loss(HIDDEN, WEIGHT, _batch(), objectives.trapo(), temperature=temperature).loss,
+        ]
+
+    assert all(map(torch.equal, run(torch.tensor(0.7)), run(torch.full((N,), 0.7))))
+
+
+def test_a_dtensor_is_refused_with_the_ways_out():
+    class Shard(torch.Tensor):
+        placements, full_tensor = (), None
+
+    with pytest.raises(TypeError, match=r"lm_head_weight must be a plain tensor, got a DTensor.*full_tensor\(grad_placements"):
+        linear_logprob(HIDDEN, WEIGHT.as_subclass(Shard), TARGET)
+    with pytest.raises(TypeError, match="LoraHead: a must be a plain tensor"):
+        LoraHead(torch.ones(2, D).as_subclass(Shard), torch.ones(V, 2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shapes_and_memory_can_be_found_out_without_values(device):
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        hidden, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((N, D), (V, D)))
+        batch = _batch(**{name: torch.ones(N, device=device) for name in ("advantage", "weight")},
+                       target=torch.zeros(N, dtype=torch.int64, device=device),
+                       role=torch.ones(N, dtype=torch.uint8, device=device), old_logprob=torch.zeros(N, device=device))  # fmt: skip
+        outputs = linear_logprob(hidden, weight, batch.target, with_entropy=True, backend="torch")
+        loss = linear_policy_loss(hidden, weight, batch, objectives.trapo(), backend="torch").loss
+        (outputs.logprob.sum() + outputs.entropy.sum() + loss).backward()
+        assert outputs.logprob.shape == (N,) and weight.grad.shape == (V, D)
 
 
 def test_an_entropy_that_is_not_known_is_in_no_metric():

@@ -84,6 +84,19 @@ def test_float32_factors_beside_bfloat16_hidden_states_get_unrounded_gradients(b
         assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_one_token_and_rank_1(backend, dtype):
+    hidden, weight, _ = cases.head(1, 6, 40, dtype)
+    factors = _factors(dtype, rank=1)
+    results = []
+    for which in ("reference", backend):
+        out = linear_logprob(hidden, weight, torch.tensor([7], device=cases.DEVICE), lora=LoraHead(*factors), backend=which)
+        results.append(cases.gradients(out.logprob.sum(), (hidden, weight, *factors)))
+    for reference, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
 def test_opcheck():
     hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
     lora_a, lora_b = _factors(torch.float32, 5, 20)

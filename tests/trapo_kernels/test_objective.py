@@ -1,5 +1,6 @@
 """Gates are (V, G) pairs with V' = G, compiled to the same slopes; objectives encode, decode, print and refuse."""
 
+import copy
 import math
 import textwrap
 
@@ -137,6 +138,8 @@ def test_the_custom_gate_of_the_docs_is_a_gate():
     d = torch.linspace(-2, 2, 101, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(gate.value(d, d).sum(), d)
     torch.testing.assert_close(slope, gate.slope(d.detach(), d))
+    assert scope["Tempered"]() == gate and hash(scope["Tempered"]()) == hash(gate) and gate != gates.One()
+    assert copy.deepcopy(objective) == objective
     assert objective.two_passes(on_policy=True) and "2 passes: the gate Tempered has no compiled form" in str(objective)
 
 

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trapo_kernels import cases
 from trapo_kernels import autograd, linear_logprob, linear_policy_loss, objectives, policy_loss, terms, token_logprob
@@ -121,6 +122,21 @@ def test_a_temperature_tensor_that_changes_compiles_once():
         expected = linear_policy_loss(hidden, weight, b, objectives.trapo(), temperature=rows).loss
         assert torch.equal(compiled(hidden, weight, rows), expected)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "frozen", "gemms"), [("policy", False, 3), ("policy", True, 2), ("logprob", False, 4), ("logprob", True, 3)]
+)
+def test_flop_are_counted(op, frozen, gemms):
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    weight.requires_grad_(not frozen)
+    b = cases.batch(6, 20, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        if op == "policy":
+            linear_policy_loss(hidden, weight, b, objectives.trapo()).loss.backward()
+        else:
+            linear_logprob(hidden, weight, b.target).logprob.sum().backward()
+    assert counter.get_total_flops() == gemms * 2 * 6 * 5 * 20
 
 
 @pytest.mark.parametrize("backend", cases.CHUNKED)

@@ -124,7 +124,8 @@ def test_divergence_from_the_sampler_is_told_where_the_ratio_is_0_in_fp32():
     metrics = policy_loss(-201.0 * one, None, b, objectives.grpo()).metrics
     assert metrics["rollout/kl_old_k1"] == 200.0
     assert metrics["rollout/kl_old_k3"] == 199.0
-    assert "rollout/kl_old_k1" not in policy_loss(-one, None, b, objectives.rloo()).metrics  # anchored at no policy
+    of_no_policy = policy_loss(-one, None, b, objectives.rloo()).metrics
+    assert not [name for name in of_no_policy if "kl_old" in name or "ratio" in name]
 
 
 def test_an_impossible_token_leaves_no_nan_in_the_metrics_of_a_pooled_ratio():
