@@ -152,7 +152,7 @@ def linear_policy_loss(
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
-    checks.reverse_mode(where, chosen, *inputs, temperature, *vars(batch).values())
+    checks.reverse_mode(where, chosen, *inputs, temperature, batch=batch)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
         *inputs,
@@ -213,7 +213,7 @@ def policy_loss(
     if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
     else:
-        checks.reverse_mode(where, chosen, logprob, entropy, *vars(batch).values())
+        checks.reverse_mode(where, chosen, logprob, entropy, batch=batch)
         loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
     out = _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
     if known:

@@ -55,12 +55,10 @@ def whole(where: str, name: str, value: object) -> None:
 
 def finite_tensor(where: str, name: str, value: Tensor, remedy: str) -> None:
     """`value` [N] must hold finite numbers; looked at on the CPU only, where it costs no sync."""
-    if not may_look(value):
+    if not may_look(value) or bool((finite := value.isfinite()).all()):
         return
-    finite = value.isfinite()
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"{where}: {name} must be finite, got {float(value[row])} at row {row}. {remedy}")
+    row = int((~finite).nonzero()[0])
+    raise ValueError(f"{where}: {name} must be finite, got {float(value[row])} at row {row}. {remedy}")
 
 
 def vector(where: str, name: str, value: Tensor, length: int, device: torch.device, dtypes: tuple) -> None:
@@ -264,10 +262,11 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
         )
 
 
-def reverse_mode(where: str, backend: str, *inputs: object) -> None:
+def reverse_mode(where: str, backend: str, *inputs: object, batch: TokenBatch | None = None) -> None:
     """The kernels have gradients and no tangents; a custom op would leave them out without a word."""
     if backend == "reference" or torch.compiler.is_compiling():
         return
+    inputs += () if batch is None else tuple(vars(batch).values())
     if any(isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
             f'{where}: forward-mode differentiation is not supported by backend "{backend}", got an input with a tangent. '
