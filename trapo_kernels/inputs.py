@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
 
 
 def prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraHead | None, backend: str) -> Inputs:
-    """Raise for what breaks a rule."""
+    """The inputs as the op takes them; raises for what breaks a rule."""
     dispatch.check_name(where, backend)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.head(where, hidden, weight, bias)
