@@ -216,7 +216,7 @@ def todo() -> str:
         + " and ".join(
             f"{r.gemm_tflops:g} TFLOP/s for a bf16 GEMM and {r.copy_tbps:g} TB/s for a copy on one {r.gpu}" for r in (H200, H100)
         )
-        + ". `python -m benchmarks.account > benchmarks/results/TODO.md` writes this file.",
+        + ". `python -m benchmarks.account > benchmarks/results/TODO.md` writes this file.",  # TODO is its name
         "",
         "## Commands, in this order",
         "",

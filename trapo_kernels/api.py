@@ -143,7 +143,7 @@ def linear_policy_loss(
     checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     checks.streams_fit(where, batch, objective)
-    settings.check(where, hidden, batch.target_to_score)
+    settings.check(where, hidden, batch.target_to_score if isinstance(temperature, Tensor) else batch.target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):

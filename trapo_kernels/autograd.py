@@ -363,12 +363,12 @@ def _(hidden, weight, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.trapo.linear_logprob_backward)
-def _(grad_logprob, grad_entropy, hidden, weight, *args, needs=None, **kwargs) -> int:
-    needs = args[-2] if needs is None else needs
+def _(grad_logprob, grad_entropy, hidden, weight, *args, **kwargs) -> int:
+    needs = args[-2]
     return _gemm_flop(hidden, weight) * (1 + sum(needs[:2]))
 
 
 @register_flop_formula(torch.ops.trapo.linear_policy_loss)
-def _(hidden, weight, *args, needs=None, **kwargs) -> int:
-    needs = args[-2] if needs is None else needs
+def _(hidden, weight, *args, **kwargs) -> int:
+    needs = args[-2]
     return _gemm_flop(hidden, weight) * (1 + sum(needs[:2]))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trapo_kernels.batch import TokenBatch
     from trapo_kernels.objective import Objective
 
+_NO_ADVANTAGE = "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -134,8 +135,7 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             f"{where}: hidden [N, D] and lm_head_weight [V, D] must agree in D, got {hidden.shape[1]} and {weight.shape[1]}. "
             "The weight holds one row per token id, as in torch.nn.Linear(D, V).weight."
         )
-    master = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
-    if hidden.dtype != weight.dtype and not master:
+    if not _stands_beside(weight, hidden):
         raise TypeError(
             f"{where}: lm_head_weight must have the dtype of hidden, or be float32 (master weights) beside bfloat16 or float16 "
             f"hidden states, got hidden {hidden.dtype} and lm_head_weight {weight.dtype}. Cast one, or call under torch.autocast."
@@ -153,6 +153,10 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
                 "Pass torch.nn.Linear.bias of the same head."
             )
         vector(where, "bias", bias, weight.shape[0], hidden.device, FLOAT_DTYPES)
+
+
+def _stands_beside(weight: Tensor, hidden: Tensor) -> bool:
+    return weight.dtype == hidden.dtype or (weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16))
 
 
 def lora_factors(a: object, b: object, scaling: object) -> None:
@@ -180,8 +184,7 @@ def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, 
             f"{list(a.shape)} and {list(b.shape)}. Pass the adapter of the same head."
         )
     for name, value in (("lora.a", a), ("lora.b", b)):
-        master = value.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
-        if not (value.dtype == hidden.dtype or master) or value.device != hidden.device:
+        if not _stands_beside(value, hidden) or value.device != hidden.device:
             raise TypeError(
                 f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, or float32 beside 16-bit hidden states, "
                 f"got {value.dtype} on {value.device}. Cast it, or call under torch.autocast."
@@ -215,9 +218,8 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
             raise ValueError(
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
-        positive = (value > 0) & (value < math.inf) | (target == -100)
-        if may_look(value) and not bool(positive.all()):
-            actual = float(value[~positive][0])
+        if may_look(value) and bool((wrong := ~((value > 0) & (value < math.inf) | (target == -100))).any()):
+            actual = float(value[wrong][0])
             raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
     elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
         raise ValueError(f"{where}: temperature must be a finite number > 0, got {value!r}. For greedy sampling score at 1.0.")
@@ -383,6 +385,8 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
                 f"Pass TokenBatch(..., {name}=...), or drop the {reason} that needs it."
             )
+    if not may_look(batch.role):  # on a GPU not even the masks are made
+        return
     weighted = (batch.weight != 0) & batch.active
     for layer in objective.layers:
         for code, term in ((1, layer.rollout), (2, layer.expert)):
@@ -390,10 +394,6 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
             names |= {"advantage"} if term is not None and term.signal == "advantage" else set()
             names |= {"ref_logprob"} if layer.kl is not None and code == 1 else set()
             for name in sorted(names - ({"old_logprob"} if batch.old_logprob is None else set())):
-                remedy = (
-                    "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
-                    if name == "advantage"
-                    else "Give a token without one the role IGNORED."
-                )
+                remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
                 read = torch.where(weighted & (batch.role == code), getattr(batch, name), 0.0)
                 finite_tensor(where, f"batch.{name}", read, remedy)

@@ -103,6 +103,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective, d: Tensor | 
     logprob = torch.where(counted, logprob, 0.0)
     d = log_ratio(logprob, s) if d is None else d
     muted = s.signal == 0  # an advantage of 0: 0 · V and 0 · G are 0 however large the ratio is
+    heard = torch.where(muted, 0.0, d)
     zero = torch.zeros_like(d)
     value, slope, low, high = zero, zero, zero.bool(), zero.bool()
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
@@ -110,7 +111,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective, d: Tensor | 
             continue
         mine = s.role == code
         gate_low, gate_high = term.gate.clipped(d, s.advantage)
-        value = torch.where(mine, term.gate.value(torch.where(muted, 0.0, d), s.advantage), value)
+        value = torch.where(mine, term.gate.value(heard, s.advantage), value)
         slope = torch.where(mine, term.gate.slope(d, s.advantage), slope)
         low, high = torch.where(mine, gate_low, low), torch.where(mine, gate_high, high)
     loss = torch.where(counted, -s.signal * value, 0.0)

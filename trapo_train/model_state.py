@@ -110,15 +110,20 @@ def export_model(
         model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"model: could not be written to {directory}: {error}.") from error
     finally:
         if progress_bar:
             enable_progress_bar()
+    try:
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except OSError as error:  # the new one is whole, and stays
+        raise CheckpointError(
+            f"model: {unfinished} must take the place of {directory}, got {error}. It is complete: move it there by hand."
+        ) from error
     return directory
 
 

@@ -224,7 +224,7 @@ class Trainer:
         try:
             choice = self.chooser(self.step, self.last_metrics)
             apply_choice(choice, self.objective)
-        except Exception as error:
+        except Exception as error:  # a chooser is the user's code: whatever it raises must not lose the run
             name = self.config.objective.chooser
             raise ChooserError(f"objective.chooser {name!r} failed at step {self.step}: {error!r}") from error
         return choice

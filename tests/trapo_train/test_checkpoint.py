@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import numpy
 import pytest
@@ -243,6 +244,16 @@ def test_an_export_replaces_nothing_but_an_export_and_follows_a_link(tmp_path):
     for _ in range(2):
         export_model(model, tokenizer, tmp_path / "model")
     assert (tmp_path / "model").is_symlink() and (tmp_path / "large_disk" / "model.safetensors").is_file()
+
+
+def test_an_export_that_cannot_take_its_place_stays_complete(tmp_path, monkeypatch):
+    scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=build_tokenizer())
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("Device or resource busy")))
+    with pytest.raises(CheckpointError, match="unfinished_model must take the place of .*busy. It is complete: move it there"):
+        export_model(model, tokenizer, tmp_path / "model")
+    monkeypatch.undo()
+    AutoModelForCausalLM.from_pretrained(tmp_path / ".unfinished_model")
 
 
 def test_a_state_that_could_not_be_loaded_again_is_not_saved(store):
