@@ -301,24 +301,6 @@ def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
     return prepare
 
 
-def _ours_in_bf16_products(problem: Problem) -> Call:
-    call = _ours("native", single_pass=True)(problem)
-
-    def allowed() -> Result:
-        matmul = torch.backends.mkldnn.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-        try:
-            return call()
-        finally:
-            matmul.fp32_precision = before
-
-    return allowed
-
-
-def _only_bf16_on_a_cpu(case: Case) -> str | None:
-    return None if case.question == "narrow" else "is for bfloat16 on a CPU."
-
-
 def _backend_absent(backend: str) -> Callable[[torch.device], str | None]:
     """absent(): why the backend cannot run; nothing is launched, since a kernel's fault would be nobody's."""
 
@@ -382,14 +364,6 @@ CONTENDERS: list[Contender] = [
     *(_floor(gemms) for gemms in (1, 3, 4)),
     *(Contender(*peer) for peer in _THEIRS),
     *(ours for backend in ("triton", "torch", "native", "reference") for ours in _ours_both(backend)),
-    Contender(
-        "ours, bf16 products (native)",
-        'trapo_kernels after torch.backends.mkldnn.matmul.fp32_precision = "bf16", the user\'s choice',
-        _ours_in_bf16_products,
-        _backend_absent("native"),
-        _only_bf16_on_a_cpu,
-        ours=True,
-    ),
     *(_ours_fused(backend) for backend in ("triton_fused", "native_fused")),
 ]
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

@@ -2,7 +2,7 @@
 // trapo_kernels/backends/native.py is their only caller and says what the arguments mean.
 //
 // Shapes: logits [C, V] with unit stride in a row; all other tensors [C], bias [V]. softcap 0 means none. `row_temperature`,
-// where given, replaces `temperature`. `grad` may be `logits` itself: the gradient then takes the place of the logits.
+// where given, replaces `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
 
 #include <torch/csrc/stable/library.h>
 
@@ -25,5 +25,7 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
   m.def(
       "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def("bf16_gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
+  m.def("has_bf16_gemm() -> bool");
   m.def("instruction_set(str? use=None) -> str");
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trapo_kernels.backends.gemm import chunk_rows
+from trapo_kernels.backends.gemm import chunk_rows, operand_dtype
 
 
 def head_memory(
@@ -42,7 +42,7 @@ def head_memory(
     """
     narrow = dtype.itemsize < 4
     weight_dtype = dtype if weight_dtype is None else weight_dtype
-    gemm_dtype = torch.float32 if narrow and device_type == "cpu" else dtype
+    gemm_dtype = operand_dtype(dtype, device_type)
     rows = min(num_rows, chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel))
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits.
@@ -52,5 +52,5 @@ def head_memory(
         "hidden chunk": rows * hidden_size * (4 + (gemm_dtype.itemsize if gemm_dtype != dtype else 0)),
         "grad_hidden": num_rows * hidden_size * dtype.itemsize,
         "grad_weight": 4 * matrix if grad_weight else 0,
-        "weight": matrix * gemm_dtype.itemsize if gemm_dtype != weight_dtype or (narrow and device_type == "cpu") else 0,
+        "weight": matrix * gemm_dtype.itemsize if {dtype, weight_dtype} != {gemm_dtype} else 0,
     }

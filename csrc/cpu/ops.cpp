@@ -3,12 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "gemm.h"
 #include "rows.h"
 
 namespace trapo {
@@ -32,11 +34,31 @@ Logits check_logits(const char* op, const char* name, const Tensor& x) {
   return {x.mutable_data_ptr<float>(), x.size(0), x.size(1), x.stride(0)};
 }
 
-Logits check_grad(const char* op, const Logits& logits, const Tensor& x) {
-  const Logits grad = check_logits(op, "grad", x);
-  STD_TORCH_CHECK(grad.rows == logits.rows && grad.vocab_size == logits.vocab_size, op, ": grad must have the shape of logits, [",
+// Where dL/dlogits goes, fp32 or bf16: memory of its own or that of the logits, row by row.
+struct Gradient {
+  char* data;
+  int64_t vocab_size, row_bytes;
+  bool narrow;  // bf16
+
+  float* row(int64_t i) const { return reinterpret_cast<float*>(data + i * row_bytes); }
+  BFloat16* narrow_row(int64_t i) const { return reinterpret_cast<BFloat16*>(data + i * row_bytes); }
+  void put(int64_t i, int64_t v, float x) const {
+    if (narrow) {
+      narrow_row(i)[v] = rounded_to_bf16(x);
+    } else {
+      row(i)[v] = x;
+    }
+  }
+  void put_zeros(int64_t i) const { std::memset(data + i * row_bytes, 0, vocab_size * (narrow ? 2 : 4)); }
+};
+
+Gradient check_grad(const char* op, const Logits& logits, const Tensor& x) {
+  check_rows(op, "grad", x);
+  const bool narrow = x.scalar_type() == ScalarType::BFloat16;
+  if (!narrow) check_dtype(op, "grad", x, ScalarType::Float);
+  STD_TORCH_CHECK(x.size(0) == logits.rows && x.size(1) == logits.vocab_size, op, ": grad must have the shape of logits, [",
                   logits.rows, ", ", logits.vocab_size, "], got ", shape_of(x), ". Pass the logits or torch.empty_like(logits).");
-  return grad;
+  return {static_cast<char*>(x.mutable_data_ptr()), x.size(1), x.stride(0) * (narrow ? 2 : 4), narrow};
 }
 
 // The transform of every row: one softcap, and one temperature or one for each row.
@@ -79,14 +101,17 @@ struct Output {
   Statistics result() const { return {tensors[0], tensors[1], tensors[2], tensors[3]}; }
 };
 
-// dL/d(raw logit) of a row whose z lies in `z`; `grad` may be `z`. A target below 0 lies on another shard of the vocabulary; one
-// beyond it has made the row NaN.
-void write_gradient(const RowSweeps& sweeps, const float* z, float* grad, int64_t vocab_size, int64_t target, const Row& row,
+// dL/d(raw logit) of row i, whose z lies in `z`; the gradient may take its place. A target below 0 lies on another shard of the
+// vocabulary; one beyond it has made the row NaN.
+void write_gradient(const RowSweeps& sweeps, const float* z, const Gradient& grad, int64_t i, int64_t target, const Row& row,
                     float c, float e, const Transform& t) {
-  const double bracket = c + e * (row.entropy - row.log_sum);
-  const float target_logit = row.target_logit;
-  sweeps.gradient(z, grad, vocab_size, row.row_max, row.inverse_total, e, static_cast<float>(bracket), t);
-  if (target < 0 || target >= vocab_size) return;
+  const float bracket = static_cast<float>(c + e * (row.entropy - row.log_sum)), target_logit = row.target_logit;
+  if (grad.narrow) {
+    sweeps.gradient_bf16(z, grad.narrow_row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
+  } else {
+    sweeps.gradient(z, grad.row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
+  }
+  if (target < 0 || target >= grad.vocab_size) return;
   const double probability = std::exp(row.logprob);
   double at_target = -c * std::expm1(row.logprob);  // c (1 - p) without cancellation at p → 1
   if (e != 0.0f && probability != 0.0) at_target -= probability * e * (row.logprob + row.entropy);
@@ -95,11 +120,7 @@ void write_gradient(const RowSweeps& sweeps, const float* z, float* grad, int64_
     const double tanh = static_cast<double>(target_logit) * t.temperature / t.softcap;
     at_target *= 1.0 - tanh * tanh;
   }
-  grad[target] = static_cast<float>(at_target);
-}
-
-void write_zeros(float* grad, int64_t vocab_size) {
-  for (int64_t v = 0; v < vocab_size; ++v) grad[v] = 0.0f;
+  grad.put(i, target, static_cast<float>(at_target));
 }
 
 Statistics row_statistics(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias,
@@ -127,7 +148,8 @@ void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tens
                   Tensor log_sum_tensor, std::optional<Tensor> grad_logprob_tensor, std::optional<Tensor> grad_entropy_tensor,
                   Tensor grad_tensor) {
   const char* op = "row_gradient";
-  const Logits logits = check_logits(op, "logits", logits_tensor), grads = check_grad(op, logits, grad_tensor);
+  const Logits logits = check_logits(op, "logits", logits_tensor);
+  const Gradient grads = check_grad(op, logits, grad_tensor);
   const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
   const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows);
   const float* logprob = check_vector<float>(op, "logprob", logprob_tensor, logits.rows);
@@ -140,7 +162,7 @@ void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tens
   torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (target[i] == kIgnoredTarget) {
-        write_zeros(grads.row(i), logits.vocab_size);
+        grads.put_zeros(i);
         continue;
       }
       const Transform t = transforms.of(i);
@@ -150,7 +172,7 @@ void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tens
       const float target_logit = target[i] >= 0 && target[i] < logits.vocab_size ? z[target[i]] : NAN;
       const Row row = {logprob[i], entropy[i], log_sum[i], row_max[i], target_logit,
                        static_cast<float>(std::exp(-static_cast<double>(log_sum[i])))};
-      write_gradient(sweeps, z, grads.row(i), logits.vocab_size, target[i], row, grad_logprob ? grad_logprob[i] : 0.0f,
+      write_gradient(sweeps, z, grads, i, target[i], row, grad_logprob ? grad_logprob[i] : 0.0f,
                      grad_entropy ? grad_entropy[i] : 0.0f, t);
     }
   });
@@ -181,7 +203,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
                       std::optional<Tensor> grad_tensor) {
   const char* op = "row_policy";
   const Logits logits = check_logits(op, "logits", logits_tensor);
-  const Logits grads = grad_tensor.has_value() ? check_grad(op, logits, *grad_tensor) : Logits{nullptr, 0, 0, 0};
+  const Gradient grads = grad_tensor.has_value() ? check_grad(op, logits, *grad_tensor) : Gradient{nullptr, 0, 0, false};
   const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
   const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows);
   const Streams streams = check_streams(op, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob);
@@ -193,7 +215,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
     for (int64_t i = begin; i < end; ++i) {
       if (streams.role[i] == kIgnored) {
         out.ignore(i);
-        if (grads.data) write_zeros(grads.row(i), logits.vocab_size);
+        if (grads.data) grads.put_zeros(i);
         continue;
       }
       const Transform t = transforms.of(i);
@@ -201,8 +223,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
       out.put(i, row);
       if (grads.data) {
         const float c = streams.coefficient(gates, i, static_cast<float>(row.logprob));
-        write_gradient(sweeps, logits.row(i), grads.row(i), logits.vocab_size, target[i], row, c,
-                       grad_entropy ? grad_entropy[i] : 0.0f, t);
+        write_gradient(sweeps, logits.row(i), grads, i, target[i], row, c, grad_entropy ? grad_entropy[i] : 0.0f, t);
       }
     }
   });
@@ -241,8 +262,10 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_native, CPU, m) {
   m.impl("row_gradient", TORCH_BOX(&trapo::row_gradient));
   m.impl("row_policy", TORCH_BOX(&trapo::row_policy));
   m.impl("token_coefficient", TORCH_BOX(&trapo::token_coefficient));
+  m.impl("bf16_gemm", TORCH_BOX(&trapo::bf16_gemm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&trapo::choose_instruction_set));
+  m.impl("has_bf16_gemm", TORCH_BOX(&trapo::has_bf16_gemm));
 }

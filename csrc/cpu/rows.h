@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -32,11 +33,22 @@ inline Row finished_row(double others, double moment, float row_max, float targe
   return {shifted - log_sum, log_sum - moment_total / total, log_sum, row_max, target_logit, static_cast<float>(1.0 / total)};
 }
 
+// The bits of a bf16 number. They may lie where a float did: a chunk of logits becomes its own gradient.
+typedef uint16_t __attribute__((may_alias)) BFloat16;
+
+// To nearest, ties to even; NaN stays NaN.
+inline BFloat16 rounded_to_bf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return static_cast<BFloat16>((x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u) >> 16);
+}
+
 struct RowSweeps {
   void (*transform)(float* x, const float* bias, int64_t count, const Transform& t);
   Row (*statistics)(float* x, const float* bias, int64_t vocab_size, int64_t target, const Transform& t);
   void (*gradient)(const float* z, float* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
                    const Transform& t);
+  void (*gradient_bf16)(const float* z, BFloat16* grad, int64_t vocab_size, float row_max, float inverse_total, float e,
+                        float bracket, const Transform& t);
 };
 
 // The sweeps for the widest instruction set that this processor has, or for the one chosen by `use_instruction_set`.

@@ -91,7 +91,9 @@ Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t ta
 
 // dL/dz = c (1[v = target] - p) - e p (log p + H) over a row of z, then through temperature and softcap to the raw logits.
 // `bracket` = c + e (H - log_sum), so that the gradient of a column other than the target's is -p (e (z - row_max) + bracket).
-void sweep_gradient(const float* z, float* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
+// `grad` may begin where `z` does: a number is written when all that lies there has been read.
+template <typename T>
+void sweep_gradient(const float* z, T* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
                     const Transform& t) {
   const Vec scale = splat(-inverse_total / t.temperature);
   const float to_tanh = t.softcap == 0.0f ? 0.0f : t.temperature / t.softcap;
@@ -109,7 +111,7 @@ void sweep_gradient(const float* z, float* grad, int64_t vocab_size, float row_m
   }
 }
 
-constexpr RowSweeps kSweeps = {transform_block, sweep_statistics, sweep_gradient};
+constexpr RowSweeps kSweeps = {transform_block, sweep_statistics, sweep_gradient<float>, sweep_gradient<BFloat16>};
 
 }  // namespace TRAPO_SET
 }  // namespace trapo

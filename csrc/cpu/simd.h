@@ -6,6 +6,9 @@ namespace TRAPO_SET {
 
 typedef float Vec __attribute__((vector_size(TRAPO_WIDTH * 4)));
 typedef int32_t IntVec __attribute__((vector_size(TRAPO_WIDTH * 4)));
+typedef uint32_t Bits __attribute__((vector_size(TRAPO_WIDTH * 4)));
+typedef uint16_t Halves __attribute__((vector_size(TRAPO_WIDTH * 2)));
+typedef uint16_t HalvesInMemory __attribute__((vector_size(TRAPO_WIDTH * 2), aligned(2), may_alias));
 typedef float VecInMemory __attribute__((vector_size(TRAPO_WIDTH * 4), aligned(4), may_alias));
 
 constexpr int64_t kWidth = TRAPO_WIDTH;
@@ -14,6 +17,14 @@ TRAPO_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecInMemo
 TRAPO_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecInMemory*>(p) = x; }
 TRAPO_INLINE Vec splat(float x) { return x - Vec{}; }
 
+// To bf16, to nearest, ties to even; NaN stays NaN.
+TRAPO_INLINE void store(BFloat16* p, Vec x) {
+  const Bits bits = (Bits)x, odd = (bits >> 16) & 1u;
+  const Bits rounded = (bits + (0x7fffu + odd)) >> 16;
+  const Halves halves = __builtin_convertvector(x == x ? rounded : (bits | 0x400000u) >> 16, Halves);
+  *reinterpret_cast<HalvesInMemory*>(p) = halves;
+}
+
 // The first `count` < kWidth floats at p, and `rest` in the other lanes.
 TRAPO_INLINE Vec load_part(const float* p, int64_t count, float rest) {
   float lanes[kWidth];
@@ -21,8 +32,9 @@ TRAPO_INLINE Vec load_part(const float* p, int64_t count, float rest) {
   return load(lanes);
 }
 
-TRAPO_INLINE void store_part(float* p, Vec x, int64_t count) {
-  float lanes[kWidth];
+template <typename T>
+TRAPO_INLINE void store_part(T* p, Vec x, int64_t count) {
+  T lanes[kWidth];
   store(lanes, x);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }

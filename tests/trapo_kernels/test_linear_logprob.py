@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.trapo_kernels import cases
 from trapo_kernels import linear_logprob
-from trapo_kernels.backends import gemm
+from trapo_kernels.backends import cpu_gemm, gemm
 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["flat", "peaked"])
@@ -27,7 +27,7 @@ def test_error_is_at_most_twice_that_of_eager_with_fp32_logits(backend, dtype, s
     exact = cases.eager_statistics(*exact_inputs[:2], target, exact_inputs[2])
     exact_grads = cases.gradients(loss(*exact), exact_inputs)
     upcast = torch.float64 if dtype == torch.float64 else torch.float32
-    rounded = dtype if cases.DEVICE == "cuda" else None  # a CPU multiplies in fp32, a GPU's tensor cores in 16 bits
+    rounded = gemm.operand_dtype(dtype, cases.DEVICE)  # matrix units take the gradient of the logits in 16 bits, too
     eager = cases.eager_statistics(hidden.to(upcast), weight.to(upcast), target, bias.to(upcast), grad_dtype=rounded)
     eager_grads = cases.gradients(loss(*eager), (hidden, weight, bias))
     out = linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, backend=backend)
@@ -128,9 +128,9 @@ def test_non_contiguous_inputs(backend):
         torch.testing.assert_close(grad, reference)
 
 
-@pytest.mark.parametrize("processor", (gemm._INTEL, gemm._OTHER))
+@pytest.mark.parametrize("processor", (cpu_gemm._INTEL, cpu_gemm._OTHER))
 def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_of_the_weight(processor, monkeypatch):
-    monkeypatch.setattr(gemm, "_cpu_gemms", lambda: processor)
+    monkeypatch.setattr(cpu_gemm, "tuning", lambda: processor)
     for num_rows, hidden_size in ((512, 896), (512, 256), (1024, 2048), (700, 64), (5000, 4096), (128, 896), (100, 8192)):
         rows = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu")
         eighth = max(5 * num_rows - hidden_size, hidden_size) / 8
@@ -139,9 +139,9 @@ def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_o
 
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="the GEMMs of a GPU are the same everywhere")
-@pytest.mark.parametrize("processor", (gemm._INTEL, gemm._OTHER, gemm._CpuGemms(most_rows=16, block=16, transposed=False)))
+@pytest.mark.parametrize("processor", (cpu_gemm._INTEL, cpu_gemm._OTHER, cpu_gemm.Tuning(most_rows=16, block=16, transposed=False)))
 def test_the_gemms_of_every_processor_agree(processor, monkeypatch):
-    monkeypatch.setattr(gemm, "_cpu_gemms", lambda: processor)
+    monkeypatch.setattr(cpu_gemm, "tuning", lambda: processor)
     monkeypatch.setattr(gemm, "_LEAST_LOGITS_CPU", 1)
     hidden, weight, _ = cases.head(40, 24, 50, torch.float64)
     target = torch.randint(50, (40,))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trapo_kernels.backends import cpu_gemm
 from trapo_kernels.backends.logits import statistics_dtype
 
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 _CHUNK_LOGITS_GPU = 4096 * 152064
 # Rows per chunk on a CPU: as many as keep the chunk at an eighth of what eager PyTorch needs beside both gradients, or at an eighth
-# of dWeight, within these bounds and those of the processor (`_cpu_gemms`); more rows while the logits are below 4 MiB. Eager holds
+# of dWeight, within these bounds and those of the processor (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager holds
 # 5 N V numbers at its peak, dWeight is D V of them. The GEMMs of a chunk pass over the weight, twice, and over dWeight.
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
@@ -27,31 +25,6 @@ _INVARIANT_ROWS_GPU = 1024
 # Most rows per chunk where ranks share the vocabulary.
 _SHARDED_ROWS = {"cpu": 256}
 _SHARDED_ROWS_GPU = 4096
-
-
-class _CpuGemms(NamedTuple):
-    """What suits the GEMMs of a processor."""
-
-    most_rows: int  # per chunk
-    block: int  # tokens per GEMM into the logits
-    transposed: bool  # dHiddenᵀ = weightᵀ · dLogitsᵀ instead of dHidden = dLogits · weight
-
-
-# MKL 2024.2 has code of its own for Intel's processors. In fp32, 2 cores, D = 896, V = 32768, 128 rows unless said otherwise:
-#   AMD EPYC     CPU time per row of all GEMMs, V = 151936: 11.1 ms in chunks of 64 rows, 9.7 of 128, 8.9 of 256, 9.1 of 384. MKL
-#                prepares an operand before it multiplies, and 1024 rows of the weight stay in cache meanwhile: 0.91 ms per row into
-#                the logits instead of 1.17. dHidden takes 0.67 ms per row transposed, 0.78 as it is.
-#   Intel Xeon   time per row of all GEMMs: 0.93 ms in chunks of 64 rows, 0.65 of 128, 0.56 of 256, 0.53 of 384, 0.52 of 512. Into
-#                the logits, 176 rows: 261 GFLOP/s in blocks of 1024 tokens, 289 of 8192; 322 of them and 265 in one at D = 2048,
-#                V = 151936, 256 rows. dHidden: 264 GFLOP/s transposed, 323 as it is.
-_INTEL = _CpuGemms(most_rows=512, block=8192, transposed=False)
-_OTHER = _CpuGemms(most_rows=256, block=1024, transposed=True)
-
-
-@functools.cache
-def _cpu_gemms() -> _CpuGemms:
-    info = Path("/proc/cpuinfo")
-    return _INTEL if "GenuineIntel" in (info.read_text() if info.exists() else platform.processor()) else _OTHER
 
 
 def chunk_rows(
@@ -67,9 +40,19 @@ def chunk_rows(
     if sharded:
         return _even_chunk(num_rows, _SHARDED_ROWS.get(device_type, _SHARDED_ROWS_GPU), multiple=128)
     if device_type == "cpu":
-        most = min(max((5 * num_rows - hidden_size) // 8, hidden_size // 8, _LEAST_ROWS_CPU), _cpu_gemms().most_rows)
+        most = min(max((5 * num_rows - hidden_size) // 8, hidden_size // 8, _LEAST_ROWS_CPU), cpu_gemm.tuning().most_rows)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
     return _even_chunk(num_rows, max(128, _CHUNK_LOGITS_GPU // vocab_size), multiple=128)
+
+
+def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """What the GEMMs take hidden states of `dtype` in.
+
+    On a GPU they stay as they are; on a CPU without matrix units, whose 16-bit GEMMs are up to 90 times slower than fp32 ones, they
+    are converted to fp32.
+    """
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow and device_type == "cpu" and not cpu_gemm.takes(dtype) else dtype
 
 
 def _invariant_rows(device_type: str) -> int:
@@ -102,9 +85,8 @@ class Operands(NamedTuple):
 class HeadGemm:
     """logits = hidden · weightᵀ and its two gradients with fp32 accumulation.
 
-    On a GPU bf16 and fp16 operands stay as they are and the output is fp32. On a CPU, whose bf16 GEMMs are up to 90 times
-    slower than fp32 ones, they are converted to fp32 first: one fp32 copy of the weight lives as long as the call.
-    A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient stays fp32.
+    16-bit operands stay as they are and the output is fp32; where they do not (`operand_dtype`), one fp32 copy of the weight lives as
+    long as the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient stays fp32.
     With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds two thin GEMMs:
     low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits.
     """
@@ -112,13 +94,11 @@ class HeadGemm:
     def __init__(self, head: Head, logits_dtype: torch.dtype, batch_invariant: bool = False):
         hidden, weight = head.hidden, head.weight
         self.batch_invariant = batch_invariant
-        low_precision = hidden.dtype in (torch.bfloat16, torch.float16)
-        self.upcast = low_precision and hidden.device.type == "cpu"
-        self.mixed = low_precision and not self.upcast
-        weight = weight.to(hidden.dtype)
-        self.weight = weight.float() if self.upcast else weight
+        self.on_cpu = hidden.device.type == "cpu"
+        self.operand_dtype = operand_dtype(hidden.dtype, hidden.device.type)  # of hidden, weight and the logit gradient
+        self.mixed = self.operand_dtype in (torch.bfloat16, torch.float16)
+        self.weight = weight.to(hidden.dtype).to(self.operand_dtype)
         self.statistics_dtype = statistics_dtype(hidden)
-        self.operand_dtype = self.weight.dtype  # of hidden, weight and the logit gradient as GEMM operands
         self.lora_a, self.lora_b = (None if x is None else x.to(self.operand_dtype) for x in (head.lora_a, head.lora_b))
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
 
@@ -134,13 +114,13 @@ class HeadGemm:
     def logits(self, operands: Operands, buffer: Tensor) -> Tensor:
         """hidden · weightᵀ (+ low_rank · lora_bᵀ) of a chunk into `buffer[:C]` [C, V], in `logits_dtype`.
 
-        Rounded once; with bf16 logits on a GPU the low-rank part is added to rounded logits, and rounded again.
+        Rounded once; with bf16 logits of bf16 operands the low-rank part is added to rounded logits, and rounded again.
         """
         hidden = self._padded(operands.hidden)
         low_rank = None if self.lora_b is None else self._padded(operands.low_rank)
         out = buffer[: hidden.shape[0]]
         vocab_size = self.weight.shape[0]
-        step = _cpu_gemms().block if self.weight.device.type == "cpu" else vocab_size
+        step = cpu_gemm.tuning().block if self.on_cpu and not self.mixed else vocab_size
         with self._exact():
             for start in range(0, vocab_size, step):
                 tokens = slice(start, start + step)
@@ -157,16 +137,18 @@ class HeadGemm:
             out.copy_(exact)
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        if self.mixed and out.dtype == torch.float32:
-            return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
-        return torch.mm(a, b, out=out)
+        if not self.mixed or out.dtype != torch.float32:
+            return torch.mm(a, b, out=out)
+        return cpu_gemm.bf16_product(a, b, out) if self.on_cpu else torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
     def _add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         """out = beta · out + a · b, accumulated in the dtype of `out`; with beta 0 `out` is not read."""
-        if self.mixed and out.dtype == torch.float32:
-            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=1, out=out)
-        else:
+        if not self.mixed or out.dtype != torch.float32:
             out.addmm_(a, b, beta=beta)
+        elif self.on_cpu:
+            cpu_gemm.bf16_product(a, b, out, beta)
+        else:
+            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=1, out=out)
 
     def buffer(self, rows: int) -> Tensor:
         """Room for a chunk of logits [rows, V], every row aligned as the first, so that odd V are loaded in whole vectors too."""
@@ -193,11 +175,11 @@ class HeadGemm:
         parts in the dtype of its output."""
         padded = self._padded(grad_logits)
         with self._exact():
-            if padded.device.type == "cpu":
-                transposed = _cpu_gemms().transposed
-                grad = torch.mm(factor.t(), padded.t()).t() if transposed else torch.mm(padded, factor)
+            shape, transposed = (padded.shape[0], factor.shape[1]), self.on_cpu and (self.mixed or cpu_gemm.tuning().transposed)
+            out = torch.empty(shape[::-1] if transposed else shape, dtype=self.statistics_dtype, device=factor.device)
+            if transposed:
+                grad = self._multiply(factor.t(), padded.t(), out).t()
             else:
-                out = torch.empty(padded.shape[0], factor.shape[1], dtype=self.statistics_dtype, device=factor.device)
                 grad = self._multiply(padded, factor, out)
         return grad[: grad_logits.shape[0]]
 

@@ -45,6 +45,8 @@ def _missing_kernels(device_type: str) -> str | None:
 _NOT_LOADED = _load()
 # Found out at import, so that choosing a backend inside torch.compile reads a constant.
 _WHY_NOT = {device_type: _NOT_LOADED or _missing_kernels(device_type) for device_type in ("cpu", "cuda")}
+# Whether this CPU multiplies bf16 operands on its matrix units.
+HAS_BF16_GEMM: bool = _NOT_LOADED is None and _OPS.has_bf16_gemm()
 
 
 def why_not(device_type: str) -> str | None:
@@ -55,6 +57,11 @@ def why_not(device_type: str) -> str | None:
 def instruction_set() -> str:
     """The instruction set that the CPU rows run on: avx512, avx2 or portable."""
     return _OPS.instruction_set(None)
+
+
+def bf16_gemm(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
+    """out [M, N] fp32 = beta · out + a [M, K] · b [K, N] of bf16 operands, each with unit stride in a row or a column."""
+    _OPS.bf16_gemm(a, b, out, beta)
 
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
@@ -134,8 +141,8 @@ def _operand(logits: Tensor) -> Tensor:
 
 
 def _gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
-    """Where the gradient goes: the memory of the logits, which are at least as wide."""
-    return logits.view(grad_dtype)[:, : logits.shape[1]] if _on_gpu(logits) else logits
+    """Where the gradient goes: the memory of the logits, which are at least as wide. The CPU rows write fp32 and bf16."""
+    return logits.view(grad_dtype)[:, : logits.shape[1]] if _on_gpu(logits) or grad_dtype == torch.bfloat16 else logits
 
 
 def _transform(transform: LogitTransform) -> tuple[Tensor | None, Tensor | None, float, float]:
