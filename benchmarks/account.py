@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.problem import Case
-from trapo_kernels.backends.gemm import chunk_rows
+from trapo_kernels.backends.gemm import chunk_rows, operand_dtype
 
 
 class Rates(NamedTuple):
@@ -48,12 +48,13 @@ def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float,
     host = device_type == "cpu"
     n, d, v = case.num_rows, case.hidden_size, case.vocab_size
     m = round(n * case.active) if host else n  # a GPU knows the active rows too when the packer passes them
-    c = min(m, case.chunk_rows or chunk_rows(m, d, v, device_type))
+    operands = operand_dtype(getattr(torch, case.dtype), device_type)
+    c = min(m, case.chunk_rows or chunk_rows(m, d, v, device_type, operands=operands))
     logit_bytes = getattr(torch, case.logits_dtype).itemsize
     copies = 3 if "torch" in contender else 1
     chunk = copies * c * v * (4 if copies > 1 else logit_bytes)
     chunk_text = f"{copies}·4·C·V" if copies > 1 else f"{logit_bytes}·C·V"
-    upcast = 4 * v * d if host and b < 4 else 0
+    upcast = 4 * v * d if operands.itemsize > b else 0
     grads, extra = b * n * d + 4 * v * d, "" if not upcast else " + 4·V·D"
     if case.job == "score":
         return (chunk + upcast) / 2**20, f"{chunk_text}{extra}, C={c}"

@@ -27,13 +27,15 @@ def _refuse_double_backward(op: str) -> None:
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """upstream · grad, multiplied in fp32 and rounded to `dtype` in one pass; the upstream gradient stays on its device.
 
-    Where the graph is not retained nobody reads `grad` again: it is handed out itself, untouched where upstream is 1.
+    Where the graph is not retained nobody reads `grad` again: it is handed out itself, untouched where upstream is 1. Not on a GPU
+    where it is rounded as well, which there costs nothing beside a multiplication.
     """
     traced = type(grad) is not Tensor  # torch.compile: what a tensor holds is not known, and the graph may run again
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph() or grad.dtype != dtype:
+    one_pass = grad.dtype != dtype and grad.device.type != "cpu"
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph() or one_pass:
         return torch.mul(grad, upstream.view([1] * grad.ndim), out=torch.empty_like(grad, dtype=dtype))
     dispatch.scale_(grad, upstream)
-    return grad
+    return grad.to(dtype)
 
 
 def _or_empty(grads: sweep.Gradients, like: Tensor) -> tuple[Tensor, ...]:

@@ -54,7 +54,8 @@ def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
     reason = dispatch.why_not(backend, device, torch.float32)
     if reason:
         return f"missing: {reason}", True
-    note = f" ({native.instruction_set()})" if backend == "native" and device.type == "cpu" else ""
+    units = ", bf16 on AMX" if native.HAS_BF16_GEMM else ""
+    note = f" ({native.instruction_set()}{units})" if backend == "native" and device.type == "cpu" else ""
     if backend in dispatch.FUSED:
         return "runs: linear_logprob alone, backward as without _fused; has no self-test", True
     try:

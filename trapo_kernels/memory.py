@@ -28,7 +28,7 @@ def head_memory(
         hidden_size, vocab_size: D and V; of a head sharded over the vocabulary this rank's part of V.
         dtype: of the hidden states: bfloat16, float16 or float32.
         weight_dtype: of the head's weight; None for `dtype`.
-        device_type: "cuda" or "cpu"; it decides the chunk, and a CPU computes in float32.
+        device_type: "cuda" or "cpu"; it decides the chunk, and a CPU computes in float32, but for bfloat16 on matrix units.
         grad_weight: whether the weight is trained.
         in_place: False for backend "torch", which needs the chunk of logits three times.
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
@@ -40,10 +40,10 @@ def head_memory(
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor's make, which decides the chunk.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
     """
-    narrow = dtype.itemsize < 4
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     gemm_dtype = operand_dtype(dtype, device_type)
-    rows = min(num_rows, chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel))
+    most = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
+    rows = min(num_rows, most)
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits.
     chunks = (1 if in_place else 3) + (vocab_parallel and device_type == "cpu")

@@ -135,11 +135,15 @@ def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_o
         rows = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu")
         eighth = max(5 * num_rows - hidden_size, hidden_size) / 8
         assert min(num_rows, 112) <= rows <= min(processor.most_rows, max(eighth, 128)), (num_rows, hidden_size)
+        narrow = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu", operands=torch.bfloat16)
+        assert rows <= narrow <= max(rows, hidden_size // 2), (num_rows, hidden_size)  # beside the rounding of dWeight
     assert gemm.chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
 
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="the GEMMs of a GPU are the same everywhere")
-@pytest.mark.parametrize("processor", (cpu_gemm._INTEL, cpu_gemm._OTHER, cpu_gemm.Tuning(most_rows=16, block=16, transposed=False)))
+@pytest.mark.parametrize(
+    "processor", (cpu_gemm._INTEL, cpu_gemm._OTHER, cpu_gemm.Tuning(most_rows=16, block=16, gradient_in_columns=False))
+)
 def test_the_gemms_of_every_processor_agree(processor, monkeypatch):
     monkeypatch.setattr(cpu_gemm, "tuning", lambda: processor)
     monkeypatch.setattr(gemm, "_LEAST_LOGITS_CPU", 1)

@@ -90,6 +90,25 @@ def test_nan_in_a_row_stays_in_that_row(instruction_set):
 
 
 @needs_native
+@pytest.mark.parametrize("vocab_size", [1, 15, 16, 33, 4097])
+def test_a_gradient_in_bf16_takes_the_place_of_the_logits_and_is_that_in_fp32_rounded_once(instruction_set, vocab_size):
+    logits = 5 * torch.randn(4, vocab_size)
+    logits[2, vocab_size // 2] = float("nan")
+    target = torch.tensor([0, -100, vocab_size - 1, vocab_size // 2])
+    stats = native.statistics(logits.clone(), target, native.LogitTransform(softcap=4.0), True)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        room = torch.full((4, vocab_size + 3), 7.0)
+        room[:, :vocab_size] = logits
+        args = (target, native.LogitTransform(softcap=4.0), stats, torch.linspace(-1, 1, 4), torch.linspace(1, 2, 4), dtype)
+        results.append(native.logprob_gradient(room[:, :vocab_size], *args))
+        assert results[-1].data_ptr() == room.data_ptr() and (room[:, vocab_size:] == 7.0).all()
+    wide, narrow = results
+    torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert narrow.isnan().any(1).tolist() == [False, False, True, False] and not narrow[1].any()
+
+
+@needs_native
 def test_the_number_of_threads_changes_no_bit():
     (hidden, weight, _), batch = _problem(50_000, torch.float32)
     logits = (hidden @ weight.T).detach()

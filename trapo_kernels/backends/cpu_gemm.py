@@ -18,7 +18,7 @@ class Tuning(NamedTuple):
 
     most_rows: int  # per chunk
     block: int  # tokens per GEMM into the logits
-    transposed: bool  # dHiddenᵀ = weightᵀ · dLogitsᵀ instead of dHidden = dLogits · weight
+    gradient_in_columns: bool  # dHiddenᵀ = weightᵀ · dLogitsᵀ instead of dHidden = dLogits · weight
 
 
 # MKL 2024.2 has code of its own for Intel's processors. In fp32, 2 cores, D = 896, V = 32768, 128 rows unless said otherwise:
@@ -28,8 +28,8 @@ class Tuning(NamedTuple):
 #   Intel Xeon   time per row of all GEMMs: 0.93 ms in chunks of 64 rows, 0.65 of 128, 0.56 of 256, 0.53 of 384, 0.52 of 512. Into
 #                the logits, 176 rows: 261 GFLOP/s in blocks of 1024 tokens, 289 of 8192; 322 of them and 265 in one at D = 2048,
 #                V = 151936, 256 rows. dHidden: 264 GFLOP/s transposed, 323 as it is.
-_INTEL = Tuning(most_rows=512, block=8192, transposed=False)
-_OTHER = Tuning(most_rows=256, block=1024, transposed=True)
+_INTEL = Tuning(most_rows=512, block=8192, gradient_in_columns=False)
+_OTHER = Tuning(most_rows=256, block=1024, gradient_in_columns=True)
 
 
 @functools.cache
@@ -37,6 +37,10 @@ def tuning() -> Tuning:
     """What was found best for a processor of this make."""
     info = Path("/proc/cpuinfo")
     return _INTEL if "GenuineIntel" in (info.read_text() if info.exists() else platform.processor()) else _OTHER
+
+
+# Of bf16 operands, Xeon with AMX, 2 cores, D = 896, V = 32768: 1030 GFLOP/s into the logits of 512 rows at once, 970 in blocks of
+# 8192 tokens (256 rows: 890 and 800); dHidden 1370 in columns, 1160 in rows; dWeight 1090. Those in fp32 run at 310 to 360.
 
 
 def takes(dtype: torch.dtype) -> bool:

@@ -14,8 +14,9 @@ from trapo_kernels.backends.logits import statistics_dtype
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 _CHUNK_LOGITS_GPU = 4096 * 152064
 # Rows per chunk on a CPU: as many as keep the chunk at an eighth of what eager PyTorch needs beside both gradients, or at an eighth
-# of dWeight, within these bounds and those of the processor (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager holds
-# 5 N V numbers at its peak, dWeight is D V of them. The GEMMs of a chunk pass over the weight, twice, and over dWeight.
+# of dWeight, within these bounds and those of the processor (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager
+# holds 5 N V numbers at its peak, dWeight is D V of them. The GEMMs of a chunk pass over the weight, twice, and over dWeight. With
+# operands of 16 bits half of dWeight is free: its rounding, when the chunk is gone, takes as much.
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
 _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
@@ -28,19 +29,26 @@ _SHARDED_ROWS_GPU = 4096
 
 
 def chunk_rows(
-    num_rows: int, hidden_size: int, vocab_size: int, device_type: str, batch_invariant: bool = False, sharded: bool = False
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    device_type: str,
+    batch_invariant: bool = False,
+    sharded: bool = False,
+    operands: torch.dtype = torch.float32,
 ) -> int:
     """Rows per chunk: a pure function of the shapes on a given machine, so that the same batch always gives the same bits.
 
-    With a head `sharded` over the vocabulary neither this rank's part of it nor the processor may matter: all ranks meet once per
-    chunk, and must have the same ones.
+    `operands` is what the GEMMs take (`operand_dtype`). With a head `sharded` over the vocabulary neither this rank's part of it
+    nor the processor may matter: all ranks meet once per chunk, and must have the same ones.
     """
     if batch_invariant:
         return _invariant_rows(device_type)
     if sharded:
         return _even_chunk(num_rows, _SHARDED_ROWS.get(device_type, _SHARDED_ROWS_GPU), multiple=128)
     if device_type == "cpu":
-        most = min(max((5 * num_rows - hidden_size) // 8, hidden_size // 8, _LEAST_ROWS_CPU), cpu_gemm.tuning().most_rows)
+        beside_grad = hidden_size // (2 if operands == torch.bfloat16 else 8)
+        most = min(max((5 * num_rows - hidden_size) // 8, beside_grad, _LEAST_ROWS_CPU), cpu_gemm.tuning().most_rows)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
     return _even_chunk(num_rows, max(128, _CHUNK_LOGITS_GPU // vocab_size), multiple=128)
 
@@ -85,8 +93,9 @@ class Operands(NamedTuple):
 class HeadGemm:
     """logits = hidden · weightᵀ and its two gradients with fp32 accumulation.
 
-    16-bit operands stay as they are and the output is fp32; where they do not (`operand_dtype`), one fp32 copy of the weight lives as
-    long as the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient stays fp32.
+    16-bit operands stay as they are and the output is fp32; where a CPU cannot (`operand_dtype`), one fp32 copy of the weight lives
+    as long as the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its
+    gradient stays fp32.
     With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds two thin GEMMs:
     low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits.
     """
@@ -99,6 +108,7 @@ class HeadGemm:
         self.mixed = self.operand_dtype in (torch.bfloat16, torch.float16)
         self.weight = weight.to(hidden.dtype).to(self.operand_dtype)
         self.statistics_dtype = statistics_dtype(hidden)
+        self.gradient_in_columns = self.on_cpu and (self.mixed or cpu_gemm.tuning().gradient_in_columns)
         self.lora_a, self.lora_b = (None if x is None else x.to(self.operand_dtype) for x in (head.lora_a, head.lora_b))
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
 
@@ -175,12 +185,10 @@ class HeadGemm:
         parts in the dtype of its output."""
         padded = self._padded(grad_logits)
         with self._exact():
-            shape, transposed = (padded.shape[0], factor.shape[1]), self.on_cpu and (self.mixed or cpu_gemm.tuning().transposed)
-            out = torch.empty(shape[::-1] if transposed else shape, dtype=self.statistics_dtype, device=factor.device)
-            if transposed:
-                grad = self._multiply(factor.t(), padded.t(), out).t()
-            else:
-                grad = self._multiply(padded, factor, out)
+            rows, columns = padded.shape[0], factor.shape[1]
+            out = torch.empty(rows * columns, dtype=self.statistics_dtype, device=factor.device)
+            out = out.view(columns, rows).t() if self.gradient_in_columns else out.view(rows, columns)
+            grad = self._multiply(padded, factor, out)
         return grad[: grad_logits.shape[0]]
 
     def add_grad_factor(self, grad_out: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:

@@ -226,7 +226,7 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool)
     if total == 0:
         return
     vocab_size, hidden_size = gemm.weight.shape
-    size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant, sharded)
+    size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant, sharded, gemm.operand_dtype)
     buffer = gemm.buffer(size if gemm.batch_invariant else min(size, total))
     for start in range(0, total, size):
         end = min(start + size, total)

@@ -1,0 +1,97 @@
+"""bf16 heads on a CPU: on its matrix units where it has them, in fp32 where it has not; the sums are fp32 either way."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import linear_logprob
+from trapo_kernels.backends import cpu_gemm, gemm, native
+
+needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+needs_matrix_units = pytest.mark.skipif(not native.HAS_BF16_GEMM, reason="this processor has no matrix units for bf16")
+on_a_cpu = pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU takes 16 bits as they are")
+
+
+def _matrix(rows, columns, in_columns, gap, dtype):
+    """Random numbers with a stride of one in a row or in a column, and `gap` NaN between one line and the next."""
+    lines = torch.full((columns, rows + gap) if in_columns else (rows, columns + gap), float("nan"), dtype=dtype)
+    kept = lines[:, : lines.shape[1] - gap].normal_()
+    return kept.t() if in_columns else kept
+
+
+@needs_matrix_units
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (1, 7, 3), (5, 1, 9), (64, 100, 33), (17, 1, 64), (130, 257, 65), (3, 4, 0), (0, 4, 3)], ids=str
+)
+@pytest.mark.parametrize("beta", [0, 1])
+def test_products_of_every_layout(sizes, beta):
+    rows, columns, inner = sizes
+    for a_in_columns, b_in_columns, out_in_columns, gap in itertools.product((False, True), (False, True), (False, True), (0, 5)):
+        a = _matrix(rows, inner, a_in_columns, gap, torch.bfloat16)
+        b = _matrix(inner, columns, b_in_columns, gap, torch.bfloat16)
+        out = _matrix(rows, columns, out_in_columns, gap, torch.float32)
+        expected = beta * out.double() + a.double() @ b.double()
+        if beta == 0:
+            out.fill_(float("nan"))  # is not read
+        assert cpu_gemm.bf16_product(a, b, out, beta) is out
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_matrix_units
+def test_operands_without_unit_stride_are_copied():
+    a, b = torch.randn(6, 20).bfloat16()[:, ::2], torch.randn(1, 4).bfloat16().expand(10, 4)
+    out = cpu_gemm.bf16_product(a, b, torch.empty(6, 4))
+    torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@needs_matrix_units
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(2, 3)}, r"a must be torch.bfloat16, got torch.float32. Convert it with"),
+        ({"out": torch.zeros(2, 4).bfloat16()}, r"out must be torch.float32, got torch.bfloat16"),
+        ({"b": torch.zeros(3).bfloat16()}, r"b must have two dimensions, got \[3\]. Pass a matrix"),
+        (
+            {"b": torch.zeros(2, 4).bfloat16()},
+            r"out \[M, N\] must be a \[M, K\] times b \[K, N\], got \[2, 4\], \[2, 3\] and \[2, 4\]. Trans",
+        ),
+        (
+            {"a": torch.zeros(2, 6).bfloat16()[:, ::2]},
+            r"a must have unit stride in a row or in a column, got strides 6 and 2. Pass a.cont",
+        ),
+        ({"out": torch.zeros(1, 4).expand(2, 4)}, r"out must have unit stride in a row or in a column, got strides 0 and 1"),
+    ],
+)
+def test_bad_arguments_of_the_op(change, message):
+    arguments = {"a": torch.zeros(2, 3).bfloat16(), "b": torch.zeros(3, 4).bfloat16(), "out": torch.zeros(2, 4)} | change
+    with pytest.raises(RuntimeError, match=f"bf16_gemm: {message}"):
+        torch.ops.trapo_native.bf16_gemm(**arguments, beta=0.0)
+
+
+@needs_native
+@pytest.mark.skipif(native.HAS_BF16_GEMM, reason="this processor has matrix units for bf16")
+def test_without_matrix_units_the_op_says_so():
+    with pytest.raises(RuntimeError, match="needs a processor with AMX and a torch with MKL. Compute in float32 instead"):
+        torch.ops.trapo_native.bf16_gemm(torch.zeros(2, 3).bfloat16(), torch.zeros(3, 4).bfloat16(), torch.zeros(2, 4), 0.0)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("backend", cases.COMPILED)
+@pytest.mark.parametrize("units", [pytest.param(True, marks=needs_matrix_units), False])
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+def test_logits_are_exact_and_gradients_as_good_as_the_operands(backend, units, scale, monkeypatch):
+    """Against fp64: logprobs to fp32; gradients unrounded without matrix units, with dLogits rounded to bf16 on them."""
+    monkeypatch.setattr(native, "HAS_BF16_GEMM", units)
+    hidden, weight, _ = cases.head(150, 64, 3001, torch.bfloat16, scale)
+    assert gemm.operand_dtype(torch.bfloat16, "cpu") == (torch.bfloat16 if units else torch.float32)
+    target = torch.randint(3001, (150,))
+    exact = cases.eager_statistics(hidden.double(), weight.double(), target)
+    eager = cases.eager_statistics(hidden.float(), weight.float(), target, grad_dtype=torch.bfloat16 if units else torch.float32)
+    out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend)
+    for ours, truth in zip((out.logprob, out.entropy), exact, strict=True):
+        assert (ours - truth).abs().max() <= 1e-5 * max(1.0, truth.abs().max().item())
+    ours, theirs, truth = (cases.gradients(lp.sum() + h.sum(), (hidden, weight)) for lp, h in (out[:2], eager, exact))
+    for mine, peer, true in zip(ours, theirs, truth, strict=True):
+        assert cases.error(mine, true) <= 2 * cases.error(peer, true)
