@@ -83,7 +83,7 @@ class Run:
             if self.ranks > 1:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            command = [sys.executable, "-m", "trapo_train.cli", "run", str(self.directory / "run.yaml")]
+            command = [sys.executable, "-m", "trapo_train", "run", str(self.directory / "run.yaml")]
             log = (self.directory / f"rank_{rank}.log").open("ab")
             processes.append(subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log))
         return processes

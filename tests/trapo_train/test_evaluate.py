@@ -305,7 +305,7 @@ def test_torchrun_prints_the_table_that_one_process_prints(tmp_path):
     for size in (1, 2, 3):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        arguments = ["-m", "trapo_train.cli", "eval", str(file), "evaluation.samples_per_prompt=3", "evaluation.group_by=depth"]
+        arguments = ["-m", "trapo_train", "eval", str(file), "evaluation.samples_per_prompt=3", "evaluation.group_by=depth"]
         result = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         tables.append(result.stdout)

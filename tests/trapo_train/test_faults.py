@@ -123,7 +123,7 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_it_goes_on_where_there_is_sp
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
     # keep=9: the disk fills up with checkpoints. In the namespace root may enlarge it, which is what "free space" comes to.
     arguments = ["run", f"{tmp_path}/run.yaml", f"output_dir={disk}/run", "steps=9", "checkpoint={every: 1, keep: 9}"]
-    run = shlex.join([sys.executable, "-m", "trapo_train.cli", *arguments])
+    run = shlex.join([sys.executable, "-m", "trapo_train", *arguments])
     done = on_a_small_disk(
         disk,
         f"{run}; echo first: $?; ls -A {disk}/run/checkpoints; mount -o remount,size=9m {disk}; "
@@ -165,7 +165,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_other_within_the_timeout(how, words,
     ranks = []
     for rank in "01":
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "trapo_train.cli", *arguments]
+        command = [sys.executable, "-m", "trapo_train", *arguments]
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen(command, env=ENVIRONMENT | world, **streams))
     try:

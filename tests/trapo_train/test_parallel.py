@@ -171,7 +171,7 @@ def test_a_tied_head_is_not_sharded_over_the_vocabulary():
 def _torchrun(size, directory, *overrides, wait=True):
     (directory / "run.yaml").write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    command += ["-m", "trapo_train.cli", "run", str(directory / "run.yaml"), f"output_dir={directory / 'run'}", *overrides]
+    command += ["-m", "trapo_train", "run", str(directory / "run.yaml"), f"output_dir={directory / 'run'}", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not wait:

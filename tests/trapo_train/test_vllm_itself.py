@@ -37,7 +37,7 @@ def train(directory, *overrides, model=None):
     values = TINY | {"output_dir": str(directory / "run"), "steps": 4, "model": model or {"scratch": SHAPE}}
     values["optimizer"] = {"learning_rate": 1e-2}
     (directory / "run.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "trapo_train.cli", "run", str(directory / "run.yaml"), *overrides]
+    command = [sys.executable, "-m", "trapo_train", "run", str(directory / "run.yaml"), *overrides]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return [row for row in read_metrics(directory / "run") if row["kind"] == "train"]
