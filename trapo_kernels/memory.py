@@ -34,10 +34,11 @@ def head_memory(
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
     Returns: "logits" (a chunk and its gradient, float32), "hidden chunk" (its hidden states and their gradient), "grad_hidden",
-        "grad_weight" (float32; rounded to the dtype of a narrower weight only when the chunk is gone) and "weight" (a copy in the
-        dtype of the GEMMs, where the weight is in another).
+        "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in another) and "rounding" (what
+        the gradient of a narrow weight takes in its dtype, beyond the room that chunk and copy have left by then).
 
-    Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor's make, which decides the chunk.
+    Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
+        whose matrix units, with the native extension, the dtype of the GEMMs.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype
@@ -47,10 +48,15 @@ def head_memory(
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits.
     chunks = (1 if in_place else 3) + (vocab_parallel and device_type == "cpu")
-    return {
+    gone = {
         "logits": chunks * 4 * rows * vocab_size,
         "hidden chunk": rows * hidden_size * (4 + (gemm_dtype.itemsize if gemm_dtype != dtype else 0)),
+        "weight": matrix * gemm_dtype.itemsize if {dtype, weight_dtype} != {gemm_dtype} else 0,
+    }
+    rounded = matrix * weight_dtype.itemsize if grad_weight and weight_dtype.itemsize < 4 else 0
+    return {
+        **gone,
         "grad_hidden": num_rows * hidden_size * dtype.itemsize,
         "grad_weight": 4 * matrix if grad_weight else 0,
-        "weight": matrix * gemm_dtype.itemsize if {dtype, weight_dtype} != {gemm_dtype} else 0,
+        "rounding": max(0, rounded - sum(gone.values())),
     }

@@ -147,7 +147,7 @@ def _training(
     inside = {
         "chunk of logits and its gradient": memory["logits"],
         "head: hidden states": memory["hidden chunk"] + memory["grad_hidden"] + of_others,
-        "head: gradient of its weight": memory["grad_weight"],
+        "head: gradient of its weight": memory["grad_weight"] + memory["rounding"],
         "head: weight in the type of its GEMMs": memory["weight"],
     }
     # With a small vocabulary the layers before it may need more than the head.

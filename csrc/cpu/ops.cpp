@@ -43,8 +43,9 @@ struct Gradient {
   float* row(int64_t i) const { return reinterpret_cast<float*>(data + i * row_bytes); }
   BFloat16* narrow_row(int64_t i) const { return reinterpret_cast<BFloat16*>(data + i * row_bytes); }
   void put(int64_t i, int64_t v, float x) const {
+    const BFloat16 rounded = rounded_to_bf16(x);
     if (narrow) {
-      narrow_row(i)[v] = rounded_to_bf16(x);
+      std::memcpy(narrow_row(i) + v, &rounded, sizeof(rounded));
     } else {
       row(i)[v] = x;
     }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <limits>
 
 #define TRAPO_INLINE static inline __attribute__((always_inline))
 

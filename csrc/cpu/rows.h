@@ -33,8 +33,9 @@ inline Row finished_row(double others, double moment, float row_max, float targe
   return {shifted - log_sum, log_sum - moment_total / total, log_sum, row_max, target_logit, static_cast<float>(1.0 / total)};
 }
 
-// The bits of a bf16 number. They may lie where a float did: a chunk of logits becomes its own gradient.
-typedef uint16_t __attribute__((may_alias)) BFloat16;
+// The bits of a bf16 number. They may lie where a float did (a chunk of logits becomes its own gradient): written as whole vectors of
+// a type that may alias, or by memcpy.
+typedef uint16_t BFloat16;
 
 // To nearest, ties to even; NaN stays NaN.
 inline BFloat16 rounded_to_bf16(float x) {

@@ -103,6 +103,7 @@ void sweep_gradient(const float* z, T* grad, int64_t vocab_size, float row_max, 
     const Vec centred = larger(raw - row_max, splat(kFloor));
     Vec out = exp(centred) * scale * (e * centred + bracket);
     if (to_tanh != 0.0f) out *= 1.0f - (raw * to_tanh) * (raw * to_tanh);
+    out = without_subnormals(out);
     if (rest >= kWidth) {
       store(grad + i, out);
     } else {

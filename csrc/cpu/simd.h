@@ -17,6 +17,12 @@ TRAPO_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecInMemo
 TRAPO_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecInMemory*>(p) = x; }
 TRAPO_INLINE Vec splat(float x) { return x - Vec{}; }
 
+// x, and exactly 0 in place of subnormal numbers, on which a GEMM would spend many times the time.
+TRAPO_INLINE Vec without_subnormals(Vec x) {
+  const Vec size = x < 0.0f ? -x : x;
+  return size < std::numeric_limits<float>::min() ? splat(0.0f) : x;
+}
+
 // To bf16, to nearest, ties to even; NaN stays NaN.
 TRAPO_INLINE void store(BFloat16* p, Vec x) {
   const Bits bits = (Bits)x, odd = (bits >> 16) & 1u;
@@ -28,7 +34,8 @@ TRAPO_INLINE void store(BFloat16* p, Vec x) {
 // The first `count` < kWidth floats at p, and `rest` in the other lanes.
 TRAPO_INLINE Vec load_part(const float* p, int64_t count, float rest) {
   float lanes[kWidth];
-  for (int64_t i = 0; i < kWidth; ++i) lanes[i] = i < count ? p[i] : rest;
+  for (int64_t i = 0; i < kWidth; ++i) lanes[i] = rest;
+  std::memcpy(lanes, p, count * sizeof(float));
   return load(lanes);
 }
 
@@ -36,7 +43,7 @@ template <typename T>
 TRAPO_INLINE void store_part(T* p, Vec x, int64_t count) {
   T lanes[kWidth];
   store(lanes, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+  std::memcpy(p, lanes, count * sizeof(T));
 }
 
 // The larger of x and y; NaN in x is kept.

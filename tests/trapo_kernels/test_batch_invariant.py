@@ -1,5 +1,7 @@
 """batch_invariant=True: a row's bits do not depend on the rest of the batch; the default is only repeatable."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 8)])
+@pytest.mark.parametrize(("dtype", "rank"), list(itertools.product([torch.float32, torch.bfloat16], [0, 8])))
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_a_row_has_the_same_bits_in_any_batch(backend, dtype, rank):
     hidden, weight, _ = cases.head(150, 48, 67, dtype)

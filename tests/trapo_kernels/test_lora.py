@@ -71,6 +71,21 @@ def test_a_frozen_weight_gets_no_gradient_and_the_factors_do(backend):
     assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 and x.grad.abs().sum() > 0 for x in (hidden, a, b))
 
 
+@pytest.mark.parametrize("wide_factors", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_the_logits_of_a_16_bit_head_are_exact_in_its_low_rank_part_too(backend, dtype, wide_factors):
+    """The product with lora_a is not rounded on its way to lora_b, nor is scaling · a, nor are fp32 factors."""
+    hidden, weight, _ = (x.detach() for x in cases.head(40, 64, 300, dtype))
+    a, b = (x.detach().to(torch.float32 if wide_factors else dtype) for x in _factors(torch.float64, 64, 300, rank=8))
+    lora, exact = LoraHead(a / 8, b, 0.3), LoraHead((a / 8).double(), b.double(), 0.3)
+    target = torch.randint(300, (40,), device=cases.DEVICE)
+    truth = linear_logprob(hidden.double(), weight.double(), target, lora=exact, backend="reference").logprob
+    assert cases.error(linear_logprob(hidden, weight, target, backend=backend).logprob, truth) > 0.1  # the adapter matters
+    error = (linear_logprob(hidden, weight, target, lora=lora, backend=backend).logprob - truth).abs().max()
+    assert error <= 5e-5  # logprobs down to -40; rounded once the low-rank part would be off by 0.01
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_float32_factors_beside_bfloat16_hidden_states_get_unrounded_gradients(backend, autocast):

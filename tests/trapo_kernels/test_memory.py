@@ -42,6 +42,30 @@ def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, ro
     assert (predicted["grad_weight"] > 0) == trained and (predicted["weight"] > 0) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize(("rows", "hidden_size"), [(40, 512), (300, 48), (700, 300)])
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_narrow_weight_whose_gradient_is_rounded_at_the_end(rows, hidden_size, units, with_bias, monkeypatch):
+    if native.why_not("cpu") or (units and not native.HAS_BF16_GEMM):
+        pytest.skip("this machine has no native extension, or no matrix units for bf16")
+    monkeypatch.setattr(native, "HAS_BF16_GEMM", units)
+    vocab_size = 16001
+    hidden, weight = (torch.randn(n, hidden_size).bfloat16().requires_grad_() for n in (rows, vocab_size))
+    bias = torch.zeros(vocab_size, requires_grad=True) if with_bias else None
+    batch = TokenBatch(
+        torch.arange(rows) % vocab_size, torch.full((rows,), Role.ROLLOUT, dtype=torch.uint8), torch.ones(rows), torch.ones(rows)
+    )
+
+    def call():
+        linear_policy_loss(hidden, weight, batch, objectives.trapo(), bias=bias).loss.backward()
+        hidden.grad = weight.grad = None
+        if bias is not None:
+            bias.grad = None
+
+    predicted = head_memory(rows, hidden_size, vocab_size, device_type="cpu")
+    assert sum(predicted.values()) == pytest.approx(allocated_peak(call), rel=0.02)
+
+
 def test_a_gpu_keeps_its_gemms_in_bf16_and_its_chunk_larger():
     sizes = head_memory(32768, 3584, 152064, weight_dtype=torch.float32)
     assert sizes["logits"] == 4 * 4096 * 152064 and sizes["weight"] == 2 * 152064 * 3584

@@ -240,6 +240,24 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch, tmp_path):
     assert "does not load" in native._load()
 
 
+@needs_native
+def test_an_extension_of_an_earlier_version_is_named(monkeypatch):
+    monkeypatch.setattr(native, "_OPS", object())
+    assert native._load() == "the native extension is older than this package. Install trapo again."
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_holds_no_subnormal_numbers(instruction_set, dtype):
+    """GEMMs take them at a tenth of their speed; probabilities down to 1e-38 times a weight of 1e-4 would be some."""
+    logits = torch.cat([torch.zeros(2, 1), torch.linspace(-90, -70, 999).expand(2, 999)], 1).contiguous()
+    stats = native.statistics(logits.clone(), torch.zeros(2, dtype=torch.int64), native.LogitTransform(), True)
+    c = torch.tensor([1e-4, -1e-4])
+    grad = native.logprob_gradient(logits.clone(), torch.zeros(2).long(), native.LogitTransform(), stats, c, None, dtype).float()
+    size = grad[:, 1:].abs()
+    assert (size == 0).any() and (size > 0).any() and size[size > 0].min() >= torch.finfo(torch.float32).tiny
+
+
 def test_an_installation_without_a_compiler_leaves_the_reason(monkeypatch, tmp_path, capsys):
     command = BuildNative(Distribution())
     command.initialize_options()

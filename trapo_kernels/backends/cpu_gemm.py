@@ -50,11 +50,11 @@ def takes(dtype: torch.dtype) -> bool:
 
 def bf16_product(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> Tensor:
     """out [M, N] fp32 = beta · out + a [M, K] · b [K, N], both bf16; with beta 0 `out` is not read."""
-    native.bf16_gemm(_in_lines(a), _in_lines(b), out, beta)
+    native.bf16_gemm(in_lines(a), in_lines(b), out, beta)
     return out
 
 
-def _in_lines(matrix: Tensor) -> Tensor:
+def in_lines(matrix: Tensor) -> Tensor:
     """The matrix itself where its rows or its columns lie in memory one after the other."""
     rows, columns = matrix.shape
     across, along = matrix.stride()

@@ -16,7 +16,8 @@ _CHUNK_LOGITS_GPU = 4096 * 152064
 # Rows per chunk on a CPU: as many as keep the chunk at an eighth of what eager PyTorch needs beside both gradients, or at an eighth
 # of dWeight, within these bounds and those of the processor (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager
 # holds 5 N V numbers at its peak, dWeight is D V of them. The GEMMs of a chunk pass over the weight, twice, and over dWeight. With
-# operands of 16 bits half of dWeight is free: its rounding, when the chunk is gone, takes as much.
+# operands of 16 bits half of dWeight is allowed: half of the fp32 copy of the weight that others hold, and as much as rounding
+# dWeight takes when the chunk is gone.
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
 _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
@@ -84,7 +85,8 @@ class Head(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """A chunk of hidden [C, D] and low_rank = hidden · lora_aᵀ [C, R] as the GEMMs take them."""
+    """A chunk of hidden [C, D] and low_rank = hidden · lora_aᵀ as the GEMMs take them; of the latter's parts the first [C, R] is
+    rounded."""
 
     hidden: Tensor
     low_rank: Tensor | None
@@ -93,11 +95,14 @@ class Operands(NamedTuple):
 class HeadGemm:
     """logits = hidden · weightᵀ and its two gradients with fp32 accumulation.
 
-    16-bit operands stay as they are and the output is fp32; where a CPU cannot (`operand_dtype`), one fp32 copy of the weight lives
-    as long as the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its
-    gradient stays fp32.
-    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros. A LoRA'd head adds two thin GEMMs:
-    low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits.
+    16-bit operands stay as they are and the output is fp32; the gradient of the logits is rounded to 16 bits to be one, so that
+    its rows no longer add up to zero exactly. Where a CPU cannot (`operand_dtype`), one fp32 copy of the weight lives as long as
+    the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient is not.
+
+    A LoRA'd head adds two thin GEMMs: low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits. What is fp32 in
+    them goes through GEMMs of 16 bits in two parts, rounded and what rounding took, so that the logits lose nothing there either.
+
+    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros.
     """
 
     def __init__(self, head: Head, logits_dtype: torch.dtype, batch_invariant: bool = False):
@@ -106,20 +111,28 @@ class HeadGemm:
         self.on_cpu = hidden.device.type == "cpu"
         self.operand_dtype = operand_dtype(hidden.dtype, hidden.device.type)  # of hidden, weight and the logit gradient
         self.mixed = self.operand_dtype in (torch.bfloat16, torch.float16)
-        self.weight = weight.to(hidden.dtype).to(self.operand_dtype)
+        weight = weight.to(hidden.dtype).to(self.operand_dtype)
+        self.weight = cpu_gemm.in_lines(weight) if self.on_cpu and self.mixed else weight
         self.statistics_dtype = statistics_dtype(hidden)
         self.gradient_in_columns = self.on_cpu and (self.mixed or cpu_gemm.tuning().gradient_in_columns)
-        self.lora_a, self.lora_b = (None if x is None else x.to(self.operand_dtype) for x in (head.lora_a, head.lora_b))
+        self.has_lora = head.lora_a is not None
+        if self.has_lora:
+            self.a_parts, self.b_parts = _parts(head.lora_a, self.operand_dtype), _parts(head.lora_b, self.operand_dtype)
+            # Beside the parts of low_rank, its first part once more where lora_b has a second one (`operands`).
+            self.b_beside_low_rank = torch.cat([self.b_parts[0]] * (2 if self.mixed else 1) + self.b_parts[1:], 1)
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
 
     def operands(self, hidden_chunk: Tensor) -> Operands:
         """The chunk in the dtype that the GEMMs take, and its low-rank part."""
         hidden = hidden_chunk.to(self.operand_dtype)
-        if self.lora_a is None:
+        if not self.has_lora:
             return Operands(hidden, None)
+        padded, a = self._padded(hidden), torch.cat(self.a_parts)
         with self._exact():
-            low_rank = torch.mm(self._padded(hidden), self.lora_a.t())
-        return Operands(hidden, low_rank[: hidden.shape[0]])
+            room = torch.empty(padded.shape[0], a.shape[0], dtype=self.statistics_dtype, device=a.device)
+            low_rank = _sum_of(self.a_parts, self._multiply(padded, a.t(), room)[: hidden.shape[0]])
+        parts = _parts(low_rank, self.operand_dtype)
+        return Operands(hidden, torch.cat(parts + parts[:1] * (len(self.b_parts) - 1), 1))
 
     def logits(self, operands: Operands, buffer: Tensor) -> Tensor:
         """hidden · weightᵀ (+ low_rank · lora_bᵀ) of a chunk into `buffer[:C]` [C, V], in `logits_dtype`.
@@ -127,7 +140,7 @@ class HeadGemm:
         Rounded once; with bf16 logits of bf16 operands the low-rank part is added to rounded logits, and rounded again.
         """
         hidden = self._padded(operands.hidden)
-        low_rank = None if self.lora_b is None else self._padded(operands.low_rank)
+        low_rank = None if operands.low_rank is None else self._padded(operands.low_rank)
         out = buffer[: hidden.shape[0]]
         vocab_size = self.weight.shape[0]
         step = cpu_gemm.tuning().block if self.on_cpu and not self.mixed else vocab_size
@@ -142,7 +155,7 @@ class HeadGemm:
         rounds_late = out.dtype != self.operand_dtype and not self.mixed  # bf16 logits of fp32 operands
         exact = torch.mm(hidden, weight) if rounds_late else self._multiply(hidden, weight, out)
         if low_rank is not None:
-            self._add_product(exact, low_rank, self.lora_b[tokens].t(), beta=1)
+            self._add_product(exact, low_rank, self.b_beside_low_rank[tokens].t(), beta=1)
         if rounds_late:
             out.copy_(exact)
 
@@ -168,7 +181,8 @@ class HeadGemm:
 
     def grad_low_rank(self, grad_logits: Tensor) -> Tensor:
         """dLow_rank [C, R] as a GEMM operand."""
-        return self._grad_rows(grad_logits, self.lora_b).to(self.operand_dtype)
+        grad = self._grad_rows(grad_logits, torch.cat(self.b_parts, 1))
+        return _sum_of(self.b_parts, grad).to(self.operand_dtype)
 
     def grad_hidden(self, grad_logits: Tensor, grad_low_rank: Tensor | None) -> Tensor:
         """dHidden [C, D] in fp32 (fp64)."""
@@ -177,7 +191,8 @@ class HeadGemm:
             return grad
         whole = self._padded(grad)
         with self._exact():
-            self._add_product(whole, self._padded(grad_low_rank), self.lora_a, beta=1)
+            repeated = torch.cat([self._padded(grad_low_rank)] * len(self.a_parts), 1)
+            self._add_product(whole, repeated, torch.cat(self.a_parts), beta=1)
         return whole[: grad.shape[0]]
 
     def _grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
@@ -196,6 +211,13 @@ class HeadGemm:
         with self._exact():
             self._add_product(grad, grad_out.t(), rows, beta=0 if first else 1)
 
+    def add_grad_bias(self, grad_bias: Tensor, grad_logits: Tensor) -> None:
+        """grad_bias [V] fp32 (fp64) += Σ grad_logits over rows; a sum into another dtype would copy [C, V] on a CPU."""
+        if self.on_cpu and self.mixed:
+            cpu_gemm.bf16_product(grad_logits.new_ones(1, grad_logits.shape[0]), grad_logits, grad_bias[None], beta=1)
+        else:
+            grad_bias.add_(grad_logits.sum(0, dtype=grad_bias.dtype))
+
     def _exact(self) -> torch.autocast:
         """The caller's autocast has chosen the inputs' dtype; it must not round what is computed from them."""
         return torch.autocast(self.weight.device.type, enabled=False)
@@ -204,3 +226,14 @@ class HeadGemm:
         if not self.batch_invariant:
             return rows
         return F.pad(rows, (0, 0, 0, _invariant_rows(rows.device.type) - rows.shape[0]))
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Matrices in `dtype` that add up to x: itself, or x rounded and what rounding took from it."""
+    rounded = x.to(dtype)
+    return [rounded] if dtype.itemsize >= x.dtype.itemsize else [rounded, (x - rounded).to(dtype)]
+
+
+def _sum_of(parts: list[Tensor], side_by_side: Tensor) -> Tensor:
+    """[C, R] from the products [C, parts · R] with each of the parts."""
+    return side_by_side.unflatten(1, (len(parts), -1)).sum(1)

@@ -32,6 +32,8 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native extension does not load: {error}. Install trapo again under this version of torch."
+    if not hasattr(_OPS, "has_bf16_gemm"):  # the newest of its ops
+        return "the native extension is older than this package. Install trapo again."
     return None
 
 

@@ -297,7 +297,7 @@ def _accumulate(
 ) -> None:
     """Add what a chunk's dLogits [C, V] contribute to every gradient wanted."""
     count = grad_logits.shape[0]
-    through_a = gemm.lora_a is not None and (grads.hidden is not None or grads.lora_a is not None)
+    through_a = gemm.has_lora and (grads.hidden is not None or grads.lora_a is not None)
     grad_low_rank = gemm.grad_low_rank(grad_logits) if through_a else None
     if grads.hidden is not None:
         _put_rows(grads.hidden, index, gemm.grad_hidden(grad_logits, grad_low_rank))
@@ -306,9 +306,9 @@ def _accumulate(
     if grads.weight is not None:
         gemm.add_grad_factor(grad_logits, operands.hidden[:count], grads.weight, first)
     if grads.lora_b is not None:
-        gemm.add_grad_factor(grad_logits, operands.low_rank[:count], grads.lora_b, first)
+        gemm.add_grad_factor(grad_logits, operands.low_rank[:count, : grads.lora_b.shape[1]], grads.lora_b, first)
     if grads.bias is not None:
-        grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
+        gemm.add_grad_bias(grads.bias, grad_logits)
 
 
 def _put_rows(out: Tensor, index: Tensor | slice, values: Tensor) -> None:
