@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from trapo_kernels import autograd, checks, dispatch, terms
+from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
 from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
 from trapo_kernels.batch import TokenBatch
@@ -56,7 +56,7 @@ def linear_logprob(
 
     Equivalent to:
 
-        logits = hidden.float() @ lm_head_weight.float().T + bias
+        logits = hidden.float() @ lm_head_weight.to(hidden.dtype).float().T + bias
         log_p = (softcap * (logits / softcap).tanh() / temperature).log_softmax(-1)
         logprob = log_p.gather(1, target[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -72,7 +72,8 @@ def linear_logprob(
             float: pass a tensor where it varies.
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
         with_entropy: also return the entropy, with gradient.
-        logits_dtype: what logits are rounded to before the softmax: float32, or the dtype of hidden to match a sampler that does.
+        logits_dtype: what hidden · lm_head_weightᵀ is rounded to, before bias and softmax: float32, or the dtype of hidden to match
+            a sampler that does.
         process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
             bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
@@ -93,7 +94,7 @@ def linear_logprob(
         target,
         None,
         None,
-        Settings(_per_row(temperature, len(target)), softcap, logits_dtype, process_group, batch_invariant, backend),
+        Settings(_per_row(temperature, target.numel()), softcap, logits_dtype, process_group, batch_invariant, backend),
         with_entropy,
     )
 
@@ -136,14 +137,14 @@ def linear_policy_loss(
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """
     where = "linear_policy_loss"
+    checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
+    checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
     temperature = _per_row(temperature, len(batch))
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     hidden, lm_head_weight, *_ = inputs
-    checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
-    checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
-    checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
-    checks.streams_fit(where, batch, objective)
+    batch_checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
+    batch_checks.streams_fit(where, batch, objective)
     settings.check(where, hidden, batch.target_to_score if isinstance(temperature, Tensor) else batch.target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
@@ -208,7 +209,7 @@ def policy_loss(
             )
         entropy = torch.zeros_like(logprob, requires_grad=False)
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
-    checks.streams_fit(where, batch, objective)
+    batch_checks.streams_fit(where, batch, objective)
     chosen = dispatch.choose(where, backend, device, logprob.dtype)
     s = terms.streams(batch, objective, logprob.dtype)
     if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from trapo_kernels import checks
+from trapo_kernels import batch_checks, checks
 
 IGNORE_INDEX = -100
 
@@ -57,14 +57,14 @@ class TokenBatch:
     scored_rows: Tensor | None = None
 
     def __post_init__(self):
-        checks.token_batch(self)
+        batch_checks.token_batch(self)
         if self.scored_rows is not None:
-            checks.scored_rows(self)
+            batch_checks.scored_rows(self)
         if checks.may_look(self.role):
             found = self.active.nonzero().squeeze(1)
             if self.active_rows is None:
                 object.__setattr__(self, "active_rows", found)
-            checks.active_rows(self.active_rows, found)
+            batch_checks.active_rows(self.active_rows, found)
 
     @property
     def active(self) -> Tensor:
@@ -170,6 +170,8 @@ def aggregate(
     checks.aggregation(role, sequence_id, mode, max_tokens, share, prompt_id)
     longest = checks.whole_number(max_tokens)
     counted_here = loss_totals(role, sequence_id, prompt_id)
+    if totals is not None:
+        checks.is_a("aggregate", "totals", totals, LossTotals, "the sum of loss_totals(...) over all micro-batches and ranks")
     totals = totals or counted_here
     for name, here in vars(counted_here).items():
         if getattr(totals, name) < here and (name != "prompts" or mode == "prompt_mean"):
@@ -192,7 +194,7 @@ def aggregate(
         denominator = float(sequences * (1 if mode == "sequence_sum" else longest))
     denominator = torch.as_tensor(denominator, dtype=torch.float64, device=role.device).expand(role.shape)
     weight = torch.where(counted, 1.0 / denominator.clamp(min=1.0), 0.0).float()
-    return weight if share is None else (weight * share).float()
+    return weight if share is None else torch.where(counted, weight * share, 0.0).float()
 
 
 def _tokens_per_group(group_id: Tensor, counted: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Every input rule and error sentence of the kernels, once: the rule, the actual value, the remedy."""
+"""Input rules and error sentences of the kernels, each once: the rule, the actual value, the remedy. Those of a batch are in
+`batch_checks`."""
 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import TYPE_CHECKING
 
@@ -12,9 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from trapo_kernels.batch import TokenBatch
-    from trapo_kernels.objective import Objective
 
-_NO_ADVANTAGE = "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,7 +27,13 @@ def one_of(where: str, name: str, value: object, allowed: tuple) -> None:
 def finite(where: str, name: str, value: float) -> None:
     """`value` must be a finite number."""
     if not (isinstance(value, int | float) and -math.inf < value < math.inf):  # math.isfinite would stop torch.compile
-        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}.")
+        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}.{_as_number(value)}")
+
+
+def _as_number(value: object) -> str:
+    """The remedy for a number of another library, such as numpy's float32."""
+    foreign = isinstance(value, numbers.Real) and not isinstance(value, int | float)
+    return " Pass float(...) of it." if foreign else ""
 
 
 def in_range(
@@ -37,7 +43,7 @@ def in_range(
     number = isinstance(value, int | float)
     if not (number and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{where}: {name} must lie in {interval}, got {value!r}.")
+        raise ValueError(f"{where}: {name} must lie in {interval}, got {value!r}.{_as_number(value)}")
 
 
 def may_look(x: Tensor) -> bool:
@@ -81,9 +87,11 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
 
 
 def roles(where: str, role: Tensor) -> None:
-    """role [N] uint8."""
+    """role [N] uint8, `Role` values where they can be looked at."""
     is_a(where, "role", role, Tensor, "the roles of N tokens")
     vector(where, "role", role, role.numel(), role.device, (torch.uint8,))
+    if may_look(role) and role.numel() and int(role.max()) > 2:
+        raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(role.max())}.")
 
 
 def label(where: str, name: str, value: Tensor, role: Tensor) -> None:
@@ -222,13 +230,15 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
             actual = float(value[wrong][0])
             raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
     elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
-        raise ValueError(f"{where}: temperature must be a finite number > 0, got {value!r}. For greedy sampling score at 1.0.")
+        remedy = _as_number(value) or " For greedy sampling score at 1.0."
+        raise ValueError(f"{where}: temperature must be a finite number > 0, got {value!r}.{remedy}")
 
 
 def softcap(where: str, value: float | None) -> None:
     """None, or a finite positive number."""
     if value is not None and not (isinstance(value, int | float) and 0.0 < value < math.inf):
-        raise ValueError(f"{where}: softcap must be None or a finite number > 0, got {value!r}. Pass None for no cap.")
+        remedy = _as_number(value) or " Pass None for no cap."
+        raise ValueError(f"{where}: softcap must be None or a finite number > 0, got {value!r}.{remedy}")
 
 
 def logits_dtype(where: str, value: torch.dtype, hidden: Tensor) -> None:
@@ -276,124 +286,8 @@ def reverse_mode(where: str, backend: str, *inputs: object, batch: TokenBatch | 
         )
 
 
-def token_batch(batch: TokenBatch) -> None:
-    """Shapes, dtypes, devices and roles of a TokenBatch."""
-    where = "TokenBatch"
-    if not isinstance(batch.target, Tensor) or batch.target.ndim != 1:
-        shape = list(batch.target.shape) if isinstance(batch.target, Tensor) else type(batch.target).__name__
-        raise ValueError(f"{where}: target must be a tensor of shape [N], got {shape}. Flatten it with target.reshape(-1).")
-    length, device = batch.target.shape[0], batch.target.device
-    floats = (torch.float32, torch.float64)
-    vector(where, "target", batch.target, length, device, (torch.int64,))
-    vector(where, "role", batch.role, length, device, (torch.uint8,))
-    for name in ("advantage", "weight"):
-        vector(where, name, getattr(batch, name), length, device, floats)
-    for name in ("old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight"):
-        value = getattr(batch, name)
-        if value is not None:
-            vector(where, name, value, length, device, floats)
-            if value.requires_grad:
-                raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
-    if batch.sequence_id is not None:
-        vector(where, "sequence_id", batch.sequence_id, length, device, (torch.int64,))
-    for name in ("advantage", "weight"):
-        if getattr(batch, name).requires_grad:
-            raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
-    if batch.active_rows is not None and not isinstance(batch.active_rows, Tensor):
-        raise TypeError(
-            f"{where}: active_rows must be a tensor, got {type(batch.active_rows).__name__}. Leave it out to have it found."
-        )
-    if batch.active_rows is not None and batch.active_rows.device != device:
-        raise ValueError(f"{where}: active_rows must be on {device}, got {batch.active_rows.device}. Move it there.")
-    if batch.active_rows is not None and (batch.active_rows.ndim != 1 or batch.active_rows.dtype != torch.int64):
-        raise ValueError(
-            f"{where}: active_rows must be int64 of shape [M], got {batch.active_rows.dtype} {list(batch.active_rows.shape)}. "
-            "Leave it out to have it found."
-        )
-    if may_look(batch.role):
-        if length and int(batch.role.max()) > 2:
-            raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(batch.role.max())}.")
-        remedy = "Only rows with role IGNORED may hold anything."
-        finite_tensor(where, "weight", torch.where(batch.role != 0, batch.weight, 0.0), remedy)
-        if batch.entropy_weight is not None:
-            finite_tensor(where, "entropy_weight", torch.where(batch.role != 0, batch.entropy_weight, 0.0), remedy)
-
-
-def active_rows(given: Tensor, found: Tensor) -> None:
-    """active_rows must be exactly the rows that can contribute."""
-    if not torch.equal(given, found):
-        raise ValueError(
-            "TokenBatch: active_rows must be the rows whose role is not IGNORED and whose weight or entropy weight is not 0, "
-            f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {given[:8].tolist()}"
-            f"{'…' if len(given) > 8 else ''} ({len(given)} rows). Leave it out, or pass active_rows=None to dataclasses.replace."
-        )
-
-
-def scored_rows(batch: TokenBatch) -> None:
-    """scored_rows: int64 [K], none of them active, each with a target."""
-    rows = batch.scored_rows
-    where = "TokenBatch: scored_rows"
-    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != batch.target.device:
-        actual = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"{where} must be int64 of shape [K] on {batch.target.device}, got {actual}. Pass indices of rows.")
-    if not may_look(rows) or len(rows) == 0:
-        return
-    if int(rows.min()) < 0 or int(rows.max()) >= len(batch):
-        raise ValueError(f"{where} must lie in [0, N) = [0, {len(batch)}), got {int(rows.min())} to {int(rows.max())}.")
-    wrong = rows[batch.active[rows] | (batch.target[rows] < 0)]
-    if len(wrong):
-        raise ValueError(
-            f"{where} must have a target and no part in the loss (weight and entropy weight 0), got row {int(wrong[0])}. "
-            "Leave out active rows, which are scored anyway."
-        )
-
-
 def is_a(where: str, name: str, value: object, expected: type, example: str) -> None:
     """`value` must be an instance of `expected`."""
     if not isinstance(value, expected):
-        raise TypeError(f"{where}: {name} must be a {expected.__name__}, got {type(value).__name__}. Pass {example}.")
-
-
-def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
-    """The batch must describe the rows at hand; targets of ignored rows are not looked at."""
-    if len(batch) != num_rows:
-        raise ValueError(
-            f"{where}: the batch must have one token per row, N = {num_rows}, got {len(batch)}. "
-            "Pass the hidden states of exactly the positions that the batch scores."
-        )
-    if batch.target.device != device:
-        raise ValueError(
-            f"{where}: the batch must be on {device}, got {batch.target.device}. Move it with batch.to({str(device)!r})."
-        )
-    if may_look(batch.role):
-        target(where, torch.where(batch.role != 0, batch.target, -100), num_rows, vocab_size, device)
-        missing = (batch.role != 0) & (batch.target == -100)
-        if missing.any():
-            raise ValueError(
-                f"{where}: a token with a role must have a target in the vocabulary, got -100 at row {int(missing.nonzero()[0])}. "
-                "Set role to Role.IGNORED there, before weights are computed, so that it does not count in their normaliser."
-            )
-
-
-def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
-    """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
-    must be finite where it is read."""
-    for name in sorted(objective.reads(on_policy=batch.old_logprob is None) - {"old_logprob"}):
-        if getattr(batch, name) is None:
-            reason = "reduction" if name == "sequence_id" else "KL term or anchor"
-            raise ValueError(
-                f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
-                f"Pass TokenBatch(..., {name}=...), or drop the {reason} that needs it."
-            )
-    if not may_look(batch.role):  # on a GPU not even the masks are made
-        return
-    weighted = (batch.weight != 0) & batch.active
-    for layer in objective.layers:
-        for code, term in ((1, layer.rollout), (2, layer.expert)):
-            names = set() if term is None else term.reads(on_policy=batch.old_logprob is None) - {"sequence_id"}
-            names |= {"advantage"} if term is not None and term.signal == "advantage" else set()
-            names |= {"ref_logprob"} if layer.kl is not None and code == 1 else set()
-            for name in sorted(names - ({"old_logprob"} if batch.old_logprob is None else set())):
-                remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
-                read = torch.where(weighted & (batch.role == code), getattr(batch, name), 0.0)
-                finite_tensor(where, f"batch.{name}", read, remedy)
+        article = "an" if expected.__name__[0] in "AEIO" else "a"
+        raise TypeError(f"{where}: {name} must be {article} {expected.__name__}, got {type(value).__name__}. Pass {example}.")

@@ -147,7 +147,7 @@ def _log_ratio(
         checks.finite_tensor(where, name, torch.where(mine, value, 0.0), remedy)
     log_ratio = torch.where(mine, old_logprob - rollout_logprob, 0.0)
     if level == "token":
-        return log_ratio
+        return log_ratio.to(old_logprob.dtype)
     if sequence_id is None:
         raise ValueError(f'{where}: level "{level}" needs sequence_id [N] int64, got None. Pass the sequence of every token.')
     checks.label(where, "sequence_id", sequence_id, role)

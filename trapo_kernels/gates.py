@@ -274,8 +274,8 @@ class Sapo(Gate):
     formula: ClassVar[str] = "4σ(τ(r-1))/τ, τ = {tau_positive:g}/{tau_negative:g}"
 
     def __post_init__(self):
-        checks.in_range("Sapo", "tau_positive", self.tau_positive, 0.0, math.inf, open_low=True, open_high=True)
-        checks.in_range("Sapo", "tau_negative", self.tau_negative, 0.0, math.inf, open_low=True, open_high=True)
+        checks.in_range("Sapo", "tau_positive", self.tau_positive, 1e-6, math.inf, open_high=True)
+        checks.in_range("Sapo", "tau_negative", self.tau_negative, 1e-6, math.inf, open_high=True)
 
     @property
     def scalars(self):
@@ -285,7 +285,8 @@ class Sapo(Gate):
         positive, negative = torch.full_like(d, self.tau_positive), torch.full_like(d, self.tau_negative)
         tau = torch.where(advantage >= 0, positive, negative)
         d = d.clamp(max=20.0)  # beyond it the sigmoid is exactly 1, and only r could overflow
-        return torch.sigmoid(tau * torch.expm1(d)), tau
+        excess = d.exp() - 1.0  # not expm1, whose gradient, expm1 + 1, loses the digits of a small r
+        return torch.sigmoid(tau * excess), tau
 
     def value(self, d, advantage):
         soft, tau = self._soft(d, advantage)

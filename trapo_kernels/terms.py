@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels.batch import Role, TokenBatch
-from trapo_kernels.gates import GATES, Truncate
+from trapo_kernels.gates import GATES, One, Truncate
 from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
@@ -69,6 +69,15 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
         ref_logprob=ref_logprob,
         grad_entropy=torch.where(active & (objective.entropy_coef != 0.0), -objective.entropy_coef * entropy_weight, 0.0),
     )
+
+
+def given_gradients(grad_logprob: Tensor | None, grad_entropy: Tensor, counted: Tensor) -> tuple[Streams, Objective]:
+    """Streams and an objective whose dL/dlogp and dL/dH are these [N], on the rows `counted` [N] bool."""
+    grad_entropy = grad_entropy.contiguous()  # that of a sum is one number, expanded
+    zero = torch.zeros_like(grad_entropy)
+    role = torch.where(counted, Role.EXPERT, Role.IGNORED).to(torch.uint8)
+    signal = zero if grad_logprob is None else -grad_logprob
+    return Streams(role, zero, signal, zero + 1.0, None, None, grad_entropy), Objective(expert=Term(One()))
 
 
 def _anchor(term: Term, batch: TokenBatch, like: Tensor) -> Tensor:
@@ -194,7 +203,7 @@ def metrics(
         if name == "expert" and objective.expert is not None:
             out["expert/trsft_weight"] = mean(c.slope)
             if isinstance(objective.expert.gate, Truncate):
-                out["expert/share_below_alpha"] = mean((ratio < objective.expert.gate.high).float())
+                out["expert/share_below_alpha"] = mean((c.log_ratio < math.log(objective.expert.gate.high)).float())
         if name == "rollout" and objective.rollout is not None:
             out["rollout/clip_low"], out["rollout/clip_high"] = (
                 mean(c.clipped_low.float()),
@@ -205,10 +214,10 @@ def metrics(
                 out["rollout/ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
                 log_ratio = torch.where(trained, c.log_ratio, 0.0)
                 out["rollout/kl_old_k1"], out["rollout/kl_old_k3"] = mean(-log_ratio), mean(torch.expm1(log_ratio) - log_ratio)
-            if c.kl is not None:
-                d_ref = torch.where(trained, logprob - s.ref_logprob, 0.0)
-                out["rollout/kl_ref"] = mean(c.kl)
-                out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = mean(d_ref), mean(torch.expm1(-d_ref) + d_ref)
+        if name == "rollout" and objective.kl is not None:
+            d_ref, d = (torch.where(trained, x, 0.0) for x in (logprob - s.ref_logprob, c.log_ratio))
+            out["rollout/kl_ref"] = mean(objective.kl.value(d_ref, d))
+            out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = mean(d_ref), mean(torch.expm1(-d_ref) + d_ref)
     return out
 
 

@@ -64,3 +64,29 @@ def test_bf16_gradients_are_never_worse_than_those_of_eager_bf16(backend, scale)
     ours = cases.gradients(((out.logprob + 0.1 * out.entropy) * upstream).sum(), (hidden, weight))
     for mine, other, exactly in zip(ours, theirs, truth, strict=True):
         assert (mine.double() - exactly).norm() <= 1.05 * (other.double() - exactly).norm()
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("in_policy", [False, True])
+def test_the_entropy_gradient_of_a_peaked_row_whose_neighbours_have_none(backend, in_policy):
+    """The rows whose logits are recomputed are others than before, so their last bits are, and p (log p + H) cancels as p → 1."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 896, generator=generator).to(cases.DEVICE) for n in (64, 4096))
+    weight /= 896**0.5
+    hidden += 25 * weight[:64]
+    target, only = torch.arange(64, device=cases.DEVICE) * 3, torch.zeros(64, device=cases.DEVICE)
+    only[5] = 1.0
+    batch = cases.batch(64, 4096, torch.float32, weight=only + 1, entropy_weight=only, target=target, advantage=0 * only)
+    objective = objectives.gspo(entropy_coef=0.1)
+
+    def gradient(dtype, which):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        if in_policy:
+            loss = linear_policy_loss(*inputs, batch, objective, backend=which).loss
+        else:
+            loss = (linear_logprob(*inputs, target, with_entropy=True, backend=which).entropy * only.to(dtype)).sum()
+        return cases.gradients(loss, inputs)[0][5]
+
+    truth, eager = gradient(torch.float64, "reference"), gradient(torch.float32, "reference")
+    assert 0 < truth.abs().max() < 1e-3  # a peaked row
+    assert cases.error(gradient(torch.float32, backend), truth) <= 2 * cases.error(eager, truth) + 1e-5 * truth.abs().max()

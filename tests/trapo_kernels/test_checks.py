@@ -2,11 +2,24 @@
 
 import contextlib
 
+import numpy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trapo_kernels import LoraHead, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss, token_logprob
+from trapo_kernels import (
+    LoraHead,
+    Objective,
+    Term,
+    TokenBatch,
+    aggregate,
+    gates,
+    linear_logprob,
+    linear_policy_loss,
+    objectives,
+    policy_loss,
+    token_logprob,
+)
 
 N, D, V = 4, 3, 7
 HIDDEN, WEIGHT, TARGET = torch.randn(N, D), torch.randn(V, D), torch.arange(N)
@@ -185,3 +198,42 @@ def test_a_named_backend_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match='backend="triton" cannot run: the tensors are on the CPU'):
         linear_logprob(HIDDEN, WEIGHT, TARGET, backend="triton")
+
+
+def test_a_scored_row_without_a_role_has_its_target_checked():
+    batch = TokenBatch(
+        torch.tensor([99, 1]), torch.tensor([0, 1], dtype=torch.uint8), torch.ones(2), torch.ones(2), scored_rows=torch.tensor([0])
+    )
+    with pytest.raises(ValueError, match=r"target must lie in \[0, V\) = \[0, 5\).*got 99 at row 0"):
+        linear_policy_loss(torch.randn(2, 4), torch.randn(5, 4), batch, objectives.grpo())
+
+
+def test_numbers_of_another_library_are_named_with_the_remedy():
+    half = numpy.float32(0.5)
+    calls = (
+        lambda: gates.Shape(half),
+        lambda: Objective(expert=Term(gates.One()), entropy_coef=half),
+        lambda: linear_logprob(HIDDEN, WEIGHT, TARGET, temperature=half),
+        lambda: linear_logprob(HIDDEN, WEIGHT, TARGET, softcap=half),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"got np.float32\(0.5\). Pass float\(...\) of it."):
+            call()
+
+
+def test_a_0_d_target_and_totals_of_another_type():
+    with pytest.raises(ValueError, match=r"target must have shape \[N\]"):
+        linear_logprob(HIDDEN, WEIGHT, torch.tensor(1))
+    role, sequence = torch.ones(2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="totals must be a LossTotals, got int"):
+        aggregate(role, sequence, mode="token_mean", totals=3)
+    with pytest.raises(ValueError, match=r"role must be Role.IGNORED, ROLLOUT or EXPERT \(0, 1, 2\), got 3"):
+        aggregate(role * 3, sequence, mode="token_mean")
+    with pytest.raises(TypeError, match="must be an Objective, got int"):
+        linear_policy_loss(HIDDEN, WEIGHT, None, 3)
+
+
+def test_a_share_of_nan_on_an_ignored_token_is_not_read():
+    role = torch.tensor([0, 1], dtype=torch.uint8)
+    weight = aggregate(role, torch.zeros(2, dtype=torch.int64), mode="token_mean", share=torch.tensor([float("nan"), 1.0]))
+    assert weight.tolist() == [0.0, 1.0]

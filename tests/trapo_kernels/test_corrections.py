@@ -116,3 +116,11 @@ def test_overlong_rollouts_leave_loss_and_denominator():
 def test_bad_input_says_the_rule_and_the_value(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("correct", [corrections.tis, corrections.icepop])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_have_the_dtype_of_old_logprob(correct, dtype):
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    role = torch.tensor([1, 2], dtype=torch.uint8)
+    assert correct(role, torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=other)).dtype == dtype

@@ -9,9 +9,9 @@ import torch
 
 from tests.trapo_kernels import cases
 from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
-from trapo_kernels import KL, Objective, Term, gates, linear_policy_loss, objectives, policy_loss, terms
+from trapo_kernels import KL, Objective, Term, TokenBatch, gates, linear_policy_loss, objectives, policy_loss, terms
 from trapo_kernels.backends import native, triton_ops
-from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Truncate
+from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Ratio, Sapo, Shape, Truncate
 from trapo_kernels.objective import KL_ESTIMATORS
 
 COMPILED = {"triton": triton_ops, "native": native}
@@ -178,7 +178,7 @@ def test_presets_survive_the_op_boundary_and_print_their_formula(name):
         (lambda: objectives.cispo(bounds="open"), "bounds must be one of 'absolute', 'relative', got 'open'"),
         (lambda: objectives.cispo(epsilon_low=0.2), 'epsilon_low must be None with bounds="absolute".*got 0.2'),
         (lambda: objectives.cispo(bounds="relative", epsilon_low=2.0), r"cispo: epsilon_low must lie in \[0, 1\], got 2.0"),
-        (lambda: objectives.sapo(tau_positive=math.inf), r"tau_positive must lie in \(0, inf\), got inf"),
+        (lambda: objectives.sapo(tau_positive=math.inf), r"tau_positive must lie in \[1e-06, inf\), got inf"),
         (lambda: KL(math.inf), r"beta must lie in \[0, inf\), got inf"),
         (lambda: Objective(expert=Clip()), "expert must be a Term, got Clip. Pass Term\\(gate\\), or None"),
         (lambda: Objective(rollout=Term(One()), kl=0.1), "kl must be a KL, got float. Pass KL\\(beta\\), or None"),
@@ -192,3 +192,63 @@ def test_presets_survive_the_op_boundary_and_print_their_formula(name):
 def test_bad_parameters_say_the_rule_and_the_value(build, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build()
+
+
+@pytest.mark.parametrize("log_ratio", [-20.0, -12.0, -1.0, 0.0, 1.0])
+def test_autograd_through_a_potential_has_the_digits_of_its_slope(log_ratio):
+    d = torch.tensor([log_ratio], requires_grad=True)
+    for gate in (Sapo(), Sapo(0.5, 2.0), Phi(), Clip(), Ratio(), Shape()):
+        (through_value,) = torch.autograd.grad(gate.value(d, torch.ones(1)).sum(), d)
+        exact = gate.slope(d.detach().double(), torch.ones(1, dtype=torch.float64)).float()
+        torch.testing.assert_close(through_value, exact, rtol=2e-5, atol=1e-38)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize(
+    ("objective", "role", "advantage"),
+    [(objectives.sft(), 2, 1.0), (objectives.grpo(), 1, 1.0), (objectives.grpo(beta=0.1, kl="k1"), 1, 0.0)],
+    ids=["sft", "on policy", "k1"],
+)
+def test_an_impossible_target_has_a_finite_gradient(backend, objective, role, advantage):
+    """A target whose column is masked by a bias of -inf: the loss is infinite, dWeight is not, and all backends agree."""
+    hidden, weight, _ = cases.head(2, 8, 10, torch.float32)
+    bias = torch.zeros(10, device=cases.DEVICE)
+    bias[3] = float("-inf")
+    role = torch.tensor([role, role], dtype=torch.uint8, device=cases.DEVICE)
+    one = torch.ones(2, device=cases.DEVICE)
+    batch = TokenBatch(torch.tensor([3, 1], device=cases.DEVICE), role, one * advantage, one, ref_logprob=-one)
+    grads = []
+    for which in ("torch", backend):
+        loss = linear_policy_loss(hidden, weight, batch, objective, bias=bias, backend=which).loss
+        grads.append(cases.gradients(loss, (hidden, weight)))
+    for ours, others in zip(*grads, strict=True):
+        assert ours.isfinite().all() and ours.any()
+        torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_of_a_kl_that_is_only_watched_and_of_one_without_a_rollout_term():
+    logprob, batch = torch.tensor([-1.0, -2.0]), TokenBatch(
+        torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.uint8), torch.ones(2), torch.ones(2),
+        ref_logprob=torch.tensor([-1.5, -1.0]),
+    )  # fmt: skip
+    watched = policy_loss(logprob, None, batch, Objective(rollout=Term(Ratio(), "old", "advantage"), kl=KL(0.0))).metrics
+    assert watched["rollout/kl_ref"] == watched["rollout/kl_ref_k3"] > 0
+    alone = policy_loss(logprob, None, batch, Objective(expert=Term(One()), kl=KL(0.1))).metrics
+    assert alone["rollout/kl_ref"] == watched["rollout/kl_ref"]
+
+
+def test_the_share_below_alpha_has_the_digits_of_logprob():
+    logprob = torch.tensor([-1e-9, 0.0])
+    batch = TokenBatch(torch.zeros(2, dtype=torch.int64), torch.full((2,), 2, dtype=torch.uint8), torch.ones(2), torch.ones(2))
+    assert (
+        policy_loss(logprob, None, batch, objectives.trapo(alpha=1.0, entropy_coef=0.0)).metrics["expert/share_below_alpha"] == 0.5
+    )
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "trapo"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_loss_has_the_dtype_of_the_logprobs_whatever_that_of_the_streams(backend, name):
+    b = cases.batch(12, 50, torch.float64)
+    logprob = (b.old_logprob / 2).float().requires_grad_()
+    loss = policy_loss(logprob, -logprob.detach(), b, objectives.PRESETS[name](entropy_coef=0.1), backend=backend).loss
+    assert loss.dtype == torch.float32

@@ -27,7 +27,7 @@ def head_logits(
     exact = statistics_dtype(hidden)
     hidden = torch.where((target != -100)[:, None], hidden, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(exact) @ weight.to(exact).T
+        logits = hidden.to(exact) @ _rounded_in_value(weight, hidden.dtype).to(exact).T
         if lora_a is not None:
             logits = logits + (hidden.to(exact) @ lora_a.T) @ lora_b.to(exact).T
     if logits_dtype != torch.float32:
@@ -54,7 +54,7 @@ def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransfor
 def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> Tensor:
     """0-d: Σ w (-a V(d)) + β Σ w KL - entropy_coef Σ w_H H, differentiable in logprob and entropy through the potentials."""
     loss = logprob.new_zeros(())
-    weight, active = batch.weight.to(logprob.dtype), batch.active
+    entropy, weight, active = entropy.to(logprob.dtype), batch.weight.to(logprob.dtype), batch.active
     for layer in objective.layers:
         for code, term in ((Role.EXPERT, layer.expert), (Role.ROLLOUT, layer.rollout)):
             if term is not None:
@@ -63,10 +63,10 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
             mine = active & (batch.role == Role.ROLLOUT) & (weight != 0)
             logp = torch.where(mine, logprob, 0.0)
             ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
-            kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob, 0.0), torch.where(mine, ratio_d, 0.0))
+            kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob.to(logp.dtype), 0.0), torch.where(mine, ratio_d, 0.0))
             loss = loss + layer.kl.beta * torch.where(mine, weight * kl, 0.0).sum()
         if layer.entropy_coef:
-            entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight
+            entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(logprob.dtype)
             loss = loss - layer.entropy_coef * (torch.where(active, entropy_weight, 0.0) * torch.where(active, entropy, 0.0)).sum()
     return loss
 
@@ -79,7 +79,7 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, m
     amount = batch.weight.to(logp.dtype) * term.scale * signal
     if term.reduces(on_policy=batch.old_logprob is None):
         pooled = terms.reduced(term, logprob, entropy, d, batch, mine)
-        d = pooled.log_ratio + torch.where(pooled.flows, logp - logp.detach(), 0.0)  # pooled in value, logp's in gradient
+        d = pooled.log_ratio + torch.where(pooled.flows, _Nothing.apply(logp), 0.0)  # pooled in value, logp's in gradient
         amount = amount * pooled.factor
     d = torch.where(amount == 0, 0.0, d)  # an advantage of 0 keeps the loss at 0 however large the ratio is
     return -torch.where(mine, amount * term.gate.value(d, signal), 0.0).sum()
@@ -91,5 +91,22 @@ def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:
         return logprob
     anchor = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
     if anchor is None:
-        return torch.where(logprob.isfinite(), logprob - logprob.detach(), 0.0)
-    return logprob - anchor
+        return _Nothing.apply(logprob)
+    return logprob - anchor.to(logprob.dtype)
+
+
+def _rounded_in_value(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Master weights as GEMMs of `dtype` see them; the gradient is not rounded."""
+    return weight if weight.dtype == dtype else weight + (weight.to(dtype).to(weight.dtype) - weight).detach()
+
+
+class _Nothing(torch.autograd.Function):
+    """0 with the gradient of x: x - x.detach(), where x is -inf too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad

@@ -36,7 +36,7 @@ def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
     """G(d) of gate code GATE with its scalars; 0 for code 0, a role without a term."""
     ratio = tl.exp(d)
     if GATE == 1:  # One
-        g = d * 0.0 + 1.0
+        g = tl.where(d == d, 1.0, d)  # 1 where d is -inf, too
     elif GATE == 2:  # Ratio
         g = ratio
     elif GATE == 3:  # Clip: floor, ceiling, dual
@@ -57,7 +57,7 @@ def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
         soft = sigmoid(tl.where(advantage < 0, s1, s0) * expm1(capped))
         g = 4.0 * soft * (1.0 - soft) * tl.exp(capped)
     else:
-        g = d * 0.0
+        g = tl.where(d == d, 0.0, d)
     return g
 
 
@@ -80,7 +80,7 @@ def coefficient(
         held = tl.minimum(tl.maximum(d_ref, -k0), k0)
         beyond = 0.0
         if KL_CODE == 1:
-            k = d_ref * 0.0 + 1.0
+            k = tl.where(d_ref == d_ref, 1.0, d_ref)
         elif KL_CODE == 2:
             k = d_ref
         elif KL_CODE == 3:
