@@ -86,7 +86,7 @@ SCORING = Plan("scoring, `triton`", 1, 1, 4, 1, trained=False)
 PLANS = [
     SINGLE_PASS,
     Plan("single pass, `native`: a row stays in shared memory", 3, 3, 4 + 2, 1),
-    Plan("two passes, `triton`", 4, 3, 4 + 4 + 2, 2),
+    Plan("two passes, `triton`", 4, 3, 4 + 4 + 4 + 2, 2),
     SINGLE_PASS._replace(name="single pass, half of the rows active", active=0.5),
     Plan("single pass, frozen head", 2, 3, 4 + 4 + 2, 1, trained=False),
     SINGLE_PASS._replace(name="single pass, batch_invariant=True", chunk=1024),

@@ -113,7 +113,8 @@ def score_backward(
     needs: Needs,
     mode: Mode,
 ) -> Gradients:
-    """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk.
+    """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk, and their statistics too
+    where the entropy has a gradient.
 
     Rows whose both gradients are zero are left out: on a CPU they are found here, on a GPU `active_rows` names the others.
     """
