@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = add("run", _run, configured, "Train as configured; metrics, plots and the model go to output_dir.")
-    run.add_argument("--dry-run", action="store_true", help="one step of a tiny model on generated problems; downloads nothing")
+    run.add_argument(
+        "--dry-run", action="store_true", help="one step of a tiny model on generated problems: do the settings fit together?"
+    )
     add("recipes", _recipes, common, "List the packaged configurations.")
     add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
     headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
@@ -137,6 +139,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         metrics = dry_run(config).metrics
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "loss_tokens") if name in metrics)
         console.print(f"dry run passed: {shown}", highlight=False)
+        console.print("generated problems and a random model stood in: your data, model and tokenizer were not read", style="dim")
         return EXIT_OK
     if int(os.environ.get("RANK", "0")) > 0:  # the first rank reports
         train.run(config, NullReporter())

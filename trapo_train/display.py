@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -59,6 +60,7 @@ COLUMNS = (
     Column("reward/unguided", "unguided", _fixed(3), "bold"),
     Column("guided_share", "guided", _percent),
     Column("loss", "loss", _fixed(4)),
+    Column("expert/logprob", "expert logp", _fixed(3)),
     Column("entropy/rollout", "entropy", _fixed(3)),
     Column("entropy/expert", "expert entropy", _fixed(3)),
     Column("grad_norm", "grad norm", _fixed(2), "dim"),
@@ -173,6 +175,8 @@ class MetricsLog:
         if not self.path.exists():
             return 0
         rows, _ = _parse_metrics(self.path)
+        if step < 0 and rows:  # nothing of that run is left but these
+            shutil.copy2(self.path, self.path.with_name(f"{self.path.name}.old"))
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and (evaluated or row["kind"] != "eval"))]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
@@ -258,7 +262,8 @@ class Reporter:
         self._last_step = step
         self._steps_seen += 1
         if not self._columns:
-            self._columns = tuple(column for column in COLUMNS if column.metric in metrics)
+            sampled = "entropy/rollout" in metrics  # or the loss alone would tell how well the traces are learned
+            self._columns = tuple(c for c in COLUMNS if c.metric in metrics and not (sampled and c.metric == "expert/logprob"))
         if self._wants_row(step):
             self._print_row(step, metrics)
         if self._progress is not None:
@@ -293,7 +298,9 @@ class Reporter:
         """Drop what was recorded after `step`, and its evaluation unless it was `evaluated`, before training goes on from there."""
         dropped = self.log.rewind(step, evaluated)
         self._last_step = step
-        if dropped:
+        if dropped and step < 0:
+            self._say(f"metrics: the {dropped} rows of before are in {self.log.path}.old", "dim")
+        elif dropped:
             self._say(f"metrics: dropped {dropped} rows after step {step}, they are computed again", "dim")
 
     def close(self) -> None:

@@ -233,9 +233,10 @@ def _answers(
     drafts = [draft(eval_set.problems[eval_set.rows[i]], Request(eval_set.samples[i]), 1, tokenizer, rollout) for i in positions]
     samples = [sample for group in drafts for sample in group]
     complete(samples, engine, rollout, temperature=temperature, seed=seed)
-    judge_samples(samples, reward, tokenizer, rollout)
+    none_count = judge_samples(samples, reward, tokenizer, rollout)
     found = [[_Response(s.reward, len(s.completion_ids), s.finish_reason == "stop") for s in group] for group in drafts]
-    return _Answers(found, take_metrics(reward))  # taken, or they would show up in the next training step
+    # Taken, or they would show up in the next training step.
+    return _Answers(found, {"reward/none_count": float(none_count), **take_metrics(reward)})
 
 
 def _accuracies(

@@ -22,7 +22,7 @@ from trapo_train.config import RunConfig
 from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES, load_tokenizer, scratch_config
-from trapo_train.preflight import check_places
+from trapo_train.preflight import check_places, named
 from trapo_train.step import extreme_objectives
 from trapo_train.tasks import build_tokenizer
 
@@ -118,7 +118,8 @@ def load_architecture(config: RunConfig) -> PretrainedConfig:
     if model.scratch is not None:
         tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
         return scratch_config(model.scratch, tokenizer)
-    return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+    with named(model):
+        return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
 
 
 def _training(

@@ -5,6 +5,7 @@ The names are those of the parameters, so that a checkpoint does not depend on h
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
@@ -37,8 +38,7 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
 
     Frozen weights, those beside LoRA's adapters, are where the model came from. A tied weight has one name.
     """
-    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    weights = get_model_state_dict(model, options=_TRAINED)
+    weights, names = get_model_state_dict(model, options=_TRAINED), _names(model)
     tensors = {f"model.{name}": value for name, value in weights.items() if name in names}
     values: dict[str, Any] = {}
     if optimizer.state:  # before the first step there is none, and asking for it would take one
@@ -48,6 +48,11 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
                 home[f"optimizer.{name}.{key}"] = value
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state)}
+
+
+def _names(model: PreTrainedModel) -> set[str]:
+    """Of parameters and buffers; a tied weight has one, and no second entry in a file."""
+    return {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
 
 
 def load_training_state(
@@ -99,6 +104,9 @@ def export_model(
     weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) else None
     if world is not None and not world.first:
         return directory
+    if weights is not None:
+        names = _names(model)
+        weights = {name: value for name, value in weights.items() if name in names}
     if has_lora(model):
         weights = dict(merged_weights(model, list(weights), weights.__getitem__))
     check_replaceable(directory)
@@ -125,6 +133,23 @@ def export_model(
             f"model: {unfinished} must take the place of {directory}, got {error}. It is complete: move it there by hand."
         ) from error
     return directory
+
+
+def other_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence where AutoTokenizer, which many use, reads an exported plain tokenizer as something else; None where it does not.
+
+    transformers 5.23 makes every tokenizer beside a qwen2 model a Qwen2Tokenizer, with that one's pre-tokenisation.
+    """
+    if type(tokenizer) is not PreTrainedTokenizerFast:
+        return None
+    loaded = AutoTokenizer.from_pretrained(directory)
+    theirs, ours = (json.loads(x.backend_tokenizer.to_str()) for x in (loaded, tokenizer))
+    if all(theirs[part] == ours[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")):
+        return None
+    return (
+        f"transformers' AutoTokenizer reads the exported tokenizer as a {type(loaded).__name__}, with other tokens than it was "
+        "trained with. Load it with PreTrainedTokenizerFast.from_pretrained"
+    )
 
 
 def check_replaceable(directory: Path) -> None:

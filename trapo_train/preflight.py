@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +63,21 @@ def check_places(config: ModelConfig) -> None:
                 f"model.{key} must be a hub name such as owner/name or a directory with {wanted}, got {place!r}, {found}. "
                 "Give another; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
             )
+
+
+@contextmanager
+def named(config: ModelConfig) -> Iterator[None]:
+    """Say which model it was that could not be read: the hub's own errors do not."""
+    try:
+        yield
+    except OSError as error:
+        if config.name_or_path is None:
+            raise
+        missing = "" if Path(config.name_or_path).is_dir() else ", and there is no such directory"
+        raise OSError(
+            f"model.name_or_path must be a model on the hub or a directory with its files, got {config.name_or_path!r}{missing}. "
+            f"{error}"
+        ) from error
 
 
 def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int) -> None:

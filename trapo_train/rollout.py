@@ -292,6 +292,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     reward/unguided         unguided samples of micro-group 1 (those of later ones come from problems that failed before)
     reward/micro_group_k    samples of micro-group k; guided_share and guided_share/micro_group_k likewise
     answer_in_prefix        share of the guided completions whose prefix already states the solution
+    num_samples             all samples
     response_tokens         sum over all samples, prefixes included
     completion_tokens_mean  per completion; finished_share: completions that end with the end-of-sequence token
     """
@@ -312,4 +313,4 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
         means[f"guided_share/micro_group_{k}"] = [sample.guided for sample in micro_group]
     metrics = {name: fmean(values) for name, values in means.items() if values}
     response_tokens = sum(len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples)
-    return metrics | {"response_tokens": float(response_tokens)}
+    return metrics | {"num_samples": float(len(samples)), "response_tokens": float(response_tokens)}

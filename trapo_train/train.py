@@ -18,7 +18,7 @@ from typing import Any
 from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
-from trapo_train.model_state import check_replaceable, export_model
+from trapo_train.model_state import check_replaceable, export_model, other_tokenizer
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
@@ -79,6 +79,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         resumed = trainer.resume(store)
         # Without a checkpoint step 0 is recorded again, too, and so is an evaluation that the checkpoint knows nothing of.
         reporter.rewind(trainer.step if resumed else -1, evaluated=trainer.evaluated_at == trainer.step)
+        trainer.notes += [] if resumed else [f"there is no checkpoint in {store.directory}: training starts from the beginning"]
     trainer.world.barrier()  # all ranks have looked at output_dir
     if trainer.world.first:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         failed = _loop(trainer, store, reporter, stop)
         interrupted = trainer.step < config.steps
         if not interrupted:
-            _export(trainer, store, failed)
+            _export(trainer, store, reporter, failed)
     summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
@@ -112,7 +113,7 @@ def _check_shared(trainer: Trainer) -> None:
         )
 
 
-def _export(trainer: Trainer, store: CheckpointStore, unsaved: CheckpointError | None) -> None:
+def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsaved: CheckpointError | None) -> None:
     """Write the trained model; where that fails, a checkpoint of the last step, so that nothing has to be trained again.
 
     `unsaved`: why that checkpoint could not be written, where it was tried already; raised once the model is there.
@@ -123,6 +124,9 @@ def _export(trainer: Trainer, store: CheckpointStore, unsaved: CheckpointError |
     except CheckpointError as raised:
         error = raised
     failed = next((found for found in trainer.world.gather(error) if found is not None), None)
+    own_data = trainer.config.data.task is None  # a generated task brings its tokenizer, too
+    if trainer.world.first and error is None and own_data and (note := other_tokenizer(directory, trainer.tokenizer)):
+        reporter.event(note)
     if failed is None and unsaved is None:
         return
     if failed is None:
@@ -141,6 +145,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     not be saved, which must not keep the model from being written."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
+    told = False
     while True:
         stopping = any(trainer.world.gather(stop.received))  # a signal to one rank stops all of them, at the same step
         try:
@@ -167,6 +172,9 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 reporter.event(f"saved {trainer.save(store)}")
             raise
         reporter.step(metrics)
+        if not told and metrics["reward/none_count"] >= metrics["num_samples"] > 0:
+            told = True
+            reporter.event(f"step {trainer.step}: the reward had no opinion (None) on any sample, and each counts as 0")
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
             write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)

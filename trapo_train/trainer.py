@@ -16,6 +16,7 @@ import torch
 
 from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
+from trapo_train.advice import advice
 from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
@@ -32,7 +33,7 @@ from trapo_train.packing import MicroBatch, pack, pad_to_multiple
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.postmortem import save_batch
-from trapo_train.preflight import check_lengths, check_objective, check_places
+from trapo_train.preflight import check_lengths, check_objective, check_places, named
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards import load_reward
@@ -71,13 +72,15 @@ class Trainer:
         check_objective(config, self.objective)
         check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
-        self.model, self.tokenizer = load_model_and_tokenizer(
-            config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device
-        )
+        with named(config.model):
+            self.model, self.tokenizer = load_model_and_tokenizer(
+                config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device
+            )
         self.notes: list[str] = []
         if switch_off_dropout(self.model):
             self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
         self.problems = self._load_problems()
+        self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
         loaded = [self.problems, *(entry.problems for entry in self.eval_sets.values())]
         check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))

@@ -28,7 +28,7 @@ from trapo_train.checkpoint import (
     rng_state,
 )
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
-from trapo_train.model_state import export_model
+from trapo_train.model_state import export_model, other_tokenizer
 from trapo_train.tasks import build_tokenizer
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
@@ -288,3 +288,21 @@ def test_stop_signal_works_outside_the_main_thread():
 def test_config_checks_its_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         CheckpointConfig(**fields)
+
+
+def test_a_tokenizer_that_autotokenizer_reads_otherwise_is_named(tmp_path):
+    """Beside a qwen2 model transformers makes a plain tokenizer a Qwen2Tokenizer; beside a llama it stays what it is."""
+    for architecture, expected in (("qwen2", "reads the exported tokenizer as a Qwen2Tokenizer"), ("llama", None)):
+        scratch = ScratchConfig(
+            architecture=architecture,
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=24,
+            max_position=32,
+        )
+        model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=build_tokenizer())
+        export_model(model, tokenizer, tmp_path / architecture)
+        said = other_tokenizer(tmp_path / architecture, tokenizer)
+        assert said is None if expected is None else expected in said

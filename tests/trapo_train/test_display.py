@@ -92,6 +92,16 @@ def test_rewind_drops_what_came_after_and_continues(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_run_that_left_no_checkpoint_starts_anew_and_its_metrics_are_kept(tmp_path):
+    reporter = reporter_to(tmp_path)
+    run_steps(reporter, 1, 5)
+    reporter.rewind(-1)
+    run_steps(reporter, 1, 1)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl.old")] == [1, 2, 3, 4, 5]
+    assert "the 5 rows of before are in" in output_of(reporter)
+
+
 def test_rewind_of_a_run_without_metrics_is_nothing(tmp_path):
     reporter_to(tmp_path).rewind(10)
     assert not (tmp_path / "metrics.jsonl").exists()

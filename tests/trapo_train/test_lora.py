@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
@@ -73,6 +73,21 @@ def test_the_export_is_a_plain_model_with_the_same_logits(tmp_path, rank_stabili
     export_model(model, build_tokenizer(), tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     assert not has_lora(plain)
+    torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_export_of_a_tied_model_holds_its_head_once(tmp_path):
+    """A state dict names it twice, and who writes that doubles the file's largest tensor."""
+    config = Qwen2Config(
+        vocab_size=len(build_tokenizer()), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    add_lora(model, LoraConfig(rank=3))
+    export_model(_perturbed(model), build_tokenizer(), tmp_path / "model")
+    names = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
 
 

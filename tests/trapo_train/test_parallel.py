@@ -189,6 +189,7 @@ def test_torchrun_trains_resumes_on_other_ranks_and_exports(tmp_path):
     assert "saved by 3 ranks, continued by 1" in " ".join(output.split())
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
+    assert "--shutdown-timeout" in output or "--shutdown-timeout" in (tmp_path / "run" / "metrics.jsonl").read_text()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from trapo_train.config import RunConfig, load_config
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.model import policy_forward
 from trapo_train.postmortem import load_batch
+from trapo_train.preflight import named
 from trapo_train.records import Sample
 from trapo_train.schema import ConfigError
 from trapo_train.step import NonFiniteError
@@ -293,3 +295,31 @@ def test_trainer_uses_the_configured_preset(configure):
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(ranks, kills, tmp_path):
     result = soak(tmp_path, kills=kills, ranks=ranks, seed=0)
     assert result["kills"] == kills and sum(result["by"].values()) == kills
+
+
+def silent(prompts, completions, **columns):
+    """A reward without an opinion."""
+    return [None] * len(completions)
+
+
+def test_a_reward_without_an_opinion_is_said_once_and_a_start_without_a_checkpoint_too(configure):
+    overrides = ("reward='tests.trapo_train.test_train:silent'", "plan.name=grpo", "steps=3", "checkpoint.every=0", *EVALUATED)
+    config = configure("silent", *overrides)
+    with Reporter(config.output_dir) as reporter:
+        run(config, reporter)
+    rows = read_metrics(config.output_dir)
+    told = [row["text"] for row in rows if row["kind"] == "event" and "no opinion" in row["text"]]
+    assert told == ["step 1: the reward had no opinion (None) on any sample, and each counts as 0"]
+    assert all(row["reward/none_count"] == 4 for row in rows if row["kind"] == "eval")
+    again = configure("silent", *overrides, "checkpoint.resume=true")
+    with Reporter(again.output_dir) as reporter:
+        run(again, reporter)
+    texts = [row["text"] for row in read_metrics(again.output_dir) if row["kind"] == "event"]
+    assert any("there is no checkpoint in" in text and "from the beginning" in text for text in texts)
+
+
+def test_a_model_that_is_nowhere_is_named(configure, tmp_path):
+    for place, missing in (("no/such-model", ", and there is no such directory"), (str(tmp_path), "")):
+        config = replace(configure("nowhere").model, name_or_path=place, scratch=None)
+        with pytest.raises(OSError, match=rf"model.name_or_path must be .*got '{place}'{missing}\. no connection"), named(config):
+            raise OSError("no connection")

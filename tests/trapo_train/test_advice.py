@@ -1,0 +1,79 @@
+"""Legal settings that are probably not what was meant: the run says so, with the setting that changes it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.trapo_train.test_train import build_config
+from trapo_kernels.objectives import PRESETS
+from trapo_train.advice import METHODS, advice
+from trapo_train.step import build_objective
+
+ALONE = SimpleNamespace(size=1)
+
+
+@pytest.fixture
+def advised(tmp_path):
+    def said(*overrides, num_problems=8, world=ALONE):
+        config = build_config(tmp_path, "run", *overrides)
+        return advice(config, build_objective(config.objective, 0), num_problems, world)
+
+    return said
+
+
+def test_nothing_is_said_of_usual_settings(advised):
+    assert advised() == []
+    assert advised("objective.name=sft", "plan.name=sft", "packing.aggregation=token_mean") == []
+
+
+def test_every_method_with_settings_of_its_own_is_a_preset():
+    assert set(METHODS) <= set(PRESETS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_as_published_is_silent_and_any_other_is_named(advised, name):
+    method = METHODS[name]
+    published = [f"advantage={{normalise: {method.normalise}, center: {method.center}}}"]
+    published += [f"packing.aggregation={method.aggregation}"] if method.aggregation else []
+    assert advised("plan.name=grpo", f"objective.name={name}", *published) == []
+    (sentence,) = advised("plan.name=grpo", f"objective.name={name}", *published, "advantage={normalise: batch, center: mean}")
+    assert sentence.startswith(f"{name} as published has advantage.") and sentence.split("this run has ")[1] in (
+        "batch",
+        "mean",
+        "batch, mean",
+    )
+
+
+def test_grpo_with_the_defaults_of_dr_grpo(advised):
+    (sentence,) = advised("plan.name=grpo", "objective.name=grpo")
+    assert sentence == (
+        "grpo as published has advantage.normalise=group_std packing.aggregation=sequence_mean; this run has none, constant"
+    )
+
+
+def test_a_loss_that_is_no_mean_over_tokens(advised):
+    (sentence,) = advised("objective.name=sft", "plan.name=sft")
+    assert "divides the loss by max_response_tokens = 16" in sentence and "packing.aggregation=token_mean" in sentence
+
+
+def test_traces_alone_with_an_objective_for_rollouts(advised):
+    (sentence,) = advised("plan.name=sft")
+    assert "objective trapo trains on rollouts too" in sentence
+
+
+def test_more_prompts_in_a_step_than_there_are(advised):
+    (sentence,) = advised(num_problems=2)
+    assert "prompts_per_step = 3 is more than the 2 problems" in sentence
+
+
+def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
+    pretrained = ("model={name_or_path: some/model}", "checkpoint.every=0")
+    assert ["no checkpoint is saved before the last step" in sentence for sentence in advised(*pretrained)] == [True]
+    assert advised("checkpoint.every=0") == []  # a model from scratch
+
+
+def test_the_patience_of_torchrun(advised, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    (sentence,) = advised(world=SimpleNamespace(size=2))
+    assert "--shutdown-timeout" in sentence
+    assert advised() == []

@@ -1,0 +1,103 @@
+"""What a run says of its settings before it starts: all of them are legal, and some are probably not what was meant."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from trapo_kernels import Objective
+from trapo_train.config import RunConfig
+from trapo_train.parallel import World
+
+
+class Method(NamedTuple):
+    """What a published method has besides its ratio loss: settings of `advantage` and `packing`; None where it leaves them open."""
+
+    normalise: str
+    center: str
+    aggregation: str | None
+
+
+METHODS = {
+    "grpo": Method("group_std", "mean", "sequence_mean"),
+    "dr_grpo": Method("none", "mean", "constant"),
+    "dapo": Method("group_std", "mean", "token_mean"),
+    "cispo": Method("group_std", "mean", "token_mean"),
+    "gspo": Method("group_std", "mean", "sequence_mean"),
+    "gmpo": Method("group_std", "mean", "sequence_mean"),
+    "sapo": Method("group_std", "mean", None),
+    "rloo": Method("none", "leave_one_out", None),
+    "reinforce_pp": Method("batch", "none", None),
+}
+
+
+def advice(config: RunConfig, objective: Objective, num_problems: int, world: World) -> list[str]:
+    """Sentences on what may surprise in this configuration, each with the setting that changes it."""
+    found = [
+        _method(config),
+        _scale(config, objective),
+        _unguided(config, objective),
+        _repeats(config, num_problems),
+        _unsaved(config),
+        _launcher(world),
+    ]
+    return [sentence for sentence in found if sentence is not None]
+
+
+def _method(config: RunConfig) -> str | None:
+    """An objective is a method's ratio loss alone; its advantages and its normaliser are settings of their own."""
+    method = METHODS.get(config.objective.name)
+    if method is None:
+        return None
+    settings = {
+        "advantage.normalise": (method.normalise, config.advantage.normalise),
+        "advantage.center": (method.center, config.advantage.center),
+        "packing.aggregation": (method.aggregation, config.packing.aggregation),
+    }
+    other = {name: pair for name, pair in settings.items() if pair[0] not in (None, pair[1])}
+    if not other:
+        return None
+    published = " ".join(f"{name}={wanted}" for name, (wanted, _) in other.items())
+    here = ", ".join(actual for _, actual in other.values())
+    return f"{config.objective.name} as published has {published}; this run has {here}"
+
+
+def _scale(config: RunConfig, objective: Objective) -> str | None:
+    aggregation, longest = config.packing.aggregation, config.rollout.max_response_tokens
+    if objective.rollout is not None or aggregation not in ("constant", "length"):
+        return None
+    return (
+        f"packing.aggregation={aggregation} divides the loss by max_response_tokens = {longest} for each sequence, whatever its "
+        "length: loss and gradient are no means over tokens. For those set packing.aggregation=token_mean"
+    )
+
+
+def _unguided(config: RunConfig, objective: Objective) -> str | None:
+    if config.plan.name != "sft" or objective.rollout is None:
+        return None
+    return (
+        f"objective {objective.name} trains on rollouts too, so plan sft samples the problems that have no expert trace. Leave "
+        "them out with objective.name=sft"
+    )
+
+
+def _repeats(config: RunConfig, num_problems: int) -> str | None:
+    if config.prompts_per_step <= num_problems:
+        return None
+    return f"prompts_per_step = {config.prompts_per_step} is more than the {num_problems} problems: steps repeat some of them"
+
+
+def _unsaved(config: RunConfig) -> str | None:
+    """Of a model worth keeping; one from scratch is a matter of minutes."""
+    if config.checkpoint.every or config.model.name_or_path is None:
+        return None
+    return "no checkpoint is saved before the last step, except on SIGTERM. Set checkpoint.every=N"
+
+
+def _launcher(world: World) -> str | None:
+    if world.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return (
+        "torchrun kills its ranks 30 s after it got SIGTERM itself, saved or not: start it with --shutdown-timeout=SECONDS, longer "
+        "than a step and a checkpoint"
+    )
