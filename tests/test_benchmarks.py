@@ -118,7 +118,7 @@ def test_the_account_predicts_what_the_arithmetic_says():
     assert 1.0 < p.hidden < p.exposed
     plans = {plan.name: account.predict(case, plan, account.H100) for plan in account.PLANS}
     assert 2 / 3 < plans["single pass, frozen head"].hidden < 0.85 and plans["single pass, half of the rows active"].hidden < 0.6
-    assert 4 / 3 < plans["two passes, `triton`"].hidden < 1.5
+    assert 4 / 3 < plans["two passes, `triton`"].hidden < 1.6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
