@@ -95,7 +95,6 @@ class Coefficients:
     grad_logprob: Tensor
     log_ratio: Tensor  # d
     slope: Tensor  # G(d), before signal and weight
-    kl: Tensor | None
     clipped_low: Tensor
     clipped_high: Tensor
 
@@ -125,14 +124,12 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective, d: Tensor | 
         low, high = torch.where(mine, gate_low, low), torch.where(mine, gate_high, high)
     loss = torch.where(counted, -s.signal * value, 0.0)
     grad = torch.where(counted & ~muted, -s.signal * slope, 0.0)
-    kl = None
     if objective.kl is not None:
         rollout = (s.role == Role.ROLLOUT) & (s.kl_weight != 0)
         d_ref = torch.where(rollout, logprob - s.ref_logprob, 0.0)
-        kl = objective.kl.value(d_ref, d)
-        loss = loss + torch.where(rollout, s.kl_weight * kl, 0.0)
+        loss = loss + torch.where(rollout, s.kl_weight * objective.kl.value(d_ref, d), 0.0)
         grad = grad + torch.where(rollout, s.kl_weight * objective.kl.slope(d_ref, d), 0.0)
-    return Coefficients(loss, grad, d, slope, kl, low, high)
+    return Coefficients(loss, grad, d, slope, low, high)
 
 
 def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: TokenBatch, mine: Tensor) -> Reduced:

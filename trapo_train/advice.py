@@ -25,7 +25,7 @@ METHODS = {
     "cispo": Method("group_std", "mean", "token_mean"),
     "gspo": Method("group_std", "mean", "sequence_mean"),
     "gmpo": Method("group_std", "mean", "sequence_mean"),
-    "sapo": Method("group_std", "mean", None),
+    "sapo": Method("group_std", "mean", "sequence_mean"),
     "rloo": Method("none", "leave_one_out", None),
     "reinforce_pp": Method("batch", "none", None),
 }
@@ -95,9 +95,10 @@ def _unsaved(config: RunConfig) -> str | None:
 
 
 def _launcher(world: World) -> str | None:
-    if world.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+    told = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ  # torchrun's other way to say it
+    if world.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or told:
         return None
     return (
-        "torchrun kills its ranks 30 s after it got SIGTERM itself, saved or not: start it with --shutdown-timeout=SECONDS, longer "
-        "than a step and a checkpoint"
+        "torchrun kills its ranks 30 s after it got SIGTERM itself, saved or not, unless it was started with "
+        "--shutdown-timeout=SECONDS (torch 2.13 and later): choose more than a step and a checkpoint take"
     )

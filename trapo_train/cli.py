@@ -297,3 +297,7 @@ def _quiet_libraries() -> None:
 def _print_paths(paths: Sequence[Path], console: Console) -> None:
     for path in paths:
         console.print(f"wrote {path}", style="dim", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    entry()

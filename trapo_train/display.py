@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -176,7 +175,8 @@ class MetricsLog:
             return 0
         rows, _ = _parse_metrics(self.path)
         if step < 0 and rows:  # nothing of that run is left but these
-            shutil.copy2(self.path, self.path.with_name(f"{self.path.name}.old"))
+            with self.path.with_name(f"{self.path.name}.old").open("a", encoding="utf-8") as old:
+                old.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and (evaluated or row["kind"] != "eval"))]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:

@@ -135,16 +135,19 @@ def export_model(
     return directory
 
 
-def other_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def other_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
     """A sentence where AutoTokenizer, which many use, reads an exported plain tokenizer as something else; None where it does not.
 
     transformers 5.23 makes every tokenizer beside a qwen2 model a Qwen2Tokenizer, with that one's pre-tokenisation.
     """
     if type(tokenizer) is not PreTrainedTokenizerFast:
         return None
-    loaded = AutoTokenizer.from_pretrained(directory)
-    theirs, ours = (json.loads(x.backend_tokenizer.to_str()) for x in (loaded, tokenizer))
-    if all(theirs[part] == ours[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")):
+    try:
+        loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # the run is over, and its model written
+        return f"transformers' AutoTokenizer cannot read the exported tokenizer: {error}"
+    theirs, ours = (json.loads(x.backend_tokenizer.to_str()) if x.is_fast else {} for x in (loaded, tokenizer))
+    if all(theirs.get(part) == ours[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")):
         return None
     return (
         f"transformers' AutoTokenizer reads the exported tokenizer as a {type(loaded).__name__}, with other tokens than it was "

@@ -71,7 +71,7 @@ def named(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if config.name_or_path is None:
+        if config.name_or_path is None or error.errno is not None:  # a full disk is no missing model
             raise
         missing = "" if Path(config.name_or_path).is_dir() else ", and there is no such directory"
         raise OSError(

@@ -124,9 +124,11 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
     except CheckpointError as raised:
         error = raised
     failed = next((found for found in trainer.world.gather(error) if found is not None), None)
-    own_data = trainer.config.data.task is None  # a generated task brings its tokenizer, too
-    if trainer.world.first and error is None and own_data and (note := other_tokenizer(directory, trainer.tokenizer)):
-        reporter.event(note)
+    config = trainer.config
+    if trainer.world.first and error is None and config.data.task is None:  # a generated task brings its tokenizer, too
+        note = other_tokenizer(directory, trainer.tokenizer, config.model.trust_remote_code)
+        if note is not None:
+            reporter.event(note)
     if failed is None and unsaved is None:
         return
     if failed is None:
@@ -172,7 +174,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 reporter.event(f"saved {trainer.save(store)}")
             raise
         reporter.step(metrics)
-        if not told and metrics["reward/none_count"] >= metrics["num_samples"] > 0:
+        if not told and "finished_share" in metrics and metrics["reward/none_count"] >= metrics["num_samples"]:
             told = True
             reporter.event(f"step {trainer.step}: the reward had no opinion (None) on any sample, and each counts as 0")
         samples_every = config.tracking.samples_every

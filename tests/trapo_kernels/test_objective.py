@@ -252,3 +252,18 @@ def test_the_loss_has_the_dtype_of_the_logprobs_whatever_that_of_the_streams(bac
     logprob = (b.old_logprob / 2).float().requires_grad_()
     loss = policy_loss(logprob, -logprob.detach(), b, objectives.PRESETS[name](entropy_coef=0.1), backend=backend).loss
     assert loss.dtype == torch.float32
+
+
+def test_the_reference_has_forward_mode_and_torch_func():
+    """What the kernels refuse, naming the reference."""
+    b = cases.batch(6, 50, torch.float64, roles=(1,), old_logprob=None, ref_logprob=None)
+
+    def loss(logprob):
+        return policy_loss(logprob, None, b, objectives.grpo(), backend="reference").loss
+
+    logprob = -torch.rand(6, dtype=torch.float64, device=cases.DEVICE)
+    gradient = torch.func.grad(loss)(logprob)
+    direction = torch.randn(6, dtype=torch.float64, device=cases.DEVICE)
+    _, tangent = torch.func.jvp(loss, (logprob,), (direction,))
+    torch.testing.assert_close(tangent, gradient @ direction)
+    assert gradient.any()

@@ -72,12 +72,32 @@ def _worker(rank, world_size, path, scale, dtype, backend):
     for ours, truth in zip(cases.gradients(part, (hidden, a, lora_shard)), (*grads[:2], grads[2][mine]), strict=True):
         assert cases.error(ours, truth) <= tolerance * max(1.0, truth.abs().max().item())
     _check_unequal_chunks(rank, world_size)
+    _check_peaked_entropy(rank, world_size)
     gathered = [torch.empty_like(actual[0]) for _ in range(world_size)]
     dist.all_gather(gathered, actual[0].detach())
     assert all(torch.equal(other, gathered[0]) for other in gathered), "ranks disagree on logprob"
     dist.barrier()  # a rank that leaves first would take the connection down under the other
     dist.destroy_process_group()
     os._exit(0)  # everything has passed; gloo's threads (torch 2.13) can abort the interpreter's own teardown
+
+
+def _check_peaked_entropy(rank, world_size):
+    """As test_accuracy has it: only one row has an entropy gradient, so its logits are computed again by another GEMM."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 896, generator=generator) for n in (64, 1024))
+    weight /= 896**0.5
+    hidden += 25 * weight[:64]
+    target, size = torch.arange(64) * 3, len(weight) // world_size
+
+    def gradient(dtype, weight, **settings):
+        x = hidden.to(dtype).requires_grad_()
+        entropy = linear_logprob(x, weight.to(dtype), target, with_entropy=True, **settings).entropy
+        return cases.gradients(entropy[5], (x,))[0][5]
+
+    mine = weight[rank * size :] if rank == world_size - 1 else weight[rank * size : (rank + 1) * size]
+    truth, eager = (gradient(dtype, weight, backend="reference") for dtype in (torch.float64, torch.float32))
+    ours = gradient(torch.float32, mine, process_group=dist.group.WORLD, backend="torch")
+    assert cases.error(ours, truth) <= 2 * cases.error(eager, truth) + 1e-5 * truth.abs().max()
 
 
 def _check_unequal_chunks(rank, world_size):

@@ -77,3 +77,5 @@ def test_the_patience_of_torchrun(advised, monkeypatch):
     (sentence,) = advised(world=SimpleNamespace(size=2))
     assert "--shutdown-timeout" in sentence
     assert advised() == []
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
+    assert advised(world=SimpleNamespace(size=2)) == []

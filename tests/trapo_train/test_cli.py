@@ -167,3 +167,9 @@ def test_every_command_explains_itself(command, capsys):
 def test_help_does_not_load_torch():
     code = "import sys, trapo_train.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["trapo_train", "trapo_train.cli"])
+def test_both_modules_are_the_command_line(module):
+    result = subprocess.run([sys.executable, "-m", module, "recipes"], capture_output=True, text=True, check=True)
+    assert "demo_trapo" in result.stdout

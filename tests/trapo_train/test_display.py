@@ -100,6 +100,8 @@ def test_a_run_that_left_no_checkpoint_starts_anew_and_its_metrics_are_kept(tmp_
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl.old")] == [1, 2, 3, 4, 5]
     assert "the 5 rows of before are in" in output_of(reporter)
+    reporter.rewind(-1)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl.old")] == [1, 2, 3, 4, 5, 1]  # every life of the run
 
 
 def test_rewind_of_a_run_without_metrics_is_nothing(tmp_path):

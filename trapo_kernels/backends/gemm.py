@@ -20,6 +20,7 @@ _CHUNK_LOGITS_GPU = 4096 * 152064
 # dWeight takes when the chunk is gone.
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
+_NUM_PARTS = 3  # of an fp32 matrix for GEMMs of 16 bits
 _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
 # Rows of every GEMM in batch-invariant mode, the last chunk padded: one shape, so one kernel and one order of summation per row.
 _INVARIANT_ROWS = {"cpu": 64}
@@ -100,7 +101,7 @@ class HeadGemm:
     the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient is not.
 
     A LoRA'd head adds two thin GEMMs: low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits. What is fp32 in
-    them goes through GEMMs of 16 bits in two parts, rounded and what rounding took, so that the logits lose nothing there either.
+    them goes through GEMMs of 16 bits in three parts of 8 bits or more each, so that the logits lose nothing there either.
 
     With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros.
     """
@@ -118,8 +119,9 @@ class HeadGemm:
         self.has_lora = head.lora_a is not None
         if self.has_lora:
             self.a_parts, self.b_parts = _parts(head.lora_a, self.operand_dtype), _parts(head.lora_b, self.operand_dtype)
-            # Beside the parts of low_rank, its first part once more where lora_b has a second one (`operands`).
-            self.b_beside_low_rank = torch.cat([self.b_parts[0]] * (2 if self.mixed else 1) + self.b_parts[1:], 1)
+            pairs = _pairs(_NUM_PARTS if self.mixed else 1, len(self.b_parts))
+            self.low_rank_order, b_order = zip(*pairs, strict=True)
+            self.b_beside_low_rank = torch.cat([self.b_parts[i] for i in b_order], 1)
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
 
     def operands(self, hidden_chunk: Tensor) -> Operands:
@@ -132,7 +134,7 @@ class HeadGemm:
             room = torch.empty(padded.shape[0], a.shape[0], dtype=self.statistics_dtype, device=a.device)
             low_rank = _sum_of(self.a_parts, self._multiply(padded, a.t(), room)[: hidden.shape[0]])
         parts = _parts(low_rank, self.operand_dtype)
-        return Operands(hidden, torch.cat(parts + parts[:1] * (len(self.b_parts) - 1), 1))
+        return Operands(hidden, torch.cat([parts[i] for i in self.low_rank_order], 1))
 
     def logits(self, operands: Operands, buffer: Tensor) -> Tensor:
         """hidden · weightᵀ (+ low_rank · lora_bᵀ) of a chunk into `buffer[:C]` [C, V], in `logits_dtype`.
@@ -229,9 +231,19 @@ class HeadGemm:
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Matrices in `dtype` that add up to x: itself, or x rounded and what rounding took from it."""
-    rounded = x.to(dtype)
-    return [rounded] if dtype.itemsize >= x.dtype.itemsize else [rounded, (x - rounded).to(dtype)]
+    """Matrices in `dtype` that add up to x: itself, or x rounded, what rounding took from it rounded, and so on."""
+    if dtype.itemsize >= x.dtype.itemsize:
+        return [x.to(dtype)]
+    parts = []
+    for _ in range(_NUM_PARTS):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return parts
+
+
+def _pairs(num_left: int, num_right: int) -> list[tuple[int, int]]:
+    """Which parts of two factors to multiply, those of the first rounding first: the others are below the last digit."""
+    return [(i, j) for i in range(num_left) for j in range(num_right) if i + j < _NUM_PARTS]
 
 
 def _sum_of(parts: list[Tensor], side_by_side: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, m
     amount = batch.weight.to(logp.dtype) * term.scale * signal
     if term.reduces(on_policy=batch.old_logprob is None):
         pooled = terms.reduced(term, logprob, entropy, d, batch, mine)
-        d = pooled.log_ratio + torch.where(pooled.flows, _Nothing.apply(logp), 0.0)  # pooled in value, logp's in gradient
+        d = pooled.log_ratio + torch.where(pooled.flows, _nothing(logp), 0.0)  # pooled in value, logp's in gradient
         amount = amount * pooled.factor
     d = torch.where(amount == 0, 0.0, d)  # an advantage of 0 keeps the loss at 0 however large the ratio is
     return -torch.where(mine, amount * term.gate.value(d, signal), 0.0).sum()
@@ -91,7 +91,7 @@ def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:
         return logprob
     anchor = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
     if anchor is None:
-        return _Nothing.apply(logprob)
+        return _nothing(logprob)
     return logprob - anchor.to(logprob.dtype)
 
 
@@ -100,12 +100,23 @@ def _rounded_in_value(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight + (weight.to(dtype).to(weight.dtype) - weight).detach()
 
 
+def _nothing(x: Tensor) -> Tensor:
+    """0 with the gradient of x: x - x.detach(), where x is -inf too. In forward mode not there: torch.compile cannot trace a
+    `Function` with a tangent."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.where(x.isfinite(), x - x.detach(), 0.0) if forward_mode else _Nothing.apply(x)
+
+
 class _Nothing(torch.autograd.Function):
-    """0 with the gradient of x: x - x.detach(), where x is -inf too."""
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is saved: the derivative is 1."""
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

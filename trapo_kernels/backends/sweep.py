@@ -125,15 +125,16 @@ def score_backward(
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
         active_rows = _active_rows((target != -100) & torch.stack(wanted).any(0))
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
+    policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
         operands = _operands(gemm, head, index, target[index] != -100)
         logits, c = gemm.logits(operands, buffer), None if grad_logprob is None else grad_logprob[index]
-        if grad_entropy is None or shard is not None:
-            e, known = None if grad_entropy is None else grad_entropy[index], RowStatistics(*(part[index] for part in stats))
-            grad_logits = rows.logprob_gradient(logits, target[index], transform.rows(index), known, c, e, gemm.operand_dtype)
+        if grad_entropy is None:
+            known = RowStatistics(*(part[index] for part in stats))
+            grad_logits = rows.logprob_gradient(logits, target[index], transform.rows(index), known, c, None, gemm.operand_dtype)
         else:  # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
             given = terms.given_gradients(c, grad_entropy[index], target[index] != -100)
-            _, grad_logits = rows.policy(logits, target[index], transform.rows(index), *given, True, gemm.operand_dtype)
+            _, grad_logits = policy_rows(logits, target[index], transform.rows(index), *given, True, gemm.operand_dtype)
         del logits
         _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after

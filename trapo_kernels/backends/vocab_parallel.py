@@ -42,15 +42,17 @@ class VocabShard:
         payload = torch.stack([local.row_max, local.log_sum, mean, torch.where(owns, local.logprob, 0.0), owns.to(mean.dtype)])
         row_max, log_sum, mean, logprob, owner = self._gather(payload).unbind(1)  # [world, C] each
         global_max = row_max.amax(0)
-        share = (row_max - global_max + log_sum).exp()  # Σ exp(z - global_max) of each shard
+        shift = row_max - global_max  # apart: beside a large maximum the small numbers would lose their digits
+        mass = shift + log_sum
+        share = mass.exp()  # Σ exp(z - global_max) of each shard
         total = share.sum(0)
         global_log_sum = total.log()
         # p → 1 keeps its digits: the owner's logprob is exact there, and the other shards enter through log(1 + their mass).
-        owner_mass = torch.where(owner > 0, row_max + log_sum, 0.0).sum(0)
-        others = torch.where(owner > 0, float("-inf"), row_max + log_sum - owner_mass).logsumexp(0)
+        owner_mass = torch.where(owner > 0, mass, 0.0).sum(0)
+        others = torch.where(owner > 0, float("-inf"), mass - owner_mass).logsumexp(0)
         global_logprob = logprob.sum(0) - torch.logaddexp(torch.zeros_like(others), others)
         global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))
-        moment = torch.where(share > 0, share * (mean + row_max - global_max), 0.0).sum(0)
+        moment = torch.where(share > 0, share * (mean + shift), 0.0).sum(0)
         stats = RowStatistics(global_logprob, global_log_sum - moment / total, global_max, global_log_sum)
         return RowStatistics(*(torch.where(local_target == IGNORE_INDEX, 0.0, value) for value in stats))
 
