@@ -97,15 +97,18 @@ def without_lora(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model is the one that the adapters were added to."""
     layers = [layer for _, layer in adapted_layers(model)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for layer in layers:
-        layer.enable_adapters(False)
+
+    def enable(enabled: bool) -> None:
+        for layer in layers:
+            layer.enable_adapters(enabled)
+        for parameter in trainable:  # disabling freezes the adapters; FSDP2, if this is its first pass, would not reduce in fp32
+            parameter.requires_grad_(True)
+
+    enable(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter in trainable:  # disabling froze the adapters
-            parameter.requires_grad_(True)
+        enable(True)
 
 
 def merged_weights(model: PreTrainedModel, names: Iterable[str], whole: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

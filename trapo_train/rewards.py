@@ -139,6 +139,20 @@ def exact_match(
     ]
 
 
+class Mean(float):
+    """A mean that knows of how many numbers, so that those of several calls can be merged."""
+
+    count: int
+
+    def __new__(cls, value: float, count: int) -> Mean:
+        mean = super().__new__(cls, value)
+        mean.count = count
+        return mean
+
+    def __getnewargs__(self) -> tuple[float, int]:
+        return float(self), self.count
+
+
 class WeightedSum:
     """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 
@@ -163,7 +177,7 @@ class WeightedSum:
 
     def take_metrics(self) -> dict[str, float]:
         """The mean of each reward since this was last asked, and the counts of the rewards themselves, summed."""
-        metrics = {f"reward/{name}": fmean(values) for name, values in self._values.items()}
+        metrics: dict[str, float] = {f"reward/{name}": Mean(fmean(values), len(values)) for name, values in self._values.items()}
         self._values = {}
         for _, reward, _ in self.terms:
             for name, count in take_metrics(reward).items():
@@ -173,15 +187,21 @@ class WeightedSum:
 
 def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
     """What a reward counted besides its values since this was last asked; nothing for a plain function."""
-    return {name: float(value) for name, value in reward.take_metrics().items()} if hasattr(reward, "take_metrics") else {}
+    found = reward.take_metrics() if hasattr(reward, "take_metrics") else {}
+    return {name: value if isinstance(value, Mean) else float(value) for name, value in found.items()}
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
-    """What several calls counted (see `take_metrics`) as one: counts and speeds add up, means are weighted by `sizes`, by default
-    equally."""
-    merged = {}
+    """What several calls counted (see `take_metrics`) as one: counts and speeds add up, a `Mean` is weighted by its own count,
+    other means by `sizes`, by default equally."""
+    merged: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         known = [i for i, part in enumerate(parts) if name in part]
+        values = [parts[i][name] for i in known]
+        if all(isinstance(value, Mean) for value in values):
+            count = sum(value.count for value in values)
+            merged[name] = Mean(sum(value * value.count for value in values) / count, count)
+            continue
         weights = [1 if sizes is None else sizes[i] for i in known]
         adds_up = name.endswith(("_count", "timeouts", "crashes", "tokens_per_s"))
         total = sum(parts[i][name] * (1 if adds_up else weight) for i, weight in zip(known, weights, strict=True))

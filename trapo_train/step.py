@@ -138,6 +138,9 @@ def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     return preset
 
 
+_UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The configured optimizer over all trainable parameters of `model`, in a fused implementation where it has one.
 
@@ -150,7 +153,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         raise ValueError(f"name must be an optimizer of torch.optim ({', '.join(sorted(known))}), got {config.name!r}.")
     accepted = inspect.signature(cls).parameters
     arguments: dict[str, Any] = {"lr": config.learning_rate}
-    if "fused" in accepted:
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if sharded and config.name in _UNSHARDED_OPTIMIZERS:
+        raise ValueError(f"{config.name} has no form for parameters sharded over ranks, got several ranks. Use AdamW.")
+    if "fused" in accepted and (not sharded or config.name in ("Adam", "AdamW")):  # the others' fused forms take no shards
         arguments["fused"] = True
     if config.betas is not None:
         arguments["betas"] = config.betas

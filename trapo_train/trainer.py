@@ -218,10 +218,19 @@ class Trainer:
         if not positions:
             positions = self.order.next(self.config.prompts_per_step)
             if self.chooser is not None:
-                choice = self._asked()
+                choice = self._agreed()
         objective = apply_choice(choice, self.objective)
         alone = choice != "both" and objective.rollout is None
         return positions, build_plan(PlanConfig("sft")) if alone else self.plan, objective
+
+    def _agreed(self) -> str:
+        """The first rank's answer, on every rank: each sees other times and has random states of its own."""
+        choice, error = None, None
+        try:
+            choice = self._asked()
+        except ChooserError as raised:
+            error = raised
+        return self.world.gather_or_raise(choice, error)[0]
 
     def _asked(self) -> str:
         try:

@@ -193,6 +193,20 @@ def test_torchrun_trains_resumes_on_other_ranks_and_exports(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
+def torn(step, metrics):
+    """A chooser whose answer differs from rank to rank, as one that looks at times does."""
+    return "rollout" if os.environ["RANK"] == "0" else "expert"
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without_a_fused_form_for_shards(tmp_path):
+    settings = ("optimizer={name: SGD, learning_rate: 1e-2}", "objective={chooser: 'tests.trapo_train.test_parallel:torn'}")
+    _torchrun(2, tmp_path, "steps=2", *settings)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    assert len(rows) == 2 and all(row["grad_norm"] >= 0 for row in rows)
+    assert [row["num_samples"] for row in rows] == [24, 24]  # of the plan of the first rank's answer, on both
+
+
 @pytest.mark.slow
 def test_torchrun_with_lora_and_a_reference(tmp_path):
     lora = ("model.lora={rank: 2}", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")

@@ -1,6 +1,8 @@
 """Rewards: what is passed to them, what is accepted from them, and grading of real answers."""
 
 import asyncio
+import json
+import pickle
 import re
 import sys
 from fractions import Fraction
@@ -10,7 +12,18 @@ import numpy as np
 import pytest
 
 from trapo_train.records import Problem
-from trapo_train.rewards import REWARDS, RewardError, RewardTerm, WeightedSum, exact_match, judge, load_reward, take_metrics
+from trapo_train.rewards import (
+    REWARDS,
+    Mean,
+    RewardError,
+    RewardTerm,
+    WeightedSum,
+    exact_match,
+    judge,
+    load_reward,
+    merge_metrics,
+    take_metrics,
+)
 from trapo_train.tasks import pointer_chasing_reward
 
 math_verify = REWARDS["math_verify"]
@@ -296,3 +309,12 @@ def test_an_own_reward_in_workers_survives_itself(risky):
     for word, reason in [("bug", "row 11: .*KeyError.*no such key"), ("nan", "finite numbers, got nan on row 11")]:
         with pytest.raises(RewardError, match=f"'risky_rewards:risky' .*{reason}"):
             judge(risky, problems(2), ["a", word])
+
+
+def test_means_of_several_calls_are_weighted_by_their_counts_whatever_their_names():
+    parts = [
+        {"reward/word_count": Mean(value, count), "reward/none_count": none} for value, count, none in ((1, 8, 3.0), (0, 4, 1.0))
+    ]
+    merged = merge_metrics(pickle.loads(pickle.dumps(parts)))  # as they travel between ranks
+    assert merged == {"reward/word_count": pytest.approx(8 / 12), "reward/none_count": 4.0}
+    assert merged["reward/word_count"].count == 12 and json.dumps(merged["reward/none_count"]) == "4.0"
