@@ -215,7 +215,7 @@ def test_torchrun_with_lora_and_a_reference(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2)])  # float32: test_ranks_train_and_save_what_one_process_does
 def test_torchrun_with_a_vocabulary_parallel_head_a_reference_and_old_logprobs(dtype, tolerance, tmp_path):
     settings = ("objective={name: grpo, options: {beta: 0.1}}", "updates={mini_batches: 3, correction: {name: tis}}")
     run = ("steps=2", f"model.dtype={dtype}", "reward='tests.trapo_train.test_updates:coin'", "plan.name=grpo", *settings)
