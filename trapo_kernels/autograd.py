@@ -25,10 +25,10 @@ def _refuse_double_backward(op: str) -> None:
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """upstream · grad, multiplied in fp32 and rounded to `dtype` in one pass; the upstream gradient stays on its device.
+    """upstream · grad, multiplied in fp32, then rounded to `dtype`; the upstream gradient stays on its device.
 
-    Where the graph is not retained nobody reads `grad` again: it is handed out itself, untouched where upstream is 1. Not on a GPU
-    where it is rounded as well, which there costs nothing beside a multiplication.
+    Where the graph is not retained nobody reads `grad` again: it is scaled in its place, or not at all where upstream is 1. A GPU
+    multiplies and rounds in one pass instead, which a CPU has not.
     """
     traced = type(grad) is not Tensor  # torch.compile: what a tensor holds is not known, and the graph may run again
     one_pass = grad.dtype != dtype and grad.device.type != "cpu"

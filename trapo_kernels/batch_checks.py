@@ -26,7 +26,7 @@ def token_batch(batch: TokenBatch) -> None:
     floats = (torch.float32, torch.float64)
     checks.vector(where, "target", batch.target, length, device, (torch.int64,))
     checks.vector(where, "role", batch.role, length, device, (torch.uint8,))
-    checks.roles(where, batch.role)
+    checks.role_values(where, batch.role)
     for name in ("advantage", "weight"):
         checks.vector(where, name, getattr(batch, name), length, device, floats)
     for name in ("old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight"):

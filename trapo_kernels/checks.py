@@ -90,6 +90,11 @@ def roles(where: str, role: Tensor) -> None:
     """role [N] uint8, `Role` values where they can be looked at."""
     is_a(where, "role", role, Tensor, "the roles of N tokens")
     vector(where, "role", role, role.numel(), role.device, (torch.uint8,))
+    role_values(where, role)
+
+
+def role_values(where: str, role: Tensor) -> None:
+    """A uint8 `role` must hold `Role` values; looked at on the CPU only."""
     if may_look(role) and role.numel() and int(role.max()) > 2:
         raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(role.max())}.")
 

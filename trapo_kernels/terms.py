@@ -76,7 +76,7 @@ def given_gradients(grad_logprob: Tensor | None, grad_entropy: Tensor, counted: 
     grad_entropy = grad_entropy.contiguous()  # that of a sum is one number, expanded
     zero = torch.zeros_like(grad_entropy)
     role = torch.where(counted, Role.EXPERT, Role.IGNORED).to(torch.uint8)
-    signal = zero if grad_logprob is None else -grad_logprob
+    signal = zero if grad_logprob is None else -grad_logprob.contiguous()
     return Streams(role, zero, signal, zero + 1.0, None, None, grad_entropy), Objective(expert=Term(One()))
 
 

@@ -19,13 +19,8 @@ NORMALISATIONS = ("none", "group_std", "batch_std", "batch")
 class AdvantageConfig:
     """How rewards become advantages: what is subtracted, over which samples, and what it is divided by.
 
-    | method                        | center        | normalise                     |
-    |-------------------------------|---------------|-------------------------------|
-    | TRAPO, Dr.GRPO                | mean          | none                          |
-    | GRPO                          | mean          | group_std, or batch_std       |
-    | RLOO                          | leave_one_out | none                          |
-    | REINFORCE++                   | none          | batch                         |
-    | REINFORCE++ with a baseline   | mean          | batch                         |
+    The defaults are those of TRAPO and Dr.GRPO; `advice.METHODS` has what other methods take. REINFORCE++ with a baseline centres
+    at the mean.
     """
 
     normalise: Literal["none", "group_std", "batch_std", "batch"] = "none"

@@ -169,7 +169,7 @@ class MetricsLog:
 
     def rewind(self, step: int, evaluated: bool = True) -> int:
         """Drop every row after `step`, and its evaluation unless it was `evaluated`; return how many. The file is replaced in
-        one move, or not at all."""
+        one move, or not at all. With a `step` below 0 nothing of the run is left: its rows are added to a file <name>.old."""
         self.close()
         if not self.path.exists():
             return 0

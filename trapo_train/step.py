@@ -24,6 +24,7 @@ from trapo_train.schedules import Schedule, build_schedule, is_schedule
 
 HISTOGRAM_BINS = 10
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
+_UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")  # place results of another sharding into a DTensor
 _UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metric every step
 
 
@@ -136,9 +137,6 @@ def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{hint}")
     return preset
-
-
-_UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:

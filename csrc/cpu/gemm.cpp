@@ -82,8 +82,8 @@ void bf16_gemm(Tensor a_tensor, Tensor b_tensor, Tensor out_tensor, double beta)
   STD_TORCH_CHECK(has_bf16_gemm(), op, ": this needs a processor with AMX and a torch with MKL. Compute in float32 instead.");
   Matrix a = check_matrix("a", a_tensor, ScalarType::BFloat16), b = check_matrix("b", b_tensor, ScalarType::BFloat16);
   Matrix out = check_matrix("out", out_tensor, ScalarType::Float);
-  STD_TORCH_CHECK(a.columns == b.rows && out.rows == a.rows && out.columns == b.columns, op, ": out [M, N] must be a [M, K] times b [K, N], got ",
-                  shape_of(out_tensor), ", ", shape_of(a_tensor), " and ", shape_of(b_tensor), ". Transpose or cut them to fit.");
+  STD_TORCH_CHECK(a.columns == b.rows && out.rows == a.rows && out.columns == b.columns, op,
+                  ": out [M, N] must be a [M, K] times b [K, N], got ", shape_of(out_tensor), ", ", shape_of(a_tensor), " and ", shape_of(b_tensor), ". Transpose or cut them to fit.");
   if (out.rows == 0 || out.columns == 0) return;
 #if defined(TRAPO_MKL)
   const void *left = a_tensor.const_data_ptr(), *right = b_tensor.const_data_ptr();

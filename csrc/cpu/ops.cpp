@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <cstring>
 #include <optional>
@@ -43,8 +44,8 @@ struct Gradient {
   float* row(int64_t i) const { return reinterpret_cast<float*>(data + i * row_bytes); }
   BFloat16* narrow_row(int64_t i) const { return reinterpret_cast<BFloat16*>(data + i * row_bytes); }
   void put(int64_t i, int64_t v, float x) const {
-    const BFloat16 rounded = rounded_to_bf16(x);
     if (narrow) {
+      const c10::BFloat16 rounded(x);
       std::memcpy(narrow_row(i) + v, &rounded, sizeof(rounded));
     } else {
       row(i)[v] = x;

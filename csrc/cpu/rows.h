@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -36,12 +35,6 @@ inline Row finished_row(double others, double moment, float row_max, float targe
 // The bits of a bf16 number. They may lie where a float did (a chunk of logits becomes its own gradient): written as whole vectors of
 // a type that may alias, or by memcpy.
 typedef uint16_t BFloat16;
-
-// To nearest, ties to even; NaN stays NaN.
-inline BFloat16 rounded_to_bf16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return static_cast<BFloat16>((x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u) >> 16);
-}
 
 struct RowSweeps {
   void (*transform)(float* x, const float* bias, int64_t count, const Transform& t);

@@ -203,7 +203,6 @@ def test_torchrun_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without
     settings = ("optimizer={name: SGD, learning_rate: 1e-2}", "objective={chooser: 'tests.trapo_train.test_parallel:torn'}")
     _torchrun(2, tmp_path, "steps=2", *settings)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
-    assert len(rows) == 2 and all(row["grad_norm"] >= 0 for row in rows)
     assert [row["num_samples"] for row in rows] == [24, 24]  # of the plan of the first rank's answer, on both
 
 

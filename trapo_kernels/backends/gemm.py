@@ -118,10 +118,13 @@ class HeadGemm:
         self.gradient_in_columns = self.on_cpu and (self.mixed or cpu_gemm.tuning().gradient_in_columns)
         self.has_lora = head.lora_a is not None
         if self.has_lora:
-            self.a_parts, self.b_parts = _parts(head.lora_a, self.operand_dtype), _parts(head.lora_b, self.operand_dtype)
-            pairs = _pairs(_NUM_PARTS if self.mixed else 1, len(self.b_parts))
+            a_parts, b_parts = _parts(head.lora_a, self.operand_dtype), _parts(head.lora_b, self.operand_dtype)
+            self.num_a_parts, self.lora_a = len(a_parts), torch.cat(a_parts)  # [parts · R, D]
+            pairs = _pairs(_NUM_PARTS if self.mixed else 1, len(b_parts))
             self.low_rank_order, b_order = zip(*pairs, strict=True)
-            self.b_beside_low_rank = torch.cat([self.b_parts[i] for i in b_order], 1)
+            self.b_beside_low_rank = torch.cat([b_parts[i] for i in b_order], 1)
+            self.num_b_parts, rank = len(b_parts), head.lora_b.shape[1]
+            self.lora_b = self.b_beside_low_rank[:, : rank * len(b_parts)]  # [V, parts · R]: the pairs begin with each part of b
         self.logits_dtype = self.statistics_dtype if logits_dtype == torch.float32 else logits_dtype
 
     def operands(self, hidden_chunk: Tensor) -> Operands:
@@ -129,10 +132,10 @@ class HeadGemm:
         hidden = hidden_chunk.to(self.operand_dtype)
         if not self.has_lora:
             return Operands(hidden, None)
-        padded, a = self._padded(hidden), torch.cat(self.a_parts)
+        padded = self._padded(hidden)
         with self._exact():
-            room = torch.empty(padded.shape[0], a.shape[0], dtype=self.statistics_dtype, device=a.device)
-            low_rank = _sum_of(self.a_parts, self._multiply(padded, a.t(), room)[: hidden.shape[0]])
+            room = torch.empty(padded.shape[0], self.lora_a.shape[0], dtype=self.statistics_dtype, device=hidden.device)
+            low_rank = _sum_of(self.num_a_parts, self._multiply(padded, self.lora_a.t(), room)[: hidden.shape[0]])
         parts = _parts(low_rank, self.operand_dtype)
         return Operands(hidden, torch.cat([parts[i] for i in self.low_rank_order], 1))
 
@@ -183,8 +186,7 @@ class HeadGemm:
 
     def grad_low_rank(self, grad_logits: Tensor) -> Tensor:
         """dLow_rank [C, R] as a GEMM operand."""
-        grad = self._grad_rows(grad_logits, torch.cat(self.b_parts, 1))
-        return _sum_of(self.b_parts, grad).to(self.operand_dtype)
+        return _sum_of(self.num_b_parts, self._grad_rows(grad_logits, self.lora_b)).to(self.operand_dtype)
 
     def grad_hidden(self, grad_logits: Tensor, grad_low_rank: Tensor | None) -> Tensor:
         """dHidden [C, D] in fp32 (fp64)."""
@@ -193,8 +195,7 @@ class HeadGemm:
             return grad
         whole = self._padded(grad)
         with self._exact():
-            repeated = torch.cat([self._padded(grad_low_rank)] * len(self.a_parts), 1)
-            self._add_product(whole, repeated, torch.cat(self.a_parts), beta=1)
+            self._add_product(whole, self._padded(grad_low_rank).repeat(1, self.num_a_parts), self.lora_a, beta=1)
         return whole[: grad.shape[0]]
 
     def _grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
@@ -246,6 +247,6 @@ def _pairs(num_left: int, num_right: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(num_left) for j in range(num_right) if i + j < _NUM_PARTS]
 
 
-def _sum_of(parts: list[Tensor], side_by_side: Tensor) -> Tensor:
+def _sum_of(num_parts: int, side_by_side: Tensor) -> Tensor:
     """[C, R] from the products [C, parts · R] with each of the parts."""
-    return side_by_side.unflatten(1, (len(parts), -1)).sum(1)
+    return side_by_side if num_parts == 1 else side_by_side.unflatten(1, (num_parts, -1)).sum(1)

@@ -126,15 +126,16 @@ def score_backward(
         active_rows = _active_rows((target != -100) & torch.stack(wanted).any(0))
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
+    given = None if grad_entropy is None else terms.given_gradients(grad_logprob, grad_entropy, target != -100)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
         operands = _operands(gemm, head, index, target[index] != -100)
-        logits, c = gemm.logits(operands, buffer), None if grad_logprob is None else grad_logprob[index]
-        if grad_entropy is None:
-            known = RowStatistics(*(part[index] for part in stats))
+        logits = gemm.logits(operands, buffer)
+        if given is None:
+            c, known = grad_logprob[index], RowStatistics(*(part[index] for part in stats))
             grad_logits = rows.logprob_gradient(logits, target[index], transform.rows(index), known, c, None, gemm.operand_dtype)
         else:  # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
-            given = terms.given_gradients(c, grad_entropy[index], target[index] != -100)
-            _, grad_logits = policy_rows(logits, target[index], transform.rows(index), *given, True, gemm.operand_dtype)
+            streams, objective = _streams_of_rows(given[0], index), given[1]
+            _, grad_logits = policy_rows(logits, target[index], transform.rows(index), streams, objective, True, gemm.operand_dtype)
         del logits
         _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
@@ -165,7 +166,7 @@ def policy(
     scored, target = target, torch.where(streams.role != 0, target, -100)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
-        streams_chunk = replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
+        streams_chunk = _streams_of_rows(streams, index)
         operands = _operands(gemm, head, index, streams_chunk.role != 0)
         stats, grad_logits = policy_rows(
             gemm.logits(operands, buffer),
@@ -183,6 +184,10 @@ def policy(
     if scored_rows is not None:  # after the sweep, which may have put zeros there
         _score_rows(rows, gemm, head, scored, scored_rows, transform, True, shard, out)
     return out, _reduced(grads, shard, head.hidden.dtype)
+
+
+def _streams_of_rows(streams: terms.Streams, index: Tensor | slice) -> terms.Streams:
+    return replace(streams, **{k: v[index] for k, v in vars(streams).items() if v is not None})
 
 
 def _sharded_statistics(
