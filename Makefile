@@ -13,6 +13,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
+# A process per core; what a file's tests share is made once.
+PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile
 # Where the gpu- targets write, a few files only, and how long they may take; QUESTIONS="trapo scoring" narrows gpu-bench.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 500
@@ -39,10 +41,10 @@ demo: $(VENV)/.ready  ## train a base model, then TRAPO from it, on a laptop CPU
 
 test: $(VENV)/.ready  ## every test that this machine can run
 	@echo "== the whole suite (make test-fast leaves out the slow ones)"
-	@$(RUN) -m pytest
+	@$(PYTEST)
 
 test-fast: $(VENV)/.ready  ## the default subset, without `slow`
-	@$(RUN) -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.ready  ## ruff, check only
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
