@@ -26,6 +26,6 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
       "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
   m.def("bf16_gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
-  m.def("has_bf16_gemm() -> bool");
+  m.def("bf16_units() -> str");
   m.def("instruction_set(str? use=None) -> str");
 }

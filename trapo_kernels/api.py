@@ -79,7 +79,7 @@ def linear_logprob(
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
-            follows the measurements in trapo_kernels/scoring.json. A bf16 head on a CPU with matrix units (AMX) has the GEMMs of
+            follows the measurements in trapo_kernels/scoring.json. A bf16 head on a CPU with AMX or AVX512_BF16 has the GEMMs of
             the native extension under every chunked backend, where it is installed; float32 inputs never do.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.

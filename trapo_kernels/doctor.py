@@ -54,7 +54,7 @@ def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
     reason = dispatch.why_not(backend, device, torch.float32)
     if reason:
         return f"missing: {reason}", True
-    units = ", bf16 on AMX" if native.HAS_BF16_GEMM else ""
+    units = f", bf16 on {native.BF16_UNITS}" if native.BF16_UNITS else ""
     note = f" ({native.instruction_set()}{units})" if backend == "native" and device.type == "cpu" else ""
     if backend in dispatch.FUSED:
         return "runs: linear_logprob alone, backward as without _fused; has no self-test", True

@@ -28,7 +28,7 @@ def head_memory(
         hidden_size, vocab_size: D and V; of a head sharded over the vocabulary this rank's part of V.
         dtype: of the hidden states: bfloat16, float16 or float32.
         weight_dtype: of the head's weight; None for `dtype`.
-        device_type: "cuda" or "cpu"; it decides the chunk, and a CPU computes in float32, but for bfloat16 on matrix units.
+        device_type: "cuda" or "cpu"; it decides the chunk, and a CPU computes in float32, but for bfloat16 with AMX or AVX512_BF16.
         grad_weight: whether the weight is trained.
         in_place: False for backend "torch", which needs the chunk of logits three times.
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
@@ -38,7 +38,7 @@ def head_memory(
         the gradient of a narrow weight takes in its dtype, beyond the room that chunk and copy have left by then).
 
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
-        whose matrix units, with the native extension, the dtype of the GEMMs.
+        whose instructions, with the native extension, the dtype of the GEMMs.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype

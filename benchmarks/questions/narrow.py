@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU, in float32 or on matrix units where it has them: how fast, and at what accuracy?"""
+"""bfloat16 on a CPU, in float32, or by its bf16 instructions where it has them: how fast, and at what accuracy?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The bf16 GEMM of the MKL inside libtorch_cpu.
+// The bf16 GEMM of the MKL inside libtorch_cpu, or that of bf16_tiles.h.
 
 #include "gemm.h"
 
@@ -13,6 +13,7 @@
 #endif
 
 #include "../checks.h"
+#include "bf16_tiles.h"
 
 #if defined(TRAPO_MKL)
 // Weak: null with a torch built on another BLAS. MKL's integers are of 32 bits there; a value that fits reads the same from 64.
@@ -66,35 +67,49 @@ bool has_matrix_units() {
 #endif
 }
 
-}  // namespace
-
-bool has_bf16_gemm() {
+// Whether MKL's GEMM is there and drives matrix units; without them it is as slow as in fp32.
+bool uses_mkl() {
 #if defined(TRAPO_MKL)
-  static const bool has = &cblas_gemm_bf16bf16f32 != nullptr && has_matrix_units();
-  return has;
+  static const bool uses = &cblas_gemm_bf16bf16f32 != nullptr && has_matrix_units();
+  return uses;
 #else
   return false;
 #endif
 }
 
+Bf16Lines lines_of(const void* data, const Matrix& x, bool along_k) {
+  return {static_cast<const uint16_t*>(data), x.leading, along_k};
+}
+
+}  // namespace
+
+std::string bf16_units() { return uses_mkl() ? "AMX" : has_bf16_tiles() ? "AVX512_BF16" : ""; }
+
 void bf16_gemm(Tensor a_tensor, Tensor b_tensor, Tensor out_tensor, double beta) {
   const char* op = "bf16_gemm";
-  STD_TORCH_CHECK(has_bf16_gemm(), op, ": this needs a processor with AMX and a torch with MKL. Compute in float32 instead.");
+  STD_TORCH_CHECK(uses_mkl() || has_bf16_tiles(), op,
+                  ": this needs a processor with AVX512_BF16, or one with AMX and a torch with MKL. Compute in float32 instead.");
   Matrix a = check_matrix("a", a_tensor, ScalarType::BFloat16), b = check_matrix("b", b_tensor, ScalarType::BFloat16);
   Matrix out = check_matrix("out", out_tensor, ScalarType::Float);
   STD_TORCH_CHECK(a.columns == b.rows && out.rows == a.rows && out.columns == b.columns, op,
                   ": out [M, N] must be a [M, K] times b [K, N], got ", shape_of(out_tensor), ", ", shape_of(a_tensor), " and ", shape_of(b_tensor), ". Transpose or cut them to fit.");
   if (out.rows == 0 || out.columns == 0) return;
-#if defined(TRAPO_MKL)
   const void *left = a_tensor.const_data_ptr(), *right = b_tensor.const_data_ptr();
   if (out.transposed) {  // outᵀ = bᵀ · aᵀ, which lies in rows
     const Matrix first = b.flipped(), second = a.flipped();
     std::swap(left, right);
     a = first, b = second, out = out.flipped();
   }
-  cblas_gemm_bf16bf16f32(kRowMajor, a.order(), b.order(), out.rows, out.columns, a.columns, 1.0f, left, a.leading, right, b.leading,
-                         static_cast<float>(beta), static_cast<float*>(out_tensor.mutable_data_ptr()), out.leading);
+  float* to = static_cast<float*>(out_tensor.mutable_data_ptr());
+#if defined(TRAPO_MKL)
+  if (uses_mkl()) {
+    cblas_gemm_bf16bf16f32(kRowMajor, a.order(), b.order(), out.rows, out.columns, a.columns, 1.0f, left, a.leading, right, b.leading,
+                           static_cast<float>(beta), to, out.leading);
+    return;
+  }
 #endif
+  bf16_tiles_gemm(lines_of(left, a, !a.transposed), lines_of(right, b, b.transposed), to, out.leading, out.rows, out.columns, a.columns,
+                  static_cast<float>(beta));
 }
 
 }  // namespace trapo

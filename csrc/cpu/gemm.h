@@ -4,10 +4,12 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
+
 namespace trapo {
 
-// Whether this processor has matrix units for bf16 (AMX) and this torch brings the GEMM that drives them.
-bool has_bf16_gemm();
+// What multiplies bf16 here: "AMX", by the GEMM of the MKL in this torch; "AVX512_BF16", by bf16_tiles.h; "" where nothing does.
+std::string bf16_units();
 
 // out = beta · out + a · b for a [M, K], b [K, N] in bf16 and out [M, N] in fp32; with beta 0 `out` is not read. Each has unit stride
 // in a row or in a column.

@@ -269,5 +269,5 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&trapo::choose_instruction_set));
-  m.impl("has_bf16_gemm", TORCH_BOX(&trapo::has_bf16_gemm));
+  m.impl("bf16_units", TORCH_BOX(&trapo::bf16_units));
 }

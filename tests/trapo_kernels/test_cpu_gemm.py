@@ -1,4 +1,4 @@
-"""bf16 heads on a CPU: on its matrix units where it has them, in fp32 where it has not; the sums are fp32 either way."""
+"""bf16 heads on a CPU: by its bf16 instructions where it has them, in fp32 where it has not; the sums are fp32 either way."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from trapo_kernels import linear_logprob
 from trapo_kernels.backends import cpu_gemm, gemm, native
 
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
-needs_matrix_units = pytest.mark.skipif(not native.HAS_BF16_GEMM, reason="this processor has no matrix units for bf16")
+needs_bf16 = pytest.mark.skipif(not native.BF16_UNITS, reason="this processor does not multiply bf16")
 on_a_cpu = pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU takes 16 bits as they are")
 
 
@@ -21,9 +21,11 @@ def _matrix(rows, columns, in_columns, gap, dtype):
     return kept.t() if in_columns else kept
 
 
-@needs_matrix_units
+@needs_bf16
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (1, 7, 3), (5, 1, 9), (64, 100, 33), (17, 1, 64), (130, 257, 65), (3, 4, 0), (0, 4, 3)], ids=str
+    "sizes",
+    [(1, 1, 1), (1, 7, 3), (5, 1, 9), (64, 100, 33), (17, 1, 64), (130, 257, 65), (3, 4, 0), (0, 4, 3), (300, 410, 2100)],
+    ids=str,
 )
 @pytest.mark.parametrize("beta", [0, 1])
 def test_products_of_every_layout(sizes, beta):
@@ -36,17 +38,32 @@ def test_products_of_every_layout(sizes, beta):
         if beta == 0:
             out.fill_(float("nan"))  # is not read
         assert cpu_gemm.bf16_product(a, b, out, beta) is out
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-7 * max(100, inner))
 
 
-@needs_matrix_units
+@pytest.mark.skipif(native.BF16_UNITS != "AVX512_BF16", reason="this processor multiplies bf16 by MKL's GEMM, if at all")
+def test_a_sum_has_the_same_bits_whatever_is_computed_beside_it():
+    a, b = torch.randn(300, 2100).bfloat16(), torch.randn(2100, 700).bfloat16()
+    whole = cpu_gemm.bf16_product(a, b, torch.empty(300, 700))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for rows, columns in ((slice(0, 300), slice(0, 700)), (slice(7, 8), slice(0, 700)), (slice(290, 300), slice(33, 650))):
+                part = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+                assert torch.equal(cpu_gemm.bf16_product(a[rows], b[:, columns], part), whole[rows, columns])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_bf16
 def test_operands_without_unit_stride_are_copied():
     a, b = torch.randn(6, 20).bfloat16()[:, ::2], torch.randn(1, 4).bfloat16().expand(10, 4)
     out = cpu_gemm.bf16_product(a, b, torch.empty(6, 4))
     torch.testing.assert_close(out, a.float() @ b.float())
 
 
-@needs_matrix_units
+@needs_bf16
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -71,19 +88,19 @@ def test_bad_arguments_of_the_op(change, message):
 
 
 @needs_native
-@pytest.mark.skipif(native.HAS_BF16_GEMM, reason="this processor has matrix units for bf16")
-def test_without_matrix_units_the_op_says_so():
-    with pytest.raises(RuntimeError, match="needs a processor with AMX and a torch with MKL. Compute in float32 instead"):
+@pytest.mark.skipif(bool(native.BF16_UNITS), reason="this processor multiplies bf16")
+def test_without_them_the_op_says_so():
+    with pytest.raises(RuntimeError, match="needs a processor with AVX512_BF16, or one with AMX and a torch with MKL. Compute in float32"):
         torch.ops.trapo_native.bf16_gemm(torch.zeros(2, 3).bfloat16(), torch.zeros(3, 4).bfloat16(), torch.zeros(2, 4), 0.0)
 
 
 @on_a_cpu
 @pytest.mark.parametrize("backend", cases.COMPILED)
-@pytest.mark.parametrize("units", [pytest.param(True, marks=needs_matrix_units), False])
+@pytest.mark.parametrize("units", [pytest.param(True, marks=needs_bf16), False])
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
 def test_logits_are_exact_and_gradients_as_good_as_the_operands(backend, units, scale, monkeypatch):
-    """Against fp64: logprobs to fp32; gradients unrounded without matrix units, with dLogits rounded to bf16 on them."""
-    monkeypatch.setattr(native, "HAS_BF16_GEMM", units)
+    """Against fp64: logprobs to fp32; gradients unrounded without such units, with dLogits rounded to bf16 on them."""
+    monkeypatch.setattr(native, "BF16_UNITS", native.BF16_UNITS if units else "")
     hidden, weight, _ = cases.head(60, 64, 1001, torch.bfloat16, scale)
     assert gemm.operand_dtype(torch.bfloat16, "cpu") == (torch.bfloat16 if units else torch.float32)
     target = torch.randint(1001, (60,))

@@ -27,7 +27,7 @@ def test_error_is_at_most_twice_that_of_eager_with_fp32_logits(backend, dtype, s
     exact = cases.eager_statistics(*exact_inputs[:2], target, exact_inputs[2])
     exact_grads = cases.gradients(loss(*exact), exact_inputs)
     upcast = torch.float64 if dtype == torch.float64 else torch.float32
-    rounded = gemm.operand_dtype(dtype, cases.DEVICE)  # matrix units take the gradient of the logits in 16 bits, too
+    rounded = gemm.operand_dtype(dtype, cases.DEVICE)  # bf16 instructions take the gradient of the logits in 16 bits, too
     eager = cases.eager_statistics(hidden.to(upcast), weight.to(upcast), target, bias.to(upcast), grad_dtype=rounded)
     eager_grads = cases.gradients(loss(*eager), (hidden, weight, bias))
     out = linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, backend=backend)

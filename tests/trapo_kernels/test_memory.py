@@ -46,9 +46,9 @@ def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, ro
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_narrow_weight_whose_gradient_is_rounded_at_the_end(rows, hidden_size, units, with_bias, monkeypatch):
-    if native.why_not("cpu") or (units and not native.HAS_BF16_GEMM):
-        pytest.skip("this machine has no native extension, or no matrix units for bf16")
-    monkeypatch.setattr(native, "HAS_BF16_GEMM", units)
+    if native.why_not("cpu") or (units and not native.BF16_UNITS):
+        pytest.skip("this machine has no native extension, or does not multiply bf16")
+    monkeypatch.setattr(native, "BF16_UNITS", native.BF16_UNITS if units else "")
     vocab_size = 16001
     hidden, weight = (torch.randn(n, hidden_size).bfloat16().requires_grad_() for n in (rows, vocab_size))
     bias = torch.zeros(vocab_size, requires_grad=True) if with_bias else None

@@ -1,4 +1,4 @@
-"""The GEMMs of a CPU: what suits those in fp32, and those of bf16 operands where the processor has matrix units for them."""
+"""The GEMMs of a CPU: what suits those in fp32, and those of bf16 operands where the processor multiplies such."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def tuning() -> Tuning:
 
 
 # Of bf16 operands, Xeon with AMX, 2 cores, D = 896, V = 32768: 1030 GFLOP/s into the logits of 512 rows at once, 970 in blocks of
-# 8192 tokens (256 rows: 890 and 800); dHidden 1370 in columns, 1160 in rows; dWeight 1090. Those in fp32 run at 310 to 360.
+# 8192 tokens (256 rows: 890 and 800); dHidden 1370 in columns, 1160 in rows; dWeight 1090. Those in fp32 run at 310 to 360. An EPYC
+# with AVX512_BF16: csrc/cpu/bf16_tiles.cpp.
 
 
 def takes(dtype: torch.dtype) -> bool:
-    """Whether GEMMs take operands of this 16-bit dtype as they are: bf16 where there are matrix units (AMX), sums in fp32."""
-    return dtype == torch.bfloat16 and native.HAS_BF16_GEMM
+    """Whether GEMMs take operands of this 16-bit dtype as they are: bf16 where there are AMX or AVX512_BF16, sums in fp32."""
+    return dtype == torch.bfloat16 and bool(native.BF16_UNITS)
 
 
 def bf16_product(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> Tensor:

@@ -58,8 +58,8 @@ def chunk_rows(
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What the GEMMs take hidden states of `dtype` in.
 
-    On a GPU they stay as they are; on a CPU without matrix units, whose 16-bit GEMMs are up to 90 times slower than fp32 ones, they
-    are converted to fp32.
+    On a GPU they stay as they are; on a CPU that has no instructions for them, whose 16-bit GEMMs are up to 90 times slower than
+    fp32 ones, they are converted to fp32.
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if narrow and device_type == "cpu" and not cpu_gemm.takes(dtype) else dtype

@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native extension does not load: {error}. Install trapo again under this version of torch."
-    if not hasattr(_OPS, "has_bf16_gemm"):  # the newest of its ops
+    if not hasattr(_OPS, "bf16_units"):  # the newest of its ops
         return "the native extension is older than this package. Install trapo again."
     return None
 
@@ -47,8 +47,8 @@ def _missing_kernels(device_type: str) -> str | None:
 _NOT_LOADED = _load()
 # Found out at import, so that choosing a backend inside torch.compile reads a constant.
 _WHY_NOT = {device_type: _NOT_LOADED or _missing_kernels(device_type) for device_type in ("cpu", "cuda")}
-# Whether this CPU multiplies bf16 operands on its matrix units.
-HAS_BF16_GEMM: bool = _NOT_LOADED is None and _OPS.has_bf16_gemm()
+# What multiplies bf16 operands on this CPU: "AMX", "AVX512_BF16", or "" where nothing does.
+BF16_UNITS: str = "" if _NOT_LOADED else _OPS.bf16_units()
 
 
 def why_not(device_type: str) -> str | None:
