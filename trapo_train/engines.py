@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_train.config import RunConfig
 from trapo_train.engine import EngineError, TransformersEngine
-from trapo_train.model import precision
+from trapo_train.model import policy_head, precision
 from trapo_train.model_state import check_replaceable, export_model, whole_weights
 from trapo_train.parallel import World, gathered
 from trapo_train.vllm_engine import VllmEngine
@@ -56,7 +56,7 @@ def ready_to_generate(
             yield
     else:
         if engine.loaded_step != step:
-            export_model(model, tokenizer, engine.sync_dir, world)
+            export_model(model, tokenizer, engine.sync_dir, world, policy_head(model).compute_dtype)
         error = None
         if world.first:
             try:

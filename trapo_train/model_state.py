@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -76,6 +77,12 @@ def load_training_state(
         group.update(saved)
 
 
+def has_finite_weights(model: PreTrainedModel, world: World) -> bool:
+    """Whether all trained weights are, on all ranks."""
+    mine = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    return all(world.gather(all(bool(weight.isfinite().all()) for weight in mine)))
+
+
 def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model as it is now, whole and with LoRA's adapters added, under the names of the plain model; a tied one
     once. Every rank must go through all of them: a sharded weight is put together when its turn comes."""
@@ -89,10 +96,14 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, world: World | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    world: World | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write model and tokenizer as Hugging Face files (float32, safetensors), replacing an older export as a whole. LoRA's adapters
-    are added to the weights.
+    """Write model and tokenizer as Hugging Face files (safetensors), replacing an older export as a whole. LoRA's adapters are
+    added to the weights, which are then rounded to `dtype`.
 
     Every rank of `world` must call this; the first one gathers the weights and writes.
 
@@ -101,7 +112,7 @@ def export_model(
     """
     directory = Path(directory).resolve()  # a link to a larger disk stays one
     sharded = world is not None and world.size > 1
-    weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) else None
+    weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) or dtype != torch.float32 else None
     if world is not None and not world.first:
         return directory
     if weights is not None:
@@ -109,6 +120,8 @@ def export_model(
         weights = {name: value for name, value in weights.items() if name in names}
     if has_lora(model):
         weights = dict(merged_weights(model, list(weights), weights.__getitem__))
+    if weights is not None:
+        weights = {name: value.to(dtype) if value.dtype == torch.float32 else value for name, value in weights.items()}
     check_replaceable(directory)
     unfinished = directory.with_name(f".unfinished_{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from trapo_train.chooser import ChooserError
@@ -289,6 +289,8 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Summarise a step; a mean over no samples is left out.
 
     reward/mean             all samples
+    reward/std              of all samples
+    reward/equal_share      share of the problems whose samples all have one reward, so that a group's own advantages are 0
     reward/unguided         unguided samples of micro-group 1 (those of later ones come from problems that failed before)
     reward/micro_group_k    samples of micro-group k; guided_share and guided_share/micro_group_k likewise
     answer_in_prefix        share of the guided completions whose prefix already states the solution
@@ -301,6 +303,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     completed = [sample for sample in samples if sample.finish_reason != "expert"]
     means = {
         "reward/mean": [sample.reward for sample in samples],
+        "reward/equal_share": [len({sample.reward for sample in group}) == 1 for group in groups if group],
         "reward/unguided": [sample.reward for sample in first],
         "guided_share": [sample.guided for sample in samples],
         "answer_in_prefix": [sample.answer_in_prefix for sample in completed if sample.guided],
@@ -312,5 +315,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
         means[f"reward/micro_group_{k}"] = [sample.reward for sample in micro_group]
         means[f"guided_share/micro_group_{k}"] = [sample.guided for sample in micro_group]
     metrics = {name: fmean(values) for name, values in means.items() if values}
+    if samples:
+        metrics["reward/std"] = pstdev(means["reward/mean"])
     response_tokens = sum(len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples)
     return metrics | {"num_samples": float(len(samples)), "response_tokens": float(response_tokens)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -69,7 +70,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger L2 norm are scaled down to it, at least 0; 0 never clips."""
     max_skipped_steps: int = 3
-    """Steps in a row with a loss or gradient that is not finite, skipped before the run stops, at least 0."""
+    """Rollout steps in a row that may be skipped, because no update of theirs had a finite loss and gradient, before the run stops;
+    at least 0."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -223,7 +225,9 @@ def optimizer_step(
     ranks = 1 if world is None else world.size
     tally = _Tally()
     passes = 1
-    for micro_batch in micro_batches:
+    for number, micro_batch in enumerate(micro_batches):
+        if isinstance(model, FSDPModule):  # replicas (HSDP) meet once, with the whole sum
+            model.set_requires_all_reduce(number == len(micro_batches) - 1)
         micro_batch = micro_batch.to(device)
         out = policy_forward(model, micro_batch, objective, temperature)
         (out.loss if ranks == 1 else out.loss * ranks).backward()
@@ -306,7 +310,7 @@ class _Tally:
         histogram = self._sums.pop("histogram", None)
         whole = dict(self._maxima)  # of the step as it is, not sums to be divided by a count
         if self._mismatches:
-            whole["rollout/mismatch_p95"] = torch.nanquantile(torch.cat(self._mismatches), 0.95)
+            whole["rollout/mismatch_p95"] = _quantile(torch.cat(self._mismatches), 0.95)
         scalars = self._sums | whole | extra
         parts = [value.double().reshape(-1) for value in scalars.values()]
         numbers = torch.cat(parts if histogram is None else [*parts, histogram]).tolist()
@@ -339,6 +343,14 @@ _RENAMED = {
     "expert/trsft_weight": "trsft/weight_mean",
     "expert/share_below_alpha": "trsft/share_below_alpha",
 }
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Of the values that are not NaN, in fp64; torch.nanquantile takes 2^24 of them at most."""
+    ordered = values.sort().values.double()  # NaN come last
+    place = share * ((~values.isnan()).sum() - 1).clamp(min=0).double()
+    below, above = (ordered.gather(0, index.long()[None])[0] for index in (place.floor(), place.ceil()))
+    return torch.lerp(below, above, place - place.floor())
 
 
 def _mismatch(logprob: Tensor, rollout_logprob: Tensor, rollout: Tensor) -> dict[str, Tensor]:

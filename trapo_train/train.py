@@ -18,11 +18,12 @@ from typing import Any
 from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
-from trapo_train.model_state import check_replaceable, export_model, other_tokenizer
+from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
+from trapo_train.step import NonFiniteError
 from trapo_train.trainer import Trainer
 
 SHARED_WITHIN_S = 20.0
@@ -59,8 +60,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM the run saves a
     checkpoint after the current step and returns. Under torchrun every rank calls this; the first one writes and reports.
 
-    Raises: ValueError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps; RewardError or
-        EngineError, with a checkpoint of the last step before; RankError when another rank dies or hangs.
+    Raises: ValueError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
+        EngineError, each with a checkpoint of the state before (of finite weights); RankError when another rank dies or hangs.
     """
     _check_output_dir(config)
     trainer = Trainer(config)
@@ -180,7 +181,13 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
             write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
-        trainer.stop_if_broken(metrics, reporter)
+        try:
+            trainer.stop_if_broken(metrics, reporter)
+        except NonFiniteError:  # nothing was taken from the updates that were skipped
+            trainer.skipped_in_a_row = 0  # of the run that goes on from here
+            if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
+                reporter.event(f"saved {trainer.save(store)}")
+            raise
 
 
 def _check_output_dir(config: RunConfig) -> None:

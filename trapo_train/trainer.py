@@ -137,7 +137,7 @@ class Trainer:
         ended = time.perf_counter()
         scheduled = {f"objective/{name}": value for name, value in scheduled_options(config.objective, self.step).items()}
         self.step += 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if update["skipped_step"] else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if update["skipped_step"] == config.updates.per_step else 0
         self.last_groups = rollout.groups
         self.last_metrics = {
             "step": self.step,
@@ -262,11 +262,14 @@ class Trainer:
         return self.last_evaluation
 
     def stop_if_broken(self, metrics: dict[str, Any], reporter: Reporter) -> None:
-        """Report a skipped step; after too many in a row keep the last batch for inspection and raise NonFiniteError."""
-        if not metrics["skipped_step"]:
+        """Report skipped updates; after too many steps of nothing else keep the last batch for inspection and raise NonFiniteError."""
+        skipped, updates = metrics["skipped_step"], self.config.updates.per_step
+        if not skipped:
             return
         reporter.event(
             f"step {self.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
+            if skipped == updates
+            else f"step {self.step}: {skipped} of {updates} updates skipped, whose loss or gradient norm was not finite"
         )
         if self.skipped_in_a_row <= self.config.optimizer.max_skipped_steps:
             return

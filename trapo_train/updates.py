@@ -104,18 +104,22 @@ def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, config: UpdateConf
 
 
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest."""
+    """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest.
+
+    Updates that were skipped, whose metrics may be NaN, only count, unless all of them were.
+    """
     if len(updates) == 1:
         return updates[0]
+    taken = [update for update in updates if not update["skipped_step"]] or updates
     merged: dict[str, Any] = {}
-    for name in dict.fromkeys(name for update in updates for name in update):
-        values = [update[name] for update in updates if name in update]
+    for name in dict.fromkeys(name for update in taken for name in update):
+        values = [update[name] for update in taken if name in update]
         if name in ("loss_tokens", "micro_batches", "skipped_step"):
-            merged[name] = sum(values)
+            merged[name] = sum(update[name] for update in updates)
         elif name.endswith("_max") or name == "loss_passes":
             merged[name] = max(values)
         elif name == "learning_rate":
-            merged[name] = values[-1]
+            merged[name] = updates[-1][name]
         elif isinstance(values[0], list):
             merged[name] = [sum(bin_) for bin_ in zip(*values, strict=True)]
         else:

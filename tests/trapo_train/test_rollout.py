@@ -143,6 +143,7 @@ def test_metrics():
     result, _ = run([problem(0, "ab?a1:"), problem(1, "ab?a2:")], script=script)
     metrics = result.metrics
     assert metrics["reward/mean"] == (8 + 1) / 16
+    assert metrics["reward/std"] == pytest.approx((9 / 16 * 7 / 16) ** 0.5) and metrics["reward/equal_share"] == 0.5
     assert metrics["reward/unguided"] == metrics["reward/micro_group_1"] == 0.5
     assert metrics["reward/micro_group_4"] == 1.0
     assert metrics["guided_share"] == 4 / 16

@@ -271,6 +271,24 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
     assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
 
 
+def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, monkeypatch):
+    real, calls = trainer.optimizer_step, []
+
+    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
+        calls.append(len(calls))
+        if len(calls) in (3, 4):
+            micro_batches = [replace(m, batch=replace(m.batch, weight=m.batch.weight * 1e38)) for m in micro_batches]
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
+    settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0", "steps=5")
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        train_to_end(configure("poisoned", *settings))
+    assert len(calls) == 4
+    assert train_to_end(configure("poisoned", *settings, "checkpoint.resume=true")).steps == 5
+    assert len(calls) == 5, "the weights after step 4, which are those after step 2, were saved"
+
+
 def test_bfloat16_runs_end_to_end(configure):
     summary = train_to_end(configure("bf16", "model.dtype=bfloat16", "steps=2", "model.gradient_checkpointing=true"))
     assert summary.steps == 2

@@ -1,5 +1,6 @@
 """Several updates per rollout step: old logprobs from before the first, corrections in the weights, merged metrics."""
 
+import math
 from functools import partial
 
 import pytest
@@ -74,11 +75,13 @@ def test_bad_settings(make, message):
 def test_metrics_of_updates_are_merged():
     updates = [
         {"loss": 1.0, "loss_tokens": 3, "rollout/ratio_max": 2.0, "learning_rate": 0.1, "skipped_step": 0, "h": [1, 0]},
-        {"loss": 3.0, "loss_tokens": 4, "rollout/ratio_max": 1.5, "learning_rate": 0.2, "skipped_step": 1, "h": [0, 2]},
+        {"loss": 3.0, "loss_tokens": 4, "rollout/ratio_max": 1.5, "learning_rate": 0.2, "skipped_step": 0, "h": [0, 2]},
     ]
-    assert merge_updates(updates) == {
-        "loss": 2.0, "loss_tokens": 7, "rollout/ratio_max": 2.0, "learning_rate": 0.2, "skipped_step": 1, "h": [1, 2],
-    }  # fmt: skip
+    whole = {"loss": 2.0, "loss_tokens": 7, "rollout/ratio_max": 2.0, "learning_rate": 0.2, "skipped_step": 0, "h": [1, 2]}
+    assert merge_updates(updates) == whole
+    skipped = {"loss": float("nan"), "loss_tokens": 5, "rollout/ratio_max": 9.0, "learning_rate": 0.3, "skipped_step": 1}
+    assert merge_updates([*updates, skipped]) == whole | {"loss_tokens": 12, "learning_rate": 0.3, "skipped_step": 1}
+    assert merge_updates([skipped, skipped])["skipped_step"] == 2 and math.isnan(merge_updates([skipped, skipped])["loss"])
 
 
 def coin(prompts, completions, **columns):

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.trapo_train.fake_vllm import MODEL, FakeServer
 from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, iter_requests, problem
+from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import vllm_server
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.engine import EngineError, SamplingParams
+from trapo_train.model_state import export_model
 from trapo_train.records import Request
 from trapo_train.rewards import RewardError
 from trapo_train.rollout import run_plans
@@ -163,6 +166,17 @@ def test_a_server_that_started_anew_gets_the_weights_before_it_samples_again(ser
     assert answered == [expected] and again.loaded == [str(weights)]
     paths = [path for path, _ in again.requests]
     assert paths[:2] == ["/collective_rpc", "/reset_prefix_cache"] and paths[2:] == ["/v1/completions"] * 4
+
+
+def test_the_server_reads_weights_in_the_dtype_that_training_computes_in(tmp_path):
+    model = make_model().bfloat16().float()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1e-4)
+    export_model(model, build_tokenizer(), tmp_path / "weights", dtype=torch.bfloat16)
+    weights = load_file(tmp_path / "weights" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert torch.equal(weights["lm_head.weight"], model.lm_head.weight.bfloat16())
+    assert model.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("fault", "reloads"), [(503, 1), ("hang", 1), ("garbage", 1), (429, 0)])
