@@ -262,7 +262,7 @@ class Trainer:
         return self.last_evaluation
 
     def stop_if_broken(self, metrics: dict[str, Any], reporter: Reporter) -> None:
-        """Report skipped updates; after too many steps of nothing else keep the last batch for inspection and raise NonFiniteError."""
+        """Report skipped updates; after too many steps of nothing else keep the last batch and raise NonFiniteError."""
         skipped, updates = metrics["skipped_step"], self.config.updates.per_step
         if not skipped:
             return
