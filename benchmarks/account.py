@@ -136,6 +136,11 @@ def predict(case: Case, plan: Plan = SINGLE_PASS, rates: Rates = H200) -> Predic
 SHAPES = [(32768, 3584, 152064), (8192, 4096, 151936), (8192, 4096, 128256), (8192, 3584, 256000), (8192, 1024, 151936)]
 COMMANDS = [
     (
+        "make -k gpu-native gpu-test gpu-bench GPU_SECONDS=200 GPU_MINUTES=4.5 "
+        "QUESTIONS='trapo scoring --skip torch.compile --skip \"ours (reference)\"'",
+        "where there are ten minutes: what the next two commands give, as far as it comes",
+    ),
+    (
         "make -k gpu-native gpu-test GPU_SECONDS=430",
         "builds the CUDA kernels of `csrc`, none of which has run yet, for this GPU (half a minute); then the kernel tests, the "
         "CUDA kernels after everything else, and compute-sanitizer on them: `tests.md`, `sanitizer.txt`",
@@ -244,6 +249,11 @@ def todo() -> str:
         "`BLOCK_V` and the number of warps in `launch.py`, or at `row_kernels.cuh`) or that the GEMMs of a chunk do not reach the "
         "rate of whole ones. The row kept in shared memory may miss its range and the fused scoring kernels will miss "
         "their 1.00: see `offline_native.md` for why.",
+        "",
+        "To be timed before the tile of `launch.py` is pinned: the first sweep of the Triton row kernels reduces over the block in "
+        "every tile and starts no load before that (read off the SASS). `tl.range(0, whole, BLOCK_V, num_stages=3)` in `row_sweep` "
+        "compiles to asynchronous copies (80 registers, 16 KiB of shared memory, no spill); a maximum per lane, reduced once, needs "
+        "no barriers.",
         "",
     ]
     return "\n".join(lines)

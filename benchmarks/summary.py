@@ -58,6 +58,8 @@ def _ranges(values: dict[str, list[float]]) -> str:
 
 def _range(values: list[float]) -> str:
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    if len(values) == 1:
+        return f"{low} × (one case)"
     return f"{low} ×" if low == high else f"{low} to {high} ×"
 
 

@@ -16,7 +16,7 @@ from benchmarks import isolate, measure, provenance, questions, readme, regressi
 from benchmarks.cell import DEVICE_LOST, Bench
 from benchmarks.contenders import BY_NAME
 from benchmarks.journal import Journal
-from benchmarks.problem import Case, build, errors, truth
+from benchmarks.problem import Case, Result, build, errors, textbook_loss, truth
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("compile", "step")
@@ -289,16 +289,30 @@ def test_the_command_of_a_worker_is_what_was_typed(monkeypatch):
     assert provenance.command() == "python -m benchmarks trapo --budget 9"
 
 
+def _without_entropy_gradient(problem):
+    """Eager, which leaves out what the entropy bonus adds to the gradients."""
+
+    def call():
+        log_p = (problem.hidden @ problem.weight.T).log_softmax(-1)
+        logprob, entropy = log_p.gather(1, problem.target.clamp(min=0)[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1).detach()
+        loss = textbook_loss(problem.case.job, logprob, entropy, problem.batch)
+        return Result(logprob.detach(), entropy, loss.detach(), *torch.autograd.grad(loss, (problem.hidden, problem.weight)))
+
+    return call
+
+
 def test_a_wrong_contender_is_named_and_not_timed():
     problem = build(SMALL, "cpu")
     eager = BY_NAME["eager"].prepare(problem)
     half = BY_NAME["eager"]._replace(prepare=lambda p: lambda: eager()._replace(grad_weight=eager().grad_weight / 2))
     broken = BY_NAME["eager"]._replace(name="broken", prepare=lambda p: lambda: 1 / 0)
+    detached = BY_NAME["eager"]._replace(name="detached", prepare=_without_entropy_gradient)
     nan = BY_NAME["eager"]._replace(name="nan", prepare=lambda p: lambda: eager()._replace(logprob=torch.full((48,), torch.nan)))
-    rows, calls = bench()._check(problem, truth(problem), [half, broken, nan])
+    rows, calls = bench()._check(problem, truth(problem), [half, broken, detached, nan])
     assert rows["eager"]["status"] == "wrong" and "grad_weight_relative 0.5" in rows["eager"]["reason"]
     assert rows["broken"]["status"] == "failed" and "ZeroDivisionError" in rows["broken"]["reason"]
     assert rows["nan"]["status"] == "wrong"
+    assert rows["detached"]["status"] == "wrong" and "grad_hidden" in rows["detached"]["reason"]
     assert not calls
 
 

@@ -20,11 +20,12 @@ SMALL = (48, 32, 264)  # a dry run of every code path
 CPU_LONG = (2048, 896, 32768)
 CPU_MAIN = (512, 896, 32768)
 CPU_WIDE = (1024, 2048, 32768)
+CPU_LARGE_VOCAB = (512, 256, 151936)
 CPU_MATRIX = [
     CPU_MAIN,
     (512, 896, 151936),
     (512, 256, 32768),
-    (512, 256, 151936),
+    CPU_LARGE_VOCAB,
     CPU_WIDE,
     (256, 2048, 151936),
 ]
@@ -46,6 +47,6 @@ def main_cases(question: str, job: str, device: str, small: bool) -> list[Case]:
 
 
 def cpu_cases(question: str, job: str, shapes: list[tuple[int, int, int]], contenders: tuple[str, ...]) -> list[Case]:
-    """Timed cases with some contenders; of TRAPO's long ones, where the logits outweigh dWeight, the peak memory too."""
-    weighed = (CPU_LONG, CPU_WIDE) if job == "trapo" else ()
+    """Timed cases with some contenders; of TRAPO's, where the logits outweigh dWeight, the peak memory too."""
+    weighed = (CPU_LONG, CPU_WIDE, CPU_LARGE_VOCAB) if job == "trapo" else ()
     return [Case(question, job, *shape, "float32", with_memory=shape in weighed, contenders=contenders) for shape in shapes]

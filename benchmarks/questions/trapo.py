@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import CPU_CHOICE, CPU_LONG, CPU_MATRIX, cpu_cases, main_cases
+from benchmarks.questions.shapes import CPU_CHOICE, CPU_LARGE_VOCAB, CPU_LONG, CPU_MATRIX, cpu_cases, main_cases
 
 ABOUT = __doc__
 
@@ -13,4 +13,6 @@ def cases(device: str, small: bool) -> list[Case]:
     main = main_cases("trapo", "trapo", device, small)
     if small or device == "cuda":
         return main
-    return [*main, *cpu_cases("trapo", "trapo", [CPU_LONG, *CPU_MATRIX[1:]], CPU_CHOICE)]
+    others = [shape for shape in (CPU_LONG, *CPU_MATRIX[1:]) if shape != CPU_LARGE_VOCAB]
+    tiled = (*CPU_CHOICE, "TRL chunked logprob")  # whose tile of 32768 columns is all of the other vocabulary
+    return [*main, *cpu_cases("trapo", "trapo", others, CPU_CHOICE), *cpu_cases("trapo", "trapo", [CPU_LARGE_VOCAB], tiled)]

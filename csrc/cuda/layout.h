@@ -69,7 +69,13 @@ struct Schedule {
   }
 
  private:
-  static TRAPO_HD int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
+  static TRAPO_HD int common_divisor(int a, int b) {
+    while (b != 0) {
+      const int rest = a % b;
+      a = b, b = rest;
+    }
+    return a;
+  }
 };
 
 }  // namespace trapo

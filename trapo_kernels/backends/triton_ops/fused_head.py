@@ -35,7 +35,7 @@ MIN_PROGRAMS = 264
 # On chip: acc [BLOCK_N, BLOCK_V] fp32 and num_stages operand tiles in shared memory.
 # Order: tiles ascend within a split, splits are merged in order by `_merge`: bitwise repeatable, and a pure function of the shapes.
 # Edges: ragged N, V and D are masked; addresses are int64; a row with target -100 gives zeros, its hidden state is read as zeros.
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "tiles_per_split"])  # which vary from call to call
 def fused_scoring_kernel(
     hidden_ptr, hidden_stride, weight_ptr, weight_stride, target_ptr,
     row_max_ptr, others_ptr, moment_ptr, z_target_ptr,

@@ -33,10 +33,10 @@ def expm1(x):
 
 @triton.jit
 def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
-    """G(d) of gate code GATE with its scalars; 0 for code 0, a role without a term."""
+    """G(d) of gate code GATE with its scalars; 0 for code 0, a role without a term. NaN for NaN, which a GPU's min drops."""
     ratio = tl.exp(d)
     if GATE == 1:  # One
-        g = tl.where(d == d, 1.0, d)  # 1 where d is -inf, too
+        g = 1.0  # where d is -inf, too
     elif GATE == 2:  # Ratio
         g = ratio
     elif GATE == 3:  # Clip: floor, ceiling, dual
@@ -57,8 +57,8 @@ def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
         soft = sigmoid(tl.where(advantage < 0, s1, s0) * expm1(capped))
         g = 4.0 * soft * (1.0 - soft) * tl.exp(capped)
     else:
-        g = tl.where(d == d, 0.0, d)
-    return g
+        g = 0.0
+    return tl.where(d == d, g, d)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def coefficient(
         held = tl.minimum(tl.maximum(d_ref, -k0), k0)
         beyond = 0.0
         if KL_CODE == 1:
-            k = tl.where(d_ref == d_ref, 1.0, d_ref)
+            k = 1.0
         elif KL_CODE == 2:
             k = d_ref
         elif KL_CODE == 3:
@@ -88,7 +88,7 @@ def coefficient(
         else:
             k = tl.exp(d) * d_ref
             beyond = tl.exp(d) * (expm1(-held) + held)
-        k = tl.where(held == d_ref, k, beyond)
+        k = tl.where(d_ref == d_ref, tl.where(held == d_ref, k, beyond), d_ref)
         c += tl.where(weighted, kl_weight * k, 0.0)
     return c
 

@@ -1,4 +1,4 @@
-"""What the launchers share: the device, the pinned row tile, the transform's arguments, the buffer of the gradient."""
+"""What the launchers share: the device, the pinned row tile, the transform's arguments, the buffers of what comes out."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def transform_arguments(transform: LogitTransform, logits: Tensor) -> dict[str, 
         "HAS_ROW_TEMPERATURE": per_row,
         "HAS_SOFTCAP": transform.softcap is not None,
     }
+
+
+def row_outputs(count: int, logits: Tensor) -> tuple[Tensor, ...]:
+    """`count` vectors [C] in fp32, each 16-byte aligned whatever C is, or Triton would compile anew for each way they are not."""
+    rows = logits.shape[0]
+    return torch.empty(count, -(-rows // 4) * 4, dtype=torch.float32, device=logits.device)[:, :rows].unbind()
 
 
 def gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:

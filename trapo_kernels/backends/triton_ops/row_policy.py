@@ -10,7 +10,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.backends.triton_ops.gates import coefficient, gate_arguments
-from trapo_kernels.backends.triton_ops.launch import gradient_buffer, on_device_of, tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import gradient_buffer, on_device_of, row_outputs, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import gradient_sweep, row_sweep, zero_row
 from trapo_kernels.objective import Objective
 
@@ -81,7 +81,7 @@ def policy(
     grad_dtype: torch.dtype | None,
 ) -> tuple[RowStatistics, Tensor | None]:
     """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss, over the memory of `logits`."""
-    out = RowStatistics(*torch.empty(4, logits.shape[0], device=logits.device).unbind())
+    out = RowStatistics(*row_outputs(4, logits))
     grad = None if grad_dtype is None else gradient_buffer(logits, grad_dtype)
     grad_argument = logits if grad is None else grad
     unused = streams.anchor

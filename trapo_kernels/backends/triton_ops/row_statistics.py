@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.backends.triton_ops.launch import on_device_of, tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import on_device_of, row_outputs, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import row_sweep
 
 
@@ -49,7 +48,7 @@ def row_statistics_kernel(
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row of logits [C, V]; zeros where target is -100."""
-    out = RowStatistics(*torch.empty(4, logits.shape[0], device=logits.device).unbind())
+    out = RowStatistics(*row_outputs(4, logits))
     with on_device_of(logits):
         row_statistics_kernel[(logits.shape[0],)](
             logits, logits.stride(0), target.contiguous(), logits.shape[1], *out,
