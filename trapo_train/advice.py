@@ -39,6 +39,7 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _unguided(config, objective),
         _repeats(config, num_problems),
         _unsaved(config),
+        _engine(config, world),
         _launcher(world),
     ]
     return [sentence for sentence in found if sentence is not None]
@@ -91,7 +92,13 @@ def _unsaved(config: RunConfig) -> str | None:
     """Of a model worth keeping; one from scratch is a matter of minutes."""
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
-    return "no checkpoint is saved before the last step, except on SIGTERM. Set checkpoint.every=N"
+    return "no checkpoint is saved before the last step, except on SIGTERM and before an error that ends the run. Set checkpoint.every=N"
+
+
+def _engine(config: RunConfig, world: World) -> str | None:
+    if config.rollout.engine != "transformers" or config.model.name_or_path is None or world.device.type != "cuda":
+        return None
+    return "rollout.engine=transformers samples in plain PyTorch. vllm and vllm_server are the engines for speed"
 
 
 def _launcher(world: World) -> str | None:

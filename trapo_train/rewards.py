@@ -55,11 +55,11 @@ class RewardTerm:
 
 
 class RewardFn(Protocol):
-    """A reward in TRL's signature, a function or an async one: one number per row, or None where it has no opinion.
+    """A reward as TRL calls one for text data, a function or an async one: one number per row, or None where it has no opinion.
 
-    `prompts` and `completions` are texts, one per row; a completion is the whole response, expert prefix included and
-    special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with one
-    value per row. Declare the ones you read and take the rest with `**columns`.
+    `prompts` and `completions` are texts, one per row, those of a chat too; a completion is the whole response, expert prefix
+    included and special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with
+    one value per row, and no `completion_ids`. Declare the ones you read and take the rest with `**columns`.
 
     Rows are independent of each other: how many come in one call is not fixed. A plain function is called from the thread that
     trains, an async one also several times at once (see `may_overlap`).

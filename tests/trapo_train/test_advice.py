@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.trapo_train.test_train import build_config
 from trapo_kernels.objectives import PRESETS
 from trapo_train.advice import METHODS, advice
 from trapo_train.step import build_objective
 
-ALONE = SimpleNamespace(size=1)
+ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -69,13 +70,16 @@ def test_more_prompts_in_a_step_than_there_are(advised):
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
     pretrained = ("model={name_or_path: some/model}", "checkpoint.every=0")
     assert ["no checkpoint is saved before the last step" in sentence for sentence in advised(*pretrained)] == [True]
+    on_gpu = SimpleNamespace(size=1, device=torch.device("cuda"))
+    assert any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, world=on_gpu))
+    assert not any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, "rollout.engine=vllm", world=on_gpu))
     assert advised("checkpoint.every=0") == []  # a model from scratch
 
 
 def test_the_patience_of_torchrun(advised, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    (sentence,) = advised(world=SimpleNamespace(size=2))
+    (sentence,) = advised(world=SimpleNamespace(size=2, device=torch.device("cpu")))
     assert "--shutdown-timeout" in sentence
     assert advised() == []
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
-    assert advised(world=SimpleNamespace(size=2)) == []
+    assert advised(world=SimpleNamespace(size=2, device=torch.device("cpu"))) == []
