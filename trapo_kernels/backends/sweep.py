@@ -323,15 +323,13 @@ def _put_rows(out: Tensor, index: Tensor | slice, values: Tensor) -> None:
 
 
 def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
-    """`score` for logits [N, V] that exist already; they are copied chunk by chunk and left as they are."""
+    """`score` for logits [N, V] that exist already; they are left as they are, copied chunk by chunk where they would not be."""
     dtype = statistics_dtype(logits)
     out = _empty_statistics(logits.shape[0], dtype, logits.device)
     for index in _logit_chunks(logits):
-        _put(
-            out,
-            index,
-            rows.statistics(_own_copy(logits[index], dtype), target[index], transform.rows(index), with_entropy),
-        )
+        readable = not rows.STATISTICS_OVERWRITE and logits.stride(1) == 1
+        chunk = logits[index] if readable else _own_copy(logits[index], dtype)
+        _put(out, index, rows.statistics(chunk, target[index], transform.rows(index), with_entropy))
     return out
 
 
@@ -346,9 +344,11 @@ def score_logits_backward(
 ) -> Tensor:
     """dL/dlogits [N, V] in the dtype of logits."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    in_place = logits.dtype == stats.logprob.dtype
     for index in _logit_chunks(logits):
-        grad[index] = rows.logprob_gradient(
-            _own_copy(logits[index], stats.logprob.dtype),
+        room = grad[index]
+        result = rows.logprob_gradient(
+            room.copy_(logits[index]) if in_place else _own_copy(logits[index], stats.logprob.dtype),
             target[index],
             transform.rows(index),
             RowStatistics(*(part[index] for part in stats)),
@@ -356,6 +356,8 @@ def score_logits_backward(
             None if grad_entropy is None else grad_entropy[index],
             logits.dtype,
         )
+        if result.data_ptr() != room.data_ptr():
+            room.copy_(result)
     return grad
 
 
