@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -124,9 +125,10 @@ class CheckpointStore:
             if self._ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
             kept = f"The last one is {self.path(self.steps()[-1])}." if self.steps() else "There is no earlier one."
+            remedy = "Mend that" if isinstance(error, CheckpointError) else "Free space or make the directory writable"
             raise CheckpointError(
                 f"checkpoint: step {step} could not be saved to {self.directory}: {_reason(error)}. {kept} "
-                "Free space or make the directory writable, then resume with checkpoint.resume=true."
+                f"{remedy}, then resume with checkpoint.resume=true."
             ) from error
         return self.path(step)
 
@@ -182,9 +184,10 @@ class CheckpointStore:
         try:  # a state that only saves would show when the run is resumed, and then it is too late
             torch.load(unfinished / STATE_FILE, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise CheckpointError(
-                "checkpoint: the state of a chooser, and the metrics of a reward, must be plain values and tensors: "
-                f"{_one_line(error)}"
+                "the state of a chooser, and the metrics of a reward, must be plain values and tensors, got "
+                f"{found.group(1) if found else _one_line(error)}"
             ) from error
 
     def _finish(self, unfinished: Path, step: int, manifest: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from trapo_train.data import DataConfig
 from trapo_train.display import NullReporter
 from trapo_train.model import ScratchConfig
 from trapo_train.parallel import World
-from trapo_train.rewards import load_reward
+from trapo_train.rewards import RewardTerm, load_reward
 from trapo_train.trackers import TrackingConfig
 from trapo_train.train import RunSummary, run
 
@@ -38,7 +38,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         prompts_per_step=prompts,
         data=problems,
         eval_data=dict.fromkeys(config.eval_data, held_out) if named else held_out if config.eval_data else None,
-        reward="pointer_chasing",
+        reward="pointer_chasing" if isinstance(config.reward, str) else [RewardTerm("pointer_chasing")],
         model=replace(
             config.model,
             name_or_path=None,

@@ -70,7 +70,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
         raise ValueError(f"model.lora.target_modules must name layers of the model, it has no {', '.join(unknown)}.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    peft.inject_adapter_in_model(settings, model)
+    try:
+        peft.inject_adapter_in_model(settings, model)
+    except ValueError as error:  # which prints the module, whole
+        raise ValueError(
+            f"model.lora.target_modules must name linear layers, got {config.target_modules}, of which PEFT refuses one "
+            f"({str(error).splitlines()[0][:100]}…). Leave it out."
+        ) from error
     others = {
         name: type(layer.base_layer).__name__ for name, layer in adapted_layers(model) if type(layer.base_layer) is not nn.Linear
     }

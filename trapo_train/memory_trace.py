@@ -86,7 +86,7 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
     text = shallow.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        text.layer_types = (text.layer_types + text.layer_types[-1:] * layers)[:layers]
     with unset_fake_temporarily(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shallow, dtype=dtype, attn_implementation=PACKED_IMPLEMENTATION)
         prepare(model, replace(config, liger=False), check_logits=False)
@@ -213,7 +213,7 @@ def trace_optimizer(
 
 
 class _AnyScalar(TorchDispatchMode):
-    """Gives 1 for the value of a fake tensor; some optimizers ask for a norm, on which their memory does not depend."""
+    """Gives 0.5 for the value of a fake tensor; some optimizers ask for a norm, on which their memory does not depend."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return 1.0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+        return 0.5 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))

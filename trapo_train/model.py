@@ -70,8 +70,8 @@ class ScratchConfig:
         for name, least in [(name, 1) for name in counts] + [("max_position", 2)]:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not self.initializer_range > 0:
-            raise ValueError(f"initializer_range must be above 0, got {self.initializer_range}.")
+        if not 0 < self.initializer_range <= 1:
+            raise ValueError(f"initializer_range must be above 0 and at most 1, got {self.initializer_range}.")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 · num_heads = {2 * self.num_heads}, got {self.hidden_size}.")
         if self.num_heads % self.num_kv_heads:

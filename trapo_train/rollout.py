@@ -201,8 +201,6 @@ def run_plans(
 
 def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     """The results of all ranks as one, problems in the order that one process would have them in."""
-    if len(parts) == 1:
-        return parts[0]
     sampled = interleave([part.sampled for part in parts])
     # What the samples do not tell: counts and speeds add up, all else is averaged over the ranks.
     metrics = _metrics(sampled)

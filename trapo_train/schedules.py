@@ -176,7 +176,7 @@ def build_schedule(value: Any) -> Schedule:
         )
     name = value["schedule"]
     arguments = {key: entry for key, entry in value.items() if key != "schedule"}
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}.")
     cls = SCHEDULES[name]
     known = [field.name for field in fields(cls)]
@@ -187,7 +187,7 @@ def build_schedule(value: Any) -> Schedule:
             raise ValueError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{hint}")
     missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in arguments]
     if missing:
-        raise ValueError(f"The schedule {name} needs {', '.join(known)}, {', '.join(missing)} must be set.")
+        raise ValueError(f"The schedule {name} needs {', '.join(missing)} as well. It takes {', '.join(known)}.")
     if name == "warm_up":
         arguments["after"] = build_schedule(arguments["after"])
     return cls(**arguments)

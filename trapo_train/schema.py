@@ -159,6 +159,8 @@ def _type_name(expected: Any) -> str:
         if len(kinds) > 1:
             return f"a list of {len(kinds)}: {', '.join(kinds)}"
         return f"a list of {kinds[0]}" if kinds else "a list"
+    if kind is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
     if is_dataclass(kind):
         return f"a section with the keys {_listed(kind)}"
     names = {bool: "true or false", int: "int", float: "float", str: "text", dict: "a mapping", type(None): "null"}

@@ -171,6 +171,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     groups = [{"params": [p for p in trainable if p.ndim >= 2]}, {"params": [p for p in trainable if p.ndim < 2]}]
     if "weight_decay" in accepted:
         groups[0]["weight_decay"], groups[1]["weight_decay"] = config.weight_decay, 0.0
+    if config.name == "Muon" and len(groups[1]["params"]):
+        raise ValueError(
+            f"optimizer.name=Muon trains matrices alone, got a model with {len(groups[1]['params'])} vectors (norms, biases). Use "
+            "AdamW, or model.lora, whose adapters are matrices."
+        )
     try:
         return cls([group for group in groups if group["params"]], **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -188,9 +193,16 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int
     if config.schedule.startswith("constant") and config.schedule_options:  # which get_scheduler would drop without a word
         raise ValueError(f"schedule {config.schedule} has no schedule_options, got {config.schedule_options}. Leave them out.")
     try:
-        return get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
-    except (TypeError, ValueError) as error:
+        scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
+        factors = [factor(step) for factor in getattr(scheduler, "lr_lambdas", []) for step in range(steps + 1)]
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"schedule {config.schedule} refuses its arguments: {error}. See schedule_options.") from error
+    bad = next((factor for factor in factors if not 0 <= factor < math.inf), None)
+    if bad is not None:
+        raise ValueError(
+            f"schedule {config.schedule} must give learning rates of at least 0, got {bad:g} times the peak. See schedule_options."
+        )
+    return scheduler
 
 
 def optimizer_step(

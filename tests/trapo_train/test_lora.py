@@ -115,6 +115,7 @@ def load_adapters(config):
         ({"target_modules": ["lm_head"]}, "must not name the output head 'lm_head'"),
         ({"target_modules": ["q_proj", "qkv"]}, "must name layers of the model, it has no qkv"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "must name linear layers, model.embed_tokens is of type Embedding"),
+        ({"target_modules": ["norm"]}, r"must name linear layers, got \['norm'\], of which PEFT refuses one"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"target_modules": []}, "target_modules must be all-linear or a list of names"),

@@ -62,12 +62,20 @@ def test_a_training_pass_keeps_no_second_copy_of_the_weights():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "state"), [("AdamW", 2), ("SGD", 0), ("RMSprop", 1), ("Adagrad", 1)], ids=lambda value: str(value)
+    ("optimizer", "state"), [("AdamW", 2), ("SGD", 0), ("RMSprop", 1), ("Adagrad", 1), ("NAdam", 2)], ids=lambda value: str(value)
 )
 def test_optimizer_state(optimizer, state):
     model = ModelConfig(name_or_path="none")
     size, _ = trace_optimizer(model, SHAPE, OptimizerConfig(name=optimizer), "cuda")
     assert size == pytest.approx(state * 4 * (MATRICES + VECTORS), rel=1e-3)  # and a step count for each parameter
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_an_architecture_that_lists_its_layers_has_any_number_of_them(num_layers):
+    shape = Qwen2Config(**SHAPE.to_dict() | {"num_hidden_layers": num_layers, "layer_types": None})
+    assert len(shape.layer_types) == num_layers
+    found = trace_pass(ModelConfig(name_or_path="none"), shape, (8,), HeadSizes(8, 500), cast=False)
+    assert found.activations > 0
 
 
 def test_an_optimizer_that_looks_at_values_is_traced_too():

@@ -317,4 +317,4 @@ def test_means_of_several_calls_are_weighted_by_their_counts_whatever_their_name
     ]
     merged = merge_metrics(pickle.loads(pickle.dumps(parts)))  # as they travel between ranks
     assert merged == {"reward/word_count": pytest.approx(8 / 12), "reward/none_count": 4.0}
-    assert merged["reward/word_count"].count == 12 and json.dumps(merged["reward/none_count"]) == "4.0"
+    assert {type(value) for value in merged.values()} == {float}

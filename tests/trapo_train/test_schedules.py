@@ -74,7 +74,7 @@ def test_which_values_are_schedules():
     ("value", "message"),
     [
         ({"schedule": "cosin"}, "schedule must be one of constant, linear, .*got 'cosin'"),
-        ({"schedule": "linear", "start": 0, "end": 1}, "steps must be set"),
+        ({"schedule": "linear", "start": 0, "end": 1}, "needs steps as well. It takes start, end, steps"),
         ({"schedule": "linear", "start": 0, "end": 1, "step": 3}, "got 'step'. Did you mean 'steps'"),
         ({"schedule": "linear", "start": 0, "end": 1, "steps": 0}, "at least 1 step, got 0"),
         ({"schedule": "cosine", "start": math.nan, "end": 1, "steps": 3}, "start .*finite number, got nan"),

@@ -226,11 +226,6 @@ def test_optimizers_by_name(name):
     assert not torch.equal(weights(model), before)
 
 
-def test_an_optimizer_for_matrices_alone_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match="Muon refuses its arguments: Muon only supports 2D parameters"):
-        build_optimizer(make_model(), OptimizerConfig("Muon"))
-
-
 def test_schedules_by_name():
     parameter = torch.nn.Linear(1, 1, bias=False)
     options = {"schedule": "cosine_with_min_lr", "schedule_options": {"min_lr": 1e-4}, "warmup_steps": 2}
@@ -297,6 +292,13 @@ def test_a_missing_stream_is_named():
         step(make_model(), packed(make_samples(prefixes=(2, 2, 2)), objective), objective)
 
 
+def test_muon_trains_matrices_alone():
+    config = OptimizerConfig(name="Muon")
+    with pytest.raises(ValueError, match=r"optimizer.name=Muon trains matrices alone, got a model with \d+ vectors .*model.lora"):
+        build_optimizer(make_model(), config)
+    build_optimizer(torch.nn.Linear(4, 4, bias=False), config)
+
+
 def test_objective_options_reach_the_preset():
     assert build_objective(ObjectiveConfig("trapo", {"alpha": 0.3})) == objectives.trapo(alpha=0.3)
 
@@ -321,7 +323,7 @@ def test_options_may_be_schedules():
             ("trapo", {"alpha": {"schedule": "linear", "start": 1, "end": 0, "steps": 9}}),
             r"alpha must lie in \(0, 1\], got 0",
         ),
-        (("trapo", {"alpha": {"schedule": "linear", "start": 1}}), "end, steps must be set"),
+        (("trapo", {"alpha": {"schedule": "linear", "start": 1}}), "needs end, steps as well"),
         (("trapo", {}, ""), "chooser must be a path"),
     ],
 )
@@ -347,6 +349,14 @@ def test_objective_config_is_checked(arguments, message):
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), or null, got \(0.9, 1.0\)"),
         ({"schedule": "cosin"}, "schedule must be one of linear, cosine.*got 'cosin'"),
         ({"schedule": "reduce_lr_on_plateau"}, "schedule must be one of"),
+        (
+            {"schedule": "polynomial", "schedule_options": {"power": -5}},
+            "schedule polynomial refuses its arguments: .*negative power",
+        ),
+        (
+            {"schedule": "polynomial", "schedule_options": {"lr_end": -1}, "learning_rate": 0.01},
+            "must give learning rates of at least 0, got -100 times the peak. See schedule_options",
+        ),
         ({"schedule": "cosine", "schedule_options": {"min": 1}}, "schedule cosine refuses its arguments: .*'min'"),
         ({"schedule": "constant", "warmup_steps": 3}, "Use constant_with_warmup"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),

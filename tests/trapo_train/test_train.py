@@ -271,6 +271,19 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
     assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
 
 
+def test_a_run_with_several_rewards_resumes_to_the_same_bits(configure):
+    rewards = "reward=[{name: pointer_chasing}, {name: exact_match, weight: 0.5}]"
+    whole_config = configure("whole", *EVALUATED, rewards, "checkpoint.every=1")
+    whole = train_to_end(whole_config)
+    config = configure("stopped", *EVALUATED, rewards, "checkpoint.every=1")
+    run(config, StopAfter(config.output_dir, 2))
+    resumed_config = configure("stopped", *EVALUATED, rewards, "checkpoint={every: 1, resume: true}")
+    resumed = train_to_end(resumed_config)
+    for name in ("reward/pointer_chasing", "reward/exact_match"):
+        assert resumed.metrics[name] == whole.metrics[name] and name in next(iter(whole.evaluation.values()))
+    assert exported(resumed_config) == exported(whole_config)
+
+
 def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, monkeypatch):
     real, calls = trainer.optimizer_step, []
 
