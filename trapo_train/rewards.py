@@ -192,8 +192,8 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
-    """What several calls counted (see `take_metrics`) as one, in plain numbers: counts and speeds add up, a `Mean` is weighted by its own count,
-    other means by `sizes`, by default equally."""
+    """What several calls counted (see `take_metrics`) as one, in plain numbers: counts and speeds add up, a `Mean` is weighted by
+    its own count, other means by `sizes`, by default equally."""
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         known = [i for i, part in enumerate(parts) if name in part]

@@ -1,7 +1,6 @@
 """Rewards: what is passed to them, what is accepted from them, and grading of real answers."""
 
 import asyncio
-import json
 import pickle
 import re
 import sys

@@ -355,7 +355,7 @@ def test_objective_config_is_checked(arguments, message):
         ),
         (
             {"schedule": "polynomial", "schedule_options": {"lr_end": -1}, "learning_rate": 0.01},
-            "must give learning rates of at least 0, got -100 times the peak. See schedule_options",
+            "must give learning rates of at least 0, got -49.5 times the peak. See schedule_options",
         ),
         ({"schedule": "cosine", "schedule_options": {"min": 1}}, "schedule cosine refuses its arguments: .*'min'"),
         ({"schedule": "constant", "warmup_steps": 3}, "Use constant_with_warmup"),
