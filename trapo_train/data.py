@@ -68,7 +68,8 @@ class DataConfig:
     on_long_prompt: Literal["error", "drop"] = "error"
     """What happens to a prompt over max_prompt_tokens: stop with an error, or drop the row and count it."""
     on_rejected_expert: Literal["keep", "drop"] = "keep"
-    """What happens to an expert trace that the reward gives 0 or less: keep it or drop it; both are counted."""
+    """What happens to an expert trace that the reward gives 0 or less: keep trusts all traces and never asks; drop asks about every
+    trace at every start, which takes long where rewards do, and counts what it drops."""
     num_problems: int | None = None
     """Read at most this many rows, at least 1; null for all. A task generates so many, 1000 if null."""
     seed: int = 0
@@ -115,23 +116,22 @@ class DataReport:
     """Problems among them that have no expert trace: they are never guided."""
     experts: int
     """Expert traces read, all problems together."""
-    rejected_experts: int
-    """Expert traces that the reward gave 0 or less; 0 if there was no reward to ask."""
     dropped_experts: int
-    """Rejected traces that were dropped (`on_rejected_expert: drop`)."""
+    """Traces among them that were dropped because the reward gave 0 or less (`on_rejected_expert: drop`)."""
     dropped_prompts: int
     """Rows dropped because the prompt was too long (`on_long_prompt: drop`)."""
 
     def __str__(self) -> str:
+        dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
         return (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
-            f"long prompt), {self.experts} expert traces ({self.rejected_experts} rejected by the reward, "
-            f"{self.dropped_experts} of them dropped)"
+            f"long prompt), {self.experts} expert traces{dropped}"
         )
 
 
 def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum | None) -> ProblemSet:
-    """Read, check and tokenise the configured problems; `reward` verifies the expert traces (None: nobody does).
+    """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
+    expert traces stay (None: all).
 
     Every expert trace gets the end-of-sequence token once. Columns besides prompt, solution and expert go to
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
@@ -143,17 +143,16 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
     """
     reader = RowReader(config, tokenizer)
     entries: list[Entry] = []
-    digest, rows, experts, rejected = Digest(), 0, 0, 0
+    verifier = reward if config.on_rejected_expert == "drop" else None
+    digest, rows, experts, dropped = Digest(), 0, 0, 0
     for chunk in reader.chunks():
         rows += len(chunk)
         problems = [problem for problem in chunk if problem is not None]
-        wrong = set() if reward is None else _rejected_experts(problems, tokenizer, reward)
+        wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier)
         experts += sum(len(problem.experts) for problem in problems)
-        rejected += len(wrong)
+        dropped += len(wrong)
         for problem in problems:
-            numbers = range(len(problem.experts))
-            if config.on_rejected_expert == "drop":
-                numbers = [i for i in numbers if (problem.index, i) not in wrong]
+            numbers = [i for i in range(len(problem.experts)) if (problem.index, i) not in wrong]
             digest.update(replace(problem, experts=tuple(problem.experts[i] for i in numbers)))
             traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
             entries.append(Entry(problem.index, len(problem.prompt_ids), traces))
@@ -166,13 +165,12 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
         problems=len(entries),
         without_expert=sum(not entry.traces for entry in entries),
         experts=experts,
-        rejected_experts=rejected,
-        dropped_experts=rejected if config.on_rejected_expert == "drop" else 0,
+        dropped_experts=dropped,
         dropped_prompts=rows - len(entries),
     )
     logger.info("%s: %s", reader.where, report)
     # Taken here, so that the first step does not report them as its own.
-    counts = {} if reward is None else take_metrics(reward)
+    counts = {} if verifier is None else take_metrics(verifier)
     if counts.get("reward/timeouts") or counts.get("reward/crashes"):
         logger.warning(
             "%s: verifying the expert traces, %d gradings ran out of time and %d crashed: reward 0",

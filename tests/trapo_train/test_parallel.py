@@ -247,7 +247,7 @@ def fails_on_one_rank(prompts, completions, **columns):
     """A reward that raises on the second rank, in its third step."""
     if os.environ["RANK"] == "1":
         CALLS.append(len(completions))
-        if sum(CALLS) > 8 + 2 * 8:  # the expert traces of 8 problems, then one problem of 8 samples a step
+        if sum(CALLS) > 2 * 8:  # one problem of 8 samples a step
             raise RuntimeError("not today")
     return [0.0] * len(completions)
 
