@@ -27,7 +27,7 @@ PRESETS = {"luffy": {"prompt_column": "prompt", "solution_column": "reward_model
 class DataConfig:
     """Where problems come from and how a row becomes one. In YAML, for example:
 
-    data: {path: train.jsonl}                                   # text in the columns prompt, solution and expert
+    data: {path: train.jsonl}                                   # text in the columns prompt and solution, and expert if it has one
     data: {path: "runs/*.parquet", expert_column: null}         # no expert traces: every rollout starts from the prompt
     data: {path: Elliott/Openr1-Math-46k-8192, preset: luffy, response_start: "<think>\\n"}
     data: {path: org/set, split: "train[:1000]", prompt_column: question, solution_column: answer, expert_column: traces,
@@ -45,14 +45,15 @@ class DataConfig:
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
     preset: Literal["luffy"] | None = None
-    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth). A column
-    that is set beside it to another name than its default stays: the evaluation sets of that layout want expert_column: null."""
+    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth) and the
+    evaluation sets beside it. A column that is set to another name than its default stays."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth."""
     solution_column: str | None = "solution"
     """Column with the true answer that the reward compares with; null if the dataset has none."""
     expert_column: str | None = "expert"
-    """Column with expert responses: text, an assistant message, or a list of these; null if the dataset has none."""
+    """Column with expert responses: text, an assistant message, or a list of these; null takes none. Under its default name, or a
+    preset's, it may be missing: then there are none either."""
     as_chat: bool = False
     """Render a text prompt as a user message with the tokenizer's chat template; chat prompts always are."""
     system_prompt: str | None = None
@@ -97,6 +98,12 @@ class DataConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+
+    @property
+    def expert_column_is_default(self) -> bool:
+        """Whether the name of `expert_column` is nobody's choice, so that a dataset without it simply has no expert traces."""
+        default = DataConfig.__dataclass_fields__["expert_column"].default
+        return self.expert_column == PRESETS.get(self.preset, {}).get("expert_column", default)
 
     def _apply_preset(self) -> None:
         if self.preset not in PRESETS:

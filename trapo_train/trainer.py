@@ -346,6 +346,12 @@ class Trainer:
         if dropped:
             self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
         experts = len(problems.with_experts())
+        if self.config.plan.guides and not experts:
+            raise ValueError(
+                f"plan {self.config.plan.name} takes expert traces, and none of the {len(problems)} problems has an expert trace "
+                f"of at most rollout.max_response_tokens = {longest}. Set data.expert_column to the column that holds them, raise "
+                "rollout.max_response_tokens, or use plan.name=grpo with an objective for rollouts such as dr_grpo."
+            )
         if self.deferred.size is not None and experts < self.deferred.size:
             self.notes.append(
                 f"no step will train on expert traces: it waits for {self.deferred.size} unsolved problems (buffer_size of plan "
@@ -355,11 +361,6 @@ class Trainer:
             kept = problems.with_experts()
             if len(kept) < len(problems):
                 self.notes.append(f"left out {len(problems) - len(kept)} problems without an expert trace")
-            if not kept:
-                raise ValueError(
-                    f"objective {self.objective.name} trains on expert tokens alone, and none of the {len(problems)} problems "
-                    "has an expert trace. Set data.expert_column, raise rollout.max_response_tokens, or train on rollouts."
-                )
             problems = kept
         return problems
 

@@ -61,7 +61,7 @@ def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
     data = tmp_path / "held_out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     gone = ["data={path: gone.jsonl}", "evaluation.group_by=depth", "reward=exact_match"]
-    assert cli.main(["eval", str(finished_run), *gone, f"eval_data={{path: {data}, expert_column: null}}"]) == 0
+    assert cli.main(["eval", str(finished_run), *gone, f"eval_data={{path: {data}}}"]) == 0
     assert "depth" in capsys.readouterr().out
 
 

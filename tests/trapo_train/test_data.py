@@ -201,6 +201,13 @@ def test_columns_may_be_absent_where_that_is_said(load):
     assert (problem.solution, problem.experts, problem.columns) == (None, (), {})
 
 
+def test_an_expert_column_that_nobody_named_may_be_absent(load):
+    for rows, options in (([{"prompt": "p", "solution": "s"}], {}), ([LUFFY_ROW | {"target": None}], {"preset": "luffy"})):
+        rows = [{name: value for name, value in row.items() if name != "target"} for row in rows]
+        (problem,) = load(rows, **options)
+        assert problem.experts == () and "expert" not in problem.columns
+
+
 def test_whole_numbers_are_solutions(load):
     assert load([{"prompt": "p", "solution": 42, "expert": "e"}])[0].solution == "42"
 
@@ -210,7 +217,7 @@ def test_whole_numbers_are_solutions(load):
     [
         (ROWS, {"prompt_column": "question"}, ValueError, "no column 'question' (prompt_column); it has ['prompt',"),
         (ROWS, {"solution_column": "answer"}, ValueError, "Set solution_column to one of them, or to null."),
-        ([{"prompt": "p", "solution": "s"}], {}, ValueError, "no column 'expert' (expert_column)"),
+        (ROWS, {"expert_column": "traces"}, ValueError, "no column 'traces' (expert_column)"),
         (
             [{"prompt": "p", "solution": {"a": "s"}, "expert": "e"}],
             {"solution_column": "solution.b"},
