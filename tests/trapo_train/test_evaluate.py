@@ -27,7 +27,7 @@ from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_cha
 TOKENIZER = build_tokenizer()
 
 
-ROLLOUT = RolloutConfig(max_response_tokens=8, paragraph_break="|", top_p=0.95)
+ROLLOUT = RolloutConfig(max_response_tokens=8, paragraph_break="|", top_p=0.95, top_k=7)
 
 
 FOUND = [parent / "shared" / "data" / "math_eval" for parent in Path(__file__).parents]
@@ -82,7 +82,7 @@ def test_accuracy_groups_and_lengths():
     assert (metrics["num_problems"], metrics["samples_per_problem"]) == (3, 4)
     [(prompts, params)] = engine.calls
     assert len(prompts) == 12
-    assert (params.temperature, params.top_p, params.seed) == (1.0, 0.95, 5)
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (1.0, 0.95, 7, 5)
     assert params.budgets(12) == [8] * 12
 
 
