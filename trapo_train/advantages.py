@@ -81,46 +81,6 @@ def assign_prefix_weights(group: list[Sample]) -> None:
         sample.prefix_weight = 1.0 / copies[sample.prefix_ids] if sample.guided else 1.0
 
 
-def gae(
-    rewards: Sequence[float],
-    values: Sequence[float],
-    *,
-    discount: float = 1.0,
-    smoothing: float = 0.95,
-    bootstrap: float = 0.0,
-) -> list[float]:
-    """Generalised advantage estimates of the tokens of one response, from its rewards and a critic's values.
-
-    Equivalent to, with value_T = bootstrap:
-
-        δ_t = reward_t + discount · value_(t+1) - value_t          A_t = Σ_k (discount · smoothing)^k δ_(t+k)
-
-    It serves a value stream of your own: the trainer has no value model, and its samples one advantage for all tokens.
-
-    Args:
-        rewards: one per token; an outcome reward stands on the last one, a KL penalty on every one.
-        values: the critic's estimate of the return before each token, as many as rewards.
-        discount: γ in [0, 1]. smoothing: λ in [0, 1]; 0 is one-step TD, 1 the return minus the value.
-        bootstrap: value after the last token; 0 where the response ended, the critic's where it was cut off.
-
-    Returns: one advantage per token; advantage + value is the critic's target.
-    Raises: ValueError for lists of different lengths or factors outside [0, 1].
-    Source: arXiv 1506.02438, equation 16.
-    """
-    if len(rewards) != len(values):
-        raise ValueError(f"gae: needs one value per reward, got {len(rewards)} rewards and {len(values)} values.")
-    for name, factor in (("discount", discount), ("smoothing", smoothing)):
-        if not 0.0 <= factor <= 1.0:
-            raise ValueError(f"gae: {name} must lie in [0, 1], got {factor}.")
-    advantages: list[float] = []
-    advantage, following = 0.0, bootstrap
-    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
-        advantage = reward + discount * following - value + discount * smoothing * advantage
-        following = value
-        advantages.append(advantage)
-    return advantages[::-1]
-
-
 def _peers(group: list[Sample], config: AdvantageConfig) -> list[list[Sample]]:
     """The samples of a problem that are compared with each other."""
     if config.baseline != "same_prefix":

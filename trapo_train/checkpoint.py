@@ -260,30 +260,29 @@ def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], p
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the global generators of python, numpy and torch (CPU and every CUDA device), without pickled objects."""
+    """States of the global generators of python, numpy and torch (CPU and this rank's CUDA device), without pickled objects."""
     kind, keys, position, has_gauss, cached_gaussian = numpy.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached_gaussian),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every global generator back to what `rng_state` returned."""
+    """Put every global generator back to what `rng_state` returned; that of a CUDA device stays as it is where none was saved."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached_gaussian = state["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached_gaussian))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
-        if len(state["cuda"]) != torch.cuda.device_count():
-            raise CheckpointError(
-                f"checkpoint: saved with {len(state['cuda'])} CUDA devices, got {torch.cuda.device_count()}. "
-                "Resume with as many, so that every generator has its state."
-            )
-        torch.cuda.set_rng_state_all(state["cuda"])
+        saved = state["cuda"]
+        if isinstance(saved, list):  # of all devices, as checkpoints were written before
+            saved = dict(enumerate(saved)).get(torch.cuda.current_device())
+        if saved is not None:
+            torch.cuda.set_rng_state(saved)
 
 
 class StopSignal:

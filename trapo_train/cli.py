@@ -212,7 +212,9 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     assign_prefix_weights(group)
     color = console.color_system is not None
     if trainer.world.first:
-        console.print(render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color))
+        trains_prefix = any(layer.expert is not None for layer in trainer.objective.layers)
+        shown = render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color, trains_prefix=trains_prefix)
+        console.print(shown)
     trainer.close()
     return EXIT_OK
 

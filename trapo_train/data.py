@@ -27,7 +27,7 @@ PRESETS = {"luffy": {"prompt_column": "prompt", "solution_column": "reward_model
 class DataConfig:
     """Where problems come from and how a row becomes one. In YAML, for example:
 
-    data: {path: train.jsonl}                                   # text in the columns prompt, solution and expert
+    data: {path: train.jsonl}                                   # text in the columns prompt and solution, and expert if it has one
     data: {path: "runs/*.parquet", expert_column: null}         # no expert traces: every rollout starts from the prompt
     data: {path: Elliott/Openr1-Math-46k-8192, preset: luffy, response_start: "<think>\\n"}
     data: {path: org/set, split: "train[:1000]", prompt_column: question, solution_column: answer, expert_column: traces,
@@ -45,14 +45,15 @@ class DataConfig:
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
     preset: Literal["luffy"] | None = None
-    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth). A column
-    that is set beside it to another name than its default stays: the evaluation sets of that layout want expert_column: null."""
+    """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth) and the
+    evaluation sets beside it. A column that is set to another name than its default stays."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth."""
     solution_column: str | None = "solution"
     """Column with the true answer that the reward compares with; null if the dataset has none."""
     expert_column: str | None = "expert"
-    """Column with expert responses: text, an assistant message, or a list of these; null if the dataset has none."""
+    """Column with expert responses: text, an assistant message, or a list of these; null takes none. Under its default name, or a
+    preset's, it may be missing: then there are none either."""
     as_chat: bool = False
     """Render a text prompt as a user message with the tokenizer's chat template; chat prompts always are."""
     system_prompt: str | None = None
@@ -68,7 +69,8 @@ class DataConfig:
     on_long_prompt: Literal["error", "drop"] = "error"
     """What happens to a prompt over max_prompt_tokens: stop with an error, or drop the row and count it."""
     on_rejected_expert: Literal["keep", "drop"] = "keep"
-    """What happens to an expert trace that the reward gives 0 or less: keep it or drop it; both are counted."""
+    """What happens to an expert trace that the reward gives 0 or less: keep trusts all traces and never asks; drop asks about every
+    trace at every start, which takes long where rewards do, and counts what it drops."""
     num_problems: int | None = None
     """Read at most this many rows, at least 1; null for all. A task generates so many, 1000 if null."""
     seed: int = 0
@@ -97,6 +99,12 @@ class DataConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
 
+    @property
+    def expert_column_is_default(self) -> bool:
+        """Whether the name of `expert_column` is nobody's choice, so that a dataset without it simply has no expert traces."""
+        default = DataConfig.__dataclass_fields__["expert_column"].default
+        return self.expert_column == PRESETS.get(self.preset, {}).get("expert_column", default)
+
     def _apply_preset(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {list(PRESETS)} or null, got {self.preset!r}.")
@@ -115,23 +123,22 @@ class DataReport:
     """Problems among them that have no expert trace: they are never guided."""
     experts: int
     """Expert traces read, all problems together."""
-    rejected_experts: int
-    """Expert traces that the reward gave 0 or less; 0 if there was no reward to ask."""
     dropped_experts: int
-    """Rejected traces that were dropped (`on_rejected_expert: drop`)."""
+    """Traces among them that were dropped because the reward gave 0 or less (`on_rejected_expert: drop`)."""
     dropped_prompts: int
     """Rows dropped because the prompt was too long (`on_long_prompt: drop`)."""
 
     def __str__(self) -> str:
+        dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
         return (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
-            f"long prompt), {self.experts} expert traces ({self.rejected_experts} rejected by the reward, "
-            f"{self.dropped_experts} of them dropped)"
+            f"long prompt), {self.experts} expert traces{dropped}"
         )
 
 
 def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum | None) -> ProblemSet:
-    """Read, check and tokenise the configured problems; `reward` verifies the expert traces (None: nobody does).
+    """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
+    expert traces stay (None: all).
 
     Every expert trace gets the end-of-sequence token once. Columns besides prompt, solution and expert go to
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
@@ -143,17 +150,16 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
     """
     reader = RowReader(config, tokenizer)
     entries: list[Entry] = []
-    digest, rows, experts, rejected = Digest(), 0, 0, 0
+    verifier = reward if config.on_rejected_expert == "drop" else None
+    digest, rows, experts, dropped = Digest(), 0, 0, 0
     for chunk in reader.chunks():
         rows += len(chunk)
         problems = [problem for problem in chunk if problem is not None]
-        wrong = set() if reward is None else _rejected_experts(problems, tokenizer, reward)
+        wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier)
         experts += sum(len(problem.experts) for problem in problems)
-        rejected += len(wrong)
+        dropped += len(wrong)
         for problem in problems:
-            numbers = range(len(problem.experts))
-            if config.on_rejected_expert == "drop":
-                numbers = [i for i in numbers if (problem.index, i) not in wrong]
+            numbers = [i for i in range(len(problem.experts)) if (problem.index, i) not in wrong]
             digest.update(replace(problem, experts=tuple(problem.experts[i] for i in numbers)))
             traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
             entries.append(Entry(problem.index, len(problem.prompt_ids), traces))
@@ -166,13 +172,12 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
         problems=len(entries),
         without_expert=sum(not entry.traces for entry in entries),
         experts=experts,
-        rejected_experts=rejected,
-        dropped_experts=rejected if config.on_rejected_expert == "drop" else 0,
+        dropped_experts=dropped,
         dropped_prompts=rows - len(entries),
     )
     logger.info("%s: %s", reader.where, report)
     # Taken here, so that the first step does not report them as its own.
-    counts = {} if reward is None else take_metrics(reward)
+    counts = {} if verifier is None else take_metrics(verifier)
     if counts.get("reward/timeouts") or counts.get("reward/crashes"):
         logger.warning(
             "%s: verifying the expert traces, %d gradings ran out of time and %d crashed: reward 0",

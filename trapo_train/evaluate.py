@@ -173,7 +173,7 @@ def evaluate(
     that follows.
 
     Args:
-        rollout: its max_response_tokens, top_p and correct_at; the temperature is the evaluation's own.
+        rollout: its max_response_tokens, top_p, top_k and correct_at; the temperature is the evaluation's own.
         world: the ranks that call this together; None for a single process.
 
     Returns:

@@ -138,7 +138,7 @@ def measure_headroom(
     trace would say nothing about the model. The engine's own random state is left alone.
 
     Args:
-        rollout: its max_response_tokens, top_p, verify, correct_at and how traces are cut; the temperature is the config's.
+        rollout: its max_response_tokens, top_p, top_k, verify, correct_at and how traces are cut; the temperature is the config's.
 
     Raises:
         ValueError: fewer than two problems with an accepted expert trace; a missing column `group_by`.

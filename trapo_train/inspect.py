@@ -25,11 +25,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class View:
-    """What every part of a rendering needs: the tokenizer, the longest segment shown in full, and colour or not."""
+    """What every part of a rendering needs: the tokenizer, the longest segment shown in full, colour or not, and whether the
+    objective trains on expert tokens."""
 
     tokenizer: Any
     max_tokens: int
     color: bool
+    trains_prefix: bool
 
 
 PREFIX_WITH_LOSS = Segment("expert prefix in the loss", "black on #f0b94d", "⟦", "⟧")
@@ -71,9 +73,10 @@ def _append_tokens(line: Text, token_ids: Sequence[int], segment: Segment, show:
     line.append("" if show.color else segment.closing)
 
 
-def _header(number: int, sample: Sample) -> Text:
+def _header(number: int, sample: Sample, show: View) -> Text:
     prefix, completion = len(sample.prefix_ids), len(sample.completion_ids)
-    weight = f", loss weight {sample.prefix_weight:.2g}" if sample.guided and sample.prefix_weight != 1 else ""
+    weighs = show.trains_prefix and sample.guided and sample.prefix_weight != 1
+    weight = f", loss weight {sample.prefix_weight:.2g}" if weighs else ""
     line = Text.assemble(
         (f"sample {number}", "bold"),
         f"  micro-group {sample.micro_group}  prefix {100 * sample.prefix_ratio:>3.0f} % ({prefix} tokens{weight})",
@@ -99,13 +102,15 @@ def legend(color: bool = True) -> Text:
 
 def _render_sample(number: int, sample: Sample, show: View) -> Group:
     response = Text(overflow="fold")
-    prefix = PREFIX_WITH_LOSS if sample.prefix_weight > 0 else PREFIX_WITHOUT_LOSS
+    prefix = PREFIX_WITH_LOSS if show.trains_prefix and sample.prefix_weight > 0 else PREFIX_WITHOUT_LOSS
     _append_tokens(response, sample.prefix_ids, prefix, show)
     _append_tokens(response, sample.completion_ids, COMPLETION, show, before=sample.prefix_ids)
-    return Group(_header(number, sample), Padding(response, (0, 0, 1, 2), expand=False))
+    return Group(_header(number, sample, show), Padding(response, (0, 0, 1, 2), expand=False))
 
 
-def render_group(samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int = 240, color: bool = True) -> RenderableType:
+def render_group(
+    samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int = 240, color: bool = True, trains_prefix: bool = True
+) -> RenderableType:
     """The samples of one problem, each with a line of facts and its response token by token, as rich prints them.
 
     Args:
@@ -113,6 +118,7 @@ def render_group(samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int =
         tokenizer: turns token ids into text (`decode`).
         max_tokens: longest prefix and completion shown in full, in tokens; the middle of a longer one is left out.
         color: False marks the segments with brackets instead, for a terminal without colour.
+        trains_prefix: False for an objective without a term on expert tokens: no prefix is in its loss.
 
     Raises ValueError for an empty group, samples of different problems, or max_tokens below 1.
     """
@@ -124,7 +130,7 @@ def render_group(samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int =
         )
     if max_tokens < 1:
         raise ValueError(f"render_group: max_tokens must be at least 1, got {max_tokens}. Leave it out for 240.")
-    show = View(tokenizer, max_tokens, color)
+    show = View(tokenizer, max_tokens, color, trains_prefix)
     problem = samples[0].problem
     prompt = Text(f"problem {problem.index}", style="bold")
     facts = Text()

@@ -184,8 +184,8 @@ def _rollout(
     token = text.num_key_value_heads * head_dim * sequences
     columns = context + (ROOM if token * context >= SMALL else 0)
     layer = 2 * token * columns * dtype.itemsize
-    # float32: the logits, their logprobs, probabilities and their sums, which a GPU adds up in float64; top_p sorts them, with ids.
-    per_logit = 33 if config.rollout.top_p < 1 else 20 if device_type == "cuda" else 16
+    # float32: the logits, their logprobs, probabilities and their sums, which a GPU adds up in float64; top_p and top_k sort them.
+    per_logit = 33 if config.rollout.top_p < 1 or config.rollout.top_k > 0 else 20 if device_type == "cuda" else 16
     # One copy of each prompt is read.
     prompts = min(math.ceil(config.prompts_per_step / gpus), sequences)
     prompt_tokens = prompts * max(1, min(config.data.max_prompt_tokens, context - 1))

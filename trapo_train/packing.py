@@ -1,7 +1,8 @@
 """Samples → micro-batches: a token budget per row, no padding, every normaliser folded into weights once per step.
 
 Weights are computed over all samples of the optimizer step before they are split, so the gradient does not depend on
-how many micro-batches there are or in which order they come. Tokens that cannot contribute are dropped here, on the host.
+how many micro-batches there are or in which order they come; so they are filled evenly, as the ranks that run them side by side
+want it. Tokens that cannot contribute are dropped here, on the host.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def pack(
     objective: Objective,
     *,
     max_response_tokens: int,
-    pad_to: int | None = None,
+    ranks: int = 1,
 ) -> list[MicroBatch]:
     """Pack all samples of one optimizer step into micro-batches of at most `config.max_tokens` tokens.
 
@@ -115,11 +116,12 @@ def pack(
         samples: every sample of the step, in any order.
         objective: says which roles are trained, by which signal, and whether there is an entropy bonus.
         max_response_tokens: longest response allowed, tokens; the divisor of aggregations "constant" and "length".
-        pad_to: number of micro-batches to return, filled up with empty ones, so that all ranks run equally many.
+        ranks: how many run the micro-batches, rank r every `ranks`-th from r on.
 
-    Returns: at least one micro-batch, on the host; a step without any loss gets an empty one, whose gradient is zero.
-    Raises: ValueError for a sample longer than the budget, an empty prompt, more micro-batches than `pad_to`, or expert tokens
-        under an objective that needs the logprobs of whoever wrote them.
+    Returns: a multiple of `ranks` micro-batches, at least one for each, on the host. What has no loss token is an empty one, whose
+        gradient is zero.
+    Raises: ValueError for a sample longer than the budget, an empty prompt, or expert tokens under an objective that needs the
+        logprobs of whoever wrote them.
     """
     lengths = [_segment_length(sample, config.max_tokens) for sample in samples]
     if config.train_on_prompt:
@@ -130,20 +132,11 @@ def pack(
     tokens = tokens.select(((tokens.weight != 0) | (tokens.entropy_weight != 0)).nonzero().squeeze(1))
     counts = torch.bincount(tokens.sample, minlength=len(samples)).tolist()
     rows = torch.arange(len(tokens.sample)).split(counts)
-    bins = _first_fit_decreasing([i for i, count in enumerate(counts) if count], lengths, config.max_tokens)
-    micro_batches = [_micro_batch([samples[i] for i in members], tokens, [rows[i] for i in members]) for members in bins]
-    wanted = max(len(micro_batches), 1) if pad_to is None else pad_to
-    if len(micro_batches) > wanted:
-        raise ValueError(
-            f"pack: the samples must fit into pad_to = {wanted} micro-batches of {config.max_tokens} tokens, "
-            f"got {len(micro_batches)}. Raise packing.max_tokens, or pad_to to the largest number of any rank."
-        )
-    return micro_batches + [_empty_micro_batch()] * (wanted - len(micro_batches))
-
-
-def pad_to_multiple(micro_batches: list[MicroBatch], of: int) -> list[MicroBatch]:
-    """The micro-batches, filled up with empty ones so that `of` ranks run equally many."""
-    return micro_batches + [_empty_micro_batch()] * (-len(micro_batches) % of)
+    bins = _balanced([i for i, count in enumerate(counts) if count], lengths, config.max_tokens, ranks)
+    return [
+        _micro_batch([samples[i] for i in members], tokens, [rows[i] for i in members]) if members else _empty_micro_batch()
+        for members in bins
+    ]
 
 
 def _segment_length(sample: Sample, max_tokens: int) -> int:
@@ -210,6 +203,24 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
         sample=sample,
         offset=torch.cat([torch.arange(n) for n in response_lengths.tolist()] or [sample]),
     )
+
+
+def _balanced(members: list[int], lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[int]]:
+    """As few bins as first fit needs, rounded up to a multiple of `ranks`; those side by side hold about equally many tokens.
+
+    The ranks wait for each other in every layer, so a micro-batch takes as long as the longest beside it.
+    """
+    fitted = _first_fit_decreasing(members, lengths, max_tokens)
+    count = -(-max(len(fitted), 1) // ranks) * ranks
+    bins: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for i in sorted(members, key=lambda i: -lengths[i]):
+        lightest = min(range(count), key=tokens.__getitem__)
+        bins[lightest].append(i)
+        tokens[lightest] += lengths[i]
+    if max(tokens) > max_tokens:  # nearly full: first fit is about even then, and needs no further round
+        bins = fitted + [[] for _ in range(count - len(fitted))]
+    return sorted(bins, key=lambda members: -sum(lengths[i] for i in members))
 
 
 def _first_fit_decreasing(members: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

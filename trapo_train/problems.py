@@ -104,6 +104,7 @@ class RowReader:
         self._config = config
         self._tokenizer = tokenizer
         columns, self._rows = load_rows(config)
+        self._has_experts = _has(columns, config.expert_column)
         self._further = _further_columns(config, columns, self.where)
 
     def chunks(self) -> Iterator[list[Problem | None]]:
@@ -138,7 +139,7 @@ class RowReader:
         if config.solution_column is not None:
             solution = solution_text(cell(row, config.solution_column, at), at)
         traces: list[str] = []
-        if config.expert_column is not None:
+        if self._has_experts:
             for text in trace_texts(cell(row, config.expert_column, at), at):
                 text = with_think_tags(text, config.think_tags, prompt, at)
                 traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
@@ -181,7 +182,8 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
     """Check that the configured columns exist; return the others, which go to the reward."""
     named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}
     for name, column in named.items():
-        if column is not None and column not in columns and column.split(".")[0] not in columns:
+        optional = name == "expert_column" and config.expert_column_is_default
+        if column is not None and not optional and not _has(columns, column):
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
@@ -190,6 +192,10 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
     for column in set(further) & set(RESERVED_COLUMNS):
         logger.warning("%s: column %r is left out, the reward has an argument of that name", where, column)
     return [column for column in further if column not in RESERVED_COLUMNS]
+
+
+def _has(columns: list[str], column: str | None) -> bool:
+    return column is not None and (column in columns or column.split(".")[0] in columns)
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[int, ...]:

@@ -33,6 +33,8 @@ class RolloutConfig:
     """Sampling temperature, above 0; the training loss divides the logits by the same value."""
     top_p: float = 1.0
     """Samples from the smallest set of tokens whose probabilities sum to at least top_p, in (0, 1]; 1 keeps all."""
+    top_k: int = 0
+    """Samples from the k most likely tokens, before top_p, at least 0; 0 keeps all."""
     max_response_tokens: int = 1024
     """Longest response in tokens, at least 1: expert prefix, completion and end-of-sequence token together."""
     paragraph_break: str = "\n\n"
@@ -56,6 +58,7 @@ class RolloutConfig:
         checks = [
             ("temperature", 0 < self.temperature < float("inf"), "a finite number above 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "at least 0"),
             ("max_response_tokens", self.max_response_tokens >= 1, "at least 1"),
             ("paragraph_break", self.paragraph_break != "", "a text that is not empty"),
             ("snap_window", 0 <= self.snap_window <= 1, "in [0, 1]"),
@@ -186,7 +189,7 @@ def run_plans(
     """
     _check_experts_fit(problems, config)
     climbs = [_Climb(problem, plan(problem), position) for position, problem in enumerate(problems)]
-    params = SamplingParams(config.max_response_tokens, temperature=config.temperature, top_p=config.top_p)
+    params = SamplingParams(config.max_response_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
     started = time.perf_counter()
     with engine.stream(params) as stream, Judging(reward, tokenizer, config) as judging:
         reward_s = _Ascent(stream, judging, tokenizer, config).run(climbs)
@@ -254,6 +257,7 @@ def complete(
         max_new_tokens=tuple(config.max_response_tokens - len(sample.prefix_ids) for sample in open_samples),
         temperature=temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
         seed=seed,
     )
     prompts = [_prompt(sample) for sample in open_samples]

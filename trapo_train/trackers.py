@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +106,17 @@ class _Hosted:
             self._module = importlib.import_module(module)
         except ImportError as error:
             raise ImportError(f"tracking.to: {module} needs its package: pip install 'trapo[{module}]'.") from error
-        options = {"dir": str(output_dir)} if module == "wandb" else {}
+        # What continues in this output_dir continues its run there, too, instead of a second one from the middle on; of steps that
+        # are taken again wandb keeps the first record. trackio knows no ids: it goes on with the newest run of that name.
+        file = output_dir / f"{module}_run_id"
+        begun = file.exists()
+        run_id = file.read_text(encoding="utf-8") if begun else secrets.token_hex(8)
+        options = {"resume": "allow" if begun else "never"}
+        if module == "wandb":
+            options = {"id": run_id, "resume": "allow", "dir": str(output_dir)}
         self._module.init(project=project, name=name, config=settings, **options)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(run_id, encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._module.log(metrics, step=step)

@@ -29,7 +29,7 @@ from trapo_train.evaluate import evaluate, load_eval_sets
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
-from trapo_train.packing import MicroBatch, pack, pad_to_multiple
+from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.postmortem import save_batch
@@ -158,8 +158,9 @@ class Trainer:
         config = self.config
         mini_batches = []
         for samples in split_groups(groups, config.updates.mini_batches):
-            packed = pack(samples, config.packing, objective, max_response_tokens=config.rollout.max_response_tokens)
-            mine = self._my_micro_batches(pad_to_multiple(packed, self.world.size))
+            longest = config.rollout.max_response_tokens
+            packed = pack(samples, config.packing, objective, max_response_tokens=longest, ranks=self.world.size)
+            mine = self._my_micro_batches(packed)
             mine = with_old_policy(self.model, mine, config.updates, config.rollout.temperature)
             mini_batches.append(self._with_reference(mine, objective))
         self.last_micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch]
@@ -348,6 +349,12 @@ class Trainer:
         if dropped:
             self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
         experts = len(problems.with_experts())
+        if self.config.plan.guides and not experts:
+            raise ValueError(
+                f"plan {self.config.plan.name} takes expert traces, and none of the {len(problems)} problems has an expert trace "
+                f"of at most rollout.max_response_tokens = {longest}. Set data.expert_column to the column that holds them, raise "
+                "rollout.max_response_tokens, or use plan.name=grpo with an objective for rollouts such as dr_grpo."
+            )
         if self.deferred.size is not None and experts < self.deferred.size:
             self.notes.append(
                 f"no step will train on expert traces: it waits for {self.deferred.size} unsolved problems (buffer_size of plan "
@@ -357,11 +364,6 @@ class Trainer:
             kept = problems.with_experts()
             if len(kept) < len(problems):
                 self.notes.append(f"left out {len(problems) - len(kept)} problems without an expert trace")
-            if not kept:
-                raise ValueError(
-                    f"objective {self.objective.name} trains on expert tokens alone, and none of the {len(problems)} problems "
-                    "has an expert trace. Set data.expert_column, raise rollout.max_response_tokens, or train on rollouts."
-                )
             problems = kept
         return problems
 

@@ -12,7 +12,6 @@ from trapo_train.advantages import (
     AdvantageConfig,
     assign_advantages,
     assign_prefix_weights,
-    gae,
 )
 from trapo_train.records import Problem, Sample
 
@@ -161,35 +160,6 @@ def test_nothing_to_compare_is_never_nan(options, rewards):
     if options["center"] != "none" and equal:
         assert len(set(equal)) == 1
         assert equal[0] == pytest.approx(0.0, abs=1e-15)
-
-
-@pytest.mark.parametrize(("discount", "smoothing"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.0), (0.9, 0.5), (0.0, 1.0)])
-@pytest.mark.parametrize("bootstrap", [0.0, 0.7])
-def test_gae_is_the_sum_of_the_paper(discount, smoothing, bootstrap):
-    rewards, values = [0.1, -0.2, 0.0, 1.0], [0.3, 0.5, -0.1, 0.8]
-    following = [*values[1:], bootstrap]
-    deltas = [r + discount * n - v for r, n, v in zip(rewards, following, values, strict=True)]
-    naive = [sum((discount * smoothing) ** k * deltas[t + k] for k in range(4 - t)) for t in range(4)]
-    got = gae(rewards, values, discount=discount, smoothing=smoothing, bootstrap=bootstrap)
-    assert got == pytest.approx(naive)
-
-
-def test_gae_with_smoothing_one_is_the_return_minus_the_value():
-    assert gae([0.0, 0.0, 1.0], [0.2, 0.4, 0.9], smoothing=1.0) == pytest.approx([0.8, 0.6, 0.1])
-    assert gae([], []) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([1.0], []), "one value per reward, got 1 rewards and 0 values"),
-        (([1.0], [1.0], 1.5), r"discount must lie in \[0, 1\], got 1.5"),
-        (([1.0], [1.0], 1.0, -0.1), r"smoothing must lie in \[0, 1\], got -0.1"),
-    ],
-)
-def test_gae_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        gae(*arguments[:2], **dict(zip(("discount", "smoothing"), arguments[2:], strict=False)))
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,37 @@ def test_random_states_survive_a_checkpoint(store):
     assert [draw(), draw()] == expected
 
 
+class _Gpus:
+    """torch.cuda's generators of so many devices, of which `current` is in use."""
+
+    def __init__(self, monkeypatch, count, current):
+        self.states = [torch.tensor([device]) for device in range(count)]
+        self.current = current
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: self.states[self.current])
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
+
+    def set(self, state):
+        self.states[self.current] = state
+
+
+def test_a_run_moves_to_a_machine_with_another_number_of_gpus(store, monkeypatch):
+    _Gpus(monkeypatch, count=4, current=3)
+    store.save(1, {"rng": rng_state()}, FINGERPRINT)
+    gpus = _Gpus(monkeypatch, count=1, current=0)
+    restore_rng_state(store.load(FINGERPRINT)[1]["rng"])
+    assert gpus.states == [torch.tensor([3])]
+
+
+@pytest.mark.parametrize(("saved", "expected"), [([torch.tensor([7]), torch.tensor([8])], 8), ([torch.tensor([7])], 1), ([], 1)])
+def test_the_states_of_all_gpus_in_an_older_checkpoint(monkeypatch, saved, expected):
+    gpus = _Gpus(monkeypatch, count=2, current=1)
+    restore_rng_state(rng_state() | {"cuda": saved})
+    assert gpus.states[1] == expected
+
+
 def test_export_is_loaded_by_transformers_and_replaced_as_a_whole(tmp_path):
     scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
     model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=build_tokenizer())

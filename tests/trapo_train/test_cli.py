@@ -61,7 +61,7 @@ def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
     data = tmp_path / "held_out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     gone = ["data={path: gone.jsonl}", "evaluation.group_by=depth", "reward=exact_match"]
-    assert cli.main(["eval", str(finished_run), *gone, f"eval_data={{path: {data}, expert_column: null}}"]) == 0
+    assert cli.main(["eval", str(finished_run), *gone, f"eval_data={{path: {data}}}"]) == 0
     assert "depth" in capsys.readouterr().out
 
 
@@ -75,8 +75,11 @@ def test_inspect_prints_a_group_without_training(config, tmp_path, capsys):
     assert cli.main(["inspect", config, "--problem", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("micro-group 1") == 4 and out.count("micro-group 4") == 1
-    assert "problem 3" in out and "⟦" in out
+    assert "problem 3" in out and out.count("⟦") > 1  # once in the legend
     assert not (tmp_path / "run").exists()
+    assert cli.main(["inspect", config, "--problem", "3", "objective.name=dr_grpo"]) == 0  # which has no term on expert tokens
+    out = capsys.readouterr().out
+    assert out.count("⟦") == 1 and out.count("⟨") > 1
 
 
 def test_plot_and_compare(finished_run, tmp_path, capsys):

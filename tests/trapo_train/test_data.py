@@ -98,14 +98,21 @@ def test_splits_and_limits(load):
     assert len(load(ROWS, num_problems=99)) == 3
 
 
-def test_experts_are_verified_counted_and_kept_or_dropped(load):
-    kept = load(ROWS, exact_match)
-    assert (kept.report.experts, kept.report.rejected_experts, kept.report.dropped_experts) == (2, 1, 0)
-    assert len(kept[1].experts) == 1
+def test_rejected_experts_are_dropped_and_counted(load):
     dropped = load(ROWS, exact_match, on_rejected_expert="drop")
-    assert (dropped.report.rejected_experts, dropped.report.dropped_experts, dropped.report.without_expert) == (1, 1, 2)
+    assert (dropped.report.experts, dropped.report.dropped_experts, dropped.report.without_expert) == (2, 1, 2)
     assert [len(problem.experts) for problem in dropped] == [1, 0, 0]
-    assert "1 rejected by the reward, 1 of them dropped" in str(dropped.report)
+    assert "2 expert traces (1 rejected by the reward and dropped)" in str(dropped.report)
+
+
+def test_experts_that_are_kept_anyway_cost_no_reward_call(load):
+    def judge(prompts, completions, **columns):
+        raise AssertionError("asked about an expert trace")
+
+    kept = load(ROWS, judge)
+    assert [len(problem.experts) for problem in kept] == [1, 1, 0]
+    assert (kept.report.experts, kept.report.dropped_experts) == (2, 0)
+    assert "rejected" not in str(kept.report)
 
 
 def test_only_the_rejected_traces_of_a_problem_are_dropped(load):
@@ -115,7 +122,7 @@ def test_only_the_rejected_traces_of_a_problem_are_dropped(load):
 
 def test_no_opinion_rejects_no_expert(load):
     rows = [{"prompt": "p", "solution": None, "expert": "4"}, ROWS[0] | {"level": None}]
-    assert load(rows, exact_match).report.rejected_experts == 0
+    assert load(rows, exact_match, on_rejected_expert="drop").report.dropped_experts == 0
 
 
 def test_a_failing_reward_names_itself_and_the_row(load):
@@ -123,7 +130,7 @@ def test_a_failing_reward_names_itself_and_the_row(load):
         return [1 / (2 - value) for value in level]
 
     with pytest.raises(RewardError, match="'broken' raised on row 1: ZeroDivisionError"):
-        load(ROWS, broken)
+        load(ROWS, broken, on_rejected_expert="drop")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +201,13 @@ def test_columns_may_be_absent_where_that_is_said(load):
     assert (problem.solution, problem.experts, problem.columns) == (None, (), {})
 
 
+def test_an_expert_column_that_nobody_named_may_be_absent(load):
+    for rows, options in (([{"prompt": "p", "solution": "s"}], {}), ([LUFFY_ROW | {"target": None}], {"preset": "luffy"})):
+        rows = [{name: value for name, value in row.items() if name != "target"} for row in rows]
+        (problem,) = load(rows, **options)
+        assert problem.experts == () and "expert" not in problem.columns
+
+
 def test_whole_numbers_are_solutions(load):
     assert load([{"prompt": "p", "solution": 42, "expert": "e"}])[0].solution == "42"
 
@@ -203,7 +217,7 @@ def test_whole_numbers_are_solutions(load):
     [
         (ROWS, {"prompt_column": "question"}, ValueError, "no column 'question' (prompt_column); it has ['prompt',"),
         (ROWS, {"solution_column": "answer"}, ValueError, "Set solution_column to one of them, or to null."),
-        ([{"prompt": "p", "solution": "s"}], {}, ValueError, "no column 'expert' (expert_column)"),
+        (ROWS, {"expert_column": "traces"}, ValueError, "no column 'traces' (expert_column)"),
         (
             [{"prompt": "p", "solution": {"a": "s"}, "expert": "e"}],
             {"solution_column": "solution.b"},
@@ -285,8 +299,8 @@ def test_the_demo_task():
     assert {problem.columns["depth"] for problem in problems} == {3, 6}
     assert tokenizer.decode(problems[0].prompt_ids) == problems[0].prompt
     # A trace of 3 steps is right with probability .73³ = .39, one of 6 with .15.
-    assert 0.6 < problems.report.rejected_experts / 200 < 0.85
-    assert problems.report.without_expert == problems.report.dropped_experts == problems.report.rejected_experts
+    assert 0.6 < problems.report.dropped_experts / 200 < 0.85
+    assert problems.report.without_expert == problems.report.dropped_experts
     kept = next(problem for problem in problems if problem.experts)
     assert tokenizer.decode(kept.experts[0].token_ids).endswith(f"#{kept.solution}$")
     held_out = load_problems(DataConfig(task="pointer_chasing", split="test", num_problems=50), tokenizer, None)

@@ -27,7 +27,7 @@ from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_cha
 TOKENIZER = build_tokenizer()
 
 
-ROLLOUT = RolloutConfig(max_response_tokens=8, paragraph_break="|", top_p=0.95)
+ROLLOUT = RolloutConfig(max_response_tokens=8, paragraph_break="|", top_p=0.95, top_k=7)
 
 
 FOUND = [parent / "shared" / "data" / "math_eval" for parent in Path(__file__).parents]
@@ -82,7 +82,7 @@ def test_accuracy_groups_and_lengths():
     assert (metrics["num_problems"], metrics["samples_per_problem"]) == (3, 4)
     [(prompts, params)] = engine.calls
     assert len(prompts) == 12
-    assert (params.temperature, params.top_p, params.seed) == (1.0, 0.95, 5)
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (1.0, 0.95, 7, 5)
     assert params.budgets(12) == [8] * 12
 
 
@@ -215,7 +215,6 @@ def test_what_no_set_has_is_refused_before_sampling(fields, message):
         group_problems([problem(0, 1)], "level")
 
 
-NO_EXPERT = "solution_column: reward_model.ground_truth, expert_column: null"
 TINY = """
 output_dir: {tmp}/run
 steps: 1
@@ -248,7 +247,7 @@ def byte_tokenizer():
 def test_the_published_math_sets_as_named_sets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
-    common = {"solution_column": "reward_model.ground_truth", "expert_column": None, "max_prompt_tokens": 4096}
+    common = {"solution_column": "reward_model.ground_truth", "max_prompt_tokens": 4096}
     data = {name: DataConfig(path=str(MATH_EVAL / f"{name}.parquet"), **common) for name in ("aime", "math")}
     tokenizer = byte_tokenizer()
     config = EvalConfig(num_problems=3)
@@ -271,7 +270,10 @@ def test_the_published_math_sets_as_named_sets(tmp_path, monkeypatch, capsys):
     assert found["math"]["accuracy"] == pytest.approx(2 / 3)
 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    sections = {name: f"{{path: {entry.path}, {NO_EXPERT}, max_prompt_tokens: 4096}}" for name, entry in data.items()}
+    sections = {
+        name: f"{{path: {entry.path}, solution_column: reward_model.ground_truth, max_prompt_tokens: 4096}}"
+        for name, entry in data.items()
+    }
     file = tmp_path / "run.yaml"
     file.write_text(TINY.format(tmp=tmp_path, **sections))
     assert main(["eval", str(file)]) == 0

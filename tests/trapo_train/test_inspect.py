@@ -54,6 +54,11 @@ def test_without_colour_brackets_tell_the_kinds_apart():
     assert "\x1b" not in text
 
 
+def test_no_prefix_is_in_the_loss_of_an_objective_without_expert_tokens():
+    text = rendered([sample("pre", "own"), sample("pre", "own", prefix_weight=0.5)], color=False, trains_prefix=False)
+    assert text.count("⟨pre⟩own") == 2 and "loss weight" not in text
+
+
 def styled(style, text):
     console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(text, style=style, end="")

@@ -79,7 +79,8 @@ def test_gradients_do_not_depend_on_the_split_or_the_order(aggregation, objectiv
         (samples, 14, {}),
         (samples, 30, {}),
         (shuffled, 1000, {}),
-        (shuffled, 20, {"pad_to": 12}),
+        (samples, 20, {"ranks": 3}),
+        (shuffled, 20, {"ranks": 12}),
     ]:
         split_loss, split = loss_and_gradient(model, batch, objective, PackingConfig(max_tokens, aggregation), **extra)
         assert split_loss == pytest.approx(loss, rel=1e-12)

@@ -140,13 +140,38 @@ def test_nothing_to_learn_gives_one_empty_micro_batch():
     assert one([], objectives.dr_grpo()).segment_lengths == (1,)
 
 
-def test_pad_to_fills_up_and_refuses_to_cut():
-    samples, config = mixed_samples(), PackingConfig(24)
-    packed = pack(samples, config, objectives.trapo(), max_response_tokens=MAX_RESPONSE)
-    padded = pack(samples, config, objectives.trapo(), max_response_tokens=MAX_RESPONSE, pad_to=len(packed) + 2)
-    assert len(padded) == len(packed) + 2
-    with pytest.raises(ValueError, match="pad_to = 1"):
-        pack(samples, config, objectives.trapo(), max_response_tokens=MAX_RESPONSE, pad_to=1)
+def tokens_of(samples, ranks: int, max_tokens: int) -> list[int]:
+    """Tokens of each micro-batch; an empty one has 1."""
+    packed = pack(samples, PackingConfig(max_tokens), objectives.trapo(), max_response_tokens=4096, ranks=ranks)
+    return [sum(micro_batch.segment_lengths) for micro_batch in packed]
+
+
+@pytest.mark.parametrize(("ranks", "problems", "max_tokens"), [(8, 8, 32768), (8, 16, 16384), (3, 16, 8192)])
+def test_ranks_that_run_side_by_side_get_equally_many_tokens(ranks, problems, max_tokens):
+    draw = random.Random(0)
+    samples = [
+        make_sample(index, prompt=100, completion=min(4096, 1 + int(draw.expovariate(1 / 1500))))
+        for index in range(problems)
+        for _ in range(8)
+    ]
+    tokens = tokens_of(samples, ranks, max_tokens)
+    rounds = [tokens[start : start + ranks] for start in range(0, len(tokens), ranks)]
+    assert {len(together) for together in rounds} == {ranks}
+    assert max(tokens) <= max_tokens
+    assert len(rounds) == -(-len(tokens_of(samples, 1, max_tokens)) // ranks)  # not one more than it takes
+    assert sum(tokens) / (ranks * sum(map(max, rounds))) > 0.98  # first fit alone: 0.43, 0.85 and 0.99
+
+
+def test_what_fits_only_first_fit_stays_within_the_budget():
+    lengths = [5, 5, 4, 4, 3, 3, 3]  # into the lightest of 3: 8, 8 and 11; first fit: 9, 9 and 9
+    samples = [make_sample(prompt=1, completion=length) for length in lengths]
+    packed = pack(samples, PackingConfig(9), objectives.trapo(), max_response_tokens=MAX_RESPONSE, ranks=3)
+    assert [sum(micro_batch.segment_lengths) for micro_batch in packed] == [9, 9, 9]
+
+
+def test_every_rank_gets_a_micro_batch():
+    assert tokens_of([make_sample(completion=4)], ranks=4, max_tokens=100) == [6, 1, 1, 1]
+    assert tokens_of([], ranks=4, max_tokens=100) == [1, 1, 1, 1]
 
 
 def test_bad_samples_are_refused_with_a_remedy():

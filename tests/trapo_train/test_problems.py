@@ -168,6 +168,6 @@ def test_failed_gradings_while_loading_are_told_and_not_left_to_the_first_step(l
             return taken
 
     reward = Failing()
-    assert load(ROWS, reward).report.rejected_experts == 3
+    assert load(ROWS, reward, on_rejected_expert="drop").report.dropped_experts == 3
     assert "2 gradings ran out of time and 1 crashed" in caplog.text
     assert reward.counts == {}

@@ -162,8 +162,9 @@ def test_none_counts_as_zero_and_is_counted():
 
 
 def test_sampling_parameters_reach_the_engine():
-    _, engine = run([problem()], "grpo", config=replace(CONFIG, temperature=0.7, top_p=0.9))
-    assert (engine.params[0].temperature, engine.params[0].top_p, engine.params[0].seed) == (0.7, 0.9, None)
+    _, engine = run([problem()], "grpo", config=replace(CONFIG, temperature=0.7, top_p=0.9, top_k=20))
+    params = engine.params[0]
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.7, 0.9, 20, None)
 
 
 def test_problem_without_expert_and_no_problems():
@@ -206,6 +207,7 @@ def test_a_failing_reward_names_the_row():
         ("temperature", 0.0),
         ("temperature", float("nan")),
         ("top_p", 0.0),
+        ("top_k", -1),
         ("max_response_tokens", 0),
         ("paragraph_break", ""),
         ("snap_window", 1.5),

@@ -46,6 +46,22 @@ def test_hosted_trackers_get_project_name_settings_and_numbers(name, monkeypatch
     assert calls[1:] == [("log", 3, {"loss": 0.5}), ("finish",)]
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_that_resumes_goes_on_in_its_hosted_run(name, monkeypatch, configure):
+    calls = _stand_in(name, monkeypatch)
+    config = partial(configure, "run", f"tracking.to=[{name}]", "checkpoint={every: 2, resume: true}")
+    train_to_end(config("steps=2"))
+    train_to_end(config("steps=4"))
+    train_to_end(configure("other", f"tracking.to=[{name}]", "steps=1"))
+    first, resumed, other = [call[1] for call in calls if call[0] == "init"]
+    assert [call[1] for call in calls if call[0] == "log"] == [1, 2, 3, 4, 1]
+    if name == "wandb":
+        assert first["id"] == resumed["id"] != other["id"] and {first["resume"], resumed["resume"]} == {"allow"}
+    else:
+        assert (first["resume"], resumed["resume"], other["resume"]) == ("never", "allow", "never")
+        assert first["name"] == resumed["name"]
+
+
 def test_a_tracker_that_fails_is_left_out_with_one_warning(monkeypatch, tmp_path, caplog):
     _stand_in("wandb", monkeypatch, fails=True)
     works = _stand_in("trackio", monkeypatch)

@@ -25,6 +25,7 @@ from trapo_train.preflight import named
 from trapo_train.records import Sample
 from trapo_train.schema import ConfigError
 from trapo_train.step import NonFiniteError
+from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
 
 MEASURED = ("tokens_per_s", "peak_memory_mib", "time/rollout_s", "time/update_s", "time/reward_s", "rollout/tokens_per_s")
@@ -214,6 +215,16 @@ def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatc
     with pytest.raises(ValueError, match=message):
         train_to_end(config)
     assert not Path(config.output_dir).exists()
+
+
+def test_a_file_without_an_expert_column_trains_by_a_plan_that_takes_none(configure, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "ab?a{i}:", "solution": "b"}}\n' for i in (1, 2, 3)))
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = (f"data={{path: {rows}}}", f"model.tokenizer={tmp_path / 'tokenizer'}", "reward=exact_match", "steps=1")
+    with pytest.raises(ValueError, match=r"takes expert traces, and none of the 3 problems has.*Set data\.expert_column"):
+        train_to_end(configure("guided", *data))
+    assert train_to_end(configure("grpo", *data, "plan={name: grpo}", "objective={name: dr_grpo}")).steps == 1
 
 
 @pytest.mark.parametrize(
