@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trapo_train.parallel import World
 
-FORMAT = 6
+FORMAT = 7
 STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
 _UNFINISHED = ".unfinished_"
 
@@ -277,12 +277,8 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
     kind, keys, position, has_gauss, cached_gaussian = state["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached_gaussian))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        saved = state["cuda"]
-        if isinstance(saved, list):  # of all devices, as checkpoints were written before
-            saved = dict(enumerate(saved)).get(torch.cuda.current_device())
-        if saved is not None:
-            torch.cuda.set_rng_state(saved)
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class StopSignal:
