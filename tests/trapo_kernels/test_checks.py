@@ -85,14 +85,25 @@ def test_linear_logprob(arguments, options, message):
             {"weight": torch.ones(N, dtype=torch.bfloat16)},
             "weight must be .*got torch.bfloat16. If FSDP.*cast_forward_inputs",
         ),
-        ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
-        ({"active_rows": torch.tensor([0, 0, 2])}, r"active_rows must be the rows.*got \[0, 0, 2\] \(3 rows\)"),
         ({"advantage": torch.ones(N, requires_grad=True)}, "advantage is a constant of the loss.*Detach it"),
     ],
 )
 def test_token_batch(changes, message):
     with pytest.raises((ValueError, TypeError), match=f"^TokenBatch: {message}"):
         _batch(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.ones(2), r"rows must be int64 of shape \[M\] on cpu, got torch.float32 \[2\] on cpu. Pass batch.active_rows"),
+        ([0, 1], "got list. Pass"),
+        (torch.tensor([0, 0, 2]), r"rows must be those whose role.*got \[0, 0, 2\] \(3 rows\). Leave them out"),
+    ],
+)
+def test_active_rows_that_are_told(rows, message):
+    with pytest.raises(ValueError, match=f"^TokenBatch.with_active_rows: .*{message}"):
+        _batch().with_active_rows(rows)
 
 
 def test_linear_policy_loss_and_policy_loss():
