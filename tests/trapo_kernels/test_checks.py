@@ -232,6 +232,12 @@ def test_numbers_of_another_library_are_named_with_the_remedy():
             call()
 
 
+@pytest.mark.parametrize(("target", "name"), [([0, 1, 2, 3], "list"), (TARGET.numpy(), "ndarray"), (None, "NoneType")])
+def test_a_target_that_is_no_tensor(target, name):
+    with pytest.raises(TypeError, match=f"^linear_logprob: target must be a Tensor, got {name}. Pass the token ids"):
+        linear_logprob(HIDDEN, WEIGHT, target)
+
+
 def test_a_0_d_target_and_totals_of_another_type():
     with pytest.raises(ValueError, match=r"target must have shape \[N\]"):
         linear_logprob(HIDDEN, WEIGHT, torch.tensor(1))
