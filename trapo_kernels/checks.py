@@ -129,6 +129,12 @@ def whole_number(value: object) -> int | None:
         return None
 
 
+def size(where: str, name: str, value: object) -> None:
+    """A number of rows or columns: a whole number of any kind, ≥ 1."""
+    if (whole_number(value) or 0) < 1:
+        raise ValueError(f"{where}: {name} must be an integer ≥ 1, got {value!r}. Round up to whole rows.")
+
+
 def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden [N, D], weight [V, D], bias [V]: floating point, one dtype, one device."""
     for name, value in (("hidden", hidden), ("lm_head_weight", weight)):
