@@ -42,13 +42,8 @@ def head_memory(
         whose instructions, with the native extension, the dtype of the GEMMs.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
     """
-    where, narrow = "head_memory", (torch.bfloat16, torch.float16)
-    for name, value in (("num_rows", num_rows), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
-        checks.size(where, name, value)
-    checks.one_of(where, "dtype", dtype, (*narrow, torch.float32))
     weight_dtype = dtype if weight_dtype is None else weight_dtype
-    checks.one_of(where, "weight_dtype", weight_dtype, (dtype, torch.float32) if dtype in narrow else (torch.float32,))
-    checks.one_of(where, "device_type", device_type, ("cuda", "cpu"))
+    _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
     most = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
     rows = min(num_rows, most)
@@ -71,3 +66,12 @@ def head_memory(
         "grad_weight": 4 * matrix if grad_weight else 0,
         "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - of_launches - gone["hidden chunk"]),
     }
+
+
+def _check(sizes: dict[str, int], dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str) -> None:
+    where, narrow = "head_memory", (torch.bfloat16, torch.float16)
+    for name, value in sizes.items():
+        checks.size(where, name, value)
+    checks.one_of(where, "dtype", dtype, (*narrow, torch.float32))
+    checks.one_of(where, "weight_dtype", weight_dtype, (dtype, torch.float32) if dtype in narrow else (torch.float32,))
+    checks.one_of(where, "device_type", device_type, ("cuda", "cpu"))
