@@ -249,6 +249,8 @@ def token_logprob(
     where = "token_logprob"
     checks.is_a(where, "logits", logits, Tensor, "the model's logits [..., V]")
     checks.is_a(where, "target", target, Tensor, "the token ids [...]")
+    for name, x in (("logits", logits), ("target", target), ("temperature", temperature)):
+        checks.whole(where, name, x)
     if logits.ndim < 1 or logits.shape[:-1] != target.shape or logits.shape[-1] == 0:
         raise ValueError(
             f"{where}: logits must have shape [..., V] and target the same leading shape, got {list(logits.shape)} and "
