@@ -10,9 +10,8 @@ from benchmarks.memory_plan import allocated_peak
 from trapo_kernels import Role, TokenBatch, head_memory, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native
 
-CASES = list(
-    itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], [True, False], [True, False], [(300, 48, 16001)])
-)
+BOTH, SIZES = [True, False], (300, 48, 16001)
+CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], BOTH, BOTH, [SIZES]))
 SEVERAL_CHUNKS = ("native", torch.float32, True, False, (2100, 48, 16001))
 MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torch", torch.bfloat16, True, True, (600, 16001, 48))
 
