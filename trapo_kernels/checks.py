@@ -289,14 +289,21 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
 
 
 def reverse_mode(where: str, backend: str, *inputs: object, batch: TokenBatch | None = None) -> None:
-    """The kernels have gradients and no tangents; a custom op would leave them out without a word."""
+    """The kernels have gradients and no tangents, which a custom op would leave out without a word, and none for torch.func."""
     if backend == "reference" or torch.compiler.is_compiling():
         return
     inputs += () if batch is None else tuple(vars(batch).values())
-    if any(isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f'{where}: forward-mode differentiation is not supported by backend "{backend}", got an input with a tangent. '
             'Use backward, or backend="reference".'
+        )
+    transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+    if transformed and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f'{where}: gradients inside of torch.func are not supported by backend "{backend}", got an input that requires grad '
+            'under one of its transforms. Use backward or torch.autograd.grad, or backend="reference".'
         )
 
 
