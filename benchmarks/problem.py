@@ -9,7 +9,7 @@ surprises and this model knows its text. "flat" cells are noise with uniform tar
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -123,7 +123,8 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
     batch = _batch(case, target, length, torch.Generator().manual_seed(seed))
     old_logprob = _logprob(hidden, weight, target)
     old_logprob += 0.05 * torch.randn(case.num_rows, device=device, generator=generator)
-    batch = TokenBatch(**{k: v for k, v in vars(batch.to(device)).items() if k != "old_logprob"}, old_logprob=old_logprob)
+    batch = batch.to(device)
+    batch = replace(batch, old_logprob=old_logprob).with_active_rows(batch.active_rows)
     needs_grad = JOBS[case.job].objective is not None
     hidden, weight = hidden.to(dtype).requires_grad_(needs_grad), weight.requires_grad_(needs_grad)
     return Problem(case, hidden, weight, torch.where(batch.active, target, -100), batch, length)

@@ -10,6 +10,7 @@ import contextlib
 import sys
 
 import torch
+import torch._dynamo  # which keeps the functions of torch that it finds when it is imported, and must not find the patched ones
 from torch._library.custom_ops import OPDEFS
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing

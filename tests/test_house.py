@@ -19,7 +19,7 @@ ALLOWED = {
     "trapo_kernels/batch.py": {"batch_checks", "checks"},
     "trapo_kernels/gates.py": {"checks"},
     "trapo_kernels/lora.py": {"checks"},
-    "trapo_kernels/memory.py": {"backends"},
+    "trapo_kernels/memory.py": {"backends", "checks"},
     "trapo_kernels/sequence.py": {"checks"},
     "trapo_kernels/corrections.py": {"batch", "checks", "sequence"},
     "trapo_kernels/objective.py": {"checks", "gates", "sequence"},

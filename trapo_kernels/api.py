@@ -89,8 +89,10 @@ def linear_logprob(
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
+    where = "linear_logprob"
+    checks.is_a(where, "target", target, Tensor, "the token ids [N]")
     return _linear_logprob(
-        prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
+        prepared(where, hidden, lm_head_weight, bias, lora, backend),
         target,
         None,
         None,
@@ -247,6 +249,8 @@ def token_logprob(
     where = "token_logprob"
     checks.is_a(where, "logits", logits, Tensor, "the model's logits [..., V]")
     checks.is_a(where, "target", target, Tensor, "the token ids [...]")
+    for name, x in (("logits", logits), ("target", target), ("temperature", temperature)):
+        checks.whole(where, name, x)
     if logits.ndim < 1 or logits.shape[:-1] != target.shape or logits.shape[-1] == 0:
         raise ValueError(
             f"{where}: logits must have shape [..., V] and target the same leading shape, got {list(logits.shape)} and "

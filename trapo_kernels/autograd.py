@@ -24,6 +24,18 @@ def _refuse_double_backward(op: str) -> None:
         )
 
 
+def _refuse_batched(op: str, *grads: Tensor | None) -> None:
+    batched = (
+        torch._C._functorch.is_batchedtensor,
+        torch._C._functorch.is_legacy_batchedtensor,
+    )  # torch.func's, is_grads_batched's
+    if any(grad is not None and is_it(grad) for grad in grads for is_it in batched):
+        raise RuntimeError(
+            f"{op}: backward of a batch of gradients is not supported: its kernel takes one at a time, got one under vmap. "
+            'Call it once for each, without is_grads_batched=True or vectorize=True, or use backend="reference".'
+        )
+
+
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """upstream · grad, multiplied in fp32, then rounded to `dtype`; the upstream gradient stays on its device.
 
@@ -137,6 +149,7 @@ def _linear_logprob_setup(ctx, inputs, output):
 
 def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     _refuse_double_backward("linear_logprob")
+    _refuse_batched("linear_logprob", grad_logprob, grad_entropy)
     *tensors, logprob, entropy, row_max, log_sum = ctx.saved_tensors
     statistics = [logprob, entropy, row_max, log_sum]
     grad_entropy = grad_entropy if ctx.with_entropy else None
@@ -223,6 +236,7 @@ def _linear_policy_loss_setup(ctx, inputs, output):
 
 def _linear_policy_loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("linear_policy_loss")
+    _refuse_batched("linear_policy_loss", grad_loss)
     grads = [None] * 5
     if grad_loss is not None:
         for i, (grad, need, dtype) in enumerate(zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)):
@@ -331,6 +345,7 @@ def _token_logprob_setup(ctx, inputs, output):
 
 def _token_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     _refuse_double_backward("token_logprob")
+    _refuse_batched("token_logprob", grad_logprob, grad_entropy)
     if grad_logprob is None and grad_entropy is None:
         return (None,) * 7
     logits, target, row_temperature, *statistics = ctx.saved_tensors

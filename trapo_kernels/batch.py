@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -34,12 +35,13 @@ class TokenBatch:
         ref_logprob: fp32 nats under the frozen reference of the KL term; needed only when the objective has one.
         entropy_weight: fp32, weight of the entropy bonus; None means `weight`.
         rollout_logprob: fp32 nats as the sampler reported them; needed only by terms anchored at "rollout".
-        active_rows: int64 [M], the rows that can contribute, ascending. Found here when the tensors are on the CPU (no sync), so
-            leave it out, and pass active_rows=None to `dataclasses.replace`. On a GPU, where it cannot be checked, pass what the
-            packer knows; without it every row goes through the GEMMs with the inactive ones zeroed.
         scored_rows: int64 [K], rows that cannot contribute but whose logprob and entropy are wanted: they take part in the forward
             GEMM alone and count in no metric. None: none; such rows then read 0.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
+
+    `active_rows`, int64 [M], are the rows that can contribute, ascending. They are found when the tensors are on the CPU (no sync),
+    and move to a GPU with the batch. None: not known, as after `dataclasses.replace` on a GPU, which may have changed a weight;
+    every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`.
 
     Raises: ValueError or TypeError with rule, actual value and remedy.
     """
@@ -52,19 +54,16 @@ class TokenBatch:
     ref_logprob: Tensor | None = None
     entropy_weight: Tensor | None = None
     rollout_logprob: Tensor | None = None
-    active_rows: Tensor | None = None
     sequence_id: Tensor | None = None
     scored_rows: Tensor | None = None
+    active_rows: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self):
         batch_checks.token_batch(self)
         if self.scored_rows is not None:
             batch_checks.scored_rows(self)
         if checks.may_look(self.role):
-            found = self.active.nonzero().squeeze(1)
-            if self.active_rows is None:
-                object.__setattr__(self, "active_rows", found)
-            batch_checks.active_rows(self.active_rows, found)
+            object.__setattr__(self, "active_rows", self.active.nonzero().squeeze(1))
 
     @property
     def active(self) -> Tensor:
@@ -87,9 +86,26 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`; what a CPU knew of `active_rows` moves along, so that no sync follows on a GPU."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
         later = torch.device(device).type != "cpu"  # on a CPU the copy is read at once
-        return TokenBatch(**{name: None if t is None else t.to(device, non_blocking=later) for name, t in moved.items()})
+        moved = {
+            stream.name: None if (t := getattr(self, stream.name)) is None else t.to(device, non_blocking=later)
+            for stream in fields(self)
+        }
+        rows = moved.pop("active_rows")
+        return TokenBatch(**moved).with_active_rows(rows)
+
+    def with_active_rows(self, rows: Tensor | None) -> TokenBatch:
+        """The same batch, told that `rows`, int64 [M] ascending, are exactly those that can contribute; None tells nothing.
+
+        For what a GPU would have to wait for: `replace(batch, ref_logprob=…).with_active_rows(batch.active_rows)`, where neither
+        role nor weights have changed. Checked on the CPU; on a GPU a row that is missing is left out of loss and gradients.
+        """
+        if rows is None:
+            return self
+        batch_checks.active_rows(self, rows)
+        told = copy.copy(self)
+        object.__setattr__(told, "active_rows", rows)
+        return told
 
 
 @dataclass(frozen=True)

@@ -40,17 +40,6 @@ def token_batch(batch: TokenBatch) -> None:
     for name in ("advantage", "weight"):
         if getattr(batch, name).requires_grad:
             raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
-    if batch.active_rows is not None and not isinstance(batch.active_rows, Tensor):
-        raise TypeError(
-            f"{where}: active_rows must be a tensor, got {type(batch.active_rows).__name__}. Leave it out to have it found."
-        )
-    if batch.active_rows is not None and batch.active_rows.device != device:
-        raise ValueError(f"{where}: active_rows must be on {device}, got {batch.active_rows.device}. Move it there.")
-    if batch.active_rows is not None and (batch.active_rows.ndim != 1 or batch.active_rows.dtype != torch.int64):
-        raise ValueError(
-            f"{where}: active_rows must be int64 of shape [M], got {batch.active_rows.dtype} {list(batch.active_rows.shape)}. "
-            "Leave it out to have it found."
-        )
     if checks.may_look(batch.role):
         remedy = "Only rows with role IGNORED may hold anything."
         checks.finite_tensor(where, "weight", torch.where(batch.role != 0, batch.weight, 0.0), remedy)
@@ -58,14 +47,24 @@ def token_batch(batch: TokenBatch) -> None:
             checks.finite_tensor(where, "entropy_weight", torch.where(batch.role != 0, batch.entropy_weight, 0.0), remedy)
 
 
-def active_rows(given: Tensor, found: Tensor) -> None:
-    """active_rows must be exactly the rows that can contribute."""
-    if not torch.equal(given, found):
+def active_rows(batch: TokenBatch, rows: Tensor) -> None:
+    """rows: int64 [M], exactly those that can contribute; which ones is looked at on the CPU only."""
+    where, device = "TokenBatch.with_active_rows", batch.target.device
+    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device:
         raise ValueError(
-            "TokenBatch: active_rows must be the rows whose role is not IGNORED and whose weight or entropy weight is not 0, "
-            f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {given[:8].tolist()}"
-            f"{'…' if len(given) > 8 else ''} ({len(given)} rows). Leave it out, or pass active_rows=None to dataclasses.replace."
+            f"{where}: rows must be int64 of shape [M] on {device}, got {_described(rows)}. Pass batch.active_rows of a batch with "
+            "the same role and weights, or None."
         )
+    if checks.may_look(batch.role) and not torch.equal(rows, found := batch.active_rows):
+        raise ValueError(
+            f"{where}: rows must be those whose role is not IGNORED and whose weight or entropy weight is not 0, "
+            f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {rows[:8].tolist()}"
+            f"{'…' if len(rows) > 8 else ''} ({len(rows)} rows). Leave them out to have them found."
+        )
+
+
+def _described(rows: object) -> str:
+    return f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
 
 
 def scored_rows(batch: TokenBatch) -> None:
@@ -73,8 +72,9 @@ def scored_rows(batch: TokenBatch) -> None:
     rows = batch.scored_rows
     where = "TokenBatch: scored_rows"
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != batch.target.device:
-        actual = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"{where} must be int64 of shape [K] on {batch.target.device}, got {actual}. Pass indices of rows.")
+        raise ValueError(
+            f"{where} must be int64 of shape [K] on {batch.target.device}, got {_described(rows)}. Pass indices of rows."
+        )
     if not checks.may_look(rows) or len(rows) == 0:
         return
     if int(rows.min()) < 0 or int(rows.max()) >= len(batch):

@@ -20,8 +20,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def one_of(where: str, name: str, value: object, allowed: tuple) -> None:
     """`value` must be one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    if isinstance(value, Tensor) or value not in allowed:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{_as_number(value)}")
 
 
 def finite(where: str, name: str, value: float) -> None:
@@ -31,9 +31,9 @@ def finite(where: str, name: str, value: float) -> None:
 
 
 def _as_number(value: object) -> str:
-    """The remedy for a number of another library, such as numpy's float32."""
+    """The remedy for a number of another library, such as numpy's float32 or a tensor of one."""
     foreign = isinstance(value, numbers.Real) and not isinstance(value, int | float)
-    return " Pass float(...) of it." if foreign else ""
+    return " Pass float(...) of it." if foreign or (isinstance(value, Tensor) and value.numel() == 1) else ""
 
 
 def in_range(
@@ -51,13 +51,16 @@ def may_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
-def whole(where: str, name: str, value: object) -> None:
+_WHOLE_HEAD = (
+    "Call inside the forward of the FSDP unit that has it; or pass .full_tensor(grad_placements=[Partial()]); or .to_local() of "
+    "vocabulary shards, with process_group=mesh.get_group()."
+)
+
+
+def whole(where: str, name: str, value: object, remedy: str = "Pass .full_tensor() of it.") -> None:
     """`value` must not be a shard of a distributed tensor."""
     if hasattr(value, "placements") and hasattr(value, "full_tensor"):
-        raise TypeError(
-            f"{where}: {name} must be a plain tensor, got a DTensor. Call inside the forward of the FSDP unit that has it; or pass "
-            ".full_tensor(grad_placements=[Partial()]); or .to_local() of vocabulary shards, with process_group=mesh.get_group()."
-        )
+        raise TypeError(f"{where}: {name} must be a plain tensor, got a DTensor. {remedy}")
 
 
 def finite_tensor(where: str, name: str, value: Tensor, remedy: str) -> None:
@@ -72,6 +75,7 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
     """`value` must be a tensor of shape [N] on `device` with one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a tensor of shape [N] = [{length}], got {type(value).__name__}.")
+    whole(where, name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(
             f"{where}: {name} must have shape [N] = [{length}], got {list(value.shape)}. "
@@ -79,7 +83,7 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
         )
     if value.dtype not in dtypes:
         names, remedy = " or ".join(str(dtype) for dtype in dtypes), f"Convert it with {name}.to({dtypes[0]})."
-        if value.dtype in (torch.bfloat16, torch.float16):  # and rounded already
+        if where == "TokenBatch" and value.dtype in (torch.bfloat16, torch.float16):  # and rounded already
             remedy = "If FSDP's mixed precision cast it, set cast_forward_inputs=False in MixedPrecisionPolicy."
         raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. {remedy}")
     if value.device != device:
@@ -116,7 +120,7 @@ def aggregation(
     if share is not None:
         vector(where, "share", share, len(role), role.device, (torch.float32, torch.float64))
     if mode in ("constant", "length") and (whole_number(max_tokens) or 0) <= 0:
-        raise ValueError(f'{where}: mode "{mode}" needs an integer max_tokens > 0, got {max_tokens}. Pass the longest response.')
+        raise ValueError(f'{where}: mode "{mode}" needs an integer max_tokens > 0, got {max_tokens!r}. Pass the longest response.')
     if mode == "prompt_mean" and prompt_id is None:
         raise ValueError(f'{where}: mode "{mode}" needs prompt_id [N] int64, got None. Pass the prompt of every token.')
 
@@ -129,18 +133,23 @@ def whole_number(value: object) -> int | None:
         return None
 
 
+def size(where: str, name: str, value: object) -> None:
+    """A number of rows or columns: a whole number of any kind, ≥ 1."""
+    if (whole_number(value) or 0) < 1:
+        raise ValueError(f"{where}: {name} must be an integer ≥ 1, got {value!r}. Round up to whole rows.")
+
+
 def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden [N, D], weight [V, D], bias [V]: floating point, one dtype, one device."""
     for name, value in (("hidden", hidden), ("lm_head_weight", weight)):
         shape = "[N, D]" if name == "hidden" else "[V, D]"
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}.")
-        whole(where, name, value)
+        whole(where, name, value, _WHOLE_HEAD)
         if value.ndim != 2:
-            raise ValueError(
-                f"{where}: {name} must have shape {shape}, got {list(value.shape)}. "
-                f"Flatten batch and sequence with {name}.reshape(-1, {name}.shape[-1])."
-            )
+            flatten = "Flatten batch and sequence with hidden.reshape(-1, hidden.shape[-1])."
+            remedy = flatten if name == "hidden" else "Pass torch.nn.Linear(D, V).weight of the head."
+            raise ValueError(f"{where}: {name} must have shape {shape}, got {list(value.shape)}. {remedy}")
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{where}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
     if hidden.shape[1] != weight.shape[1]:
@@ -158,7 +167,7 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{where}: lm_head_weight [V, D] must not be empty, got {list(weight.shape)}.")
     if bias is not None:
-        whole(where, "bias", bias)
+        whole(where, "bias", bias, _WHOLE_HEAD)
         if not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.shape[0],):
             actual = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
             raise ValueError(
@@ -176,7 +185,7 @@ def lora_factors(a: object, b: object, scaling: object) -> None:
     """a [R, D] and b [V, R] of one LoRA."""
     where = "LoraHead"
     for name, value, shape in (("a", a, "[R, D]"), ("b", b, "[V, R]")):
-        whole(where, name, value)
+        whole(where, name, value, _WHOLE_HEAD)
         if not isinstance(value, Tensor) or value.ndim != 2:
             actual = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -280,14 +289,21 @@ def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_g
 
 
 def reverse_mode(where: str, backend: str, *inputs: object, batch: TokenBatch | None = None) -> None:
-    """The kernels have gradients and no tangents; a custom op would leave them out without a word."""
+    """The kernels have gradients and no tangents, which a custom op would leave out without a word, and none for torch.func."""
     if backend == "reference" or torch.compiler.is_compiling():
         return
     inputs += () if batch is None else tuple(vars(batch).values())
-    if any(isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f'{where}: forward-mode differentiation is not supported by backend "{backend}", got an input with a tangent. '
             'Use backward, or backend="reference".'
+        )
+    transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+    if transformed and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f'{where}: gradients inside of torch.func are not supported by backend "{backend}", got an input that requires grad '
+            'under one of its transforms. Use backward or torch.autograd.grad, or backend="reference".'
         )
 
 

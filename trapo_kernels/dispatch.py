@@ -50,7 +50,7 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
         chosen = "torch" if why_not(preferred, device, dtype) else preferred
         if not torch.compiler.is_compiling():  # which the name of the GPU and a logging call would stop
             if scoring is not None and chosen == "triton" and _MEASURED:
-                chosen = _fastest(scoring, torch.cuda.get_device_name(device), dtype)
+                chosen = _fastest(scoring, device, dtype)
             _say_once(where, chosen, device.type, str(dtype))
         return chosen
     reason = why_not(backend, device, dtype)
@@ -71,9 +71,9 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return None
     if dtype == torch.float64:
         return 'its statistics are fp32 and the inputs are float64; backend="torch" and "reference" compute in fp64.'
-    if backend == "native_fused" and device.type != "cuda":
-        return f"its kernel is for sm_90 GPUs and the tensors are on the {device.type}."
-    if backend in ("native", "native_fused"):
+    if backend == "native_fused":
+        return _why_no_wgmma(device, dtype) or native.why_not(device.type)
+    if backend == "native":
         return native.why_not(device.type)
     if not _HAS_TRITON:
         return "the package triton is not installed; pip install triton."
@@ -82,17 +82,28 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def _fastest(scoring: Scoring, device_name: str, dtype: torch.dtype) -> str:
+def _why_no_wgmma(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the native scoring kernel has its dtype and its GPU, else a sentence with the reason."""
+    if device.type != "cuda":
+        return f"its kernel is for sm_90 GPUs and the tensors are on the {device.type}."
+    if dtype != torch.bfloat16:
+        return f'its kernel takes bfloat16 and the inputs are {str(dtype).removeprefix("torch.")}; backend="triton_fused" does.'
+    gpu = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    return None if gpu.major == 9 else f"its kernel is for sm_90 GPUs and this one is sm_{gpu.major}{gpu.minor}."
+
+
+def _fastest(scoring: Scoring, device: torch.device, dtype: torch.dtype) -> str:
     """The fastest scoring backend at the nearest shape measured; "triton" where none lies within a factor of two in N, D and V."""
 
     def octaves(entry: dict) -> float:
         return max(abs(math.log2(max(1, mine) / measured)) for mine, measured in zip(scoring[:3], entry["shape"], strict=True))
 
-    of_gpu = [entry for entry in _MEASURED if entry["device"] == device_name and f"torch.{entry['dtype']}" == str(dtype)]
+    name = torch.cuda.get_device_name(device)
+    of_gpu = [entry for entry in _MEASURED if entry["device"] == name and f"torch.{entry['dtype']}" == str(dtype)]
     nearest = min(of_gpu, key=octaves, default=None)
     if nearest is None or octaves(nearest) > 1.0:
         return "triton"
-    wgmma = scoring.plain and scoring.hidden_size % 8 == 0 and why_not("native_fused", torch.device("cuda"), dtype) is None
+    wgmma = scoring.plain and scoring.hidden_size % 8 == 0 and why_not("native_fused", device, dtype) is None
     able = {name: ms for name, ms in nearest["median_ms"].items() if name != "native_fused" or wgmma}
     return min(able, key=able.get)
 

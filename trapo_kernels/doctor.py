@@ -51,7 +51,7 @@ def _gpu() -> str:
 
 def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
     """A line about a backend on a device, and False where it runs but gets the self-test wrong."""
-    reason = dispatch.why_not(backend, device, torch.float32)
+    reason = dispatch.why_not(backend, device, torch.bfloat16 if backend in dispatch.FUSED else torch.float32)
     if reason:
         return f"missing: {reason}", True
     units = f", bf16 on {native.BF16_UNITS}" if native.BF16_UNITS else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trapo_kernels import checks
 from trapo_kernels.backends.gemm import chunk_rows, operand_dtype
 
 
@@ -35,28 +36,42 @@ def head_memory(
 
     Returns: "logits" (a chunk and its gradient, float32), "hidden chunk" (its hidden states and their gradient), "grad_hidden",
         "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in another) and "rounding" (what
-        the gradient of a narrow weight takes in its dtype, beyond the room that chunk and copy have left by then).
-
+        a gradient takes in a narrow dtype, beyond the room that chunk and copy have left by then).
+    Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
         whose instructions, with the native extension, the dtype of the GEMMs.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype
+    _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
     most = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
     rows = min(num_rows, most)
     matrix = vocab_size * hidden_size
-    # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits.
-    chunks = (1 if in_place else 3) + (vocab_parallel and device_type == "cpu")
+    # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits, of which it gets a copy.
+    # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it beside the last chunk.
+    chunk = 4 * rows * vocab_size
+    of_launches = ((not in_place) + (vocab_parallel and device_type == "cpu")) * chunk
+    operand = rows * hidden_size * (gemm_dtype.itemsize if gemm_dtype != dtype else 0)
     gone = {
-        "logits": chunks * 4 * rows * vocab_size,
-        "hidden chunk": rows * hidden_size * (4 + (gemm_dtype.itemsize if gemm_dtype != dtype else 0)),
+        "logits": (1 if in_place else 2) * chunk + of_launches,
+        "hidden chunk": operand + max(0, 4 * rows * hidden_size - of_launches),
         "weight": matrix * gemm_dtype.itemsize if {dtype, weight_dtype} != {gemm_dtype} else 0,
     }
     rounded = matrix * weight_dtype.itemsize if grad_weight and weight_dtype.itemsize < 4 else 0
+    rounded_hidden = num_rows * hidden_size * dtype.itemsize if vocab_parallel and dtype.itemsize < 4 else 0
     return {
         **gone,
-        "grad_hidden": num_rows * hidden_size * dtype.itemsize,
+        "grad_hidden": num_rows * hidden_size * (4 if vocab_parallel else dtype.itemsize),
         "grad_weight": 4 * matrix if grad_weight else 0,
-        "rounding": max(0, rounded - sum(gone.values())),
+        "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - of_launches - gone["hidden chunk"]),
     }
+
+
+def _check(sizes: dict[str, int], dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str) -> None:
+    where, narrow = "head_memory", (torch.bfloat16, torch.float16)
+    for name, value in sizes.items():
+        checks.size(where, name, value)
+    checks.one_of(where, "dtype", dtype, (*narrow, torch.float32))
+    checks.one_of(where, "weight_dtype", weight_dtype, (dtype, torch.float32) if dtype in narrow else (torch.float32,))
+    checks.one_of(where, "device_type", device_type, ("cuda", "cpu"))

@@ -162,7 +162,7 @@ class TopEntropy(Reduction):
         checks.in_range("TopEntropy", "share", self.share, 0.0, 1.0, open_low=True)
 
     def reduce(self, tokens):
-        kept = (self.share * tokens.sequences.count() - 1e-9).ceil()  # 0.2 · 5 tokens is 1 in spite of rounding
+        kept = (self.share * tokens.sequences.count() - 1e-9).ceil().clamp(min=1)  # 0.28 · 25 is 7, and 7.000000000000001 in fp64
         factor = (tokens.sequences.rank(tokens.entropy) < kept).to(tokens.log_ratio.dtype)
         return Reduced(tokens.log_ratio, factor, torch.ones_like(factor, dtype=torch.bool))
 

@@ -380,8 +380,8 @@ class Trainer:
             scored = score_all(self.reference, micro_batches, self.config.rollout.temperature)
         reshard(self.reference)
         return [
-            replace(micro_batch, batch=replace(micro_batch.batch, ref_logprob=logprob))
-            for micro_batch, logprob in zip(micro_batches, scored, strict=True)
+            replace(micro, batch=replace(micro.batch, ref_logprob=logprob).with_active_rows(micro.batch.active_rows))
+            for micro, logprob in zip(micro_batches, scored, strict=True)
         ]
 
 

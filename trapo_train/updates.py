@@ -94,13 +94,16 @@ def with_old_policy(
 
 def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, config: UpdateConfig) -> MicroBatch:
     batch = micro_batch.batch
-    changes: dict[str, Any] = {"active_rows": None}  # a mask may take rows out
+    changes: dict[str, Any] = {}
     if config.correction is not None:
         factor = config.correction.factor(batch.role, logprob, batch.rollout_logprob, batch.sequence_id)
         changes["weight"] = batch.weight * factor
     if config.per_step > 1:
         changes["old_logprob"] = logprob
-    return replace(micro_batch, batch=replace(batch, **changes))
+    changed = replace(batch, **changes)
+    if "weight" not in changes:  # where a mask may take rows out
+        changed = changed.with_active_rows(batch.active_rows)
+    return replace(micro_batch, batch=changed)
 
 
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ struct Transforms {
   const float* row_temperature;
   float temperature, softcap;
 
-  Transform of(int64_t i) const { return {softcap, row_temperature ? row_temperature[i] : temperature}; }
+  RowTransform of(int64_t i) const { return {softcap, row_temperature ? row_temperature[i] : temperature}; }
 };
 
 Transforms check_transforms(const char* op, const Logits& logits, const std::optional<Tensor>& bias,
@@ -106,7 +106,7 @@ struct Output {
 // dL/d(raw logit) of row i, whose z lies in `z`; the gradient may take its place. A target below 0 lies on another shard of the
 // vocabulary; one beyond it has made the row NaN.
 void write_gradient(const RowSweeps& sweeps, const float* z, const Gradient& grad, int64_t i, int64_t target, const Row& row,
-                    float c, float e, const Transform& t) {
+                    float c, float e, const RowTransform& t) {
   const float bracket = static_cast<float>(c + e * (row.entropy - row.log_sum)), target_logit = row.target_logit;
   if (grad.narrow) {
     sweeps.gradient_bf16(z, grad.narrow_row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
@@ -167,7 +167,7 @@ void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tens
         grads.put_zeros(i);
         continue;
       }
-      const Transform t = transforms.of(i);
+      const RowTransform t = transforms.of(i);
       float* z = logits.row(i);
       const bool plain = transforms.bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
       if (!plain) sweeps.transform(z, transforms.bias, logits.vocab_size, t);
@@ -220,7 +220,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
         if (grads.data) grads.put_zeros(i);
         continue;
       }
-      const Transform t = transforms.of(i);
+      const RowTransform t = transforms.of(i);
       const Row row = sweeps.statistics(logits.row(i), transforms.bias, logits.vocab_size, target[i], t);
       out.put(i, row);
       if (grads.data) {

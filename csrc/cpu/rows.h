@@ -11,7 +11,7 @@ namespace trapo {
 
 constexpr int64_t kBlock = 4096;  // logits; 16 KiB, half of a usual L1 cache
 
-struct Transform {
+struct RowTransform {
   float softcap;  // 0: none
   float temperature;
 };
@@ -37,12 +37,12 @@ inline Row finished_row(double others, double moment, float row_max, float targe
 typedef uint16_t BFloat16;
 
 struct RowSweeps {
-  void (*transform)(float* x, const float* bias, int64_t count, const Transform& t);
-  Row (*statistics)(float* x, const float* bias, int64_t vocab_size, int64_t target, const Transform& t);
+  void (*transform)(float* x, const float* bias, int64_t count, const RowTransform& t);
+  Row (*statistics)(float* x, const float* bias, int64_t vocab_size, int64_t target, const RowTransform& t);
   void (*gradient)(const float* z, float* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
-                   const Transform& t);
+                   const RowTransform& t);
   void (*gradient_bf16)(const float* z, BFloat16* grad, int64_t vocab_size, float row_max, float inverse_total, float e,
-                        float bracket, const Transform& t);
+                        float bracket, const RowTransform& t);
 };
 
 // The sweeps for the widest instruction set that this processor has, or for the one chosen by `use_instruction_set`.

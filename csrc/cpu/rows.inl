@@ -10,13 +10,13 @@ namespace trapo {
 namespace TRAPO_SET {
 
 // z of a block of raw logits, in place: z = softcap · tanh((x + bias) / softcap) / temperature.
-TRAPO_INLINE Vec transformed(Vec x, Vec bias, const Transform& t) {
+TRAPO_INLINE Vec transformed(Vec x, Vec bias, const RowTransform& t) {
   x = x + bias;
   if (t.softcap != 0.0f) x = tanh(x / t.softcap) * t.softcap;
   return x / t.temperature;
 }
 
-void transform_block(float* x, const float* bias, int64_t count, const Transform& t) {
+void transform_block(float* x, const float* bias, int64_t count, const RowTransform& t) {
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) store(x + i, transformed(load(x + i), bias ? load(bias + i) : Vec{}, t));
   const int64_t rest = count - i;
@@ -65,7 +65,7 @@ void block_sums(const float* z, int64_t count, float row_max, double* sum, doubl
 
 // Statistics of a row, NaN where the target lies outside the vocabulary; afterwards it holds z instead of raw logits, and -inf in the
 // target's place.
-Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t target, const Transform& t) {
+Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t target, const RowTransform& t) {
   const bool plain = bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
   float row_max = kFloor, target_logit = NAN;  // of a target outside the vocabulary
   double others = 0.0, moment = 0.0;  // over all columns but the target's
@@ -94,7 +94,7 @@ Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t ta
 // `grad` may begin where `z` does: a number is written when all that lies there has been read.
 template <typename T>
 void sweep_gradient(const float* z, T* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
-                    const Transform& t) {
+                    const RowTransform& t) {
   const Vec scale = splat(-inverse_total / t.temperature);
   const float to_tanh = t.softcap == 0.0f ? 0.0f : t.temperature / t.softcap;
   for (int64_t i = 0; i < vocab_size; i += kWidth) {

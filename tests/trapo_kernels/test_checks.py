@@ -20,6 +20,7 @@ from trapo_kernels import (
     policy_loss,
     token_logprob,
 )
+from trapo_kernels.sequence import EntropyWeight
 
 N, D, V = 4, 3, 7
 HIDDEN, WEIGHT, TARGET = torch.randn(N, D), torch.randn(V, D), torch.arange(N)
@@ -85,14 +86,25 @@ def test_linear_logprob(arguments, options, message):
             {"weight": torch.ones(N, dtype=torch.bfloat16)},
             "weight must be .*got torch.bfloat16. If FSDP.*cast_forward_inputs",
         ),
-        ({"active_rows": torch.ones(2)}, r"active_rows must be int64 of shape \[M\]"),
-        ({"active_rows": torch.tensor([0, 0, 2])}, r"active_rows must be the rows.*got \[0, 0, 2\] \(3 rows\)"),
         ({"advantage": torch.ones(N, requires_grad=True)}, "advantage is a constant of the loss.*Detach it"),
     ],
 )
 def test_token_batch(changes, message):
     with pytest.raises((ValueError, TypeError), match=f"^TokenBatch: {message}"):
         _batch(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.ones(2), r"rows must be int64 of shape \[M\] on cpu, got torch.float32 \[2\] on cpu. Pass batch.active_rows"),
+        ([0, 1], "got list. Pass"),
+        (torch.tensor([0, 0, 2]), r"rows must be those whose role.*got \[0, 0, 2\] \(3 rows\). Leave them out"),
+    ],
+)
+def test_active_rows_that_are_told(rows, message):
+    with pytest.raises(ValueError, match=f"^TokenBatch.with_active_rows: .*{message}"):
+        _batch().with_active_rows(rows)
 
 
 def test_linear_policy_loss_and_policy_loss():
@@ -160,6 +172,58 @@ def test_a_dtensor_is_refused_with_the_ways_out():
     with pytest.raises(TypeError, match="LoraHead: a must be a plain tensor"):
         LoraHead(torch.ones(2, D).as_subclass(Shard), torch.ones(V, 2))
 
+    def shard(x):
+        return x.as_subclass(Shard)
+
+    logits, one, role = HIDDEN @ WEIGHT.T, torch.ones(N), torch.ones(N, dtype=torch.uint8)
+    calls = {
+        "linear_logprob: target": lambda: linear_logprob(HIDDEN, WEIGHT, shard(TARGET)),
+        "linear_logprob: temperature": lambda: linear_logprob(HIDDEN, WEIGHT, TARGET, temperature=shard(one)),
+        "token_logprob: logits": lambda: token_logprob(shard(logits), TARGET),
+        "token_logprob: target": lambda: token_logprob(logits, shard(TARGET)),
+        "token_logprob: temperature": lambda: token_logprob(logits, TARGET, temperature=shard(one)),
+        "policy_loss: logprob": lambda: policy_loss(shard(-one), one, _batch(), objectives.sft()),
+        "policy_loss: entropy": lambda: policy_loss(-one, shard(one), _batch(), objectives.sft()),
+        "TokenBatch: target": lambda: _batch(target=shard(TARGET)),
+        "TokenBatch: weight": lambda: _batch(weight=shard(one)),
+        "aggregate: sequence_id": lambda: aggregate(role, shard(TARGET), mode="token_mean"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name} must be a plain tensor, got a DTensor. Pass .full_tensor\(\) of it.$"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: linear_logprob(HIDDEN, WEIGHT[None], TARGET),
+            r"lm_head_weight must have shape \[V, D\], got \[1, 7, 3\]. Pass torch.nn.Linear\(D, V\).weight of the head.$",
+        ),
+        (
+            lambda: policy_loss(torch.zeros(N).bfloat16(), None, _batch(), objectives.sft()),
+            r"got torch.bfloat16. Convert it with logprob.to\(torch.float32\).$",
+        ),
+        (
+            lambda: linear_logprob(HIDDEN, WEIGHT, TARGET, temperature=torch.ones(N).half()),
+            r"got torch.float16. Convert it with temperature.to\(torch.float32\).$",
+        ),
+        (
+            lambda: aggregate(
+                torch.ones(N, dtype=torch.uint8), TARGET, mode="token_mean", share=torch.ones(N, dtype=torch.bfloat16)
+            ),
+            r"got torch.bfloat16. Convert it with share.to\(torch.float32\).$",
+        ),
+        (
+            lambda: aggregate(torch.ones(N, dtype=torch.uint8), TARGET, mode="length", max_tokens="5"),
+            "needs an integer max_tokens > 0, got '5'",
+        ),
+    ],
+)
+def test_the_remedy_is_that_of_the_case(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_shapes_and_memory_can_be_found_out_without_values(device):
@@ -219,6 +283,21 @@ def test_numbers_of_another_library_are_named_with_the_remedy():
     for call in calls:
         with pytest.raises(ValueError, match=r"got np.float32\(0.5\). Pass float\(...\) of it."):
             call()
+    for call in (
+        lambda: objectives.trapo(alpha=torch.tensor(0.5)),  # in_range
+        lambda: objectives.chord_mu(mu=torch.tensor(0.5)),
+        lambda: Objective(expert=Term(gates.One()), entropy_coef=torch.tensor(0.5)),  # finite
+        lambda: EntropyWeight(0.1, sign=torch.tensor(0.5)),  # one_of
+        lambda: linear_logprob(HIDDEN, WEIGHT, TARGET, softcap=torch.tensor(0.5)),
+    ):
+        with pytest.raises(ValueError, match=r"got tensor\(0.5000\). Pass float\(...\) of it."):
+            call()
+
+
+@pytest.mark.parametrize(("target", "name"), [([0, 1, 2, 3], "list"), (TARGET.numpy(), "ndarray"), (None, "NoneType")])
+def test_a_target_that_is_no_tensor(target, name):
+    with pytest.raises(TypeError, match=f"^linear_logprob: target must be a Tensor, got {name}. Pass the token ids"):
+        linear_logprob(HIDDEN, WEIGHT, target)
 
 
 def test_a_0_d_target_and_totals_of_another_type():

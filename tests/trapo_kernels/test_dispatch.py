@@ -1,13 +1,14 @@
 """What "auto" scores with: the fastest backend measured on this GPU at about this shape, the chunked path where nothing was."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import scoring_table
 from tests.trapo_kernels import cases
-from trapo_kernels import LoraHead, dispatch, linear_logprob
+from trapo_kernels import LoraHead, dispatch, doctor, linear_logprob
 from trapo_kernels.backends import native
 
 GPU, CUDA = "NVIDIA H200", torch.device("cuda")
@@ -27,6 +28,7 @@ def measured(monkeypatch):
     ]
     monkeypatch.setattr(dispatch, "_MEASURED", table)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(major=9, minor=0))
     monkeypatch.setitem(native._WHY_NOT, "cuda", None)
     return table
 
@@ -66,6 +68,26 @@ def test_another_gpu_or_an_empty_table_leaves_the_chunked_path(measured, monkeyp
 def test_a_missing_native_extension_is_passed_over(measured, monkeypatch):
     monkeypatch.setitem(native._WHY_NOT, "cuda", "it was not built.")
     assert _auto(4096) == "triton_fused"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, None),
+        ((8, 0), torch.bfloat16, "its kernel is for sm_90 GPUs and this one is sm_80."),
+        ((10, 0), torch.bfloat16, "its kernel is for sm_90 GPUs and this one is sm_100."),
+        ((9, 0), torch.float32, 'its kernel takes bfloat16 and the inputs are float32; backend="triton_fused" does.'),
+        ((9, 0), torch.float16, 'its kernel takes bfloat16 and the inputs are float16; backend="triton_fused" does.'),
+    ],
+)
+def test_the_wgmma_kernel_has_one_dtype_and_one_gpu(measured, monkeypatch, capability, dtype, reason):
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
+    assert dispatch.why_not("native_fused", CUDA, dtype) == reason
+    verdict, healthy = doctor._verdict("native_fused", CUDA)
+    assert healthy and verdict.startswith("runs:" if capability == (9, 0) else "missing: its kernel is for sm_90 GPUs")
+    if dtype == torch.bfloat16:
+        assert _auto(4096) == ("native_fused" if reason is None else "triton_fused")
 
 
 @pytest.mark.parametrize(

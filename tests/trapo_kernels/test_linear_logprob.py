@@ -140,6 +140,15 @@ def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_o
     assert gemm.chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
 
 
+@pytest.mark.parametrize("vocab_size", [40, 32000, 50257, 128256, 151936, 152064, 201088, 256000, 262208])
+def test_a_chunk_on_a_gpu_has_as_many_logits_as_is_said_at_most(vocab_size):
+    most = 4096 * 152064 // vocab_size
+    for num_rows in (1, 127, 4096, most - 1, most, most + 1, 2 * most + 1, 12289, 32768, 65537):
+        rows = gemm.chunk_rows(num_rows, 4096, vocab_size, "cuda")
+        assert rows * vocab_size <= 4096 * 152064 and (rows == num_rows or rows % 128 == 0)
+        assert -(-num_rows // rows) == -(-num_rows // min(num_rows, most // 128 * 128 if num_rows > most else most))
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="the GEMMs of a GPU are the same everywhere")
 @pytest.mark.parametrize(
     "processor", (cpu_gemm._INTEL, cpu_gemm._OTHER, cpu_gemm.Tuning(most_rows=16, block=16, gradient_in_columns=False))

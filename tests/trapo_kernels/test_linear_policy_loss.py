@@ -65,7 +65,7 @@ def test_rows_that_cannot_contribute_never_reach_a_gemm(monkeypatch):
     weights = torch.ones(50)
     weights[::2] = 0.0
     b = cases.batch(50, 30, torch.float32, roles=(1, 2), weight=weights, entropy_weight=None)
-    b = TokenBatch(b.target, b.role, b.advantage, b.weight, active_rows=b.active.nonzero().squeeze(1))
+    b = TokenBatch(b.target, b.role, b.advantage, b.weight).with_active_rows(b.active.nonzero().squeeze(1))
     out = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend="torch")
     assert sum(seen) == 25
     assert (out.logprob[::2] == 0).all() and (out.logprob[1::2] != 0).all()
@@ -271,7 +271,7 @@ def test_no_tokens_and_a_kl(backend):
     """An empty micro-batch: its streams are there, with nothing in them."""
     hidden, weight, _ = cases.head(4, 8, 20, torch.float32)
     full = cases.batch(4, 20, torch.float32, ref_logprob=torch.zeros(4))
-    empty = TokenBatch(**{name: None if value is None else value[:0] for name, value in vars(full).items()})
+    empty = cases.subset(full, torch.arange(0, device=cases.DEVICE))
     out = linear_policy_loss(hidden[:0], weight, empty, objectives.grpo(beta=0.1), backend=backend)
     out.loss.backward()
     assert out.loss == 0 and not weight.grad.any()

@@ -4,22 +4,42 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.memory_plan import allocated_peak
 from trapo_kernels import Role, TokenBatch, head_memory, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native
 
-CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], [True, False], [True, False], [300]))
+BOTH, SIZES = [True, False], (300, 48, 16001)
+CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], BOTH, BOTH, [SIZES]))
+SEVERAL_CHUNKS = ("native", torch.float32, True, False, (2100, 48, 16001))
+MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torch", torch.bfloat16, True, True, (600, 16001, 48))
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype", "trained", "two_phase", "rows"),
-    [*CASES, ("native", torch.float32, True, False, 2100)],  # several chunks
-)
-def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, rows):
+@pytest.fixture(scope="module")
+def one_rank():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("backend", "dtype", "trained", "two_phase", "sizes"), [*CASES, SEVERAL_CHUNKS, *MOSTLY_HIDDEN])
+def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, sizes):
+    _compare(backend, dtype, trained, two_phase, sizes)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(300, 48, 16001), (300, 4001, 480), (2100, 2001, 480)])
+def test_the_account_of_a_head_that_ranks_share(one_rank, sizes, dtype, backend):
+    _compare(backend, dtype, True, False, sizes, one_rank)
+
+
+def _compare(backend, dtype, trained, two_phase, sizes, group=None):
     if backend == "native" and native.why_not("cpu"):
         pytest.skip(native.why_not("cpu"))
-    hidden_size, vocab_size = 48, 16001
+    rows, hidden_size, vocab_size = sizes
     hidden = torch.randn(rows, hidden_size).to(dtype).requires_grad_()
     weight = torch.randn(vocab_size, hidden_size, requires_grad=trained)
     target = torch.arange(rows) % vocab_size
@@ -28,15 +48,15 @@ def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, ro
 
     def call():
         if two_phase:
-            out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend)
+            out = linear_logprob(hidden, weight, target, with_entropy=True, backend=backend, process_group=group)
             (out.logprob + out.entropy).sum().backward()
         else:
-            linear_policy_loss(hidden, weight, batch, objective, backend=backend).loss.backward()
+            linear_policy_loss(hidden, weight, batch, objective, backend=backend, process_group=group).loss.backward()
         hidden.grad = weight.grad = None
 
     predicted = head_memory(
         rows, hidden_size, vocab_size, dtype=dtype, weight_dtype=torch.float32, device_type="cpu", grad_weight=trained,
-        in_place=backend == "native",
+        in_place=backend == "native", vocab_parallel=group is not None,
     )  # fmt: skip
     assert sum(predicted.values()) == pytest.approx(allocated_peak(call), rel=0.02)
     assert (predicted["grad_weight"] > 0) == trained and (predicted["weight"] > 0) == (dtype == torch.bfloat16)
@@ -70,3 +90,24 @@ def test_a_gpu_keeps_its_gemms_in_bf16_and_its_chunk_larger():
     sizes = head_memory(32768, 3584, 152064, weight_dtype=torch.float32)
     assert sizes["logits"] == 4 * 4096 * 152064 and sizes["weight"] == 2 * 152064 * 3584
     assert head_memory(32768, 3584, 152064)["weight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_rows": -5}, "num_rows must be an integer ≥ 1, got -5"),
+        ({"num_rows": 10.5}, "num_rows must be an integer ≥ 1, got 10.5"),
+        ({"vocab_size": 0}, "vocab_size must be an integer ≥ 1, got 0"),
+        ({"hidden_size": None}, "hidden_size must be an integer ≥ 1, got None"),
+        ({"device_type": "gpu"}, "device_type must be one of 'cuda', 'cpu', got 'gpu'"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.bfloat16, .*got torch.float64"),
+        (
+            {"dtype": torch.float32, "weight_dtype": torch.bfloat16},
+            "weight_dtype must be one of torch.float32, got torch.bfloat16",
+        ),
+        ({"weight_dtype": torch.float16}, "weight_dtype must be one of torch.bfloat16, torch.float32, got torch.float16"),
+    ],
+)
+def test_what_is_no_head_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^head_memory: {message}"):
+        head_memory(**{"num_rows": 8, "hidden_size": 4, "vocab_size": 10} | changes)

@@ -3,6 +3,7 @@
 import copy
 import math
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,6 +236,48 @@ def test_metrics_of_a_kl_that_is_only_watched_and_of_one_without_a_rollout_term(
     assert watched["rollout/kl_ref"] == watched["rollout/kl_ref_k3"] > 0
     alone = policy_loss(logprob, None, batch, Objective(expert=Term(One()), kl=KL(0.1))).metrics
     assert alone["rollout/kl_ref"] == watched["rollout/kl_ref"]
+
+
+def test_metrics_by_hand_of_both_sides_of_a_clip_and_of_a_token_without_weight():
+    """Clip(0.2, 0.3) on ratios ½, 2, ½, 2, 1, 2, 9 with advantages of both signs; the last token of each role has weight 0."""
+    ratio = torch.tensor([0.5, 2.0, 0.5, 2.0, 1.0, 2.0, 9.0, 1.0, 1.0])
+    advantage = torch.tensor([-1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    role = torch.tensor([1] * 7 + [2] * 2, dtype=torch.uint8)
+    weight = torch.tensor([1.0] * 6 + [0.0, 1.0, 0.0])
+    logprob = torch.tensor([0.5, 0.5, 0.25, 0.5, 0.25, 0.5, 0.125, 0.5, 0.25]).log()
+    batch = TokenBatch(
+        torch.zeros(9, dtype=torch.int64), role, advantage, weight, old_logprob=logprob - ratio.log(), entropy_weight=torch.ones(9)
+    )
+    objective = Objective(expert=Term(One()), rollout=Term(Clip(0.2, 0.3), "old", "advantage"), entropy_coef=0.1)
+    found = policy_loss(logprob, torch.ones(9), batch, objective).metrics
+    expected = {
+        "rollout/count": 7, "rollout/trained_count": 6, "rollout/clip_low": 1 / 6, "rollout/clip_high": 2 / 6,
+        "rollout/ratio": 8 / 6, "rollout/ratio_max": 2.0, "rollout/prob": 2.625 / 7,
+        "rollout/logprob": -(4 * 1 + 2 * 2 + 3) * math.log(2) / 7,
+        "expert/count": 2, "expert/trained_count": 1, "expert/prob": 0.375, "expert/logprob": -1.5 * math.log(2),
+    }  # fmt: skip
+    assert {name: found[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
+    for gate, below, above in (
+        (Clip(0.2, 0.3), [0], [1, 5, 6]),
+        (Truncate(0.8, 1.3), [0, 2], [1, 3, 5, 6]),
+        (Band(0.8, 1.3), [0, 2], [1, 3, 5, 6]),
+    ):
+        assert [mask.nonzero().squeeze(1).tolist() for mask in gate.clipped(ratio.log(), advantage)] == [below, above]
+    batch = replace(batch, old_logprob=logprob - math.log(0.5))  # the ratio of the token without weight is read as 1
+    assert policy_loss(logprob, torch.ones(9), batch, objective).metrics["rollout/ratio_max"] == 0.5
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_loss_of_fp32_terms_that_cancel_does_not_depend_on_their_order(backend):
+    """Advantages of 2^24, which leave nothing of 1 in an fp32 sum, and an entropy bonus likewise."""
+    advantage = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24), 0.5, 3.0])
+    role, zero = torch.ones(6, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
+    objective = Objective(rollout=Term(Ratio(), "old", "advantage"), entropy_coef=-1.0)
+    for order in ([0, 1, 2, 3, 4, 5], [1, 0, 4, 2, 5, 3], [5, 3, 2, 1, 0, 4]):
+        streams = (advantage[order], torch.ones(6), torch.full((6,), -1.0))
+        batch = TokenBatch(zero, role, *streams, entropy_weight=advantage[order]).to(cases.DEVICE)
+        logprob = torch.full((6,), -1.0, device=cases.DEVICE)
+        assert policy_loss(logprob, torch.full_like(logprob, 2.0), batch, objective, backend=backend).loss == -5.5 + 2 * 5.5
 
 
 def test_the_share_below_alpha_has_the_digits_of_logprob():

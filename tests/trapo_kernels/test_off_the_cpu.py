@@ -7,7 +7,7 @@ import torch
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
-from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import LoraHead, Role, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
 N, D, V = 300, 12, 40
@@ -41,7 +41,7 @@ def _check_policy(gpu, preset, dtype, known_rows, batch_invariant=False):
     hidden, weight, _ = cases.head(N, D, V, dtype)
     b, objective = cases.batch(N, V, torch.float32), getattr(objectives, preset)()
     reference = _policy(hidden, weight, b, objective, backend="reference")
-    there = b.to(DEVICE) if known_rows else replace(b.to(DEVICE), active_rows=None)
+    there = b.to(DEVICE) if known_rows else replace(b.to(DEVICE))
     assert (there.active_rows is None) == (not known_rows)
     moved = _moved(hidden, weight)
     gpu.waits.clear()
@@ -82,6 +82,27 @@ def test_logprob(gpu, dtype, frozen):
     gpu.waits.clear()
     _close(run(*there, "torch"), reference, dtype)
     assert gpu.waits == []
+
+
+def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):
+    """Six expert tokens, the last three of weight 0 until they are replaced."""
+    hidden, weight, _ = cases.head(6, D, V, torch.float32)
+    expert, one = torch.full((6,), Role.EXPERT, dtype=torch.uint8), torch.ones(6)
+    batch = TokenBatch(torch.arange(6), expert, one, (torch.arange(6) < 3).float())
+    truth = _policy(hidden, weight, replace(batch, weight=one), objectives.sft(), backend="reference")
+    assert replace(batch, weight=one).active_rows.tolist() == list(range(6))
+    there, moved = batch.to(DEVICE), _moved(hidden, weight)
+    changes = (
+        {"weight": one.to(DEVICE)},
+        {"entropy_weight": one.to(DEVICE)},
+        {"role": expert.to(DEVICE)},
+        {"ref_logprob": -one.to(DEVICE)},
+    )
+    assert there.active_rows is not None and all(replace(there, **change).active_rows is None for change in changes)
+    _close(_policy(*moved, replace(there, **changes[0]), objectives.sft(), backend="torch"), truth, torch.float32)
+    gpu.waits.clear()
+    kept = replace(there, **changes[3]).with_active_rows(there.active_rows)
+    assert kept.active_rows is there.active_rows and kept.ref_logprob is not None and gpu.waits == []
 
 
 def test_loss_of_given_logprobs(gpu):
@@ -151,7 +172,7 @@ def test_a_lora(gpu, preset, dtype, batch_invariant):
         return [out.loss, *torch.autograd.grad(out.loss, (hidden, weight, a, b))]
 
     reference = run(hidden, weight, a, b, batch, backend="reference")
-    there = replace(batch.to(DEVICE), active_rows=None)
+    there = replace(batch.to(DEVICE))
     moved = _moved(hidden, weight, a, b)
     gpu.waits.clear()
     _close(run(*moved, there, backend="torch", batch_invariant=batch_invariant), reference, dtype)

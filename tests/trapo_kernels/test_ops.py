@@ -159,6 +159,33 @@ def test_forward_mode_is_refused_and_reference_has_it(backend):
         torch.func.jvp(lambda h: ops["linear_logprob"](h, backend), (hidden.detach(),), (tangent.to(cases.DEVICE),))
 
 
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_torch_func_and_batches_of_gradients_are_refused_and_reference_has_them(backend):
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    b, target = cases.batch(6, 20, torch.float32), torch.zeros(6, dtype=torch.int64, device=cases.DEVICE)
+    ops = {
+        "linear_logprob": lambda h, name: linear_logprob(h, weight, target, backend=name).logprob.sum(),
+        "linear_policy_loss": lambda h, name: linear_policy_loss(h, weight, b, objectives.sft(), backend=name).loss,
+        "token_logprob": lambda h, name: token_logprob(h @ weight.t(), target, backend=name).logprob.sum(),
+        "policy_loss": lambda h, name: policy_loss(h.sum(1), None, b, objectives.sft(), backend=name).loss,
+    }
+    for op, run in ops.items():
+        with pytest.raises(RuntimeError, match=f"^{op}: gradients inside of torch.func are not supported by backend"):
+            torch.func.grad(run)(hidden.detach(), backend)
+        loss, several = run(hidden, backend), torch.tensor([1.0, -2.0], device=cases.DEVICE)
+        (reference,) = torch.autograd.grad(run(hidden, "reference"), hidden, several, is_grads_batched=True)
+        torch.testing.assert_close(torch.func.grad(run)(hidden.detach(), "reference"), reference[0])
+        refused = pytest.raises(RuntimeError, match=f"^{op}: backward of a batch of gradients is not supported")
+        with contextlib.nullcontext() if op == "policy_loss" else refused:
+            (ours,) = torch.autograd.grad(loss, hidden, several, is_grads_batched=True)
+            torch.testing.assert_close(ours, reference)
+        with contextlib.nullcontext() if op == "policy_loss" else refused:
+            loss = run(hidden, backend)
+            torch.func.vmap(lambda grad, loss=loss: torch.autograd.grad(loss, hidden, grad)[0])(several)
+    with torch.no_grad():  # what asks for no gradient is not refused
+        assert torch.func.vmap(lambda h: ops["linear_logprob"](h, backend))(hidden[None]).isfinite()
+
+
 def test_fakes_of_strided_inputs_have_the_strides_of_the_real_outputs():
     arguments = list(_policy_arguments("torch"))
     arguments[0] = arguments[0].detach().t().contiguous().t().requires_grad_()

@@ -36,6 +36,13 @@ def test_sums_means_and_ranks_equal_a_loop_over_sequences():
     assert empty.mean(x[:0]).shape == (0,) and empty.rank(x[:0]).shape == (0,)
 
 
+def test_sums_of_fp32_values_that_cancel_do_not_depend_on_their_order():
+    x = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24), 0.5, 3.0])
+    for order in ([0, 1, 2, 3, 4, 5], [1, 0, 4, 2, 5, 3], [5, 3, 2, 1, 0, 4]):
+        sequences = Sequences(torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool))
+        assert sequences.sum(x[order]).tolist() == [5.5] * 6
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("epsilon", [0.3, 1e9])
 def test_gspo_equals_the_loss_of_whole_sequences(backend, epsilon):
@@ -133,10 +140,13 @@ def _slopes(objective, logprob, entropy, b):
     return grad
 
 
-@pytest.mark.parametrize(("n", "kept"), [(1, 1), (4, 1), (5, 1), (6, 2), (10, 2)])
-def test_top_entropy_trains_the_ceiling_of_a_fifth(n, kept):
+@pytest.mark.parametrize(
+    ("share", "n", "kept"),
+    [(0.2, 1, 1), (0.2, 4, 1), (0.2, 5, 1), (0.2, 6, 2), (0.2, 10, 2), (0.28, 25, 7), (1e-10, 7, 1), (1.0, 7, 7)],
+)
+def test_top_entropy_trains_the_ceiling_of_its_share(share, n, kept):
     entropy = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    objective = Objective(expert=Term(One(), reduction=TopEntropy(0.2)))
+    objective = Objective(expert=Term(One(), reduction=TopEntropy(share)))
     slopes = _slopes(objective, -entropy - 1, entropy, _expert_batch(entropy))
     assert slopes.nonzero().squeeze(1).tolist() == sorted(entropy.topk(kept).indices.tolist())
 

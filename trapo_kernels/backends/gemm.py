@@ -70,10 +70,11 @@ def _invariant_rows(device_type: str) -> int:
 
 
 def _even_chunk(num_rows: int, most: int, multiple: int) -> int:
-    """Rows of the fewest chunks of at most `most` rows, as even as multiples of `multiple` allow."""
-    num_chunks = max(1, -(-num_rows // most))
-    even = -(-num_rows // num_chunks)
-    return max(1, -(-even // multiple) * multiple if num_chunks > 1 else even)
+    """Rows of the fewest chunks of at most `most` rows, all of them or a `multiple`, as even as that allows."""
+    if num_rows <= most:
+        return max(1, num_rows)
+    num_chunks = -(-num_rows // max(multiple, most // multiple * multiple))
+    return -(-num_rows // num_chunks // multiple) * multiple
 
 
 class Head(NamedTuple):

@@ -68,9 +68,8 @@ def psft(epsilon: float = 0.2, entropy_coef: float = 0.0) -> Objective:
 
 
 def trsft_term(preset: str, alpha: float) -> Term:
-    """V = p/α below α and 1 + log(p/α) above; α in (0, 1]."""
-    if not (isinstance(alpha, int | float) and 0.0 < alpha <= 1.0):
-        raise ValueError(f"objectives.{preset}: alpha must lie in (0, 1], got {alpha!r}. The paper uses 0.1; 1 is DFT.")
+    """V = p/α below α and 1 + log(p/α) above; α in (0, 1]: the paper's is 0.1, and 1 is DFT."""
+    checks.in_range(f"objectives.{preset}", "alpha", alpha, 0.0, 1.0, open_low=True)
     return Term(Truncate(high=alpha, scale=1.0 / alpha))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trapo_kernels import checks
 from trapo_kernels.gates import One, Phi, Ratio, Shape
 from trapo_kernels.objective import KL, Objective, Term
 from trapo_kernels.objectives.imitation import trsft_term
@@ -145,8 +146,7 @@ def _ratio_term() -> Term:
 
 
 def _chord(name: str, expert: Term, mu: float, epsilon_low: float, epsilon_high: float, entropy_coef: float) -> Objective:
-    if not (isinstance(mu, int | float) and 0.0 <= mu <= 1.0):
-        raise ValueError(f"objectives.{name}: mu must lie in [0, 1], got {mu!r}. It is the share of the expert loss.")
+    checks.in_range(f"objectives.{name}", "mu", mu, 0.0, 1.0)
     rollout = clip_term(epsilon_low, epsilon_high, scale=1.0 - mu)
     return Objective(expert=expert, rollout=rollout, entropy_coef=entropy_coef, name=name)
 
