@@ -121,12 +121,12 @@ def test_a_model_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
 def test_a_full_disk_ends_the_run_with_a_remedy_and_it_goes_on_where_there_is_space(tmp_path):
     disk = tmp_path / "disk"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
-    # keep=9: the disk fills up with checkpoints. In the namespace root may enlarge it, which is what "free space" comes to.
-    arguments = ["run", f"{tmp_path}/run.yaml", f"output_dir={disk}/run", "steps=9", "checkpoint={every: 1, keep: 9}"]
+    # keep=12: the disk fills up with checkpoints. In the namespace root may enlarge it, which is what "free space" comes to.
+    arguments = ["run", f"{tmp_path}/run.yaml", f"output_dir={disk}/run", "steps=12", "checkpoint={every: 1, keep: 12}"]
     run = shlex.join([sys.executable, "-m", "trapo_train", *arguments])
     done = on_a_small_disk(
         disk,
-        f"{run}; echo first: $?; ls -A {disk}/run/checkpoints; mount -o remount,size=9m {disk}; "
+        f"{run}; echo first: $?; ls -A {disk}/run/checkpoints; mount -o remount,size=12m {disk}; "
         f"{run} checkpoint.resume=true; echo second: $?; ls -A {disk}/run/checkpoints",
     )
     _, second = done.stdout.split("first: 2\n")
@@ -134,9 +134,9 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_it_goes_on_where_there_is_sp
     assert "trapo-train: error: checkpoint: step" in error and "No space left on device" in error
     assert "Free space or make the directory writable, then resume with checkpoint.resume=true" in error
     kept = list(itertools.takewhile(lambda line: line.startswith(("step_", ".")), second.splitlines()))
-    assert 0 < len(kept) < 9 and not any("unfinished" in name for name in kept)
+    assert 0 < len(kept) < 12 and not any("unfinished" in name for name in kept)
     assert f"resumed from step {len(kept)}" in second and "second: 0\n" in second
-    assert "step_00000009" in second.split("second: 0\n")[1]
+    assert "step_00000012" in second.split("second: 0\n")[1]
 
 
 def test_a_dataset_edited_between_two_runs_is_refused(tmp_path):
