@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -125,7 +126,8 @@ class RowReader:
         config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, row {index}"
         value = cell(row, config.prompt_column, at)
         prompt = prompt_text(value, config, tokenizer, at) + config.response_start
-        prompt_ids = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
+        with _encoding(f"{at}: the prompt"):
+            prompt_ids = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
         if not prompt_ids:
             raise ValueError(f"{at}: the prompt is empty. Remove the row.")
         if len(prompt_ids) > config.max_prompt_tokens:
@@ -152,7 +154,8 @@ class RowReader:
             return
         end, end_id = self._tokenizer.eos_token, self._tokenizer.eos_token_id
         texts = [text.removesuffix(end) for _, text in named]
-        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        with _encoding(f"{self.where}, rows {named[0][0]} to {named[-1][0]}: an expert trace"):
+            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for (row, _), text, token_ids in zip(named, texts, encoded, strict=True):
             if end_id in token_ids:
                 raise ValueError(
@@ -196,6 +199,15 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
 
 def _has(columns: list[str], column: str | None) -> bool:
     return column is not None and (column in columns or column.split(".")[0] in columns)
+
+
+@contextmanager
+def _encoding(what: str) -> Iterator[None]:
+    """Names `what` a tokenizer cannot encode."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises that very class, for a text beyond a vocabulary without an unknown token
+        raise ValueError(f"{what} must be text that the tokenizer knows: {error}. Set model.tokenizer to one that does.") from error
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -80,12 +82,23 @@ class Trackers:
                 del self._trackers[name]
 
 
+def check_installed(config: TrackingConfig) -> None:
+    """Raise ImportError for a destination whose package is missing, before a run has written anything."""
+    for name in config.to:
+        if sys.modules.get(name) is None and find_spec(name) is None:
+            raise ImportError(_needs(name))
+
+
+def _needs(package: str) -> str:
+    return f"tracking.to: {package} needs its package: pip install 'trapo[{package}]'."
+
+
 class _TensorBoard:
     def __init__(self, directory: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("tracking.to: tensorboard needs its package: pip install 'trapo[tensorboard]'.") from error
+            raise ImportError(_needs("tensorboard")) from error
         self._writer = SummaryWriter(str(directory))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -105,7 +118,7 @@ class _Hosted:
         try:
             self._module = importlib.import_module(module)
         except ImportError as error:
-            raise ImportError(f"tracking.to: {module} needs its package: pip install 'trapo[{module}]'.") from error
+            raise ImportError(_needs(module)) from error
         # What continues in this output_dir continues its run there, too, instead of a second one from the middle on; of steps that
         # are taken again wandb keeps the first record. trackio knows no ids: it goes on with the newest run of that name.
         file = output_dir / f"{module}_run_id"

@@ -24,6 +24,7 @@ from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
 from trapo_train.step import NonFiniteError
+from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
 
 SHARED_WITHIN_S = 20.0
@@ -64,6 +65,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
         EngineError, each with a checkpoint of the state before (of finite weights); RankError when another rank dies or hangs.
     """
     _check_output_dir(config)
+    check_installed(config.tracking)
     trainer = Trainer(config)
     with trainer.world.together():
         summary = _run(trainer, reporter if trainer.world.first else NullReporter())
@@ -191,6 +193,10 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
 
 
 def _check_output_dir(config: RunConfig) -> None:
+    output_dir = Path(config.output_dir)
+    file = next((path for path in (output_dir, *output_dir.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output_dir must be a directory or a new name, got {output_dir}, where {file} is a file. Choose another.")
     exported = (Path(config.output_dir) / MODEL_DIR).resolve()
     if config.model.name_or_path is not None and Path(config.model.name_or_path).resolve() == exported:
         raise ValueError(

@@ -36,6 +36,15 @@ def load(tmp_path):
     return load
 
 
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [({"prompt": "Hello"}, "row 1: the prompt"), ({"prompt": "a", "expert": "Hello"}, "rows 0 to 1: an expert trace")],
+)
+def test_a_text_that_the_tokenizer_cannot_encode_is_named(load, row, what):
+    with pytest.raises(ValueError, match=f"{what} must be text that the tokenizer knows: .*Set model.tokenizer"):
+        load([ROWS[2], {"solution": "de", "expert": None} | row])
+
+
 def test_long_experts_and_problems_without_one_are_left_out(load):
     problems = load(ROWS)
     short, dropped = problems.without_long_experts(6)  # "ab#ab" and its end-of-sequence token

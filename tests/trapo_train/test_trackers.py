@@ -73,8 +73,11 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_missing_package_names_its_extra(name, monkeypatch, tmp_path):
+def test_a_missing_package_names_its_extra_before_anything_is_written(name, monkeypatch, tmp_path, configure):
     monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"pip install 'trapo\[{name}\]'"):
+        train_to_end(configure("run", f"tracking.to=[{name}]"))
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ImportError, match=rf"pip install 'trapo\[{name}\]'"):
         Trackers(TrackingConfig([name]), tmp_path, {})
 

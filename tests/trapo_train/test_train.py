@@ -189,6 +189,15 @@ def test_steps_belong_to_the_run_where_the_schedule_depends_on_them(configure):
         train_to_end(configure("run", "steps=3", "optimizer.schedule=linear", "checkpoint.resume=true"))
 
 
+def test_an_output_dir_that_is_a_file_is_refused(configure, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "notes.txt/run"):
+        with pytest.raises(
+            ValueError, match=r"output_dir must be a directory or a new name, got .*notes.txt is a file. Choose another"
+        ):
+            train_to_end(configure(name))
+
+
 def test_used_output_dir_is_refused(configure):
     train_to_end(configure("run", "steps=1", "checkpoint.every=0"))
     with pytest.raises(ValueError, match=r"already holds a run.*checkpoint\.resume=true"):
