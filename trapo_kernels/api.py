@@ -89,10 +89,9 @@ def linear_logprob(
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
-    where = "linear_logprob"
-    checks.is_a(where, "target", target, Tensor, "the token ids [N]")
+    checks.is_a("linear_logprob", "target", target, Tensor, "the token ids [N]")
     return _linear_logprob(
-        prepared(where, hidden, lm_head_weight, bias, lora, backend),
+        prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
         target,
         None,
         None,

@@ -92,7 +92,10 @@ def _unsaved(config: RunConfig) -> str | None:
     """Of a model worth keeping; one from scratch is a matter of minutes."""
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
-    return "no checkpoint is saved before the last step, but on SIGTERM and before an error ends the run. Set checkpoint.every=N"
+    return (
+        "no checkpoint is saved before the last step, but on SIGTERM and when sampling, a reward or non-finite steps end the run. "
+        "Set checkpoint.every=N"
+    )
 
 
 def _engine(config: RunConfig, world: World) -> str | None:

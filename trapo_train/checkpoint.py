@@ -45,7 +45,8 @@ class CheckpointConfig:
     """When a run saves its state and how many states it keeps."""
 
     every: int = 0
-    """Rollout steps between checkpoints, at least 0; 0 saves only on SIGTERM and where a failure would lose the run."""
+    """Rollout steps between checkpoints, at least 0; 0 saves only on SIGTERM and when
+    sampling, a reward, non-finite steps or an export end the run."""
     keep: int = 2
     """Newest checkpoints to keep, at least 1."""
     resume: bool = False

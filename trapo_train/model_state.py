@@ -78,7 +78,7 @@ def load_training_state(
 
 
 def has_finite_weights(model: PreTrainedModel, world: World) -> bool:
-    """Whether all trained weights are, on all ranks."""
+    """Whether every trained weight is finite, on all ranks; waits for the device once per tensor."""
     mine = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
     return all(world.gather(all(bool(weight.isfinite().all()) for weight in mine)))
 

@@ -201,6 +201,7 @@ void bf16_tiles_gemm(const Bf16Lines& a, const Bf16Lines& b, float* out, int64_t
 
 bool has_bf16_tiles() { return false; }
 
+// Never called: bf16_gemm refuses where there are none.
 void bf16_tiles_gemm(const Bf16Lines&, const Bf16Lines&, float*, int64_t, int64_t, int64_t, int64_t, float) {}
 
 #endif

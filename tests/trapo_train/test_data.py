@@ -1,4 +1,4 @@
-"""Loading problems from every kind of source, every rule for prompts and experts, and a resumable order."""
+"""Loading problems from every kind of source, and every rule for prompts and experts."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trapo_train.data import DataConfig, ProblemOrder, load_problems
+from trapo_train.data import DataConfig, load_problems
 from trapo_train.rewards import RewardError, exact_match
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
@@ -325,53 +325,6 @@ def test_bad_options(options, words):
     with pytest.raises(ValueError) as error:
         DataConfig(**options)
     assert words in str(error.value)
-
-
-def test_order_visits_every_problem_once_per_epoch():
-    order = ProblemOrder(10, seed=0)
-    steps = [order.next(4) for _ in range(10)]
-    visits = [index for step in steps for index in step]
-    epochs = [visits[i : i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4  # reshuffled
-    assert all(len(set(step)) == 4 for step in steps)  # across the border of two epochs too
-
-
-def test_a_request_for_more_than_there_are_repeats_as_little_as_possible():
-    taken = ProblemOrder(3, seed=0).next(8)
-    assert sorted(taken[:3]) == sorted(taken[3:6]) == [0, 1, 2]
-    assert len(set(taken[6:])) == 2
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_step_repeats_a_problem_whatever_the_sizes(seed):
-    order = ProblemOrder(7, seed=seed)
-    for count in (3, 7, 5, 1, 6, 7, 2, 4) * 3:
-        assert len(set(order.next(count))) == count
-
-
-def test_order_is_a_function_of_the_seed_and_resumes_exactly():
-    order, again, other = ProblemOrder(20, seed=1), ProblemOrder(20, seed=1), ProblemOrder(20, seed=2)
-    for _ in range(3):
-        first = order.next(7)
-        assert again.next(7) == first
-    assert other.next(7) != ProblemOrder(20, seed=1).next(7)
-    state = json.loads(json.dumps(order.state_dict()))
-    resumed = ProblemOrder(20, seed=1)
-    resumed.load_state_dict(state)
-    expected = [order.next(7) for _ in range(10)]
-    assert [resumed.next(7) for _ in range(10)] == expected
-
-
-def test_bad_orders():
-    with pytest.raises(ValueError, match="num_problems must be at least 1, got 0"):
-        ProblemOrder(0, seed=0)
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        ProblemOrder(3, seed=0).next(0)
-    with pytest.raises(ValueError, match="num_problems = 4, the saved run had 3"):
-        ProblemOrder(4, seed=0).load_state_dict(ProblemOrder(3, seed=0).state_dict())
-    with pytest.raises(ValueError, match="seed = 1, the saved run had 0"):
-        ProblemOrder(3, seed=1).load_state_dict(ProblemOrder(3, seed=0).state_dict())
 
 
 LUFFY_ROW = {
