@@ -36,7 +36,7 @@ class View:
 
 PREFIX_WITH_LOSS = Segment("expert prefix in the loss", "black on #f0b94d", "⟦", "⟧")
 PREFIX_WITHOUT_LOSS = Segment("expert prefix without loss", "black on #c9c9c9", "⟨", "⟩")
-COMPLETION = Segment("the model's completion", "black on #9ccbee", "", "")
+COMPLETION = Segment("the model's completion", "black on #7fc4f5", "", "")
 SEGMENTS = (PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, COMPLETION)
 
 VISIBLE = str.maketrans({" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"})

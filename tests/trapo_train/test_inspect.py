@@ -3,9 +3,11 @@
 import io
 
 import pytest
+from rich.color import ColorSystem
 from rich.console import Console
+from rich.style import Style
 
-from trapo_train.inspect import COMPLETION, PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, decode_after, render_group
+from trapo_train.inspect import COMPLETION, PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, SEGMENTS, decode_after, render_group
 from trapo_train.records import Problem, Sample
 
 
@@ -118,3 +120,8 @@ def test_samples_of_two_problems_are_refused():
 def test_max_tokens_below_one_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         render_group([sample("", "a")], CharacterTokenizer(), max_tokens=0)
+
+
+@pytest.mark.parametrize("system", [ColorSystem.TRUECOLOR, ColorSystem.EIGHT_BIT, ColorSystem.STANDARD])
+def test_the_kinds_of_tokens_look_different_on_every_terminal(system):
+    assert len({Style.parse(segment.style).bgcolor.downgrade(system) for segment in SEGMENTS}) == len(SEGMENTS)
