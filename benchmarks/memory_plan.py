@@ -76,6 +76,7 @@ def runs(device: str) -> list[Run]:
         Run("float32, expert traces alone", *wide, heads=both, traces=True),
         Run("bfloat16", *narrow, ["model.dtype=bfloat16"]),
         Run("bfloat16, gradient checkpointing", *narrow, ["model.dtype=bfloat16", checkpointing]),
+        Run("bfloat16, LoRA of rank 8", *narrow, ["model.dtype=bfloat16", "model.lora={rank: 8}"]),
         Run("float32, 2 ranks", *wide, ranks=2),
         Run("bfloat16, gradient checkpointing, 2 ranks", *narrow, ["model.dtype=bfloat16", checkpointing], ranks=2),
         Run("float32, 2 ranks, vocabulary-parallel head", *wide, ["parallel.vocab_parallel_head=true"], ranks=2),

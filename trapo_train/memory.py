@@ -90,18 +90,18 @@ def plan_memory(
     shards = gpus // config.parallel.replicate
     state, transient = trace_optimizer(config.model, architecture, config.optimizer, device_type)
     always = {
-        "weights, float32": weights.total // shards,
+        "weights": weights.held_bytes // shards,
         "optimizer state": state // shards,
     }
     if config.model.lora is None and any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
-        always["reference model, float32"] = weights.total // shards
+        always["reference model, float32"] = 4 * weights.total // shards
     sequences = _sequences_at_once(config, gpus, context)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
         *_training(config, architecture, weights, gpus, context, tokens, device_type),
         *_rollout(config, architecture, weights, gpus, context, sequences, device_type),
         *_vllm(config, gpu_bytes),
-        ("gradients, float32", {phase: weights.trained // shards for phase in ("loss", "backward", "update")}),
+        ("gradients, float32", {phase: 4 * weights.trained // shards for phase in ("loss", "backward", "update")}),
         ("optimizer step", {"update": transient // shards}),
     ]
     for name, sizes in parts:
@@ -136,7 +136,7 @@ def _training(
         text.hidden_size,
         text.vocab_size // ranks,
         dtype=dtype,
-        weight_dtype=dtype if sharded and not vocab_parallel else torch.float32,
+        weight_dtype=weights.head_dtype if vocab_parallel or not sharded else dtype,
         device_type=device_type,
         grad_weight=weights.head_trained,
         vocab_parallel=vocab_parallel,
@@ -159,11 +159,10 @@ def _training(
     if sharded:
         layer = (weights.total - weights.outside_layers) // text.num_hidden_layers
         outside = weights.outside_layers - (weights.head if vocab_parallel else 0)
-        width = dtype.itemsize / 4
-        gathered = int(width * (outside + 2 * layer))
+        gathered = dtype.itemsize * (outside + 2 * layer)
         yield "weights gathered by FSDP", {"loss": gathered, "backward": gathered}
         trained = weights.trained / weights.total
-        yield "gradients before FSDP scatters them", {"backward": int(trained * (width * (outside + layer) + layer))}
+        yield "gradients before FSDP scatters them", {"backward": int(trained * (dtype.itemsize * (outside + layer) + 4 * layer))}
 
 
 def _rollout(
@@ -199,9 +198,9 @@ def _rollout(
         yield name, {"rollout": size}
     if gpus > 1:
         gathering = _gathering(weights, gpus // config.parallel.replicate, dtype) - sum(held.values())  # over when these begin
-        yield "weights gathered by FSDP", {"rollout": max(weights.total * dtype.itemsize // 4, gathering)}
+        yield "weights gathered by FSDP", {"rollout": max(weights.total * dtype.itemsize, gathering)}
     elif dtype.itemsize < 4:
-        yield "weights cast while generating", {"rollout": weights.cast * dtype.itemsize // 4}
+        yield "weights cast while generating", {"rollout": weights.cast * dtype.itemsize}
 
 
 def _vllm(config: RunConfig, gpu_bytes: int | None) -> Iterator[tuple[str, dict[str, int]]]:
@@ -213,8 +212,7 @@ def _vllm(config: RunConfig, gpu_bytes: int | None) -> Iterator[tuple[str, dict[
 
 def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
     """Bytes while the first unit, embedding and head, is gathered: what came, unpacked, and the shard that was cast for it."""
-    width = dtype.itemsize / 4
-    return int(width * weights.outside_layers * (2 if width == 1 else 2 + 1 / shards))
+    return int(dtype.itemsize * weights.outside_layers * (2 if dtype == torch.float32 else 2 + 1 / shards))
 
 
 def _sequences_at_once(config: RunConfig, gpus: int, context: int) -> int:

@@ -28,13 +28,17 @@ from trapo_train.step import OptimizerConfig, build_optimizer
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's parameters in float32."""
+    """How many numbers a model's parameters have, and what they take."""
 
+    held_bytes: int
+    """As they are stored."""
     total: int
     trained: int
     head: int
     """The output head; 0 where it is the embedding, too."""
     head_trained: bool
+    head_dtype: torch.dtype
+    """As it is stored."""
     outside_layers: int
     """Embedding, last norm and head."""
     cast: int
@@ -108,12 +112,14 @@ def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
     parameters = list(model.parameters())
     embedding, head = model.get_input_embeddings().weight, policy_head(model).weight
     return Weights(
-        total=sum(p.nbytes for p in parameters),
-        trained=sum(p.nbytes for p in parameters if p.requires_grad),
-        head=0 if head is embedding else sum(p.nbytes for p in policy_head(model).parameters()),
+        held_bytes=sum(p.nbytes for p in parameters),
+        total=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        head=0 if head is embedding else sum(p.numel() for p in policy_head(model).parameters()),
         head_trained=head.requires_grad,
-        outside_layers=sum(p.nbytes for p in parameters) - sum(p.nbytes for p in model.base_model.layers.parameters()),
-        cast=sum(p.nbytes for p in parameters if p.requires_grad and p.ndim == 2 and (p is not embedding or p is head)),
+        head_dtype=head.dtype,
+        outside_layers=sum(p.numel() for p in parameters) - sum(p.numel() for p in model.base_model.layers.parameters()),
+        cast=sum(p.numel() for p in parameters if p.requires_grad and p.ndim == 2 and (p is not embedding or p is head)),
     )
 
 
@@ -123,8 +129,8 @@ def trace_pass(
     """The pass of a whole model over a packed row of such segments.
 
     Args:
-        cast: whether weights are kept in float32 and cast where they are used, as in a single process; FSDP gathers them in the
-            compute type.
+        cast: whether weights that are trained are cast from float32 where they are used, as in a single process; FSDP gathers
+            them in the compute type.
 
     Raises: ValueError for a model whose operations depend on values, such as a mixture of experts.
     """

@@ -32,7 +32,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from trapo_kernels import Objective, linear_logprob, linear_policy_loss
 from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
 from trapo_train.liger import LIGER, apply_liger
-from trapo_train.lora import LoraConfig, add_lora
+from trapo_train.lora import LoraConfig, add_lora, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
@@ -89,7 +89,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Name or directory of the tokenizer; by default the model's own, or the task's for a model from scratch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type, float32 or bfloat16; weights, gradients and optimizer state are float32 either way."""
+    """Compute type, float32 or bfloat16; trained weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory for about a third more time."""
     attention: Literal["auto", "sdpa_packed", "flex", "flash_attention_2"] = "auto"
@@ -176,7 +176,7 @@ class PolicyHead(nn.Linear):
                 weight, bias = (None if x is None else scale_gradient(x.to_local(), average) for x in (weight, bias))
             return loss_fn(
                 hidden,
-                weight,  # float32 unless FSDP has gathered it: the op computes in the dtype of hidden
+                weight,  # float32 unless frozen or gathered by FSDP: the op computes in the dtype of hidden
                 bias=bias,
                 softcap=self.softcap,
                 logits_dtype=torch.promote_types(self.compute_dtype, torch.float32),
@@ -191,7 +191,9 @@ def load_model_and_tokenizer(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model with float32 weights on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
+    """Load the model on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
+
+    Weights are float32; once a LoRA is added, those of frozen linear layers are in the compute type.
 
     Args:
         config: where the model comes from and how it runs.
@@ -233,6 +235,7 @@ def prepare(model: PreTrainedModel, config: ModelConfig, *, check_logits: bool =
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     if config.lora is not None:
         add_lora(model, config.lora)
+        hold_frozen(model, DTYPES[config.dtype])
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
 

@@ -121,7 +121,7 @@ def export_model(
     if has_lora(model):
         weights = dict(merged_weights(model, list(weights), weights.__getitem__))
     if weights is not None:
-        weights = {name: value.to(dtype) if value.dtype == torch.float32 else value for name, value in weights.items()}
+        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
     check_replaceable(directory)
     unfinished = directory.with_name(f".unfinished_{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

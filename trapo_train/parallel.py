@@ -150,7 +150,7 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
 
     The policy head runs inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is
     whole, tied or not. With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
-    Weights are float32; they travel and compute in the model's compute type, gradients are summed in float32.
+    Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
 
     Raises: ValueError for a vocabulary-parallel head that is the embedding, too.
     """
@@ -168,7 +168,9 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
         head.shard_over_vocabulary(mesh)
         head_parameters = set(head.parameters())
     # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
-    policy = MixedPrecisionPolicy(head.compute_dtype, reduce_dtype=head.weight.dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        head.compute_dtype, reduce_dtype=model.get_input_embeddings().weight.dtype, cast_forward_inputs=False
+    )
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=head_parameters)

@@ -12,7 +12,8 @@ from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
-from trapo_train.lora import LoraConfig, add_lora, has_lora, without_lora
+from trapo_train.lora import LoraConfig, add_lora, has_lora, hold_frozen, without_lora
+from trapo_train.model import install_policy_head, precision
 from trapo_train.model_state import export_model
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
@@ -91,6 +92,31 @@ def test_the_export_of_a_tied_model_holds_its_head_once(tmp_path):
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_frozen_weights_of_linear_layers_are_held_in_the_type_of_their_gemms_and_give_the_same_bits(tmp_path):
+    """A cast weight is a cast weight, whether it was cast once or for every pass."""
+    logits, gradients = {}, {}
+    for hold in (False, True):
+        torch.manual_seed(0)
+        model = make_model()
+        add_lora(model, LoraConfig(rank=3, target_modules=["q_proj", "down_proj"]))
+        install_policy_head(model, compute_dtype=torch.bfloat16, check_logits=False)
+        _perturbed(model)
+        if hold:
+            hold_frozen(model, torch.bfloat16)
+        with precision(model):
+            logits[hold] = model(input_ids=IDS).logits
+            logits[hold].float().logsumexp(-1).sum().backward()
+        gradients[hold] = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert torch.equal(logits[True], logits[False])
+    assert gradients[True] and all(map(torch.equal, gradients[True], gradients[False]))
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    float32 = ("lora_", "norm", "embed_tokens")
+    assert {torch.float32, torch.bfloat16} == set(dtypes.values()) and dtypes["lm_head.weight"] == torch.bfloat16
+    assert all((dtype == torch.float32) == any(part in name for part in float32) for name, dtype in dtypes.items())
+    exported = load_file(export_model(model, build_tokenizer(), tmp_path / "model") / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
 
 
 def test_a_run_saves_adapters_alone_and_resumes_to_the_same_bits(configure):

@@ -85,12 +85,17 @@ def test_an_optimizer_that_looks_at_values_is_traced_too():
 
 def test_weights_are_counted_tied_or_not_and_with_adapters():
     whole = weigh(ModelConfig(name_or_path="none"), SHAPE)
-    assert (whole.total, whole.trained, whole.head) == (4 * (MATRICES + VECTORS), whole.total, 4 * 500 * 64)
+    assert (whole.total, whole.trained, whole.head) == (MATRICES + VECTORS, whole.total, 500 * 64)
+    assert whole.held_bytes == 4 * whole.total
     tied = Qwen2Config(**{**SHAPE.to_dict(), "tie_word_embeddings": True})
-    assert weigh(ModelConfig(name_or_path="none"), tied).total == whole.total - 4 * 500 * 64
+    assert weigh(ModelConfig(name_or_path="none"), tied).total == whole.total - 500 * 64
     if importlib.util.find_spec("peft"):
-        lora = weigh(ModelConfig(name_or_path="none", lora=LoraConfig(rank=2, target_modules=["q_proj"])), SHAPE)
-        assert (lora.trained, lora.head_trained) == (4 * 4 * 2 * (64 + 64), False)
+        adapters = LoraConfig(rank=2, target_modules=["q_proj"])
+        lora = weigh(ModelConfig(name_or_path="none", dtype="bfloat16", lora=adapters), SHAPE)
+        assert (lora.trained, lora.head_trained, lora.head_dtype) == (4 * 2 * (64 + 64), False, torch.bfloat16)
+        biases = 4 * (64 + 2 * 32)
+        in_float32 = 500 * 64 + VECTORS - biases + lora.trained  # the embedding, the norms and the adapters
+        assert lora.held_bytes == 4 * in_float32 + 2 * (whole.total - 500 * 64 - VECTORS + biases)
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_the_plan_adds_up(recipe):
     plan = plan_memory(load_config(recipe))
     assert (plan.context, plan.micro_batch_tokens, plan.sequences) == (512, 4096, 8)  # of 32 that the plan asks for at once
     parts = plan.components
-    assert parts["weights, float32"]["loss"] == 4 * (MATRICES + VECTORS) == parts["gradients, float32"]["backward"]
+    assert parts["weights"]["loss"] == 4 * (MATRICES + VECTORS) == parts["gradients, float32"]["backward"]
     layer = 2 * 32 * 2 * 8 * 512  # keys and values, width, bytes, sequences, tokens
     assert parts["keys and values of the responses"]["rollout"] == (4 + 1) * layer
     assert plan.peak_bytes == max(plan.total(phase) for phase in ("rollout", "loss", "backward", "update"))
@@ -122,7 +127,7 @@ def test_the_plan_adds_up(recipe):
 
 def test_more_gpus_share_weights_and_state(recipe):
     alone, eight = (plan_memory(load_config(recipe), gpus=gpus) for gpus in (1, 8))
-    for name in ("weights, float32", "optimizer state", "gradients, float32"):
+    for name in ("weights", "optimizer state", "gradients, float32"):
         assert eight.components[name]["update"] == alone.components[name]["update"] // 8
     assert "weights gathered by FSDP" in eight.components and "weights gathered by FSDP" not in alone.components
     replicated = plan_memory(load_config(recipe, ["parallel.replicate=2"]), gpus=8)

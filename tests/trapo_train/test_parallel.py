@@ -208,7 +208,7 @@ def test_torchrun_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without
 
 @pytest.mark.slow
 def test_torchrun_with_lora_and_a_reference(tmp_path):
-    lora = ("model.lora={rank: 2}", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")
+    lora = ("model.lora={rank: 2}", "model.dtype=bfloat16", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")
     _torchrun(2, tmp_path, "steps=2", "reward='tests.trapo_train.test_updates:coin'", *lora)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
