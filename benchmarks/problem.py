@@ -9,7 +9,7 @@ surprises and this model knows its text. "flat" cells are noise with uniform tar
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -243,7 +243,8 @@ def truth(problem: Problem) -> Result:
         h = -(log_p.exp() * log_p).sum(-1)
         logprob[block], entropy[block] = logp.detach(), h.detach()
         if problem.job.objective is not None:
-            streams = {k: v[block] for k, v in vars(batch).items() if v is not None and k != "active_rows"}
+            named = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+            streams = {name: value[block] for name, value in named if value is not None}
             part = textbook_loss(case.job, logp, h, TokenBatch(**streams))
             part.backward()
             loss = loss + part.detach()

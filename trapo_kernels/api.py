@@ -146,12 +146,13 @@ def linear_policy_loss(
     hidden, lm_head_weight, *_ = inputs
     batch_checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     batch_checks.streams_fit(where, batch, objective)
-    settings.check(where, hidden, batch.target_to_score if isinstance(temperature, Tensor) else batch.target)
+    target = batch.target_to_score
+    settings.check(where, hidden, target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
         active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
-        out = _linear_logprob(inputs, batch.target_to_score, active, scored, settings._replace(backend=chosen), with_entropy=True)
+        out = _linear_logprob(inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
@@ -159,7 +160,7 @@ def linear_policy_loss(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
         *inputs,
-        batch.target,
+        target,
         terms.pack(s),
         batch.active_rows,
         batch.scored_rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from trapo_kernels import batch_checks, checks
 
 IGNORE_INDEX = -100
+_NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
 
 
 class Role:
@@ -28,7 +29,8 @@ class TokenBatch:
     Args:
         target: int64, the token whose logprob is wanted, in [0, V).
         role: uint8, one of `Role`.
-        advantage: fp32, the signal of rollout tokens; expert tokens use 1 unless the objective says otherwise.
+        advantage: fp32, the signal of rollout tokens; expert tokens use 1 unless the objective says otherwise. None where no term
+            of the objective reads it, as in SFT.
         weight: fp32, every normaliser, mask, mixing coefficient and static correction; the loss is Σ weight · token loss.
         old_logprob: fp32 nats under the policy that sampled, the ratio's denominator. None: the batch is strictly on-policy,
             so the ratio is 1 in value and carries the gradient of logprob.
@@ -48,7 +50,7 @@ class TokenBatch:
 
     target: Tensor
     role: Tensor
-    advantage: Tensor
+    advantage: Tensor | None
     weight: Tensor
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
@@ -56,14 +58,18 @@ class TokenBatch:
     rollout_logprob: Tensor | None = None
     sequence_id: Tensor | None = None
     scored_rows: Tensor | None = None
-    active_rows: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self):
         batch_checks.token_batch(self)
         if self.scored_rows is not None:
             batch_checks.scored_rows(self)
-        if checks.may_look(self.role):
-            object.__setattr__(self, "active_rows", self.active.nonzero().squeeze(1))
+        found = self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None
+        object.__setattr__(self, "_active_rows", found)  # no field: FSDP and `dataclasses.replace` make a batch of the fields anew
+
+    @property
+    def active_rows(self) -> Tensor | None:
+        """[M] int64: the rows that can contribute, ascending, or None where they are not known (see the class)."""
+        return self._active_rows
 
     @property
     def active(self) -> Tensor:
@@ -75,11 +81,14 @@ class TokenBatch:
 
     @property
     def target_to_score(self) -> Tensor:
-        """[N] int64: the target of every row whose logprob is computed, -100 elsewhere."""
+        """[N] int64: the target of every row whose logprob is computed, -100 elsewhere.
+
+        Such a row whose own target is -100 has one outside every vocabulary, and so a logprob of NaN; on a CPU it is refused.
+        """
         wanted = self.active
         if self.scored_rows is not None:
             wanted = wanted.index_fill(0, self.scored_rows, True)
-        return torch.where(wanted, self.target, IGNORE_INDEX)
+        return torch.where(wanted, torch.where(self.target == IGNORE_INDEX, _NO_TOKEN, self.target), IGNORE_INDEX)
 
     def __len__(self) -> int:
         return self.target.shape[0]
@@ -91,8 +100,8 @@ class TokenBatch:
             stream.name: None if (t := getattr(self, stream.name)) is None else t.to(device, non_blocking=later)
             for stream in fields(self)
         }
-        rows = moved.pop("active_rows")
-        return TokenBatch(**moved).with_active_rows(rows)
+        rows = self.active_rows
+        return TokenBatch(**moved).with_active_rows(None if rows is None else rows.to(device, non_blocking=later))
 
     def with_active_rows(self, rows: Tensor | None) -> TokenBatch:
         """The same batch, told that `rows`, int64 [M] ascending, are exactly those that can contribute; None tells nothing.
@@ -104,17 +113,18 @@ class TokenBatch:
             return self
         batch_checks.active_rows(self, rows)
         told = copy.copy(self)
-        object.__setattr__(told, "active_rows", rows)
+        object.__setattr__(told, "_active_rows", rows)
         return told
 
 
 @dataclass(frozen=True)
 class LossTotals:
-    """Denominators of one optimizer step, summed over all micro-batches and ranks; `prompts` only where they were counted."""
+    """Denominators of one optimizer step, summed over all micro-batches and ranks; sequences and prompts only where they were
+    counted. A count that you have already is as good: `LossTotals(expert_tokens=num_items_in_batch)`."""
 
-    expert_tokens: int
-    rollout_tokens: int
-    sequences: int
+    expert_tokens: int = 0
+    rollout_tokens: int = 0
+    sequences: int = 0
     prompts: int = 0
 
     def __add__(self, other: LossTotals) -> LossTotals:
@@ -125,12 +135,17 @@ class LossTotals:
             self.prompts + other.prompts,
         )
 
+    @property
+    def tokens(self) -> int:
+        """Loss tokens of either role."""
+        return self.expert_tokens + self.rollout_tokens
+
     def __radd__(self, other: int) -> LossTotals:
         return self if other == 0 else NotImplemented  # the start of Python's sum
 
 
-def loss_totals(role: Tensor, sequence_id: Tensor, prompt_id: Tensor | None = None) -> LossTotals:
-    """Count the loss tokens per role, the sequences and the prompts; `role`, `sequence_id`, `prompt_id` are host tensors [N].
+def loss_totals(role: Tensor, sequence_id: Tensor | None = None, prompt_id: Tensor | None = None) -> LossTotals:
+    """Count the loss tokens per role, and the sequences and prompts where their ids are given; all are host tensors [N].
 
     Every distinct id counts, also one whose tokens are all ignored: an empty sequence still belongs to the mean. A negative id of
     ignored tokens is padding, which is in no sequence and of no prompt.
@@ -143,17 +158,29 @@ def loss_totals(role: Tensor, sequence_id: Tensor, prompt_id: Tensor | None = No
     return LossTotals(
         expert_tokens=int((role == Role.EXPERT).sum()),
         rollout_tokens=int((role == Role.ROLLOUT).sum()),
-        sequences=int(sequence_id[real | (sequence_id >= 0)].unique().numel()),
-        prompts=0 if prompt_id is None else int(prompt_id[real | (prompt_id >= 0)].unique().numel()),
+        **{
+            name: 0 if label is None else int(label[real | (label >= 0)].unique().numel())
+            for name, label in (("sequences", sequence_id), ("prompts", prompt_id))
+        },
     )
 
 
-AGGREGATIONS = ("constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean")
+# The counts of `LossTotals` that a mode divides by.
+_DIVISORS = {
+    "constant": ("sequences",),
+    "length": (),
+    "token_mean": ("tokens",),
+    "role_mean": ("expert_tokens", "rollout_tokens"),
+    "sequence_mean": ("sequences",),
+    "sequence_sum": ("sequences",),
+    "prompt_mean": ("prompts",),
+}
+AGGREGATIONS = tuple(_DIVISORS)
 
 
 def aggregate(
     role: Tensor,
-    sequence_id: Tensor,
+    sequence_id: Tensor | None = None,
     *,
     mode: str,
     max_tokens: int | None = None,
@@ -170,34 +197,29 @@ def aggregate(
     Args:
         role: [N] uint8 `Role`, host tensor.
         sequence_id: [N] int64, which sequence a token belongs to, negative for padding; a sequence is never split over calls.
+            Needed by the modes that divide by sequences.
         mode: "constant": 1 / (sequences · max_tokens), the unbiased form of Dr.GRPO; "length": 1 / max_tokens, as TRAPO's release
             does; "token_mean": 1 / loss tokens, DAPO; "role_mean": 1 / loss tokens of the same role, CHORD; "sequence_mean": the
             mean over sequences of each sequence's token mean, GRPO; "sequence_sum": the mean over sequences of each sequence's
             token sum; "prompt_mean": the mean over prompts of the token mean over all sequences of a prompt.
         max_tokens: L of "constant" and "length", tokens, > 0.
-        totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone.
+        totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone. DDP and FSDP
+            average gradients over ranks: multiply the loss by their number before its backward.
         share: [N] fp32 factor, such as 1/k for k copies of one expert prefix; it multiplies the weight and is not counted.
         prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
 
     Returns: weight [N] fp32, zero on ignored tokens.
-    Raises: ValueError for an unknown mode, a tensor of another shape, or a missing `max_tokens`, `prompt_id` or count of prompts.
+    Raises: ValueError for an unknown mode, a tensor of another shape, or what the mode needs and is missing.
     """
     checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
-    checks.aggregation(role, sequence_id, mode, max_tokens, share, prompt_id)
+    checks.aggregation(role, {"sequences": sequence_id, "prompts": prompt_id}, mode, _DIVISORS[mode], max_tokens, share)
     longest = checks.whole_number(max_tokens)
     counted_here = loss_totals(role, sequence_id, prompt_id)
-    if totals is not None:
-        checks.is_a("aggregate", "totals", totals, LossTotals, "the sum of loss_totals(...) over all micro-batches and ranks")
-    totals = totals or counted_here
-    for name, here in vars(counted_here).items():
-        if getattr(totals, name) < here and (name != "prompts" or mode == "prompt_mean"):
-            raise ValueError(
-                f"aggregate: totals must count all micro-batches and ranks, this call included, got {name} = "
-                f"{getattr(totals, name)} where this call has {here}. Add up their loss_totals(...)."
-            )
+    totals = counted_here if totals is None else totals
+    checks.totals(totals, counted_here, _DIVISORS[mode])
     counted = role != Role.IGNORED
     if mode == "token_mean":
-        denominator = float(totals.expert_tokens + totals.rollout_tokens)
+        denominator = float(totals.tokens)
     elif mode == "role_mean":
         expert = (role == Role.EXPERT).double()
         denominator = expert * totals.expert_tokens + (1.0 - expert) * totals.rollout_tokens

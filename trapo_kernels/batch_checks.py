@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,19 +28,14 @@ def token_batch(batch: TokenBatch) -> None:
     checks.vector(where, "target", batch.target, length, device, (torch.int64,))
     checks.vector(where, "role", batch.role, length, device, (torch.uint8,))
     checks.role_values(where, batch.role)
-    for name in ("advantage", "weight"):
-        checks.vector(where, name, getattr(batch, name), length, device, floats)
-    for name in ("old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight"):
+    for name in ("advantage", "weight", "old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight"):
         value = getattr(batch, name)
-        if value is not None:
+        if value is not None or name == "weight":
             checks.vector(where, name, value, length, device, floats)
             if value.requires_grad:
                 raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
     if batch.sequence_id is not None:
         checks.vector(where, "sequence_id", batch.sequence_id, length, device, (torch.int64,))
-    for name in ("advantage", "weight"):
-        if getattr(batch, name).requires_grad:
-            raise ValueError(f"{where}: {name} is a constant of the loss, got a tensor that requires grad. Detach it.")
     if checks.may_look(batch.role):
         remedy = "Only rows with role IGNORED may hold anything."
         checks.finite_tensor(where, "weight", torch.where(batch.role != 0, batch.weight, 0.0), remedy)
@@ -114,7 +110,7 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     must be finite where it is read."""
     for name in sorted(objective.reads(on_policy=batch.old_logprob is None) - {"old_logprob"}):
         if getattr(batch, name) is None:
-            reason = "reduction" if name == "sequence_id" else "KL term or anchor"
+            reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term or anchor")
             raise ValueError(
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
                 f"Pass TokenBatch(..., {name}=...), or drop the {reason} that needs it."
@@ -122,12 +118,26 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return
     weighted = (batch.weight != 0) & batch.active
+    _warn_of_an_idle_loss(where, batch.role[weighted], objective)
     for layer in objective.layers:
         for code, term in ((1, layer.rollout), (2, layer.expert)):
             names = set() if term is None else term.reads(on_policy=batch.old_logprob is None) - {"sequence_id"}
-            names |= {"advantage"} if term is not None and term.signal == "advantage" else set()
             names |= {"ref_logprob"} if layer.kl is not None and code == 1 else set()
             for name in sorted(names - ({"old_logprob"} if batch.old_logprob is None else set())):
                 remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
                 read = torch.where(weighted & (batch.role == code), getattr(batch, name), 0.0)
                 checks.finite_tensor(where, f"batch.{name}", read, remedy)
+
+
+def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:
+    """Say that nothing will train, as with ROLLOUT on every token of an SFT; a part of a batch may be so rightly."""
+    named = {"ROLLOUT": (1, [layer.rollout or layer.kl for layer in objective.layers])}
+    named["EXPERT"] = (2, [layer.expert for layer in objective.layers])
+    trained = {name: code for name, (code, parts) in named.items() if any(parts)}
+    idle = len(role) > 0 and not any(bool((role == code).any()) for code in trained.values())
+    if idle and not any(layer.entropy_coef for layer in objective.layers):
+        warnings.warn(
+            f"{where}: objective {objective.name!r} trains tokens of role {' and '.join(trained)}, of which this batch has none: "
+            "its loss and its gradients are 0. Set TokenBatch.role, or use another objective.",
+            stacklevel=4,
+        )

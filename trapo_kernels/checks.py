@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from trapo_kernels.batch import TokenBatch
+    from trapo_kernels.batch import LossTotals, TokenBatch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,9 +52,10 @@ def may_look(x: Tensor) -> bool:
 
 
 _WHOLE_HEAD = (
-    "Call inside the forward of the FSDP unit that has it; or pass .full_tensor(grad_placements=[Partial()]); or .to_local() of "
-    "vocabulary shards, with process_group=mesh.get_group()."
+    'Call inside the forward of the FSDP unit that has it; or pass .full_tensor(grad_placements=[Partial("avg")]), which averages '
+    "as FSDP does; or .to_local() of vocabulary shards, with process_group=mesh.get_group()."
 )
+_WHOLE_HIDDEN = "Pass hidden.full_tensor()."
 
 
 def whole(where: str, name: str, value: object, remedy: str = "Pass .full_tensor() of it.") -> None:
@@ -79,12 +80,14 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
     if tuple(value.shape) != (length,):
         raise ValueError(
             f"{where}: {name} must have shape [N] = [{length}], got {list(value.shape)}. "
-            f"Flatten it with {name}.reshape(-1), and give every per-token tensor the same N."
+            f"Flatten a [batch, sequence] tensor with {name}.reshape(-1); repeat what is one per sequence for each of its tokens."
         )
     if value.dtype not in dtypes:
         names, remedy = " or ".join(str(dtype) for dtype in dtypes), f"Convert it with {name}.to({dtypes[0]})."
         if where == "TokenBatch" and value.dtype in (torch.bfloat16, torch.float16):  # and rounded already
             remedy = "If FSDP's mixed precision cast it, set cast_forward_inputs=False in MixedPrecisionPolicy."
+        if name == "role" and value.dtype == torch.bool:
+            remedy = "Say what its tokens are: torch.where(role, Role.EXPERT, Role.IGNORED).to(torch.uint8), or Role.ROLLOUT."
         raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. {remedy}")
     if value.device != device:
         raise ValueError(f"{where}: {name} must be on {device}, got {value.device}. Move it with {name}.to({str(device)!r}).")
@@ -109,20 +112,38 @@ def label(where: str, name: str, value: Tensor, role: Tensor) -> None:
 
 
 def aggregation(
-    role: Tensor, sequence_id: Tensor, mode: str, max_tokens: object, share: Tensor | None, prompt_id: Tensor | None
+    role: Tensor,
+    labels: dict[str, Tensor | None],
+    mode: str,
+    divisors: tuple[str, ...],
+    max_tokens: object,
+    share: Tensor | None,
 ) -> None:
-    """What `aggregate` takes: tensors of one length, and what its mode needs."""
+    """What `aggregate` takes: tensors of one length, and what its mode needs; `labels` are the ids of what is counted."""
     where = "aggregate"
     roles(where, role)
-    label(where, "sequence_id", sequence_id, role)
-    if prompt_id is not None:
-        label(where, "prompt_id", prompt_id, role)
+    for count, value in labels.items():
+        what = count.removesuffix("s")
+        if value is not None:
+            label(where, f"{what}_id", value, role)
+        elif count in divisors:
+            raise ValueError(f'{where}: mode "{mode}" needs {what}_id [N] int64, got None. Pass the {what} of every token.')
     if share is not None:
         vector(where, "share", share, len(role), role.device, (torch.float32, torch.float64))
     if mode in ("constant", "length") and (whole_number(max_tokens) or 0) <= 0:
         raise ValueError(f'{where}: mode "{mode}" needs an integer max_tokens > 0, got {max_tokens!r}. Pass the longest response.')
-    if mode == "prompt_mean" and prompt_id is None:
-        raise ValueError(f'{where}: mode "{mode}" needs prompt_id [N] int64, got None. Pass the prompt of every token.')
+
+
+def totals(value: object, here: LossTotals, divisors: tuple[str, ...]) -> None:
+    """The totals of an optimizer step, which contain those `here`, of one call; `divisors` are the counts that matter."""
+    where = "aggregate"
+    is_a(where, "totals", value, type(here), "the sum of loss_totals(...) over all micro-batches and ranks")
+    for name in divisors:
+        if getattr(value, name) < getattr(here, name):
+            raise ValueError(
+                f"{where}: totals must count all micro-batches and ranks, this call included, got {name} = "
+                f"{getattr(value, name)} where this call has {getattr(here, name)}. Add up their loss_totals(...)."
+            )
 
 
 def whole_number(value: object) -> int | None:
@@ -144,14 +165,18 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     for name, value in (("hidden", hidden), ("lm_head_weight", weight)):
         shape = "[N, D]" if name == "hidden" else "[V, D]"
         if not isinstance(value, Tensor):
-            raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}.")
-        whole(where, name, value, _WHOLE_HEAD)
+            remedy = " Pass its .weight." if isinstance(value, torch.nn.Module) else ""
+            raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}.{remedy}")
+        whole(where, name, value, _WHOLE_HIDDEN if name == "hidden" else _WHOLE_HEAD)
         if value.ndim != 2:
             flatten = "Flatten batch and sequence with hidden.reshape(-1, hidden.shape[-1])."
-            remedy = flatten if name == "hidden" else "Pass torch.nn.Linear(D, V).weight of the head."
+            gather = "Pass torch.nn.Linear(D, V).weight; one that ZeRO-3 or FSDP1 has partitioned must be gathered around the call "
+            remedy = flatten if name == "hidden" else f"{gather}and its backward."
             raise ValueError(f"{where}: {name} must have shape {shape}, got {list(value.shape)}. {remedy}")
         if value.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{where}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+            raise TypeError(
+                f"{where}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}. Dequantise what is quantised."
+            )
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{where}: hidden [N, D] and lm_head_weight [V, D] must agree in D, got {hidden.shape[1]} and {weight.shape[1]}. "

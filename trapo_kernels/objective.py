@@ -62,6 +62,7 @@ class Term:
     def reads(self, on_policy: bool) -> set[str]:
         """Names of the optional `TokenBatch` tensors that the term reads."""
         names = {f"{self.anchor}_logprob"} if self.anchor in ("old", "rollout", "ref") else set()
+        names |= {"advantage"} if self.signal == "advantage" else set()
         return names | ({"sequence_id"} | self.reduction.streams if self.reduces(on_policy) else set())
 
 

@@ -43,7 +43,9 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
     active = batch.active
     role = torch.where(active, batch.role, Role.IGNORED)
     weight = batch.weight.to(dtype)
-    advantage = torch.where(weight == 0, 0.0, batch.advantage.to(dtype))  # unread there, NaN included
+    advantage = torch.zeros_like(weight)
+    if batch.advantage is not None:
+        advantage = torch.where(weight == 0, 0.0, batch.advantage.to(dtype))  # unread there, NaN included
     anchor, signal = torch.zeros_like(weight), torch.zeros_like(weight)
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is None:

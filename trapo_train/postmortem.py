@@ -42,5 +42,5 @@ def load_batch(path: str | Path) -> list[MicroBatch]:
 
 def _plain(record: MicroBatch | TokenBatch) -> dict[str, Any]:
     """The fields that a record is made of as tensors and tuples; a batch inside a micro-batch likewise."""
-    values = {field.name: getattr(record, field.name) for field in fields(record) if field.init}
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
     return {name: _plain(value) if isinstance(value, TokenBatch) else value for name, value in values.items()}

@@ -47,7 +47,7 @@ def join_micro_batches(micro_batches: Sequence[MicroBatch], world_size: int, ran
 
 def _concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
     """The tokens of all batches, which lie on the host and have the same streams; their active rows are found anew."""
-    names = [field.name for field in fields(TokenBatch) if field.name not in ("active_rows", "scored_rows")]
+    names = [field.name for field in fields(TokenBatch) if field.name != "scored_rows"]
     parts = {name: [getattr(batch, name) for batch in batches] for name in names}
     return TokenBatch(**{name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in parts.items()})
 

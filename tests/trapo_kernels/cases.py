@@ -73,7 +73,7 @@ def whole_sequences(b, num_parts):
 
 def subset(b, rows):
     """The batch of some rows [M] int64; `active_rows` is found anew."""
-    streams = {field.name: getattr(b, field.name) for field in fields(b) if field.name != "active_rows"}
+    streams = {field.name: getattr(b, field.name) for field in fields(b)}
     return TokenBatch(**{name: value if value is None else value[rows] for name, value in streams.items()})
 
 

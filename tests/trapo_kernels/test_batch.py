@@ -1,7 +1,10 @@
 """The packer's arithmetic: every normaliser is a weight, and totals make any split add up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.distributed.utils import _apply_to_tensors  # what FSDP2 casts inputs with
 
 from tests.trapo_kernels import cases
 from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, loss_totals
@@ -76,6 +79,25 @@ def test_a_role_without_tokens_and_an_empty_batch_give_no_nan():
     assert aggregate(empty, torch.zeros(0, dtype=torch.int64), mode="sequence_mean").shape == (0,)
 
 
+@pytest.mark.parametrize("mode", ["token_mean", "role_mean", "length", "prompt_mean"])
+def test_sequences_are_asked_for_where_a_mode_divides_by_them_and_nowhere_else(mode):
+    arguments = {"mode": mode, "max_tokens": 8, "prompt_id": PROMPT}
+    assert torch.equal(aggregate(ROLE, **arguments), aggregate(ROLE, SEQUENCE, **arguments))
+
+
+@pytest.mark.parametrize("mode", ["constant", "sequence_mean", "sequence_sum"])
+def test_a_mode_that_divides_by_sequences_needs_them(mode):
+    with pytest.raises(ValueError, match=f'mode "{mode}" needs sequence_id .* got None. Pass the sequence of every token'):
+        aggregate(ROLE, mode=mode, max_tokens=8)
+    with pytest.raises(ValueError, match="got sequences = 0 where this call has 3"):
+        aggregate(ROLE, SEQUENCE, mode=mode, max_tokens=8, totals=LossTotals(100, 100))
+
+
+def test_a_count_of_tokens_at_hand_is_a_total():
+    weight = aggregate(ROLE, mode="token_mean", totals=LossTotals(expert_tokens=100))
+    torch.testing.assert_close(weight, (ROLE != 0) / 100)
+
+
 def test_unknown_mode_and_missing_length_are_refused():
     with pytest.raises(ValueError, match="mode must be one of .*got 'mean'"):
         aggregate(ROLE, SEQUENCE, mode="mean")
@@ -92,7 +114,7 @@ def test_unknown_mode_and_missing_length_are_refused():
         aggregate(ROLE, SEQUENCE, mode="prompt_mean")
     with pytest.raises(ValueError, match="totals must count all micro-batches and ranks.*got prompts = 0 where this call has"):
         aggregate(ROLE, SEQUENCE, mode="prompt_mean", prompt_id=PROMPT, totals=loss_totals(ROLE, SEQUENCE))
-    with pytest.raises(ValueError, match="totals must count all .* got expert_tokens = 0 where"):
+    with pytest.raises(ValueError, match="totals must count all .* got tokens = 0 where"):
         aggregate(ROLE, SEQUENCE, mode="token_mean", totals=LossTotals(0, 0, 0))
 
 
@@ -122,3 +144,13 @@ def test_active_rows_are_found_once_and_move_with_the_batch():
     )
     assert b.active_rows.tolist() == [1, 3]
     assert b.to(cases.DEVICE).active_rows.tolist() == [1, 3]
+
+
+def test_what_casts_or_replaces_fields_makes_a_batch_of_its_own():
+    """FSDP2 rebuilds a dataclass from all of its fields when it casts the inputs of a forward."""
+    b = TokenBatch(torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.uint8), torch.ones(2), torch.tensor([0.0, 1.0]))
+    same = _apply_to_tensors(lambda x: x, b)
+    assert same is not b and torch.equal(same.active_rows, b.active_rows)
+    assert replace(b, weight=torch.ones(2)).active_rows.tolist() == [0, 1]
+    with pytest.raises(TypeError, match="advantage must be torch.float32 .*got torch.bfloat16. If FSDP's mixed precision cast it"):
+        _apply_to_tensors(lambda x: x.bfloat16() if x.is_floating_point() else x, b)

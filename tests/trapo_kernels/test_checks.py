@@ -1,6 +1,7 @@
 """Bad input gets the rule, the actual value and the remedy, before anything is computed."""
 
 import contextlib
+import warnings
 
 import numpy
 import pytest
@@ -44,7 +45,14 @@ def _batch(**changes):
         ((HIDDEN, WEIGHT.bfloat16(), TARGET), {}, "dtype of hidden, .* got hidden torch.float32 and lm_head_weight torch.bfloat16"),
         ((HIDDEN.double(), WEIGHT, TARGET), {}, "dtype of hidden, .* got hidden torch.float64 and lm_head_weight torch.float32"),
         ((HIDDEN.long(), WEIGHT, TARGET), {}, "hidden must be float32, bfloat16, float16 or float64, got torch.int64"),
-        ((HIDDEN, WEIGHT, TARGET[None]), {}, r"target must have shape \[N\] = \[4\], got \[1, 4\]. Flatten it"),
+        ((HIDDEN, WEIGHT, TARGET[None]), {}, r"target must have shape \[N\] = \[4\], got \[1, 4\]. Flatten"),
+        ((HIDDEN, torch.nn.Linear(D, V), TARGET), {}, r"lm_head_weight must be a tensor .* got Linear. Pass its .weight"),
+        (
+            (HIDDEN, torch.empty(0), TARGET),
+            {},
+            r"must have shape \[V, D\], got \[0\].*ZeRO-3 or FSDP1 has partitioned must be gathered",
+        ),
+        ((HIDDEN, WEIGHT.char(), TARGET), {}, "got torch.int8. Dequantise what is quantised."),
         ((HIDDEN, WEIGHT, TARGET.int()), {}, "target must be torch.int64, got torch.int32"),
         ((HIDDEN, WEIGHT, TARGET + 5), {}, r"target must lie in \[0, V\) = \[0, 7\).*got 7 at row 2"),
         ((HIDDEN, WEIGHT, TARGET - 1), {}, "got -1 at row 0"),
@@ -77,6 +85,8 @@ def test_linear_logprob(arguments, options, message):
     ("changes", "message"),
     [
         ({"role": torch.ones(N)}, "role must be torch.uint8, got torch.float32"),
+        ({"role": TARGET > 0}, r"role must be torch.uint8, got torch.bool. Say .* torch.where\(role, Role.EXPERT, Role.IGNORED\)"),
+        ({"advantage": torch.ones(2)}, r"advantage must have shape .* got \[2\]. Flatten .*; repeat what is one per sequence"),
         ({"role": torch.full((N,), 3, dtype=torch.uint8)}, r"role must be .*\(0, 1, 2\), got 3"),
         ({"advantage": torch.ones(N, 1)}, r"advantage must have shape \[N\] = \[4\], got \[4, 1\]"),
         ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
@@ -142,14 +152,45 @@ def test_linear_policy_loss_and_policy_loss():
     ],
 )
 def test_a_stream_must_be_finite_where_it_is_read(objective, changes, message):
-    batch = _batch(**changes)
+    batch = _batch(**{"role": torch.full((N,), 2, dtype=torch.uint8)} | changes if objective.expert else changes)
     if message is None:
-        assert linear_policy_loss(HIDDEN, WEIGHT, batch, objective).loss == 0
+        assert linear_policy_loss(HIDDEN, WEIGHT, batch, objective).loss.isfinite()
         return
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(HIDDEN, WEIGHT, batch, objective)
     with pytest.raises(ValueError, match=message):
         policy_loss(torch.zeros(N), torch.zeros(N), batch, objective)
+
+
+def test_an_advantage_is_needed_where_a_term_reads_it_and_nowhere_else():
+    expert = torch.full((N,), 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"'grpo' reads batch.advantage, got None.*advantage=...\), or drop the signal"):
+        linear_policy_loss(HIDDEN, WEIGHT, _batch(advantage=None), objectives.grpo())
+    for objective in (objectives.sft(), objectives.trsft(), objectives.psft()):
+        without, given = (
+            linear_policy_loss(HIDDEN, WEIGHT, _batch(role=expert, old_logprob=-torch.ones(N), **more), objective)
+            for more in ({"advantage": None}, {"advantage": torch.full((N,), 7.0)})
+        )
+        assert torch.equal(without.loss, given.loss)
+
+
+@pytest.mark.parametrize(
+    ("objective", "role", "named"),
+    [
+        (objectives.sft(), 1, "EXPERT"),
+        (objectives.grpo(), 2, "ROLLOUT"),
+        (objectives.trapo(), 1, None),
+        (objectives.sft(), 0, None),
+    ],
+    ids=["sft", "grpo", "trapo", "ignored"],
+)
+def test_a_batch_that_trains_nothing_is_said(objective, role, named):
+    """As with the mask of an SFT cast to uint8, which makes every token a rollout."""
+    batch = _batch(role=torch.full((N,), role, dtype=torch.uint8))
+    with pytest.warns(UserWarning) if named else contextlib.nullcontext() as said, warnings.catch_warnings():
+        warnings.simplefilter("always" if named else "error")
+        linear_policy_loss(HIDDEN, WEIGHT, batch, objective)
+    assert not named or f"trains tokens of role {named}, of which this batch has none" in str(said[0].message)
 
 
 def test_a_0d_temperature_stands_for_all_rows():
@@ -169,6 +210,8 @@ def test_a_dtensor_is_refused_with_the_ways_out():
 
     with pytest.raises(TypeError, match=r"lm_head_weight must be a plain tensor, got a DTensor.*full_tensor\(grad_placements"):
         linear_logprob(HIDDEN, WEIGHT.as_subclass(Shard), TARGET)
+    with pytest.raises(TypeError, match=r"hidden must be a plain tensor, got a DTensor. Pass hidden.full_tensor\(\).$"):
+        linear_logprob(HIDDEN.as_subclass(Shard), WEIGHT, TARGET)
     with pytest.raises(TypeError, match="LoraHead: a must be a plain tensor"):
         LoraHead(torch.ones(2, D).as_subclass(Shard), torch.ones(V, 2))
 
@@ -198,7 +241,7 @@ def test_a_dtensor_is_refused_with_the_ways_out():
     [
         (
             lambda: linear_logprob(HIDDEN, WEIGHT[None], TARGET),
-            r"lm_head_weight must have shape \[V, D\], got \[1, 7, 3\]. Pass torch.nn.Linear\(D, V\).weight of the head.$",
+            r"lm_head_weight must have shape \[V, D\], got \[1, 7, 3\]. Pass torch.nn.Linear\(D, V\).weight; one that ZeRO-3",
         ),
         (
             lambda: policy_loss(torch.zeros(N).bfloat16(), None, _batch(), objectives.sft()),
@@ -239,7 +282,7 @@ def test_shapes_and_memory_can_be_found_out_without_values(device):
 
 
 def test_an_entropy_that_is_not_known_is_in_no_metric():
-    out = policy_loss(torch.zeros(N), None, _batch(), objectives.sft())
+    out = policy_loss(torch.zeros(N), None, _batch(), objectives.grpo())
     assert out.entropy is None and not [name for name in out.metrics if "entropy" in name] and "rollout/logprob" in out.metrics
 
 

@@ -1,5 +1,7 @@
 """Where implementations of these objectives go wrong, one test per trap."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from trapo_kernels import (
     Term,
     TokenBatch,
     aggregate,
+    checks,
     corrections,
     linear_policy_loss,
     loss_totals,
@@ -176,3 +179,18 @@ def test_trapo_has_the_units_of_the_release_sum_of_tokens_over_the_longest_respo
     for backend in BACKENDS:
         loss = policy_loss(logprob, None, b, objectives.trapo(alpha=0.1, entropy_coef=0.0), backend=backend).loss
         torch.testing.assert_close(torch.autograd.grad(loss, logprob)[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize("preset", ["sft", "trapo", "gspo", "prefix_rft"])  # one pass and two
+def test_a_token_with_a_role_and_no_target_is_nan_where_nobody_looks(preset, backend, monkeypatch):
+    """-100 padding whose role was set: refused on a CPU; on a GPU and while compiling its logprob must not be taken for 0."""
+    hidden, weight, _ = cases.head(12, 6, 40, torch.float32)
+    b = cases.batch(12, 40, torch.float32, roles=(1, 2))
+    b = replace(b, target=b.target.index_fill(0, torch.tensor([4, 5]), -100))
+    with pytest.raises(ValueError, match="a token with a role must have a target in the vocabulary, got -100 at row 4"):
+        linear_policy_loss(hidden, weight, b, getattr(objectives, preset)(), backend=backend)
+    monkeypatch.setattr(checks, "may_look", lambda x: False)
+    out = linear_policy_loss(hidden, weight, replace(b), getattr(objectives, preset)(), backend=backend)
+    assert out.logprob[4:6].isnan().all() and out.logprob[:4].isfinite().all()
+    assert out.loss.isnan()

@@ -43,7 +43,9 @@ def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransfor
         z = transform.softcap * torch.tanh(z / transform.softcap)
     z = z / transform.column(z)
     log_p = torch.log_softmax(z, dim=-1)
-    logprob = log_p.gather(1, torch.where(counted, target, 0)[:, None])[:, 0]
+    inside = (target >= 0) & (target < z.shape[1])
+    logprob = log_p.gather(1, torch.where(inside, target, 0)[:, None])[:, 0]
+    logprob = torch.where(inside, logprob, torch.nan)  # outside the vocabulary, which is refused on a CPU (see checks.target)
     # A masked column has p = 0 and log p = -inf; it adds nothing to the entropy and receives no gradient.
     possible = log_p > -torch.inf
     entropy = -(log_p.exp() * torch.where(possible, log_p, 0.0)).sum(-1)
