@@ -66,7 +66,7 @@ def compile_one(kernel: object, constexprs: dict[str, object], architecture: int
 
     from trapo_kernels.backends.triton_ops.launch import TILE
 
-    launch = ("num_warps", "num_stages", "maxnreg")
+    launch = ("num_warps", "num_stages")
     options = {k: v for k, v in ({} if "BLOCK_N" in constexprs else TILE).items() if k in launch}
     options |= {k: constexprs[k] for k in launch if k in constexprs}
     constexprs = {k: v for k, v in constexprs.items() if k not in launch}

@@ -132,15 +132,15 @@ Per logit with fp32 logits and bf16 gradients, V = 152064. Predictions, not meas
 | `cluster_policy_kernel`, row kept in the shared memory of 8 blocks | 4 + 2 | 0.87 ms | 2 |
 | `hopper_scoring_kernel` | 0 (the chunked path: 4 written + 4 read) | – | 1 |
 
-A chunk of 4096 rows at D = 3584 costs three GEMMs of 4.46 TFLOP, 16.9 ms at 790 TFLOP/s: the second reading of the row is 3 % of
+A chunk of 4096 rows at D = 3584 costs three GEMMs of 4.46 TFLOP, 17.0 ms at 790 TFLOP/s: the second reading of the row is 3 % of
 that at most, and nothing where it comes from L2 (50 MB hold 82 fp32 rows of this width; 132 blocks of one row each need 80 MB). So
 the cluster kernel would bring a step from 1.09 to 1.06 × the GEMMs, if it reached the bandwidth. Three of its blocks share a
 multiprocessor (75.5 KiB each at this V): some wait for their slices, all of each asked for at once, while another computes.
 
 Whether it reaches it is open. Counted in the disassembly (sm_90a, fp32 to bf16, no bias, no softcap), a warp issues about 76
 instructions per 4 logits, 8 to copy, 42 to sum and 26 for the gradient, and about 800 besides: at 1.98 GHz and perfect issue 4096
-rows take 0.55 ms on 132 multiprocessors, and their exponentials 0.30 ms. That is below the 0.87 ms of the bytes, but not so far
-that it must hide behind them; and what the two barriers of a cluster wait for once per row is not counted. Time both kernels
+rows take 0.55 ms on 132 multiprocessors, and their exponentials 0.30 ms. That is below the 0.87 ms of the bytes, but too close
+to be sure that it hides behind them; what the two barriers of a cluster wait for once per row is not counted. Time both kernels
 before believing either. What keeps it there: sums in powers of 2, so that a logit is one multiply-add and one
 ex2 away from its exponential; a NaN-keeping maximum; the target's and the ragged packs out of the loop; one maximum for 32 lanes
 before their sums are added; blocks of 256 threads, because of what is done once per thread.
@@ -148,15 +148,15 @@ before their sums are added; blocks of 256 threads, because of what is done once
 `hopper_scoring_kernel`, D = 3584: a tile of 128 × 256 is 56 steps of 64, 2 · 128 · 256 · 3584 FLOP: 39 µs on one of 132
 multiprocessors at the 790 TFLOP/s of the bare GEMM. Its epilogue is 840 instructions a warp where the tile lies inside V and
 holds no target of the warp's 16 rows (1 420 elsewhere), two warps per scheduler; its 128 exponentials a warp, 8 cycles each,
-take longer: 2 050 cycles in which no wgmma runs, 1.1 µs, 1.03 × the GEMM if the operands arrive in time. Each step brings a
+take longer: 2 050 cycles in which no wgmma runs, 1.0 µs, 1.03 × the GEMM if the operands arrive in time. Each step brings a
 block 48 KiB: where every block loads them for itself, 2.75 MB a tile from L2, 9.3 TB/s over all blocks; with the weight tile
 shared by the two blocks of a cluster (`hopper_scoring_kernel<2>`, each loads half for both) 1.84 MB, 6.2 TB/s. How much of
-that the L2 gives decides: at 5.5 TB/s, a cautious guess, a tile takes 44 µs, 1.13 × the GEMM. The account of the chunked path
+that the L2 gives decides: at 5.5 TB/s, a cautious guess, a tile takes 44 µs, 1.12 × the GEMM. The account of the chunked path
 (`python -m benchmarks.account`) expects 1.10 to 1.15.
 
 The vocabulary is split so that the clusters finish together, to a tile where it has tiles enough: at 132 multiprocessors and N
 = 4096 (16 pairs of row tiles) 33 splits make 528 items of 18 tiles, 8 rounds of 66 clusters; a fixed number of 11 splits would
-leave a third of the last of 3 rounds idle, 12 %. Where the splits are not equal the longer ones lie elsewhere in every group of
+leave a third of the last of 3 rounds idle, 11 %. Where the splits are not equal the longer ones lie elsewhere in every group of
 row tiles: at V = 128256 the busiest cluster has 1.004 × the mean from N = 8192 on, instead of 1.05.
 """
 

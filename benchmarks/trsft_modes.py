@@ -183,7 +183,7 @@ def _draw_closed_form(axis: Any, free: dict[float, Tensor], palette: tuple[str, 
     axis.set_ylabel("probability")
     axis.grid(axis="x", visible=False)
     axis.legend(frameon=False, fontsize=9.5, loc="upper right")
-    axis.text(0.97, 0.3, "λ: the expert's mass that is kept", transform=axis.transAxes, ha="right", fontsize=9.5, color=grey)
+    axis.text(0.97, 0.3, "closed form: p = p_E/λ above αλ", transform=axis.transAxes, ha="right", fontsize=9.5, color=grey)
     axis.set_title("Expert tokens below αλ are dropped", fontsize=11.5, fontweight="bold", loc="left")
 
 

@@ -7,8 +7,8 @@
     TRAPO_NATIVE=0 pip install .                no native backend
     TRAPO_WERROR=1 pip install .                warnings are errors, as in the Makefile; off for compilers that nobody has tried
 
-Without a compiler, or without torch in the environment that installs, the package installs and works without the native backend;
-`python -m trapo_kernels.doctor` then gives the reason, which is left in
+`pip install -e .` takes the same. Without a compiler, or without torch in the environment that installs, the package installs and
+works without the native backend; `python -m trapo_kernels.doctor` then gives the reason, which is left in
 trapo_kernels/_native_build.txt. The sources and this class are named in pyproject.toml.
 """
 
@@ -41,17 +41,25 @@ def torch_directory() -> Path:
 class BuildNative(build_ext):
     """Compiles the one extension, or says why it is not there."""
 
+    in_source = False  # whether the library is copied beside the sources once it is built
+
+    def run(self) -> None:
+        self.in_source = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
-        package = Path(self.get_ext_fullpath(ext.name)).parent
-        package.mkdir(parents=True, exist_ok=True)
-        reason_file = package / REASON_FILE
+        built = Path(self.get_ext_fullpath(ext.name))
+        installed = Path(*ext.name.split(".")[:-1]) / built.name if self.in_source else built
+        reason_file = installed.with_name(REASON_FILE)
+        reason_file.parent.mkdir(parents=True, exist_ok=True)
         reason_file.unlink(missing_ok=True)
         try:
             self._compile(ext)
         except Exception as error:  # whatever it was, the package works without the native backend and tells the reason
             if os.environ.get("TRAPO_CUDA") == "1" or os.environ.get("TRAPO_SANITIZE") == "1":
-                raise  # was asked for by name
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+                raise RuntimeError(f"trapo: the native backend was asked for by name: {error}") from error  # not optional then
+            for library in (built, installed):  # an older one would not be of these sources
+                library.unlink(missing_ok=True)
             print(f"trapo: no native backend: {error}", file=sys.stderr)
             told = isinstance(error, RuntimeError)  # by this file, in a sentence
             reason = error if told else f"the compiler failed ({type(error).__name__}); `pip install -v .` shows how."

@@ -17,7 +17,7 @@ _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
 class Role:
     """What a token is to the loss; plain integers, because torch.compile cannot compare a tensor with an enum member."""
 
-    IGNORED = 0  # in no loss; its hidden state is never read
+    IGNORED = 0  # in no loss; its hidden state is read only if `scored_rows` names it
     ROLLOUT = 1  # sampled by the policy: the ratio loss
     EXPERT = 2  # written by an expert: the imitation loss
 

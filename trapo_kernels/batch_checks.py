@@ -110,10 +110,9 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     must be finite where it is read."""
     for name in sorted(objective.reads(on_policy=batch.old_logprob is None) - {"old_logprob"}):
         if getattr(batch, name) is None:
-            reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term or anchor")
             raise ValueError(
-                f"{where}: objective {objective.name!r} reads batch.{name}, got None. "
-                f"Pass TokenBatch(..., {name}=...), or drop the {reason} that needs it."
+                f"{where}: objective {objective.name!r} reads batch.{name}, got None. Pass TokenBatch(..., {name}=...), or use an "
+                "objective that does not read it."
             )
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return

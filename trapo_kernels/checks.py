@@ -142,7 +142,8 @@ def totals(value: object, here: LossTotals, divisors: tuple[str, ...]) -> None:
         if getattr(value, name) < getattr(here, name):
             raise ValueError(
                 f"{where}: totals must count all micro-batches and ranks, this call included, got {name} = "
-                f"{getattr(value, name)} where this call has {getattr(here, name)}. Add up their loss_totals(...)."
+                f"{getattr(value, name)} where this call has {getattr(here, name)}. Add up their loss_totals(role, sequence_id, "
+                "prompt_id)."
             )
 
 
@@ -157,7 +158,8 @@ def whole_number(value: object) -> int | None:
 def size(where: str, name: str, value: object) -> None:
     """A number of rows or columns: a whole number of any kind, ≥ 1."""
     if (whole_number(value) or 0) < 1:
-        raise ValueError(f"{where}: {name} must be an integer ≥ 1, got {value!r}. Round up to whole rows.")
+        remedy = " Round up to whole rows." if isinstance(value, float) else ""
+        raise ValueError(f"{where}: {name} must be an integer ≥ 1, got {value!r}.{remedy}")
 
 
 def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -185,7 +187,7 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     if not _stands_beside(weight, hidden):
         raise TypeError(
             f"{where}: lm_head_weight must have the dtype of hidden, or be float32 (master weights) beside bfloat16 or float16 "
-            f"hidden states, got hidden {hidden.dtype} and lm_head_weight {weight.dtype}. Cast one, or call under torch.autocast."
+            f"hidden states, got hidden {hidden.dtype} and lm_head_weight {weight.dtype}. Cast one of them."
         )
     if hidden.device != weight.device:
         raise ValueError(f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}.")
@@ -234,10 +236,10 @@ def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, 
         if not _stands_beside(value, hidden) or value.device != hidden.device:
             raise TypeError(
                 f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, or float32 beside 16-bit hidden states, "
-                f"got {value.dtype} on {value.device}. Cast it, or call under torch.autocast."
+                f"got {value.dtype} on {value.device}. Convert it with {name}.to(hidden)."
             )
     if backend.endswith("_fused"):
-        raise ValueError(f'{where}: backend "{backend}" has no LoRA, got lora of rank {a.shape[0]}. Use backend="triton".')
+        raise ValueError(f'{where}: backend "{backend}" has no LoRA, got lora of rank {a.shape[0]}. Use backend="auto".')
 
 
 def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:

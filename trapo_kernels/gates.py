@@ -63,6 +63,10 @@ class Gate:
     def __str__(self) -> str:
         return self.formula.format(**vars(self))
 
+    def times(self, advantage: str) -> str:
+        """The formula of a·V for `advantage` "A", or "" where it is 1."""
+        return f"{advantage}·{self}" if advantage else str(self)
+
 
 @dataclass(frozen=True)
 class One(Gate):
@@ -96,8 +100,8 @@ class Ratio(Gate):
 class Clip(Gate):
     """PPO's pessimistic clip: min(r, 1 + high) for advantage ≥ 0, max(r, 1 - low) capped at `dual` below.
 
-    `low`, `high` ≥ 0, each with its own width. `dual` ≥ 1 caps r for negative advantages too: the dual clip (arXiv 1912.09729),
-    called two-sided clip and δ by others; infinite by default.
+    `low` in [0, 1] and `high` ≥ 0, each with its own width. `dual` ≥ 1 caps r for negative advantages too: the dual clip (arXiv
+    1912.09729), called two-sided clip and δ by others; infinite by default.
     """
 
     low: float = 0.2
@@ -111,8 +115,10 @@ class Clip(Gate):
         checks.in_range("Clip", "high", self.high, 0.0, math.inf)
         checks.in_range("Clip", "dual", self.dual, 1.0, math.inf)
 
-    def __str__(self):
-        return super().__str__() + ("" if self.dual == math.inf else f", r ≤ {self.dual:g} where A < 0")
+    def times(self, advantage):
+        if not advantage:
+            return f"min(r, 1+{self.high:g})"
+        return f"min(A·r, A·{self})" + ("" if self.dual == math.inf else f", r ≤ {self.dual:g} where A < 0")
 
     @property
     def scalars(self):

@@ -49,10 +49,10 @@ class Term:
 
     def __str__(self):
         scale = "" if self.scale == 1.0 else f"{self.scale:g}·"
-        signal = "A·" if self.signal == "advantage" else ""
+        value = self.gate.times("A" if self.signal == "advantage" else "")
         anchor = {"zero": "p", "self": "π/sg(π)"}.get(self.anchor, f"π/π_{self.anchor}")
         pooled = f"; {self.reduction}" if self.reduction else ""
-        return f"-{scale}{signal}{self.gate}, r = {anchor}{pooled}"
+        return f"-{scale}{value}, r = {anchor}{pooled}"
 
     def reduces(self, on_policy: bool) -> bool:
         """Whether the whole sequence is needed; `on_policy`: the batch has no old_logprob, so ratios to "old" are 1."""
@@ -137,7 +137,7 @@ class Objective:
             if term is None or term.anchor != "old" or term.reduction:
                 raise ValueError(
                     'Objective: the KL estimator "k3_corrected" needs a rollout term with anchor "old" and no reduction, got '
-                    f'{term}. Use the estimator "k3", or anchor the rollout term at "old".'
+                    f'{term}. Use the estimator "k3", or such a term.'
                 )
 
     def __str__(self):

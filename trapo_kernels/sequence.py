@@ -118,7 +118,9 @@ class MeanRatio(Reduction):
         checks.in_range("MeanRatio", "clip", self.clip, 0.0, math.inf, open_low=True)
 
     def __str__(self):
-        return self.formula + ("" if self.clip == math.inf else f" after clipping log r at ±{self.clip:g}")
+        return self.formula + (
+            "" if self.clip == math.inf else f" after log r ≤ {self.clip:g} where A ≥ 0, ≥ -{self.clip:g} elsewhere"
+        )
 
     def reduce(self, tokens):
         d = tokens.log_ratio

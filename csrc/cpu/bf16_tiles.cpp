@@ -6,7 +6,7 @@
 //     ┌ 8 of a strip ┐ L1 ──── broadcast ───────▶  24 sums in registers, 8 × 48 of out
 //
 // FLOP: 2 M N K. A task is a block of out, up to 256 rows and as many columns as keep its lines of b at 384 KiB; for every kDepth of k
-// it packs both operands' lines (2 bytes read and 2 written per number, which is multiplied by 48 to 256 others; 0.9 MiB a thread), and
+// it packs both operands' lines (2 bytes read and 2 written per number, which is multiplied by 48 to 768 others; 0.9 MiB a thread), and
 // every tile passes over its piece of out once. Lines, columns and k beyond the edge are zeros in the packed operands and are not stored.
 //
 // AMD EPYC (Zen 4), 2 cores, 256 rows, D = 896, V = 32768, GFLOP/s: logits 367, dHidden 349, dWeight 334; oneDNN, which rounds its

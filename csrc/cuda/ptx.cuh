@@ -1,6 +1,6 @@
 // The instructions that CUDA C++ has no name for, as thin inline PTX: copies to shared memory that no register waits for, mbarriers,
-// TMA loads and wgmma. All of csrc's PTX but softmax.h's exponential lies here, so that the tests can put the same functions on a
-// host in its place (tests/trapo_kernels/host_gpu) and run the kernels there.
+// TMA loads and wgmma. All of csrc's PTX but that of softmax.h (exponential, maximum) lies here, so that the tests can put the same
+// functions on a host in its place (tests/trapo_kernels/host_gpu) and run the kernels there.
 
 #pragma once
 

@@ -164,7 +164,7 @@ def test_a_stream_must_be_finite_where_it_is_read(objective, changes, message):
 
 def test_an_advantage_is_needed_where_a_term_reads_it_and_nowhere_else():
     expert = torch.full((N,), 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"'grpo' reads batch.advantage, got None.*advantage=...\), or drop the signal"):
+    with pytest.raises(ValueError, match=r"'grpo' reads batch.advantage, got None. Pass TokenBatch\(..., advantage=...\)"):
         linear_policy_loss(HIDDEN, WEIGHT, _batch(advantage=None), objectives.grpo())
     for objective in (objectives.sft(), objectives.trsft(), objectives.psft()):
         without, given = (

@@ -258,15 +258,21 @@ def test_a_gradient_holds_no_subnormal_numbers(instruction_set, dtype):
     assert (size == 0).any() and (size > 0).any() and size[size > 0].min() >= torch.finfo(torch.float32).tiny
 
 
-def test_an_installation_without_a_compiler_leaves_the_reason(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("in_source", [False, True])  # True: pip install -e
+def test_an_installation_without_a_compiler_leaves_the_reason(in_source, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     command = BuildNative(Distribution())
     command.initialize_options()
     command.compiler = SimpleNamespace(compiler_so_cxx=["no-such-compiler"])
-    monkeypatch.setattr(command, "get_ext_fullpath", lambda _: str(tmp_path / "_native.abi3.so"))
+    command.in_source = in_source
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda _: str(tmp_path / "built" / "_native.abi3.so"))
     command.build_extension(Extension("trapo_kernels._native", []))
-    reason = (tmp_path / "_native_build.txt").read_text()
+    reason = (tmp_path / ("trapo_kernels" if in_source else "built") / "_native_build.txt").read_text()
     assert re.match(r"no C\+\+ compiler \(no-such-compiler\) was found .*\. Install one, then trapo again\.", reason)
     assert capsys.readouterr().err == f"trapo: no native backend: {reason}"
+    monkeypatch.setenv("TRAPO_CUDA", "1")
+    with pytest.raises(RuntimeError, match="the native backend was asked for by name: no C"):
+        command.build_extension(Extension("trapo_kernels._native", []))
 
 
 def test_a_missing_extension_leaves_the_package_working(monkeypatch):

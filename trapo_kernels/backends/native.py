@@ -1,7 +1,7 @@
 """Row operations of the compiled extension (csrc): the same functions as `rows_torch`, a few calls into torch.ops.trapo_native.
 
 On a CPU a chunk of logits becomes its own gradient in two sweeps over each row, without temporaries; on a GPU built with CUDA the
-row stays on the chip between them. Statistics and gradients are fp32.
+row stays on the chip between them. Statistics are fp32; gradients have the dtype of the next GEMM.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform
 
-# One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. The register cap
-# keeps ptxas from stopping at 64 and spilling 2 of them (sapo gates with bias and softcap on sm_90); none uses more than 71 there.
+# One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. On sm_90 the
+# policy kernel takes 40 registers: 6 rows are on a multiprocessor at once, with 48 KiB of them on the way.
 # Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
-TILE = {"BLOCK_V": 2048, "num_warps": 8, "maxnreg": 96}
+TILE = {"BLOCK_V": 2048, "num_warps": 8}
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device_of:

@@ -22,7 +22,7 @@ from trapo_kernels.objective import Objective
 #
 # Work: about 12 FLOP and 2 exp per logit (20 FLOP with entropy gradient).
 # Reads / writes: C·V logits in twice (the second time from L2 where the row still lies there), C·V gradients out: 4 + 4 + 2 bytes
-#     per fp32 logit with bf16 gradients; 44 bytes per row.
+#     per fp32 logit with bf16 gradients; 41 bytes (49 with KL) per row.
 # Saved: the gradient, in the logits' place.
 # On chip: 2 fp32 accumulators of BLOCK_V lanes.
 # Order: tiles ascend, one reduction tree per row: bitwise repeatable.
