@@ -46,18 +46,16 @@ TRAPO_HD float slope(int gate, float d, float advantage, const float* s) {
       return s[2] * clamped(ratio, s[0], s[1]);
     case 5:  // Band: low, high
       return ratio < s[0] || ratio > s[1] ? 0.0f : ratio;
-    case 6: {  // Shape: log γ
-      const float shaped = sigmoid(d - s[0]);
-      return shaped * (1.0f - shaped);
-    }
+    case 6:  // Shape: log γ
+      return sigmoid(d - s[0]) * sigmoid(s[0] - d);  // 1 - σ would lose its digits
     case 7:  // Power: exponent
       return s[0] * expf(s[0] * d);
     case 8:  // Phi
       return -ratio * expm1f(d);
     case 9: {  // Sapo: τ for advantage ≥ 0, τ below
       const float capped = d > 20.0f ? 20.0f : d;  // beyond it 4σ(1-σ) is exactly 0 in fp32, and only r could overflow
-      const float soft = sigmoid((advantage < 0.0f ? s[1] : s[0]) * expm1f(capped));
-      return 4.0f * soft * (1.0f - soft) * expf(capped);
+      const float excess = (advantage < 0.0f ? s[1] : s[0]) * expm1f(capped);
+      return 4.0f * sigmoid(excess) * sigmoid(-excess) * expf(capped);
     }
     default:
       return 0.0f;

@@ -76,7 +76,8 @@ def linear_logprob(
             a sampler that does.
         process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
             bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
-        batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows.
+        batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows. Not
+            promised in float64 on a CPU, where MKL's products of few columns do not allow it.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
             follows the measurements in trapo_kernels/scoring.json. A bf16 head on a CPU with AMX or AVX512_BF16 has the GEMMs of
@@ -202,12 +203,11 @@ def policy_loss(
     known = entropy is not None
     if not known:
         if objective.needs_entropy:
+            bonus = next((layer.entropy_coef for layer in objective.layers if layer.entropy_coef), None)
             raise ValueError(
-                f"{where}: objective {objective.name!r} has entropy_coef = {objective.entropy_coef:g} and needs entropy [N], got "
-                "None. Ask for it with linear_logprob(..., with_entropy=True), or set entropy_coef=0."
-                if objective.entropy_coef
-                else f"{where}: objective {objective.name!r} weighs tokens by their entropy and needs entropy [N], got None. "
-                "Ask for it with linear_logprob(..., with_entropy=True)."
+                f"{where}: objective {objective.name!r} {f'has entropy_coef = {bonus:g}' if bonus else 'weighs tokens by it'} and "
+                f"needs entropy [N], got None. Ask for it with linear_logprob(..., with_entropy=True)"
+                f"{', or set entropy_coef=0' if bonus else ''}."
             )
         entropy = torch.zeros_like(logprob, requires_grad=False)
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))

@@ -63,13 +63,25 @@ class TokenBatch:
         batch_checks.token_batch(self)
         if self.scored_rows is not None:
             batch_checks.scored_rows(self)
-        found = self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None
-        object.__setattr__(self, "_active_rows", found)  # no field: FSDP and `dataclasses.replace` make a batch of the fields anew
+        self._note_active_rows(self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None)
 
     @property
     def active_rows(self) -> Tensor | None:
         """[M] int64: the rows that can contribute, ascending, or None where they are not known (see the class)."""
-        return self._active_rows
+        rows, versions = self._noted
+        if torch.compiler.is_compiling() or versions == self._versions():
+            return rows
+        self._note_active_rows(self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None)
+        return self._noted[0]
+
+    def _note_active_rows(self, rows: Tensor | None) -> None:
+        # no field: FSDP and `dataclasses.replace` make a batch of its fields anew
+        object.__setattr__(self, "_noted", (rows, self._versions()))
+
+    def _versions(self) -> list[int]:
+        """How often each tensor that decides about active rows was written to in place."""
+        deciding = (self.role, self.weight, self.entropy_weight)
+        return [-1 if x is None or x.is_inference() else x._version for x in deciding]
 
     @property
     def active(self) -> Tensor:
@@ -113,7 +125,7 @@ class TokenBatch:
             return self
         batch_checks.active_rows(self, rows)
         told = copy.copy(self)
-        object.__setattr__(told, "_active_rows", rows)
+        told._note_active_rows(rows)
         return told
 
 

@@ -226,11 +226,11 @@ class Shape(Gate):
         return (math.log(self.gamma), 0.0, 0.0)
 
     def value(self, d, advantage):
-        return torch.sigmoid(d - math.log(self.gamma))  # r/(r+γ) without ever forming r
+        return _sigmoid(d - math.log(self.gamma))  # r/(r+γ) without ever forming r
 
     def slope(self, d, advantage):
-        shaped = self.value(d, advantage)
-        return shaped * (1.0 - shaped)
+        x = d - math.log(self.gamma)
+        return torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,9 @@ class Phi(Gate):
     formula: ClassVar[str] = "(r - r²/2)"
 
     def value(self, d, advantage):
-        ratio = d.exp()
-        return ratio - ratio * ratio / 2
+        ratio = d.clamp(max=0.0).exp()
+        near_one = (1.0 - torch.expm1(d) ** 2) / 2  # the same, with the digits of 1 - r
+        return torch.where(d > -0.5, near_one, ratio - ratio * ratio / 2)
 
     def slope(self, d, advantage):
         return -d.exp() * torch.expm1(d)
@@ -287,23 +288,28 @@ class Sapo(Gate):
     def scalars(self):
         return (self.tau_positive, self.tau_negative, 0.0)
 
-    def _soft(self, d, advantage):
+    def _excess(self, d, advantage):
         positive, negative = torch.full_like(d, self.tau_positive), torch.full_like(d, self.tau_negative)
         tau = torch.where(advantage >= 0, positive, negative)
         d = d.clamp(max=20.0)  # beyond it the sigmoid is exactly 1, and only r could overflow
         excess = d.exp() - 1.0  # not expm1, whose gradient, expm1 + 1, loses the digits of a small r
-        return torch.sigmoid(tau * excess), tau
+        return tau * excess, tau
 
     def value(self, d, advantage):
-        soft, tau = self._soft(d, advantage)
-        return 4.0 * soft / tau
+        excess, tau = self._excess(d, advantage)
+        return 4.0 * _sigmoid(excess) / tau
 
     def slope(self, d, advantage):
-        soft, _ = self._soft(d, advantage)
-        return 4.0 * soft * (1.0 - soft) * d.clamp(max=20.0).exp()
+        excess, _ = self._excess(d, advantage)
+        return 4.0 * torch.sigmoid(excess) * torch.sigmoid(-excess) * d.clamp(max=20.0).exp()
 
 
 GATES = {gate.code: gate for gate in (One, Ratio, Clip, Truncate, Band, Shape, Power, Phi, Sapo)}
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """σ(x), whose gradient keeps its digits as σ → 1."""
+    return torch.where(x > 0, 1.0 - torch.sigmoid(-x), torch.sigmoid(x))
 
 
 def _log(x: float) -> float:

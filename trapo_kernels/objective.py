@@ -48,11 +48,11 @@ class Term:
             checks.is_a("Term", "reduction", self.reduction, Reduction, "one of trapo_kernels.sequence, such as MeanRatio()")
 
     def __str__(self):
-        scale = "" if self.scale == 1.0 else f"{self.scale:g}·"
+        scale = "-" if self.scale == 1.0 else f"{-self.scale:g}·"
         value = self.gate.times("A" if self.signal == "advantage" else "")
         anchor = {"zero": "p", "self": "π/sg(π)"}.get(self.anchor, f"π/π_{self.anchor}")
         pooled = f"; {self.reduction}" if self.reduction else ""
-        return f"-{scale}{value}, r = {anchor}{pooled}"
+        return f"{scale}{value}, r = {anchor}{pooled}"
 
     def reduces(self, on_policy: bool) -> bool:
         """Whether the whole sequence is needed; `on_policy`: the batch has no old_logprob, so ratios to "old" are 1."""
@@ -150,7 +150,7 @@ class Objective:
             if layer.kl:
                 lines.append(f"  KL       {layer.kl}")
             if layer.entropy_coef:
-                lines.append(f"  entropy  -{layer.entropy_coef:g} · Σ w_H · H")
+                lines.append(f"  entropy  {-layer.entropy_coef:g} · Σ w_H · H")
         reason = self.two_passes(on_policy=False)
         if reason:
             lines.append(f"  2 passes: {reason}")

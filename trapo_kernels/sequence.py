@@ -157,7 +157,7 @@ class TopEntropy(Reduction):
     """Only the `share` in (0, 1] of a sequence's tokens with the largest entropy is trained, at least one: Prefix-RFT."""
 
     share: float = 0.2
-    formula: ClassVar[str] = "only the {share:.0%} of its sequence with the largest entropy"
+    formula: ClassVar[str] = "only the {share:.3g} of its sequence with the largest entropy"
     needs_entropy: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -154,3 +154,19 @@ def test_what_casts_or_replaces_fields_makes_a_batch_of_its_own():
     assert replace(b, weight=torch.ones(2)).active_rows.tolist() == [0, 1]
     with pytest.raises(TypeError, match="advantage must be torch.float32 .*got torch.bfloat16. If FSDP's mixed precision cast it"):
         _apply_to_tensors(lambda x: x.bfloat16() if x.is_floating_point() else x, b)
+
+
+def test_a_batch_whose_tensors_were_written_to_finds_its_active_rows_anew():
+    """As where one batch is filled again and again."""
+    weight = torch.tensor([1.0, 0.0, 1.0])
+    b = TokenBatch(torch.zeros(3, dtype=torch.int64), torch.tensor([1, 2, 1], dtype=torch.uint8), torch.ones(3), weight)
+    assert b.active_rows.tolist() == [0, 2]
+    weight.fill_(1.0)
+    assert b.active_rows.tolist() == [0, 1, 2]
+    b.role[0] = Role.IGNORED
+    assert b.active_rows.tolist() == [1, 2]
+    told = b.with_active_rows(torch.tensor([1, 2]))
+    told.weight[2] = 0.0
+    assert told.active_rows.tolist() == [1]
+    with torch.inference_mode():
+        assert TokenBatch(b.target * 0, b.role + 0, b.advantage + 0, weight + 0).active_rows.tolist() == [1]

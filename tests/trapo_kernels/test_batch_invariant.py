@@ -24,6 +24,24 @@ def test_a_row_has_the_same_bits_in_any_batch(backend, dtype, rank):
                 assert torch.equal(ours, expected[rows])
 
 
+@pytest.mark.parametrize(("hidden_size", "vocab_size", "rank"), [(770, 500, 8), (33, 7, 0), (39, 3079, 0), (30, 9, 3)])
+def test_thin_products_whose_rows_mkl_treats_differently(hidden_size, vocab_size, rank):
+    hidden, weight, _ = cases.head(64, hidden_size, vocab_size, torch.float32)
+    target = torch.randint(vocab_size, (64,), device=cases.DEVICE)
+    a, b = (torch.randn(*shape, device=cases.DEVICE) for shape in ((rank, hidden_size), (vocab_size, rank)))
+    settings = {"lora": LoraHead(a, b, 0.3) if rank else None, "batch_invariant": True, "backend": "torch"}
+
+    def run(rows):
+        out = linear_logprob(hidden[rows], weight, target[rows], **settings)
+        return out.logprob.detach(), cases.gradients(out.logprob.sum(), (hidden,))[0][rows]
+
+    whole = run(slice(0, 64))
+    for row in (0, 5, 17, 40, 63):
+        alone = run(slice(row, row + 1))
+        assert torch.equal(alone[0], whole[0][row : row + 1])
+        assert torch.equal(alone[1], whole[1][row : row + 1])
+
+
 def test_gradients_are_those_of_the_default_path_and_bitwise_repeatable():
     hidden, weight, bias = cases.head(150, 48, 67)
     b, objective = cases.batch(150, 67), objectives.trapo(entropy_coef=0.1)

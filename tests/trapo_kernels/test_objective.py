@@ -14,6 +14,7 @@ from trapo_kernels import KL, Objective, Term, TokenBatch, gates, linear_policy_
 from trapo_kernels.backends import native, triton_ops
 from trapo_kernels.gates import GATES, Band, Clip, One, Phi, Ratio, Sapo, Shape, Truncate
 from trapo_kernels.objective import KL_ESTIMATORS
+from trapo_kernels.sequence import TopEntropy
 
 COMPILED = {"triton": triton_ops, "native": native}
 
@@ -310,3 +311,49 @@ def test_the_reference_has_forward_mode_and_torch_func():
     _, tangent = torch.func.jvp(loss, (logprob,), (direction,))
     torch.testing.assert_close(tangent, gradient @ direction)
     assert gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize(
+    ("gate", "log_ratio"),
+    [
+        (Sapo(), 2.8),
+        (Sapo(), 2.5),
+        (Sapo(tau_negative=1e-6), 16.67),
+        (Shape(), 10.0),
+        (Shape(1e-8), 0.0),
+        (Phi(), -1e-7),
+        (Phi(), -1e-5),
+    ],
+    ids=str,
+)
+def test_gradients_keep_their_digits_where_a_gate_saturates(gate, log_ratio, backend):
+    """In fp32 σ(1-σ) has none left where σ rounds to 1, nor r(1-r) by autograd of r - r²/2."""
+    for sign in (1.0, -1.0):
+        one = torch.ones(1, device=cases.DEVICE)
+        b = TokenBatch(one.long(), one.to(torch.uint8), sign * one, one, old_logprob=torch.full_like(one, -20.0))
+        logprob = torch.tensor([log_ratio - 20.0], device=cases.DEVICE, requires_grad=True)
+        if log_ratio < 0:
+            b = replace(b, old_logprob=0 * one)
+            logprob = torch.tensor([log_ratio], device=cases.DEVICE, requires_grad=True)
+        objective = Objective(rollout=Term(gate, anchor="old", signal="advantage"))
+        (grad,) = torch.autograd.grad(policy_loss(logprob, None, b, objective, backend=backend).loss, logprob)
+        d = logprob.detach().double() - b.old_logprob.double()
+        torch.testing.assert_close(grad.double(), -sign * gate.slope(d, sign * one.double()), rtol=2e-4, atol=0.0)
+
+
+def test_a_scale_of_any_sign_prints_once():
+    assert str(Term(One(), scale=-0.5)) == "0.5·logp, r = p" and str(Term(One())) == "-logp, r = p"
+    assert "  entropy  0.3 · " in str(Objective(expert=Term(One()), entropy_coef=-0.3))
+    assert "the 0.005 of" in str(TopEntropy(0.005))
+
+
+def test_a_kl_of_weight_zero_is_nothing_however_far_the_reference_is():
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [-100.0], [0.0]], requires_grad=True)
+    one = torch.ones(1)
+    b = TokenBatch(one.long(), one.to(torch.uint8), one, one, ref_logprob=-one)
+    objective = Objective(rollout=Term(Ratio(), "self", "advantage"), kl=KL(0.0))
+    for backend in ("reference", "torch"):
+        out = linear_policy_loss(hidden, weight, b, objective, backend=backend)
+        (grad,) = torch.autograd.grad(out.loss, hidden)
+        assert (out.loss.item(), grad.item()) == (-1.0, 100.0)

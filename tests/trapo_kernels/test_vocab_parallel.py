@@ -62,6 +62,10 @@ def _worker(rank, world_size, path, scale, dtype, backend):
     for ours, expected in zip(parts, whole, strict=True):
         bound = tolerance * max(1.0, expected.abs().max().item())
         assert cases.error(ours, expected) <= bound, (ours, expected)
+    impossible = torch.full_like(target, VOCAB_SIZE - 1)
+    for group, (w, columns) in ((None, (weight, masked)), (dist.group.WORLD, (shard[0], masked[mine]))):
+        out = linear_logprob(hidden, w, impossible, bias=columns, process_group=group, backend=backend)
+        assert (out.logprob == float("-inf")).all()
     a, lora_b = (torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((3, hidden.shape[1]), (VOCAB_SIZE, 3)))
     lora_shard = lora_b.detach()[mine].clone().requires_grad_()
     whole = linear_policy_loss(hidden, weight, b, objective, lora=LoraHead(a, lora_b, 0.5), backend="torch").loss

@@ -21,6 +21,7 @@ _CHUNK_LOGITS_GPU = 4096 * 152064
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
 _NUM_PARTS = 3  # of an fp32 matrix for GEMMs of 16 bits
+_THIN = 16  # columns; in a product with fewer MKL gives a row bits that depend on its place, unless it is written in columns
 _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
 # Rows of every GEMM in batch-invariant mode, the last chunk padded: one shape, so one kernel and one order of summation per row.
 _INVARIANT_ROWS = {"cpu": 64}
@@ -135,7 +136,7 @@ class HeadGemm:
             return Operands(hidden, None)
         padded = self._padded(hidden)
         with self._exact():
-            room = torch.empty(padded.shape[0], self.lora_a.shape[0], dtype=self.statistics_dtype, device=hidden.device)
+            room = self._room(padded.shape[0], self.lora_a.shape[0], self._is_thin(self.lora_a.shape[0]))
             low_rank = _sum_of(self.num_a_parts, self._multiply(padded, self.lora_a.t(), room)[: hidden.shape[0]])
         parts = _parts(low_rank, self.operand_dtype)
         return Operands(hidden, torch.cat([parts[i] for i in self.low_rank_order], 1))
@@ -158,12 +159,21 @@ class HeadGemm:
 
     def _block_of_logits(self, hidden: Tensor, low_rank: Tensor | None, tokens: slice, out: Tensor) -> None:
         weight = self.weight[tokens].t()
-        rounds_late = out.dtype != self.operand_dtype and not self.mixed  # bf16 logits of fp32 operands
-        exact = torch.mm(hidden, weight) if rounds_late else self._multiply(hidden, weight, out)
+        thin = self.batch_invariant and self._is_thin(out.shape[1])
+        apart = thin or (out.dtype != self.operand_dtype and not self.mixed)  # bf16 logits of fp32 operands are rounded late
+        exact = self._multiply(hidden, weight, self._room(*out.shape, in_columns=thin) if apart else out)
         if low_rank is not None:
             self._add_product(exact, low_rank, self.b_beside_low_rank[tokens].t(), beta=1)
-        if rounds_late:
+        if apart:
             out.copy_(exact)
+
+    def _is_thin(self, columns: int) -> bool:
+        return self.on_cpu and not self.mixed and columns < _THIN
+
+    def _room(self, rows: int, columns: int, in_columns: bool) -> Tensor:
+        """[rows, columns] in fp32 (fp64), one column after the other or one row."""
+        out = torch.empty(rows * columns, dtype=self.statistics_dtype, device=self.weight.device)
+        return out.view(columns, rows).t() if in_columns else out.view(rows, columns)
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         if not self.mixed or out.dtype != torch.float32:
@@ -203,11 +213,9 @@ class HeadGemm:
         """grad_logits [C, V] · factor [V, K] in fp32 (fp64); not in the dtype of hidden, because cuBLAS may split V and add the
         parts in the dtype of its output."""
         padded = self._padded(grad_logits)
+        shape = padded.shape[0], factor.shape[1]
         with self._exact():
-            rows, columns = padded.shape[0], factor.shape[1]
-            out = torch.empty(rows * columns, dtype=self.statistics_dtype, device=factor.device)
-            out = out.view(columns, rows).t() if self.gradient_in_columns else out.view(rows, columns)
-            grad = self._multiply(padded, factor, out)
+            grad = self._multiply(padded, factor, self._room(*shape, self.gradient_in_columns or self._is_thin(shape[1])))
         return grad[: grad_logits.shape[0]]
 
     def add_grad_factor(self, grad_out: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:

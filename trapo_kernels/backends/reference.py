@@ -31,7 +31,7 @@ def head_logits(
         if lora_a is not None:
             logits = logits + (hidden.to(exact) @ lora_a.T) @ lora_b.to(exact).T
     if logits_dtype != torch.float32:
-        logits = logits.to(logits_dtype).to(exact)
+        logits = _rounded_in_value(logits, logits_dtype)
     return logits if bias is None else logits + bias.to(exact)
 
 
@@ -61,7 +61,7 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
         for code, term in ((Role.EXPERT, layer.expert), (Role.ROLLOUT, layer.rollout)):
             if term is not None:
                 loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code) & (weight != 0))
-        if layer.kl is not None:
+        if layer.kl is not None and layer.kl.beta:
             mine = active & (batch.role == Role.ROLLOUT) & (weight != 0)
             logp = torch.where(mine, logprob, 0.0)
             ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
@@ -97,9 +97,11 @@ def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:
     return logprob - anchor.to(logprob.dtype)
 
 
-def _rounded_in_value(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Master weights as GEMMs of `dtype` see them; the gradient is not rounded."""
-    return weight if weight.dtype == dtype else weight + (weight.to(dtype).to(weight.dtype) - weight).detach()
+def _rounded_in_value(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as `dtype` holds it, such as master weights in GEMMs of 16 bits; its gradient is not rounded."""
+    if x.dtype == dtype:
+        return x
+    return torch.where(x.isfinite(), x + (x.to(dtype).to(x.dtype) - x).detach(), x)
 
 
 def _nothing(x: Tensor) -> Tensor:

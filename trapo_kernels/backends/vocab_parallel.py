@@ -39,7 +39,9 @@ class VocabShard:
         """
         owns = local_target >= 0
         mean = local.log_sum - local.entropy  # E[z - row_max] over the local columns
-        payload = torch.stack([local.row_max, local.log_sum, mean, torch.where(owns, local.logprob, 0.0), owns.to(mean.dtype)])
+        # In a shard without a possible column the local logprob would be -inf - -inf.
+        own_logprob = torch.where(owns, torch.where(local.log_sum == float("-inf"), float("-inf"), local.logprob), 0.0)
+        payload = torch.stack([local.row_max, local.log_sum, mean, own_logprob, owns.to(mean.dtype)])
         row_max, log_sum, mean, logprob, owner = self._gather(payload).unbind(1)  # [world, C] each
         global_max = row_max.amax(0)
         shift = row_max - global_max  # apart: beside a large maximum the small numbers would lose their digits

@@ -46,16 +46,15 @@ def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
     elif GATE == 5:  # Band: low, high
         g = tl.where((ratio >= s0) & (ratio <= s1), ratio, 0.0)
     elif GATE == 6:  # Shape: log γ
-        shaped = sigmoid(d - s0)
-        g = shaped * (1.0 - shaped)
+        g = sigmoid(d - s0) * sigmoid(s0 - d)  # 1 - σ would lose its digits
     elif GATE == 7:  # Power: exponent
         g = s0 * tl.exp(s0 * d)
     elif GATE == 8:  # Phi
         g = -ratio * expm1(d)
     elif GATE == 9:  # Sapo: τ for advantage ≥ 0, τ below
         capped = tl.minimum(d, 20.0)  # beyond it 4σ(1-σ) is exactly 0 in fp32, and only r could overflow
-        soft = sigmoid(tl.where(advantage < 0, s1, s0) * expm1(capped))
-        g = 4.0 * soft * (1.0 - soft) * tl.exp(capped)
+        excess = tl.where(advantage < 0, s1, s0) * expm1(capped)
+        g = 4.0 * sigmoid(excess) * sigmoid(-excess) * tl.exp(capped)
     else:
         g = 0.0
     return tl.where(d == d, g, d)
