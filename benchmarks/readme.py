@@ -25,8 +25,8 @@ def table(groups: list[list[Row]]) -> str:
     titles = [f"N={case['num_rows']} D={case['hidden_size']} V={case['vocab_size']}" for case in cases]
     titles += [f"extra MiB, N={cases[weighed]['num_rows']}"] if weighed is not None else []
     lines = [
-        f"{JOBS[cases[0]['job']].about}; time over that of the bare GEMMs (3 of them), median of interleaved rounds, and peak "
-        "memory beyond inputs and gradients.",
+        f"{JOBS[cases[0]['job']].about}. Times over those of its three matrix products alone (medians of interleaved rounds); N "
+        "tokens, hidden size D, vocabulary V. Last column: peak memory beyond inputs and gradients.",
         "",
         f"| | {' | '.join(titles)} |",
         "|---" * (len(titles) + 1) + "|",
@@ -49,9 +49,11 @@ def _left_out(mine: list[list[Row]], names: dict[str, None], everywhere: list[st
     cannot = {row["contender"]: row["reason"] for row in rows if row["status"] == "cannot"}
     failed = {row["contender"]: f"{row['status']}." for row in rows if row["status"] not in ("ok", "cannot", "absent")}
     some = [name for name in names if name not in everywhere and not name.startswith("floor")]
-    said = [f"Cannot do this job: {' '.join(f'{name} {reason}' for name, reason in cannot.items())}"] if cannot else []
+    by_reason = {reason: [name for name in cannot if cannot[name] == reason] for reason in cannot.values()}
+    excused = [f"{' and '.join(names)} ({reason.removesuffix('.')})" for reason, names in by_reason.items()]
+    said = [f"Not in the table: {'; '.join(excused)}."] if cannot else []
     said += [f"Did not get through: {' '.join(f'{name} {reason}' for name, reason in failed.items())}"] if failed else []
-    said += [f"At some shapes only, in the report: {', '.join(some)}."] if some else []
+    said += [f"Measured at some of these shapes only (see the report): {', '.join(some)}."] if some else []
     return [line for sentence in said for line in ("", sentence)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import account, gpu_test, questions, readme, runner, store, trained
+from benchmarks import account, gpu_test, questions, readme, report, runner, store, trained
 from benchmarks.contenders import BY_NAME, CONTENDERS, _chunk
 from benchmarks.problem import JOBS, Case, Result, build, errors, statistics, truth
 from trapo_kernels import Role
@@ -25,6 +25,15 @@ def test_readme_agrees_with_the_results(folder):
     table = readme.table(store.latest(store.read(results)))
     remedy = f"run python -m benchmarks.report benchmarks/results/{folder}/results.jsonl --readme README.md"
     assert readme.insert(text, folder, table) == text, remedy
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RESULTS.glob("*/report.md")))
+def test_a_report_is_what_its_results_give(folder):
+    text = (RESULTS / folder / "report.md").read_text()
+    rendered = report.render(store.latest(store.read(RESULTS / folder / "results.jsonl")), [])
+    without_pictures = [line for line in text.splitlines() if line and not re.match(r"!\[|\*.*\*$", line)]  # and their captions
+    remedy = f"run python -m benchmarks.report benchmarks/results/{folder}/results.jsonl"
+    assert without_pictures == [line for line in rendered.splitlines() if line], remedy
 
 
 def test_the_todo_is_what_the_account_says():

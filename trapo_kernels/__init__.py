@@ -1,4 +1,4 @@
-"""Fused kernels for RL/SFT post-training: logprobs, entropy and policy losses from hidden states; full logits never exist."""
+"""Fused kernels for RL/SFT post-training: logprobs, entropy and policy losses from hidden states, a chunk of logits at a time."""
 
 from trapo_kernels import corrections, gates, objectives, sequence
 from trapo_kernels.api import (
