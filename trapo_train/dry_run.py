@@ -44,6 +44,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
             name_or_path=None,
             scratch=_SHAPE,
             tokenizer=None,
+            eos_token=None,
             attention="auto",
             liger="auto" if config.model.liger else False,
         ),

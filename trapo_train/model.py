@@ -19,21 +19,19 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from trapo_kernels import Objective, linear_logprob, linear_policy_loss
 from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
 from trapo_train.liger import LIGER, apply_liger
 from trapo_train.lora import LoraConfig, add_lora, hold_frozen
 from trapo_train.packing import MicroBatch
+from trapo_train.tokenizer import end_generation_too, load_tokenizer
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
 ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -88,6 +86,8 @@ class ModelConfig:
     """Shape of a model with random weights, in place of `name_or_path`."""
     tokenizer: str | None = None
     """Name or directory of the tokenizer; by default the model's own, or the task's for a model from scratch."""
+    eos_token: str | None = None
+    """Token that ends a response, such as <|im_end|> or <end_of_turn>; null: the tokenizer's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type, float32 or bfloat16; trained weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False
@@ -212,6 +212,8 @@ def load_model_and_tokenizer(
     else:
         common["trust_remote_code"] = config.trust_remote_code
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **common)
+    if config.eos_token is not None:
+        end_generation_too(model, tokenizer)
     model.to(device)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(
@@ -353,23 +355,6 @@ def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable
             **segment_arguments(model, micro_batch.segment_lengths, device),
         ).last_hidden_state[0]  # [T, D]
         return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn, micro_batch.rows_per_rank)
-
-
-def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The configured tokenizer, the model's own, or the task's."""
-    source = config.tokenizer or config.name_or_path
-    if source is not None:
-        # A plain tokenizer file is what it says: beside a qwen2 model AutoTokenizer would make it a Qwen2Tokenizer, with
-        # that one's pre-tokenisation and an extra token (transformers 5.23; test_scratch_model_exports_and_loads_again).
-        plain = get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend"
-        loader = PreTrainedTokenizerFast if plain else AutoTokenizer
-        return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    if task_tokenizer is None:
-        raise ValueError(
-            "model: a model from scratch needs a tokenizer, and this dataset brings none. "
-            "Set model.tokenizer=<name or directory>, or train on a generated task such as data.task=pointer_chasing."
-        )
-    return task_tokenizer
 
 
 def scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -27,7 +27,8 @@ def _table(group: Sequence[Sample], tokenizer: Any) -> str:
     lines = [f"\n## Problem {problem.index}\n", f"{_shown(problem.prompt)}\n", f"Solution: {_shown(str(problem.solution))}\n"]
     lines += ["| micro-group | prefix | reward | advantage | tokens | ends by | completion |", "|---|---|---|---|---|---|---|"]
     for sample in sorted(group, key=lambda sample: sample.micro_group):
-        text = tokenizer.decode(list(sample.completion_ids), skip_special_tokens=True)
+        # With special tokens, which show what a completion ended with, or went past.
+        text = tokenizer.decode(list(sample.completion_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         lines.append(
             f"| {sample.micro_group} | {len(sample.prefix_ids)} tokens, {sample.prefix_ratio:.2f} | {sample.reward:g} | "
             f"{sample.advantage:+.3f} | {len(sample.completion_ids)} | {sample.finish_reason} | {_shown(text)} |"
@@ -36,7 +37,7 @@ def _table(group: Sequence[Sample], tokenizer: Any) -> str:
 
 
 def _shown(text: str) -> str:
-    """One line that no Markdown table breaks on; its middle is left out where it is long."""
+    """One line that no Markdown table breaks on and no renderer takes for HTML; its middle is left out where it is long."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-    return text.replace("|", "\\|").replace("\n", " ⏎ ")
+    return text.replace("|", "\\|").replace("<", "\\<").replace("\n", " ⏎ ")

@@ -150,7 +150,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     not be saved, which must not keep the model from being written."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
-    told = False
+    told: set[str] = set()
     while True:
         stopping = any(trainer.world.gather(stop.received))  # a signal to one rank stops all of them, at the same step
         try:
@@ -177,9 +177,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 reporter.event(f"saved {trainer.save(store)}")
             raise
         reporter.step(metrics)
-        if not told and "finished_share" in metrics and metrics["reward/none_count"] >= metrics["num_samples"]:
-            told = True
-            reporter.event(f"step {trainer.step}: the reward had no opinion (None) on any sample, and each counts as 0")
+        _remark(metrics, trainer, reporter, told)
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
             write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
@@ -190,6 +188,25 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
                 reporter.event(f"saved {trainer.save(store)}")
             raise
+
+
+def _remark(metrics: dict[str, Any], trainer: Trainer, reporter: Reporter, told: set[str]) -> None:
+    """Report what makes a step teach nothing and looks like anything but its cause, each the first time that it is seen."""
+    if "finished_share" not in metrics:  # nothing was generated
+        return
+    found = {}
+    if metrics["reward/none_count"] >= metrics["num_samples"]:
+        found["reward"] = "the reward had no opinion (None) on any sample, and each counts as 0"
+    if metrics["finished_share"] == 0:
+        longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
+        found["end"] = (
+            f"no completion has an end: all ran to rollout.max_response_tokens = {longest}. Either that is too small, or the model "
+            f"ends its turns with another token than {end} (model.eos_token)"
+        )
+    for name, text in found.items():
+        if name not in told:
+            reporter.event(f"step {trainer.step}: {text}")
+            told.add(name)
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -48,6 +48,7 @@ from trapo_train.step import (
     scheduled_options,
 )
 from trapo_train.tasks import build_tokenizer
+from trapo_train.tokenizer import other_endings
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vocab_parallel import join_micro_batches
 
@@ -79,6 +80,8 @@ class Trainer:
         self.notes: list[str] = []
         if switch_off_dropout(self.model):
             self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
+        note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
+        self.notes += [note] if note else []
         self.problems = self._load_problems()
         self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)

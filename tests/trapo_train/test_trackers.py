@@ -98,12 +98,13 @@ def test_a_run_writes_tensorboard_and_samples(configure):
 
 def test_a_sample_table_says_what_a_sample_is(tmp_path):
     tokenizer = build_tokenizer()
-    ids = tuple(tokenizer("a|b")["input_ids"])
-    problem = Problem(4, "line one\nline two", (1,), "x")
+    ids = tuple(tokenizer("a|b$")["input_ids"])
+    problem = Problem(4, "line one\nline <two>", (1,), "x")
     sample = Sample(problem, 2, 0.25, (1, 2), ids, (0.0,) * len(ids), "stop", reward=1.0, advantage=0.5)
     text = write_samples([[sample], []], tokenizer, tmp_path, 7).read_text()
-    assert "## Problem 4" in text and "line one ⏎ line two" in text
+    assert "## Problem 4" in text and "line one ⏎ line \\<two>" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| 2 |"))
+    assert row.endswith(r"| a\|b$ |")  # with the token that ends it
     assert "2 tokens, 0.25" in row and "+0.500" in row and row.replace("\\|", "").count("|") == 8
 
 

@@ -1,0 +1,120 @@
+"""The token that ends a response: any of the vocabulary, the same for engine, traces, rewards and export; what is said of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.trapo_train.test_train import build_config
+from trapo_train.data import DataConfig, load_problems
+from trapo_train.dry_run import dry_config
+from trapo_train.engine import SamplingParams, stop_ids
+from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.model_state import export_model
+from trapo_train.tokenizer import load_tokenizer, other_endings
+from trapo_train.train import Trainer, _remark
+
+SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=80)
+TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|> {% endfor %}"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A model as some are published: its chat template ends turns with <|end|>, a special token that takes a space with it; its
+    tokenizer's end-of-sequence token is another, and its generation_config knows both."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", *alphabet])}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken("<|end|>", rstrip=True, normalized=False, special=True)])
+    inner.add_tokens([AddedToken("<|user|>", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", chat_template=TEMPLATE)
+    model, _ = load_model_and_tokenizer(ModelConfig(scratch=SCRATCH), task_tokenizer=tokenizer)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    return export_model(model, tokenizer, tmp_path / "published")
+
+
+@pytest.mark.parametrize("token", ["<|end|>", "<|user|>", "!"])  # special, added, and of the vocabulary
+def test_any_token_ends_a_response_and_is_none_of_its_text(directory, token):
+    plain, tokenizer = (load_tokenizer(ModelConfig(str(directory), eos_token=name), None) for name in (None, token))
+    assert (plain.eos_token, tokenizer.eos_token, len(tokenizer)) == ("</s>", token, len(plain))
+    for text in ("a<|end|> b", "<|user|>a</s>", "a b"):
+        assert tokenizer(text)["input_ids"] == plain(text)["input_ids"], text
+    written = [*plain("a b")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(written, skip_special_tokens=True) == "a b"
+    assert tokenizer.decode(written, skip_special_tokens=False) == f"a b{token}"
+
+
+def test_engine_traces_and_export_agree(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(str(directory), eos_token="<|user|>"))
+    end = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert stop_ids(SamplingParams(4), tokenizer) == (end,)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b", "expert": ["b", "b<|user|>"]}))
+    (problem,) = load_problems(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, None)
+    assert [(trace.text, trace.token_ids[1:]) for trace in problem.experts] == [("b<|user|>", (end,))] * 2
+    exported = export_model(model, tokenizer, tmp_path / "trained")
+    assert AutoTokenizer.from_pretrained(exported).eos_token_id == end
+    ends = AutoModelForCausalLM.from_pretrained(exported).generation_config.eos_token_id
+    assert ends == [end, *AutoModelForCausalLM.from_pretrained(directory).generation_config.eos_token_id]
+
+
+def test_a_token_that_is_none_is_refused(directory, tmp_path):
+    with pytest.raises(ValueError, match=r"eos_token must be one of the tokenizer's 259 tokens, got '<end>'.*'<\|end\|>'\? Name"):
+        load_tokenizer(ModelConfig(str(directory), eos_token="<end>"), None)
+    config = build_config(tmp_path, "run", f"model={{name_or_path: '{directory}', eos_token: '<|end|>'}}")
+    assert dry_config(config, str(tmp_path)).model.eos_token is None  # whose tokenizer is another
+
+
+@pytest.mark.parametrize(
+    ("own", "ends", "template", "named"),
+    [
+        ("</s>", [0, 257], TEMPLATE, "<|end|>"),
+        ("</s>", [257, 258, 0], TEMPLATE, "<|end|>, <|user|>"),
+        ("</s>", 257, None, "<|end|>"),
+        ("<|end|>", [0, 257], TEMPLATE, None),  # which the template writes: the other ends documents, not turns
+        ("</s>", 0, TEMPLATE, None),
+        ("</s>", None, TEMPLATE, None),
+        ("</s>", [0, 999], TEMPLATE, None),  # not in the vocabulary
+    ],
+)
+def test_further_tokens_that_end_a_response_are_named(directory, own, ends, template, named):
+    tokenizer = load_tokenizer(ModelConfig(str(directory), eos_token=own), None)
+    tokenizer.chat_template = template
+    said = other_endings(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends)), tokenizer)
+    if named is None:
+        assert said is None
+    else:
+        assert said.startswith(f"a response ends with {own} alone; the model's generation_config names {named}, too.")
+        assert said.endswith(f"set 'model.eos_token={named.split(', ')[-1]}'")
+
+
+@pytest.mark.parametrize(("own", "count"), [("", 1), (", eos_token: '<|end|>'", 0)])
+def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, monkeypatch, own, count):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b"}))
+    model = f"model={{name_or_path: '{directory}'{own}}}"
+    config = build_config(tmp_path, "run", model, "plan.name=grpo", "objective.name=dr_grpo", "reward=exact_match")
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"))
+    trainer = Trainer(replace(config, data=data))
+    assert sum("set 'model.eos_token=<|end|>'" in note for note in trainer.notes) == count
+
+
+def test_a_step_without_an_end_is_told_once():
+    events, told = [], set()
+    rollout = SimpleNamespace(max_response_tokens=16)
+    tokenizer = SimpleNamespace(eos_token="</s>")
+    trainer = SimpleNamespace(step=3, config=SimpleNamespace(rollout=rollout), tokenizer=tokenizer)
+    reporter = SimpleNamespace(event=events.append)
+    metrics = {"reward/none_count": 0.0, "num_samples": 8.0}
+    for share in ({}, {"finished_share": 0.5}, {"finished_share": 0.0}, {"finished_share": 0.0}):
+        _remark(metrics | share, trainer, reporter, told)
+    (event,) = events
+    assert event.startswith("step 3: no completion has an end") and "max_response_tokens = 16" in event
+    assert event.endswith("another token than </s> (model.eos_token)")

@@ -1,0 +1,77 @@
+"""Loading a tokenizer, and the token that ends a response: its end-of-sequence token, or the one that model.eos_token names."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+if TYPE_CHECKING:
+    from trapo_train.model import ModelConfig
+
+
+def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The configured tokenizer, the model's own, or the task's, whose end-of-sequence token ends a response.
+
+    Raises: ValueError for no tokenizer, or a model.eos_token that is none of its tokens.
+    """
+    source = config.tokenizer or config.name_or_path
+    if source is None and task_tokenizer is None:
+        raise ValueError(
+            "model: a model from scratch needs a tokenizer, and this dataset brings none. "
+            "Set model.tokenizer=<name or directory>, or train on a generated task such as data.task=pointer_chasing."
+        )
+    tokenizer = task_tokenizer
+    if source is not None:
+        # A plain tokenizer file is what it says: beside a qwen2 model AutoTokenizer would make it a Qwen2Tokenizer, with
+        # that one's pre-tokenisation and an extra token (transformers 5.23; test_scratch_model_exports_and_loads_again).
+        plain = get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend"
+        loader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    if config.eos_token is not None:
+        _end_with(tokenizer, config.eos_token)
+    return tokenizer
+
+
+def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        near = difflib.get_close_matches(token, vocabulary, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"model.eos_token must be one of the tokenizer's {len(vocabulary)} tokens, got {token!r}.{hint} Name the token "
+            "that ends the model's turns, as its chat template writes it, or null for the tokenizer's own."
+        )
+    added = tokenizer.added_tokens_decoder.get(vocabulary[token])
+    if added is not None and added.special:
+        tokenizer.eos_token = token  # adding it again would drop its lstrip and rstrip, and prompts would have other tokens
+    else:  # or decoding would leave it in the text that the reward sees
+        tokenizer.add_special_tokens({"eos_token": token})
+
+
+def ending_ids(model: PreTrainedModel) -> list[int]:
+    """Token ids that end what the model's own `generate` writes."""
+    token_ids = model.generation_config.eos_token_id
+    return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
+
+
+def end_generation_too(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the tokenizer's end-of-sequence token end what `generate` writes as well, of the exported model, too."""
+    token_ids = ending_ids(model)
+    if tokenizer.eos_token_id not in token_ids:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *token_ids]
+
+
+def other_endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence where the model's generation_config names further tokens that end a response, which here do not; None where it
+    does not, or where the tokenizer's own is the one that its chat template ends turns with."""
+    token_ids = [i for i in ending_ids(model) if i != tokenizer.eos_token_id and 0 <= i < len(tokenizer)]
+    if not token_ids or (tokenizer.eos_token or "") in str(tokenizer.chat_template or ""):
+        return None
+    tokens = tokenizer.convert_ids_to_tokens(token_ids)
+    return (
+        f"a response ends with {tokenizer.eos_token} alone; the model's generation_config names {', '.join(tokens)}, too. If that "
+        f"is what ends its turns, set 'model.eos_token={tokens[-1]}'"
+    )
