@@ -101,10 +101,11 @@ class RowReader:
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.where = f"{config.path or config.task}, split {config.split}"
         if tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has no end-of-sequence token, so no response could end. Set tokenizer.eos_token.")
+            raise ValueError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
         self._config = config
         self._tokenizer = tokenizer
         columns, self._rows = load_rows(config)
+        self._told = False  # of prompts that begin twice
         self._has_experts = _has(columns, config.expert_column)
         self._further = _further_columns(config, columns, self.where)
 
@@ -127,7 +128,10 @@ class RowReader:
         value = cell(row, config.prompt_column, at)
         prompt = prompt_text(value, config, tokenizer, at) + config.response_start
         with _encoding(f"{at}: the prompt"):
-            prompt_ids = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
+            prompt_ids, twice = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
+        if twice and not self._told:
+            self._told = True
+            logger.warning("%s: the prompt begins with %s, which the tokenizer adds: one is left out", at, tokenizer.bos_token)
         if not prompt_ids:
             raise ValueError(f"{at}: the prompt is empty. Remove the row.")
         if len(prompt_ids) > config.max_prompt_tokens:
@@ -210,9 +214,15 @@ def _encoding(what: str) -> Iterator[None]:
         raise ValueError(f"{what} must be text that the tokenizer knows: {error}. Set model.tokenizer to one that does.") from error
 
 
-def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[int, ...]:
+def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[tuple[int, ...], bool]:
+    """The prompt's token ids, and whether a second beginning-of-sequence token was left out of them."""
     token_ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-    # Some tokenizers end every text; a prompt must stay open. A chat template writes its own special tokens.
-    if token_ids and add_special_tokens and token_ids[-1] == tokenizer.eos_token_id:
+    if not token_ids or not add_special_tokens:  # a chat template writes its own special tokens
+        return tuple(token_ids), False
+    # Some tokenizers end every text; a prompt must stay open.
+    if token_ids[-1] == tokenizer.eos_token_id:
         token_ids = token_ids[:-1]
-    return tuple(token_ids)
+    # A text that was rendered before has one already; transformers adds another.
+    twice = tokenizer.bos_token_id is not None and token_ids[:2] == [tokenizer.bos_token_id] * 2
+    twice = twice and len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < len(token_ids)  # or both are the text's own
+    return tuple(token_ids[1:] if twice else token_ids), twice

@@ -133,6 +133,17 @@ def test_a_failing_reward_names_itself_and_the_row(load):
         load(ROWS, broken, on_rejected_expert="drop")
 
 
+def test_a_prompt_that_begins_with_the_beginning_of_sequence_has_it_once(load, tokenizer, caplog):
+    rows = [{"prompt": prompt, "solution": "s"} for prompt in ("<s>a", "<s>b", "c", "<s><s>d", "e<s>")]
+    problems = load(rows)
+    assert [tokenizer.decode(problem.prompt_ids) for problem in problems] == ["<s>a", "<s>b", "<s>c", "<s><s>d", "<s>e<s>"]
+    (record,) = caplog.records  # once, not for every row and every time that it is read
+    assert "row 0: the prompt begins with <s>, which the tokenizer adds: one is left out" in record.getMessage()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert tokenizer.decode(load(rows)[3].prompt_ids) == "<s><s>d"  # nothing is added, so nothing is left out
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("cell", "texts"),
     [
