@@ -132,7 +132,7 @@ class VllmEngine(SeededEngine):
 
     def stream(self, params: SamplingParams) -> VllmStream:
         """Start generating for requests that arrive one after another; each brings its own budget."""
-        options = {
+        options = {  # vLLM's own defaults for the rest: unlike a server, an engine reads no generation_config for these
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,

@@ -30,6 +30,8 @@ from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_i
 from trapo_train.records import Completion
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+# Said, because a server takes from the model's generation_config what a request leaves out: Qwen2.5's names a repetition penalty.
+_NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class VllmServerEngine(SeededEngine):
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k or -1,
+            **_NEUTRAL,
             # Not the model's own list, which may name further tokens: what ends a completion is decided here.
             "stop_token_ids": list(stop_ids(params, self._tokenizer)),
             "ignore_eos": True,

@@ -19,10 +19,11 @@ from trapo_train.tasks import build_tokenizer
 
 MODEL = "tiny"
 
-
+# What a server would take from the model's generation_config where it is left out, besides temperature, top_p and top_k.
+NEUTRAL = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 BODY = {
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "logprobs",
-    "return_token_ids", "skip_special_tokens",
+    "return_token_ids", "skip_special_tokens", *NEUTRAL,
 }  # fmt: skip
 
 
@@ -45,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(None)
         if set(body) != BODY or not body["ignore_eos"]:
             return self._answer({"error": f"not what vLLM expects: {sorted(set(body) ^ BODY)}"}, 400)
+        if any(body[name] != value for name, value in NEUTRAL.items()):
+            return self._answer({"error": f"not the model's own distribution: {[body[name] for name in NEUTRAL]}"}, 400)
         self._complete(body, fake.fault(body))
 
     def _complete(self, body, fault):

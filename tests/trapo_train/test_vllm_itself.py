@@ -61,7 +61,9 @@ def test_as_a_server(tmp_path):
     from trapo_train.tasks import build_tokenizer
 
     tokenizer = build_tokenizer()
-    AutoModelForCausalLM.from_config(scratch_config(ScratchConfig(**SHAPE), tokenizer)).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_config(scratch_config(ScratchConfig(**SHAPE), tokenizer))
+    model.generation_config.update(do_sample=True, repetition_penalty=1.5, min_p=0.3)  # defaults of the server, not of a run
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
