@@ -93,8 +93,8 @@ def _unsaved(config: RunConfig) -> str | None:
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
     return (
-        "no checkpoint is saved before the last step, but on SIGTERM and when sampling, a reward or non-finite steps end the run. "
-        "Set checkpoint.every=N"
+        "no checkpoint is saved before the last step, but on SIGTERM or Ctrl-C and when sampling, a reward or non-finite steps end "
+        "the run. Set checkpoint.every=N"
     )
 
 
@@ -109,6 +109,6 @@ def _launcher(world: World) -> str | None:
     if world.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or told:
         return None
     return (
-        "torchrun kills its ranks 30 s after it got SIGTERM itself, saved or not, unless it was started with "
+        "torchrun kills its ranks 30 s after it got SIGTERM or Ctrl-C itself, saved or not, unless it was started with "
         "--shutdown-timeout=SECONDS (torch 2.13 and later): choose more than a step and a checkpoint take"
     )

@@ -1,7 +1,8 @@
 """The command line: `trapo-train run | eval | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
-`--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative.
+`--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative,
+130 that Ctrl-C ended it: a run has saved by then, unless it was pressed twice.
 """
 
 from __future__ import annotations
@@ -142,13 +143,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.print("generated problems and a random model stood in: your data, model and tokenizer were not read", style="dim")
         return EXIT_OK
     if int(os.environ.get("RANK", "0")) > 0:  # the first rank reports
-        train.run(config, NullReporter())
-        return EXIT_OK
-    with Reporter(config.output_dir, console) as reporter:
-        summary = train.run(config, reporter)
-    if summary.steps and not summary.interrupted:
-        _print_paths(plot_run(config.output_dir), console)
-    return EXIT_OK
+        summary = train.run(config, NullReporter())
+    else:
+        with Reporter(config.output_dir, console) as reporter:
+            summary = train.run(config, reporter)
+        if summary.steps and not summary.interrupted:
+            _print_paths(plot_run(config.output_dir), console)
+    return EXIT_INTERRUPTED if summary.stopped_by == "SIGINT" else EXIT_OK
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:

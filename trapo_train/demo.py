@@ -142,7 +142,10 @@ def _clear(directory: Path) -> None:
 
 def _train(config: RunConfig, console: Console) -> RunSummary:
     with Reporter(config.output_dir, console) as reporter:
-        return run(config, reporter)
+        summary = run(config, reporter)
+    if summary.interrupted:  # the next stage needs its model
+        raise KeyboardInterrupt
+    return summary
 
 
 def _gather(output: Path, seed: int, methods: Sequence[str]) -> SeedResult:

@@ -62,9 +62,12 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
 def dry_run(config: RunConfig) -> RunSummary:
     """Run `dry_config(config)` in a temporary directory; the configured rewards are loaded, too.
 
-    Raises: whatever the run itself would raise for its configuration.
+    Raises: whatever the run itself would raise for its configuration; KeyboardInterrupt where a signal stopped it.
     """
     load_reward(config.reward)
     world = World(config.parallel)
     with tempfile.TemporaryDirectory() as directory:
-        return run(dry_config(config, world.gather(directory)[0]), NullReporter())
+        summary = run(dry_config(config, world.gather(directory)[0]), NullReporter())
+    if summary.interrupted:
+        raise KeyboardInterrupt
+    return summary

@@ -37,8 +37,8 @@ class RunSummary:
 
     steps: int
     """Rollout steps taken in total, those before a resume included."""
-    interrupted: bool
-    """True when SIGTERM ended the run before its last step; it can be resumed."""
+    stopped_by: str | None
+    """SIGTERM or SIGINT where that ended the run before its last step, which can be resumed."""
     output_dir: Path
     """Where metrics, checkpoints and the trained model are."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -48,9 +48,14 @@ class RunSummary:
     groups: list[list[Sample]] = field(default_factory=list)
     """Samples of the last step, one group per problem."""
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self.stopped_by is not None
+
     def __str__(self) -> str:
         if self.interrupted:
-            return f"Stopped by SIGTERM after step {self.steps}; continue with checkpoint.resume=true."
+            return f"Stopped by {self.stopped_by} after step {self.steps}; continue with checkpoint.resume=true."
         return f"Trained {self.steps} steps. The model is in {self.output_dir / MODEL_DIR}."
 
 
@@ -58,8 +63,9 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     """Train as configured, from the start or from the newest checkpoint, and export the model.
 
     Everything that can be wrong with the configuration, the data or a checkpoint shows before the first rollout. Writes
-    config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM the run saves a
-    checkpoint after the current step and returns. Under torchrun every rank calls this; the first one writes and reports.
+    config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM or SIGINT the run saves a
+    checkpoint after the current step and returns; a second SIGINT interrupts it at once. Under torchrun every rank calls this; the
+    first one writes and reports.
 
     Raises: ValueError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
         EngineError, each with a checkpoint of the state before (of finite weights); RankError when another rank dies or hangs.
@@ -91,14 +97,22 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     reporter.start(config, trainer.data_report)
     for note in trainer.notes:
         reporter.event(note)
-    with StopSignal() as stop:  # which also holds while the model is written
+    with StopSignal(_notice(trainer)) as stop:  # which also holds while the model is written
         failed = _loop(trainer, store, reporter, stop)
-        interrupted = trainer.step < config.steps
-        if not interrupted:
+        stopped_by = stop.received if trainer.step < config.steps else None
+        if stopped_by is None:
             _export(trainer, store, reporter, failed)
-    summary = RunSummary(trainer.step, interrupted, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
+    summary = RunSummary(trainer.step, stopped_by, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
+
+
+def _notice(trainer: Trainer) -> str:
+    """What Ctrl-C is answered with. Under torchrun a second one reaches torchrun alone."""
+    if not trainer.world.first:
+        return ""
+    again = "; Ctrl-C once more stops it at once, without saving" if trainer.world.size == 1 else ""
+    return f"\nSIGINT: the run saves after this step and stops{again}\n"
 
 
 def _check_shared(trainer: Trainer) -> None:
@@ -146,18 +160,18 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
 
 
 def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> CheckpointError | None:
-    """Step until the end or until SIGTERM; after each step evaluate, then save, whichever is due. Returns why the last step could
-    not be saved, which must not keep the model from being written."""
+    """Step until the end or a signal to stop; after each step evaluate, then save, whichever is due. Returns why the last step
+    could not be saved, which must not keep the model from being written."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
     told: set[str] = set()
     while True:
-        stopping = any(trainer.world.gather(stop.received))  # a signal to one rank stops all of them, at the same step
+        stopping = stop.agree(trainer.world) is not None  # a signal to one rank stops all of them, at the same step
         try:
             if trainer.evaluation_due and not stopping:
                 for name, metrics in trainer.evaluate().items():
                     reporter.evaluation({"step": trainer.step, **metrics}, name)
-                stopping = any(trainer.world.gather(stop.received))  # an evaluation may take long
+                stopping = stop.agree(trainer.world) is not None  # an evaluation may take long
             finished = trainer.step >= config.steps
             every = config.checkpoint.every
             due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)

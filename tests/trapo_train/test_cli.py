@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from trapo_train import cli, train
+from trapo_train import cli, dry_run, train
 from trapo_train.display import read_metrics
 
 TINY = """
@@ -157,6 +158,20 @@ def test_ctrl_c_ends_cleanly(config, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", interrupted)
     assert cli.main(["run", config]) == 130
     assert capsys.readouterr().err == "trapo-train: interrupted\n"
+
+
+@pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 0), (None, 0)])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_run_that_ctrl_c_stopped_says_so_by_its_exit_code(config, monkeypatch, tmp_path, stopped_by, code, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(train, "run", lambda *arguments: train.RunSummary(0, stopped_by, tmp_path))
+    assert cli.main(["run", config]) == code
+
+
+def test_a_dry_run_that_was_stopped_has_not_passed(config, monkeypatch, capsys):
+    monkeypatch.setattr(dry_run, "run", lambda *arguments: train.RunSummary(0, "SIGINT", Path()))
+    assert cli.main(["run", config, "--dry-run"]) == 130
+    assert "passed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])

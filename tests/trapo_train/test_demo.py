@@ -8,6 +8,7 @@ from rich.console import Console
 from trapo_train import demo
 from trapo_train.config import load_config
 from trapo_train.records import Problem, Sample
+from trapo_train.train import RunSummary
 
 RECIPES = ("demo_base", "demo_trapo", "demo_grpo", "demo_sft")
 TINY_MODEL = ["hidden_size=16", "num_layers=1", "num_heads=2", "num_kv_heads=2", "intermediate_size=16"]
@@ -56,6 +57,13 @@ def test_a_base_without_headroom_stops_the_demo(tmp_path, console, overrides):
     assert "No headroom" in out
     assert (tmp_path / "headroom.png").exists()
     assert not (tmp_path / "trapo").exists()
+
+
+def test_a_demo_whose_run_was_stopped_ends_there(tmp_path, console, overrides, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda *arguments: RunSummary(1, "SIGINT", tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, seeds=[0], compare=False, console=console, overrides=overrides)
+    assert "2/4 headroom" not in console.file.getvalue()
 
 
 def test_all_stages_run_and_a_run_that_did_not_learn_is_said(tmp_path, console, overrides, monkeypatch):

@@ -243,6 +243,18 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path):
     assert len(CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps()) == 1
 
 
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_saves(tmp_path):
+    process = _torchrun(2, tmp_path, "steps=100000", "checkpoint.every=0", wait=False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert output.count("SIGINT: the run saves after this step and stops\n") == 1, output[-3000:]
+    (step,) = CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps()
+    assert f"Stopped by SIGINT after step {step}" in " ".join(output.split())
+
+
 def fails_on_one_rank(prompts, completions, **columns):
     """A reward that raises on the second rank, in its third step."""
     if os.environ["RANK"] == "1":

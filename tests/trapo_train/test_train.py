@@ -72,18 +72,18 @@ def whole(tmp_path_factory) -> RunConfig:
 
 
 class StopAfter(Reporter):
-    """Sends this process SIGTERM, or raises, once a step has been reported."""
+    """Sends this process a signal, or raises, once a step has been reported."""
 
-    def __init__(self, output_dir, step: int, error: Exception | None = None) -> None:
+    def __init__(self, output_dir, step: int, error: Exception | None = None, number=signal.SIGTERM) -> None:
         super().__init__(output_dir)
-        self.stop_step, self.error = step, error
+        self.stop_step, self.error, self.number = step, error, number
 
     def step(self, metrics):
         super().step(metrics)
         if metrics["step"] == self.stop_step:
             if self.error is not None:
                 raise self.error
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def train_to_end(config: RunConfig):
@@ -135,17 +135,33 @@ def test_sft_learns_the_traces(configure):
     assert summary.metrics["guided_share"] == 1.0
 
 
-@pytest.mark.parametrize("stop_step", [1, 3, 4])
-def test_sigterm_saves_and_the_resumed_run_is_bitwise_the_same(configure, whole, stop_step):
+@pytest.mark.parametrize(("stop_step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)])
+def test_a_signal_saves_and_the_resumed_run_is_bitwise_the_same(configure, whole, stop_step, number, capfd, default_sigint):
     stopped = configure("stopped", *EVALUATED)
-    summary = run(stopped, StopAfter(stopped.output_dir, stop_step))
-    assert (summary.steps, summary.interrupted) == (stop_step, True)
+    summary = run(stopped, StopAfter(stopped.output_dir, stop_step, number=number))
+    assert (summary.steps, summary.interrupted, summary.stopped_by) == (stop_step, True, number.name)
+    assert str(summary).startswith(f"Stopped by {number.name} after step {stop_step}")
+    assert ("saves after this step and stops; Ctrl-C once more" in capfd.readouterr().err) == (number == signal.SIGINT)
     assert "checkpoint.resume=true" in str(summary)
     assert not (Path(stopped.output_dir) / "model").exists()
     resumed = configure("stopped", *EVALUATED, "checkpoint.resume=true")
     assert train_to_end(resumed).steps == 6
     assert exported(resumed) == exported(whole)
     assert rows(resumed) == rows(whole)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(configure, monkeypatch, default_sigint):
+
+    def twice(trainer):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the step went on")
+
+    monkeypatch.setattr(Trainer, "train_step", twice)
+    config = configure("run", "checkpoint.every=0")
+    with pytest.raises(KeyboardInterrupt):
+        train_to_end(config)
+    assert not (Path(config.output_dir) / "checkpoints").exists()
 
 
 def test_a_run_that_dies_between_checkpoints_repeats_the_lost_step(configure, whole):
