@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
-from trapo_kernels import Objective
+from trapo_kernels import Objective, gates
 from trapo_train.config import RunConfig
 from trapo_train.parallel import World
 
@@ -37,6 +38,8 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _method(config),
         _scale(config, objective),
         _unguided(config, objective),
+        _unclipped(config, objective),
+        _truncated(config),
         _repeats(config, num_problems),
         _unsaved(config),
         _engine(config, world),
@@ -79,6 +82,34 @@ def _unguided(config: RunConfig, objective: Objective) -> str | None:
     return (
         f"objective {objective.name} trains on rollouts too, so plan sft samples the problems that have no expert trace. Leave "
         "them out with objective.name=sft"
+    )
+
+
+def _unclipped(config: RunConfig, objective: Objective) -> str | None:
+    """Every update moves the policy away from the one that sampled, and an unbounded ratio goes along however far."""
+    terms = [layer.rollout for layer in objective.layers if layer.rollout is not None]
+    bounded = [math.isfinite(getattr(term.reduction, "clip", math.inf)) for term in terms]  # which GMPO's is
+    free = [term for term, held in zip(terms, bounded, strict=True) if isinstance(term.gate, gates.Ratio | gates.One) and not held]
+    updates = config.updates.per_step
+    if updates == 1 or not free:
+        return None
+    return (
+        f"{updates} updates per rollout step, and the rollout loss of {objective.name} ({free[0].gate}) does not clip: "
+        "nothing holds the policy near the one that sampled. Set updates.mini_batches=1 updates.epochs=1, or an objective "
+        "that clips, such as dr_grpo, or chord_mu with expert terms"
+    )
+
+
+def _truncated(config: RunConfig) -> str | None:
+    """vLLM's processed logprobs are taken after top_k and top_p (its TopKTopPSampler); those of the embedded engine before."""
+    rollout, correction = config.rollout, config.updates.correction
+    cut = [f"top_p={rollout.top_p:g}"] * (rollout.top_p < 1) + [f"top_k={rollout.top_k}"] * (rollout.top_k > 0)
+    if correction is None or rollout.engine == "transformers" or not cut:
+        return None
+    return (
+        f"rollout.engine={rollout.engine} reports logprobs over the tokens that {' and '.join(cut)} leave, the trainer's are over "
+        f"all: every ratio of updates.correction={correction.name} is lower by the share that was cut off. Set rollout.top_p=1 "
+        "rollout.top_k=0, or updates.correction=null"
     )
 
 

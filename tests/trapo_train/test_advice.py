@@ -1,5 +1,8 @@
 """Legal settings that are probably not what was meant: the run says so, with the setting that changes it."""
 
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +11,10 @@ import torch
 from tests.trapo_train.test_train import build_config
 from trapo_kernels.objectives import PRESETS
 from trapo_train.advice import METHODS, advice
-from trapo_train.step import build_objective
+from trapo_train.config import load_config
+from trapo_train.step import ObjectiveConfig, build_objective
 
+README = Path(__file__).parents[2] / "README.md"
 ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))
 
 
@@ -60,6 +65,45 @@ def test_a_loss_that_is_no_mean_over_tokens(advised):
 def test_traces_alone_with_an_objective_for_rollouts(advised):
     (sentence,) = advised("plan.name=sft")
     assert "objective trapo trains on rollouts too" in sentence
+
+
+UNCLIPPED = {"trapo", "luffy", "srft", "relift", "hpt", "rloo"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PRESETS if build_objective(ObjectiveConfig(name)).rollout is not None))
+def test_several_updates_with_a_loss_that_does_not_clip(advised, name):
+    said = [s for s in advised(f"objective.name={name}", "updates={mini_batches: 3, epochs: 2}") if "does not clip" in s]
+    assert len(said) == (name in UNCLIPPED)
+    assert all(sentence.startswith(f"6 updates per rollout step, and the rollout loss of {name}") for sentence in said)
+    assert not any("does not clip" in sentence for sentence in advised(f"objective.name={name}"))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+def test_a_correction_with_logprobs_over_the_tokens_that_were_kept(advised, engine):
+    sampled, corrected = f"rollout.engine={engine}", "updates.correction={name: mis}"
+    for cut, named in (
+        (("top_p=0.9",), "top_p=0.9"),
+        (("top_k=20",), "top_k=20"),
+        (("top_p=0.9", "top_k=20"), "top_p=0.9 and top_k=20"),
+    ):
+        cut = [f"rollout.{setting}" for setting in cut]
+        (sentence,) = advised(sampled, corrected, *cut)
+        assert f"over the tokens that {named} leave" in sentence and "updates.correction=mis is lower" in sentence
+        assert advised(sampled, *cut) == advised(corrected, *cut) == []  # no correction; logprobs over all tokens
+    assert advised(sampled, corrected) == []
+
+
+def test_the_example_of_the_readme_needs_no_advice(tmp_path):
+    text = README.read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "my.yaml").write_text(example)
+    config = load_config(tmp_path / "my.yaml")
+    assert config.updates.per_step > 1
+    assert advice(config, build_objective(config.objective, 0), 1000, ALONE) == []
+    (name, beta) = re.search(r"`objective={name: (\w+), options: {beta: ([\d.]+)}}`; (?:\w+) and", text).groups()
+    assert build_objective(ObjectiveConfig(name, {"beta": float(beta)})).kl.beta == float(beta)
+    takes_beta = {name for name, preset in PRESETS.items() if "beta" in inspect.signature(preset).parameters}
+    assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which the README names
 
 
 def test_more_prompts_in_a_step_than_there_are(advised):
