@@ -44,6 +44,9 @@ class SamplingParams:
     """Token ids that end a completion; None means the tokenizer's end-of-sequence token, () means none."""
     seed: int | None = None
     """Draws from this seed and leaves the engine's random state untouched; None uses the engine's own."""
+    first_key: int = 0
+    """Key of the first prompt of a call, at least 0, from which the others count on: with one seed, a call whose first_key is the
+    number of prompts before it draws what one call for all of them would have drawn."""
 
     def __post_init__(self) -> None:
         budgets = self.max_new_tokens if isinstance(self.max_new_tokens, tuple) else (self.max_new_tokens,)
@@ -61,6 +64,8 @@ class SamplingParams:
             raise ValueError(f"SamplingParams: top_p must be in (0, 1], got {self.top_p}. Use 1.0 to keep all tokens.")
         if self.top_k < 0:
             raise ValueError(f"SamplingParams: top_k must be at least 0, got {self.top_k}. Use 0 to keep all tokens.")
+        if self.first_key < 0:
+            raise ValueError(f"SamplingParams: first_key must be at least 0, got {self.first_key}. Use 0 for a call of its own.")
 
     def budgets(self, num_prompts: int) -> list[int]:
         """Return the budget of each of `num_prompts` prompts; raises if the number of budgets given differs."""
@@ -141,13 +146,13 @@ class SeededEngine:
         raise NotImplementedError
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """Return one completion per prompt, in the order of the prompts. The key of a prompt is its position."""
+        """Return one completion per prompt, in the order of the prompts. The key of a prompt is its position after first_key."""
         budgets = params.budgets(len(prompts))
         # Prompts of about one length together pad least, and equal ones can be computed once.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         completions: list[Completion | None] = [None] * len(prompts)
         with self.stream(params) as stream:
-            place = {stream.submit(prompts[i], budgets[i], key=i): i for i in order}
+            place = {stream.submit(prompts[i], budgets[i], key=params.first_key + i): i for i in order}
             while place:
                 for ticket, completion in stream.advance():
                     completions[place.pop(ticket)] = completion

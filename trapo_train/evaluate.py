@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNNAMED = ""  # the only set, where eval_data is one data section
-_CALL_SEED = 1_000_003  # between the seeds of neighbouring engine calls
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class EvalConfig:
     group_by: str | None = None
     """Dataset column whose values get an accuracy each, such as depth, on the sets that have it; null for none."""
     responses_per_call: int = 256
-    """About how many responses one engine call samples, at least 1. Ranks share the calls: what is sampled depends on this number,
-    not on how many ranks there are."""
+    """Most responses that one engine call samples, at least 1, or those of one problem where these are more. Ranks share the calls,
+    which are smaller where some would have none. What a response draws depends neither on the call nor on the rank."""
     seed: int = 0
     """Seed of the samples, the same at every evaluation, so that checkpoints are compared on equal draws."""
 
@@ -168,9 +167,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Sample every problem without a prefix and return what share of the responses is correct.
 
-    The engine calls are the same for any number of ranks, which share them and exchange what they found: every rank returns the
-    same, and so would a single process. The engine's own random state is left alone, so evaluating does not change the training
-    that follows.
+    Ranks share the engine calls and exchange what they found: every rank returns the same. What a response draws depends on its
+    place in the set alone, so that a single process would return that, too, but for a draw that the last bits of a logit decide.
+    The engine's own random state is left alone, so evaluating does not change the training that follows.
 
     Args:
         rollout: its max_response_tokens, top_p, top_k and correct_at; the temperature is the evaluation's own.
@@ -185,12 +184,11 @@ def evaluate(
     Raises: EngineError or RewardError of any rank, on every rank.
     """
     world = world or World.alone()
-    calls = list(_calls(eval_set, config))
+    calls = list(_calls(eval_set, config.responses_per_call, world.size))
     mine, error = [], None
     try:
-        for number, positions in world.share(list(enumerate(calls))):
-            seed = config.seed + _CALL_SEED * number
-            mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config.temperature, seed, rollout))
+        for positions in world.share(calls):
+            mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config, rollout))
     except SAMPLING_ERRORS as raised:
         error = raised
     found: list[_Answers] = interleave(world.gather_or_raise(mine, error))
@@ -207,12 +205,14 @@ def evaluate(
     }
 
 
-def _calls(eval_set: EvalSet, config: EvalConfig) -> Iterator[list[int]]:
-    """The positions of each engine call's problems, in order, of at most responses_per_call responses or one problem."""
+def _calls(eval_set: EvalSet, most: int, ranks: int) -> Iterator[list[int]]:
+    """The positions of each engine call's problems, in order: of at most `most` responses or one problem, and no more problems
+    than make up a rank's share of all responses."""
+    share = math.ceil(sum(eval_set.samples) / ranks)
     positions: list[int] = []
     responses = 0
     for position, samples in enumerate(eval_set.samples):
-        if positions and responses + samples > config.responses_per_call:
+        if positions and (responses >= share or responses + samples > most):
             yield positions
             positions, responses = [], 0
         positions.append(position)
@@ -226,13 +226,13 @@ def _answers(
     positions: Sequence[int],
     reward: RewardFn,
     tokenizer: Any,
-    temperature: float,
-    seed: int,
+    config: EvalConfig,
     rollout: RolloutConfig,
 ) -> _Answers:
     drafts = [draft(eval_set.problems[eval_set.rows[i]], Request(eval_set.samples[i]), 1, tokenizer, rollout) for i in positions]
     samples = [sample for group in drafts for sample in group]
-    complete(samples, engine, rollout, temperature=temperature, seed=seed)
+    before = sum(eval_set.samples[: positions[0]])
+    complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed, first_key=before)
     none_count = judge_samples(samples, reward, tokenizer, rollout)
     found = [[_Response(s.reward, len(s.completion_ids), s.finish_reason == "stop") for s in group] for group in drafts]
     # Taken, or they would show up in the next training step.

@@ -247,9 +247,15 @@ def draft(problem: Problem, request: Request, micro_group: int, tokenizer: Any, 
 
 
 def complete(
-    samples: Sequence[Sample], engine: Engine, config: RolloutConfig, *, temperature: float, seed: int | None = None
+    samples: Sequence[Sample],
+    engine: Engine,
+    config: RolloutConfig,
+    *,
+    temperature: float,
+    seed: int | None = None,
+    first_key: int = 0,
 ) -> None:
-    """Generate the completion of each sample in one engine call; full expert traces have none."""
+    """Generate the completion of each sample in one engine call (see `SamplingParams`); full expert traces have none."""
     open_samples = [sample for sample in samples if sample.prefix_ratio < 1.0]
     if not open_samples:
         return
@@ -259,6 +265,7 @@ def complete(
         top_p=config.top_p,
         top_k=config.top_k,
         seed=seed,
+        first_key=first_key,
     )
     prompts = [_prompt(sample) for sample in open_samples]
     for sample, completion in zip(open_samples, engine.generate(prompts, params), strict=True):

@@ -166,6 +166,15 @@ def test_stop_at_the_last_token_of_the_budget_counts_as_stop(model):
     assert completion.finish_reason == "stop"
 
 
+def test_a_call_goes_on_where_another_ended(model):
+    engine = engine_of(model)
+    prompts = [RAGGED[0]] * 6
+    whole = engine.generate(prompts, SamplingParams(8, seed=3))
+    parts = [engine.generate(prompts[at : at + 2], SamplingParams(8, seed=3, first_key=at)) for at in (0, 2, 4)]
+    assert [completion.token_ids for part in parts for completion in part] == [completion.token_ids for completion in whole]
+    assert len({completion.token_ids for completion in whole}) > 1
+
+
 def test_sampling_frequencies_follow_temperature_top_k_and_top_p(model):
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].double()
@@ -261,6 +270,7 @@ def test_prompts_that_do_not_fit_are_refused(model, prompts, params, message):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("first_key", -1),
     ],
 )
 def test_sampling_params_refuse_values_out_of_range(field, value):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trapo_train.cli import main
 from trapo_train.data import DataConfig
 from trapo_train.engine import TransformersEngine
-from trapo_train.evaluate import EvalConfig, EvalSet, evaluate, group_problems, load_eval_sets, pass_at_k, standard_error
+from trapo_train.evaluate import EvalConfig, EvalSet, _calls, evaluate, group_problems, load_eval_sets, pass_at_k, standard_error
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
 from trapo_train.parallel import World
 from trapo_train.records import Completion, ExpertTrace, Problem
@@ -165,13 +165,13 @@ class OneRank:
         return self.parts
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize(("size", "most"), [(2, 8), (3, 8), (5, 8), (3, 256), (5, 4)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_any_number_of_ranks_finds_the_same_to_the_last_bit(size, temperature):
+def test_any_number_of_ranks_draws_the_same(size, most, temperature):
     scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16, initializer_range=0.5)
     model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=TOKENIZER)
     engine = TransformersEngine(model, tokenizer, seed=0, max_batch_tokens=4096)
-    config = EvalConfig(temperature=temperature, responses_per_call=8, samples_per_prompt=1 if temperature == 0 else 3)
+    config = EvalConfig(temperature=temperature, responses_per_call=most, samples_per_prompt=1 if temperature == 0 else 3)
     eval_set = EvalSet.of([problem(i, 1) for i in range(9)], config)
     reward = WeightedSum([("length", lambda completions, **_: [len(text) / 8 for text in completions], 1.0)])
 
@@ -183,9 +183,29 @@ def test_any_number_of_ranks_finds_the_same_to_the_last_bit(size, temperature):
         with pytest.raises(OneRank.Reached) as reached:
             part(OneRank(rank, size))
         parts.append(reached.value.args[0])
-    alone = evaluate(engine, eval_set, reward, TOKENIZER, config, ROLLOUT)
-    assert part(OneRank(0, size, parts)) == alone
+    alone = evaluate(engine, eval_set, reward, TOKENIZER, replace(config, responses_per_call=256), ROLLOUT)
+    together = part(OneRank(0, size, parts))
     assert 0 < alone["reward/length"] == pytest.approx(alone["reward/mean"])
+    assert together.pop("reward/length") == pytest.approx(alone.pop("reward/length"))  # a mean of the calls' means
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("samples", "most", "ranks", "sizes"),
+    [
+        ((8,) * 30, 256, 1, [30]),
+        ((8,) * 30, 256, 8, [4, 4, 4, 4, 4, 4, 4, 2]),  # no rank has none
+        ((8,) * 30, 16, 8, [2] * 15),
+        ((32,) * 5, 256, 8, [1] * 5),
+        ((1,) * 1000, 256, 2, [256, 256, 256, 232]),
+        ((2, 9, 1, 1, 1), 4, 2, [1, 1, 3]),
+    ],
+)
+def test_calls_are_large_and_leave_no_rank_without_one(samples, most, ranks, sizes):
+    eval_set = EvalSet([], tuple(range(len(samples))), samples, {})
+    calls = list(_calls(eval_set, most, ranks))
+    assert [len(call) for call in calls] == sizes
+    assert [position for call in calls for position in call] == list(range(len(samples)))
 
 
 def test_named_sets_with_their_own_number_of_samples():
