@@ -159,9 +159,15 @@ class CheckpointStore:
             )
         return steps[-1], torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
 
+    def check(self, step: int) -> None:
+        """Raise CheckpointError for a checkpoint that is damaged; every rank calls it."""
+        damage = self._damage(step)
+        if damage:
+            raise CheckpointError(f"checkpoint: {self.path(step)} is damaged: {damage}. Take another of {self.steps()}.")
+
     def load_tensors(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Overwrite `tensors`, by name, with those of the checkpoint of `step`, which `load` found intact; each rank gives the
-        shards that it holds now. Every rank calls it.
+        """Overwrite `tensors`, by name, with those of the checkpoint of `step`, which `load` or `check` found intact; each rank
+        gives the shards that it holds now. Every rank calls it.
 
         Raises: CheckpointError for a name or a shape that the checkpoint does not have.
         """

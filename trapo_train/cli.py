@@ -1,4 +1,4 @@
-"""The command line: `trapo-train run | eval | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
+"""The command line: `trapo-train run | eval | export | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative.
@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("recipes", _recipes, common, "List the packaged configurations.")
     add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
+    export = add("export", _export, common, "Write the model of a checkpoint as Hugging Face files, LoRA's adapters added.")
+    export.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, finished or interrupted")
+    export.add_argument("directory", metavar="DIRECTORY", nargs="?", help="where to (RUN_DIR/model_step_N)")
+    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (the newest)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
     headroom.add_argument("--num-problems", type=int, default=128, help="problems to measure, at least 2 (128)")
     headroom.add_argument("--samples", type=int, default=4, help="responses per problem and prefix, at least 1 (4)")
@@ -177,6 +182,20 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
     trainer.close()
+    return EXIT_OK
+
+
+def _export(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.export import export_checkpoint
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
+    _quiet_libraries()
+    directory, step, note = export_checkpoint(args.run_dir, args.directory, step=args.step, dtype=args.dtype)
+    console.print(f"step {step}: wrote {directory}", highlight=False, soft_wrap=True)
+    if note is not None:
+        console.print(note, style="dim", highlight=False)
+    console.print(f"trapo-train eval {args.run_dir} model.name_or_path={directory}", style="dim", highlight=False, soft_wrap=True)
     return EXIT_OK
 
 
@@ -282,9 +301,14 @@ def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
     directory = Path(args.config)
     if not (finished_run and directory.is_dir()):
         return load_config(args.config, args.overrides)
-    for name in (CONFIG_FILE, MODEL_DIR):
-        if not (directory / name).exists():
-            raise FileNotFoundError(f"{directory}: the directory of a finished run holds {name}, this one does not.")
+    if not (directory / CONFIG_FILE).exists():
+        raise FileNotFoundError(f"{directory}: the directory of a finished run holds {CONFIG_FILE}, this one does not.")
+    chosen = any(override.startswith("model.name_or_path=") for override in args.overrides)
+    if not (chosen or (directory / MODEL_DIR).exists()):
+        raise FileNotFoundError(
+            f"{directory}: the directory of a finished run holds {MODEL_DIR}, this one does not. Export a checkpoint first, "
+            f"`trapo-train export {directory}`, and add model.name_or_path={directory / MODEL_DIR}_step_N."
+        )
     trained = ["model.scratch=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
     return load_config(directory / CONFIG_FILE, [*trained, *args.overrides])
 

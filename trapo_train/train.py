@@ -203,10 +203,16 @@ def _check_output_dir(config: RunConfig) -> None:
             f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
         )
     metrics, checkpoints = Path(config.output_dir) / METRICS_FILE, Path(config.output_dir) / CHECKPOINT_DIR
-    used = CheckpointStore(checkpoints, config.checkpoint.keep).steps() or (metrics.exists() and metrics.stat().st_size > 0)
+    saved = CheckpointStore(checkpoints, config.checkpoint.keep).steps()
+    used = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir {config.output_dir} already holds a run. Continue it with checkpoint.resume=true, delete it, or "
             "choose another output_dir."
+        )
+    if saved and saved[-1] > config.steps:
+        raise ValueError(
+            f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {config.steps}. Raise it; "
+            f"`trapo-train export {config.output_dir} --step N` writes the model of an earlier checkpoint, {saved}."
         )
     check_replaceable(exported)

@@ -159,7 +159,7 @@ def test_ctrl_c_ends_cleanly(config, monkeypatch, capsys):
     assert capsys.readouterr().err == "trapo-train: interrupted\n"
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])
+@pytest.mark.parametrize("command", ["run", "eval", "export", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
