@@ -153,6 +153,17 @@ class Mean(float):
         return float(self), self.count
 
 
+class Total(float):
+    """A weighted sum that knows its parts by name, unweighted; None for no opinion."""
+
+    parts: dict[str, float | None]
+
+    def __new__(cls, value: float, parts: dict[str, float | None]) -> Total:
+        total = super().__new__(cls, value)
+        total.parts = parts
+        return total
+
+
 class WeightedSum:
     """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 
@@ -165,15 +176,17 @@ class WeightedSum:
         self._values: dict[str, list[float]] = {}
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
-        """As `judge`, each reward checked on its own."""
+        """As `judge`, each reward checked on its own; what it returns besides None are `Total`s."""
         totals: list[float | None] = [None] * len(texts)
+        parts: list[dict[str, float | None]] = [{} for _ in texts]
         for name, reward, weight in self.terms:
             opinions = judge(reward, problems, texts)
             for i, opinion in enumerate(opinions):
+                parts[i][name] = opinion
                 if opinion is not None:
                     totals[i] = (totals[i] or 0.0) + weight * opinion
                     self._values.setdefault(name, []).append(opinion)
-        return totals
+        return [total if total is None else Total(total, found) for total, found in zip(totals, parts, strict=True)]
 
     def take_metrics(self) -> dict[str, float]:
         """The mean of each reward since this was last asked, and the counts of the rewards themselves, summed."""
