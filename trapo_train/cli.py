@@ -165,6 +165,7 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.held_out import responses_file
     from trapo_train.plans import PlanConfig
     from trapo_train.step import ObjectiveConfig
     from trapo_train.tables import evaluation_table
@@ -178,9 +179,12 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
     config = replace(config, data=held_out, plan=PlanConfig("grpo"), objective=ObjectiveConfig("dr_grpo"), updates=UpdateConfig())
     trainer = Trainer(config)
-    evaluations = trainer.evaluate()
+    label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
+    evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
+        if config.evaluation.save_samples:
+            _print_paths([responses_file(config.output_dir, name, label) for name in evaluations], console)
     trainer.close()
     return EXIT_OK
 

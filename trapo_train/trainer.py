@@ -25,7 +25,8 @@ from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
-from trapo_train.evaluate import evaluate, load_eval_sets
+from trapo_train.evaluate import load_eval_sets
+from trapo_train.held_out import evaluate_sets
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
@@ -250,15 +251,10 @@ class Trainer:
         every = self.config.evaluation.every
         return self.step >= self.config.steps or (every > 0 and self.step % every == 0)
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Accuracy on each set of held-out problems, by its name; leaves all random states as they are. Every rank must call it and
-        gets the same."""
-        config = self.config
-        with self.ready_to_generate():
-            self.last_evaluation = {
-                name: evaluate(self.engine, entry, self.reward, self.tokenizer, config.evaluation, config.rollout, self.world)
-                for name, entry in self.eval_sets.items()
-            }
+    def evaluate(self, label: str | None = None) -> dict[str, dict[str, float]]:
+        """The metrics of each set of held-out problems (see `held_out`), by its name; leaves all random states as they are. Every
+        rank must call it and gets the same. `label`: in the names of what it writes, by default the step."""
+        self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
         self.evaluated_at = self.step
         return self.last_evaluation
 
