@@ -177,7 +177,9 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
         raise ValueError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
     held_out = next(iter(config.eval_data.values())) if isinstance(config.eval_data, dict) else config.eval_data
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
-    config = replace(config, data=held_out, plan=PlanConfig("grpo"), objective=ObjectiveConfig("dr_grpo"), updates=UpdateConfig())
+    plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
+    nothing = {"plan": PlanConfig(plan), "objective": ObjectiveConfig(objective), "updates": UpdateConfig()}
+    config = replace(config, data=held_out, **nothing)
     trainer = Trainer(config)
     label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
     evaluations = trainer.evaluate(label)
@@ -208,6 +210,8 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.train import Trainer
 
     config = _load(args)
+    if config.reward is None:
+        raise ValueError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
     trainer = Trainer(config)
     report = measure(trainer, settings)
@@ -236,7 +240,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     color = console.color_system is not None
     if trainer.world.first:
         trains_prefix = any(layer.expert is not None for layer in trainer.objective.layers)
-        shown = render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color, trains_prefix=trains_prefix)
+        view = {"max_tokens": args.max_tokens, "color": color, "trains_prefix": trains_prefix}
+        shown = render_group(group, trainer.tokenizer, **view, judged=trainer.reward is not None)
         console.print(shown)
     trainer.close()
     return EXIT_OK

@@ -42,9 +42,9 @@ class RunConfig:
     eval_data: DataConfig | dict[str, DataConfig] | None = None
     """Held-out problems: one set, or several by name, {aime: {path: aime.parquet}, math: {path: math.parquet}}; null for no
     evaluation."""
-    reward: str | list[RewardTerm]
+    reward: str | list[RewardTerm] | None = None
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
-    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]."""
+    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]. Null where no response is sampled: SFT."""
     seed: int = 0
     """Seed of everything random in the run, at least 0; data sections have their own for generated problems."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -79,7 +79,7 @@ class RunConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}.")
         for name in ("output_dir", "reward"):
-            if not getattr(self, name):
+            if getattr(self, name) in ("", []):
                 raise ValueError(f"{name} must not be empty.")
         if self.updates.mini_batches > self.prompts_per_step:
             raise ValueError(

@@ -21,7 +21,7 @@ from trapo_train.step import OptimizerConfig, build_optimizer
 
 
 def check_objective(config: RunConfig, objective: Objective) -> None:
-    """Raise ValueError for an objective that the samples of the configured plan cannot train."""
+    """Raise ValueError for an objective that the samples of the configured plan cannot train, and for a reward that is missing."""
     plan = config.plan
     if objective.rollout is None and not plan.guides:
         raise ValueError(
@@ -47,6 +47,26 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         )
     if plan.guides:
         check_expert_streams(objective)
+    if config.reward is None:
+        _check_nothing_is_judged(config, objective)
+
+
+def _check_nothing_is_judged(config: RunConfig, objective: Objective) -> None:
+    plan, remedy = config.plan, ""
+    if plan.largest_request:
+        reader = f"plan {plan.name} samples responses"
+    elif objective.rollout is not None:
+        reader = f"objective {objective.name} trains on rollouts too, which plan {plan.name} draws for problems without a trace"
+    elif config.data.on_rejected_expert == "drop":
+        reader, remedy = "data.on_rejected_expert=drop asks it about traces", ", or data.on_rejected_expert=keep"
+    elif config.eval_data is not None and config.evaluation.sample:
+        reader, remedy = "evaluations sample responses", ", or evaluation.sample=false to report the loss of expert traces alone"
+    else:
+        return
+    raise ValueError(
+        f"reward must be set where responses are judged, got null: {reader}. Set reward=math_verify, exact_match or "
+        f"my_rewards:my_reward{remedy}."
+    )
 
 
 _MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("tokenizer_config.json", "tokenizer.json", "config.json")

@@ -177,12 +177,13 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 reporter.event(f"saved {trainer.save(store)}")
             raise
         reporter.step(metrics)
-        if not told and "finished_share" in metrics and metrics["reward/none_count"] >= metrics["num_samples"]:
+        if not told and "finished_share" in metrics and metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
             told = True
             reporter.event(f"step {trainer.step}: the reward had no opinion (None) on any sample, and each counts as 0")
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
-            write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
+            judged = trainer.reward is not None
+            write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step, judged=judged)
         try:
             trainer.stop_if_broken(metrics, reporter)
         except NonFiniteError:  # nothing was taken from the updates that were skipped
