@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, common, "Write the model of a checkpoint as Hugging Face files, LoRA's adapters added.")
     export.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, finished or interrupted")
     export.add_argument("directory", metavar="DIRECTORY", nargs="?", help="where to (RUN_DIR/model_step_N)")
-    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (the newest)")
+    export.add_argument("--step", type=_step, metavar="N", help="step of the checkpoint, or best, by its evaluation (the newest)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
     headroom.add_argument("--num-problems", type=int, default=128, help="problems to measure, at least 2 (128)")
@@ -130,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--compare", action="store_true", help="also train GRPO and SFT from the same base")
     return parser
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:

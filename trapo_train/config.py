@@ -98,10 +98,22 @@ class RunConfig:
                 "model.lora.dropout must be 0 with several updates per rollout step or updates.correction, got "
                 f"{dropout:g}: ratios would compare different random masks. Set model.lora.dropout=0."
             )
+        if self.checkpoint.keep_best:
+            self._check_keep_best()
         names = list(self.eval_data) if isinstance(self.eval_data, dict) else []
         if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
             raise ValueError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
         self.evaluation.check_names(names)
+
+    def _check_keep_best(self) -> None:
+        saved, evaluated = self.checkpoint.every, self.evaluation.every
+        if self.eval_data is None or not (saved and evaluated) or max(saved, evaluated) % min(saved, evaluated):
+            given = "no eval_data" if self.eval_data is None else "eval_data"
+            raise ValueError(
+                "checkpoint.keep_best needs eval_data, and checkpoint.every and evaluation.every above 0, one a multiple of the "
+                f"other, so that evaluated steps are saved, got {given}, {saved} and {evaluated}. Set them so, or "
+                "checkpoint.keep_best=false."
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

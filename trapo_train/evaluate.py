@@ -287,6 +287,16 @@ def _accuracies(
     return metrics
 
 
+def evaluation_score(evaluations: Mapping[str, Mapping[str, float]]) -> float | None:
+    """How good a model is by its evaluations, higher is better: the mean accuracy of the sets, or minus their mean expert_nll where
+    nothing was sampled; None without either."""
+    for name, sign in (("accuracy", 1.0), ("expert_nll", -1.0)):
+        values = [metrics[name] for metrics in evaluations.values() if name in metrics]
+        if values:
+            return sign * fmean(values)
+    return None
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Return the chance that at least one of k samples is correct, drawn from these without replacement.
 

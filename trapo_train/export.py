@@ -15,14 +15,14 @@ from trapo_train.train import CHECKPOINT_DIR, CONFIG_FILE, MODEL_DIR
 
 
 def export_checkpoint(
-    run_dir: str | Path, directory: str | Path | None = None, *, step: int | None = None, dtype: str = "float32"
+    run_dir: str | Path, directory: str | Path | None = None, *, step: int | str | None = None, dtype: str = "float32"
 ) -> tuple[Path, int, str | None]:
     """Write the model of a checkpoint, LoRA's adapters added, in one process, whatever number of ranks saved it.
 
     Args:
         run_dir: output_dir of the run.
         directory: where to; by default model_step_<step> in `run_dir`.
-        step: of the checkpoint; by default the newest.
+        step: of the checkpoint, or "best" for that of the best evaluation among those that are there; by default the newest.
         dtype: float32 or bfloat16.
 
     Returns: the directory, the step, and what `other_tokenizer` says of it.
@@ -54,12 +54,16 @@ def export_checkpoint(
     return directory, step, note
 
 
-def _existing(store: CheckpointStore, step: int | None, run_dir: Path) -> int:
+def _existing(store: CheckpointStore, step: int | str | None, run_dir: Path) -> int:
     steps = store.steps()
     if not steps:
         trained = run_dir / MODEL_DIR
         remedy = f"What it trained is in {trained}." if trained.is_dir() else "Set checkpoint.every=N in the next run."
         raise CheckpointError(f"export: {store.directory} must hold a checkpoint, it has none. {remedy}")
+    if step == "best":
+        step = store.best()
+        if step is None:
+            raise CheckpointError(f"export: --step best must find an evaluated step among {steps}, it has none. Give one of these.")
     if step is not None and step not in steps:
         raise CheckpointError(f"export: --step must be one that has a checkpoint, {', '.join(map(str, steps))}, got {step}.")
     return steps[-1] if step is None else step

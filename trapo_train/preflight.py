@@ -135,13 +135,13 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
             f"output_dir must have room for the trained model and a checkpoint, {_size(exported)} + {_size(checkpoint)}, got "
             f"{_size(free)} free at {place}. Free space, or choose another output_dir."
         )
-    keep, every = config.checkpoint.keep, config.checkpoint.every
+    keep, every = config.checkpoint.keep + config.checkpoint.keep_best, config.checkpoint.every
     coming = min(math.ceil(config.steps / every), keep + 1) if every > 0 else 0  # an old one goes when the new one is whole
     needed = exported + max(1, coming - saved) * checkpoint
     if coming and not last and free < needed:
         return (
             f"output_dir has {_size(free)} free and needs {_size(needed)} for the model and checkpoints of {_size(checkpoint)}: "
-            f"checkpoint.keep={keep} of them, and the one being written. A run that cannot save stops at its last checkpoint."
+            f"{keep} of them by checkpoint.keep, and the one being written. A run that cannot save stops at its last checkpoint."
         )
     return None
 

@@ -75,7 +75,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
 
 def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep, trainer.world)
+    kept = config.checkpoint
+    store = CheckpointStore(output_dir / CHECKPOINT_DIR, kept.keep, trainer.world, keep_best=kept.keep_best)
     note = check_disk(config, trainer.model, store)
     trainer.notes += [note] if note else []
     if config.checkpoint.resume:

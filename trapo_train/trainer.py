@@ -25,7 +25,7 @@ from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
-from trapo_train.evaluate import load_eval_sets
+from trapo_train.evaluate import evaluation_score, load_eval_sets
 from trapo_train.held_out import evaluate_sets
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
@@ -307,7 +307,8 @@ class Trainer:
             "settings": split_settings(self.config)[1],
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
-        return store.save(self.step, state, self.fingerprint, tensors)
+        score = evaluation_score(self.last_evaluation) if self.evaluated_at == self.step else None
+        return store.save(self.step, state, self.fingerprint, tensors, score)
 
     def resume(self, store: CheckpointStore) -> bool:
         """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""

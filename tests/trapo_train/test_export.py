@@ -14,6 +14,7 @@ from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, train_to_end
 from trapo_train import cli
 from trapo_train.checkpoint import CheckpointError
+from trapo_train.display import read_metrics
 from trapo_train.export import export_checkpoint
 from trapo_train.train import run
 
@@ -50,6 +51,25 @@ def test_the_newest_checkpoint_of_a_finished_run_is_its_model_and_an_older_one_i
     assert equal(weights(directory), {name: value.bfloat16() for name, value in weights(finished / "model").items()})
 
 
+def test_the_best_evaluation_is_kept_and_exported(configure, tmp_path):
+    worse = (
+        "optimizer={learning_rate: 0.05, schedule: linear}",
+        "plan.name=sft",
+        "objective.name=sft",
+        "packing.aggregation=token_mean",
+    )
+    often = ("evaluation={every: 1, sample: false}", "checkpoint={every: 1, keep: 1, keep_best: true}", "steps=6")
+    config = configure("best", *EVALUATED, *worse, *often)
+    train_to_end(config)
+    loss = {row["step"]: row["expert_nll"] for row in read_metrics(config.output_dir) if row["kind"] == "eval"}
+    del loss[0]
+    best = min(loss, key=loss.get)
+    steps = [int(path.name[-8:]) for path in sorted(Path(config.output_dir, "checkpoints").iterdir())]
+    assert steps == sorted({best, 6})
+    directory, step, _ = export_checkpoint(config.output_dir, step="best")
+    assert step == best and directory.name == f"model_step_{best}"
+
+
 def test_an_interrupted_run_is_exported_then_evaluated(configure, capsys):
     config = configure("run", *EVALUATED)
     assert run(config, StopAfter(config.output_dir, 3)).interrupted
@@ -67,6 +87,7 @@ def test_an_interrupted_run_is_exported_then_evaluated(configure, capsys):
     ("arguments", "words"),
     [
         (["RUN", "--step", "3"], "--step must be one that has a checkpoint, 2, 4, got 3"),
+        (["RUN", "--step", "best"], "--step best must find an evaluated step among [2, 4], it has none"),
         (["RUN/model"], "must be the output_dir of a run and hold config.yaml"),
         (["RUN", "RUN/checkpoints"], "must be empty or an export of trapo-train"),
     ],
