@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -50,6 +51,9 @@ class CheckpointConfig:
     sampling, a reward, non-finite steps or an export end the run."""
     keep: int = 2
     """Newest checkpoints to keep, at least 1."""
+    keep_best: bool = False
+    """Whether the checkpoint of the best evaluation is kept as well: of the highest mean accuracy of the sets, or the lowest
+    expert_nll without sampling. `every` and evaluation.every must be such that one is a multiple of the other."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir, or start where there is none; false refuses a used output_dir."""
 
@@ -70,12 +74,13 @@ class CheckpointStore:
     Args:
         directory: on a disk that every rank sees.
         keep: newest checkpoints to keep.
+        keep_best: whether to keep that of the highest score as well.
         world: the ranks that save and load together, each its own shards; None for a single process.
     """
 
-    def __init__(self, directory: str | Path, keep: int, world: World | None = None) -> None:
+    def __init__(self, directory: str | Path, keep: int, world: World | None = None, *, keep_best: bool = False) -> None:
         self.directory = Path(directory)
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
         self._ranks = world or World.alone()
 
     def steps(self) -> list[int]:
@@ -93,15 +98,28 @@ class CheckpointStore:
         """Directory of the checkpoint of `step`."""
         return self.directory / f"step_{step:08d}"
 
+    def best(self) -> int | None:
+        """The step of the checkpoint with the highest score, the later of equals; None where none has one."""
+        scores = {step: self._score(step) for step in self.steps()}
+        known = [step for step, score in scores.items() if score is not None]
+        return max(known, key=lambda step: (scores[step], step), default=None)
+
     def save(
-        self, step: int, state: Mapping[str, Any], fingerprint: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        score: float | None = None,
     ) -> Path:
-        """Write a checkpoint, durable on disk when this returns, and drop those older than the newest `keep`. Every rank calls it.
+        """Write a checkpoint, durable on disk when this returns, and drop those older than the newest `keep`, but not the best with
+        `keep_best`. Every rank calls it.
 
         Args:
             state: the first rank's plain Python values and small tensors, in dicts, lists and tuples.
             fingerprint: what a run must have in common with this one to resume it; JSON values.
             tensors: weights and optimizer state by name, no two sharing memory; of sharded ones each rank writes its shards.
+            score: how good the model is, if that is known; higher is better.
 
         Memory: each rank holds its shards on the CPU, once as tensors and once as the bytes of its file.
 
@@ -122,6 +140,7 @@ class CheckpointStore:
                         no_dist=self._ranks.size == 1,
                     )
             manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
+            manifest["score"] = score if score is not None and math.isfinite(score) else None
             self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save turns a full disk into a RuntimeError
             if self._ranks.first:
@@ -160,9 +179,15 @@ class CheckpointStore:
             )
         return steps[-1], torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
 
+    def check(self, step: int) -> None:
+        """Raise CheckpointError for a checkpoint that is damaged; every rank calls it."""
+        damage = self._damage(step)
+        if damage:
+            raise CheckpointError(f"checkpoint: {self.path(step)} is damaged: {damage}. Take another of {self.steps()}.")
+
     def load_tensors(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Overwrite `tensors`, by name, with those of the checkpoint of `step`, which `load` found intact; each rank gives the
-        shards that it holds now. Every rank calls it.
+        """Overwrite `tensors`, by name, with those of the checkpoint of `step`, which `load` or `check` found intact; each rank
+        gives the shards that it holds now. Every rank calls it.
 
         Raises: CheckpointError for a name or a shape that the checkpoint does not have.
         """
@@ -200,8 +225,16 @@ class CheckpointStore:
         _sync_directory(unfinished)
         unfinished.rename(self.path(step))
         _sync_directory(self.directory)
+        best = self.best() if self.keep_best else None
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+            if old != best:
+                shutil.rmtree(self.path(old))
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return json.loads((self.path(step) / MANIFEST_FILE).read_text(encoding="utf-8")).get("score")
+        except (OSError, ValueError, AttributeError):  # a damaged one is no best one
+            return None
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         self._on_every_rank(action if self._ranks.first else lambda: None)

@@ -1,4 +1,4 @@
-"""The command line: `trapo-train run | eval | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
+"""The command line: `trapo-train run | eval | export | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative,
@@ -101,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("recipes", _recipes, common, "List the packaged configurations.")
     add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
+    export = add("export", _export, common, "Write the model of a checkpoint as Hugging Face files, LoRA's adapters added.")
+    export.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, finished or interrupted")
+    export.add_argument("directory", metavar="DIRECTORY", nargs="?", help="where to (RUN_DIR/model_step_N)")
+    export.add_argument("--step", type=_step, metavar="N", help="step of the checkpoint, or best, by its evaluation (the newest)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
     headroom.add_argument("--num-problems", type=int, default=128, help="problems to measure, at least 2 (128)")
     headroom.add_argument("--samples", type=int, default=4, help="responses per problem and prefix, at least 1 (4)")
@@ -126,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--compare", action="store_true", help="also train GRPO and SFT from the same base")
     return parser
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
@@ -161,6 +170,7 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.held_out import responses_file
     from trapo_train.plans import PlanConfig
     from trapo_train.step import ObjectiveConfig
     from trapo_train.tables import evaluation_table
@@ -172,12 +182,31 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
         raise ValueError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
     held_out = next(iter(config.eval_data.values())) if isinstance(config.eval_data, dict) else config.eval_data
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
-    config = replace(config, data=held_out, plan=PlanConfig("grpo"), objective=ObjectiveConfig("dr_grpo"), updates=UpdateConfig())
+    plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
+    nothing = {"plan": PlanConfig(plan), "objective": ObjectiveConfig(objective), "updates": UpdateConfig()}
+    config = replace(config, data=held_out, **nothing)
     trainer = Trainer(config)
-    evaluations = trainer.evaluate()
+    label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
+    evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
+        if config.evaluation.save_samples:
+            _print_paths([responses_file(config.output_dir, name, label) for name in evaluations], console)
     trainer.close()
+    return EXIT_OK
+
+
+def _export(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.export import export_checkpoint
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
+    _quiet_libraries()
+    directory, step, note = export_checkpoint(args.run_dir, args.directory, step=args.step, dtype=args.dtype)
+    console.print(f"step {step}: wrote {directory}", highlight=False, soft_wrap=True)
+    if note is not None:
+        console.print(note, style="dim", highlight=False)
+    console.print(f"trapo-train eval {args.run_dir} model.name_or_path={directory}", style="dim", highlight=False, soft_wrap=True)
     return EXIT_OK
 
 
@@ -186,6 +215,8 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.train import Trainer
 
     config = _load(args)
+    if config.reward is None:
+        raise ValueError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
     trainer = Trainer(config)
     report = measure(trainer, settings)
@@ -214,7 +245,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     color = console.color_system is not None
     if trainer.world.first:
         trains_prefix = any(layer.expert is not None for layer in trainer.objective.layers)
-        shown = render_group(group, trainer.tokenizer, max_tokens=args.max_tokens, color=color, trains_prefix=trains_prefix)
+        view = {"max_tokens": args.max_tokens, "color": color, "trains_prefix": trains_prefix}
+        shown = render_group(group, trainer.tokenizer, **view, judged=trainer.reward is not None)
         console.print(shown)
     trainer.close()
     return EXIT_OK
@@ -283,9 +315,14 @@ def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
     directory = Path(args.config)
     if not (finished_run and directory.is_dir()):
         return load_config(args.config, args.overrides)
-    for name in (CONFIG_FILE, MODEL_DIR):
-        if not (directory / name).exists():
-            raise FileNotFoundError(f"{directory}: the directory of a finished run holds {name}, this one does not.")
+    if not (directory / CONFIG_FILE).exists():
+        raise FileNotFoundError(f"{directory}: the directory of a finished run holds {CONFIG_FILE}, this one does not.")
+    chosen = any(override.startswith("model.name_or_path=") for override in args.overrides)
+    if not (chosen or (directory / MODEL_DIR).exists()):
+        raise FileNotFoundError(
+            f"{directory}: the directory of a finished run holds {MODEL_DIR}, this one does not. Export a checkpoint first, "
+            f"`trapo-train export {directory}`, and add model.name_or_path={directory / MODEL_DIR}_step_N."
+        )
     trained = ["model.scratch=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
     return load_config(directory / CONFIG_FILE, [*trained, *args.overrides])
 

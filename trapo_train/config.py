@@ -42,9 +42,9 @@ class RunConfig:
     eval_data: DataConfig | dict[str, DataConfig] | None = None
     """Held-out problems: one set, or several by name, {aime: {path: aime.parquet}, math: {path: math.parquet}}; null for no
     evaluation."""
-    reward: str | list[RewardTerm]
+    reward: str | list[RewardTerm] | None = None
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
-    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]."""
+    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]. Null where no response is sampled: SFT."""
     seed: int = 0
     """Seed of everything random in the run, at least 0; data sections have their own for generated problems."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -79,7 +79,7 @@ class RunConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}.")
         for name in ("output_dir", "reward"):
-            if not getattr(self, name):
+            if getattr(self, name) in ("", []):
                 raise ValueError(f"{name} must not be empty.")
         if self.updates.mini_batches > self.prompts_per_step:
             raise ValueError(
@@ -98,10 +98,22 @@ class RunConfig:
                 "model.lora.dropout must be 0 with several updates per rollout step or updates.correction, got "
                 f"{dropout:g}: ratios would compare different random masks. Set model.lora.dropout=0."
             )
+        if self.checkpoint.keep_best:
+            self._check_keep_best()
         names = list(self.eval_data) if isinstance(self.eval_data, dict) else []
         if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
             raise ValueError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
         self.evaluation.check_names(names)
+
+    def _check_keep_best(self) -> None:
+        saved, evaluated = self.checkpoint.every, self.evaluation.every
+        if self.eval_data is None or not (saved and evaluated) or max(saved, evaluated) % min(saved, evaluated):
+            given = "no eval_data" if self.eval_data is None else "eval_data"
+            raise ValueError(
+                "checkpoint.keep_best needs eval_data, and checkpoint.every and evaluation.every above 0, one a multiple of the "
+                f"other, so that evaluated steps are saved, got {given}, {saved} and {evaluated}. Set them so, or "
+                "checkpoint.keep_best=false."
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASKS = ("pointer_chasing",)
-PRESETS = {"luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"}}
+PRESETS = {
+    "luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"},
+    "messages": {"prompt_column": "messages", "expert_column": "messages"},
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class DataConfig:
     data: {path: train.jsonl}                                   # text in the columns prompt and solution, and expert if it has one
     data: {path: "runs/*.parquet", expert_column: null}         # no expert traces: every rollout starts from the prompt
     data: {path: Elliott/Openr1-Math-46k-8192, preset: luffy, response_start: "<think>\\n"}
+    data: {path: chats.jsonl, preset: messages}                 # conversations, whose last turn is the expert trace
     data: {path: org/set, split: "train[:1000]", prompt_column: question, solution_column: answer, expert_column: traces,
            system_prompt: "Put the answer in \\\\boxed{}.", on_long_prompt: drop, on_rejected_expert: drop}
 
@@ -44,11 +48,13 @@ class DataConfig:
     """The configuration of the Hugging Face dataset, if it has several."""
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
-    preset: Literal["luffy"] | None = None
+    preset: Literal["luffy", "messages"] | None = None
     """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth) and the
-    evaluation sets beside it. A column that is set to another name than its default stays."""
+    evaluation sets beside it; messages for conversations, a list of {role, content} under messages, where solution may be missing.
+    A column that is set to another name than its default stays."""
     prompt_column: str = "prompt"
-    """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth."""
+    """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth. The same as
+    expert_column for conversations: the last assistant turn is the expert trace, what comes before it the prompt."""
     solution_column: str | None = "solution"
     """Column with the true answer that the reward compares with; null if the dataset has none."""
     expert_column: str | None = "expert"

@@ -352,7 +352,7 @@ def _written(column: Column, metrics: dict[str, Any]) -> str:
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """`accuracy 0.450 ± 0.031  pass@8 0.600  depth 3 0.470  depth 6 0.430` from an evaluation's metrics; of pass@k the last."""
+    """`accuracy 0.450 ± 0.031  pass@8 0.600  depth 3 0.470  expert nll 0.9120` from an evaluation's metrics; of pass@k the last."""
     parts, pass_at = [], [key for key, value in row.items() if key.startswith("pass@") and value is not None]
     for key, value in row.items():
         name, _, group = key.partition("/")
@@ -362,4 +362,6 @@ def evaluation_line(row: dict[str, Any]) -> str:
             parts.append(f"{group.replace('_', ' ') or 'accuracy'} {value:.3f}{spread}")
             if not group and pass_at:
                 parts.append(f"{pass_at[-1]} {row[pass_at[-1]]:.3f}")
+    if row.get("expert_nll") is not None:
+        parts.append(f"expert nll {row['expert_nll']:.4f}")
     return "  ".join(parts) or "no accuracy reported"

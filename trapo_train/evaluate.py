@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +13,10 @@ from trapo_train.data import DataConfig, load_problems
 from trapo_train.engine import Engine
 from trapo_train.judging import judge_samples
 from trapo_train.parallel import World, interleave
-from trapo_train.records import Problem, Request
+from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
+from trapo_train.samples import sample_record, write_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,10 @@ class EvalConfig:
     responses_per_call: int = 256
     """Most responses that one engine call samples, at least 1, or those of one problem where these are more. Ranks share the calls,
     which are smaller where some would have none. What a response draws depends neither on the call nor on the rank."""
+    sample: bool = True
+    """Whether responses are sampled and judged; false reports expert_nll alone, of sets with expert traces, and needs no reward."""
+    save_samples: bool = False
+    """Whether each evaluation writes its responses to output_dir/samples, as JSON lines with the whole texts."""
     seed: int = 0
     """Seed of the samples, the same at every evaluation, so that checkpoints are compared on equal draws."""
 
@@ -63,6 +69,8 @@ class EvalConfig:
                 f"samples_per_prompt must be 1 at temperature 0, got {samples}: greedy samples are "
                 "all the same. Set temperature above 0, or samples_per_prompt to 1."
             )
+        if self.save_samples and not self.sample:
+            raise ValueError("save_samples must be false where sample is false: there are none. Set save_samples=false.")
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError unless `samples_per_prompt` is one number or names exactly these sets."""
@@ -89,6 +97,8 @@ class EvalSet:
     """Responses of each problem; 1 if greedy, however often it is repeated."""
     groups: dict[str, list[int]]
     """Positions in `rows` by value of the column group_by, named like depth_3; empty where the set has no such column."""
+    members: tuple[int, ...] = ()
+    """Every row of these problems, repetitions included: they may differ in their expert traces."""
 
     @classmethod
     def of(cls, problems: Sequence[Problem], config: EvalConfig, name: str = UNNAMED) -> EvalSet:
@@ -96,6 +106,7 @@ class EvalSet:
         rows: dict[Any, int] = {}
         repeats: dict[Any, int] = {}
         values: list[Any] = []
+        members: list[int] = []
         for row, problem in enumerate(problems):
             answer = problem.solution if problem.solution is not None else repr(problem.columns)  # then the columns hold it
             key = (problem.prompt_ids, answer)
@@ -104,11 +115,13 @@ class EvalSet:
                 values.append(problem.columns.get(config.group_by))
             if key in rows:
                 repeats[key] += 1
+                members.append(row)
         grouped = bool(problems) and config.group_by in problems[0].columns
         each = config.samples_per_prompt
         each = each[name] if isinstance(each, dict) else each
         samples = [1 if config.temperature == 0 else each * count for count in repeats.values()]
-        return cls(problems, tuple(rows.values()), tuple(samples), _group(values, config.group_by) if grouped else {})
+        groups = _group(values, config.group_by) if grouped else {}
+        return cls(problems, tuple(rows.values()), tuple(samples), groups, tuple(members))
 
     @property
     def most_samples(self) -> int:
@@ -121,13 +134,19 @@ def load_eval_sets(
 ) -> dict[str, EvalSet]:
     """The configured sets by name; one without a name is called UNNAMED.
 
-    Raises: ValueError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, or a
-        column group_by that no set has.
+    Raises: ValueError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, a
+        column group_by that no set has, or a set that has nothing to report.
     """
     named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
     sets = {name: EvalSet.of(load_problems(entry, tokenizer, None), config, name) for name, entry in named.items()}
     if not sets:
         return sets
+    for name, entry in sets.items():
+        if not config.sample and not any(entry.problems[row].experts for row in entry.members):
+            raise ValueError(
+                f"evaluation.sample=false reports the loss of expert traces alone, and {name or 'eval_data'} has none. Set its "
+                "expert_column to the column that holds them, or evaluation.sample=true."
+            )
     most = max(entry.most_samples for entry in sets.values())
     if max(config.pass_at or [1]) > most:
         raise ValueError(
@@ -147,6 +166,7 @@ class _Response(NamedTuple):
     reward: float
     num_tokens: int
     finished: bool
+    record: dict[str, Any] | None = None
 
 
 class _Answers(NamedTuple):
@@ -164,6 +184,7 @@ def evaluate(
     config: EvalConfig,
     rollout: RolloutConfig,
     world: World | None = None,
+    save_to: Path | None = None,
 ) -> dict[str, float]:
     """Sample every problem without a prefix and return what share of the responses is correct.
 
@@ -174,6 +195,7 @@ def evaluate(
     Args:
         rollout: its max_response_tokens, top_p, top_k and correct_at; the temperature is the evaluation's own.
         world: the ranks that call this together; None for a single process.
+        save_to: where the first rank writes all responses (see `samples.sample_record`), with config.save_samples; None: nowhere.
 
     Returns:
         "accuracy" (mean over problems of the share of correct responses, avg@k) and "accuracy_stderr" (its standard error
@@ -194,6 +216,8 @@ def evaluate(
     found: list[_Answers] = interleave(world.gather_or_raise(mine, error))
     problems = [problem for answers in found for problem in answers.problems]
     responses = [response for problem in problems for response in problem]
+    if config.save_samples and save_to is not None and world.first:
+        write_lines(save_to, (response.record for response in responses))
     sizes = [sum(map(len, answers.problems)) for answers in found]
     return _accuracies(eval_set, problems, config, rollout.correct_at) | {
         "reward/mean": fmean(response.reward for response in responses),
@@ -234,7 +258,14 @@ def _answers(
     before = sum(eval_set.samples[: positions[0]])
     complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed, first_key=before)
     none_count = judge_samples(samples, reward, tokenizer, rollout)
-    found = [[_Response(s.reward, len(s.completion_ids), s.finish_reason == "stop") for s in group] for group in drafts]
+
+    def response(sample: Sample) -> _Response:
+        record = None
+        if config.save_samples:
+            record = {**sample_record(sample, tokenizer), "correct": sample.reward >= rollout.correct_at}
+        return _Response(sample.reward, len(sample.completion_ids), sample.finish_reason == "stop", record)
+
+    found = [[response(sample) for sample in group] for group in drafts]
     # Taken, or they would show up in the next training step.
     return _Answers(found, {"reward/none_count": float(none_count), **take_metrics(reward)})
 
@@ -254,6 +285,16 @@ def _accuracies(
         metrics[f"accuracy/{name}"] = fmean(group_rates)
         metrics[f"accuracy_stderr/{name}"] = standard_error(group_rates)
     return metrics
+
+
+def evaluation_score(evaluations: Mapping[str, Mapping[str, float]]) -> float | None:
+    """How good a model is by its evaluations, higher is better: the mean accuracy of the sets, or minus their mean expert_nll where
+    nothing was sampled; None without either."""
+    for name, sign in (("accuracy", 1.0), ("expert_nll", -1.0)):
+        values = [metrics[name] for metrics in evaluations.values() if name in metrics]
+        if values:
+            return sign * fmean(values)
+    return None
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

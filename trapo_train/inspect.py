@@ -25,13 +25,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class View:
-    """What every part of a rendering needs: the tokenizer, the longest segment shown in full, colour or not, and whether the
-    objective trains on expert tokens."""
+    """What every part of a rendering needs: the tokenizer, the longest segment shown in full, colour or not, whether the
+    objective trains on expert tokens, and whether there is a reward."""
 
     tokenizer: Any
     max_tokens: int
     color: bool
     trains_prefix: bool
+    judged: bool
 
 
 PREFIX_WITH_LOSS = Segment("expert prefix in the loss", "black on #f0b94d", "⟦", "⟧")
@@ -80,10 +81,11 @@ def _header(number: int, sample: Sample, show: View) -> Text:
     line = Text.assemble(
         (f"sample {number}", "bold"),
         f"  micro-group {sample.micro_group}  prefix {100 * sample.prefix_ratio:>3.0f} % ({prefix} tokens{weight})",
-        f"  completion {completion} tokens, {sample.finish_reason}  ",
-        (f"reward {sample.reward:g}", "bold green" if sample.reward > 0 else "bold red"),
-        (f"  advantage {sample.advantage:+.3f}", "bold"),
+        f"  completion {completion} tokens, {sample.finish_reason}",
     )
+    if show.judged:
+        line.append(f"  reward {sample.reward:g}", style="bold green" if sample.reward > 0 else "bold red")
+        line.append(f"  advantage {sample.advantage:+.3f}", style="bold")
     if sample.answer_in_prefix:
         line.append("  answer in prefix", style="bold magenta")
     return line
@@ -109,7 +111,13 @@ def _render_sample(number: int, sample: Sample, show: View) -> Group:
 
 
 def render_group(
-    samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int = 240, color: bool = True, trains_prefix: bool = True
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    max_tokens: int = 240,
+    color: bool = True,
+    trains_prefix: bool = True,
+    judged: bool = True,
 ) -> RenderableType:
     """The samples of one problem, each with a line of facts and its response token by token, as rich prints them.
 
@@ -119,6 +127,7 @@ def render_group(
         max_tokens: longest prefix and completion shown in full, in tokens; the middle of a longer one is left out.
         color: False marks the segments with brackets instead, for a terminal without colour.
         trains_prefix: False for an objective without a term on expert tokens: no prefix is in its loss.
+        judged: False where there is no reward.
 
     Raises ValueError for an empty group, samples of different problems, or max_tokens below 1.
     """
@@ -130,7 +139,7 @@ def render_group(
         )
     if max_tokens < 1:
         raise ValueError(f"render_group: max_tokens must be at least 1, got {max_tokens}. Leave it out for 240.")
-    show = View(tokenizer, max_tokens, color, trains_prefix)
+    show = View(tokenizer, max_tokens, color, trains_prefix, judged)
     problem = samples[0].problem
     prompt = Text(f"problem {problem.index}", style="bold")
     facts = Text()

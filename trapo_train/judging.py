@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trapo_train.prefix import answer_in_prefix
 from trapo_train.records import Sample
-from trapo_train.rewards import RewardFn, WeightedSum, judge, may_overlap
+from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap
 
 if TYPE_CHECKING:
     from trapo_train.rollout import RolloutConfig
@@ -105,7 +105,8 @@ def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> 
 
 def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any) -> int:
     for sample, value in zip(samples, values, strict=True):
-        sample.reward = 0.0 if value is None else value
+        sample.reward = 0.0 if value is None else float(value)
+        sample.rewards = value.parts if isinstance(value, Total) else {}
         if sample.guided:
             prefix_text = _decode(tokenizer, sample.prefix_ids)
             sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)

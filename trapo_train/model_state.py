@@ -39,8 +39,7 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
 
     Frozen weights, those beside LoRA's adapters, are where the model came from. A tied weight has one name.
     """
-    weights, names = get_model_state_dict(model, options=_TRAINED), _names(model)
-    tensors = {f"model.{name}": value for name, value in weights.items() if name in names}
+    tensors = _trained_weights(model)
     values: dict[str, Any] = {}
     if optimizer.state:  # before the first step there is none, and asking for it would take one
         for name, entries in get_optimizer_state_dict(model, optimizer)["state"].items():
@@ -49,6 +48,11 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
                 home[f"optimizer.{name}.{key}"] = value
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state)}
+
+
+def _trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    weights, names = get_model_state_dict(model, options=_TRAINED), _names(model)
+    return {f"model.{name}": value for name, value in weights.items() if name in names}
 
 
 def _names(model: PreTrainedModel) -> set[str]:
@@ -75,6 +79,14 @@ def load_training_state(
         set_optimizer_state_dict(model, optimizer, nested)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update(saved)
+
+
+def load_trained_weights(model: PreTrainedModel, store: CheckpointStore, step: int) -> None:
+    """Put the weights of the checkpoint of `step` into a model.
+
+    Raises: CheckpointError for a checkpoint of another model.
+    """
+    store.load_tensors(step, _trained_weights(model))
 
 
 def has_finite_weights(model: PreTrainedModel, world: World) -> bool:

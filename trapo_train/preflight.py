@@ -21,7 +21,7 @@ from trapo_train.step import OptimizerConfig, build_optimizer
 
 
 def check_objective(config: RunConfig, objective: Objective) -> None:
-    """Raise ValueError for an objective that the samples of the configured plan cannot train."""
+    """Raise ValueError for an objective that the samples of the configured plan cannot train, and for a reward that is missing."""
     plan = config.plan
     if objective.rollout is None and not plan.guides:
         raise ValueError(
@@ -47,6 +47,26 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         )
     if plan.guides:
         check_expert_streams(objective)
+    if config.reward is None:
+        _check_nothing_is_judged(config, objective)
+
+
+def _check_nothing_is_judged(config: RunConfig, objective: Objective) -> None:
+    plan, remedy = config.plan, ""
+    if plan.largest_request:
+        reader = f"plan {plan.name} samples responses"
+    elif objective.rollout is not None:
+        reader = f"objective {objective.name} trains on rollouts too, which plan {plan.name} draws for problems without a trace"
+    elif config.data.on_rejected_expert == "drop":
+        reader, remedy = "data.on_rejected_expert=drop asks it about traces", ", or data.on_rejected_expert=keep"
+    elif config.eval_data is not None and config.evaluation.sample:
+        reader, remedy = "evaluations sample responses", ", or evaluation.sample=false to report the loss of expert traces alone"
+    else:
+        return
+    raise ValueError(
+        f"reward must be set where responses are judged, got null: {reader}. Set reward=math_verify, exact_match or "
+        f"my_rewards:my_reward{remedy}."
+    )
 
 
 _MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -115,13 +135,13 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
             f"output_dir must have room for the trained model and a checkpoint, {_size(exported)} + {_size(checkpoint)}, got "
             f"{_size(free)} free at {place}. Free space, or choose another output_dir."
         )
-    keep, every = config.checkpoint.keep, config.checkpoint.every
+    keep, every = config.checkpoint.keep + config.checkpoint.keep_best, config.checkpoint.every
     coming = min(math.ceil(config.steps / every), keep + 1) if every > 0 else 0  # an old one goes when the new one is whole
     needed = exported + max(1, coming - saved) * checkpoint
     if coming and not last and free < needed:
         return (
             f"output_dir has {_size(free)} free and needs {_size(needed)} for the model and checkpoints of {_size(checkpoint)}: "
-            f"checkpoint.keep={keep} of them, and the one being written. A run that cannot save stops at its last checkpoint."
+            f"{keep} of them by checkpoint.keep, and the one being written. A run that cannot save stops at its last checkpoint."
         )
     return None
 

@@ -18,6 +18,7 @@ from trapo_train.rows import (
     load_rows,
     prompt_text,
     solution_text,
+    split_conversation,
     trace_texts,
     wants_chat,
     with_think_tags,
@@ -107,6 +108,9 @@ class RowReader:
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
         self._has_experts = _has(columns, config.expert_column)
+        self._has_solutions = config.solution_column is not None and (
+            config.preset != "messages" or _has(columns, config.solution_column)
+        )
         self._further = _further_columns(config, columns, self.where)
 
     def chunks(self) -> Iterator[list[Problem | None]]:
@@ -125,7 +129,7 @@ class RowReader:
 
     def _read(self, index: int, row: dict[str, Any]) -> tuple[Problem | None, list[str]]:
         config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, row {index}"
-        value = cell(row, config.prompt_column, at)
+        value, expert = self._cells(row, at)
         prompt = prompt_text(value, config, tokenizer, at) + config.response_start
         with _encoding(f"{at}: the prompt"):
             prompt_ids, twice = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
@@ -142,15 +146,22 @@ class RowReader:
                 "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
             )
         solution = None
-        if config.solution_column is not None:
+        if self._has_solutions:
             solution = solution_text(cell(row, config.solution_column, at), at)
         traces: list[str] = []
-        if self._has_experts:
-            for text in trace_texts(cell(row, config.expert_column, at), at):
-                text = with_think_tags(text, config.think_tags, prompt, at)
-                traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
+        for text in trace_texts(expert, at):
+            text = with_think_tags(text, config.think_tags, prompt, at)
+            traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
         columns = {column: row[column] for column in self._further}
         return Problem(index, prompt, prompt_ids, solution, columns=columns), traces
+
+    def _cells(self, row: dict[str, Any], at: str) -> tuple[Any, Any]:
+        """Prompt and expert traces of a row as they stand in its columns; no traces where there is no column of them."""
+        config = self._config
+        value = cell(row, config.prompt_column, at)
+        if config.prompt_column == config.expert_column:
+            return split_conversation(value, at)
+        return value, cell(row, config.expert_column, at) if self._has_experts else None
 
     def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
         """Tokenise traces, each given with the row that it is from."""
@@ -190,9 +201,12 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
     named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}
     for name, column in named.items():
         optional = name == "expert_column" and config.expert_column_is_default
+        optional = optional or (name, column, config.preset) == ("solution_column", "solution", "messages")
         if column is not None and not optional and not _has(columns, column):
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
+            if column == "prompt" and "messages" in columns:
+                hint = " For conversations set preset: messages."
             remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
             raise ValueError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy}")
     further = [column for column in columns if column not in named.values()]

@@ -60,6 +60,7 @@ class Sample:
 
     `micro_group` counts from 1. `prefix_weight` is the share of the TrSFT loss that this copy of the prefix carries: 1/k for
     each of k samples of one problem that share a prefix. `finish_reason` is the engine's, or "expert" for a full expert trace.
+    `rewards` are the parts of a weighted sum by name, unweighted, None for no opinion; empty for a single reward.
     """
 
     problem: Problem
@@ -73,6 +74,7 @@ class Sample:
     reward: float = 0.0
     advantage: float = 0.0
     answer_in_prefix: bool = False
+    rewards: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def guided(self) -> bool:

@@ -72,8 +72,8 @@ class RewardError(RuntimeError):
     """A reward function raised, or returned something that is not one finite number (or None) per row."""
 
 
-def judge(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
-    """Call the reward and check what it returns: one finite number per row, None for no opinion.
+def judge(reward: RewardFn | WeightedSum | None, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+    """Call the reward and check what it returns: one finite number per row, None for no opinion. No reward has none on any row.
 
     Raises:
         RewardError: naming the reward and the row, if it raises, returns another number of rows, or returns NaN,
@@ -81,8 +81,8 @@ def judge(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Se
     """
     if len(problems) != len(texts):
         raise ValueError(f"judge: texts must hold one text per problem = {len(problems)}, got {len(texts)}.")
-    if not texts:
-        return []
+    if not texts or reward is None:
+        return [None] * len(texts)
     if isinstance(reward, WeightedSum):
         return reward.judge(problems, texts)
     try:
@@ -97,12 +97,14 @@ def judge(reward: RewardFn | WeightedSum, problems: Sequence[Problem], texts: Se
     return [_check_value(value, name, problem) for value, problem in zip(values, problems, strict=True)]
 
 
-def load_reward(name: str | Sequence[RewardTerm]) -> RewardFn | WeightedSum:
+def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedSum | None:
     """Return a reward by name ("exact_match", "math_verify", "pointer_chasing") or by path ("package.module:function"), or the
-    weighted sum of several.
+    weighted sum of several; None for None.
 
     A module is looked for as `import` does, and in the working directory.
     """
+    if name is None:
+        return None
     if not isinstance(name, str):
         return _load_sum(name)
     if name in REWARDS:
@@ -153,6 +155,17 @@ class Mean(float):
         return float(self), self.count
 
 
+class Total(float):
+    """A weighted sum that knows its parts by name, unweighted; None for no opinion."""
+
+    parts: dict[str, float | None]
+
+    def __new__(cls, value: float, parts: dict[str, float | None]) -> Total:
+        total = super().__new__(cls, value)
+        total.parts = parts
+        return total
+
+
 class WeightedSum:
     """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 
@@ -165,15 +178,17 @@ class WeightedSum:
         self._values: dict[str, list[float]] = {}
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
-        """As `judge`, each reward checked on its own."""
+        """As `judge`, each reward checked on its own; what it returns besides None are `Total`s."""
         totals: list[float | None] = [None] * len(texts)
+        parts: list[dict[str, float | None]] = [{} for _ in texts]
         for name, reward, weight in self.terms:
             opinions = judge(reward, problems, texts)
             for i, opinion in enumerate(opinions):
+                parts[i][name] = opinion
                 if opinion is not None:
                     totals[i] = (totals[i] or 0.0) + weight * opinion
                     self._values.setdefault(name, []).append(opinion)
-        return totals
+        return [total if total is None else Total(total, found) for total, found in zip(totals, parts, strict=True)]
 
     def take_metrics(self) -> dict[str, float]:
         """The mean of each reward since this was last asked, and the counts of the rewards themselves, summed."""
@@ -189,6 +204,11 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
     """What a reward counted besides its values since this was last asked; nothing for a plain function."""
     found = reward.take_metrics() if hasattr(reward, "take_metrics") else {}
     return {name: value if isinstance(value, Mean) else float(value) for name, value in found.items()}
+
+
+def without_rewards(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics that say something where there is no reward."""
+    return {name: value for name, value in metrics.items() if not name.startswith("reward/") and name != "time/reward_s"}
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:

@@ -15,7 +15,7 @@ from trapo_train.parallel import interleave
 from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import cut_prefix
 from trapo_train.records import Completion, Problem, Request, Sample
-from trapo_train.rewards import RewardError, RewardFn, merge_metrics, take_metrics
+from trapo_train.rewards import RewardError, RewardFn, merge_metrics, take_metrics, without_rewards
 from trapo_train.vllm_engine import VllmConfig
 from trapo_train.vllm_server import VllmServerConfig
 
@@ -161,7 +161,7 @@ class _Ascent:
 
 
 def run_plans(
-    problems: Sequence[Problem], plan: Plan, engine: Engine, reward: RewardFn, tokenizer: Any, config: RolloutConfig
+    problems: Sequence[Problem], plan: Plan, engine: Engine, reward: RewardFn | None, tokenizer: Any, config: RolloutConfig
 ) -> RolloutResult:
     """Run the plan of each problem to its end and return its samples, with rewards; those that the plan drops only count in
     the metrics.
@@ -173,6 +173,8 @@ def run_plans(
     prompts would join, and only then, all that are under way: what is generated together then follows from the samples alone,
     however long a reward takes, so that an interrupted run resumes to the same bits. With vLLM a plan goes on as soon as its own
     rewards are there. Asynchronous rewards and those in workers run beside the generation (see `Judging`).
+
+    Without a reward every sample has reward 0, and no metric speaks of rewards.
 
     The metrics say what it took: "rollout/tokens_per_s" (generated tokens over the whole time), "rollout/rows_in_flight" (mean over
     the engine's steps, or over time for a server), "rollout/engine_steps" where the engine is in this process, and "time/reward_s",
@@ -199,6 +201,7 @@ def run_plans(
     measured["rollout/tokens_per_s"] = generated / (time.perf_counter() - started)
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
     metrics = _metrics(sampled) | measured | take_metrics(reward)
+    metrics = without_rewards(metrics) if reward is None else metrics
     return RolloutResult([climb.kept for climb in climbs], metrics, sampled, deferred)
 
 
@@ -206,7 +209,8 @@ def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     """The results of all ranks as one, problems in the order that one process would have them in."""
     sampled = interleave([part.sampled for part in parts])
     # What the samples do not tell: counts and speeds add up, all else is averaged over the ranks.
-    metrics = _metrics(sampled)
+    judged = any("reward/none_count" in part.metrics for part in parts)
+    metrics = _metrics(sampled) if judged else without_rewards(_metrics(sampled))
     metrics |= merge_metrics([{name: value for name, value in part.metrics.items() if name not in metrics} for part in parts])
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
     deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)

@@ -65,7 +65,8 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     if messages[-1]["role"] == "assistant":
         raise ValueError(
             f"{where}: a chat prompt must end with what the model is to answer, got an assistant message at its end. Leave the "
-            "answer out of the prompt; expert_column is the place for it."
+            "answer out of the prompt; expert_column is the place for it, or the same column for conversations (preset: "
+            "messages)."
         )
     if config.system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
@@ -79,6 +80,24 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         raise ValueError(f"{where}: the chat template refused the prompt: {error}") from error
+
+
+def split_conversation(value: Any, where: str) -> tuple[list[dict[str, str]], str | None]:
+    """Return the prompt of a conversation, all before its last message, and that message's text, which is the expert trace; None
+    where another role than assistant speaks last, and all of it is the prompt."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{where}: a conversation must be a non-empty list of messages with role and content, got {_shown(value)}."
+        )
+    messages = _messages(value, f"{where}: a conversation")
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    if len(messages) == 1:
+        raise ValueError(
+            f"{where}: a conversation must have a message before the last, which is answered, got an assistant message alone. "
+            "Remove the row."
+        )
+    return messages[:-1], messages[-1]["content"]
 
 
 def wants_chat(prompt: Any, config: DataConfig) -> bool:

@@ -1,36 +1,86 @@
-"""The samples of a step as a Markdown file: one table per problem, a row per sample, micro-group by micro-group."""
+"""The samples of a step or an evaluation as files: a Markdown table per problem to look at, JSON lines with the whole texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trapo_train.records import Sample
 
 SAMPLES_DIR = "samples"
-_LONGEST = 400  # characters of a text that are shown
+_LONGEST = 400  # characters of a text that the table shows
 
 
-def write_samples(groups: Sequence[Sequence[Sample]], tokenizer: Any, output_dir: str | Path, step: int) -> Path:
-    """Write the samples of `step` under `output_dir` and return the file."""
+def write_samples(
+    groups: Sequence[Sequence[Sample]], tokenizer: Any, output_dir: str | Path, step: int, *, judged: bool = True
+) -> Path:
+    """Write the samples of `step` under `output_dir`, each file whole or not at all; returns the table, beside which are the lines
+    (see `sample_record`). A step that a resumed run takes again replaces its files. `judged`: whether there is a reward."""
     path = Path(output_dir) / SAMPLES_DIR / f"step_{step:08d}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f"# Samples of step {step}\n" + "".join(_table(group, tokenizer) for group in groups if group), encoding="utf-8"
+    table = f"# Samples of step {step}\n" + "".join(_table(group, tokenizer, judged) for group in groups if group)
+    _write(path, table)
+    write_lines(
+        path.with_suffix(".jsonl"),
+        ({"step": step, **sample_record(sample, tokenizer, judged=judged)} for group in groups for sample in group),
     )
     return path
 
 
-def _table(group: Sequence[Sample], tokenizer: Any) -> str:
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line, the whole file or none."""
+    _write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def sample_record(sample: Sample, tokenizer: Any, *, judged: bool = True) -> dict[str, Any]:
+    """Everything about a sample as JSON values. Texts are whole, special tokens included; `reward` is null where nothing is judged,
+    `rewards` holds those of a sum by name, null for no opinion; `logprob_mean` is the completion's as sampled, nats per token."""
+    completion, logprobs = sample.completion_ids, sample.completion_logprobs
+    logprob = math.fsum(logprobs) / len(logprobs) if logprobs else math.nan
+    return {
+        "problem": sample.problem.index,
+        "prompt": sample.problem.prompt,
+        "solution": sample.problem.solution,
+        "micro_group": sample.micro_group,
+        "prefix_ratio": sample.prefix_ratio,
+        "prefix_weight": sample.prefix_weight,
+        "prefix": _text(sample.prefix_ids, tokenizer),
+        "prefix_tokens": len(sample.prefix_ids),
+        "completion": _text(completion, tokenizer),
+        "completion_tokens": len(completion),
+        "finish_reason": sample.finish_reason,
+        "reward": sample.reward if judged else None,
+        "rewards": dict(sample.rewards),
+        "advantage": sample.advantage,
+        "answer_in_prefix": sample.answer_in_prefix,
+        "logprob_mean": logprob if math.isfinite(logprob) else None,
+    }
+
+
+def _text(token_ids: Sequence[int], tokenizer: Any) -> str:
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished_{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _table(group: Sequence[Sample], tokenizer: Any, judged: bool) -> str:
     problem = group[0].problem
     lines = [f"\n## Problem {problem.index}\n", f"{_shown(problem.prompt)}\n", f"Solution: {_shown(str(problem.solution))}\n"]
     lines += ["| micro-group | prefix | reward | advantage | tokens | ends by | completion |", "|---|---|---|---|---|---|---|"]
     for sample in sorted(group, key=lambda sample: sample.micro_group):
         # With special tokens, which show what a completion ended with, or went past.
-        text = tokenizer.decode(list(sample.completion_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = _text(sample.completion_ids, tokenizer)
+        reward = f"{sample.reward:g}" if judged else "–"
         lines.append(
-            f"| {sample.micro_group} | {len(sample.prefix_ids)} tokens, {sample.prefix_ratio:.2f} | {sample.reward:g} | "
+            f"| {sample.micro_group} | {len(sample.prefix_ids)} tokens, {sample.prefix_ratio:.2f} | {reward} | "
             f"{sample.advantage:+.3f} | {len(sample.completion_ids)} | {sample.finish_reason} | {_shown(text)} |"
         )
     return "\n".join(lines) + "\n"

@@ -19,32 +19,37 @@ if TYPE_CHECKING:
 
 
 def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
-    """Accuracy of each set and group, with several sets their mean too; below it a line per set with pass@k and the rest.
+    """Accuracy of each set and group, with several sets their mean too; below it a line per set with pass@k and the rest, which is
+    all where nothing was sampled.
 
     Args:
         evaluations: what `evaluate` returned, by the name of the set; the name of a single one may be empty.
     """
+    if not all("accuracy" in row for row in evaluations.values()):
+        return Group(*(_line(name, row) for name, row in evaluations.items()))
     table = Table(title="held-out accuracy", title_justify="left")
     table.add_column("set", no_wrap=True)
     for heading in ("problems", "samples", "accuracy", "± standard error"):
         table.add_column(heading, justify="right")
-    lines = []
     for name, row in evaluations.items():
         counts = f"{row['num_problems']:.0f}", f"{row['samples_per_problem']:g}"
         table.add_row(name or "all", *counts, f"{row['accuracy']:.3f}", _error(row["accuracy_stderr"]), style="bold")
-        rest = [name] if name else []
         for key, value in row.items():
             kind, _, group = key.partition("/")
             if kind == "accuracy" and group:
                 label = f"{name} {group}".strip().replace("_", " ")
                 table.add_row(label, "", "", f"{value:.3f}", _error(row[f"accuracy_stderr/{group}"]))
-            elif not kind.startswith("accuracy") and key not in ("num_problems", "samples_per_problem"):
-                rest.append(f"{key} {value:.4g}")
-        lines.append(Text("  ".join(rest)))
     if len(evaluations) > 1:
         mean = fmean(row["accuracy"] for row in evaluations.values())
         table.add_row("mean of the sets", "", "", f"{mean:.3f}", style="bold")
-    return Group(table, *lines)
+    return Group(table, *(_line(name, row) for name, row in evaluations.items()))
+
+
+def _line(name: str, row: Mapping[str, Any]) -> Text:
+    """What the table does not show of a set."""
+    tabled = ("num_problems", "samples_per_problem")
+    rest = [f"{key} {value:.4g}" for key, value in row.items() if not key.startswith("accuracy") and key not in tabled]
+    return Text("  ".join([name, *rest] if name else rest))
 
 
 def _error(value: float) -> str:

@@ -27,7 +27,7 @@ class TrackingConfig:
     name: str | None = None
     """Name of the run; null for the last part of output_dir."""
     samples_every: int = 0
-    """Steps between tables of samples in output_dir/samples, at least 0; 0 writes none."""
+    """Steps between samples in output_dir/samples, a table and JSON lines with the whole texts, at least 0; 0 writes none."""
 
     def __post_init__(self) -> None:
         for tracker in self.to:

@@ -81,7 +81,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
 
 def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    store = CheckpointStore(output_dir / CHECKPOINT_DIR, config.checkpoint.keep, trainer.world)
+    kept = config.checkpoint
+    store = CheckpointStore(output_dir / CHECKPOINT_DIR, kept.keep, trainer.world, keep_best=kept.keep_best)
     note = check_disk(config, trainer.model, store)
     trainer.notes += [note] if note else []
     if config.checkpoint.resume:
@@ -194,7 +195,8 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         _remark(metrics, trainer, reporter, told)
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
-            write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
+            judged = trainer.reward is not None
+            write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step, judged=judged)
         try:
             trainer.stop_if_broken(metrics, reporter)
         except NonFiniteError:  # nothing was taken from the updates that were skipped
@@ -209,7 +211,7 @@ def _remark(metrics: dict[str, Any], trainer: Trainer, reporter: Reporter, told:
     if "finished_share" not in metrics:  # nothing was generated
         return
     found = {}
-    if metrics["reward/none_count"] >= metrics["num_samples"]:
+    if metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
         found["reward"] = "the reward had no opinion (None) on any sample, and each counts as 0"
     if metrics["finished_share"] == 0:
         longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
@@ -234,10 +236,16 @@ def _check_output_dir(config: RunConfig) -> None:
             f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
         )
     metrics, checkpoints = Path(config.output_dir) / METRICS_FILE, Path(config.output_dir) / CHECKPOINT_DIR
-    used = CheckpointStore(checkpoints, config.checkpoint.keep).steps() or (metrics.exists() and metrics.stat().st_size > 0)
+    saved = CheckpointStore(checkpoints, config.checkpoint.keep).steps()
+    used = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir {config.output_dir} already holds a run. Continue it with checkpoint.resume=true, delete it, or "
             "choose another output_dir."
+        )
+    if saved and saved[-1] > config.steps:
+        raise ValueError(
+            f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {config.steps}. Raise it; "
+            f"`trapo-train export {config.output_dir} --step N` writes the model of an earlier checkpoint, {saved}."
         )
     check_replaceable(exported)

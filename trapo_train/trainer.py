@@ -25,7 +25,8 @@ from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.display import Reporter
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
-from trapo_train.evaluate import evaluate, load_eval_sets
+from trapo_train.evaluate import evaluation_score, load_eval_sets
+from trapo_train.held_out import evaluate_sets
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
@@ -253,15 +254,10 @@ class Trainer:
         every = self.config.evaluation.every
         return self.step >= self.config.steps or (every > 0 and self.step % every == 0)
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Accuracy on each set of held-out problems, by its name; leaves all random states as they are. Every rank must call it and
-        gets the same."""
-        config = self.config
-        with self.ready_to_generate():
-            self.last_evaluation = {
-                name: evaluate(self.engine, entry, self.reward, self.tokenizer, config.evaluation, config.rollout, self.world)
-                for name, entry in self.eval_sets.items()
-            }
+    def evaluate(self, label: str | None = None) -> dict[str, dict[str, float]]:
+        """The metrics of each set of held-out problems (see `held_out`), by its name; leaves all random states as they are. Every
+        rank must call it and gets the same. `label`: in the names of what it writes, by default the step."""
+        self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
         self.evaluated_at = self.step
         return self.last_evaluation
 
@@ -314,7 +310,8 @@ class Trainer:
             "settings": split_settings(self.config)[1],
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
-        return store.save(self.step, state, self.fingerprint, tensors)
+        score = evaluation_score(self.last_evaluation) if self.evaluated_at == self.step else None
+        return store.save(self.step, state, self.fingerprint, tensors, score)
 
     def resume(self, store: CheckpointStore) -> bool:
         """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""

@@ -89,6 +89,20 @@ def test_only_the_newest_are_kept(store):
     assert store.steps() == [3, 10]
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, keep_best=True)
+    kept = []
+    for step, score in enumerate((0.1, 0.5, None, 0.5, float("nan"), 0.2, 0.3, 0.7, 0.1), start=1):
+        store.save(step, make_state(), FINGERPRINT, score=score)
+        kept.append((store.best(), store.steps()))
+    assert kept[2] == (2, [2, 3]) and kept[3] == (4, [3, 4])  # the later of equals
+    assert kept[6] == (4, [4, 6, 7]) and kept[7:] == [(8, [7, 8]), (8, [8, 9])]
+    assert store.load(FINGERPRINT)[0] == 9  # a run goes on from the newest
+    (store.path(8) / "manifest.json").write_text("torn")
+    assert store.best() == 9
+    assert CheckpointStore(tmp_path / "none", keep=1).best() is None
+
+
 def test_tied_tensors_stay_tied(store):
     weight = torch.ones(4)
     store.save(1, {"a": weight, "b": weight}, FINGERPRINT)

@@ -174,7 +174,7 @@ def test_a_dry_run_that_was_stopped_has_not_passed(config, monkeypatch, capsys):
     assert "passed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])
+@pytest.mark.parametrize("command", ["run", "eval", "export", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

@@ -127,7 +127,7 @@ def test_mistakes_in_overrides(file, overrides, words):
         ("a: [", "run.yaml: not valid YAML"),
         (TEXT + "steps: 20", "the key steps is given twice"),
         (TEXT + "stepps: 20", "run.yaml: unknown key 'stepps'. Did you mean 'steps'?"),
-        (TEXT.replace("steps: 10", "").replace("reward", "# reward"), "run.yaml: steps, reward must be set."),
+        (TEXT.replace("steps: 10", "").replace("reward", "# reward"), "run.yaml: steps must be set."),
         (TEXT.replace("data:", "eval_data:"), "run.yaml: data: Give either task or path"),
     ],
 )

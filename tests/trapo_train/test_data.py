@@ -66,6 +66,52 @@ def test_text_rows(load, tokenizer):
     assert problems.report.without_expert == 1
 
 
+CHAT = [
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "1+1="},
+    {"role": "assistant", "content": "2", "weight": 1},
+    {"role": "user", "content": "+1="},
+    {"role": "assistant", "content": "3"},
+]
+
+
+@pytest.mark.parametrize(
+    "columns", [{"preset": "messages"}, {"prompt_column": "chat", "expert_column": "chat", "solution_column": None}]
+)
+def test_conversations_are_prompts_and_traces(columns, load, tokenizer):
+    name = columns.get("prompt_column", "messages")
+    problems = load([{name: CHAT, "level": 1}, {name: CHAT[:4], "level": 2}], **columns)
+    before = "<system>Add.</s><user>1+1=</s><assistant>2</s><user>+1=</s><assistant>"
+    assert [problem.prompt for problem in problems] == [before, before]
+    assert [[trace.text for trace in problem.experts] for problem in problems] == [["3</s>"], []]  # nobody answered the second
+    assert problems[0].solution is None and problems[0].columns == {"level": 1}
+    whole = tokenizer.decode([*problems[0].prompt_ids, *problems[0].experts[0].token_ids])
+    assert whole == tokenizer.apply_chat_template(CHAT, tokenize=False)
+
+
+def test_conversations_keep_their_solution_and_their_own_system_prompt(load):
+    rows = [{"messages": CHAT, "solution": "3"}, {"messages": CHAT[1:3], "solution": "2"}]
+    first, second = load(rows, preset="messages", system_prompt="Be brief.")
+    assert (first.solution, second.solution) == ("3", "2")
+    assert first.prompt.startswith("<system>Add.</s>") and second.prompt == "<system>Be brief.</s><user>1+1=</s><assistant>"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"messages": CHAT}, {}, r"has no column 'prompt' .* For conversations set preset: messages\."),
+        ({"messages": CHAT[2:3]}, {"preset": "messages"}, "row 0: a conversation must have a message before the last"),
+        ({"messages": []}, {"preset": "messages"}, "row 0: a conversation must be a non-empty list of messages"),
+        ({"messages": "1+1="}, {"preset": "messages"}, "row 0: a conversation must be a non-empty list of messages"),
+        ({"messages": CHAT}, {"preset": "messages", "solution_column": "truth"}, "has no column 'truth'"),
+        ({"messages": CHAT, "solution": "3"}, {"prompt_column": "messages"}, "or the same column for conversations"),
+    ],
+)
+def test_bad_conversations(row, options, message, load):
+    with pytest.raises(ValueError, match=message):
+        load([row], **options)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "pattern", "saved", "saved dict", "folder"])
 def test_every_source_gives_the_same_problems(kind, tmp_path, tokenizer, load):
     folder = tmp_path / "source"
@@ -370,5 +416,5 @@ def test_a_column_beside_a_preset_stays_as_set(load):
 
 
 def test_an_unknown_preset():
-    with pytest.raises(ValueError, match=r"preset must be one of \['luffy'\] or null, got 'verl'"):
+    with pytest.raises(ValueError, match=r"preset must be one of \['luffy', 'messages'\] or null, got 'verl'"):
         DataConfig(path="d", preset="verl")

@@ -92,7 +92,8 @@ def test_a_run_writes_tensorboard_and_samples(configure):
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     tables = sorted(Path(config.output_dir, "samples").iterdir())
-    assert [path.name for path in tables] == ["step_00000002.md", "step_00000004.md"]
+    assert [path.name for path in tables] == [f"step_0000000{step}.{kind}" for step in (2, 4) for kind in ("jsonl", "md")]
+    tables = [path for path in tables if path.suffix == ".md"]
     assert tables[0].read_text().count("## Problem") == config.prompts_per_step
 
 

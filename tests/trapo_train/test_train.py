@@ -259,11 +259,22 @@ def test_a_file_without_an_expert_column_trains_by_a_plan_that_takes_none(config
         ("objective.options={alhpa: 1}", "Did you mean 'alpha'"),
         ("packing.agregation=constant", "Did you mean 'packing.aggregation'"),
         ("model.dtype=bf16", "model.dtype must be one of"),
+        ("checkpoint={every: 2, keep_best: true}", "keep_best needs eval_data.* got no eval_data, 2 and 0"),
     ],
 )
 def test_bad_config_names_the_key(configure, override, message):
     with pytest.raises(ConfigError, match=message):
         configure("bad", override)
+
+
+@pytest.mark.parametrize(("saved", "evaluated", "good"), [(2, 6, True), (6, 2, True), (2, 3, False), (0, 2, False)])
+def test_keep_best_wants_evaluated_steps_to_be_saved(saved, evaluated, good, configure):
+    settings = (f"checkpoint={{every: {saved}, keep_best: true}}", f"evaluation={{every: {evaluated}}}")
+    if good:
+        assert configure("run", *EVALUATED, *settings).checkpoint.keep_best
+    else:
+        with pytest.raises(ConfigError, match=f"one a multiple of the other.* got eval_data, {saved} and {evaluated}"):
+            configure("run", *EVALUATED, *settings)
 
 
 def test_expert_traces_that_are_too_long_are_left_out_and_said(configure):

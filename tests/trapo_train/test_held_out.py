@@ -1,0 +1,136 @@
+"""The loss of held-out expert traces: against logits and log_softmax, on any number of ranks, without a draw."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trapo_train.test_evaluate import TOKENIZER, ids
+from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
+from trapo_train import cli, held_out
+from trapo_train.display import evaluation_line, read_metrics
+from trapo_train.evaluate import EvalConfig, EvalSet
+from trapo_train.held_out import expert_nll
+from trapo_train.lora import LoraConfig
+from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.packing import PackingConfig
+from trapo_train.records import ExpertTrace, Problem
+from trapo_train.rollout import RolloutConfig
+
+SHAPE = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16, max_position=64)
+ROLLOUT = RolloutConfig(max_response_tokens=8, temperature=0.7)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+def entry(index, prompt, *traces):
+    return Problem(index, prompt, ids(prompt), "x", tuple(ExpertTrace(text, ids(text)) for text in traces))
+
+
+PROBLEMS = [
+    entry(0, "ab?a1:", "#de$", "#d|e$"),
+    entry(1, "ab?a1:", "#de$"),  # as above, counted once
+    entry(2, "cd?c2:", "#" * 9),  # too long
+    entry(3, "cd?c3:"),
+    entry(4, "ef?e1:", "e$"),
+]
+
+
+def by_hand(model, pairs, temperature):
+    total, tokens = 0.0, 0
+    for prompt, trace in pairs:
+        row = torch.tensor([[*ids(prompt), *ids(trace)]])
+        logprob = (model(input_ids=row).logits[0, :-1].double() / temperature).log_softmax(-1)
+        found = logprob.gather(1, row[0, 1:, None])[-len(ids(trace)) :]
+        total, tokens = total - found.sum().item(), tokens + len(found)
+    return total / tokens
+
+
+@pytest.mark.parametrize(("max_tokens", "chunk"), [(64, 1024), (15, 1024), (64, 2)])
+def test_nll_is_the_mean_over_all_tokens_of_the_traces(max_tokens, chunk, monkeypatch):
+    monkeypatch.setattr(held_out, "_CHUNK", chunk)
+    model, _ = load_model_and_tokenizer(ModelConfig(scratch=SHAPE), task_tokenizer=TOKENIZER)
+    model.train()
+    eval_set = EvalSet.of(PROBLEMS, EvalConfig())
+    found = expert_nll(model, eval_set, PackingConfig(max_tokens=max_tokens, train_on_prompt=True), ROLLOUT)
+    pairs = [("ab?a1:", "#de$"), ("ab?a1:", "#d|e$"), ("ef?e1:", "e$")]
+    assert found["expert_traces"] == 3 and model.training
+    with torch.no_grad():
+        assert found["expert_nll"] == pytest.approx(by_hand(model, pairs, 0.7), rel=1e-5)
+
+
+def test_a_set_without_traces_reports_nothing_and_num_problems_holds():
+    model, _ = load_model_and_tokenizer(ModelConfig(scratch=SHAPE), task_tokenizer=TOKENIZER)
+    assert expert_nll(model, EvalSet.of([PROBLEMS[3]], EvalConfig()), PackingConfig(), ROLLOUT) == {}
+    first = EvalSet.of(PROBLEMS, EvalConfig(num_problems=1))
+    assert first.members == (0, 1) and expert_nll(model, first, PackingConfig(), ROLLOUT)["expert_traces"] == 2
+
+
+def test_dropout_of_adapters_stays_out():
+    pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    config = ModelConfig(scratch=SHAPE, lora=LoraConfig(rank=2, dropout=0.9))
+    model, _ = load_model_and_tokenizer(config, task_tokenizer=TOKENIZER)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.train()
+    state = torch.get_rng_state()
+    first, second = (expert_nll(model, EvalSet.of(PROBLEMS, EvalConfig()), PackingConfig(), ROLLOUT) for _ in range(2))
+    assert first == second and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_run_may_evaluate_without_sampling_and_trains_as_before(configure, capsys):
+    sft = ("plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
+    config, plain = configure("run", *sft, *EVALUATED, "evaluation.sample=false"), configure("plain", *sft)
+    train_to_end(config)
+    train_to_end(plain)
+    assert exported(config) == exported(plain)
+    found = [row for row in rows(config) if row["kind"] == "eval"]
+    assert [row["step"] for row in found] == [0, 3, 6] and set(found[0]) == {"kind", "step", "expert_nll", "expert_traces"}
+    assert found[-1]["expert_nll"] < found[0]["expert_nll"]
+    assert evaluation_line(found[0]) == f"expert nll {found[0]['expert_nll']:.4f}"
+    capsys.readouterr()
+    assert cli.main(["eval", config.output_dir]) == 0
+    shown = capsys.readouterr().out
+    assert f"expert_nll {found[-1]['expert_nll']:.4g}" in shown and "accuracy" not in shown
+
+
+def test_a_set_that_has_nothing_to_report_is_refused(configure, tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "ab?a1:", "solution": "b"}\n')
+    with pytest.raises(ValueError, match=r"evaluation\.sample=false reports .* alone, and second has none\. Set its expert_column"):
+        sets = f"eval_data={{first: {{task: pointer_chasing, split: test}}, second: {{path: {path}}}}}"
+        train_to_end(configure("run", *EVALUATED, sets, "evaluation.sample=false"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("parallel.vocab_parallel_head=true",), ("model.lora={rank: 2, dropout: 0.5}",)])
+def test_ranks_find_what_one_process_does(settings, tmp_path):
+    if settings and "lora" in settings[0]:
+        pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    found = {}
+    for size in (1, 2):
+        directory = tmp_path / str(size)
+        directory.mkdir()
+        _torchrun(
+            size,
+            directory,
+            "steps=2",
+            *EVALUATED,
+            "evaluation={every: 1, sample: false}",
+            "plan.name=sft",
+            "objective.name=sft",
+            *settings,
+        )
+        metrics = read_metrics(Path(directory, "run"))
+        found[size] = [row["expert_nll"] for row in metrics if row["kind"] == "eval"]
+    assert len(found[1]) == 3 and all(math.isfinite(value) for value in found[1])
+    same = 1 if settings and "dropout" in settings[0] else 3  # masks differ from rank to rank, so training does
+    assert found[2][:same] == pytest.approx(found[1][:same], rel=1e-5)

@@ -1,0 +1,99 @@
+"""SFT without a reward: nothing is judged, no metric speaks of it, and where a reward is needed it is asked for."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
+from trapo_train import cli
+from trapo_train.advice import advice
+from trapo_train.config import load_config
+from trapo_train.display import read_metrics
+from trapo_train.parallel import World
+from trapo_train.step import build_objective
+from trapo_train.tasks import build_tokenizer
+
+SFT = ("reward=null", "plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+def test_without_a_reward_the_weights_are_the_same_and_no_metric_speaks_of_one(configure):
+    with_reward = configure("judged", *SFT[1:], "steps=3")
+    config = configure("run", *SFT, *EVALUATED, "evaluation.sample=false", "tracking.samples_every=1", "steps=3")
+    train_to_end(with_reward)
+    train_to_end(config)
+    assert exported(config) == exported(with_reward)
+    names = {name for row in rows(config) for name in row}
+    assert not {name for name in names if "reward" in name} and "expert_nll" in names and "loss" in names
+    (first, *_) = sorted(Path(config.output_dir, "samples").glob("*.jsonl"))
+    lines = [json.loads(line) for line in first.read_text().splitlines()]
+    assert {line["reward"] for line in lines} == {None} and all(line["prefix"].endswith("$") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.name=grpo", "objective.name=dr_grpo"], r"got null: plan grpo samples responses\. Set reward=math_verify"),
+        (["objective.name=trapo"], "objective trapo trains on rollouts too, which plan sft draws for problems without a trace"),
+        (["data.on_rejected_expert=drop"], r"asks it about traces.*, or data\.on_rejected_expert=keep"),
+        ([*EVALUATED], r"evaluations sample responses.*, or evaluation\.sample=false to report the loss"),
+    ],
+)
+def test_a_reward_is_asked_for_where_something_is_judged(overrides, message, configure):
+    with pytest.raises(ValueError, match=f"reward must be set where responses are judged, .*{message}"):
+        train_to_end(configure("run", *SFT, *overrides))
+
+
+def test_commands_without_a_reward(configure, tmp_path, capsys):
+    config = configure("run", *SFT, *EVALUATED, "evaluation.sample=false", "steps=2")
+    train_to_end(config)
+    capsys.readouterr()
+    assert cli.main(["eval", config.output_dir]) == 0
+    assert "expert_nll" in capsys.readouterr().out
+    assert cli.main(["inspect", config.output_dir]) == 0
+    shown = capsys.readouterr().out
+    assert "micro-group 1" in shown and "reward" not in shown
+    assert cli.main(["headroom", config.output_dir]) == 2
+    assert "headroom: reward must be set" in capsys.readouterr().err
+    assert cli.main(["eval", config.output_dir, "evaluation.sample=true"]) == 2
+    assert "evaluations sample responses" in capsys.readouterr().err
+
+
+def test_the_recipe_trains_on_chats(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
+    tokenizer.save_pretrained("tokenizer")
+    chats = [[{"role": "user", "content": f"ab?a{i}:"}, {"role": "assistant", "content": "#b"}] for i in (1, 2, 3, 4)]
+    for name, part in (("chats", chats[:3]), ("held_out", chats[3:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in part))
+    shape = "{hidden_size: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, intermediate_size: 24, max_position: 6200}"
+    model = f"model={{scratch: {shape}, tokenizer: tokenizer}}"
+    overrides = [model, "steps=2", "prompts_per_step=3", "eval_data={path: held_out.jsonl, preset: messages}"]
+    assert cli.main(["run", "sft", *overrides]) == 0
+    metrics = read_metrics("runs/sft")
+    assert [row["loss_tokens"] for row in metrics if row["kind"] == "train"] == [9, 9]  # of the answers alone
+    assert [row["expert_traces"] for row in metrics if row["kind"] == "eval"] == [1, 1]
+
+
+def test_the_recipe_is_plain_sft_and_needs_no_advice():
+    config = load_config("sft")
+    assert config.reward is None and (config.plan.name, config.objective.name) == ("sft", "sft")
+    assert config.packing.aggregation == "token_mean"
+    assert config.data.max_prompt_tokens + config.rollout.max_response_tokens <= config.packing.max_tokens
+    assert advice(config, build_objective(config.objective), 1000, World.alone()) == []
+
+
+@pytest.mark.slow
+def test_two_ranks_without_a_reward(tmp_path):
+    _torchrun(2, tmp_path, "steps=2", *SFT, *EVALUATED, "evaluation.sample=false")
+    found = read_metrics(tmp_path / "run")
+    assert not [name for row in found for name in row if name.startswith("reward")]
+    assert [row["num_samples"] for row in found if row["kind"] == "train"] == [3, 3]

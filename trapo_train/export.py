@@ -1,0 +1,69 @@
+"""A Hugging Face model out of a checkpoint of a run, finished or interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.config import load_config
+from trapo_train.model import DTYPES, load_model_and_tokenizer
+from trapo_train.model_state import check_replaceable, export_model, load_trained_weights, other_tokenizer
+from trapo_train.preflight import check_places, named
+from trapo_train.tasks import build_tokenizer
+from trapo_train.train import CHECKPOINT_DIR, CONFIG_FILE, MODEL_DIR
+
+
+def export_checkpoint(
+    run_dir: str | Path, directory: str | Path | None = None, *, step: int | str | None = None, dtype: str = "float32"
+) -> tuple[Path, int, str | None]:
+    """Write the model of a checkpoint, LoRA's adapters added, in one process, whatever number of ranks saved it.
+
+    Args:
+        run_dir: output_dir of the run.
+        directory: where to; by default model_step_<step> in `run_dir`.
+        step: of the checkpoint, or "best" for that of the best evaluation among those that are there; by default the newest.
+        dtype: float32 or bfloat16.
+
+    Returns: the directory, the step, and what `other_tokenizer` says of it.
+    Memory: the whole model in float32 on the CPU, once more in `dtype` where that is another or adapters are added.
+    Raises: FileNotFoundError, CheckpointError or ValueError for what is not there, damaged, of another model or not to be replaced.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"export: {run_dir} must be the output_dir of a run and hold {CONFIG_FILE}, this one does not.")
+    config = load_config(run_dir / CONFIG_FILE)
+    store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep)
+    step = _existing(store, step, run_dir)
+    directory = Path(directory) if directory is not None else run_dir / f"{MODEL_DIR}_step_{step}"
+    check_replaceable(directory)
+    origin = config.model.name_or_path
+    if origin is not None and Path(origin).resolve() == directory.resolve():
+        raise ValueError(f"export: DIRECTORY must not be the model that the run started from, got {directory}. Choose another.")
+    store.check(step)
+    check_places(config.model)
+    task_tokenizer = build_tokenizer() if config.data.task is not None else None
+    anywhere = replace(config.model, attention="auto", liger=False)  # nothing runs: the weights are all that counts
+    with named(config.model):
+        model, tokenizer = load_model_and_tokenizer(anywhere, task_tokenizer=task_tokenizer, seed=config.seed)
+    load_trained_weights(model, store, step)
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
+    # A generated task brings its tokenizer, too.
+    note = None if config.data.task is not None else other_tokenizer(directory, tokenizer, config.model.trust_remote_code)
+    return directory, step, note
+
+
+def _existing(store: CheckpointStore, step: int | str | None, run_dir: Path) -> int:
+    steps = store.steps()
+    if not steps:
+        trained = run_dir / MODEL_DIR
+        remedy = f"What it trained is in {trained}." if trained.is_dir() else "Set checkpoint.every=N in the next run."
+        raise CheckpointError(f"export: {store.directory} must hold a checkpoint, it has none. {remedy}")
+    if step == "best":
+        step = store.best()
+        if step is None:
+            raise CheckpointError(f"export: --step best must find an evaluated step among {steps}, it has none. Give one of these.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"export: --step must be one that has a checkpoint, {', '.join(map(str, steps))}, got {step}.")
+    return steps[-1] if step is None else step

@@ -1,0 +1,104 @@
+"""One evaluation of a run: every set of held-out problems sampled and judged, and its expert traces scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from trapo_kernels import Role, objectives
+from trapo_train.evaluate import EvalSet, evaluate
+from trapo_train.model import score_all
+from trapo_train.packing import MicroBatch, PackingConfig, pack
+from trapo_train.parallel import World, reshard
+from trapo_train.records import Sample
+from trapo_train.rollout import RolloutConfig
+from trapo_train.samples import SAMPLES_DIR
+from trapo_train.vocab_parallel import join_micro_batches
+
+if TYPE_CHECKING:
+    from trapo_train.trainer import Trainer
+
+_CHUNK = 1024  # traces that are packed together
+
+
+def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
+    """The metrics of each set by its name: what `evaluate` and `expert_nll` return. Every rank must call it and gets the same.
+
+    Args:
+        label: ends the names of the files of responses, evaluation.save_samples: samples/eval_<set>_<label>.jsonl.
+    """
+    config = trainer.config
+    found: dict[str, dict[str, float]] = {name: {} for name in trainer.eval_sets}
+    if config.evaluation.sample:
+        with trainer.ready_to_generate():
+            for name, entry in trainer.eval_sets.items():
+                save_to = responses_file(config.output_dir, name, label)
+                settings = (config.evaluation, config.rollout, trainer.world, save_to)
+                found[name] = evaluate(trainer.engine, entry, trainer.reward, trainer.tokenizer, *settings)
+    for name, entry in trainer.eval_sets.items():
+        found[name] |= expert_nll(trainer.model, entry, config.packing, config.rollout, trainer.world)
+    return found
+
+
+def responses_file(output_dir: str | Path, name: str, label: str) -> Path:
+    """Where an evaluation of the set `name` writes its responses."""
+    return Path(output_dir) / SAMPLES_DIR / f"eval_{name}{'_' if name else ''}{label}.jsonl"
+
+
+def expert_nll(
+    model: PreTrainedModel, eval_set: EvalSet, packing: PackingConfig, rollout: RolloutConfig, world: World | None = None
+) -> dict[str, float]:
+    """Score the expert traces of a set under the current policy; nothing is sampled, and no random state changes.
+
+    Traces of equal rows count once; those longer than rollout.max_response_tokens are left out, as in training.
+
+    Args:
+        packing: its max_tokens.
+        rollout: its max_response_tokens and temperature.
+        world: the ranks that call this together, each on its share of the traces; None for a single process.
+
+    Returns: "expert_nll", nats per token, mean over all tokens of the traces with the end-of-sequence token, the same for any
+        number of ranks but for rounding; "expert_traces", how many. Empty for a set without traces.
+    """
+    world = world or World.alone()
+    total, tokens, count = 0.0, 0, 0
+    traces = _traces(eval_set, rollout.max_response_tokens)
+    training = model.training
+    model.eval()  # without the dropout of LoRA
+    while chunk := list(islice(traces, _CHUNK)):
+        count += len(chunk)
+        mine = _share(chunk, packing, rollout, world)
+        for micro_batch, logprob in zip(mine, score_all(model, mine, rollout.temperature), strict=True):
+            expert = micro_batch.batch.role == Role.EXPERT
+            total -= logprob[expert].double().sum().item()
+            tokens += int(expert.sum())
+    model.train(training)
+    reshard(model)
+    if not count:
+        return {}
+    # With a vocabulary-parallel head every rank has seen the tokens of all ranks already.
+    parts = [(total, tokens)] if world.vocab_parallel_head else world.gather((total, tokens))
+    return {"expert_nll": sum(part for part, _ in parts) / sum(part for _, part in parts), "expert_traces": float(count)}
+
+
+def _share(chunk: list[Sample], packing: PackingConfig, rollout: RolloutConfig, world: World) -> list[MicroBatch]:
+    """The micro-batches of this rank, as many as those of any other."""
+    settings = PackingConfig(packing.max_tokens, "token_mean")
+    packed = pack(chunk, settings, objectives.sft(), max_response_tokens=rollout.max_response_tokens, ranks=world.size)
+    return join_micro_batches(packed, world.size, world.rank) if world.vocab_parallel_head else world.share(packed)
+
+
+def _traces(eval_set: EvalSet, longest: int) -> Iterator[Sample]:
+    """The expert traces of at most `longest` tokens, those of equal rows once."""
+    seen: set[int] = set()
+    for row in eval_set.members:
+        problem = eval_set.problems[row]
+        for trace in problem.experts:
+            key = hash((problem.prompt_ids, trace.token_ids))
+            if len(trace.token_ids) <= longest and key not in seen:
+                seen.add(key)
+                yield Sample(problem, 1, 1.0, trace.token_ids, (), (), "expert")
