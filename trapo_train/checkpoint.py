@@ -10,7 +10,6 @@ A checkpoint is a directory `step_<n>`:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,15 +17,12 @@ import os
 import random
 import re
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from types import FrameType
 from typing import Any
 
 import numpy
@@ -314,50 +310,6 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-class StopSignal:
-    """Catches SIGTERM and the first SIGINT (Ctrl-C) while it is entered, so that a run can save at the next step boundary.
-
-    `received` is the name of the first one. A second SIGINT is handled as if nothing had been entered: it interrupts at once.
-
-    Args:
-        notice: what the first SIGINT writes to stderr, because nothing else seems to happen.
-    """
-
-    def __init__(self, notice: str = "") -> None:
-        self.received: str | None = None
-        self._notice = notice
-        self._previous: dict[int, Any] = {}
-
-    def agree(self, world: World) -> str | None:
-        """The signal that any rank has received, the same on all of them, which must all call this."""
-        received = next((name for name in world.gather(self.received) if name is not None), None)
-        if received is not None:  # or one that arrived meanwhile would be forgotten
-            self.received = received
-        return received
-
-    def __enter__(self) -> StopSignal:
-        # Only the main thread may install handlers; elsewhere signals keep their meaning.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # a background job: Ctrl-C is meant for another
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, previous in self._previous.items():
-            if previous is not None:
-                signal.signal(number, previous)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number).name
-        if number == signal.SIGINT:
-            previous = self._previous[number]
-            signal.signal(number, previous if callable(previous) else signal.default_int_handler)
-            with contextlib.suppress(OSError):
-                os.write(2, self._notice.encode())  # print could be in the middle of a line of its own
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
@@ -23,6 +23,7 @@ from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
+from trapo_train.signals import StopSignal
 from trapo_train.step import NonFiniteError
 from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
