@@ -8,10 +8,7 @@ import os
 import pickle
 import random
 import shutil
-import signal
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -23,14 +20,12 @@ from trapo_train.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     CheckpointStore,
-    StopSignal,
     compare_fingerprints,
     restore_rng_state,
     rng_state,
 )
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
 from trapo_train.model_state import export_model, other_tokenizer
-from trapo_train.parallel import World
 from trapo_train.tasks import build_tokenizer
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
@@ -307,63 +302,6 @@ def test_a_state_that_could_not_be_loaded_again_is_not_saved(store):
     with pytest.raises(CheckpointError, match="must be plain values and tensors"):
         store.save(1, {"chooser": collections.deque([1])}, FINGERPRINT)
     assert store.steps() == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_signal_catches_a_signal_and_gives_it_back(default_sigint, capfd, number):
-    before = signal.getsignal(number)
-    with StopSignal("saving\n") as stop:
-        assert stop.received is None
-        os.kill(os.getpid(), number)
-        assert stop.received == number.name
-    assert signal.getsignal(number) == before
-    assert capfd.readouterr().err == ("saving\n" if number == signal.SIGINT else "")
-
-
-def test_a_second_ctrl_c_interrupts_and_what_came_first_is_named(default_sigint):
-    with StopSignal() as stop:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
-        assert stop.received == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_ctrl_c_that_is_ignored_stays_ignored(default_sigint):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts a job in the background
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received is None
-    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-
-
-def test_ranks_agree_on_a_signal_and_none_is_forgotten():
-    stop = StopSignal()
-    others = [None, "SIGINT"]
-    world = SimpleNamespace(gather=lambda mine: [mine, *others])
-    assert stop.agree(world) == stop.received == "SIGINT"
-    stop, others = StopSignal(), [None]
-
-    def late(mine):
-        stop.received = "SIGTERM"
-        return [mine, *others]
-
-    assert stop.agree(SimpleNamespace(gather=late)) is None
-    assert stop.agree(World.alone()) == "SIGTERM"
-
-
-def test_stop_signal_works_outside_the_main_thread():
-    seen = []
-
-    def body():
-        with StopSignal() as stop:
-            seen.append(stop.received)
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    assert seen == [None]
 
 
 @pytest.mark.parametrize(("fields", "message"), [({"every": -1}, "every must be"), ({"keep": 0}, "keep must be")])

@@ -1,0 +1,68 @@
+"""SIGTERM and Ctrl-C are noted and acted upon where a step ends; ranks agree on them."""
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from trapo_train.parallel import World
+from trapo_train.signals import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signal_catches_a_signal_and_gives_it_back(default_sigint, capfd, number):
+    before = signal.getsignal(number)
+    with StopSignal("saving\n") as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number.name
+    assert signal.getsignal(number) == before
+    assert capfd.readouterr().err == ("saving\n" if number == signal.SIGINT else "")
+
+
+def test_a_second_ctrl_c_interrupts_and_what_came_first_is_named(default_sigint):
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.received == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(default_sigint):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts a job in the background
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received is None
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_ranks_agree_on_a_signal_and_none_is_forgotten():
+    stop = StopSignal()
+    others = [None, "SIGINT"]
+    world = SimpleNamespace(gather=lambda mine: [mine, *others])
+    assert stop.agree(world) == stop.received == "SIGINT"
+    stop, others = StopSignal(), [None]
+
+    def late(mine):
+        stop.received = "SIGTERM"
+        return [mine, *others]
+
+    assert stop.agree(SimpleNamespace(gather=late)) is None
+    assert stop.agree(World.alone()) == "SIGTERM"
+
+
+def test_stop_signal_works_outside_the_main_thread():
+    seen = []
+
+    def body():
+        with StopSignal() as stop:
+            seen.append(stop.received)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [None]
