@@ -19,6 +19,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore, StopSignal
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
+from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
@@ -184,12 +185,35 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
             write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
         try:
-            trainer.stop_if_broken(metrics, reporter)
+            _stop_if_broken(trainer, metrics, reporter)
         except NonFiniteError:  # nothing was taken from the updates that were skipped
             trainer.skipped_in_a_row = 0  # of the run that goes on from here
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
                 reporter.event(f"saved {trainer.save(store)}")
             raise
+
+
+def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
+    """Report skipped updates; after too many steps of nothing else keep the last batch and raise NonFiniteError."""
+    config = trainer.config
+    skipped, updates = metrics["skipped_step"], config.updates.per_step
+    if not skipped:
+        return
+    reporter.event(
+        f"step {trainer.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
+        if skipped == updates
+        else f"step {trainer.step}: {skipped} of {updates} updates skipped, whose loss or gradient norm was not finite"
+    )
+    if trainer.skipped_in_a_row <= config.optimizer.max_skipped_steps:
+        return
+    directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
+    save_batch(directory, trainer.world.rank, trainer.last_groups, trainer.last_micro_batches)
+    raise NonFiniteError(
+        f"train: {trainer.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
+        f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
+        f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
+        "max_grad_norm."
+    )
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -22,7 +22,6 @@ from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
 from trapo_train.continuation import set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
-from trapo_train.display import Reporter
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluate, load_eval_sets
@@ -32,14 +31,12 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_lengths, check_objective, check_places, named
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
 from trapo_train.step import (
-    NonFiniteError,
     build_objective,
     build_optimizer,
     build_scheduler,
@@ -261,27 +258,6 @@ class Trainer:
             }
         self.evaluated_at = self.step
         return self.last_evaluation
-
-    def stop_if_broken(self, metrics: dict[str, Any], reporter: Reporter) -> None:
-        """Report skipped updates; after too many steps of nothing else keep the last batch and raise NonFiniteError."""
-        skipped, updates = metrics["skipped_step"], self.config.updates.per_step
-        if not skipped:
-            return
-        reporter.event(
-            f"step {self.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
-            if skipped == updates
-            else f"step {self.step}: {skipped} of {updates} updates skipped, whose loss or gradient norm was not finite"
-        )
-        if self.skipped_in_a_row <= self.config.optimizer.max_skipped_steps:
-            return
-        directory = Path(self.config.output_dir) / f"non_finite_step_{self.step}"
-        save_batch(directory, self.world.rank, self.last_groups, self.last_micro_batches)
-        raise NonFiniteError(
-            f"train: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
-            f"optimizer.max_skipped_steps = {self.config.optimizer.max_skipped_steps} are skipped. The last batch is in "
-            f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
-            "max_grad_norm."
-        )
 
     def close(self) -> None:
         """Give back the engine and leave the process group, together with the other ranks."""
