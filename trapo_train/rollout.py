@@ -21,6 +21,7 @@ from trapo_train.vllm_server import VllmServerConfig
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 VERIFICATIONS = ("response", "completion")
+ON_TRUNCATED = ("keep", "mask")
 SAMPLING_ERRORS = (EngineError, RewardError, ChooserError)  # after which nothing is trained, and everything before is intact
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
@@ -43,6 +44,10 @@ class RolloutConfig:
     """How far the cut may move forward to a paragraph break, as a share of the trace in [0, 1]; 0 cuts exactly."""
     verify: Literal["response", "completion"] = "response"
     """What the reward sees: the response, or the completion alone so that an answer in the prefix earns nothing."""
+    on_truncated: Literal["keep", "mask"] = "keep"
+    """A completion that its budget cuts off: keep trains on it with the reward it got; mask takes its tokens out of the loss, the
+    entropy bonus and every denominator, while its reward stays in the baseline and its expert prefix in TrSFT (DAPO's overlong
+    filtering, TRL's mask_truncated_completions)."""
     correct_at: float = 1.0
     """Smallest reward that counts as correct where pass rates are measured (evaluation and headroom)."""
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
@@ -63,6 +68,7 @@ class RolloutConfig:
             ("paragraph_break", self.paragraph_break != "", "a text that is not empty"),
             ("snap_window", 0 <= self.snap_window <= 1, "in [0, 1]"),
             ("verify", self.verify in VERIFICATIONS, f"one of {', '.join(VERIFICATIONS)}"),
+            ("on_truncated", self.on_truncated in ON_TRUNCATED, f"one of {', '.join(ON_TRUNCATED)}"),
             ("correct_at", self.correct_at == self.correct_at, "a number"),
             ("engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("max_batch_tokens", self.max_batch_tokens >= 2, "at least 2"),
@@ -138,7 +144,7 @@ class _Ascent:
                     continue
             for ticket, completion in self.stream.advance(self.judging.futures):
                 climb, sample = self.open.pop(ticket)
-                _fill(sample, completion)
+                _fill(sample, completion, self.config)
                 climb.missing -= 1
                 if climb.missing == 0:
                     self.judging.start(climb, climb.group)
@@ -262,7 +268,7 @@ def complete(
     )
     prompts = [_prompt(sample) for sample in open_samples]
     for sample, completion in zip(open_samples, engine.generate(prompts, params), strict=True):
-        _fill(sample, completion)
+        _fill(sample, completion, config)
 
 
 def _prompt(sample: Sample) -> list[int]:
@@ -270,10 +276,11 @@ def _prompt(sample: Sample) -> list[int]:
     return [*sample.problem.prompt_ids, *sample.prefix_ids]
 
 
-def _fill(sample: Sample, completion: Completion) -> None:
+def _fill(sample: Sample, completion: Completion, config: RolloutConfig) -> None:
     sample.completion_ids = completion.token_ids
     sample.completion_logprobs = completion.logprobs
     sample.finish_reason = completion.finish_reason
+    sample.masked = config.on_truncated == "mask" and completion.finish_reason == "length"
 
 
 def _check_experts_fit(problems: Sequence[Problem], config: RolloutConfig) -> None:

@@ -30,7 +30,8 @@ def _table(group: Sequence[Sample], tokenizer: Any) -> str:
         text = tokenizer.decode(list(sample.completion_ids), skip_special_tokens=True)
         lines.append(
             f"| {sample.micro_group} | {len(sample.prefix_ids)} tokens, {sample.prefix_ratio:.2f} | {sample.reward:g} | "
-            f"{sample.advantage:+.3f} | {len(sample.completion_ids)} | {sample.finish_reason} | {_shown(text)} |"
+            f"{sample.advantage:+.3f} | {len(sample.completion_ids)} | "
+            f"{sample.finish_reason}{', not in the loss' if sample.masked else ''} | {_shown(text)} |"
         )
     return "\n".join(lines) + "\n"
 

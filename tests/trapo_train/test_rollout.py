@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.trapo_train.scripted import ScriptedEngine
+from trapo_train.advantages import AdvantageConfig, assign_advantages
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.records import ExpertTrace, Problem, Request
 from trapo_train.rewards import RewardError
@@ -138,6 +139,18 @@ def test_verifying_the_completion_denies_the_reward_for_an_answer_in_the_prefix(
     assert (result.groups[0][0].reward, result.metrics["answer_in_prefix"]) == (0.0, 1.0)
 
 
+def test_masking_takes_what_was_cut_off_out_of_the_loss_and_leaves_its_reward_in_the_baseline():
+    script = lambda text: RIGHT if text.endswith("|") else "a" * 30  # noqa: E731
+    for mode, cut in (("keep", False), ("mask", True)):
+        result, _ = run([problem()], script=script, config=replace(CONFIG, on_truncated=mode))
+        assign_advantages(result.groups, AdvantageConfig())
+        [group] = result.groups
+        assert [s.finish_reason for s in group] == ["length"] * 4 + ["stop"] * 3 + ["expert"]
+        assert [s.masked for s in group] == [cut] * 4 + [False] * 4
+        assert [s.advantage for s in group] == [-4 / 8] * 4 + [4 / 8] * 4
+        assert all(len(s.completion_ids) == 20 for s in group[:4])  # metrics and files show it
+
+
 def test_metrics():
     script = lambda text: RIGHT if text.startswith("ab?a1:") else "aaaaaaaaaaaaaaaaaaaaaaaa"  # noqa: E731
     result, _ = run([problem(0, "ab?a1:"), problem(1, "ab?a2:")], script=script)
@@ -212,6 +225,7 @@ def test_a_failing_reward_names_the_row():
         ("paragraph_break", ""),
         ("snap_window", 1.5),
         ("verify", "prefix"),
+        ("on_truncated", "drop"),
         ("correct_at", float("nan")),
         ("engine", "sglang"),
         ("max_batch_tokens", 1),
