@@ -249,6 +249,8 @@ def _rejected_experts(
     """Return (problem index, trace number) of every trace with a reward of 0 or less; no opinion rejects nothing."""
     pairs = [(problem, number) for problem in problems for number in range(len(problem.experts))]
     texts = [problem.experts[number].text.removesuffix(tokenizer.eos_token) for problem, number in pairs]
-    opinions = judge(reward, [problem for problem, _ in pairs], texts)
+    lengths = [len(problem.experts[number].token_ids) for problem, number in pairs]
+    about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs)}
+    opinions = judge(reward, [problem for problem, _ in pairs], texts, about)
     judged = zip(pairs, opinions, strict=True)
     return {(problem.index, number) for (problem, number), opinion in judged if opinion is not None and opinion <= 0}

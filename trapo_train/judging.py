@@ -52,7 +52,8 @@ class Judging:
         """Judge `samples`; `take` gives back their owner."""
         case = _Case(owner, samples, _texts(samples, self._tokenizer, self._config))
         if self._threads is not None:
-            case.future = self._threads.submit(judge, self._reward, [sample.problem for sample in samples], case.texts)
+            problems = [sample.problem for sample in samples]
+            case.future = self._threads.submit(judge, self._reward, problems, case.texts, _about(samples))
         self._cases.append(case)
 
     def take(self, *, wait: bool) -> list[Any]:
@@ -73,8 +74,9 @@ class Judging:
         return [case.owner for case in taken]
 
     def _judge_all(self) -> list[list[float | None]]:
-        problems = [sample.problem for case in self._cases for sample in case.samples]
-        values = iter(judge(self._reward, problems, [text for case in self._cases for text in case.texts]))
+        samples = [sample for case in self._cases for sample in case.samples]
+        texts = [text for case in self._cases for text in case.texts]
+        values = iter(judge(self._reward, [sample.problem for sample in samples], texts, _about(samples)))
         return [[next(values) for _ in case.samples] for case in self._cases]
 
     def __enter__(self) -> Self:
@@ -91,7 +93,8 @@ def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tok
     With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
     written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
     """
-    values = judge(reward, [sample.problem for sample in samples], _texts(samples, tokenizer, config))
+    problems = [sample.problem for sample in samples]
+    values = judge(reward, problems, _texts(samples, tokenizer, config), _about(samples))
     return _settle(samples, values, tokenizer)
 
 
@@ -101,6 +104,14 @@ def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> 
         alone = config.verify == "completion" and sample.prefix_ratio < 1.0
         texts.append(_decode(tokenizer, sample.completion_ids if alone else sample.prefix_ids + sample.completion_ids))
     return texts
+
+
+def _about(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """The columns of `rewards.ABOUT_RESPONSES`."""
+    return {
+        "completion_tokens": [len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples],
+        "finish_reasons": [sample.finish_reason for sample in samples],
+    }
 
 
 def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any) -> int:

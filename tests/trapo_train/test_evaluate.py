@@ -130,6 +130,17 @@ def test_a_bonus_above_one_counts_as_correct_and_a_partial_reward_does_not():
     assert metrics["reward/mean"] == pytest.approx(1.0)
 
 
+def test_the_reward_is_told_of_the_responses_as_in_training():
+    config, seen = EvalConfig(samples_per_prompt=2), []
+
+    def reward(completions, completion_tokens, finish_reasons, **columns):
+        seen.extend(zip(completion_tokens, finish_reasons, strict=True))
+        return [0.0] * len(completions)
+
+    evaluate(CyclingEngine((1,)), EvalSet.of([problem(0, 1)], config), reward, TOKENIZER, config, ROLLOUT)
+    assert seen == [(4, "stop"), (8, "length")]
+
+
 def test_groups_are_in_the_order_of_their_values():
     problems = [problem(i, depth) for i, depth in enumerate((10, 9, "deep", 10, None))]
     groups = group_problems(problems, "depth")
