@@ -92,6 +92,9 @@ class RunConfig:
                 f"updates.mini_batches must be at most plan.buffer_size, {buffer_size}, the problems of a step on traces, got "
                 f"{self.updates.mini_batches}. Lower it."
             )
+        rewards = [self.reward] if isinstance(self.reward, str) else [term.name for term in self.reward]
+        if self.rollout.correct_by is not None and self.rollout.correct_by not in rewards:
+            raise ValueError(f"rollout.correct_by must be null or one of the rewards, {rewards}, got {self.rollout.correct_by!r}.")
         dropout = 0.0 if self.model.lora is None else self.model.lora.dropout
         if dropout > 0 and (self.updates.per_step > 1 or self.updates.correction is not None):
             raise ValueError(

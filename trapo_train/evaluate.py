@@ -146,6 +146,7 @@ def load_eval_sets(
 
 class _Response(NamedTuple):
     reward: float
+    correct: bool
     num_tokens: int
     finished: bool
 
@@ -173,7 +174,7 @@ def evaluate(
     that follows.
 
     Args:
-        rollout: its max_response_tokens, top_p, top_k and correct_at; the temperature is the evaluation's own.
+        rollout: its max_response_tokens, top_p, top_k, correct_at and correct_by; the temperature is the evaluation's own.
         world: the ranks that call this together; None for a single process.
 
     Returns:
@@ -197,7 +198,7 @@ def evaluate(
     problems = [problem for answers in found for problem in answers.problems]
     responses = [response for problem in problems for response in problem]
     sizes = [sum(map(len, answers.problems)) for answers in found]
-    return _accuracies(eval_set, problems, config, rollout.correct_at) | {
+    return _accuracies(eval_set, problems, config) | {
         "reward/mean": fmean(response.reward for response in responses),
         "completion_tokens_mean": fmean(response.num_tokens for response in responses),
         "finished_share": fmean(response.finished for response in responses),
@@ -234,15 +235,13 @@ def _answers(
     samples = [sample for group in drafts for sample in group]
     complete(samples, engine, rollout, temperature=temperature, seed=seed)
     none_count = judge_samples(samples, reward, tokenizer, rollout)
-    found = [[_Response(s.reward, len(s.completion_ids), s.finish_reason == "stop") for s in group] for group in drafts]
+    found = [[_Response(s.reward, s.correct, len(s.completion_ids), s.finish_reason == "stop") for s in group] for group in drafts]
     # Taken, or they would show up in the next training step.
     return _Answers(found, {"reward/none_count": float(none_count), **take_metrics(reward)})
 
 
-def _accuracies(
-    eval_set: EvalSet, problems: Sequence[Sequence[_Response]], config: EvalConfig, correct_at: float
-) -> dict[str, float]:
-    num_correct = [sum(response.reward >= correct_at for response in responses) for responses in problems]
+def _accuracies(eval_set: EvalSet, problems: Sequence[Sequence[_Response]], config: EvalConfig) -> dict[str, float]:
+    num_correct = [sum(response.correct for response in responses) for responses in problems]
     rates = [correct / samples for correct, samples in zip(num_correct, eval_set.samples, strict=True)]
     metrics = {"accuracy": fmean(rates), "accuracy_stderr": standard_error(rates)}
     powers = [2**i for i in range(1, eval_set.most_samples.bit_length())]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trapo_train.prefix import answer_in_prefix
 from trapo_train.records import Sample
-from trapo_train.rewards import RewardFn, WeightedSum, judge, may_overlap
+from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap
 
 if TYPE_CHECKING:
     from trapo_train.rollout import RolloutConfig
@@ -70,7 +70,7 @@ class Judging:
             opinions = [case.future.result() for case in taken]
             self._cases = [case for case in self._cases if case not in taken]
         for case, values in zip(taken, opinions, strict=True):
-            self.none_count += _settle(case.samples, values, self._tokenizer)
+            self.none_count += _settle(case.samples, values, self._tokenizer, self._config)
         return [case.owner for case in taken]
 
     def _judge_all(self) -> list[list[float | None]]:
@@ -88,14 +88,14 @@ class Judging:
 
 
 def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> int:
-    """Set `reward` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
+    """Set `reward`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
 
     With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
     written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
     """
     problems = [sample.problem for sample in samples]
     values = judge(reward, problems, _texts(samples, tokenizer, config), _about(samples))
-    return _settle(samples, values, tokenizer)
+    return _settle(samples, values, tokenizer, config)
 
 
 def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> list[str]:
@@ -114,9 +114,11 @@ def _about(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     }
 
 
-def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any) -> int:
+def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any, config: RolloutConfig) -> int:
     for sample, value in zip(samples, values, strict=True):
-        sample.reward = 0.0 if value is None else value
+        sample.reward = 0.0 if value is None else float(value)
+        judged = value.opinions.get(config.correct_by) if config.correct_by and isinstance(value, Total) else value
+        sample.correct = (0.0 if judged is None else judged) >= config.correct_at
         if sample.guided:
             prefix_text = _decode(tokenizer, sample.prefix_ids)
             sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)

@@ -60,7 +60,8 @@ class Sample:
 
     `micro_group` counts from 1. `prefix_weight` is the share of the TrSFT loss that this copy of the prefix carries: 1/k for
     each of k samples of one problem that share a prefix. `finish_reason` is the engine's, or "expert" for a full expert trace.
-    A completion that is `masked` is in no loss and no denominator; its reward counts as any other.
+    A completion that is `masked` is in no loss and no denominator; its reward counts as any other. `correct`: whether the response
+    counts as correct (rollout.correct_at and correct_by).
     """
 
     problem: Problem
@@ -73,6 +74,7 @@ class Sample:
     prefix_weight: float = 1.0
     masked: bool = False
     reward: float = 0.0
+    correct: bool = False
     advantage: float = 0.0
     answer_in_prefix: bool = False
 

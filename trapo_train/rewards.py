@@ -210,6 +210,17 @@ class Mean(float):
         return float(self), self.count
 
 
+class Total(float):
+    """A weighted sum of rewards that knows what each of them gave, by name."""
+
+    opinions: dict[str, float]
+
+    def __new__(cls, value: float, opinions: dict[str, float]) -> Total:
+        total = super().__new__(cls, value)
+        total.opinions = opinions
+        return total
+
+
 class WeightedSum:
     """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 
@@ -222,13 +233,13 @@ class WeightedSum:
         self._values: dict[str, list[float]] = {}
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str], about: Columns | None = None) -> list[float | None]:
-        """As `judge`, each reward checked on its own."""
-        totals: list[float | None] = [None] * len(texts)
+        """As `judge`, each reward checked on its own; what has an opinion is a `Total`."""
+        totals: list[Total | None] = [None] * len(texts)
         for name, reward, weight in self.terms:
-            opinions = judge(reward, problems, texts, about)
-            for i, opinion in enumerate(opinions):
+            for i, opinion in enumerate(judge(reward, problems, texts, about)):
                 if opinion is not None:
-                    totals[i] = (totals[i] or 0.0) + weight * opinion
+                    before = Total(0.0, {}) if totals[i] is None else totals[i]
+                    totals[i] = Total(before + weight * opinion, before.opinions | {name: opinion})
                     self._values.setdefault(name, []).append(opinion)
         return totals
 

@@ -49,7 +49,10 @@ class RolloutConfig:
     entropy bonus and every denominator, while its reward stays in the baseline and its expert prefix in TrSFT (DAPO's overlong
     filtering, TRL's mask_truncated_completions)."""
     correct_at: float = 1.0
-    """Smallest reward that counts as correct where pass rates are measured (evaluation and headroom)."""
+    """Smallest reward that counts as correct where pass rates are measured: in evaluation (accuracy and pass@k), in headroom and in
+    reward/all_correct_share and reward/none_correct_share."""
+    correct_by: str | None = None
+    """Name of the one of several rewards that correct_at is compared with; null for their weighted sum."""
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     """What generates: transformers or vllm, in this process, or vllm_server, a vLLM server that runs already."""
     vllm: VllmConfig = field(default_factory=VllmConfig)

@@ -243,6 +243,10 @@ def test_a_file_without_an_expert_column_trains_by_a_plan_that_takes_none(config
         ("objective.options={alhpa: 1}", "Did you mean 'alpha'"),
         ("packing.agregation=constant", "Did you mean 'packing.aggregation'"),
         ("model.dtype=bf16", "model.dtype must be one of"),
+        (
+            "rollout.correct_by=exact_match",
+            r"correct_by must be null or one of the rewards, \['pointer_chasing'\], got 'exact_match'",
+        ),
     ],
 )
 def test_bad_config_names_the_key(configure, override, message):
