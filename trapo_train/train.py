@@ -151,7 +151,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     not be saved, which must not keep the model from being written."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
-    told = False
+    told: set[str] = set()
     while True:
         stopping = any(trainer.world.gather(stop.received))  # a signal to one rank stops all of them, at the same step
         try:
@@ -178,9 +178,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 reporter.event(f"saved {trainer.save(store)}")
             raise
         reporter.step(metrics)
-        if not told and "finished_share" in metrics and metrics["reward/none_count"] >= metrics["num_samples"]:
-            told = True
-            reporter.event(f"step {trainer.step}: the reward had no opinion (None) on any sample, and each counts as 0")
+        told = _tell(trainer, reporter, metrics, told)
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
             write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step)
@@ -191,6 +189,21 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
                 reporter.event(f"saved {trainer.save(store)}")
             raise
+
+
+def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: set[str]) -> set[str]:
+    """Report what a step shows to be wrong, unless it has been `told`; returns what has been by now."""
+    found = {}
+    if "finished_share" in metrics and metrics["reward/none_count"] >= metrics["num_samples"]:
+        found["silent"] = "the reward had no opinion (None) on any sample, and each counts as 0"
+    if metrics["loss_tokens"] == 0:
+        equal = metrics.get("reward/equal_share") == 1.0
+        why = "every problem's rewards were equal" if equal else "no token was in the loss"
+        found["nothing"] = f"nothing was trained, {why}"
+    for name, text in found.items():
+        if name not in told:
+            reporter.event(f"step {trainer.step}: {text}")
+    return (told & {"silent"}) | set(found)  # a step that trains something ends what is said of those before
 
 
 def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
