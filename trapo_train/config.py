@@ -92,6 +92,11 @@ class RunConfig:
                 f"updates.mini_batches must be at most plan.buffer_size, {buffer_size}, the problems of a step on traces, got "
                 f"{self.updates.mini_batches}. Lower it."
             )
+        if self.plan.refill and self.advantage.normalise == "batch":
+            raise ValueError(
+                f"plan.refill must be 0 with advantage.normalise=batch, got {self.plan.refill}: whether a problem teaches would "
+                "depend on the others of the step. Use another normalise."
+            )
         rewards = [self.reward] if isinstance(self.reward, str) else [term.name for term in self.reward]
         if self.rollout.correct_by is not None and self.rollout.correct_by not in rewards:
             raise ValueError(f"rollout.correct_by must be null or one of the rewards, {rewards}, got {self.rollout.correct_by!r}.")

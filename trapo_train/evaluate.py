@@ -204,7 +204,7 @@ def evaluate(
         "finished_share": fmean(response.finished for response in responses),
         "num_problems": float(len(problems)),
         "samples_per_problem": len(responses) / len(problems),
-        **merge_metrics([answers.reward_metrics for answers in found], sizes),
+        **{name: float(value) for name, value in merge_metrics([answers.reward_metrics for answers in found], sizes).items()},
     }
 
 

@@ -260,15 +260,15 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
-    """What several calls counted (see `take_metrics`) as one, in plain numbers: counts and speeds add up, a `Mean` is weighted by
-    its own count, other means by `sizes`, by default equally."""
+    """What several calls counted (see `take_metrics`) as one: counts and speeds add up, a `Mean` is weighted by its own count and
+    stays one, other means are weighted by `sizes`, by default equally."""
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         known = [i for i, part in enumerate(parts) if name in part]
         values = [parts[i][name] for i in known]
         if all(isinstance(value, Mean) for value in values):
             count = sum(value.count for value in values)
-            merged[name] = sum(value * value.count for value in values) / count
+            merged[name] = Mean(sum(value * value.count for value in values) / count, count)
             continue
         weights = [1 if sizes is None else sizes[i] for i in known]
         adds_up = name.endswith(("_count", "timeouts", "crashes", "tokens_per_s"))

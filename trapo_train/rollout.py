@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -87,6 +89,8 @@ class RolloutResult:
 
     groups: list[list[Sample]]
     metrics: dict[str, float]
+    seconds: float = 0.0
+    """How long the sampling took; of several ranks the longest."""
     sampled: list[list[Sample]] = field(default_factory=list)
     """The groups with the samples that their plans dropped; the metrics describe these."""
     deferred: tuple[int, ...] = ()
@@ -205,21 +209,46 @@ def run_plans(
         measured = {"reward/none_count": float(judging.none_count), "time/reward_s": reward_s, **stream.metrics()}
     sampled = [climb.samples for climb in climbs]
     generated = sum(len(sample.completion_ids) for group in sampled for sample in group)
-    measured["rollout/tokens_per_s"] = generated / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    measured["rollout/tokens_per_s"] = generated / seconds
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
     metrics = _metrics(sampled) | measured | take_metrics(reward)
-    return RolloutResult([climb.kept for climb in climbs], metrics, sampled, deferred)
+    return RolloutResult([climb.kept for climb in climbs], metrics, seconds, sampled, deferred)
 
 
 def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     """The results of all ranks as one, problems in the order that one process would have them in."""
     sampled = interleave([part.sampled for part in parts])
-    # What the samples do not tell: counts and speeds add up, all else is averaged over the ranks.
-    metrics = _metrics(sampled)
-    metrics |= merge_metrics([{name: value for name, value in part.metrics.items() if name not in metrics} for part in parts])
+    metrics = _metrics(sampled)  # of what the samples do not tell counts and speeds add up, all else is averaged over the ranks
+    metrics |= merge_metrics(_further(parts, metrics))
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
     deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)
-    return RolloutResult(interleave([part.groups for part in parts]), metrics, sampled, deferred)
+    seconds = max(part.seconds for part in parts)
+    return RolloutResult(interleave([part.groups for part in parts]), metrics, seconds, sampled, deferred)
+
+
+def chain_results(rounds: Sequence[RolloutResult]) -> RolloutResult:
+    """The results of rounds that were sampled one after the other as one."""
+    if len(rounds) == 1:
+        return rounds[0]
+    sampled, seconds = [group for part in rounds for group in part.sampled], [part.seconds for part in rounds]
+    metrics = _metrics(sampled)
+    further = _further(rounds, metrics)
+    metrics |= merge_metrics(further, [sum(map(len, part.sampled)) for part in rounds])
+    steps = [part.get("rollout/engine_steps", 0.0) for part in further]
+    for name in metrics.keys() & {"time/reward_s", "rollout/engine_steps"}:
+        metrics[name] = sum(part.get(name, 0.0) for part in further)
+    for name, weights in (("rollout/tokens_per_s", seconds), ("rollout/rows_in_flight", steps if any(steps) else seconds)):
+        if name in metrics:
+            metrics[name] = sum(part.get(name, 0.0) * weight for part, weight in zip(further, weights, strict=True)) / sum(weights)
+    starts = accumulate((len(part.groups) for part in rounds), initial=0)
+    deferred = tuple(start + i for start, part in zip(starts, rounds, strict=False) for i in part.deferred)
+    return RolloutResult([group for part in rounds for group in part.groups], metrics, sum(seconds), sampled, deferred)
+
+
+def _further(parts: Sequence[RolloutResult], known: Collection[str]) -> list[dict[str, float]]:
+    """The metrics of each part without those that are `known`."""
+    return [{name: value for name, value in part.metrics.items() if name not in known} for part in parts]
 
 
 def drop_long_experts(problems: Sequence[Problem], max_response_tokens: int) -> tuple[list[Problem], int]:
@@ -303,12 +332,19 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     reward/mean             all samples
     reward/std              of all samples
     reward/equal_share      share of the problems whose samples all have one reward, so that a group's own advantages are 0
+    reward/all_correct_share, reward/none_correct_share
+                            share of the problems whose samples are all correct (rollout.correct_at), and of those that have no
+                            correct one; where rewards are 0 and 1 the two add up to equal_share
     reward/unguided         unguided samples of micro-group 1 (those of later ones come from problems that failed before)
     reward/micro_group_k    samples of micro-group k; guided_share and guided_share/micro_group_k likewise
     answer_in_prefix        share of the guided completions whose prefix already states the solution
     num_samples             all samples
     response_tokens         sum over all samples, prefixes included
-    completion_tokens_mean  per completion; finished_share: completions that end with the end-of-sequence token
+    completion_tokens_mean  per completion, _p95 and _max likewise
+    finished_share          completions that end with the end-of-sequence token
+    entropy/sampled         mean of -logprob over all completion tokens, nats, as the sampler reported them: with top_p = 1 and
+                            top_k = 0 an unbiased estimate of the policy's entropy at rollout.temperature where these tokens stand,
+                            those without a gradient included, which entropy/rollout leaves out
     """
     samples = [sample for group in groups for sample in group]
     first = [sample for sample in samples if sample.micro_group == 1 and not sample.guided]
@@ -316,6 +352,8 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     means = {
         "reward/mean": [sample.reward for sample in samples],
         "reward/equal_share": [len({sample.reward for sample in group}) == 1 for group in groups if group],
+        "reward/all_correct_share": [all(sample.correct for sample in group) for group in groups if group],
+        "reward/none_correct_share": [not any(sample.correct for sample in group) for group in groups if group],
         "reward/unguided": [sample.reward for sample in first],
         "guided_share": [sample.guided for sample in samples],
         "answer_in_prefix": [sample.answer_in_prefix for sample in completed if sample.guided],
@@ -329,5 +367,10 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     metrics = {name: fmean(values) for name, values in means.items() if values}
     if samples:
         metrics["reward/std"] = pstdev(means["reward/mean"])
+    if completed:
+        lengths = sorted(means["completion_tokens_mean"])
+        metrics["completion_tokens_p95"] = float(lengths[math.ceil(0.95 * len(lengths)) - 1])
+        metrics["completion_tokens_max"] = float(lengths[-1])
+        metrics["entropy/sampled"] = -sum(math.fsum(sample.completion_logprobs) for sample in completed) / max(1, sum(lengths))
     response_tokens = sum(len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples)
     return metrics | {"num_samples": float(len(samples)), "response_tokens": float(response_tokens)}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_lengths, check_objective, check_places, named
 from trapo_train.problems import ProblemSet
-from trapo_train.records import Problem, Sample
+from trapo_train.records import Sample
+from trapo_train.refill import sample_with_refill
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
 from trapo_train.step import (
@@ -120,7 +122,9 @@ class Trainer:
         before = [copy.deepcopy(part.state_dict()) for part in stateful]
         try:
             positions, plan, objective = self._next()
-            rollout = self._sample([self.problems[i] for i in positions], plan)
+            rounds = config.plan.refill
+            sample = partial(self._sample, plan)
+            positions, rollout = sample_with_refill(positions, sample, self.order, rounds, config.advantage, objective)
         except SAMPLING_ERRORS:
             for part, state in zip(stateful, before, strict=True):
                 part.load_state_dict(state)
@@ -139,13 +143,16 @@ class Trainer:
         self.last_metrics = {
             "step": self.step,
             **update,
-            **rollout.metrics,
+            **{name: float(value) for name, value in rollout.metrics.items()},
             **scheduled,
+            "epoch": self.order.passes,
             "tokens_per_s": rollout.metrics["response_tokens"] / (ended - started),
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.world.device))),
             "time/rollout_s": sampled - started,
             "time/update_s": ended - sampled,
         }
+        if rounds:
+            self.last_metrics |= {"rollout/groups_sampled": len(rollout.sampled), "rollout/groups_trained": len(rollout.groups)}
         if self.deferred.size is not None:
             self.last_metrics["deferred"] = len(self.deferred)
         return self.last_metrics
@@ -183,15 +190,16 @@ class Trainer:
             return join_micro_batches(packed, self.world.size, self.world.rank)
         return self.world.share(packed)
 
-    def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
-        """The samples of all problems; each rank generates for its share and hands its samples to the others.
+    def _sample(self, plan: Plan, positions: list[int]) -> RolloutResult:
+        """The samples of the problems at `positions`; each rank generates for its share and hands its samples to the others.
 
         Raises: EngineError or RewardError of any rank, on every rank.
         """
         mine, error = None, None
+        problems = [self.problems[i] for i in self.world.share(positions)]
         try:
             with self.ready_to_generate():
-                mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
+                mine = run_plans(problems, plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
         except SAMPLING_ERRORS as raised:
             error = raised
         return merge_results(self.world.gather_or_raise(mine, error))

@@ -9,7 +9,7 @@ from trapo_train.advantages import AdvantageConfig, assign_advantages
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.records import ExpertTrace, Problem, Request
 from trapo_train.rewards import RewardError
-from trapo_train.rollout import RolloutConfig, drop_long_experts, run_plans
+from trapo_train.rollout import RolloutConfig, drop_long_experts, merge_results, run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()
@@ -179,6 +179,23 @@ def test_metrics():
     assert metrics["response_tokens"] == 8 * 4 + 7 * 20 + 15
     assert metrics["completion_tokens_mean"] == (8 * 4 + 4 * 20 + 2 * 17 + 11) / 15
     assert metrics["reward/none_count"] == 0
+    assert metrics["reward/all_correct_share"] == 0.5 and metrics["reward/none_correct_share"] == 0.0  # the trace is correct
+    lengths = sorted([4] * 8 + [20] * 4 + [17] * 2 + [11])
+    assert metrics["completion_tokens_p95"] == lengths[14] and metrics["completion_tokens_max"] == 20
+    assert metrics["entropy/sampled"] == 0.5  # the script's logprob of every token is -0.5
+
+
+def test_the_sampled_entropy_is_a_mean_over_tokens_and_the_halves_of_equal_rewards_add_up():
+    script = {"ab?a1:": RIGHT, "ab?a2:": WRONG, "ab?a3:": "a" * 30}
+    problems = [problem(i, prompt) for i, prompt in enumerate(script)]
+    result, _ = run(problems, "grpo", script.get, num_samples=2)
+    halves = [result.metrics[f"reward/{name}_correct_share"] for name in ("all", "none")]
+    assert halves == [1 / 3, 2 / 3] and sum(halves) == result.metrics["reward/equal_share"]
+    for group in result.groups:
+        for sample in group:
+            sample.completion_logprobs = tuple(-0.1 * k for k in range(len(sample.completion_ids)))
+    values = [0.1 * k for group in result.groups for sample in group for k in range(len(sample.completion_ids))]
+    assert merge_results([result]).metrics["entropy/sampled"] == pytest.approx(sum(values) / len(values))
 
 
 def test_none_counts_as_zero_and_is_counted():
