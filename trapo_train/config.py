@@ -36,7 +36,7 @@ class RunConfig:
     steps: int
     """Rollout steps, at least 1; optimizer steps as well unless updates says otherwise."""
     prompts_per_step: int
-    """Problems sampled for each rollout step, at least 1."""
+    """Problems sampled for each rollout step, at least 1; plan.refill may sample more."""
     data: DataConfig
     """Training problems."""
     eval_data: DataConfig | dict[str, DataConfig] | None = None
