@@ -41,6 +41,7 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _unclipped(config, objective),
         _truncated(config),
         _repeats(config, num_problems),
+        _correct(config),
         _unsaved(config),
         _engine(config, world),
         _launcher(world),
@@ -117,6 +118,15 @@ def _repeats(config: RunConfig, num_problems: int) -> str | None:
     if config.prompts_per_step <= num_problems:
         return None
     return f"prompts_per_step = {config.prompts_per_step} is more than the {num_problems} problems: steps repeat some of them"
+
+
+def _correct(config: RunConfig) -> str | None:
+    if isinstance(config.reward, str) or len(config.reward) == 1 or config.rollout.correct_by is not None:
+        return None
+    return (
+        f"what counts as correct, in evaluation too, is a weighted sum of {len(config.reward)} rewards of at least "
+        f"rollout.correct_at = {config.rollout.correct_at:g}. Set rollout.correct_by to the reward that alone says what is correct"
+    )
 
 
 def _unsaved(config: RunConfig) -> str | None:

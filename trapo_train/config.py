@@ -36,7 +36,7 @@ class RunConfig:
     steps: int
     """Rollout steps, at least 1; optimizer steps as well unless updates says otherwise."""
     prompts_per_step: int
-    """Problems sampled for each rollout step, at least 1."""
+    """Problems sampled for each rollout step, at least 1; plan.refill may sample more."""
     data: DataConfig
     """Training problems."""
     eval_data: DataConfig | dict[str, DataConfig] | None = None
@@ -44,7 +44,8 @@ class RunConfig:
     evaluation."""
     reward: str | list[RewardTerm] | None = None
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
-    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]. Null where no response is sampled: SFT."""
+    [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]. Null where no response is sampled: SFT. See
+    `rewards.RewardFn` for what one gets."""
     seed: int = 0
     """Seed of everything random in the run, at least 0; data sections have their own for generated problems."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -92,6 +93,14 @@ class RunConfig:
                 f"updates.mini_batches must be at most plan.buffer_size, {buffer_size}, the problems of a step on traces, got "
                 f"{self.updates.mini_batches}. Lower it."
             )
+        if self.plan.refill and self.advantage.normalise == "batch":
+            raise ValueError(
+                f"plan.refill must be 0 with advantage.normalise=batch, got {self.plan.refill}: whether a problem teaches would "
+                "depend on the others of the step. Use another normalise."
+            )
+        rewards = [self.reward] if isinstance(self.reward, str) else [term.name for term in self.reward]
+        if self.rollout.correct_by is not None and self.rollout.correct_by not in rewards:
+            raise ValueError(f"rollout.correct_by must be null or one of the rewards, {rewards}, got {self.rollout.correct_by!r}.")
         dropout = 0.0 if self.model.lora is None else self.model.lora.dropout
         if dropout > 0 and (self.updates.per_step > 1 or self.updates.correction is not None):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -197,8 +197,8 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
 class ProblemOrder:
     """The order in which training visits the problems: reshuffled every epoch, a pure function of the seed.
 
-    Every epoch visits each problem once. One call of `next` never repeats a problem, across the border of two epochs
-    either, unless it asks for more than there are.
+    Every epoch visits each problem once. One call of `next` never repeats a problem, nor one to `avoid`, across the border of two
+    epochs either, unless it asks for more than there are.
     """
 
     def __init__(self, num_problems: int, seed: int) -> None:
@@ -209,14 +209,19 @@ class ProblemOrder:
         self.epoch = 0  # epochs begun
         self._remaining: list[int] = []
 
-    def next(self, count: int) -> list[int]:
-        """Return the next `count` problem positions, each in [0, num_problems)."""
+    @property
+    def passes(self) -> float:
+        """Passes over all problems so far."""
+        return self.epoch - len(self._remaining) / self.num_problems
+
+    def next(self, count: int, avoid: Collection[int] = ()) -> list[int]:
+        """Return the next `count` problem positions, each in [0, num_problems); an epoch that begins has those to `avoid` last."""
         if count < 1:
             raise ValueError(f"ProblemOrder.next: count must be at least 1, got {count}.")
         taken: list[int] = []
         while len(taken) < count:
             if not self._remaining:
-                self._begin_epoch(avoid=set(taken))
+                self._begin_epoch(avoid={*taken, *avoid})
             missing = count - len(taken)
             taken += self._remaining[:missing]
             self._remaining = self._remaining[missing:]
@@ -244,7 +249,7 @@ class ProblemOrder:
 
     def _begin_epoch(self, avoid: set[int]) -> None:
         order = random.Random(f"{self.seed}/{self.epoch}").sample(range(self.num_problems), self.num_problems)
-        # Problems that this call has taken from the old epoch come last in the new one (a stable sort by False < True).
+        # Problems that this step has taken from the old epoch come last in the new one (a stable sort by False < True).
         self._remaining = sorted(order, key=avoid.__contains__)
         self.epoch += 1
 
@@ -255,6 +260,8 @@ def _rejected_experts(
     """Return (problem index, trace number) of every trace with a reward of 0 or less; no opinion rejects nothing."""
     pairs = [(problem, number) for problem in problems for number in range(len(problem.experts))]
     texts = [problem.experts[number].text.removesuffix(tokenizer.eos_token) for problem, number in pairs]
-    opinions = judge(reward, [problem for problem, _ in pairs], texts)
+    lengths = [len(problem.experts[number].token_ids) for problem, number in pairs]
+    about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs)}
+    opinions = judge(reward, [problem for problem, _ in pairs], texts, about)
     judged = zip(pairs, opinions, strict=True)
     return {(problem.index, number) for (problem, number), opinion in judged if opinion is not None and opinion <= 0}

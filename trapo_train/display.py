@@ -35,6 +35,8 @@ class Column:
     heading: str
     write: Callable[[float], str]
     style: str = ""
+    dispensable: int = 0
+    """Columns with larger numbers are left out first where a terminal is too narrow; 0 always stays."""
 
     @property
     def width(self) -> int:
@@ -58,14 +60,16 @@ COLUMNS = (
     Column("reward/mean", "reward", _fixed(3)),
     Column("reward/unguided", "unguided", _fixed(3), "bold"),
     Column("guided_share", "guided", _percent),
+    Column("finished_share", "finished", _percent, dispensable=2),
     Column("loss", "loss", _fixed(4)),
     Column("expert/logprob", "expert logp", _fixed(3)),
     Column("entropy/rollout", "entropy", _fixed(3)),
-    Column("entropy/expert", "expert entropy", _fixed(3)),
-    Column("grad_norm", "grad norm", _fixed(2), "dim"),
-    Column("tokens_per_s", "tokens/s", _count, "dim"),
-    Column("peak_memory_mib", "peak MiB", _count, "dim"),
+    Column("entropy/expert", "expert entropy", _fixed(3), dispensable=3),
+    Column("grad_norm", "grad norm", _fixed(2), "dim", dispensable=1),
+    Column("tokens_per_s", "tokens/s", _count, "dim", dispensable=4),
+    Column("peak_memory_mib", "peak MiB", _count, "dim", dispensable=5),
 )
+_STEP_WIDTH, _ETA_WIDTH = 6, 9
 ROWS_PER_RUN = 20
 ROWS_PER_HEADER = 25
 
@@ -220,7 +224,8 @@ class Reporter:
         self.row_seconds = row_seconds
         self._steps = 0
         self._last_step = 0
-        self._columns: tuple[Column, ...] = ()
+        self._recorded: set[str] = set()
+        self._columns: list[Column] = []
         self._rows_shown = 0
         self._steps_seen = 0
         self._started = self._last_row = time.monotonic()
@@ -261,9 +266,7 @@ class Reporter:
         self._track(step, metrics, "")
         self._last_step = step
         self._steps_seen += 1
-        if not self._columns:
-            sampled = "entropy/rollout" in metrics  # or the loss alone would tell how well the traces are learned
-            self._columns = tuple(c for c in COLUMNS if c.metric in metrics and not (sampled and c.metric == "expert/logprob"))
+        self._choose_columns(metrics)
         if self._wants_row(step):
             self._print_row(step, metrics)
         if self._progress is not None:
@@ -324,14 +327,25 @@ class Reporter:
         overdue = time.monotonic() - self._last_row >= self.row_seconds
         return self._steps_seen == 1 or step == self._steps or step % every == 0 or overdue
 
+    def _choose_columns(self, metrics: dict[str, Any]) -> None:
+        """A column for every metric recorded so far, as far as a terminal is wide; a file takes all. Others need a new heading."""
+        self._recorded |= metrics.keys()
+        sampled = "finished_share" in self._recorded  # or the loss alone would tell how well the traces are learned
+        columns = [c for c in COLUMNS if c.metric in self._recorded and not (sampled and c.metric == "expert/logprob")]
+        width = self.console.width if self.console.is_terminal else math.inf
+        while _STEP_WIDTH + sum(c.width for c in columns) + _ETA_WIDTH > width and any(c.dispensable for c in columns):
+            columns.remove(max(columns, key=lambda column: column.dispensable))
+        if columns != self._columns:
+            self._columns, self._rows_shown = columns, 0
+
     def _print_row(self, step: int, metrics: dict[str, Any]) -> None:
         if self._rows_shown % ROWS_PER_HEADER == 0:
             headings = "".join(f"{column.heading:>{column.width}}" for column in self._columns)
-            self._say(f"{'step':>6}{headings}{'ETA':>9}", "bold")
-        line = Text(f"{step:>6}")
+            self._say(f"{'step':>{_STEP_WIDTH}}{headings}{'ETA':>{_ETA_WIDTH}}", "bold")
+        line = Text(f"{step:>{_STEP_WIDTH}}")
         for column in self._columns:
             line.append(f"{_written(column, metrics):>{column.width}}", style=column.style)
-        line.append(f"{self._eta(step):>9}", style="dim")
+        line.append(f"{self._eta(step):>{_ETA_WIDTH}}", style="dim")
         self.console.print(line, soft_wrap=True)
         self._rows_shown += 1
         self._last_row = time.monotonic()

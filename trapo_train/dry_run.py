@@ -49,7 +49,12 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
             liger="auto" if config.model.liger else False,
         ),
         rollout=replace(
-            config.rollout, max_response_tokens=_RESPONSE_TOKENS, paragraph_break="|", max_batch_tokens=4096, engine="transformers"
+            config.rollout,
+            max_response_tokens=_RESPONSE_TOKENS,
+            paragraph_break="|",
+            max_batch_tokens=4096,
+            engine="transformers",
+            correct_by=config.rollout.correct_by and "pointer_chasing",
         ),
         packing=replace(config.packing, max_tokens=4 * _POSITIONS),
         updates=replace(config.updates, mini_batches=min(prompts, config.updates.mini_batches)),

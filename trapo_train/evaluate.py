@@ -164,6 +164,7 @@ def load_eval_sets(
 
 class _Response(NamedTuple):
     reward: float
+    correct: bool
     num_tokens: int
     finished: bool
     record: dict[str, Any] | None = None
@@ -193,7 +194,7 @@ def evaluate(
     The engine's own random state is left alone, so evaluating does not change the training that follows.
 
     Args:
-        rollout: its max_response_tokens, top_p, top_k and correct_at; the temperature is the evaluation's own.
+        rollout: its max_response_tokens, top_p, top_k, correct_at and correct_by; the temperature is the evaluation's own.
         world: the ranks that call this together; None for a single process.
         save_to: where the first rank writes all responses (see `samples.sample_record`), with config.save_samples; None: nowhere.
 
@@ -219,13 +220,13 @@ def evaluate(
     if config.save_samples and save_to is not None and world.first:
         write_lines(save_to, (response.record for response in responses))
     sizes = [sum(map(len, answers.problems)) for answers in found]
-    return _accuracies(eval_set, problems, config, rollout.correct_at) | {
+    return _accuracies(eval_set, problems, config) | {
         "reward/mean": fmean(response.reward for response in responses),
         "completion_tokens_mean": fmean(response.num_tokens for response in responses),
         "finished_share": fmean(response.finished for response in responses),
         "num_problems": float(len(problems)),
         "samples_per_problem": len(responses) / len(problems),
-        **merge_metrics([answers.reward_metrics for answers in found], sizes),
+        **{name: float(value) for name, value in merge_metrics([answers.reward_metrics for answers in found], sizes).items()},
     }
 
 
@@ -260,20 +261,16 @@ def _answers(
     none_count = judge_samples(samples, reward, tokenizer, rollout)
 
     def response(sample: Sample) -> _Response:
-        record = None
-        if config.save_samples:
-            record = {**sample_record(sample, tokenizer), "correct": sample.reward >= rollout.correct_at}
-        return _Response(sample.reward, len(sample.completion_ids), sample.finish_reason == "stop", record)
+        record = sample_record(sample, tokenizer) if config.save_samples else None
+        return _Response(sample.reward, sample.correct, len(sample.completion_ids), sample.finish_reason == "stop", record)
 
     found = [[response(sample) for sample in group] for group in drafts]
     # Taken, or they would show up in the next training step.
     return _Answers(found, {"reward/none_count": float(none_count), **take_metrics(reward)})
 
 
-def _accuracies(
-    eval_set: EvalSet, problems: Sequence[Sequence[_Response]], config: EvalConfig, correct_at: float
-) -> dict[str, float]:
-    num_correct = [sum(response.reward >= correct_at for response in responses) for responses in problems]
+def _accuracies(eval_set: EvalSet, problems: Sequence[Sequence[_Response]], config: EvalConfig) -> dict[str, float]:
+    num_correct = [sum(response.correct for response in responses) for responses in problems]
     rates = [correct / samples for correct, samples in zip(num_correct, eval_set.samples, strict=True)]
     metrics = {"accuracy": fmean(rates), "accuracy_stderr": standard_error(rates)}
     powers = [2**i for i in range(1, eval_set.most_samples.bit_length())]

@@ -138,7 +138,8 @@ def measure_headroom(
     trace would say nothing about the model. The engine's own random state is left alone.
 
     Args:
-        rollout: its max_response_tokens, top_p, top_k, verify, correct_at and how traces are cut; the temperature is the config's.
+        rollout: its max_response_tokens, top_p, top_k, verify, correct_at, correct_by and how traces are cut; the
+            temperature is the config's.
 
     Raises:
         ValueError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
@@ -160,7 +161,7 @@ def measure_headroom(
 
     rows, overall_rates = [], []
     for fraction, per_problem in zip(config.fractions, drafts, strict=True):
-        rates = [fmean(sample.reward >= rollout.correct_at for sample in group) for group in per_problem]
+        rates = [fmean(sample.correct for sample in group) for group in per_problem]
         for name, positions in groups.items():
             rows.append(_row(fraction, name, [rates[i] for i in positions], [per_problem[i][0] for i in positions]))
         overall_rates.append(rates)
@@ -186,7 +187,7 @@ def _accepted(
         judge_samples([trace for per_problem in traces for trace in per_problem], reward, tokenizer, rollout)
         for problem, per_problem in zip(block, traces, strict=True):
             judged = zip(problem.experts, per_problem, strict=True)
-            accepted = [expert for expert, trace in judged if trace.reward >= rollout.correct_at]
+            accepted = [expert for expert, trace in judged if trace.correct]
             if accepted:
                 chosen.append(replace(problem, experts=(accepted[0],)))
             else:

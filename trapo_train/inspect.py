@@ -78,10 +78,11 @@ def _header(number: int, sample: Sample, show: View) -> Text:
     prefix, completion = len(sample.prefix_ids), len(sample.completion_ids)
     weighs = show.trains_prefix and sample.guided and sample.prefix_weight != 1
     weight = f", loss weight {sample.prefix_weight:.2g}" if weighs else ""
+    masked = ", not in the loss" if sample.masked else ""
     line = Text.assemble(
         (f"sample {number}", "bold"),
         f"  micro-group {sample.micro_group}  prefix {100 * sample.prefix_ratio:>3.0f} % ({prefix} tokens{weight})",
-        f"  completion {completion} tokens, {sample.finish_reason}",
+        f"  completion {completion} tokens, {sample.finish_reason}{masked}",
     )
     if show.judged:
         line.append(f"  reward {sample.reward:g}", style="bold green" if sample.reward > 0 else "bold red")

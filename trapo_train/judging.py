@@ -52,7 +52,8 @@ class Judging:
         """Judge `samples`; `take` gives back their owner."""
         case = _Case(owner, samples, _texts(samples, self._tokenizer, self._config))
         if self._threads is not None:
-            case.future = self._threads.submit(judge, self._reward, [sample.problem for sample in samples], case.texts)
+            problems = [sample.problem for sample in samples]
+            case.future = self._threads.submit(judge, self._reward, problems, case.texts, _about(samples))
         self._cases.append(case)
 
     def take(self, *, wait: bool) -> list[Any]:
@@ -69,12 +70,13 @@ class Judging:
             opinions = [case.future.result() for case in taken]
             self._cases = [case for case in self._cases if case not in taken]
         for case, values in zip(taken, opinions, strict=True):
-            self.none_count += _settle(case.samples, values, self._tokenizer)
+            self.none_count += _settle(case.samples, values, self._tokenizer, self._config)
         return [case.owner for case in taken]
 
     def _judge_all(self) -> list[list[float | None]]:
-        problems = [sample.problem for case in self._cases for sample in case.samples]
-        values = iter(judge(self._reward, problems, [text for case in self._cases for text in case.texts]))
+        samples = [sample for case in self._cases for sample in case.samples]
+        texts = [text for case in self._cases for text in case.texts]
+        values = iter(judge(self._reward, [sample.problem for sample in samples], texts, _about(samples)))
         return [[next(values) for _ in case.samples] for case in self._cases]
 
     def __enter__(self) -> Self:
@@ -86,13 +88,14 @@ class Judging:
 
 
 def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> int:
-    """Set `reward` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
+    """Set `reward`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
 
     With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
     written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
     """
-    values = judge(reward, [sample.problem for sample in samples], _texts(samples, tokenizer, config))
-    return _settle(samples, values, tokenizer)
+    problems = [sample.problem for sample in samples]
+    values = judge(reward, problems, _texts(samples, tokenizer, config), _about(samples))
+    return _settle(samples, values, tokenizer, config)
 
 
 def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> list[str]:
@@ -103,10 +106,20 @@ def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> 
     return texts
 
 
-def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any) -> int:
+def _about(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """The columns of `rewards.ABOUT_RESPONSES`."""
+    return {
+        "completion_tokens": [len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples],
+        "finish_reasons": [sample.finish_reason for sample in samples],
+    }
+
+
+def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any, config: RolloutConfig) -> int:
     for sample, value in zip(samples, values, strict=True):
         sample.reward = 0.0 if value is None else float(value)
         sample.rewards = value.parts if isinstance(value, Total) else {}
+        judged = sample.rewards.get(config.correct_by) if config.correct_by and sample.rewards else value
+        sample.correct = (0.0 if judged is None else judged) >= config.correct_at
         if sample.guided:
             prefix_text = _decode(tokenizer, sample.prefix_ids)
             sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)

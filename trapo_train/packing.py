@@ -110,7 +110,8 @@ def pack(
     A prefix token is an EXPERT token whose weight is multiplied by `prefix_weight`, a completion token a ROLLOUT token
     with the sample's advantage. A role that the objective does not train enters no denominator and carries at most the
     entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0, count in the denominators;
-    then they are dropped, and so are samples without any token left.
+    then they are dropped, and so are samples without any token left. A masked completion is left out before anything is counted,
+    as if the sample had none, and the model never reads it.
 
     Args:
         samples: every sample of the step, in any order.
@@ -123,6 +124,7 @@ def pack(
     Raises: ValueError for a sample longer than the budget, an empty prompt, or expert tokens under an objective that needs the
         logprobs of whoever wrote them.
     """
+    samples = [replace(s, completion_ids=(), completion_logprobs=()) if s.masked else s for s in samples]
     lengths = [_segment_length(sample, config.max_tokens) for sample in samples]
     if config.train_on_prompt:
         samples = [_with_prompt_as_prefix(sample) for sample in samples]

@@ -93,6 +93,11 @@ class PlanConfig:
     """paper, release, grpo, sft, luffy, prefix_rft, uft, hpt, relift, or ladder."""
     num_samples: int | None = None
     """Samples per problem, at least 1, at least 2 where one of them is guided (luffy, prefix_rft); null for 8. Elsewhere fixed."""
+    refill: int = 0
+    """Further rounds of a step, at least 0, each of which samples further problems in place of those that teach nothing: whose
+    advantages are all 0 and none of whose expert tokens is trained on. What still teaches nothing then is left out of the loss and
+    its denominators (DAPO's dynamic sampling, with a limit). 0 samples once and keeps all. A round samples as many problems as
+    are missing, waits for its longest response and hands the weights to the engine again."""
     rungs: tuple[Rung, ...] = ()
     """The micro-groups of the plan "ladder", first to last; empty for every other plan."""
     guidance: float | dict[str, Any] | None = None
@@ -132,7 +137,7 @@ class PlanConfig:
 
     def _check_ranges(self) -> None:
         smallest = 2 if self.name in ("luffy", "prefix_rft") else 1
-        for name, low in (("num_samples", smallest), ("chunks", 1), ("buffer_size", 1)):
+        for name, low in (("num_samples", smallest), ("refill", 0), ("chunks", 1), ("buffer_size", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} of {self.name!r} must be at least {low}, got {value}.")

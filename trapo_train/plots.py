@@ -123,17 +123,22 @@ def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
 
 
 def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
-    """Entropy of the policy on the tokens it wrote and on expert tokens, over steps."""
+    """Entropy of the policy over steps: on the tokens it wrote, on expert tokens, and by its sampler on all that it wrote."""
     figure, (axis,) = new_figure(
         "Entropy of the policy",
-        "mean over the tokens of each role with a gradient · dots: one step · line: running mean",
+        "mean over the tokens with a gradient, and over all sampled ones · dots: one step · line: running mean",
     )
     labels = []
-    for role, name, colour in (("rollout", "own tokens", PALETTE[0]), ("expert", "expert tokens", PALETTE[1])):
+    kinds = (
+        ("sampled", "all sampled", PALETTE[7]),
+        ("rollout", "own tokens", PALETTE[0]),
+        ("expert", "expert tokens", PALETTE[1]),
+    )
+    for role, name, colour in kinds:
         steps, values = _series(rows, f"entropy/{role}")
         if steps:
             labels.append((name, draw_smoothed(axis, steps, values, colour), colour))
-    require(labels, "entropy/rollout or entropy/expert")
+    require(labels, "entropy/sampled, entropy/rollout or entropy/expert")
     axis.set_ylim(0, None)
     axis.set_xlabel("rollout step")
     axis.set_ylabel("entropy, nats per token")

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trapo_train.records import ExpertTrace, Problem
+from trapo_train.rewards import ABOUT_RESPONSES
 from trapo_train.rows import (
     cell,
     load_rows,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESERVED_COLUMNS = ("prompts", "completions", "solution")  # what the reward function is called with
+RESERVED_COLUMNS = ("prompts", "completions", "solution", *ABOUT_RESPONSES)  # what the reward function is called with
 CHUNK_ROWS = 256  # rows that are tokenised together: a fast tokenizer spreads them over all cores
 CACHED_PROBLEMS = 256  # tokenised problems kept: a step's own, read again by its later micro-groups
 
@@ -211,7 +212,7 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
             raise ValueError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy}")
     further = [column for column in columns if column not in named.values()]
     for column in set(further) & set(RESERVED_COLUMNS):
-        logger.warning("%s: column %r is left out, the reward has an argument of that name", where, column)
+        logger.warning("%s: column %r is left out, the reward has an argument of that name; rename it if it is read", where, column)
     return [column for column in further if column not in RESERVED_COLUMNS]
 
 

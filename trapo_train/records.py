@@ -61,6 +61,8 @@ class Sample:
     `micro_group` counts from 1. `prefix_weight` is the share of the TrSFT loss that this copy of the prefix carries: 1/k for
     each of k samples of one problem that share a prefix. `finish_reason` is the engine's, or "expert" for a full expert trace.
     `rewards` are the parts of a weighted sum by name, unweighted, None for no opinion; empty for a single reward.
+    A completion that is `masked` is in no loss and no denominator; its reward counts as any other. `correct`: whether the response
+    counts as correct (rollout.correct_at and correct_by).
     """
 
     problem: Problem
@@ -71,7 +73,9 @@ class Sample:
     completion_logprobs: tuple[float, ...]
     finish_reason: str
     prefix_weight: float = 1.0
+    masked: bool = False
     reward: float = 0.0
+    correct: bool = False
     advantage: float = 0.0
     answer_in_prefix: bool = False
     rewards: dict[str, float | None] = field(default_factory=dict)

@@ -9,8 +9,8 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -22,15 +22,46 @@ from trapo_train.math_grader import load_library
 from trapo_train.records import Problem
 from trapo_train.tasks import pointer_chasing_reward
 
+ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """DAPO's soft overlong punishment: 0 up to max_tokens - buffer tokens, falling to -1 at max_tokens, -1 beyond.
+
+    Source: arXiv 2503.14476, equation 13.
+    """
+
+    max_tokens: int
+    """Tokens at which the punishment is whole, usually rollout.max_response_tokens."""
+    buffer: int
+    """Tokens over which it grows, in [1, max_tokens]."""
+
+    may_overlap = True
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.max_tokens, self.buffer))
+        if not whole or not 1 <= self.buffer <= self.max_tokens:
+            raise ValueError(
+                f"overlong needs whole numbers 1 <= buffer <= max_tokens, got buffer = {self.buffer!r}, max_tokens = "
+                f"{self.max_tokens!r}. For example {{max_tokens: 8192, buffer: 2048}}."
+            )
+
+    def __call__(self, completion_tokens: Sequence[int], **columns: Any) -> list[float]:
+        free = self.max_tokens - self.buffer
+        return [min(max(free - tokens, -self.buffer), 0) / self.buffer for tokens in completion_tokens]
+
 
 @dataclass(frozen=True)
 class RewardTerm:
     """One of several rewards."""
 
     name: str
-    """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward."""
+    """exact_match, math_verify, pointer_chasing, overlong, or a path to your own function: my_rewards:my_reward."""
     weight: float = 1.0
     """Its weight in the sum, a finite number."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of overlong, DAPO's punishment of long responses: {max_tokens: 8192, buffer: 2048}; empty for the others."""
     in_worker: bool = False
     """Call your own function row by row in worker programs: what hangs or crashes there earns 0 and training goes on."""
     time_limit_s: float = 20.0
@@ -52,6 +83,17 @@ class RewardTerm:
                 f"in_worker is for your own function, got name {self.name!r}. Leave it out: math_verify grades in workers "
                 "always, and the others cannot hang."
             )
+        if self.name != "overlong" and self.options:
+            raise ValueError(f"options belong to the reward overlong, got {self.options} of {self.name!r}. Leave them out.")
+        if self.name == "overlong":
+            self.overlong()
+
+    def overlong(self) -> Overlong:
+        """The reward of that name with the term's options."""
+        try:
+            return Overlong(**self.options)
+        except TypeError as error:
+            raise ValueError(f"options of overlong are max_tokens and buffer, got {self.options}.") from error
 
 
 class RewardFn(Protocol):
@@ -60,6 +102,11 @@ class RewardFn(Protocol):
     `prompts` and `completions` are texts, one per row, those of a chat too; a completion is the whole response, expert prefix
     included and special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with
     one value per row, and no `completion_ids`. Declare the ones you read and take the rest with `**columns`.
+
+    Two columns are about the responses, for rewards that declare them or take `**columns`: `completion_tokens` (list[int]), the
+    tokens of the whole response, expert prefix and end-of-sequence token included, whatever `rollout.verify` shows of its text; and
+    `finish_reasons` (list[str]), "stop", "length" (cut off by the budget) or "expert" (a whole expert trace). Columns of the data
+    that have one of these names are left out, as those called prompts or completions are, with a warning.
 
     Rows are independent of each other: how many come in one call is not fixed. A plain function is called from the thread that
     trains, an async one also several times at once (see `may_overlap`).
@@ -72,8 +119,16 @@ class RewardError(RuntimeError):
     """A reward function raised, or returned something that is not one finite number (or None) per row."""
 
 
-def judge(reward: RewardFn | WeightedSum | None, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+Columns = Mapping[str, Sequence[Any]]
+
+
+def judge(
+    reward: RewardFn | WeightedSum | None, problems: Sequence[Problem], texts: Sequence[str], about: Columns | None = None
+) -> list[float | None]:
     """Call the reward and check what it returns: one finite number per row, None for no opinion. No reward has none on any row.
+
+    Args:
+        about: the columns of ABOUT_RESPONSES; None leaves them out.
 
     Raises:
         RewardError: naming the reward and the row, if it raises, returns another number of rows, or returns NaN,
@@ -84,11 +139,11 @@ def judge(reward: RewardFn | WeightedSum | None, problems: Sequence[Problem], te
     if not texts or reward is None:
         return [None] * len(texts)
     if isinstance(reward, WeightedSum):
-        return reward.judge(problems, texts)
+        return reward.judge(problems, texts, about)
     try:
-        values = called(reward, _arguments(problems, texts))
+        values = called(reward, _arguments(problems, texts, about))
     except Exception as error:
-        raise RewardError(_describe_exception(reward, problems, texts, error)) from error
+        raise RewardError(_describe_exception(reward, problems, texts, about, error)) from error
     name = _name(reward)
     if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
         raise RewardError(f"Reward {name} must return a list with one number per row, got {type(values).__name__}.")
@@ -107,6 +162,8 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
         return None
     if not isinstance(name, str):
         return _load_sum(name)
+    if name == "overlong":
+        raise ValueError("reward overlong needs options: [{name: overlong, options: {max_tokens: 8192, buffer: 2048}}, …].")
     if name in REWARDS:
         if name == "math_verify":
             load_library()  # a missing extra shows now, not after the first rollout
@@ -177,13 +234,12 @@ class WeightedSum:
         self.__name__ = " + ".join(f"{weight:g}·{name}" for name, _, weight in self.terms)
         self._values: dict[str, list[float]] = {}
 
-    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+    def judge(self, problems: Sequence[Problem], texts: Sequence[str], about: Columns | None = None) -> list[float | None]:
         """As `judge`, each reward checked on its own; what it returns besides None are `Total`s."""
         totals: list[float | None] = [None] * len(texts)
         parts: list[dict[str, float | None]] = [{} for _ in texts]
         for name, reward, weight in self.terms:
-            opinions = judge(reward, problems, texts)
-            for i, opinion in enumerate(opinions):
+            for i, opinion in enumerate(judge(reward, problems, texts, about)):
                 parts[i][name] = opinion
                 if opinion is not None:
                     totals[i] = (totals[i] or 0.0) + weight * opinion
@@ -212,15 +268,15 @@ def without_rewards(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
-    """What several calls counted (see `take_metrics`) as one, in plain numbers: counts and speeds add up, a `Mean` is weighted by
-    its own count, other means by `sizes`, by default equally."""
+    """What several calls counted (see `take_metrics`) as one: counts and speeds add up, a `Mean` is weighted by its own count and
+    stays one, other means are weighted by `sizes`, by default equally."""
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         known = [i for i, part in enumerate(parts) if name in part]
         values = [parts[i][name] for i in known]
         if all(isinstance(value, Mean) for value in values):
             count = sum(value.count for value in values)
-            merged[name] = sum(value * value.count for value in values) / count
+            merged[name] = Mean(sum(value * value.count for value in values) / count, count)
             continue
         weights = [1 if sizes is None else sizes[i] for i in known]
         adds_up = name.endswith(("_count", "timeouts", "crashes", "tokens_per_s"))
@@ -242,8 +298,9 @@ def may_overlap(reward: RewardFn | WeightedSum) -> bool:
 
 
 def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
-    """What the reward returns; one that is async is run to its end."""
-    values = reward(**arguments)
+    """What the reward returns; one that is async is run to its end. Of ABOUT_RESPONSES it gets what it takes."""
+    taken = {name: values for name, values in arguments.items() if name not in ABOUT_RESPONSES or _takes(reward, name)}
+    values = reward(**taken)
     if not inspect.isawaitable(values):
         return values
     return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
@@ -263,7 +320,8 @@ def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
         raise ValueError(f"reward must list at least one reward, each once, got {names}. Add up the weights of the same one.")
     loaded = []
     for term in terms:
-        reward = load_reward(term.name)  # shows a wrong path now, for a worker too
+        # Loaded here, a wrong path shows now, for a worker too.
+        reward = term.overlong() if term.name == "overlong" else load_reward(term.name)
         if term.in_worker:
             reward = WorkerReward(term.name, time_limit_s=term.time_limit_s, memory_limit_mib=term.memory_limit_mib)
         loaded.append((term.name, reward, term.weight))
@@ -283,21 +341,32 @@ async def _awaited(values: Any) -> Any:
     return await values
 
 
-def _arguments(problems: Sequence[Problem], texts: Sequence[str]) -> dict[str, list[Any]]:
+def _takes(reward: RewardFn, name: str) -> bool:
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # of something that is not written in Python
+        return False
+    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
+
+def _arguments(problems: Sequence[Problem], texts: Sequence[str], about: Columns | None) -> dict[str, list[Any]]:
     names = problems[0].columns.keys()
     return {
         **{name: [problem.columns[name] for problem in problems] for name in names},
         "prompts": [problem.prompt for problem in problems],
         "completions": list(texts),
         "solution": [problem.solution for problem in problems],
+        **{name: list(values) for name, values in (about or {}).items()},
     }
 
 
-def _describe_exception(reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str], error: Exception) -> str:
+def _describe_exception(
+    reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str], about: Columns | None, error: Exception
+) -> str:
     """Say which row made the reward raise, found by calling it row by row."""
-    for problem, text in zip(problems, texts, strict=True):
+    for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
         try:
-            called(reward, _arguments([problem], [text]))
+            called(reward, _arguments([problem], [text], {name: [values[i]] for name, values in (about or {}).items()}))
         except Exception as single:
             return f"Reward {_name(reward)} raised on row {problem.index}: {single!r}. Its completion: {text[:200]!r}"
     return f"Reward {_name(reward)} raised on {len(texts)} rows, though on none of them alone: {error!r}."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from trapo_train.vllm_server import VllmServerConfig
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 VERIFICATIONS = ("response", "completion")
+ON_TRUNCATED = ("keep", "mask")
 SAMPLING_ERRORS = (EngineError, RewardError, ChooserError)  # after which nothing is trained, and everything before is intact
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
@@ -43,8 +46,15 @@ class RolloutConfig:
     """How far the cut may move forward to a paragraph break, as a share of the trace in [0, 1]; 0 cuts exactly."""
     verify: Literal["response", "completion"] = "response"
     """What the reward sees: the response, or the completion alone so that an answer in the prefix earns nothing."""
+    on_truncated: Literal["keep", "mask"] = "keep"
+    """A completion that its budget cuts off: keep trains on it with the reward it got; mask takes its tokens out of the loss, the
+    entropy bonus and every denominator, while its reward stays in the baseline and its expert prefix in TrSFT (DAPO's overlong
+    filtering, TRL's mask_truncated_completions)."""
     correct_at: float = 1.0
-    """Smallest reward that counts as correct where pass rates are measured (evaluation and headroom)."""
+    """Smallest reward that counts as correct where pass rates are measured: in evaluation (accuracy and pass@k), in headroom and in
+    reward/all_correct_share and reward/none_correct_share."""
+    correct_by: str | None = None
+    """Name of the one of several rewards that correct_at is compared with; null for their weighted sum."""
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     """What generates: transformers or vllm, in this process, or vllm_server, a vLLM server that runs already."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -63,6 +73,7 @@ class RolloutConfig:
             ("paragraph_break", self.paragraph_break != "", "a text that is not empty"),
             ("snap_window", 0 <= self.snap_window <= 1, "in [0, 1]"),
             ("verify", self.verify in VERIFICATIONS, f"one of {', '.join(VERIFICATIONS)}"),
+            ("on_truncated", self.on_truncated in ON_TRUNCATED, f"one of {', '.join(ON_TRUNCATED)}"),
             ("correct_at", self.correct_at == self.correct_at, "a number"),
             ("engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("max_batch_tokens", self.max_batch_tokens >= 2, "at least 2"),
@@ -78,6 +89,8 @@ class RolloutResult:
 
     groups: list[list[Sample]]
     metrics: dict[str, float]
+    seconds: float = 0.0
+    """How long the sampling took; of several ranks the longest."""
     sampled: list[list[Sample]] = field(default_factory=list)
     """The groups with the samples that their plans dropped; the metrics describe these."""
     deferred: tuple[int, ...] = ()
@@ -138,7 +151,7 @@ class _Ascent:
                     continue
             for ticket, completion in self.stream.advance(self.judging.futures):
                 climb, sample = self.open.pop(ticket)
-                _fill(sample, completion)
+                _fill(sample, completion, self.config)
                 climb.missing -= 1
                 if climb.missing == 0:
                     self.judging.start(climb, climb.group)
@@ -198,23 +211,53 @@ def run_plans(
         measured = {"reward/none_count": float(judging.none_count), "time/reward_s": reward_s, **stream.metrics()}
     sampled = [climb.samples for climb in climbs]
     generated = sum(len(sample.completion_ids) for group in sampled for sample in group)
-    measured["rollout/tokens_per_s"] = generated / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    measured["rollout/tokens_per_s"] = generated / seconds
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
     metrics = _metrics(sampled) | measured | take_metrics(reward)
     metrics = without_rewards(metrics) if reward is None else metrics
-    return RolloutResult([climb.kept for climb in climbs], metrics, sampled, deferred)
+    return RolloutResult([climb.kept for climb in climbs], metrics, seconds, sampled, deferred)
 
 
 def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     """The results of all ranks as one, problems in the order that one process would have them in."""
     sampled = interleave([part.sampled for part in parts])
-    # What the samples do not tell: counts and speeds add up, all else is averaged over the ranks.
-    judged = any("reward/none_count" in part.metrics for part in parts)
-    metrics = _metrics(sampled) if judged else without_rewards(_metrics(sampled))
-    metrics |= merge_metrics([{name: value for name, value in part.metrics.items() if name not in metrics} for part in parts])
+    metrics = _joint_metrics(sampled, parts)  # of what the samples do not tell counts and speeds add up, all else is averaged
+    metrics |= merge_metrics(_further(parts, metrics))
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
     deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)
-    return RolloutResult(interleave([part.groups for part in parts]), metrics, sampled, deferred)
+    seconds = max(part.seconds for part in parts)
+    return RolloutResult(interleave([part.groups for part in parts]), metrics, seconds, sampled, deferred)
+
+
+def chain_results(rounds: Sequence[RolloutResult]) -> RolloutResult:
+    """The results of rounds that were sampled one after the other as one."""
+    if len(rounds) == 1:
+        return rounds[0]
+    sampled, seconds = [group for part in rounds for group in part.sampled], [part.seconds for part in rounds]
+    metrics = _joint_metrics(sampled, rounds)
+    further = _further(rounds, metrics)
+    metrics |= merge_metrics(further, [sum(map(len, part.sampled)) for part in rounds])
+    steps = [part.get("rollout/engine_steps", 0.0) for part in further]
+    for name in metrics.keys() & {"time/reward_s", "rollout/engine_steps"}:
+        metrics[name] = sum(part.get(name, 0.0) for part in further)
+    for name, weights in (("rollout/tokens_per_s", seconds), ("rollout/rows_in_flight", steps if any(steps) else seconds)):
+        if name in metrics:
+            metrics[name] = sum(part.get(name, 0.0) * weight for part, weight in zip(further, weights, strict=True)) / sum(weights)
+    starts = accumulate((len(part.groups) for part in rounds), initial=0)
+    deferred = tuple(start + i for start, part in zip(starts, rounds, strict=False) for i in part.deferred)
+    return RolloutResult([group for part in rounds for group in part.groups], metrics, sum(seconds), sampled, deferred)
+
+
+def _joint_metrics(sampled: list[list[Sample]], parts: Sequence[RolloutResult]) -> dict[str, float]:
+    """`_metrics` of what the parts sampled, without those of rewards where nothing was judged."""
+    judged = any("reward/none_count" in part.metrics for part in parts)
+    return _metrics(sampled) if judged else without_rewards(_metrics(sampled))
+
+
+def _further(parts: Sequence[RolloutResult], known: Collection[str]) -> list[dict[str, float]]:
+    """The metrics of each part without those that are `known`."""
+    return [{name: value for name, value in part.metrics.items() if name not in known} for part in parts]
 
 
 def drop_long_experts(problems: Sequence[Problem], max_response_tokens: int) -> tuple[list[Problem], int]:
@@ -273,7 +316,7 @@ def complete(
     )
     prompts = [_prompt(sample) for sample in open_samples]
     for sample, completion in zip(open_samples, engine.generate(prompts, params), strict=True):
-        _fill(sample, completion)
+        _fill(sample, completion, config)
 
 
 def _prompt(sample: Sample) -> list[int]:
@@ -281,10 +324,11 @@ def _prompt(sample: Sample) -> list[int]:
     return [*sample.problem.prompt_ids, *sample.prefix_ids]
 
 
-def _fill(sample: Sample, completion: Completion) -> None:
+def _fill(sample: Sample, completion: Completion, config: RolloutConfig) -> None:
     sample.completion_ids = completion.token_ids
     sample.completion_logprobs = completion.logprobs
     sample.finish_reason = completion.finish_reason
+    sample.masked = config.on_truncated == "mask" and completion.finish_reason == "length"
 
 
 def _check_experts_fit(problems: Sequence[Problem], config: RolloutConfig) -> None:
@@ -304,12 +348,19 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     reward/mean             all samples
     reward/std              of all samples
     reward/equal_share      share of the problems whose samples all have one reward, so that a group's own advantages are 0
+    reward/all_correct_share, reward/none_correct_share
+                            share of the problems whose samples are all correct (rollout.correct_at), and of those that have no
+                            correct one; where rewards are 0 and 1 the two add up to equal_share
     reward/unguided         unguided samples of micro-group 1 (those of later ones come from problems that failed before)
     reward/micro_group_k    samples of micro-group k; guided_share and guided_share/micro_group_k likewise
     answer_in_prefix        share of the guided completions whose prefix already states the solution
     num_samples             all samples
     response_tokens         sum over all samples, prefixes included
-    completion_tokens_mean  per completion; finished_share: completions that end with the end-of-sequence token
+    completion_tokens_mean  per completion, _p95 and _max likewise
+    finished_share          completions that end with the end-of-sequence token
+    entropy/sampled         mean of -logprob over all completion tokens, nats, as the sampler reported them: with top_p = 1 and
+                            top_k = 0 an unbiased estimate of the policy's entropy at rollout.temperature where these tokens stand,
+                            those without a gradient included, which entropy/rollout leaves out
     """
     samples = [sample for group in groups for sample in group]
     first = [sample for sample in samples if sample.micro_group == 1 and not sample.guided]
@@ -317,6 +368,8 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     means = {
         "reward/mean": [sample.reward for sample in samples],
         "reward/equal_share": [len({sample.reward for sample in group}) == 1 for group in groups if group],
+        "reward/all_correct_share": [all(sample.correct for sample in group) for group in groups if group],
+        "reward/none_correct_share": [not any(sample.correct for sample in group) for group in groups if group],
         "reward/unguided": [sample.reward for sample in first],
         "guided_share": [sample.guided for sample in samples],
         "answer_in_prefix": [sample.answer_in_prefix for sample in completed if sample.guided],
@@ -330,5 +383,10 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     metrics = {name: fmean(values) for name, values in means.items() if values}
     if samples:
         metrics["reward/std"] = pstdev(means["reward/mean"])
+    if completed:
+        lengths = sorted(means["completion_tokens_mean"])
+        metrics["completion_tokens_p95"] = float(lengths[math.ceil(0.95 * len(lengths)) - 1])
+        metrics["completion_tokens_max"] = float(lengths[-1])
+        metrics["entropy/sampled"] = -sum(math.fsum(sample.completion_logprobs) for sample in completed) / max(1, sum(lengths))
     response_tokens = sum(len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples)
     return metrics | {"num_samples": float(len(samples)), "response_tokens": float(response_tokens)}

@@ -52,7 +52,9 @@ def sample_record(sample: Sample, tokenizer: Any, *, judged: bool = True) -> dic
         "completion": _text(completion, tokenizer),
         "completion_tokens": len(completion),
         "finish_reason": sample.finish_reason,
+        "masked": sample.masked,
         "reward": sample.reward if judged else None,
+        "correct": sample.correct if judged else None,
         "rewards": dict(sample.rewards),
         "advantage": sample.advantage,
         "answer_in_prefix": sample.answer_in_prefix,
@@ -81,7 +83,8 @@ def _table(group: Sequence[Sample], tokenizer: Any, judged: bool) -> str:
         reward = f"{sample.reward:g}" if judged else "–"
         lines.append(
             f"| {sample.micro_group} | {len(sample.prefix_ids)} tokens, {sample.prefix_ratio:.2f} | {reward} | "
-            f"{sample.advantage:+.3f} | {len(sample.completion_ids)} | {sample.finish_reason} | {_shown(text)} |"
+            f"{sample.advantage:+.3f} | {len(sample.completion_ids)} | "
+            f"{sample.finish_reason}{', not in the loss' if sample.masked else ''} | {_shown(text)} |"
         )
     return "\n".join(lines) + "\n"
 

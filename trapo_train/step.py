@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
-from trapo_kernels import Objective, PolicyLossOutput, Role, objectives
+from trapo_kernels import Objective, objectives
 from trapo_train.model import policy_forward
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import World
 from trapo_train.schedules import Schedule, build_schedule, is_schedule
+from trapo_train.tally import Tally
 
-HISTOGRAM_BINS = 10
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
 _UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")  # place results of another sharding into a DTensor
 _UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metric every step
@@ -235,7 +235,7 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     ranks = 1 if world is None else world.size
-    tally = _Tally()
+    tally = Tally()
     passes = 1
     for number, micro_batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # replicas (HSDP) meet once, with the whole sum
@@ -249,7 +249,7 @@ def optimizer_step(
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     if ranks > 1:
         # With a vocabulary-parallel head every rank has seen the tokens of all ranks already.
-        tally = tally.on_cpu() if world.vocab_parallel_head else _Tally.merged(world.gather(tally.on_cpu()))
+        tally = tally.on_cpu() if world.vocab_parallel_head else Tally.merged(world.gather(tally.on_cpu()))
     metrics = tally.result({"grad_norm": grad_norm.cpu() if ranks > 1 else grad_norm})
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     learning_rate = optimizer.param_groups[0]["lr"]
@@ -262,115 +262,4 @@ def optimizer_step(
         "micro_batches": len(micro_batches),
         "loss_passes": passes,
         "skipped_step": int(not finite),
-    }
-
-
-class _Tally:
-    """Metrics of one step over its micro-batches, kept on the device: sums, means weighted by their role's count, maxima."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._maxima: dict[str, Tensor] = {}
-        self._mismatches: list[Tensor] = []
-
-    @torch.no_grad()
-    def add(self, out: PolicyLossOutput, micro_batch: MicroBatch, objective: Objective) -> None:
-        """Take in one micro-batch."""
-        batch = micro_batch.batch
-        metrics = dict(out.metrics)
-        if batch.rollout_logprob is not None:
-            trained = (batch.role == Role.ROLLOUT) & (batch.weight != 0)
-            # With several updates the policy moves away from the sampler: the one that sampled is the old one.
-            sampled_with = out.logprob if batch.old_logprob is None else batch.old_logprob
-            metrics |= _mismatch(sampled_with, batch.rollout_logprob, trained)
-            self._mismatches.append(torch.where(trained, (sampled_with.float() - batch.rollout_logprob).abs(), torch.nan))
-        self._add("loss", out.loss.detach().double())
-        for name, value in metrics.items():
-            if name.endswith("_max"):
-                self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
-            elif name.endswith("count"):
-                self._add(name, value.double())
-            else:
-                self._add(name, value.double() * metrics[_counted_by(name)])
-        if "expert/share_below_alpha" in metrics and objective.expert.anchor == "zero":  # TrSFT, or DFT with alpha = 1
-            weight = objective.expert.gate.slope(out.logprob, batch.advantage).clamp(max=1.0)
-            trained = (batch.role == Role.EXPERT) & (batch.weight != 0)
-            self._add("histogram", torch.histc(torch.where(trained, weight, -1.0), HISTOGRAM_BINS, 0.0, 1.0).double())
-
-    def on_cpu(self) -> _Tally:
-        """A copy that can travel between processes."""
-        copy = _Tally()
-        copy._sums = {name: value.cpu() for name, value in self._sums.items()}
-        copy._maxima = {name: value.cpu() for name, value in self._maxima.items()}
-        copy._mismatches = [value.cpu() for value in self._mismatches]
-        return copy
-
-    @classmethod
-    def merged(cls, tallies: Sequence[_Tally]) -> _Tally:
-        """The tally of all micro-batches of all ranks, the same on every rank."""
-        whole = cls()
-        for tally in tallies:
-            for name, value in tally._sums.items():
-                whole._add(name, value)
-            for name, value in tally._maxima.items():
-                whole._maxima[name] = torch.maximum(whole._maxima.get(name, value), value)
-            whole._mismatches += tally._mismatches
-        return whole
-
-    def result(self, extra: dict[str, Tensor]) -> dict[str, Any]:
-        """All metrics as Python numbers, `extra` included, after one transfer."""
-        histogram = self._sums.pop("histogram", None)
-        whole = dict(self._maxima)  # of the step as it is, not sums to be divided by a count
-        if self._mismatches:
-            whole["rollout/mismatch_p95"] = _quantile(torch.cat(self._mismatches), 0.95)
-        scalars = self._sums | whole | extra
-        parts = [value.double().reshape(-1) for value in scalars.values()]
-        numbers = torch.cat(parts if histogram is None else [*parts, histogram]).tolist()
-        values = dict(zip(scalars, numbers, strict=False))
-        counts = {name: values.pop(name) for name in list(values) if name.endswith("count")}
-        metrics: dict[str, Any] = {"loss_tokens": int(sum(count for name, count in counts.items() if name.endswith("/count")))}
-        for name, value in values.items():
-            count = counts.get(_counted_by(name))
-            if count is None:
-                metrics[name] = value
-            elif count:
-                metrics[_RENAMED.get(name, name)] = value if name in whole else value / count
-        if counts.get("expert/count") and histogram is not None:
-            metrics["trsft/weight_histogram"] = [int(count) for count in numbers[-HISTOGRAM_BINS:]]
-        return metrics
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-
-def _counted_by(name: str) -> str:
-    """The count of tokens that a metric of the kernels is a mean over."""
-    role, _, what = name.partition("/")
-    return f"{role}/count" if what in ("logprob", "prob", "entropy") else f"{role}/trained_count"
-
-
-_RENAMED = {
-    "rollout/entropy": "entropy/rollout",
-    "expert/entropy": "entropy/expert",
-    "expert/trsft_weight": "trsft/weight_mean",
-    "expert/share_below_alpha": "trsft/share_below_alpha",
-}
-
-
-def _quantile(values: Tensor, share: float) -> Tensor:
-    """Of the values that are not NaN, in fp64; torch.nanquantile takes 2^24 of them at most."""
-    ordered = values.sort().values.double()  # NaN come last
-    place = share * ((~values.isnan()).sum() - 1).clamp(min=0).double()
-    below, above = (ordered.gather(0, index.long()[None])[0] for index in (place.floor(), place.ceil()))
-    return torch.lerp(below, above, place - place.floor())
-
-
-def _mismatch(logprob: Tensor, rollout_logprob: Tensor, rollout: Tensor) -> dict[str, Tensor]:
-    """How far the trainer is from the sampler on the sampler's own tokens: KL estimate in nats, share off by over 10 %."""
-    count = rollout.sum().clamp(min=1)
-    difference = torch.where(rollout, logprob.float() - rollout_logprob, 0.0)
-    off = (difference.exp() - 1.0).abs() > 0.1
-    return {
-        "rollout/mismatch_kl": -difference.sum() / count,
-        "rollout/mismatch_above_10_percent": off.sum().float() / count,
     }

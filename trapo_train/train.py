@@ -19,6 +19,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
+from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
@@ -193,13 +194,13 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 reporter.event(f"saved {trainer.save(store)}")
             raise
         reporter.step(metrics)
-        _remark(metrics, trainer, reporter, told)
+        told = _tell(trainer, reporter, metrics, told)
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
             judged = trainer.reward is not None
             write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step, judged=judged)
         try:
-            trainer.stop_if_broken(metrics, reporter)
+            _stop_if_broken(trainer, metrics, reporter)
         except NonFiniteError:  # nothing was taken from the updates that were skipped
             trainer.skipped_in_a_row = 0  # of the run that goes on from here
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
@@ -207,23 +208,48 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             raise
 
 
-def _remark(metrics: dict[str, Any], trainer: Trainer, reporter: Reporter, told: set[str]) -> None:
-    """Report what makes a step teach nothing and looks like anything but its cause, each the first time that it is seen."""
-    if "finished_share" not in metrics:  # nothing was generated
-        return
+def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: set[str]) -> set[str]:
+    """Report what a step shows to be wrong, unless it has been `told`; returns what has been by now."""
     found = {}
-    if metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
-        found["reward"] = "the reward had no opinion (None) on any sample, and each counts as 0"
-    if metrics["finished_share"] == 0:
+    if "finished_share" in metrics and metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
+        found["silent"] = "the reward had no opinion (None) on any sample, and each counts as 0"
+    if metrics.get("finished_share") == 0:
         longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
-        found["end"] = (
+        found["endless"] = (
             f"no completion has an end: all ran to rollout.max_response_tokens = {longest}. Either that is too small, or the model "
             f"ends its turns with another token than {end} (model.eos_token)"
         )
+    if metrics["loss_tokens"] == 0:
+        equal = metrics.get("reward/equal_share") == 1.0
+        why = "every problem's rewards were equal" if equal else "no token was in the loss"
+        found["nothing"] = f"nothing was trained, {why}"
     for name, text in found.items():
         if name not in told:
             reporter.event(f"step {trainer.step}: {text}")
-            told.add(name)
+    return (told & {"silent", "endless"}) | set(found)  # a step that trains something ends what is said of those before
+
+
+def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
+    """Report skipped updates; after too many steps of nothing else keep the last batch and raise NonFiniteError."""
+    config = trainer.config
+    skipped, updates = metrics["skipped_step"], config.updates.per_step
+    if not skipped:
+        return
+    reporter.event(
+        f"step {trainer.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
+        if skipped == updates
+        else f"step {trainer.step}: {skipped} of {updates} updates skipped, whose loss or gradient norm was not finite"
+    )
+    if trainer.skipped_in_a_row <= config.optimizer.max_skipped_steps:
+        return
+    directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
+    save_batch(directory, trainer.world.rank, trainer.last_groups, trainer.last_micro_batches)
+    raise NonFiniteError(
+        f"train: {trainer.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
+        f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
+        f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
+        "max_grad_norm."
+    )
 
 
 def _check_output_dir(config: RunConfig) -> None:

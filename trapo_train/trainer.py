@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
 from trapo_train.continuation import set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
-from trapo_train.display import Reporter
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluation_score, load_eval_sets
@@ -33,14 +33,13 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_lengths, check_objective, check_places, named
 from trapo_train.problems import ProblemSet
-from trapo_train.records import Problem, Sample
+from trapo_train.records import Sample
+from trapo_train.refill import sample_with_refill
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
 from trapo_train.step import (
-    NonFiniteError,
     build_objective,
     build_optimizer,
     build_scheduler,
@@ -127,7 +126,9 @@ class Trainer:
         before = [copy.deepcopy(part.state_dict()) for part in stateful]
         try:
             positions, plan, objective = self._next()
-            rollout = self._sample([self.problems[i] for i in positions], plan)
+            rounds = config.plan.refill
+            sample = partial(self._sample, plan)
+            positions, rollout = sample_with_refill(positions, sample, self.order, rounds, config.advantage, objective)
         except SAMPLING_ERRORS:
             for part, state in zip(stateful, before, strict=True):
                 part.load_state_dict(state)
@@ -146,13 +147,16 @@ class Trainer:
         self.last_metrics = {
             "step": self.step,
             **update,
-            **rollout.metrics,
+            **{name: float(value) for name, value in rollout.metrics.items()},
             **scheduled,
+            "epoch": self.order.passes,
             "tokens_per_s": rollout.metrics["response_tokens"] / (ended - started),
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.world.device))),
             "time/rollout_s": sampled - started,
             "time/update_s": ended - sampled,
         }
+        if rounds:
+            self.last_metrics |= {"rollout/groups_sampled": len(rollout.sampled), "rollout/groups_trained": len(rollout.groups)}
         if self.deferred.size is not None:
             self.last_metrics["deferred"] = len(self.deferred)
         return self.last_metrics
@@ -190,15 +194,16 @@ class Trainer:
             return join_micro_batches(packed, self.world.size, self.world.rank)
         return self.world.share(packed)
 
-    def _sample(self, problems: list[Problem], plan: Plan) -> RolloutResult:
-        """The samples of all problems; each rank generates for its share and hands its samples to the others.
+    def _sample(self, plan: Plan, positions: list[int]) -> RolloutResult:
+        """The samples of the problems at `positions`; each rank generates for its share and hands its samples to the others.
 
         Raises: EngineError or RewardError of any rank, on every rank.
         """
         mine, error = None, None
+        problems = [self.problems[i] for i in self.world.share(positions)]
         try:
             with self.ready_to_generate():
-                mine = run_plans(self.world.share(problems), plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
+                mine = run_plans(problems, plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
         except SAMPLING_ERRORS as raised:
             error = raised
         return merge_results(self.world.gather_or_raise(mine, error))
@@ -260,27 +265,6 @@ class Trainer:
         self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
         self.evaluated_at = self.step
         return self.last_evaluation
-
-    def stop_if_broken(self, metrics: dict[str, Any], reporter: Reporter) -> None:
-        """Report skipped updates; after too many steps of nothing else keep the last batch and raise NonFiniteError."""
-        skipped, updates = metrics["skipped_step"], self.config.updates.per_step
-        if not skipped:
-            return
-        reporter.event(
-            f"step {self.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
-            if skipped == updates
-            else f"step {self.step}: {skipped} of {updates} updates skipped, whose loss or gradient norm was not finite"
-        )
-        if self.skipped_in_a_row <= self.config.optimizer.max_skipped_steps:
-            return
-        directory = Path(self.config.output_dir) / f"non_finite_step_{self.step}"
-        save_batch(directory, self.world.rank, self.last_groups, self.last_micro_batches)
-        raise NonFiniteError(
-            f"train: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
-            f"optimizer.max_skipped_steps = {self.config.optimizer.max_skipped_steps} are skipped. The last batch is in "
-            f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
-            "max_grad_norm."
-        )
 
     def close(self) -> None:
         """Give back the engine and leave the process group, together with the other ranks."""

@@ -111,6 +111,13 @@ def test_more_prompts_in_a_step_than_there_are(advised):
     assert "prompts_per_step = 3 is more than the 2 problems" in sentence
 
 
+def test_several_rewards_and_none_that_says_what_is_correct(advised):
+    both = "reward=[{name: pointer_chasing}, {name: overlong, weight: 0.5, options: {max_tokens: 16, buffer: 4}}]"
+    (sentence,) = advised(both)
+    assert "a weighted sum of 2 rewards of at least rollout.correct_at = 1. Set rollout.correct_by" in sentence
+    assert advised(both, "rollout.correct_by=pointer_chasing") == advised("reward=[{name: pointer_chasing}]") == []
+
+
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
     pretrained = ("model={name_or_path: some/model}", "checkpoint.every=0")
     assert ["no checkpoint is saved before the last step" in sentence for sentence in advised(*pretrained)] == [True]

@@ -253,6 +253,21 @@ def test_columns_by_other_names_and_in_structs(load, caplog):
     assert "'solution' is left out" in caplog.text and "'prompts' is left out" in caplog.text
 
 
+def test_columns_called_like_what_a_reward_is_told_of_responses_are_left_out_and_traces_have_lengths_too(load, caplog):
+    seen = []
+
+    def reward(completions, completion_tokens, finish_reasons, **columns):
+        seen.append((completion_tokens, finish_reasons, sorted(columns)))
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": "p", "solution": "2", "expert": ["1", "2 3"], "completion_tokens": 7, "finish_reasons": "x", "n": 1}]
+    (problem,) = load(rows, reward, on_rejected_expert="drop")
+    assert problem.columns == {"n": 1}
+    assert "'completion_tokens' is left out" in caplog.text and "'finish_reasons' is left out" in caplog.text
+    lengths = [len(expert.token_ids) for expert in problem.experts]
+    assert seen == [(lengths, ["expert", "expert"], ["n", "prompts", "solution"])]
+
+
 def test_columns_may_be_absent_where_that_is_said(load):
     (problem,) = load([{"prompt": "p"}], solution_column=None, expert_column=None)
     assert (problem.solution, problem.experts, problem.columns) == (None, (), {})

@@ -175,3 +175,44 @@ def test_format_seconds(seconds, text):
 def test_null_reporter_answers_every_call_of_the_reporter():
     public = {name for name in vars(Reporter) if not name.startswith("_")} - {"close"}
     assert public == {name for name in vars(NullReporter) if not name.startswith("_")}
+
+
+def test_a_metric_that_comes_later_gets_its_column_under_a_new_heading(tmp_path):
+    reporter = reporter_to(tmp_path, row_seconds=0.0)
+    run_steps(reporter, 1, 1)
+    reporter.step({"step": 2, "loss": 0.5, "entropy/rollout": 1.5})
+    reporter.step({"step": 3, "loss": 0.5})
+    lines = [line.split() for line in output_of(reporter).splitlines()]
+    assert [line[0] for line in lines] == ["step", "1", "step", "2", "3"]
+    assert lines[0] == ["step", "reward", "guided", "loss", "tokens/s", "ETA"]
+    assert lines[2] == ["step", "reward", "guided", "loss", "entropy", "tokens/s", "ETA"]
+    assert lines[3][:5] == ["2", "–", "–", "0.5000", "1.500"] and lines[4][:5] == ["3", "–", "–", "0.5000", "–"]
+
+
+ROLLOUT_METRICS = (
+    "reward/mean", "reward/unguided", "guided_share", "finished_share", "loss", "expert/logprob", "entropy/rollout",
+    "entropy/expert", "grad_norm", "tokens_per_s", "peak_memory_mib",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [
+        (200, set()),
+        (106, {"MiB"}),
+        (80, {"MiB", "tokens/s", "expert"}),
+        (79, {"MiB", "tokens/s", "expert"}),
+        (78, {"MiB", "tokens/s", "expert", "finished"}),
+        (40, {"MiB", "tokens/s", "expert", "finished", "norm"}),
+    ],
+)
+def test_a_narrow_terminal_shows_what_matters_most(tmp_path, width, left_out):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with Reporter(tmp_path, console) as reporter:
+        reporter.start(SimpleNamespace(steps=1), None)
+        reporter.step({"step": 1, **dict.fromkeys(ROLLOUT_METRICS, 0.5)})
+    heading = next(line for line in output_of(reporter).splitlines() if "reward" in line)
+    everything = {"reward", "unguided", "guided", "finished", "loss", "entropy", "expert", "norm", "tokens/s", "MiB"}
+    assert {word for word in everything if word in heading.split()} == everything - left_out
+    assert "expert logp" not in heading
+    assert width == 40 or len(heading.split("\x1b[2K")[-1].rstrip()) <= width

@@ -130,6 +130,35 @@ def test_a_bonus_above_one_counts_as_correct_and_a_partial_reward_does_not():
     assert metrics["reward/mean"] == pytest.approx(1.0)
 
 
+def test_the_reward_is_told_of_the_responses_as_in_training():
+    config, seen = EvalConfig(samples_per_prompt=2), []
+
+    def reward(completions, completion_tokens, finish_reasons, **columns):
+        seen.extend(zip(completion_tokens, finish_reasons, strict=True))
+        return [0.0] * len(completions)
+
+    evaluate(CyclingEngine((1,)), EvalSet.of([problem(0, 1)], config), reward, TOKENIZER, config, ROLLOUT)
+    assert seen == [(4, "stop"), (8, "length")]
+
+
+def test_accuracy_is_that_of_the_reward_that_says_what_is_correct():
+    config = EvalConfig(samples_per_prompt=4)
+    brevity = lambda completions, completion_tokens, **_: [-tokens / 8 for tokens in completion_tokens]  # noqa: E731
+    silent = lambda completions, **_: [None] * len(completions)  # noqa: E731
+    reward = WeightedSum([("right", pointer_chasing_reward, 1.0), ("brevity", brevity, 0.2), ("silent", silent, 1.0)])
+
+    def found(**settings):
+        eval_set = EvalSet.of([problem(0, 1)], config)
+        return evaluate(CyclingEngine((3,)), eval_set, reward, TOKENIZER, config, replace(ROLLOUT, **settings))
+
+    assert found()["accuracy"] == 0.0  # no sum reaches 1
+    metrics = found(correct_by="right")
+    assert (metrics["accuracy"], metrics["pass@2"]) == (0.75, 1.0)
+    assert metrics["reward/mean"] == pytest.approx((3 * (1 - 0.2 * 4 / 8) - 0.2) / 4)
+    assert found(correct_by="brevity", correct_at=-0.5)["accuracy"] == 0.75
+    assert found(correct_by="silent")["accuracy"] == 0.0 and found(correct_by="silent", correct_at=0.0)["accuracy"] == 1.0
+
+
 def test_groups_are_in_the_order_of_their_values():
     problems = [problem(i, depth) for i, depth in enumerate((10, 9, "deep", 10, None))]
     groups = group_problems(problems, "depth")

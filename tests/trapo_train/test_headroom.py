@@ -8,6 +8,7 @@ import pytest
 from trapo_train.evaluate import standard_error
 from trapo_train.headroom import HeadroomConfig, measure_headroom
 from trapo_train.records import Completion, ExpertTrace, Problem
+from trapo_train.rewards import WeightedSum
 from trapo_train.rollout import RolloutConfig
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 
@@ -49,6 +50,19 @@ def measure(num_right, problems=None, config=CONFIG, rollout=ROLLOUT):
     engine = PrefixEngine(num_right)
     problems = problems or [problem(0, 4), problem(1, 6)]
     return measure_headroom(engine, problems, pointer_chasing_reward, TOKENIZER, config, rollout), engine
+
+
+def test_a_length_penalty_beside_the_verifier_changes_no_pass_rate():
+    def num_right(depth, prefix):
+        return min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3)
+
+    short = lambda completions, **columns: [-0.1] * len(completions)  # noqa: E731
+    reward = WeightedSum([("right", pointer_chasing_reward, 1.0), ("short", short, 1.0)])
+    problems = [problem(0, 4), problem(1, 6)]
+    found = measure_headroom(PrefixEngine(num_right), problems, reward, TOKENIZER, CONFIG, replace(ROLLOUT, correct_by="right"))
+    assert found == measure(num_right)[0]
+    with pytest.raises(ValueError, match="the verifier accepts, got 0 of 2"):
+        measure_headroom(PrefixEngine(num_right), problems, reward, TOKENIZER, CONFIG, ROLLOUT)
 
 
 def test_rows_and_gain():

@@ -56,6 +56,12 @@ def test_without_colour_brackets_tell_the_kinds_apart():
     assert "\x1b" not in text
 
 
+def test_a_masked_completion_says_so():
+    first, second = (rendered([sample("", "own", finish_reason="length", masked=masked)], color=False) for masked in (True, False))
+    assert "completion 3 tokens, length, not in the loss  reward" in first
+    assert "not in the loss" not in second
+
+
 def test_no_prefix_is_in_the_loss_of_an_objective_without_expert_tokens():
     text = rendered([sample("pre", "own"), sample("pre", "own", prefix_weight=0.5)], color=False, trains_prefix=False)
     assert text.count("⟨pre⟩own") == 2 and "loss weight" not in text

@@ -27,7 +27,7 @@ from trapo_train.model import (
     policy_head,
     score,
 )
-from trapo_train.packing import PackingConfig, pack
+from trapo_train.packing import AGGREGATIONS, PackingConfig, pack
 from trapo_train.records import Problem, Sample
 
 
@@ -83,6 +83,21 @@ def test_gradients_do_not_depend_on_the_split_or_the_order(aggregation, objectiv
         (shuffled, 20, {"ranks": 12}),
     ]:
         split_loss, split = loss_and_gradient(model, batch, objective, PackingConfig(max_tokens, aggregation), **extra)
+        assert split_loss == pytest.approx(loss, rel=1e-12)
+        assert_close(split, whole, 1e-12)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, objectives.chord_mu(mu=0.3)], ids=lambda objective: objective.name)
+def test_masking_completions_is_deleting_them_whatever_the_split(aggregation, objective):
+    model, samples = build("llama"), make_samples()
+    masked = [replace(sample, masked=i in (1, 2, 5, 7)) for i, sample in enumerate(samples)]
+    gone = {"completion_ids": (), "completion_logprobs": ()}
+    deleted = [replace(sample, **gone) if i in (1, 2, 5, 7) else sample for i, sample in enumerate(samples)]
+    assert any(s.masked and s.prefix_ids and s.completion_ids for s in masked)
+    loss, whole = loss_and_gradient(model, deleted, objective, PackingConfig(1000, aggregation))
+    for max_tokens, extra in ((1000, {}), (14, {}), (20, {"ranks": 3})):
+        split_loss, split = loss_and_gradient(model, masked, objective, PackingConfig(max_tokens, aggregation), **extra)
         assert split_loss == pytest.approx(loss, rel=1e-12)
         assert_close(split, whole, 1e-12)
 

@@ -30,6 +30,16 @@ def test_no_step_repeats_a_problem_whatever_the_sizes(seed):
         assert len(set(order.next(count))) == count
 
 
+def test_passes_count_what_was_visited_and_an_epoch_that_begins_has_the_avoided_last():
+    order = ProblemOrder(10, seed=0)
+    assert order.passes == 0.0
+    order.next(6)
+    assert order.passes == 0.6
+    first = order.next(3)
+    assert not set(order.next(4, avoid=first)) & set(first)  # one of the old epoch, three of the new one
+    assert order.passes == pytest.approx(1.3)
+
+
 def test_order_is_a_function_of_the_seed_and_resumes_exactly():
     order, again, other = ProblemOrder(20, seed=1), ProblemOrder(20, seed=1), ProblemOrder(20, seed=2)
     for _ in range(3):

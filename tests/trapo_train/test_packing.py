@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,3 +248,33 @@ def test_train_on_prompt_scores_every_token_but_the_first():
     expert = micro_batch.batch.role == Role.EXPERT
     assert micro_batch.loss_positions[expert].tolist() == list(range(6))
     assert micro_batch.batch.target[expert].tolist() == tokens[1:]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_masked_completion_carries_nothing_and_counts_nowhere(aggregation):
+    samples = [
+        make_sample(0, completion=5, advantage=1.0),
+        replace(make_sample(0, completion=9, advantage=-1.0), masked=True, completion_logprobs=(float("nan"),) * 9),
+        replace(make_sample(1, prefix=3, completion=6, advantage=2.0, weight=0.5), masked=True),
+    ]
+    batch = one(samples, objectives.trapo(entropy_coef=0.1), aggregation).batch
+    assert sorted(batch.role.tolist()) == [Role.ROLLOUT] * 5 + [Role.EXPERT] * 3
+    assert batch.rollout_logprob.isfinite().all()
+    weight = {  # of a rollout token and an expert token, before the copy's share of 1/2
+        "constant": (1 / (2 * MAX_RESPONSE),) * 2,
+        "length": (1 / MAX_RESPONSE,) * 2,
+        "token_mean": (1 / 8,) * 2,
+        "role_mean": (1 / 5, 1 / 3),
+        "sequence_mean": (1 / 10, 1 / 6),
+        "sequence_sum": (1 / 2,) * 2,
+        "prompt_mean": (1 / 10, 1 / 6),
+    }[aggregation]
+    expert = batch.role == Role.EXPERT
+    torch.testing.assert_close(batch.weight, torch.where(expert, 0.5 * weight[1], weight[0]))
+    bonus = (1 / 8, 1 / 8) if aggregation == "role_mean" else weight  # all response tokens are one role to the bonus
+    torch.testing.assert_close(batch.entropy_weight, torch.where(expert, bonus[1], bonus[0]))
+
+
+def test_a_step_of_masked_completions_is_an_empty_one():
+    micro_batch = one([replace(make_sample(prompt=1, completion=30), masked=True)] * 2, objectives.trapo(), max_tokens=8)
+    assert (micro_batch.segment_lengths, micro_batch.batch.role.tolist()) == ((1,), [Role.IGNORED])

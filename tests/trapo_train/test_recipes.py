@@ -75,6 +75,15 @@ def test_a_dry_run_keeps_what_the_configuration_decides(tmp_path):
     assert dry.model.lora == config.model.lora and dry.model.name_or_path is None
 
 
+def test_a_dry_run_of_several_rewards_and_the_one_that_says_what_is_correct(capsys):
+    rewards = "reward=[{name: math_verify}, {name: overlong, options: {max_tokens: 8192, buffer: 2048}}]"
+    settings = ("rollout.correct_by=math_verify", "rollout.on_truncated=mask", "plan.name=grpo", "objective={name: dapo}")
+    assert main(["run", "qwen2.5_math_7b_paper", rewards, *settings, "--dry-run"]) == 0
+    assert "dry run passed" in capsys.readouterr().out
+    assert main(["run", "qwen2.5_math_7b_paper", rewards.replace("8192", "8"), "--dry-run"]) != 0
+    assert "overlong needs whole numbers 1 <= buffer <= max_tokens" in capsys.readouterr().err
+
+
 def test_a_dry_run_finds_what_the_run_would_refuse(capsys):
     assert main(["run", "qwen2.5_math_7b_paper", "objective={name: sft}", "plan.name=grpo", "--dry-run"]) != 0
     assert "trains on expert tokens alone" in " ".join(capsys.readouterr().err.split())

@@ -20,6 +20,7 @@ from trapo_train.rewards import (
     exact_match,
     judge,
     load_reward,
+    may_overlap,
     merge_metrics,
     take_metrics,
 )
@@ -49,6 +50,55 @@ def test_a_reward_gets_every_column_as_a_list():
 
     assert judge(spy, problems(2), ["a", "b"]) == [1.0, 2.0]
     assert calls == [{"prompts": ["prompt 0", "prompt 1"], "completions": ["a", "b"], "solution": ["s0", "s1"], "depth": [0, 1]}]
+
+
+ABOUT = {"completion_tokens": [3, 9], "finish_reasons": ["stop", "length"]}
+
+
+class Strict:
+    """A reward without **columns, which declares one of the two."""
+
+    def __call__(self, prompts, completions, solution, depth, finish_reasons):
+        return [float(reason == "stop") for reason in finish_reasons]
+
+
+def test_a_reward_is_told_the_length_and_the_end_of_a_response_if_it_takes_them():
+    calls = []
+
+    def spy(**arguments):
+        calls.append({name: arguments[name] for name in ABOUT})
+        return [1.0] * len(arguments["completions"])
+
+    async def later(prompts, completions, completion_tokens, **columns):
+        return completion_tokens
+
+    def neither(prompts, completions, solution, depth):
+        return [0.5] * len(completions)
+
+    assert judge(spy, problems(2), ["a", "b"], ABOUT) == [1.0, 1.0] and calls == [ABOUT]
+    assert judge(later, problems(2), ["a", "b"], ABOUT) == [3.0, 9.0]
+    assert judge(Strict(), problems(2), ["a", "b"], ABOUT) == [1.0, 0.0]
+    assert judge(neither, problems(2), ["a", "b"], ABOUT) == [0.5, 0.5]
+    assert judge(WeightedSum([("one", Strict(), 1.0), ("two", later, 0.1)]), problems(2), ["a", "b"], ABOUT) == [1.3, 0.9]
+
+
+def test_the_row_that_raises_is_found_with_its_own_length():
+    def picky(completion_tokens, **columns):
+        return [1 / (tokens - 9) for tokens in completion_tokens]
+
+    with pytest.raises(RewardError, match=r"'picky' raised on row 11: ZeroDivisionError"):
+        judge(picky, problems(2), ["a", "b"], ABOUT)
+
+
+def test_overlong_is_the_soft_punishment_of_dapo():
+    reward = load_reward([RewardTerm("overlong", 2.0, {"max_tokens": 20, "buffer": 5})])
+    lengths = [1, 14, 15, 16, 17, 19, 20, 21, 99]
+    about = {"completion_tokens": lengths, "finish_reasons": ["stop"] * 9}
+    # equation 13 of arXiv 2503.14476, with L_max = 20 and L_cache = 5
+    punishment = [0.0 if n <= 15 else (15 - n) / 5 if n <= 20 else -1.0 for n in lengths]
+    assert judge(reward, problems(9), ["x"] * 9, about) == [2.0 * value for value in punishment]
+    assert take_metrics(reward) == {"reward/overlong": pytest.approx(sum(punishment) / 9)}
+    assert may_overlap(reward)
 
 
 def test_numbers_of_any_kind_become_floats():
@@ -128,6 +178,7 @@ def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
         ("exact_mach", "Did you mean 'exact_match'?"),
         ("nothing like it", "or a path like my_rewards:my_reward, got 'nothing like it'"),
         ("module:", "got 'module:'"),
+        ("overlong", "reward overlong needs options: [{name: overlong"),
         ("no_such_module_here:f", "importing the module 'no_such_module_here' failed"),
         ("trapo_train.rewards:no_such", "has no function 'no_such'"),
         ("trapo_train.rewards:MATH_TIME_LIMIT_S", "has no function"),
@@ -257,6 +308,14 @@ def test_an_async_reward_runs_under_a_running_event_loop():
         ({"name": ""}, "name must not be empty"),
         ({"name": "m:f", "time_limit_s": 0.0}, "time_limit_s must be a finite number above 0, got 0.0"),
         ({"name": "m:f", "memory_limit_mib": 1}, "memory_limit_mib must be at least 64, got 1"),
+        ({"name": "overlong"}, "options of overlong are max_tokens and buffer, got {}"),
+        ({"name": "overlong", "options": {"max_tokens": 8, "bufer": 2}}, "options of overlong are max_tokens and buffer, got"),
+        (
+            {"name": "overlong", "options": {"max_tokens": 8, "buffer": 9}},
+            "buffer <= max_tokens, got buffer = 9, max_tokens = 8",
+        ),
+        ({"name": "overlong", "options": {"max_tokens": 8, "buffer": 0.5}}, "needs whole numbers"),
+        ({"name": "exact_match", "options": {"buffer": 1}}, "options belong to the reward overlong, got {'buffer': 1}"),
         ({"name": "exact_match", "in_worker": True}, "in_worker is for your own function, got name 'exact_match'"),
     ],
 )
@@ -273,6 +332,9 @@ def test_the_same_reward_twice_or_none_at_all():
 
 RISKY = """
 import os, time
+
+def tokens(completions, completion_tokens, depth, solution, prompts):
+    return completion_tokens
 
 def risky(prompts, completions, depth, **columns):
     print("noise")
@@ -310,10 +372,15 @@ def test_an_own_reward_in_workers_survives_itself(risky):
             judge(risky, problems(2), ["a", word])
 
 
+def test_a_reward_in_workers_is_told_about_the_responses_too(risky):
+    reward = load_reward([RewardTerm("risky_rewards:tokens", in_worker=True)])
+    assert judge(reward, problems(2), ["a", "b"], ABOUT) == [3.0, 9.0]
+
+
 def test_means_of_several_calls_are_weighted_by_their_counts_whatever_their_names():
     parts = [
         {"reward/word_count": Mean(value, count), "reward/none_count": none} for value, count, none in ((1, 8, 3.0), (0, 4, 1.0))
     ]
     merged = merge_metrics(pickle.loads(pickle.dumps(parts)))  # as they travel between ranks
     assert merged == {"reward/word_count": pytest.approx(8 / 12), "reward/none_count": 4.0}
-    assert {type(value) for value in merged.values()} == {float}
+    assert (type(merged["reward/word_count"]), merged["reward/word_count"].count) == (Mean, 12)  # so that it can be merged again

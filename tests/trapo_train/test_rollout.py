@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from tests.trapo_train.scripted import ScriptedEngine
+from trapo_train.advantages import AdvantageConfig, assign_advantages
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.records import ExpertTrace, Problem, Request
 from trapo_train.rewards import RewardError
-from trapo_train.rollout import RolloutConfig, drop_long_experts, run_plans
+from trapo_train.rollout import RolloutConfig, drop_long_experts, merge_results, run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()
@@ -138,6 +139,31 @@ def test_verifying_the_completion_denies_the_reward_for_an_answer_in_the_prefix(
     assert (result.groups[0][0].reward, result.metrics["answer_in_prefix"]) == (0.0, 1.0)
 
 
+def test_a_reward_is_told_the_tokens_of_the_whole_response_and_how_it_ended():
+    seen = []
+
+    def reward(completions, completion_tokens, finish_reasons, **columns):
+        seen.extend(zip(completions, completion_tokens, finish_reasons, strict=True))
+        return [0.0] * len(completions)
+
+    plan = lambda problem: iter_requests([Request(1, 0.5), Request(1), Request(1, 1.0)])  # noqa: E731
+    script = lambda text: "a#aa$" if text.endswith("|") else "b" * 30  # noqa: E731
+    run([problem()], plan, script=script, reward=reward, config=replace(CONFIG, verify="completion"))
+    assert seen == [("a#aa", 9 + 5, "stop"), ("b" * 20, 20, "length"), ("ab|bc|cd|de#de", 15, "expert")]
+
+
+def test_masking_takes_what_was_cut_off_out_of_the_loss_and_leaves_its_reward_in_the_baseline():
+    script = lambda text: RIGHT if text.endswith("|") else "a" * 30  # noqa: E731
+    for mode, cut in (("keep", False), ("mask", True)):
+        result, _ = run([problem()], script=script, config=replace(CONFIG, on_truncated=mode))
+        assign_advantages(result.groups, AdvantageConfig())
+        [group] = result.groups
+        assert [s.finish_reason for s in group] == ["length"] * 4 + ["stop"] * 3 + ["expert"]
+        assert [s.masked for s in group] == [cut] * 4 + [False] * 4
+        assert [s.advantage for s in group] == [-4 / 8] * 4 + [4 / 8] * 4
+        assert all(len(s.completion_ids) == 20 for s in group[:4])  # metrics and files show it
+
+
 def test_metrics():
     script = lambda text: RIGHT if text.startswith("ab?a1:") else "aaaaaaaaaaaaaaaaaaaaaaaa"  # noqa: E731
     result, _ = run([problem(0, "ab?a1:"), problem(1, "ab?a2:")], script=script)
@@ -153,6 +179,23 @@ def test_metrics():
     assert metrics["response_tokens"] == 8 * 4 + 7 * 20 + 15
     assert metrics["completion_tokens_mean"] == (8 * 4 + 4 * 20 + 2 * 17 + 11) / 15
     assert metrics["reward/none_count"] == 0
+    assert metrics["reward/all_correct_share"] == 0.5 and metrics["reward/none_correct_share"] == 0.0  # the trace is correct
+    lengths = sorted([4] * 8 + [20] * 4 + [17] * 2 + [11])
+    assert metrics["completion_tokens_p95"] == lengths[14] and metrics["completion_tokens_max"] == 20
+    assert metrics["entropy/sampled"] == 0.5  # the script's logprob of every token is -0.5
+
+
+def test_the_sampled_entropy_is_a_mean_over_tokens_and_the_halves_of_equal_rewards_add_up():
+    script = {"ab?a1:": RIGHT, "ab?a2:": WRONG, "ab?a3:": "a" * 30}
+    problems = [problem(i, prompt) for i, prompt in enumerate(script)]
+    result, _ = run(problems, "grpo", script.get, num_samples=2)
+    halves = [result.metrics[f"reward/{name}_correct_share"] for name in ("all", "none")]
+    assert halves == [1 / 3, 2 / 3] and sum(halves) == result.metrics["reward/equal_share"]
+    for group in result.groups:
+        for sample in group:
+            sample.completion_logprobs = tuple(-0.1 * k for k in range(len(sample.completion_ids)))
+    values = [0.1 * k for group in result.groups for sample in group for k in range(len(sample.completion_ids))]
+    assert merge_results([result]).metrics["entropy/sampled"] == pytest.approx(sum(values) / len(values))
 
 
 def test_none_counts_as_zero_and_is_counted():
@@ -212,6 +255,7 @@ def test_a_failing_reward_names_the_row():
         ("paragraph_break", ""),
         ("snap_window", 1.5),
         ("verify", "prefix"),
+        ("on_truncated", "drop"),
         ("correct_at", float("nan")),
         ("engine", "sglang"),
         ("max_batch_tokens", 1),

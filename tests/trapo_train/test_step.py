@@ -18,7 +18,6 @@ from trapo_train.records import Problem, Sample
 from trapo_train.step import (
     ObjectiveConfig,
     OptimizerConfig,
-    _quantile,
     build_objective,
     build_optimizer,
     build_scheduler,
@@ -26,6 +25,7 @@ from trapo_train.step import (
     optimizer_step,
     scheduled_options,
 )
+from trapo_train.tally import quantile
 
 
 def make_model() -> LlamaForCausalLM:
@@ -119,9 +119,9 @@ def test_the_quantile_is_that_of_torch_and_takes_any_number_of_values():
     for values in (torch.randn(1), torch.randn(1001), torch.full((3,), torch.nan)):
         values[::3] = torch.nan if len(values) > 1 else values[0]
         expected = torch.nanquantile(values.double(), 0.95)
-        torch.testing.assert_close(_quantile(values, 0.95), expected, equal_nan=True)
+        torch.testing.assert_close(quantile(values, 0.95), expected, equal_nan=True)
     many = torch.ones(2**24 + 1)  # one more than torch.nanquantile takes
-    assert _quantile(many, 0.95) == 1.0
+    assert quantile(many, 0.95) == 1.0
 
 
 def test_several_updates_do_not_look_like_a_sampler_that_disagrees():

@@ -260,6 +260,10 @@ def test_a_file_without_an_expert_column_trains_by_a_plan_that_takes_none(config
         ("packing.agregation=constant", "Did you mean 'packing.aggregation'"),
         ("model.dtype=bf16", "model.dtype must be one of"),
         ("checkpoint={every: 2, keep_best: true}", "keep_best needs eval_data.* got no eval_data, 2 and 0"),
+        (
+            "rollout.correct_by=exact_match",
+            r"correct_by must be null or one of the rewards, \['pointer_chasing'\], got 'exact_match'",
+        ),
     ],
 )
 def test_bad_config_names_the_key(configure, override, message):
