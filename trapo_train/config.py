@@ -98,7 +98,7 @@ class RunConfig:
                 f"plan.refill must be 0 with advantage.normalise=batch, got {self.plan.refill}: whether a problem teaches would "
                 "depend on the others of the step. Use another normalise."
             )
-        rewards = [self.reward] if isinstance(self.reward, str) else [term.name for term in self.reward]
+        rewards = [self.reward] if isinstance(self.reward, str) else [term.name for term in self.reward or ()]
         if self.rollout.correct_by is not None and self.rollout.correct_by not in rewards:
             raise ValueError(f"rollout.correct_by must be null or one of the rewards, {rewards}, got {self.rollout.correct_by!r}.")
         dropout = 0.0 if self.model.lora is None else self.model.lora.dropout

@@ -37,7 +37,8 @@ def test_a_line_holds_the_whole_texts_with_special_tokens(tmp_path):
     assert line == {
         "step": 7, "problem": 4, "prompt": "ab?a1:", "solution": "x", "micro_group": 2, "prefix_ratio": 0.25, "prefix_weight": 0.5,
         "prefix": "ab|" * 300, "prefix_tokens": 900, "completion": "cd$", "completion_tokens": 3, "finish_reason": "stop",
-        "reward": 1.0, "rewards": {"exact": 1.0, "none": None}, "advantage": 0.5, "answer_in_prefix": False, "logprob_mean": -2.0,
+        "masked": False, "reward": 1.0, "correct": False,
+        "rewards": {"exact": 1.0, "none": None}, "advantage": 0.5, "answer_in_prefix": False, "logprob_mean": -2.0,
     }  # fmt: skip
     write_samples([[sample]], TOKENIZER, tmp_path, 7, judged=False)
     (line,) = lines(path.with_suffix(".jsonl"))

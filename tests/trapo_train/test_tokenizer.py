@@ -18,7 +18,7 @@ from trapo_train.engine import SamplingParams, stop_ids
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
 from trapo_train.model_state import export_model
 from trapo_train.tokenizer import load_tokenizer, other_endings
-from trapo_train.train import Trainer, _remark
+from trapo_train.train import Trainer, _tell
 
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=80)
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|> {% endfor %}"
@@ -112,9 +112,9 @@ def test_a_step_without_an_end_is_told_once():
     tokenizer = SimpleNamespace(eos_token="</s>")
     trainer = SimpleNamespace(step=3, config=SimpleNamespace(rollout=rollout), tokenizer=tokenizer)
     reporter = SimpleNamespace(event=events.append)
-    metrics = {"reward/none_count": 0.0, "num_samples": 8.0}
+    metrics = {"reward/none_count": 0.0, "num_samples": 8.0, "loss_tokens": 5}
     for share in ({}, {"finished_share": 0.5}, {"finished_share": 0.0}, {"finished_share": 0.0}):
-        _remark(metrics | share, trainer, reporter, told)
+        told = _tell(trainer, reporter, metrics | share, told)
     (event,) = events
     assert event.startswith("step 3: no completion has an end") and "max_response_tokens = 16" in event
     assert event.endswith("another token than </s> (model.eos_token)")
