@@ -89,15 +89,15 @@ def linear_logprob(
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
-    checks.is_a("linear_logprob", "target", target, Tensor, "the token ids [N]")
-    return _linear_logprob(
-        prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
-        target,
-        None,
-        None,
-        Settings(_per_row(temperature, target.numel()), softcap, logits_dtype, process_group, batch_invariant, backend),
-        with_entropy,
-    )
+    where = "linear_logprob"
+    checks.is_a(where, "target", target, Tensor, "the token ids [N]")
+    inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
+    temperature = _per_row(temperature, target.numel())
+    settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
+    hidden, lm_head_weight, *_ = inputs
+    checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
+    settings.check(where, hidden, target)
+    return _linear_logprob(inputs, target, None, None, settings, with_entropy)
 
 
 def linear_policy_loss(
@@ -310,32 +310,29 @@ class Settings(NamedTuple):
     batch_invariant: bool
     backend: str
 
-    @property
-    def may_stay_on_chip(self) -> bool:
-        """Whether the fused scoring kernels compute the same: fp32 logits of a whole head."""
-        return self.logits_dtype == torch.float32 and self.process_group is None and not self.batch_invariant
-
     def check(self, where: str, hidden: Tensor, target: Tensor) -> None:
         """Raise for a setting that breaks a rule; `target` [N] is -100 on rows that are not read."""
         checks.temperature(where, self.temperature, target)
         checks.softcap(where, self.softcap)
         checks.logits_dtype(where, self.logits_dtype, hidden)
         checks.mode(where, self.process_group, self.batch_invariant, self.backend)
-        checks.fused_scoring(where, self.backend, self.logits_dtype, self.process_group, self.batch_invariant)
+
+    def scoring(self, inputs: Inputs) -> dispatch.Scoring:
+        """A scoring call with these settings, as a backend is chosen by."""
+        rank = 0 if inputs.lora_a is None else inputs.lora_a.shape[0]
+        kernel = (inputs.bias is not None, self.softcap, rank, self.logits_dtype)
+        mode = (self.process_group is not None, self.batch_invariant)
+        return dispatch.Scoring(*inputs.hidden.shape, inputs.weight.shape[0], *kernel, *mode)
 
 
 def _linear_logprob(
     inputs: Inputs, target: Tensor, active_rows: Tensor | None, scored_rows: Tensor | None, settings: Settings, with_entropy: bool
 ) -> LogprobOutput:
-    """`linear_logprob` of prepared inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
+    """`linear_logprob` of checked inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
     with a target, where the caller knows them."""
     where = "linear_logprob"
     hidden, weight, bias, *lora = inputs
-    checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
-    settings.check(where, hidden, target)
-    on_chip = inputs.lora_a is None and active_rows is None and settings.may_stay_on_chip
-    shape = dispatch.Scoring(*hidden.shape, weight.shape[0], bias is None and settings.softcap is None) if on_chip else None
-    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, shape)
+    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, settings.scoring(inputs))
     if chosen == "reference":
         logits = reference.head_logits(hidden, weight, target, bias, *lora, settings.logits_dtype)
         transform = LogitTransform(None, settings.softcap, settings.temperature)

@@ -223,7 +223,7 @@ def lora_factors(a: object, b: object, scaling: object) -> None:
     finite(where, "scaling", scaling)
 
 
-def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, backend: str) -> None:
+def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """The LoRA must have the D, V, dtype and device of the head; float32 factors may stand beside 16-bit hidden states."""
     if a.shape[1] != hidden.shape[1] or b.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -236,8 +236,6 @@ def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, 
                 f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, or float32 beside 16-bit hidden states, "
                 f"got {value.dtype} on {value.device}. Cast it, or call under torch.autocast."
             )
-    if backend.endswith("_fused"):
-        raise ValueError(f'{where}: backend "{backend}" has no LoRA, got lora of rank {a.shape[0]}. Use backend="triton".')
 
 
 def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
@@ -299,17 +297,6 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
         raise ValueError(
             f'{where}: backend "reference" has the whole head and one GEMM, got process_group={process_group}, batch_invariant='
             f'{batch_invariant}. Use backend="auto".'
-        )
-
-
-def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_group: object, batch_invariant: bool) -> None:
-    """The fused backends have fp32 logits of a whole head."""
-    if not backend.endswith("_fused"):
-        return
-    if logits_dtype != torch.float32 or process_group is not None or batch_invariant:
-        raise ValueError(
-            f'{where}: backend "{backend}" has fp32 logits on the chip: logits_dtype must be torch.float32, process_group None '
-            f'and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend="triton".'
         )
 
 
