@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
-from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
+from trapo_kernels.backends.logits import LogitTransform, split_temperature, statistics_dtype
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.inputs import Inputs, prepared
 from trapo_kernels.lora import LoraHead
@@ -164,7 +164,7 @@ def linear_policy_loss(
         terms.pack(s),
         batch.active_rows,
         batch.scored_rows,
-        *_split(temperature),
+        *split_temperature(temperature),
         softcap,
         codes,
         parameters,
@@ -278,7 +278,7 @@ def token_logprob(
         logprob, entropy, logsumexp = reference.logprob_and_entropy(exact, flat_target, transform)
     else:
         logprob, entropy, row_max, log_sum = autograd.token_logprob(
-            flat, flat_target, *_split(temperature), softcap, with_entropy, chosen
+            flat, flat_target, *split_temperature(temperature), softcap, with_entropy, chosen
         )
         logsumexp = (row_max + log_sum).detach()
     shaped = (logprob.reshape(target.shape), entropy.reshape(target.shape), logsumexp.reshape(target.shape))
@@ -344,7 +344,7 @@ def _linear_logprob(
             target,
             active_rows,
             scored_rows,
-            *_split(settings.temperature),
+            *split_temperature(settings.temperature),
             settings.softcap,
             with_entropy,
             settings.logits_dtype,
@@ -369,8 +369,3 @@ def _per_row(temperature: float | Tensor, num_rows: int) -> float | Tensor:
 
 def _group_name(process_group: ProcessGroup | None) -> str:
     return "" if process_group is None else process_group.group_name
-
-
-def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """(per-row temperature or None, scalar): the two forms that an op's schema can carry."""
-    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
