@@ -150,7 +150,7 @@ def linear_policy_loss(
     settings.check(where, hidden, target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
-    if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
+    if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(batch.on_policy):
         active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
         out = _linear_logprob(inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
@@ -214,7 +214,7 @@ def policy_loss(
     batch_checks.streams_fit(where, batch, objective)
     chosen = dispatch.choose(where, backend, device, logprob.dtype)
     s = terms.streams(batch, objective, logprob.dtype)
-    if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
+    if chosen == "reference" or objective.two_passes(batch.on_policy):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
     else:
         checks.reverse_mode(where, chosen, logprob, entropy, batch=batch)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trapo_kernels.roles import IGNORE_INDEX, Role
+
 if TYPE_CHECKING:
     from trapo_kernels.batch import LossTotals, TokenBatch
 
@@ -102,7 +104,7 @@ def roles(where: str, role: Tensor) -> None:
 
 def role_values(where: str, role: Tensor) -> None:
     """A uint8 `role` must hold `Role` values; looked at on the CPU only."""
-    if may_look(role) and role.numel() and int(role.max()) > 2:
+    if may_look(role) and role.numel() and int(role.max()) > Role.EXPERT:
         raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(role.max())}.")
 
 
@@ -245,7 +247,7 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
     if vocab_size is None or value.numel() == 0 or not may_look(value):
         return
     low, high = int(value.min()), int(value.max())
-    bad = (value < 0) & (value != -100) | (value >= vocab_size)
+    bad = (value < 0) & (value != IGNORE_INDEX) | (value >= vocab_size)
     if (low < 0 or high >= vocab_size) and bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -263,7 +265,7 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
             raise ValueError(
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
-        if may_look(value) and bool((wrong := ~((value > 0) & (value < math.inf) | (target == -100))).any()):
+        if may_look(value) and bool((wrong := ~((value > 0) & (value < math.inf) | (target == IGNORE_INDEX))).any()):
             actual = float(value[wrong][0])
             raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
     elif not isinstance(value, int | float) or not 0.0 < value < math.inf:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from trapo_kernels.batch import Role, TokenBatch
+from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import GATES, One, Truncate
 from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
+from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
 _MAX_PARAMETERS = 3  # of a gate
@@ -157,7 +158,7 @@ def evaluated(
     """Coefficients of the objective's first layer and the streams as its gates see them, reductions applied; for the metrics."""
     d, signal, flows = log_ratio(logprob, s), s.signal, torch.ones_like(s.role, dtype=torch.bool)
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
-        if term is not None and term.reduces(batch.old_logprob is None):
+        if term is not None and term.reduces(batch.on_policy):
             mine = s.role == code
             of_role = reduced(term, logprob, entropy, d, batch, mine)
             d = torch.where(mine, of_role.log_ratio, d)
