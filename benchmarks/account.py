@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.problem import Case
-from trapo_kernels.backends.gemm import chunk_rows, operand_dtype
+from trapo_kernels import head_memory
+from trapo_kernels.backends.gemm import chunk_rows
 
 
 class Rates(NamedTuple):
@@ -34,37 +35,21 @@ class Rates(NamedTuple):
 H200, H100 = Rates("H200", 790.0, 4.3), Rates("H100", 798.0, 3.0)
 
 
-def memory_formula(contender: str, case: Case, device_type: str) -> tuple[float, str] | None:
-    """(MiB, formula) of our backends' peak above the inputs; None for contenders whose allocations are not ours to predict.
-
-    C chunk rows, M active rows, b bytes per input element. The PyTorch backend needs the chunk three times: logits, their
-    exponentials, one temporary. Triton and native work in place.
-    Single pass: the peak is either the sweep, which holds one chunk beside dHidden and the fp32 dWeight, or the backward, which
-    holds both gradients and, for a 16-bit head, dWeight once more in its dtype.
-    """
-    if not contender.startswith("ours") or "reference" in contender or "_fused" in contender:
+def memory_formula(contender: str, case: Case, device_type: str) -> dict[str, int] | None:
+    """Bytes that our backends hold at their peak above the inputs, by what they hold: `head_memory`, and rows of dHidden that no
+    GEMM reaches; None for contenders and settings whose allocations it does not state."""
+    ours = contender.startswith("ours") and "reference" not in contender and "_fused" not in contender
+    if not ours or case.chunk_rows or case.logits_dtype != "float32":
         return None
-    b = getattr(torch, case.dtype).itemsize
-    host = device_type == "cpu"
-    n, d, v = case.num_rows, case.hidden_size, case.vocab_size
-    m = round(n * case.active) if host else n  # a GPU knows the active rows too when the packer passes them
-    operands = operand_dtype(getattr(torch, case.dtype), device_type)
-    c = min(m, case.chunk_rows or chunk_rows(m, d, v, device_type, operands=operands))
-    logit_bytes = getattr(torch, case.logits_dtype).itemsize
-    copies = 3 if "torch" in contender else 1
-    chunk = copies * c * v * (4 if copies > 1 else logit_bytes)
-    chunk_text = f"{copies}·4·C·V" if copies > 1 else f"{logit_bytes}·C·V"
-    upcast = 4 * v * d if operands.itemsize > b else 0
-    grads, extra = b * n * d + 4 * v * d, "" if not upcast else " + 4·V·D"
-    if case.job == "score":
-        return (chunk + upcast) / 2**20, f"{chunk_text}{extra}, C={c}"
-    if "two-phase" in contender:
-        cast = b * v * d if b < 4 else 0
-        return (max(chunk + grads + upcast, grads + cast + upcast)) / 2**20, f"{chunk_text} + b·N·D + 4·V·D{extra}, C={c}"
-    if b >= 4:
-        return (chunk + grads + upcast) / 2**20, f"{chunk_text} + b·N·D + 4·V·D{extra}, C={c}"
-    text = f"max({chunk_text} + b·N·D + 4·V·D{extra}, b·N·D + (4+b)·V·D), C={c}"
-    return max(chunk + grads + upcast, grads + b * v * d) / 2**20, text
+    dtype, scores = getattr(torch, case.dtype), case.job == "score"
+    # A CPU finds the rows that count; a GPU is told by the batch, which only the single pass sees.
+    told = device_type == "cpu" or not (scores or "two-phase" in contender)
+    rows = max(1, int(case.num_rows * case.active)) if told else case.num_rows
+    in_place = "torch" not in contender
+    parts = head_memory(rows, case.hidden_size, case.vocab_size, dtype=dtype, device_type=device_type, in_place=in_place)
+    if scores:
+        return {name: parts[name] for name in ("logits", "weight")}
+    return parts | {"grad_hidden": case.num_rows * case.hidden_size * dtype.itemsize}
 
 
 class Plan(NamedTuple):
@@ -214,7 +199,8 @@ def _table(rows: list[tuple[Case, Plan]]) -> list[str]:
 def todo() -> str:
     """The text of results/TODO.md."""
     cases = [Case("todo", "trapo", *shape, "bfloat16") for shape in SHAPES]
-    formula = memory_formula("ours (triton)", cases[1], "cuda")
+    peak = memory_formula("ours (triton)", cases[1], "cuda")
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in peak.items() if size)
     lines = [
         "# What awaits a GPU",
         "",
@@ -243,7 +229,7 @@ def todo() -> str:
     for plan in (SINGLE_PASS, SCORING):
         lines += [f"## {plan.name}, {cases[0].shape}, H200", "", *arithmetic(cases[0], plan, H200), ""]
     lines += [
-        f"Peak memory at {cases[1].shape}: {formula[1]} = {formula[0] / 1024:.2f} GiB above the inputs.",
+        f"Peak memory at {cases[1].shape} by `head_memory`: {sum(peak.values()) / 2**30:.2f} GiB above the inputs ({parts}).",
         "",
         "What would disprove the account: a ratio above the range means that the row kernel does not reach the copy rate (look at "
         "`BLOCK_V` and the number of warps in `launch.py`, or at `row_kernels.cuh`) or that the GEMMs of a chunk do not reach the "

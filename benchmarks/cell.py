@@ -130,7 +130,7 @@ class Bench:
 
     def _memory(self, case: Case, name: str, call: Callable) -> dict[str, object]:
         formula = memory_formula(name, case, self.device)
-        found = {} if formula is None else {"formula_mib": formula[0], "formula": formula[1]}
+        found = {} if formula is None else {"formula_mib": sum(formula.values()) / 2**20}
         if self.device == "cuda":
             row, peak = self._attempt(name, lambda: measure.cuda_peak_mib(call))
         else:

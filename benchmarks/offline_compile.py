@@ -27,7 +27,9 @@ TENSOR_CORE = {80: ("mma.sync",), 90: ("wgmma.mma_async",), 100: ("tcgen05.mma",
 def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
     """(label, kernel, constexprs) of every compiled variant."""
     from trapo_kernels import objectives, terms
-    from trapo_kernels.backends.triton_ops import fused_head, row_gradient, row_policy, row_statistics, scale, token_coefficient
+    from trapo_kernels.backends.triton_ops import row_gradient, row_policy, row_statistics, scale, token_coefficient
+    from trapo_kernels.backends.triton_ops.fused_scoring import TILE as SCORING_TILE
+    from trapo_kernels.backends.triton_ops.fused_scoring import fused_scoring_kernel
     from trapo_kernels.backends.triton_ops.launch import TILE
     from trapo_kernels.objective import GATES
 
@@ -39,9 +41,9 @@ def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
             yield f"row_statistics ({label})", row_statistics.row_statistics_kernel, transform | {"WITH_ENTROPY": entropy}
             yield f"row_gradient ({label})", row_gradient.row_gradient_kernel, transform | {"WITH_ENTROPY": entropy}
     flags = {"HAS_BIAS": False, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": False}
-    yield "fused_scoring (bf16)", fused_head.fused_scoring_kernel, flags | fused_head.TILE
+    yield "fused_scoring (bf16)", fused_scoring_kernel, flags | SCORING_TILE
     flags = {"HAS_BIAS": True, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": True}
-    yield "fused_scoring (bf16, bias+temperature+softcap)", fused_head.fused_scoring_kernel, flags | fused_head.TILE
+    yield "fused_scoring (bf16, bias+temperature+softcap)", fused_scoring_kernel, flags | SCORING_TILE
     presets: dict[tuple[int, ...], list[str]] = {}  # presets with the same gates are the same compiled kernel
     for preset in objectives.PRESETS.values():
         objective = preset(entropy_coef=0.001)

@@ -1,13 +1,16 @@
-// The input rules of the native ops, in the manner of trapo_kernels/checks.py: the rule, what was given, the remedy.
+// The input rules of the native ops, in the manner of trapo_kernels/checks.py: the rule, what was given, the remedy; and the
+// statistics that they return.
 
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "gates.h"
@@ -70,6 +73,23 @@ inline void check_rows(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must have shape [C, V], got ", shape_of(x), ". Flatten all but the vocabulary.");
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, op, ": ", name, " must have unit stride in a row, got ", x.stride(1),
                   ". Pass ", name, ".contiguous().");
+}
+
+using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Where the data of fp32 statistics [C] lie.
+struct StatisticsOutput {
+  float *logprob, *entropy, *row_max, *log_sum;
+};
+
+// Room for the statistics of some rows, for an op to return; `out` says where it is.
+inline Statistics new_statistics(const Tensor& like, int64_t rows, StatisticsOutput* out) {
+  const auto room = [&](float** data) {
+    Tensor tensor = torch::stable::new_empty(like, {rows}, ScalarType::Float);
+    *data = tensor.mutable_data_ptr<float>();
+    return tensor;
+  };
+  return {room(&out->logprob), room(&out->entropy), room(&out->row_max), room(&out->log_sum)};
 }
 
 inline Gates check_gates(const char* op, const std::vector<int64_t>& codes, const std::vector<double>& s) {

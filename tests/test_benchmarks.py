@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import account, gpu_test, questions, readme, report, runner, store, trained
 from benchmarks.contenders import BY_NAME, CONTENDERS, _chunk
+from benchmarks.memory_plan import allocated_peak
 from benchmarks.problem import JOBS, Case, Result, build, errors, statistics, truth
 from trapo_kernels import Role
 from trapo_kernels.backends import sweep
@@ -129,6 +131,26 @@ def test_the_account_predicts_what_the_arithmetic_says():
     assert 2 / 3 < plans["single pass, frozen head"].hidden < 0.85 and plans["single pass, half of the rows active"].hidden < 0.6
     two_passes = plans["two passes, `triton`"]  # statistics read the logits, the entropy gradient's two sweeps read them and write
     assert two_passes.row_kernels_ms == pytest.approx((4 + 10) * 32768 * 152064 / 3.0e12 * 1e3) and two_passes.hidden > 4 / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "active"),
+    [("ours (native)", "trapo", 0.3), ("ours, two-phase (torch)", "trapo", 1.0), ("ours (torch)", "score", 0.3)],
+)
+def test_the_memory_formula_is_what_is_allocated(name, job, active):
+    if (reason := BY_NAME[name].absent(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    case = Case("test", job, 600, 96, 16001, "bfloat16", peaked=False, active=active)
+    call = BY_NAME[name].prepare(build(case, "cpu"))
+    call()
+    assert sum(account.memory_formula(name, case, "cpu").values()) == pytest.approx(allocated_peak(call), rel=0.02)
+
+
+def test_there_is_no_memory_formula_for_what_head_memory_does_not_state():
+    case = Case("test", "trapo", 600, 96, 16001, "bfloat16")
+    for other in (replace(case, chunk_rows=64), replace(case, logits_dtype="bfloat16")):
+        assert account.memory_formula("ours (native)", other, "cpu") is None
+    assert all(account.memory_formula(name, case, "cpu") is None for name in ("eager", "ours (reference)", "ours (native_fused)"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -18,26 +18,29 @@ ROOT = Path(__file__).parents[1]
 
 # What a module may import from this project: every arrow not listed here turns back and is refused.
 ALLOWED = {
-    "trapo_kernels/checks.py": set(),
-    "trapo_kernels/batch_checks.py": {"checks"},
-    "trapo_kernels/batch.py": {"batch_checks", "checks"},
+    "trapo_kernels/roles.py": set(),
+    "trapo_kernels/checks.py": {"roles"},
+    "trapo_kernels/batch_checks.py": {"checks", "roles"},
+    "trapo_kernels/batch.py": {"batch_checks", "checks", "roles"},
     "trapo_kernels/gates.py": {"checks"},
     "trapo_kernels/lora.py": {"checks"},
     "trapo_kernels/memory.py": {"backends", "checks"},
     "trapo_kernels/sequence.py": {"checks"},
-    "trapo_kernels/corrections.py": {"batch", "checks", "sequence"},
+    "trapo_kernels/corrections.py": {"checks", "roles", "sequence"},
     "trapo_kernels/objective.py": {"checks", "gates", "sequence"},
     "trapo_kernels/objectives": {"checks", "gates", "objective", "sequence", "objectives"},
-    "trapo_kernels/terms.py": {"batch", "gates", "objective", "sequence"},
+    "trapo_kernels/terms.py": {"batch", "gates", "objective", "roles", "sequence"},
     "trapo_kernels/dispatch.py": {"checks", "backends"},
-    "trapo_kernels/backends": {"terms", "objective", "batch", "backends"},
+    "trapo_kernels/backends": {"terms", "objective", "batch", "roles", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
     "trapo_kernels/inputs.py": {"checks", "dispatch", "lora", "backends"},
     "trapo_kernels/api.py": {
         *("autograd", "inputs", "checks", "batch_checks", "dispatch", "terms", "backends", "batch", "lora", "objective"),
     },
-    "trapo_kernels/__init__.py": {"api", "batch", "corrections", "gates", "lora", "memory", "objective", "objectives", "sequence"},
+    "trapo_kernels/__init__.py": {
+        *("api", "batch", "corrections", "gates", "lora", "memory", "objective", "objectives", "roles", "sequence"),
+    },
 }
 
 

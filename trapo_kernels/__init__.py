@@ -9,11 +9,12 @@ from trapo_kernels.api import (
     policy_loss,
     token_logprob,
 )
-from trapo_kernels.batch import IGNORE_INDEX, LossTotals, Role, TokenBatch, aggregate, loss_totals
+from trapo_kernels.batch import LossTotals, TokenBatch, aggregate, loss_totals
 from trapo_kernels.gates import Gate
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import head_memory
 from trapo_kernels.objective import KL, Objective, Term
+from trapo_kernels.roles import IGNORE_INDEX, Role
 
 __all__ = [
     "IGNORE_INDEX",

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
-from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
+from trapo_kernels.backends.logits import LogitTransform, split_temperature, statistics_dtype
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.inputs import Inputs, prepared
 from trapo_kernels.lora import LoraHead
@@ -90,15 +90,15 @@ def linear_logprob(
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
-    checks.is_a("linear_logprob", "target", target, Tensor, "the token ids [N]")
-    return _linear_logprob(
-        prepared("linear_logprob", hidden, lm_head_weight, bias, lora, backend),
-        target,
-        None,
-        None,
-        Settings(_per_row(temperature, target.numel()), softcap, logits_dtype, process_group, batch_invariant, backend),
-        with_entropy,
-    )
+    where = "linear_logprob"
+    checks.is_a(where, "target", target, Tensor, "the token ids [N]")
+    inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
+    temperature = _per_row(temperature, target.numel())
+    settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
+    hidden, lm_head_weight, *_ = inputs
+    checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
+    settings.check(where, hidden, target)
+    return _linear_logprob(inputs, target, None, None, settings, with_entropy)
 
 
 def linear_policy_loss(
@@ -151,7 +151,7 @@ def linear_policy_loss(
     settings.check(where, hidden, target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
-    if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(on_policy=batch.old_logprob is None):
+    if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(batch.on_policy):
         active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
         out = _linear_logprob(inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
         return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
@@ -165,7 +165,7 @@ def linear_policy_loss(
         terms.pack(s),
         batch.active_rows,
         batch.scored_rows,
-        *_split(temperature),
+        *split_temperature(temperature),
         softcap,
         codes,
         parameters,
@@ -214,7 +214,7 @@ def policy_loss(
     batch_checks.streams_fit(where, batch, objective)
     chosen = dispatch.choose(where, backend, device, logprob.dtype)
     s = terms.streams(batch, objective, logprob.dtype)
-    if chosen == "reference" or objective.two_passes(on_policy=batch.old_logprob is None):
+    if chosen == "reference" or objective.two_passes(batch.on_policy):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
     else:
         checks.reverse_mode(where, chosen, logprob, entropy, batch=batch)
@@ -278,7 +278,7 @@ def token_logprob(
         logprob, entropy, logsumexp = reference.logprob_and_entropy(exact, flat_target, transform)
     else:
         logprob, entropy, row_max, log_sum = autograd.token_logprob(
-            flat, flat_target, *_split(temperature), softcap, with_entropy, chosen
+            flat, flat_target, *split_temperature(temperature), softcap, with_entropy, chosen
         )
         logsumexp = (row_max + log_sum).detach()
     shaped = (logprob.reshape(target.shape), entropy.reshape(target.shape), logsumexp.reshape(target.shape))
@@ -310,32 +310,29 @@ class Settings(NamedTuple):
     batch_invariant: bool
     backend: str
 
-    @property
-    def may_stay_on_chip(self) -> bool:
-        """Whether the fused scoring kernels compute the same: fp32 logits of a whole head."""
-        return self.logits_dtype == torch.float32 and self.process_group is None and not self.batch_invariant
-
     def check(self, where: str, hidden: Tensor, target: Tensor) -> None:
         """Raise for a setting that breaks a rule; `target` [N] is -100 on rows that are not read."""
         checks.temperature(where, self.temperature, target)
         checks.softcap(where, self.softcap)
         checks.logits_dtype(where, self.logits_dtype, hidden)
         checks.mode(where, self.process_group, self.batch_invariant, self.backend)
-        checks.fused_scoring(where, self.backend, self.logits_dtype, self.process_group, self.batch_invariant)
+
+    def scoring(self, inputs: Inputs) -> dispatch.Scoring:
+        """A scoring call with these settings, as a backend is chosen by."""
+        rank = 0 if inputs.lora_a is None else inputs.lora_a.shape[0]
+        kernel = (inputs.bias is not None, self.softcap, rank, self.logits_dtype)
+        mode = (self.process_group is not None, self.batch_invariant)
+        return dispatch.Scoring(*inputs.hidden.shape, inputs.weight.shape[0], *kernel, *mode)
 
 
 def _linear_logprob(
     inputs: Inputs, target: Tensor, active_rows: Tensor | None, scored_rows: Tensor | None, settings: Settings, with_entropy: bool
 ) -> LogprobOutput:
-    """`linear_logprob` of prepared inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
+    """`linear_logprob` of checked inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
     with a target, where the caller knows them."""
     where = "linear_logprob"
     hidden, weight, bias, *lora = inputs
-    checks.target(where, target, hidden.shape[0], _whole_vocab(weight, settings.process_group), hidden.device)
-    settings.check(where, hidden, target)
-    on_chip = inputs.lora_a is None and active_rows is None and settings.may_stay_on_chip
-    shape = dispatch.Scoring(*hidden.shape, weight.shape[0], bias is None and settings.softcap is None) if on_chip else None
-    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, shape)
+    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, settings.scoring(inputs))
     if chosen == "reference":
         logits = reference.head_logits(hidden, weight, target, bias, *lora, settings.logits_dtype)
         transform = LogitTransform(None, settings.softcap, settings.temperature)
@@ -347,7 +344,7 @@ def _linear_logprob(
             target,
             active_rows,
             scored_rows,
-            *_split(settings.temperature),
+            *split_temperature(settings.temperature),
             settings.softcap,
             with_entropy,
             settings.logits_dtype,
@@ -372,8 +369,3 @@ def _per_row(temperature: float | Tensor, num_rows: int) -> float | Tensor:
 
 def _group_name(process_group: ProcessGroup | None) -> str:
     return "" if process_group is None else process_group.group_name
-
-
-def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """(per-row temperature or None, scalar): the two forms that an op's schema can carry."""
-    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import Head
-from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
+from trapo_kernels.backends.logits import RowStatistics, joined_transform, statistics_dtype
 
 
 def _refuse_double_backward(op: str) -> None:
@@ -77,7 +77,7 @@ def linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, row_max, log_sum) [N]."""
-    transform = LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature)
+    transform = joined_transform(bias, softcap, row_temperature, temperature)
     rows = dispatch.rows(backend)
     if backend in dispatch.FUSED:
         return tuple(rows.fused_scoring(hidden, weight.to(hidden.dtype), target, transform))
@@ -118,7 +118,7 @@ def linear_logprob_backward(
         Head(hidden, weight, lora_a, lora_b),
         target,
         active_rows,
-        LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
+        joined_transform(bias, softcap, row_temperature, temperature),
         RowStatistics(*statistics),
         grad_logprob,
         grad_entropy,
@@ -210,7 +210,7 @@ def linear_policy_loss(
         active_rows,
         scored_rows,
         objective,
-        LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature),
+        joined_transform(bias, softcap, row_temperature, temperature),
         with_entropy_gradient,
         sweep.Needs(*needs),
         sweep.Mode(logits_dtype, batch_invariant, group_name),
@@ -305,7 +305,7 @@ def token_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, row_max, log_sum) [N]; `logits` is left as it is."""
-    transform = LogitTransform(None, softcap, temperature if row_temperature is None else row_temperature)
+    transform = joined_transform(None, softcap, row_temperature, temperature)
     return tuple(sweep.score_logits(dispatch.rows(backend), logits, target, transform, with_entropy))
 
 
@@ -327,7 +327,7 @@ def token_logprob_backward(
     backend: str,
 ) -> Tensor:
     """dL/dlogits [N, V] in the dtype of logits."""
-    transform = LogitTransform(None, softcap, temperature if row_temperature is None else row_temperature)
+    transform = joined_transform(None, softcap, row_temperature, temperature)
     stats = RowStatistics(*statistics)
     return sweep.score_logits_backward(dispatch.rows(backend), logits, target, transform, stats, grad_logprob, grad_entropy)
 

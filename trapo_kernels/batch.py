@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import batch_checks, checks
+from trapo_kernels.roles import IGNORE_INDEX, Role
 
-IGNORE_INDEX = -100
 _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
-
-
-class Role:
-    """What a token is to the loss; plain integers, because torch.compile cannot compare a tensor with an enum member."""
-
-    IGNORED = 0  # in no loss; its hidden state is read only if `scored_rows` names it
-    ROLLOUT = 1  # sampled by the policy: the ratio loss
-    EXPERT = 2  # written by an expert: the imitation loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +82,11 @@ class TokenBatch:
         if self.entropy_weight is not None:
             weighted = weighted | (self.entropy_weight != 0)
         return weighted & (self.role != Role.IGNORED)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the current policy itself sampled: there is no old_logprob, and ratios to "old" are 1."""
+        return self.old_logprob is None
 
     @property
     def target_to_score(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import checks
+from trapo_kernels.roles import IGNORE_INDEX, Role
 
 if TYPE_CHECKING:
     from trapo_kernels.batch import TokenBatch
@@ -38,9 +39,10 @@ def token_batch(batch: TokenBatch) -> None:
         checks.vector(where, "sequence_id", batch.sequence_id, length, device, (torch.int64,))
     if checks.may_look(batch.role):
         remedy = "Only rows with role IGNORED may hold anything."
-        checks.finite_tensor(where, "weight", torch.where(batch.role != 0, batch.weight, 0.0), remedy)
+        real = batch.role != Role.IGNORED
+        checks.finite_tensor(where, "weight", torch.where(real, batch.weight, 0.0), remedy)
         if batch.entropy_weight is not None:
-            checks.finite_tensor(where, "entropy_weight", torch.where(batch.role != 0, batch.entropy_weight, 0.0), remedy)
+            checks.finite_tensor(where, "entropy_weight", torch.where(real, batch.entropy_weight, 0.0), remedy)
 
 
 def active_rows(batch: TokenBatch, rows: Tensor) -> None:
@@ -95,9 +97,9 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
             f"{where}: the batch must be on {device}, got {batch.target.device}. Move it with batch.to({str(device)!r})."
         )
     if checks.may_look(batch.role):
-        read = torch.where(batch.role != 0, batch.target, batch.target_to_score)
-        checks.target(where, read, num_rows, vocab_size, device)
-        missing = (batch.role != 0) & (batch.target == -100)
+        real = batch.role != Role.IGNORED
+        checks.target(where, torch.where(real, batch.target, batch.target_to_score), num_rows, vocab_size, device)
+        missing = real & (batch.target == IGNORE_INDEX)
         if missing.any():
             raise ValueError(
                 f"{where}: a token with a role must have a target in the vocabulary, got -100 at row {int(missing.nonzero()[0])}. "
@@ -108,7 +110,7 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
     must be finite where it is read."""
-    for name in sorted(objective.reads(on_policy=batch.old_logprob is None) - {"old_logprob"}):
+    for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             raise ValueError(
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. Pass TokenBatch(..., {name}=...), or use an "
@@ -119,10 +121,10 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     weighted = (batch.weight != 0) & batch.active
     _warn_of_an_idle_loss(where, batch.role[weighted], objective)
     for layer in objective.layers:
-        for code, term in ((1, layer.rollout), (2, layer.expert)):
-            names = set() if term is None else term.reads(on_policy=batch.old_logprob is None) - {"sequence_id"}
-            names |= {"ref_logprob"} if layer.kl is not None and code == 1 else set()
-            for name in sorted(names - ({"old_logprob"} if batch.old_logprob is None else set())):
+        for code, term in ((Role.ROLLOUT, layer.rollout), (Role.EXPERT, layer.expert)):
+            names = set() if term is None else term.reads(batch.on_policy) - {"sequence_id"}
+            names |= {"ref_logprob"} if layer.kl is not None and code == Role.ROLLOUT else set()
+            for name in sorted(names - ({"old_logprob"} if batch.on_policy else set())):
                 remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
                 read = torch.where(weighted & (batch.role == code), getattr(batch, name), 0.0)
                 checks.finite_tensor(where, f"batch.{name}", read, remedy)
@@ -130,8 +132,8 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
 
 def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:
     """Say that nothing will train, as with ROLLOUT on every token of an SFT; a part of a batch may be so rightly."""
-    named = {"ROLLOUT": (1, [layer.rollout or layer.kl for layer in objective.layers])}
-    named["EXPERT"] = (2, [layer.expert for layer in objective.layers])
+    named = {"ROLLOUT": (Role.ROLLOUT, [layer.rollout or layer.kl for layer in objective.layers])}
+    named["EXPERT"] = (Role.EXPERT, [layer.expert for layer in objective.layers])
     trained = {name: code for name, (code, parts) in named.items() if any(parts)}
     idle = len(role) > 0 and not any(bool((role == code).any()) for code in trained.values())
     if idle and not any(layer.entropy_coef for layer in objective.layers):

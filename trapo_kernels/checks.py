@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trapo_kernels.roles import IGNORE_INDEX, Role
+
 if TYPE_CHECKING:
     from trapo_kernels.batch import LossTotals, TokenBatch
 
@@ -102,7 +104,7 @@ def roles(where: str, role: Tensor) -> None:
 
 def role_values(where: str, role: Tensor) -> None:
     """A uint8 `role` must hold `Role` values; looked at on the CPU only."""
-    if may_look(role) and role.numel() and int(role.max()) > 2:
+    if may_look(role) and role.numel() and int(role.max()) > Role.EXPERT:
         raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(role.max())}.")
 
 
@@ -225,7 +227,7 @@ def lora_factors(a: object, b: object, scaling: object) -> None:
     finite(where, "scaling", scaling)
 
 
-def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, backend: str) -> None:
+def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """The LoRA must have the D, V, dtype and device of the head; float32 factors may stand beside 16-bit hidden states."""
     if a.shape[1] != hidden.shape[1] or b.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -238,8 +240,6 @@ def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, 
                 f"{where}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, or float32 beside 16-bit hidden states, "
                 f"got {value.dtype} on {value.device}. Convert it with {name}.to(hidden)."
             )
-    if backend.endswith("_fused"):
-        raise ValueError(f'{where}: backend "{backend}" has no LoRA, got lora of rank {a.shape[0]}. Use backend="auto".')
 
 
 def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
@@ -249,7 +249,7 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
     if vocab_size is None or value.numel() == 0 or not may_look(value):
         return
     low, high = int(value.min()), int(value.max())
-    bad = (value < 0) & (value != -100) | (value >= vocab_size)
+    bad = (value < 0) & (value != IGNORE_INDEX) | (value >= vocab_size)
     if (low < 0 or high >= vocab_size) and bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -267,7 +267,7 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
             raise ValueError(
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
-        if may_look(value) and bool((wrong := ~((value > 0) & (value < math.inf) | (target == -100))).any()):
+        if may_look(value) and bool((wrong := ~((value > 0) & (value < math.inf) | (target == IGNORE_INDEX))).any()):
             actual = float(value[wrong][0])
             raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
     elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
@@ -301,17 +301,6 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
         raise ValueError(
             f'{where}: backend "reference" has the whole head and one GEMM, got process_group={process_group}, batch_invariant='
             f'{batch_invariant}. Use backend="auto".'
-        )
-
-
-def fused_scoring(where: str, backend: str, logits_dtype: torch.dtype, process_group: object, batch_invariant: bool) -> None:
-    """The fused backends have fp32 logits of a whole head."""
-    if not backend.endswith("_fused"):
-        return
-    if logits_dtype != torch.float32 or process_group is not None or batch_invariant:
-        raise ValueError(
-            f'{where}: backend "{backend}" has fp32 logits on the chip: logits_dtype must be torch.float32, process_group None '
-            f'and batch_invariant False, got {logits_dtype}, {process_group} and {batch_invariant}. Use backend="triton".'
         )
 
 

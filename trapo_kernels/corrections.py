@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import checks
-from trapo_kernels.batch import Role
+from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Sequences
 
 LEVELS = ("token", "sequence", "geometric")

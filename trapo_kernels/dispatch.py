@@ -19,10 +19,7 @@ from trapo_kernels import checks
 from trapo_kernels.backends import native
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused")
-FUSED = (
-    "triton_fused",
-    "native_fused",
-)  # scoring whose logits stay on the chip; everything else as the backend before the underscore
+FUSED = ("triton_fused", "native_fused")  # scoring whose logits stay on the chip; all else as the backend before the underscore
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found out here, because torch.compile cannot trace the search
 _log = logging.getLogger("trapo_kernels")
 # Measured times of scoring, by GPU, dtype and shape; `python -m benchmarks.scoring_table` writes them. Read once, at import.
@@ -30,12 +27,17 @@ _MEASURED = json.loads((Path(__file__).parent / "scoring.json").read_text(encodi
 
 
 class Scoring(NamedTuple):
-    """The shape of a scoring call whose logits may stay on the chip; `plain`: without bias and softcap."""
+    """A scoring call: its shape, and what of it a kernel whose logits stay on the chip may not have."""
 
     num_rows: int
     hidden_size: int
     vocab_size: int
-    plain: bool
+    bias: bool = False
+    softcap: float | None = None
+    lora_rank: int = 0  # 0: no LoRA
+    logits_dtype: torch.dtype = torch.float32
+    sharded: bool = False  # whether ranks share the vocabulary
+    batch_invariant: bool = False
 
 
 def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, scoring: Scoring | None = None) -> str:
@@ -53,7 +55,7 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
                 chosen = _fastest(scoring, device, dtype)
             _say_once(where, chosen, device.type, str(dtype))
         return chosen
-    reason = why_not(backend, device, dtype)
+    reason = why_not(backend, device, dtype, scoring)
     if reason:
         raise RuntimeError(f'{where}: backend="{backend}" cannot run: {reason} Use backend="auto" to have one chosen.')
     return backend
@@ -65,21 +67,21 @@ def check_name(where: str, backend: str) -> None:
     checks.one_of(where, "backend", backend, backends)
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when `backend` runs on `device` with `dtype`, else a sentence with the reason."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, scoring: Scoring | None = None) -> str | None:
+    """None when `backend` runs on `device` with `dtype`, and does `scoring` where it is given; else a sentence with the reason."""
     if backend in ("reference", "torch"):
         return None
     if dtype == torch.float64:
         return 'its statistics are fp32 and the inputs are float64; backend="torch" and "reference" compute in fp64.'
     if backend == "native_fused":
-        return _why_no_wgmma(device, dtype) or native.why_not(device.type)
+        return _why_no_wgmma(device, dtype) or native.why_not(device.type) or _why_not_fused(backend, scoring)
     if backend == "native":
         return native.why_not(device.type)
     if not _HAS_TRITON:
         return "the package triton is not installed; pip install triton."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
-    return None
+    return _why_not_fused(backend, scoring)
 
 
 def _why_no_wgmma(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -90,6 +92,28 @@ def _why_no_wgmma(device: torch.device, dtype: torch.dtype) -> str | None:
         return f'its kernel takes bfloat16 and the inputs are {str(dtype).removeprefix("torch.")}; backend="triton_fused" does.'
     gpu = torch.cuda.get_device_properties(device)  # a constant to torch.compile
     return None if gpu.major == 9 else f"its kernel is for sm_90 GPUs and this one is sm_{gpu.major}{gpu.minor}."
+
+
+def _why_not_fused(backend: str, scoring: Scoring | None) -> str | None:
+    """None unless `backend` is fused and its kernel lacks what `scoring` asks for; then a sentence with the reason."""
+    if backend not in FUSED or scoring is None:
+        return None
+    s = scoring
+    if s.lora_rank:
+        return f"its kernel has no LoRA, got lora of rank {s.lora_rank}."
+    if s.logits_dtype != torch.float32 or s.sharded or s.batch_invariant:
+        return (
+            "its kernel has fp32 logits of a whole head: logits_dtype must be torch.float32, process_group None and "
+            f"batch_invariant False, got {s.logits_dtype}, {'a group' if s.sharded else None} and {s.batch_invariant}."
+        )
+    if backend == "native_fused" and (s.bias or s.softcap is not None):
+        return (
+            f"its kernel has neither bias nor softcap, got {'a' if s.bias else 'no'} bias and softcap {s.softcap}; "
+            'backend="triton_fused" has both.'
+        )
+    if backend == "native_fused" and s.hidden_size % 8:
+        return f'its kernel needs a hidden size that is a multiple of 8, got {s.hidden_size}; backend="triton_fused" takes any.'
+    return None
 
 
 def _fastest(scoring: Scoring, device: torch.device, dtype: torch.dtype) -> str:
@@ -103,8 +127,7 @@ def _fastest(scoring: Scoring, device: torch.device, dtype: torch.dtype) -> str:
     nearest = min(of_gpu, key=octaves, default=None)
     if nearest is None or octaves(nearest) > 1.0:
         return "triton"
-    wgmma = scoring.plain and scoring.hidden_size % 8 == 0 and why_not("native_fused", device, dtype) is None
-    able = {name: ms for name, ms in nearest["median_ms"].items() if name != "native_fused" or wgmma}
+    able = {name: ms for name, ms in nearest["median_ms"].items() if why_not(name, device, dtype, scoring) is None}
     return min(able, key=able.get)
 
 

@@ -31,7 +31,7 @@ def prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lo
         return Inputs(hidden, weight, bias, None, None)
     checks.is_a(where, "lora", lora, LoraHead, "LoraHead(a, b, scaling)")
     lora = lora.autocast(hidden.dtype) if _autocasts(hidden.device.type) else lora
-    checks.lora_fits(where, lora.a, lora.b, hidden, weight, backend)
+    checks.lora_fits(where, lora.a, lora.b, hidden, weight)
     return Inputs(hidden, weight, bias, lora.scaled_a(statistics_dtype(hidden)), lora.b)
 
 

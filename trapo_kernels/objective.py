@@ -63,7 +63,7 @@ class Term:
         """Names of the optional `TokenBatch` tensors that the term reads."""
         names = {f"{self.anchor}_logprob"} if self.anchor in ("old", "rollout", "ref") else set()
         names |= {"advantage"} if self.signal == "advantage" else set()
-        return names | ({"sequence_id"} | self.reduction.streams if self.reduces(on_policy) else set())
+        return names | ({"sequence_id"} | self.reduction.reads if self.reduces(on_policy) else set())
 
 
 @dataclass(frozen=True)
@@ -175,18 +175,13 @@ class Objective:
                 return f"{type(term.reduction).__name__} needs the logprobs of whole sequences first."
         return "a role has two terms, and the compiled loss has one gate per role." if self.plus else None
 
-    def reads(self, on_policy: bool) -> set[str]:
+    def reads(self, on_policy: bool = False) -> set[str]:
         """Names of the optional `TokenBatch` tensors that the objective reads; "old_logprob" may still be absent."""
         needed = set().union(*(term.reads(on_policy) for term in self.terms))
         for layer in self.layers:
             if layer.kl:
                 needed |= {"ref_logprob"} | ({"old_logprob"} if layer.kl.estimator == "k3_corrected" else set())
         return needed
-
-    @property
-    def streams(self) -> set[str]:
-        """`reads` for a batch of any age."""
-        return self.reads(on_policy=False)
 
     @property
     def needs_entropy(self) -> bool:

@@ -84,7 +84,7 @@ class Reduction:
     """A step over whole sequences before the gate; frozen dataclasses, so that an objective stays data."""
 
     formula: ClassVar[str] = ""
-    streams: ClassVar[frozenset[str]] = frozenset()  # batch tensors that it reads besides sequence_id
+    reads: ClassVar[frozenset[str]] = frozenset()  # batch tensors that it reads besides sequence_id
     needs_entropy: ClassVar[bool] = False
     idle_on_policy: ClassVar[bool] = False  # changes nothing where every log-ratio is zero
 
@@ -139,7 +139,7 @@ class TrajectoryWeight(Reduction):
     cap: float = 16.0
     pool: str = "sum"
     formula: ClassVar[str] = "times min(π(y)/π_ref(y), {cap:g}), log-ratios pooled by {pool}"
-    streams: ClassVar[frozenset[str]] = frozenset({"ref_logprob"})
+    reads: ClassVar[frozenset[str]] = frozenset({"ref_logprob"})
 
     def __post_init__(self):
         checks.in_range("TrajectoryWeight", "cap", self.cap, 0.0, math.inf, open_low=True)

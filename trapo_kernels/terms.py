@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from trapo_kernels.batch import Role, TokenBatch
+from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import GATES, One, Truncate
 from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
+from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
 _MAX_PARAMETERS = 3  # of a gate
@@ -157,7 +158,7 @@ def evaluated(
     """Coefficients of the objective's first layer and the streams as its gates see them, reductions applied; for the metrics."""
     d, signal, flows = log_ratio(logprob, s), s.signal, torch.ones_like(s.role, dtype=torch.bool)
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
-        if term is not None and term.reduces(batch.old_logprob is None):
+        if term is not None and term.reduces(batch.on_policy):
             mine = s.role == code
             of_role = reduced(term, logprob, entropy, d, batch, mine)
             d = torch.where(mine, of_role.log_ratio, d)
@@ -180,43 +181,48 @@ def metrics(
 ) -> dict[str, Tensor]:
     """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
 
-    Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Expert:
-    `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha` where the gate truncates. Rollout: `rollout/clip_low` and
-    `rollout/clip_high`; unless the anchor is "zero" `rollout/ratio`, `rollout/ratio_max`, and `rollout/kl_old_k1` and `_k3`,
-    estimates of KL(anchor ‖ π) from the ratio; with a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1`
-    and `_k3`, of KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the
-    others carry the entropy bonus alone.
+    Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Of TrSFT on expert
+    tokens, the gate `Truncate` at the anchor "zero": `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha`. Of any
+    other term: `role/clip_low` and `role/clip_high`; of an expert one `expert/slope` = mean G(d); unless the anchor is "zero"
+    `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from the ratio where the anchor
+    sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and `_k3`, of
+    KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the
+    entropy bonus alone.
     """
     out: dict[str, Tensor] = {}
-    for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
+    for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):
         mine = s.role == code
         trained = mine & (weight != 0)
-        ratio = c.log_ratio.exp()
-
-        def mean(x: Tensor, over: Tensor = trained) -> Tensor:
-            return torch.where(over, x, 0).sum(dtype=torch.float32) / over.sum().clamp(min=1)
-
         out[f"{name}/count"], out[f"{name}/trained_count"] = mine.sum().float(), trained.sum().float()
-        out[f"{name}/logprob"], out[f"{name}/prob"] = mean(logprob, mine), mean(logprob.exp(), mine)
-        out[f"{name}/entropy"] = mean(entropy, mine)
-        if name == "expert" and objective.expert is not None:
-            out["expert/trsft_weight"] = mean(c.slope)
-            if isinstance(objective.expert.gate, Truncate):
-                out["expert/share_below_alpha"] = mean((c.log_ratio < math.log(objective.expert.gate.high)).float())
-        if name == "rollout" and objective.rollout is not None:
-            out["rollout/clip_low"], out["rollout/clip_high"] = (
-                mean(c.clipped_low.float()),
-                mean(c.clipped_high.float()),
-            )
-            if objective.rollout.anchor != "zero":  # which stands for no policy: the ratio to it is p
-                out["rollout/ratio"] = mean(ratio)
-                out["rollout/ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
-                log_ratio = torch.where(trained, c.log_ratio, 0.0)
-                out["rollout/kl_old_k1"], out["rollout/kl_old_k3"] = mean(-log_ratio), mean(torch.expm1(log_ratio) - log_ratio)
+        out[f"{name}/logprob"], out[f"{name}/prob"] = _mean(logprob, mine), _mean(logprob.exp(), mine)
+        out[f"{name}/entropy"] = _mean(entropy, mine)
+        if term is not None:
+            out |= {f"{name}/{what}": value for what, value in _of_term(c, trained, term, name).items()}
         if name == "rollout" and objective.kl is not None:
             d_ref, d = (torch.where(trained, x, 0.0) for x in (logprob - s.ref_logprob, c.log_ratio))
-            out["rollout/kl_ref"] = mean(objective.kl.value(d_ref, d))
-            out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = mean(d_ref), mean(torch.expm1(-d_ref) + d_ref)
+            out["rollout/kl_ref"] = _mean(objective.kl.value(d_ref, d), trained)
+            out["rollout/kl_ref_k1"] = _mean(d_ref, trained)
+            out["rollout/kl_ref_k3"] = _mean(torch.expm1(-d_ref) + d_ref, trained)
+    return out
+
+
+def _mean(x: Tensor, over: Tensor) -> Tensor:
+    """0-d fp32: the mean of x [N] over the tokens `over` [N] bool, 0 of none."""
+    return torch.where(over, x, 0).sum(dtype=torch.float32) / over.sum().clamp(min=1)
+
+
+def _of_term(c: Coefficients, trained: Tensor, term: Term, role: str) -> dict[str, Tensor]:
+    """The metrics that describe `term` on its tokens `trained` [N] bool."""
+    if role == "expert" and isinstance(term.gate, Truncate) and term.anchor == "zero":
+        below = c.log_ratio < math.log(term.gate.high)
+        return {"trsft_weight": _mean(c.slope, trained), "share_below_alpha": _mean(below.float(), trained)}
+    out = {"slope": _mean(c.slope, trained)} if role == "expert" else {}
+    out["clip_low"], out["clip_high"] = _mean(c.clipped_low.float(), trained), _mean(c.clipped_high.float(), trained)
+    if term.anchor != "zero":  # which stands for no policy: the ratio to it is p
+        ratio, d = c.log_ratio.exp(), torch.where(trained, c.log_ratio, 0.0)
+        out["ratio"] = _mean(ratio, trained)
+        out["ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
+        out["kl_old_k1"], out["kl_old_k3"] = _mean(-d, trained), _mean(torch.expm1(d) - d, trained)
     return out
 
 

@@ -94,7 +94,7 @@ def plan_memory(
         "weights": weights.held_bytes // shards,
         "optimizer state": state // shards,
     }
-    if config.model.lora is None and any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
+    if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
         always["reference model, float32"] = 4 * weights.total // shards
     sequences = _sequences_at_once(config, gpus, context)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}

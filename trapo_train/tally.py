@@ -41,7 +41,7 @@ class Tally:
                 self._add(name, value.double())
             else:
                 self._add(name, value.double() * metrics[_counted_by(name)])
-        if "expert/share_below_alpha" in metrics and objective.expert.anchor == "zero":  # TrSFT, or DFT with alpha = 1
+        if "expert/trsft_weight" in metrics:  # DFT's too, which is TrSFT with alpha = 1
             weight = objective.expert.gate.slope(out.logprob, batch.advantage).clamp(max=1.0)
             trained = (batch.role == Role.EXPERT) & (batch.weight != 0)
             self._add("histogram", torch.histc(torch.where(trained, weight, -1.0), HISTOGRAM_BINS, 0.0, 1.0).double())

@@ -88,7 +88,7 @@ class Trainer:
         loaded = [self.problems, *(entry.problems for entry in self.eval_sets.values())]
         check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))
         self.reference = None
-        if any("ref_logprob" in objective.streams for objective in extreme_objectives(config.objective)):
+        if any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
             lora = config.model.lora is not None  # without its adapters the model is its own reference
             self.reference = self.model if lora else copy.deepcopy(self.model).requires_grad_(False).eval()
         if self.reference is not None and self.reference is not self.model:
@@ -353,7 +353,7 @@ class Trainer:
 
     def _with_reference(self, micro_batches: list[MicroBatch], objective: Objective) -> list[MicroBatch]:
         """The micro-batches with logprobs of the model as it was before training, where the objective reads them."""
-        if "ref_logprob" not in objective.streams:
+        if "ref_logprob" not in objective.reads():
             return micro_batches
         if self.reference is None:
             raise ValueError(

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../checks.h"
@@ -16,8 +15,6 @@
 
 namespace trapo {
 namespace {
-
-using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kLogitsPerTask = 1 << 15;  // below it a thread costs more than it saves
 
@@ -79,18 +76,7 @@ Transforms check_transforms(const char* op, const Logits& logits, const std::opt
           static_cast<float>(temperature), static_cast<float>(softcap)};
 }
 
-struct Output {
-  std::vector<Tensor> tensors;
-  float *logprob, *entropy, *row_max, *log_sum;
-
-  explicit Output(const Tensor& like, int64_t rows) {
-    for (int i = 0; i < 4; ++i) tensors.push_back(torch::stable::new_empty(like, {rows}));
-    logprob = tensors[0].mutable_data_ptr<float>();
-    entropy = tensors[1].mutable_data_ptr<float>();
-    row_max = tensors[2].mutable_data_ptr<float>();
-    log_sum = tensors[3].mutable_data_ptr<float>();
-  }
-
+struct Output : StatisticsOutput {
   void ignore(int64_t i) const { logprob[i] = entropy[i] = row_max[i] = log_sum[i] = 0.0f; }
 
   void put(int64_t i, const Row& row) const {
@@ -99,8 +85,6 @@ struct Output {
     row_max[i] = row.row_max;
     log_sum[i] = static_cast<float>(row.log_sum);
   }
-
-  Statistics result() const { return {tensors[0], tensors[1], tensors[2], tensors[3]}; }
 };
 
 // dL/d(raw logit) of row i, whose z lies in `z`; the gradient may take its place. A target below 0 lies on another shard of the
@@ -131,7 +115,8 @@ Statistics row_statistics(Tensor logits_tensor, Tensor target_tensor, std::optio
   const Logits logits = check_logits(op, "logits", logits_tensor);
   const auto transforms = check_transforms(op, logits, bias, row_temperature, temperature, softcap);
   const int64_t* target = check_vector<int64_t>(op, "target", target_tensor, logits.rows);
-  const Output out(logits_tensor, logits.rows);
+  Output out;
+  const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   const RowSweeps& sweeps = row_sweeps();
   torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -142,7 +127,7 @@ Statistics row_statistics(Tensor logits_tensor, Tensor target_tensor, std::optio
       out.put(i, sweeps.statistics(logits.row(i), transforms.bias, logits.vocab_size, target[i], transforms.of(i)));
     }
   });
-  return out.result();
+  return statistics;
 }
 
 void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
@@ -211,7 +196,8 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
   const Streams streams = check_streams(op, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob);
   const float* grad_entropy = check_optional(op, "grad_entropy", grad_entropy_tensor, logits.rows);
   const Gates gates = check_gates(op, codes, scalars);
-  const Output out(logits_tensor, logits.rows);
+  Output out;
+  const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   const RowSweeps& sweeps = row_sweeps();
   torch::stable::parallel_for(0, logits.rows, logits.rows_per_task(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -229,7 +215,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target_tensor, std::optional<
       }
     }
   });
-  return out.result();
+  return statistics;
 }
 
 Tensor token_coefficient(Tensor logprob_tensor, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,

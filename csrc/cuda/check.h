@@ -9,14 +9,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <tuple>
-#include <vector>
 
 #include "../checks.h"
 
 namespace trapo {
-
-using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // check_vector, on the GPU: that an op was dispatched here says that one of its arguments is there, not all.
 template <typename T>
@@ -77,18 +73,6 @@ template <typename... Parameters, typename... Arguments>
 void launch_blocks(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
                    const Arguments&... arguments) {
   launch_clusters(op, kernel, blocks, 0, threads, 0, stream, arguments...);
-}
-
-struct StatisticsOutput {
-  float *logprob, *entropy, *row_max, *log_sum;
-};
-
-inline std::vector<Tensor> new_statistics(const Tensor& like, int64_t rows, StatisticsOutput* out) {
-  std::vector<Tensor> tensors;
-  for (int i = 0; i < 4; ++i) tensors.push_back(torch::stable::new_empty(like, {rows}, ScalarType::Float));
-  *out = {tensors[0].mutable_data_ptr<float>(), tensors[1].mutable_data_ptr<float>(), tensors[2].mutable_data_ptr<float>(),
-          tensors[3].mutable_data_ptr<float>()};
-  return tensors;
 }
 
 }  // namespace trapo

@@ -94,10 +94,10 @@ Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Ten
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   StatisticsOutput out;
-  const auto tensors = new_statistics(logits_tensor, logits.rows, &out);
+  const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
   dispatch(op, Kind::kPolicy, a, logits, nullptr, current_stream(logits_tensor));
-  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+  return statistics;
 }
 
 void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
@@ -142,7 +142,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
   put_streams(op, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
   a.grad_entropy = check_gpu_optional(op, "grad_entropy", grad_entropy, logits.rows);
   StatisticsOutput out;
-  const auto tensors = new_statistics(logits_tensor, logits.rows, &out);
+  const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
   std::optional<Matrix> grad;
   if (grad_tensor.has_value()) {
@@ -151,7 +151,7 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
     a.grad_stride = grad->stride;
   }
   dispatch(op, Kind::kPolicy, a, logits, grad ? &*grad : nullptr, current_stream(logits_tensor));
-  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+  return statistics;
 }
 
 Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,

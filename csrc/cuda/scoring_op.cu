@@ -54,8 +54,8 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   const int64_t rows = hidden.size(0), vocab_size = weight.size(0);
   const Schedule schedule(rows > 0 ? rows : 1, vocab_size, device_attribute(op, cudaDevAttrMultiProcessorCount));
   StatisticsOutput out;
-  const auto tensors = new_statistics(hidden, rows, &out);
-  if (rows == 0) return {tensors[0], tensors[1], tensors[2], tensors[3]};
+  const Statistics statistics = new_statistics(hidden, rows, &out);
+  if (rows == 0) return statistics;
   const Tensor partial = torch::stable::new_empty(hidden, {schedule.splits, rows, 3}, ScalarType::Float);
   const Tensor target_logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   const ScoringArguments a = {rows,
@@ -75,7 +75,7 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   launch_clusters(op, kernel, clusters * schedule.cluster_blocks, schedule.cluster_blocks, kScoringThreads, kScoringShared, stream,
                   hidden_map, weight_map, a);
   launch_blocks(op, combine_splits_kernel, (rows + 7) / 8, 256, stream, a, out.logprob, out.entropy, out.row_max, out.log_sum);
-  return {tensors[0], tensors[1], tensors[2], tensors[3]};
+  return statistics;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """What "auto" scores with: the fastest backend measured on this GPU at about this shape, the chunked path where nothing was."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -33,8 +34,8 @@ def measured(monkeypatch):
     return table
 
 
-def _auto(num_rows, hidden_size=4096, vocab_size=128000, plain=True, dtype=torch.bfloat16):
-    scoring = dispatch.Scoring(num_rows, hidden_size, vocab_size, plain)
+def _auto(num_rows, hidden_size=4096, vocab_size=128000, dtype=torch.bfloat16, **asked):
+    scoring = dispatch.Scoring(num_rows, hidden_size, vocab_size, **asked)
     return dispatch.choose("linear_logprob", "auto", CUDA, dtype, scoring)
 
 
@@ -42,7 +43,12 @@ def _auto(num_rows, hidden_size=4096, vocab_size=128000, plain=True, dtype=torch
     ("call", "chosen"),
     [
         ({"num_rows": 4096}, "native_fused"),
-        ({"num_rows": 4096, "plain": False}, "triton_fused"),  # the wgmma kernel has no bias and no softcap
+        ({"num_rows": 4096, "bias": True}, "triton_fused"),  # which the wgmma kernel has not
+        ({"num_rows": 4096, "softcap": 30.0}, "triton_fused"),
+        ({"num_rows": 4096, "lora_rank": 8}, "triton"),  # none of the fused kernels has these
+        ({"num_rows": 4096, "logits_dtype": torch.bfloat16}, "triton"),
+        ({"num_rows": 4096, "sharded": True}, "triton"),
+        ({"num_rows": 4096, "batch_invariant": True}, "triton"),
         ({"num_rows": 4096, "hidden_size": 4097}, "triton_fused"),  # nor rows that do not start at 16 bytes
         ({"num_rows": 40000}, "triton"),  # nearest to 65536 rows, where the chunked path won
         ({"num_rows": 2048, "vocab_size": 64000}, "native_fused"),  # a factor of two away
@@ -90,18 +96,53 @@ def test_the_wgmma_kernel_has_one_dtype_and_one_gpu(measured, monkeypatch, capab
         assert _auto(4096) == ("native_fused" if reason is None else "triton_fused")
 
 
-@pytest.mark.parametrize(
-    "setting", [{"logits_dtype": torch.bfloat16}, {"batch_invariant": True}, {"lora": True}, {}], ids=lambda s: str(*s) or "none"
+WHOLE = (
+    "its kernel has fp32 logits of a whole head: logits_dtype must be torch.float32, process_group None and batch_invariant False"
 )
-def test_what_the_fused_kernels_cannot_do_is_never_offered_to_them(monkeypatch, setting):
+BOTH = "its kernel has neither bias nor softcap"
+
+
+@pytest.mark.parametrize(
+    ("backends", "asked", "reason"),
+    [
+        (dispatch.FUSED, {"lora_rank": 8}, "its kernel has no LoRA, got lora of rank 8."),
+        (dispatch.FUSED, {"logits_dtype": torch.bfloat16}, f"{WHOLE}, got torch.bfloat16, None and False."),
+        (dispatch.FUSED, {"sharded": True}, f"{WHOLE}, got torch.float32, a group and False."),
+        (dispatch.FUSED, {"batch_invariant": True}, f"{WHOLE}, got torch.float32, None and True."),
+        (["native_fused"], {"bias": True}, f'{BOTH}, got a bias and softcap None; backend="triton_fused" has both.'),
+        (["native_fused"], {"softcap": 30.0}, f'{BOTH}, got no bias and softcap 30.0; backend="triton_fused" has both.'),
+        (
+            ["native_fused"],
+            {"hidden_size": 4097},
+            'its kernel needs a hidden size that is a multiple of 8, got 4097; backend="triton_fused" takes any.',
+        ),
+    ],
+)
+def test_what_a_fused_kernel_lacks_has_a_sentence(measured, backends, asked, reason):
+    scoring = dispatch.Scoring(4096, 4096, 128000)._replace(**asked)
+    for backend in dispatch.BACKENDS[1:]:
+        assert dispatch.why_not(backend, CUDA, torch.bfloat16, scoring) == (reason if backend in backends else None)
+
+
+SETTINGS = [{"logits_dtype": torch.bfloat16}, {"batch_invariant": True}, {"lora_rank": 2}, {"softcap": 30.0}, {"bias": True}, {}]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: str(*s) or "none")
+def test_a_scoring_call_says_what_it_asks_for(monkeypatch, setting):
     asked = []
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda *arguments: asked.append(arguments[4]) or choose(*arguments))
     hidden, weight, _ = cases.head(4, 6, 30, torch.bfloat16)
-    if "lora" in setting:
-        setting = {"lora": LoraHead(torch.zeros_like(hidden[:2]), torch.zeros_like(weight[:, :2]))}
-    linear_logprob(hidden, weight, torch.zeros(4, dtype=torch.int64, device=cases.DEVICE), **setting)
-    assert asked == ([None] if setting else [dispatch.Scoring(4, 6, 30, True)])
+    target, given = torch.zeros(4, dtype=torch.int64, device=cases.DEVICE), dict(setting)
+    if given.pop("lora_rank", 0):
+        given["lora"] = LoraHead(torch.zeros_like(hidden[:2]), torch.zeros_like(weight[:, :2]))
+    if "bias" in given:
+        given["bias"] = torch.zeros_like(weight[:, 0])
+    linear_logprob(hidden, weight, target, **given)
+    assert asked == [dispatch.Scoring(4, 6, 30, **setting)]
+    refused = {"logits_dtype", "batch_invariant", "lora_rank"} & set(setting)
+    with pytest.raises(RuntimeError, match="cannot run: its kernel has") if refused else nullcontext():
+        linear_logprob(hidden, weight, target, backend="triton_fused", **given)
 
 
 def _row(contender, num_rows, median_ms, job="score", gpu=True, **changes):

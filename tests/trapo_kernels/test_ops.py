@@ -215,7 +215,7 @@ def test_triton_launches_where_its_tensors_are(monkeypatch):
 
     kernels = ("row_statistics", "row_gradient", "row_policy", "token_coefficient", "scale", "fused_scoring")
     for name in kernels:
-        module = importlib.import_module(f"{triton_ops.__name__}.{name.replace('fused_scoring', 'fused_head')}")
+        module = importlib.import_module(f"{triton_ops.__name__}.{name}")
         monkeypatch.setattr(module, f"{name}_kernel", Spy(name, getattr(module, f"{name}_kernel")))
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     hidden, weight, _ = cases.head(6, 5, 20, torch.float32)

@@ -117,7 +117,7 @@ def test_a_reference_is_kept_for_a_kl_that_a_schedule_turns_on(configure):
     trainer = Trainer(configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: " + beta + "}}"))
     assert "rollout/kl_ref" not in trainer.train_step()
     trainer.train_step()
-    assert "ref_logprob" in trainer.objective.streams
+    assert "ref_logprob" in trainer.objective.reads()
 
 
 def test_a_chooser_that_needs_the_model_before_training_is_refused(configure):

@@ -254,7 +254,7 @@ def test_every_preset_trains_a_step_whatever_the_split(name):
         model = make_model()
         before = weights(model)
         micro_batches = packed(make_samples((0.5, -0.5, 0.25), (2, 0, 4)), objective, max_tokens)
-        if "ref_logprob" in objective.streams:
+        if "ref_logprob" in objective.reads():
             micro_batches = [with_stream(m, "ref_logprob", score(model, m) - 0.1) for m in micro_batches]
         results.append(step(model, micro_batches, objective))
         moved.append(weights(model) - before)
@@ -267,7 +267,7 @@ def test_every_preset_trains_a_step_whatever_the_split(name):
     assert bool(moved[0].abs().max() > 0)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in objectives.PRESETS if "old_logprob" in objectives.PRESETS[name]().streams))
+@pytest.mark.parametrize("name", sorted(name for name in objectives.PRESETS if "old_logprob" in objectives.PRESETS[name]().reads()))
 def test_presets_with_a_ratio_train_off_policy_too(name):
     objective = objectives.PRESETS[name]()
     results = []
@@ -277,7 +277,7 @@ def test_presets_with_a_ratio_train_off_policy_too(name):
         micro_batches = packed(make_samples((0.5, -0.5, 0.25), prefixes), objective, max_tokens)
         scored = [score(model, m) for m in micro_batches]
         micro_batches = [with_stream(m, "old_logprob", logprob - 1e-4) for m, logprob in zip(micro_batches, scored, strict=True)]
-        if "ref_logprob" in objective.streams:
+        if "ref_logprob" in objective.reads():
             micro_batches = [with_stream(m, "ref_logprob", x) for m, x in zip(micro_batches, scored, strict=True)]
         results.append(step(model, micro_batches, objective))
     whole, split = results

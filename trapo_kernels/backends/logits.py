@@ -29,6 +29,18 @@ class LogitTransform(NamedTuple):
         return self.temperature.to(like.dtype)[:, None] if isinstance(self.temperature, Tensor) else self.temperature
 
 
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """(per-row temperature or None, scalar): the two forms that an op's schema can carry."""
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+
+
+def joined_transform(
+    bias: Tensor | None, softcap: float | None, row_temperature: Tensor | None, temperature: float
+) -> LogitTransform:
+    """The transform with what `split_temperature` took apart."""
+    return LogitTransform(bias, softcap, temperature if row_temperature is None else row_temperature)
+
+
 class RowStatistics(NamedTuple):
     """Per-row results [N] fp32 (fp64 for fp64 logits), nats; zeros on ignored rows.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
-from trapo_kernels.backends.logits import LogitTransform, RowStatistics
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics, split_temperature
 from trapo_kernels.objective import Objective
 
 STATISTICS_OVERWRITE = True  # whether `statistics` destroys the logits
@@ -148,11 +148,11 @@ def _gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:
 
 
 def _transform(transform: LogitTransform) -> tuple[Tensor | None, Tensor | None, float, float]:
-    per_row = isinstance(transform.temperature, Tensor)
+    row_temperature, temperature = split_temperature(transform.temperature)
     return (
         None if transform.bias is None else transform.bias.float().contiguous(),
-        transform.temperature.float().contiguous() if per_row else None,
-        1.0 if per_row else float(transform.temperature),
+        None if row_temperature is None else row_temperature.float().contiguous(),
+        temperature,
         0.0 if transform.softcap is None else float(transform.softcap),
     )
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
-from trapo_kernels.batch import Role, TokenBatch
+from trapo_kernels.batch import TokenBatch
 from trapo_kernels.objective import Objective, Term
+from trapo_kernels.roles import IGNORE_INDEX, Role
 
 
 def head_logits(
@@ -25,7 +26,7 @@ def head_logits(
     Hidden states of rows with target -100 are replaced by zeros first: 0 · NaN in dWeight would still be NaN.
     """
     exact = statistics_dtype(hidden)
-    hidden = torch.where((target != -100)[:, None], hidden, 0)
+    hidden = torch.where((target != IGNORE_INDEX)[:, None], hidden, 0)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(exact) @ _rounded_in_value(weight, hidden.dtype).to(exact).T
         if lora_a is not None:
@@ -37,7 +38,7 @@ def head_logits(
 
 def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
     """logprob, entropy, logsumexp [N] of logits [N, V] in fp32 or fp64; zeros where target is -100."""
-    counted = target != -100
+    counted = target != IGNORE_INDEX
     z = torch.where(counted[:, None], logits, 0.0)
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
@@ -79,7 +80,7 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, m
     d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
     signal = batch.advantage.to(logp.dtype) if term.signal == "advantage" else torch.ones_like(logp)
     amount = batch.weight.to(logp.dtype) * term.scale * signal
-    if term.reduces(on_policy=batch.old_logprob is None):
+    if term.reduces(batch.on_policy):
         pooled = terms.reduced(term, logprob, entropy, d, batch, mine)
         d = pooled.log_ratio + torch.where(pooled.flows, _nothing(logp), 0.0)  # pooled in value, logp's in gradient
         amount = amount * pooled.factor

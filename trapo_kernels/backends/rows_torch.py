@@ -11,6 +11,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.objective import Objective
+from trapo_kernels.roles import IGNORE_INDEX, Role
 
 _FLOOR = -1e30  # stands for -inf after the row maximum is subtracted: exp is exactly 0, and 0 · _FLOOR is 0 instead of NaN
 
@@ -37,7 +38,7 @@ def logprob_gradient(
     probability = torch.exp(centred - stats.log_sum[:, None])
     c = torch.zeros_like(stats.logprob) if grad_logprob is None else grad_logprob
     grad = _gradient(centred, probability, target, stats, c, grad_entropy)
-    return _undo_transform(grad, transform, slope, target != -100).to(grad_dtype)
+    return _undo_transform(grad, transform, slope, target != IGNORE_INDEX).to(grad_dtype)
 
 
 def policy(
@@ -57,7 +58,7 @@ def policy(
     c = terms.coefficients(stats.logprob, streams, objective).grad_logprob
     probability = exponential.div_(total[:, None])
     grad = _gradient(centred, probability, target, stats, c, streams.grad_entropy if with_entropy_gradient else None)
-    return stats, _undo_transform(grad, transform, slope, streams.role != 0).to(grad_dtype)
+    return stats, _undo_transform(grad, transform, slope, streams.role != Role.IGNORED).to(grad_dtype)
 
 
 def _centre(logits: Tensor, transform: LogitTransform, row_max: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -77,7 +78,7 @@ def _centre(logits: Tensor, transform: LogitTransform, row_max: Tensor | None = 
 
 def _statistics(centred: Tensor, row_max: Tensor, target: Tensor, with_entropy: bool) -> tuple[RowStatistics, Tensor, Tensor]:
     """The statistics, exp(centred) [C, V] and its row sums [C]."""
-    ignored = target == -100
+    ignored = target == IGNORE_INDEX
     index = torch.where(ignored, 0, target).clamp(0, centred.shape[1] - 1)[:, None]
     # A target outside the vocabulary reaches this line on a GPU only (see checks.target); it makes its row NaN.
     shifted_target = centred.gather(1, index)[:, 0]

@@ -24,6 +24,7 @@ from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_rows
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, target_for_statistics
 from trapo_kernels.objective import Objective
+from trapo_kernels.roles import IGNORE_INDEX, Role
 
 
 class Needs(NamedTuple):
@@ -74,7 +75,7 @@ def score(
     shard = mode.shard(head.weight)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
-    active_rows = _active_rows(target != -100) if active_rows is None else active_rows
+    active_rows = _active_rows(target != IGNORE_INDEX) if active_rows is None else active_rows
     for which in (active_rows, scored_rows) if scored_rows is not None else (active_rows,):
         _score_rows(rows, gemm, head, target, which, transform, with_entropy, shard, out)
     return out
@@ -93,7 +94,7 @@ def _score_rows(
 ) -> None:
     """Statistics of the rows `which` (None: all) into `out`, one GEMM."""
     for index, _, buffer in _chunks(gemm, target.shape[0], which, shard is not None):
-        logits = gemm.logits(_operands(gemm, head, index, target[index] != -100), buffer)
+        logits = gemm.logits(_operands(gemm, head, index, target[index] != IGNORE_INDEX), buffer)
         if shard is None:
             stats = rows.statistics(logits, target[index], transform.rows(index), with_entropy)
         else:
@@ -123,12 +124,12 @@ def score_backward(
     target = target if shard is None else shard.local_target(target)
     if target.device.type == "cpu":
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
-        active_rows = _active_rows((target != -100) & torch.stack(wanted).any(0))
+        active_rows = _active_rows((target != IGNORE_INDEX) & torch.stack(wanted).any(0))
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    given = None if grad_entropy is None else terms.given_gradients(grad_logprob, grad_entropy, target != -100)
+    given = None if grad_entropy is None else terms.given_gradients(grad_logprob, grad_entropy, target != IGNORE_INDEX)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
-        operands = _operands(gemm, head, index, target[index] != -100)
+        operands = _operands(gemm, head, index, target[index] != IGNORE_INDEX)
         logits = gemm.logits(operands, buffer)
         if given is None:
             c, known = grad_logprob[index], RowStatistics(*(part[index] for part in stats))
@@ -160,14 +161,14 @@ def policy(
     shard = mode.shard(head.weight)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
-    active_rows = _active_rows(streams.role != 0) if active_rows is None else active_rows
+    active_rows = _active_rows(streams.role != Role.IGNORED) if active_rows is None else active_rows
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
-    scored, target = target, torch.where(streams.role != 0, target, -100)
+    scored, target = target, torch.where(streams.role != Role.IGNORED, target, IGNORE_INDEX)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
         streams_chunk = _streams_of_rows(streams, index)
-        operands = _operands(gemm, head, index, streams_chunk.role != 0)
+        operands = _operands(gemm, head, index, streams_chunk.role != Role.IGNORED)
         stats, grad_logits = policy_rows(
             gemm.logits(operands, buffer),
             target[index],

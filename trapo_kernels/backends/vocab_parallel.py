@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from trapo_kernels.backends.logits import RowStatistics
-from trapo_kernels.batch import IGNORE_INDEX
+from trapo_kernels.roles import IGNORE_INDEX
 
 _ELSEWHERE = -1  # the target's column lies on another rank
 

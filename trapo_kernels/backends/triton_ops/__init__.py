@@ -1,6 +1,6 @@
 """Triton row operations of the chunked path, one kernel per file; the same functions as `rows_torch`."""
 
-from trapo_kernels.backends.triton_ops.fused_head import fused_scoring
+from trapo_kernels.backends.triton_ops.fused_scoring import fused_scoring
 from trapo_kernels.backends.triton_ops.row_gradient import logprob_gradient
 from trapo_kernels.backends.triton_ops.row_policy import policy
 from trapo_kernels.backends.triton_ops.row_statistics import statistics

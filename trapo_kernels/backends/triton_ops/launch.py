@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trapo_kernels.backends.logits import LogitTransform
+from trapo_kernels.backends.logits import LogitTransform, split_temperature
 
 # One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. On sm_90 the
 # policy kernel takes 40 registers: 6 rows are on a multiprocessor at once, with 48 KiB of them on the way.
@@ -26,14 +26,14 @@ def tile(vocab_size: int) -> dict[str, int]:
 
 def transform_arguments(transform: LogitTransform, logits: Tensor) -> dict[str, object]:
     """bias, temperature and softcap as kernel arguments; an absent pointer is the logits' own and never read."""
-    per_row = isinstance(transform.temperature, Tensor)
+    row_temperature, temperature = split_temperature(transform.temperature)
     return {
         "bias_ptr": logits if transform.bias is None else transform.bias.contiguous(),
-        "temperature_ptr": transform.temperature.float().contiguous() if per_row else logits,
-        "temperature": 1.0 if per_row else float(transform.temperature),
+        "temperature_ptr": logits if row_temperature is None else row_temperature.float().contiguous(),
+        "temperature": temperature,
         "softcap": 1.0 if transform.softcap is None else float(transform.softcap),
         "HAS_BIAS": transform.bias is not None,
-        "HAS_ROW_TEMPERATURE": per_row,
+        "HAS_ROW_TEMPERATURE": row_temperature is not None,
         "HAS_SOFTCAP": transform.softcap is not None,
     }
 

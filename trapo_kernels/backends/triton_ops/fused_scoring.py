@@ -10,6 +10,7 @@ from torch import Tensor
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.backends.triton_ops.launch import on_device_of, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import tanh
+from trapo_kernels.roles import IGNORE_INDEX
 
 # One tile for every shape: 128 × 128 fp32 accumulators over 8 warps are 64 registers per thread; three stages of two 128 × 64 bf16
 # operands are 96 KiB of shared memory. Chosen by the table in benchmarks/results/offline_compile.md (no spill); speed awaits a GPU.
@@ -132,4 +133,4 @@ def _merge(row_max: Tensor, others: Tensor, moment: Tensor, z_target: Tensor, ta
     sum_moment = ((moment + others * (row_max - global_max)) * scale).sum(0)
     sum_moment = sum_moment + torch.where(target_term > 0, target_term * shifted_target, 0.0)
     stats = RowStatistics(shifted_target - log_sum, log_sum - sum_moment / total, global_max, log_sum)
-    return RowStatistics(*(torch.where(target == -100, 0.0, value) for value in stats))
+    return RowStatistics(*(torch.where(target == IGNORE_INDEX, 0.0, value) for value in stats))
