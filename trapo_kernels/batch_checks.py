@@ -132,8 +132,10 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
 
 def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:
     """Say that nothing will train, as with ROLLOUT on every token of an SFT; a part of a batch may be so rightly."""
-    named = {"ROLLOUT": (Role.ROLLOUT, [layer.rollout or layer.kl for layer in objective.layers])}
-    named["EXPERT"] = (Role.EXPERT, [layer.expert for layer in objective.layers])
+    named = {
+        "ROLLOUT": (Role.ROLLOUT, [layer.rollout or layer.kl for layer in objective.layers]),
+        "EXPERT": (Role.EXPERT, [layer.expert for layer in objective.layers]),
+    }
     trained = {name: code for name, (code, parts) in named.items() if any(parts)}
     idle = len(role) > 0 and not any(bool((role == code).any()) for code in trained.values())
     if idle and not any(layer.entropy_coef for layer in objective.layers):

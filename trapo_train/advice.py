@@ -121,7 +121,7 @@ def _repeats(config: RunConfig, num_problems: int) -> str | None:
 
 
 def _correct(config: RunConfig) -> str | None:
-    if isinstance(config.reward, str) or len(config.reward) == 1 or config.rollout.correct_by is not None:
+    if not isinstance(config.reward, list) or len(config.reward) == 1 or config.rollout.correct_by is not None:
         return None
     return (
         f"what counts as correct, in evaluation too, is a weighted sum of {len(config.reward)} rewards of at least "
