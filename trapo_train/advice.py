@@ -134,8 +134,8 @@ def _unsaved(config: RunConfig) -> str | None:
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
     return (
-        "no checkpoint is saved before the last step, but on SIGTERM or Ctrl-C and when sampling, a reward or non-finite steps end "
-        "the run. Set checkpoint.every=N"
+        "no checkpoint is saved, but on SIGTERM or Ctrl-C and when sampling, a reward, the chooser, non-finite steps or the export "
+        "end the run. Set checkpoint.every=N"
     )
 
 

@@ -198,6 +198,9 @@ def _read(path: str) -> tuple[str, str]:
     recipe = resources.files("trapo_train") / "recipes" / f"{path}.yaml"
     if "/" not in path and recipe.is_file():
         return f"recipe {path}", recipe.read_text(encoding="utf-8")
+    own = Path(path) / "config.yaml"  # train.CONFIG_FILE
+    if own.is_file():
+        raise ConfigError(f"{path} is the directory of a run. Continue it with {own} checkpoint.resume=true.")
     raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(recipes())}.")
 
 

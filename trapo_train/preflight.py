@@ -108,13 +108,15 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int
         "packing.max_tokens": config.packing.max_tokens,
         "rollout.max_batch_tokens": config.rollout.max_batch_tokens if config.rollout.engine == "transformers" else None,
         "rollout.vllm.max_model_len": config.rollout.vllm.max_model_len if config.rollout.engine == "vllm" else None,
-        "the model's positions": getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        "the model's positions (of one from scratch model.scratch.max_position)": getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        ),
     }
     for name, limit in limits.items():
         if limit is not None and longest > limit:
             raise ValueError(
                 f"train: the longest prompt and rollout.max_response_tokens must fit into {name} = {limit}, got "
-                f"{longest - response} + {response} = {longest} tokens. Raise that limit, lower "
+                f"{longest - response} + {response} = {longest} tokens. Raise that limit where it is yours, lower "
                 "rollout.max_response_tokens, or drop long prompts with data.max_prompt_tokens and on_long_prompt."
             )
 

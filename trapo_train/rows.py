@@ -73,8 +73,7 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     if not tokenizer.chat_template:
         raise ValueError(
             f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
-            "of an instruction-tuned model, set tokenizer.chat_template, or give the prompt as text without "
-            "as_chat and system_prompt."
+            "of an instruction-tuned model (model.tokenizer), or give the prompt as text without as_chat and system_prompt."
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -166,7 +166,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     arguments |= config.options
     for name in [*arguments, *(["weight_decay"] if config.weight_decay else [])]:
         if name not in accepted:
-            raise ValueError(f"{config.name} takes {', '.join(n for n in accepted if n != 'params')}, got {name!r}. Leave it out.")
+            unset = {"betas": "Set optimizer.betas=null", "weight_decay": "Set optimizer.weight_decay=0"}.get(name, "Leave it out")
+            raise ValueError(f"{config.name} takes {', '.join(n for n in accepted if n != 'params')}, got {name!r}. {unset}.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trainable if p.ndim >= 2]}, {"params": [p for p in trainable if p.ndim < 2]}]
     if "weight_decay" in accepted:

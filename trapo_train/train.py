@@ -266,10 +266,8 @@ def _check_output_dir(config: RunConfig) -> None:
     saved = CheckpointStore(checkpoints, config.checkpoint.keep).steps()
     used = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
-        raise ValueError(
-            f"output_dir {config.output_dir} already holds a run. Continue it with checkpoint.resume=true, delete it, or "
-            "choose another output_dir."
-        )
+        go_on = "Continue it with checkpoint.resume=true" if saved else "It has no checkpoint to continue from"
+        raise ValueError(f"output_dir {config.output_dir} already holds a run. {go_on}, delete it, or choose another output_dir.")
     if saved and saved[-1] > config.steps:
         raise ValueError(
             f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {config.steps}. Raise it; "

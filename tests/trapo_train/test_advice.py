@@ -120,7 +120,7 @@ def test_several_rewards_and_none_that_says_what_is_correct(advised):
 
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
     pretrained = ("model={name_or_path: some/model}", "checkpoint.every=0")
-    assert ["no checkpoint is saved before the last step" in sentence for sentence in advised(*pretrained)] == [True]
+    assert ["no checkpoint is saved, but on SIGTERM" in sentence for sentence in advised(*pretrained)] == [True]
     on_gpu = SimpleNamespace(size=1, device=torch.device("cuda"))
     assert any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, world=on_gpu))
     assert not any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, "rollout.engine=vllm", world=on_gpu))

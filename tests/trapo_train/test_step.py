@@ -337,7 +337,7 @@ def test_objective_config_is_checked(arguments, message):
     [
         ({"name": "Adamw"}, "name must be an optimizer of torch.optim .*AdamW.*got 'Adamw'"),
         ({"name": "LBFGS"}, "got 'LBFGS'"),
-        ({"name": "SGD", "betas": (0.9, 0.9)}, "SGD takes lr, .*got 'betas'. Leave it out"),
+        ({"name": "SGD", "betas": (0.9, 0.9)}, "SGD takes lr, .*got 'betas'. Set optimizer.betas=null"),
         ({"options": {"momentum": 0.9}}, "AdamW takes .*got 'momentum'"),
         ({"name": "SGD", "options": {"nesterov": True}}, "SGD refuses its arguments: .*[Nn]esterov"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0"),

@@ -215,9 +215,12 @@ def test_an_output_dir_that_is_a_file_is_refused(configure, tmp_path):
 
 
 def test_used_output_dir_is_refused(configure):
-    train_to_end(configure("run", "steps=1", "checkpoint.every=0"))
-    with pytest.raises(ValueError, match=r"already holds a run.*checkpoint\.resume=true"):
-        train_to_end(configure("run"))
+    for every, remedy in ((0, "It has no checkpoint to continue from"), (1, r"Continue it with checkpoint\.resume=true")):
+        train_to_end(configure(f"run{every}", "steps=1", f"checkpoint.every={every}"))
+        with pytest.raises(ValueError, match=f"already holds a run. {remedy}, delete it"):
+            train_to_end(configure(f"run{every}"))
+        with pytest.raises(ConfigError, match=r"is the directory of a run. Continue it with .*config.yaml checkpoint.resume=true"):
+            load_config(str(configure(f"run{every}").output_dir))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_used_output_dir_is_refused(configure):
             "plan must draw at least 2 samples of a problem",
         ),
         (["packing.max_tokens=20"], r"fit into packing\.max_tokens = 20, got 30 \+ 16 = 46 tokens"),
-        (["model.scratch.max_position=32"], r"fit into the model's positions = 32, got 30 \+ 16 = 46"),
+        (["model.scratch.max_position=32"], r"fit into the model's positions .*max_position\) = 32, got 30 \+ 16 = 46"),
         (["objective.name=sft", "plan.name=sft", "rollout.max_response_tokens=2"], "none of the 8 problems has an expert"),
     ],
 )
