@@ -71,7 +71,9 @@ class TokenBatch:
         object.__setattr__(self, "_noted", (rows, self._versions()))
 
     def _versions(self) -> list[int]:
-        """How often each tensor that decides about active rows was written to in place."""
+        """How often each tensor that decides about active rows was written to in place; not known while compiling."""
+        if torch.compiler.is_compiling():
+            return []
         deciding = (self.role, self.weight, self.entropy_weight)
         return [-1 if x is None or x.is_inference() else x._version for x in deciding]
 
