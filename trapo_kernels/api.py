@@ -68,8 +68,8 @@ def linear_logprob(
         target: [N] int64 in [0, V), or -100 to ignore the row (its hidden state is never used and may be NaN).
         bias: [V] or None.
         lora: `LoraHead` or None; the low-rank part of the head, with gradients of its factors in their dtype.
-        temperature: float > 0, or fp32 0-d or [N]; divides the logits, and with them the gradient. torch.compile specialises on a
-            float: pass a tensor where it varies.
+        temperature: float > 0, or fp32 0-d or [N]; divides the logits, and with them the gradient; what a model divides its logits
+            by (Granite's logits_scaling) is a factor of it. torch.compile specialises on a float: pass a tensor where it varies.
         softcap: caps logits to (-softcap, softcap) before the temperature, as Gemma does; > 0 or None.
         with_entropy: also return the entropy, with gradient.
         logits_dtype: what hidden · lm_head_weightᵀ is rounded to, before bias and softmax: float32, or the dtype of hidden to match
