@@ -91,7 +91,7 @@ def test_the_report_has_a_table_per_case_and_plots(small_run):
 
 def test_the_readme_table_and_its_markers(small_run):
     table = readme.table(store.latest(store.read(small_run)))
-    assert "| **ours (torch)** |" in table and "Cannot do this job: " in table
+    assert "| **ours (torch)** |" in table and "Not in the table: " in table
     text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter\n"
     assert readme.insert(text, "cpu", "new") == "before\n<!-- bench:cpu -->\nnew\n<!-- /bench:cpu -->\nafter\n"
     with pytest.raises(ValueError, match="add them where the table goes"):

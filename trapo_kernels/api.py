@@ -154,7 +154,7 @@ def linear_policy_loss(
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(batch.on_policy):
         active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
         out = _linear_logprob(inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
-        return policy_loss(out.logprob, out.entropy, batch, objective, backend="reference")
+        return _policy_loss(out.logprob, out.entropy, batch, objective, "reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
     checks.reverse_mode(where, chosen, *inputs, temperature, batch=batch)
@@ -204,22 +204,15 @@ def policy_loss(
     if not known:
         if objective.needs_entropy:
             bonus = next((layer.entropy_coef for layer in objective.layers if layer.entropy_coef), None)
+            reader = f"has entropy_coef = {bonus:g}" if bonus else "weighs tokens by their entropy"
             raise ValueError(
-                f"{where}: objective {objective.name!r} {f'has entropy_coef = {bonus:g}' if bonus else 'weighs tokens by it'} and "
-                f"needs entropy [N], got None. Ask for it with linear_logprob(..., with_entropy=True)"
-                f"{', or set entropy_coef=0' if bonus else ''}."
+                f"{where}: objective {objective.name!r} {reader} and needs entropy [N], got None. "
+                f"Ask for it with linear_logprob(..., with_entropy=True){', or set entropy_coef=0' if bonus else ''}."
             )
         entropy = torch.zeros_like(logprob, requires_grad=False)
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
     batch_checks.streams_fit(where, batch, objective)
-    chosen = dispatch.choose(where, backend, device, logprob.dtype)
-    s = terms.streams(batch, objective, logprob.dtype)
-    if chosen == "reference" or objective.two_passes(batch.on_policy):
-        loss = reference.policy_loss(logprob, entropy, batch, objective)
-    else:
-        checks.reverse_mode(where, chosen, logprob, entropy, batch=batch)
-        loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
-    out = _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
+    out = _policy_loss(logprob, entropy, batch, objective, dispatch.choose(where, backend, device, logprob.dtype))
     if known:
         return out
     return out._replace(entropy=None, metrics={name: x for name, x in out.metrics.items() if not name.endswith("/entropy")})
@@ -283,6 +276,17 @@ def token_logprob(
         logsumexp = (row_max + log_sum).detach()
     shaped = (logprob.reshape(target.shape), entropy.reshape(target.shape), logsumexp.reshape(target.shape))
     return LogprobOutput(shaped[0], shaped[1] if with_entropy else None, shaped[2])
+
+
+def _policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective, chosen: str) -> PolicyLossOutput:
+    """`policy_loss` of inputs that were checked, on a backend that was chosen."""
+    s = terms.streams(batch, objective, logprob.dtype)
+    if chosen == "reference" or objective.two_passes(batch.on_policy):
+        loss = reference.policy_loss(logprob, entropy, batch, objective)
+    else:
+        checks.reverse_mode("policy_loss", chosen, logprob, entropy, batch=batch)
+        loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
+    return _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
 
 
 def _policy_output(

@@ -34,8 +34,9 @@ class TokenBatch:
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
 
     `active_rows`, int64 [M], are the rows that can contribute, ascending. They are found when the tensors are on the CPU (no sync),
-    and move to a GPU with the batch. None: not known, as after `dataclasses.replace` on a GPU, which may have changed a weight;
-    every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`.
+    and move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which may have
+    changed a weight; every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`. Compiled code
+    takes them as they were when last read: after an in-place write read them once, or build the batch anew.
 
     Raises: ValueError or TypeError with rule, actual value and remedy.
     """
@@ -61,7 +62,7 @@ class TokenBatch:
     def active_rows(self) -> Tensor | None:
         """[M] int64: the rows that can contribute, ascending, or None where they are not known (see the class)."""
         rows, versions = self._noted
-        if torch.compiler.is_compiling() or versions == self._versions():
+        if torch.compiler.is_compiling() or (versions is not None and versions == self._versions()):
             return rows
         self._note_active_rows(self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None)
         return self._noted[0]
@@ -70,12 +71,19 @@ class TokenBatch:
         # no field: FSDP and `dataclasses.replace` make a batch of its fields anew
         object.__setattr__(self, "_noted", (rows, self._versions()))
 
-    def _versions(self) -> list[int]:
-        """How often each tensor that decides about active rows was written to in place; not known while compiling."""
-        if torch.compiler.is_compiling():
-            return []
-        deciding = (self.role, self.weight, self.entropy_weight)
-        return [-1 if x is None or x.is_inference() else x._version for x in deciding]
+    def _versions(self) -> list[int] | None:
+        """How often each tensor that decides about active rows was written to in place; None where nobody counts."""
+        deciding = [x for x in (self.role, self.weight, self.entropy_weight) if x is not None]
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in deciding):
+            return None
+        return [x._version for x in deciding]
+
+    def __getstate__(self) -> dict:  # copies begin to count anew
+        return vars(self) | {"_noted": (self.active_rows, None)}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._note_active_rows(state["_noted"][0])
 
     @property
     def active(self) -> Tensor:

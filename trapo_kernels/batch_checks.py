@@ -112,9 +112,10 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     must be finite where it is read."""
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
+            reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")
             raise ValueError(
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. Pass TokenBatch(..., {name}=...), or use an "
-                "objective that does not read it."
+                f"objective without the {reason} that needs it."
             )
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return

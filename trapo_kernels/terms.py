@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels.batch import TokenBatch
-from trapo_kernels.gates import GATES, One, Truncate
+from trapo_kernels.gates import GATES, Gate, One, Truncate
 from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
 from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
@@ -183,8 +183,8 @@ def metrics(
 
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Of TrSFT on expert
     tokens, the gate `Truncate` at the anchor "zero": `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha`. Of any
-    other term: `role/clip_low` and `role/clip_high`; of an expert one `expert/slope` = mean G(d); unless the anchor is "zero"
-    `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from the ratio where the anchor
+    other term: `role/clip_low` and `role/clip_high`, of an expert one where its gate clips; `expert/slope` = mean G(d), where that
+    is not 1; unless the anchor is "zero" `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from the ratio where the anchor
     sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and `_k3`, of
     KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the
     entropy bonus alone.
@@ -216,8 +216,11 @@ def _of_term(c: Coefficients, trained: Tensor, term: Term, role: str) -> dict[st
     if role == "expert" and isinstance(term.gate, Truncate) and term.anchor == "zero":
         below = c.log_ratio < math.log(term.gate.high)
         return {"trsft_weight": _mean(c.slope, trained), "share_below_alpha": _mean(below.float(), trained)}
-    out = {"slope": _mean(c.slope, trained)} if role == "expert" else {}
-    out["clip_low"], out["clip_high"] = _mean(c.clipped_low.float(), trained), _mean(c.clipped_high.float(), trained)
+    out = {}
+    if role == "expert" and not isinstance(term.gate, One):  # whose slope is 1
+        out["slope"] = _mean(c.slope, trained)
+    if role == "rollout" or type(term.gate).clipped is not Gate.clipped:
+        out["clip_low"], out["clip_high"] = _mean(c.clipped_low.float(), trained), _mean(c.clipped_high.float(), trained)
     if term.anchor != "zero":  # which stands for no policy: the ratio to it is p
         ratio, d = c.log_ratio.exp(), torch.where(trained, c.log_ratio, 0.0)
         out["ratio"] = _mean(ratio, trained)

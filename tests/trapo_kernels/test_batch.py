@@ -1,6 +1,8 @@
 """The packer's arithmetic: every normaliser is a weight, and totals make any split add up."""
 
-from dataclasses import replace
+import copy
+import pickle
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.distributed.utils import _apply_to_tensors  # what FSDP2 casts inputs
 
 from tests.trapo_kernels import cases
 from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, loss_totals
-from trapo_kernels.batch import AGGREGATIONS
+from trapo_kernels.batch import _DIVISORS, AGGREGATIONS
 
 # Sequences 0: 1 ignored, 2 expert, 2 rollout · 1: 3 rollout · 2: 1 expert, 1 rollout
 ROLE = torch.tensor([0, 2, 2, 1, 1, 1, 1, 1, 2, 1], dtype=torch.uint8)
@@ -169,4 +171,29 @@ def test_a_batch_whose_tensors_were_written_to_finds_its_active_rows_anew():
     told.weight[2] = 0.0
     assert told.active_rows.tolist() == [1]
     with torch.inference_mode():
-        assert TokenBatch(b.target * 0, b.role + 0, b.advantage + 0, weight + 0).active_rows.tolist() == [1]
+        inference = TokenBatch(b.target * 0, b.role + 0, b.advantage + 0, weight + 0)
+        assert inference.active_rows.tolist() == [1]
+        inference.weight.fill_(1.0)
+        assert inference.active_rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_batch_notices_writes_as_well(copied):
+    """Its tensors begin to count their writes anew."""
+    role, weight = torch.zeros(3, dtype=torch.uint8), torch.zeros(3)
+    role[:], weight[1:] = Role.EXPERT, 1.0
+    again = copied(TokenBatch(torch.zeros(3, dtype=torch.int64), role, torch.ones(3), weight))
+    assert again.active_rows.tolist() == [1, 2]
+    again.weight.fill_(1.0)
+    assert again.active_rows.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_a_mode_divides_by_the_totals_that_it_asks_for_and_no_other(mode):
+    arguments = {"mode": mode, "max_tokens": 8, "prompt_id": PROMPT}
+    plain = loss_totals(ROLE, SEQUENCE, PROMPT)
+    for field in fields(LossTotals):
+        more = replace(plain, **{field.name: 2 * getattr(plain, field.name)})
+        changed = not torch.equal(aggregate(ROLE, SEQUENCE, **arguments, totals=more), aggregate(ROLE, SEQUENCE, **arguments))
+        counts = {field.name, "tokens"} if field.name.endswith("tokens") else {field.name}
+        assert changed == bool(counts & set(_DIVISORS[mode])), field.name

@@ -1,6 +1,7 @@
 """Bad input gets the rule, the actual value and the remedy, before anything is computed."""
 
 import contextlib
+import dataclasses
 import warnings
 
 import numpy
@@ -154,7 +155,9 @@ def test_linear_policy_loss_and_policy_loss():
 def test_a_stream_must_be_finite_where_it_is_read(objective, changes, message):
     batch = _batch(**{"role": torch.full((N,), 2, dtype=torch.uint8)} | changes if objective.expert else changes)
     if message is None:
-        assert linear_policy_loss(HIDDEN, WEIGHT, batch, objective).loss.isfinite()
+        unread = dataclasses.replace(batch, advantage=torch.ones(N))
+        loss = linear_policy_loss(HIDDEN, WEIGHT, batch, objective).loss
+        assert torch.equal(loss, linear_policy_loss(HIDDEN, WEIGHT, unread, objective).loss)
         return
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(HIDDEN, WEIGHT, batch, objective)

@@ -259,3 +259,15 @@ def test_fused_scoring_with_no_rows():
     hidden, weight, _ = cases.head(0, 6, 20, torch.float32)
     out = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64, device=cases.DEVICE), backend="triton_fused")
     assert out.logprob.shape == (0,)
+
+
+def test_a_z_loss_has_its_logsumexp_in_the_target_logit_and_the_logprob():
+    """As the README says; the output's own logsumexp carries no gradient."""
+    hidden, weight, _ = cases.head(9, 6, 40)
+    target = torch.randint(40, (9,), device=cases.DEVICE)
+    z = (hidden * weight[target]).sum(-1) - linear_logprob(hidden, weight, target).logprob
+    expected = (hidden @ weight.T).logsumexp(-1)
+    for ours, exact in zip(
+        cases.gradients((z**2).sum(), (hidden, weight)), cases.gradients((expected**2).sum(), (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(ours, exact)

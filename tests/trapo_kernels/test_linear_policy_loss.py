@@ -1,5 +1,7 @@
 """Contracts of the single pass: normalisation, nothing is nothing, only what is asked, repeatable bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -217,14 +219,19 @@ def test_fp16_gradients_survive_a_small_loss_under_a_gradient_scaler():
     assert cases.error(grad, truth) <= 2e-3 * truth.abs().max().item()
 
 
-def test_a_batch_built_while_compiling_still_ignores_nan_rows():
+@pytest.mark.parametrize(
+    "again",
+    [lambda b: b, replace, lambda b: b.to("cpu"), lambda b: b.with_active_rows(torch.tensor([0]))],
+    ids=["new", "replace", "to", "with_active_rows"],
+)
+def test_a_batch_built_while_compiling_still_ignores_nan_rows(again):
     hidden, weight, _ = cases.head(8, 6, 30, torch.float32)
     clean = cases.batch(8, 30, torch.float32)
     assert (clean.role == 0).any()
     poisoned = torch.where((clean.role == 0)[:, None], float("nan"), hidden.detach()).requires_grad_()
 
     def loss(h, w):
-        b = TokenBatch(clean.target, clean.role, clean.advantage, clean.weight)
+        b = again(TokenBatch(clean.target, clean.role, clean.advantage, clean.weight))
         return linear_policy_loss(h, w, b, objectives.trapo()).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -256,7 +256,6 @@ def test_metrics_by_hand_of_both_sides_of_a_clip_and_of_a_token_without_weight()
         "rollout/ratio": 8 / 6, "rollout/ratio_max": 2.0, "rollout/prob": 2.625 / 7,
         "rollout/logprob": -(4 * 1 + 2 * 2 + 3) * math.log(2) / 7,
         "expert/count": 2, "expert/trained_count": 1, "expert/prob": 0.375, "expert/logprob": -1.5 * math.log(2),
-        "expert/slope": 1, "expert/clip_low": 0, "expert/clip_high": 0,
     }  # fmt: skip
     assert {name: found[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
     for gate, below, above in (
@@ -300,10 +299,11 @@ def test_trsft_has_metrics_of_its_own_and_every_other_expert_term_those_of_a_rol
     trsft, d = found(Truncate(high=0.25, scale=4.0), "zero"), ratio[:3].log()
     assert trsft == pytest.approx({"trsft_weight": 2.5 / 3, "share_below_alpha": 1 / 3}, rel=1e-6)
     of_ratio = {"ratio": 3.5 / 3, "ratio_max": 2.0, "kl_old_k1": 0.0, "kl_old_k3": (torch.expm1(d) - d).mean().item()}
-    for gate, slope, low, high in ((Truncate(0.8, 1.5), 3.3, 1, 1), (Clip(0.2, 0.5), 1.5, 0, 1), (One(), 3.0, 0, 0)):
+    for gate, slope, low, high in ((Truncate(0.8, 1.5), 3.3, 1, 1), (Clip(0.2, 0.5), 1.5, 0, 1)):
         expected = {"slope": slope / 3, "clip_low": low / 3, "clip_high": high / 3}
         assert found(gate, "old") == pytest.approx(expected | of_ratio, rel=1e-6, abs=1e-7)
-    assert found(One(), "zero") == {"slope": 1.0, "clip_low": 0.0, "clip_high": 0.0}
+    assert found(Ratio(), "old") == pytest.approx({"slope": 3.5 / 3} | of_ratio, rel=1e-6, abs=1e-7)  # nothing to clip
+    assert found(One(), "zero") == {}  # whose slope is 1
 
 
 def test_the_share_below_alpha_has_the_digits_of_logprob():

@@ -208,10 +208,11 @@ def test_what_is_missing_is_named():
     hidden, weight, _ = cases.head(12, 5, 20)
     b = cases.batch(12, 20, sequence_id=None)
     with pytest.raises(
-        ValueError, match=r"'gspo' reads batch.sequence_id, got None. Pass TokenBatch\(..., sequence_id=...\), or use"
+        ValueError,
+        match=r"'gspo' reads batch.sequence_id, got None. Pass TokenBatch\(..., sequence_id=...\).* without the reduction",
     ):
         linear_policy_loss(hidden, weight, b, objectives.gspo())
-    with pytest.raises(ValueError, match="'srft' weighs tokens by it and needs entropy"):
+    with pytest.raises(ValueError, match="'srft' weighs tokens by their entropy and needs entropy"):
         policy_loss(torch.zeros(12, dtype=torch.float64, device=cases.DEVICE), None, cases.batch(12, 20), objectives.srft())
     with pytest.raises(TypeError, match="sequence_id must be torch.int64, got torch.int32"):
         cases.batch(12, 20, sequence_id=torch.zeros(12, dtype=torch.int32))
