@@ -184,10 +184,10 @@ def metrics(
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Of TrSFT on expert
     tokens, the gate `Truncate` at the anchor "zero": `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha`. Of any
     other term: `role/clip_low` and `role/clip_high`, of an expert one where its gate clips; `expert/slope` = mean G(d), where that
-    is not 1; unless the anchor is "zero" `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of KL(anchor ‖ π) from the ratio where the anchor
-    sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss, and `rollout/kl_ref_k1` and `_k3`, of
-    KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the
-    entropy bonus alone.
+    is not 1; unless the anchor is "zero" `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of
+    KL(anchor ‖ π) from the ratio where the anchor sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss,
+    and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with
+    `weight` [N] ≠ 0; the others carry the entropy bonus alone.
     """
     out: dict[str, Tensor] = {}
     for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):
