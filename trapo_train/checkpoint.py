@@ -49,7 +49,7 @@ class CheckpointConfig:
     """Newest checkpoints to keep, at least 1."""
     keep_best: bool = False
     """Whether the checkpoint of the best evaluation is kept as well: of the highest mean accuracy of the sets, or the lowest
-    expert_nll without sampling. `every` and evaluation.every must be such that one is a multiple of the other."""
+    expert_nll without sampling. evaluation.every must be a multiple of `every`."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir, or start where there is none; false refuses a used output_dir."""
 
@@ -148,6 +148,20 @@ class CheckpointStore:
                 f"{remedy}, then resume with checkpoint.resume=true."
             ) from error
         return self.path(step)
+
+    def rate(self, step: int, score: float | None) -> None:
+        """Give the checkpoint of `step`, saved before its evaluation, its score; every rank calls it."""
+
+        def write() -> None:
+            path = self.path(step) / MANIFEST_FILE
+            manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": score}
+            unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+            with unfinished.open("w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
+                _make_durable(file)
+            unfinished.replace(path)
+
+        self._on_first_rank(write)
 
     def load(self, fingerprint: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint, on the CPU; None where there is none. Every rank calls it.
@@ -278,11 +292,15 @@ class CheckpointStore:
         return None
 
 
+# What settings were before they existed, where that is not None; for checkpoints of earlier versions.
+_BEFORE = {"config.plan.refill": 0, "config.rollout.on_truncated": "keep"}
+
+
 def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence per value that differs, such as "optimizer.learning_rate was 0.001, is 0.01"."""
     differences = []
     for name in [*saved, *(name for name in current if name not in saved)]:
-        old, new = saved.get(name), current.get(name)
+        old, new = saved.get(name, _BEFORE.get(f"{prefix}{name}")), current.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             differences += compare_fingerprints(old, new, f"{prefix}{name}.")
         elif old != new:

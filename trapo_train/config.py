@@ -116,11 +116,11 @@ class RunConfig:
 
     def _check_keep_best(self) -> None:
         saved, evaluated = self.checkpoint.every, self.evaluation.every
-        if self.eval_data is None or not (saved and evaluated) or max(saved, evaluated) % min(saved, evaluated):
+        if self.eval_data is None or not (saved and evaluated) or evaluated % saved:
             given = "no eval_data" if self.eval_data is None else "eval_data"
             raise ValueError(
-                "checkpoint.keep_best needs eval_data, and checkpoint.every and evaluation.every above 0, one a multiple of the "
-                f"other, so that evaluated steps are saved, got {given}, {saved} and {evaluated}. Set them so, or "
+                "checkpoint.keep_best needs eval_data, checkpoint.every and evaluation.every above 0, and the latter a multiple of "
+                f"the former, so that every evaluated step is saved, got {given}, {saved} and {evaluated}. Set them so, or "
                 "checkpoint.keep_best=false."
             )
 

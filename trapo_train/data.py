@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trapo_train.problems import Digest, Entry, ProblemSet, RowReader, Trace
 from trapo_train.records import Problem
-from trapo_train.rewards import RewardFn, WeightedSum, judge, take_metrics
+from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
 from trapo_train.rows import THINK_TAGS
 from trapo_train.tasks import PointerChasingConfig
 
@@ -142,9 +142,14 @@ class DataReport:
         )
 
 
-def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum | None) -> ProblemSet:
+def load_problems(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: RewardFn | WeightedSum | None,
+    correct_by: str | None = None,
+) -> ProblemSet:
     """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
-    expert traces stay (None: all).
+    expert traces stay (None: all), of several rewards the one named `correct_by` (None: their weighted sum).
 
     Every expert trace gets the end-of-sequence token once. Columns besides prompt, solution and expert go to
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
@@ -161,7 +166,7 @@ def load_problems(config: DataConfig, tokenizer: PreTrainedTokenizerBase, reward
     for chunk in reader.chunks():
         rows += len(chunk)
         problems = [problem for problem in chunk if problem is not None]
-        wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier)
+        wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier, correct_by)
         experts += sum(len(problem.experts) for problem in problems)
         dropped += len(wrong)
         for problem in problems:
@@ -255,13 +260,13 @@ class ProblemOrder:
 
 
 def _rejected_experts(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum, correct_by: str | None
 ) -> set[tuple[int, int]]:
     """Return (problem index, trace number) of every trace with a reward of 0 or less; no opinion rejects nothing."""
     pairs = [(problem, number) for problem in problems for number in range(len(problem.experts))]
     texts = [problem.experts[number].text.removesuffix(tokenizer.eos_token) for problem, number in pairs]
     lengths = [len(problem.experts[number].token_ids) for problem, number in pairs]
     about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs)}
-    opinions = judge(reward, [problem for problem, _ in pairs], texts, about)
+    opinions = [opinion_of(value, correct_by) for value in judge(reward, [problem for problem, _ in pairs], texts, about)]
     judged = zip(pairs, opinions, strict=True)
     return {(problem.index, number) for (problem, number), opinion in judged if opinion is not None and opinion <= 0}

@@ -38,7 +38,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         prompts_per_step=prompts,
         data=problems,
         eval_data=dict.fromkeys(config.eval_data, held_out) if named else held_out if config.eval_data else None,
-        reward="pointer_chasing" if isinstance(config.reward, str) else [RewardTerm("pointer_chasing")],
+        reward=[RewardTerm("pointer_chasing")] if isinstance(config.reward, list) else config.reward and "pointer_chasing",
         model=replace(
             config.model,
             name_or_path=None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trapo_train.prefix import answer_in_prefix
 from trapo_train.records import Sample
-from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap
+from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
 
 if TYPE_CHECKING:
     from trapo_train.rollout import RolloutConfig
@@ -118,8 +118,7 @@ def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer
     for sample, value in zip(samples, values, strict=True):
         sample.reward = 0.0 if value is None else float(value)
         sample.rewards = value.parts if isinstance(value, Total) else {}
-        judged = sample.rewards.get(config.correct_by) if config.correct_by and sample.rewards else value
-        sample.correct = (0.0 if judged is None else judged) >= config.correct_at
+        sample.correct = (opinion_of(value, config.correct_by) or 0.0) >= config.correct_at
         if sample.guided:
             prefix_text = _decode(tokenizer, sample.prefix_ids)
             sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)

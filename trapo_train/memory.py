@@ -219,7 +219,7 @@ def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
 def _sequences_at_once(config: RunConfig, gpus: int, context: int) -> int:
     """Responses that one rank generates together, for a step's problems or for an evaluation."""
     wanted = math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request
-    if config.eval_data is not None:
+    if config.eval_data is not None and config.evaluation.sample:
         wanted = max(wanted, config.evaluation.responses_per_call)
     return min(wanted, max(1, config.rollout.max_batch_tokens // context))
 

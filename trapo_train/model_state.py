@@ -141,6 +141,7 @@ def export_model(
     disable_progress_bar()
     try:
         model.save_pretrained(unfinished, state_dict=weights)
+        _name_dtype(unfinished / "config.json", dtype if weights is not None else torch.float32)
         tokenizer.save_pretrained(unfinished)
         (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
     except (OSError, SafetensorError) as error:
@@ -158,6 +159,12 @@ def export_model(
             f"model: {unfinished} must take the place of {directory}, got {error}. It is complete: move it there by hand."
         ) from error
     return directory
+
+
+def _name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Have a saved configuration name the type of the saved weights, which loading follows; it names that of the model."""
+    values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def other_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:

@@ -223,6 +223,11 @@ class Total(float):
         return total
 
 
+def opinion_of(value: float | None, name: str | None) -> float | None:
+    """What the reward called `name` gave to a row whose reward is `value`; `value` itself for None or a single reward."""
+    return value.parts.get(name) if name is not None and isinstance(value, Total) else value
+
+
 class WeightedSum:
     """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 

@@ -219,7 +219,8 @@ def optimizer_step(
     """Accumulate the gradients of all micro-batches, clip them, and update the weights once.
 
     A step whose loss or gradient norm is not finite leaves weights and optimizer state alone and reports
-    "skipped_step" = 1; the schedule goes on. The metrics reach the host in one transfer at the end.
+    "skipped_step" = 1; one without a loss token leaves them alone as well; the schedule goes on. The metrics reach the host in one
+    transfer at the end.
 
     Args:
         temperature: > 0, the sampling temperature of the rollouts.
@@ -254,7 +255,7 @@ def optimizer_step(
     metrics = tally.result({"grad_norm": grad_norm.cpu() if ranks > 1 else grad_norm})
     finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     learning_rate = optimizer.param_groups[0]["lr"]
-    if finite:
+    if finite and metrics["loss_tokens"]:  # without a token the momentum alone would move the weights
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scheduler.step()

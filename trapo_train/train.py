@@ -102,7 +102,8 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         reporter.event(note)
     with StopSignal(_notice(trainer)) as stop:  # which also holds while the model is written
         failed = _loop(trainer, store, reporter, stop)
-        stopped_by = stop.received if trainer.step < config.steps else None
+        left = trainer.step < config.steps or trainer.evaluation_due  # for the run that continues this one
+        stopped_by = stop.received if left else None
         if stopped_by is None:
             _export(trainer, store, reporter, failed)
     summary = RunSummary(trainer.step, stopped_by, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
@@ -174,6 +175,8 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if trainer.evaluation_due and not stopping:
                 for name, metrics in trainer.evaluate().items():
                     reporter.evaluation({"step": trainer.step, **metrics}, name)
+                if saved_at == trainer.step:
+                    store.rate(trainer.step, trainer.score)
                 stopping = stop.agree(trainer.world) is not None  # an evaluation may take long
             finished = trainer.step >= config.steps
             every = config.checkpoint.every
@@ -186,6 +189,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                         return error
                     raise
                 saved_at = trainer.step
+                stopping = stopping or stop.agree(trainer.world) is not None  # saving may take long as well
             if finished or stopping:
                 return None
             metrics = trainer.train_step()

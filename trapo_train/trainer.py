@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,10 @@ class Trainer:
     @property
     def plan(self) -> Plan:
         """The configured plan as it draws at this step."""
-        return build_plan(self.config.plan, step=self.step, seed=self.config.seed)
+        return self._built(self.config.plan)
+
+    def _built(self, plan: PlanConfig) -> Plan:
+        return build_plan(plan, step=self.step, seed=self.config.seed)
 
     def train_step(self) -> dict[str, Any]:
         """Sample, score and learn from the next problems; returns the metrics of the step.
@@ -194,16 +197,18 @@ class Trainer:
             return join_micro_batches(packed, self.world.size, self.world.rank)
         return self.world.share(packed)
 
-    def _sample(self, plan: Plan, positions: list[int]) -> RolloutResult:
+    def _sample(self, plan: PlanConfig, positions: list[int]) -> RolloutResult:
         """The samples of the problems at `positions`; each rank generates for its share and hands its samples to the others.
 
         Raises: EngineError or RewardError of any rank, on every rank.
         """
         mine, error = None, None
         problems = [self.problems[i] for i in self.world.share(positions)]
+        # What has no trace is sampled, whatever the plan; expert traces alone need no gathered model and no export.
+        generates = plan.largest_request > 0 or any(self.world.gather(any(not problem.experts for problem in problems)))
         try:
-            with self.ready_to_generate():
-                mine = run_plans(problems, plan, self.engine, self.reward, self.tokenizer, self.config.rollout)
+            with self.ready_to_generate() if generates else nullcontext():
+                mine = run_plans(problems, self._built(plan), self.engine, self.reward, self.tokenizer, self.config.rollout)
         except SAMPLING_ERRORS as raised:
             error = raised
         return merge_results(self.world.gather_or_raise(mine, error))
@@ -218,7 +223,7 @@ class Trainer:
         """Of this rank's engine; `step` > 0 for a run that resumes on another number of ranks."""
         return self.config.seed + _RANK_SEED * (self.world.rank + self.world.size * step)
 
-    def _next(self) -> tuple[list[int], Plan, Objective]:
+    def _next(self) -> tuple[list[int], PlanConfig, Objective]:
         """Positions of the problems of the next step, how they are sampled, and the loss.
 
         A step that trains expert terms alone, be it for enough deferred problems or by the chooser, takes the expert traces.
@@ -231,7 +236,7 @@ class Trainer:
                 choice = self._agreed()
         objective = apply_choice(choice, self.objective)
         alone = choice != "both" and objective.rollout is None
-        return positions, build_plan(PlanConfig("sft")) if alone else self.plan, objective
+        return positions, PlanConfig("sft") if alone else self.config.plan, objective
 
     def _agreed(self) -> str:
         """The first rank's answer, on every rank: each sees other times and has random states of its own."""
@@ -294,8 +299,12 @@ class Trainer:
             "settings": split_settings(self.config)[1],
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
-        score = evaluation_score(self.last_evaluation) if self.evaluated_at == self.step else None
-        return store.save(self.step, state, self.fingerprint, tensors, score)
+        return store.save(self.step, state, self.fingerprint, tensors, self.score)
+
+    @property
+    def score(self) -> float | None:
+        """How good the evaluation of this step found the model, None where there was none."""
+        return evaluation_score(self.last_evaluation) if self.evaluated_at == self.step else None
 
     def resume(self, store: CheckpointStore) -> bool:
         """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""
@@ -326,7 +335,7 @@ class Trainer:
 
     def _load_problems(self) -> ProblemSet:
         """The training problems; expert traces and problems that cannot be used are left out and noted."""
-        loaded = load_problems(self.config.data, self.tokenizer, self.reward)
+        loaded = load_problems(self.config.data, self.tokenizer, self.reward, self.config.rollout.correct_by)
         self.data_report, self.data_fingerprint = loaded.report, loaded.fingerprint
         longest = self.config.rollout.max_response_tokens
         problems, dropped = loaded.without_long_experts(longest)

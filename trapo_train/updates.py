@@ -109,11 +109,11 @@ def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, config: UpdateConf
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest.
 
-    Updates that were skipped, whose metrics may be NaN, only count, unless all of them were.
+    Updates that were skipped, whose metrics may be NaN, or had no token only count, unless all of them are such.
     """
     if len(updates) == 1:
         return updates[0]
-    taken = [update for update in updates if not update["skipped_step"]] or updates
+    taken = [update for update in updates if not update["skipped_step"] and update["loss_tokens"]] or updates
     merged: dict[str, Any] = {}
     for name in dict.fromkeys(name for update in taken for name in update):
         values = [update[name] for update in taken if name in update]

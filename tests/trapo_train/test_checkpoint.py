@@ -93,6 +93,10 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert kept[2] == (2, [2, 3]) and kept[3] == (4, [3, 4])  # the later of equals
     assert kept[6] == (4, [4, 6, 7]) and kept[7:] == [(8, [7, 8]), (8, [8, 9])]
     assert store.load(FINGERPRINT)[0] == 9  # a run goes on from the newest
+    store.rate(9, 0.9)  # evaluated only after it was saved
+    assert store.best() == 9 and store.load(FINGERPRINT)[0] == 9
+    store.rate(9, 0.1)
+    assert store.best() == 8
     (store.path(8) / "manifest.json").write_text("torn")
     assert store.best() == 9
     assert CheckpointStore(tmp_path / "none", keep=1).best() is None

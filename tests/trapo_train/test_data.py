@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trapo_train.data import DataConfig, load_problems
-from trapo_train.rewards import RewardError, exact_match
+from trapo_train.rewards import RewardError, WeightedSum, exact_match
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
 TEMPLATE = (
@@ -149,6 +149,17 @@ def test_rejected_experts_are_dropped_and_counted(load):
     assert (dropped.report.experts, dropped.report.dropped_experts, dropped.report.without_expert) == (2, 1, 2)
     assert [len(problem.experts) for problem in dropped] == [1, 0, 0]
     assert "2 expert traces (1 rejected by the reward and dropped)" in str(dropped.report)
+
+
+def test_of_several_rewards_the_one_that_says_what_is_correct_rejects_an_expert(tmp_path, tokenizer):
+    def pleased(prompts, completions, **columns):
+        return [1.0] * len(prompts)
+
+    reward = WeightedSum([("exact_match", exact_match, 1.0), ("pleased", pleased, 0.1)])
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"), on_rejected_expert="drop")
+    dropped = [load_problems(config, tokenizer, reward, name).report.dropped_experts for name in (None, "exact_match")]
+    assert dropped == [0, 1]
 
 
 def test_experts_that_are_kept_anyway_cost_no_reward_call(load):

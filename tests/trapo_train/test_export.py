@@ -49,6 +49,8 @@ def test_the_newest_checkpoint_of_a_finished_run_is_its_model_and_an_older_one_i
     AutoModelForCausalLM.from_pretrained(directory)
     directory, _, _ = export_checkpoint(finished, tmp_path / "newest", dtype="bfloat16")  # an export may replace an export
     assert equal(weights(directory), {name: value.bfloat16() for name, value in weights(finished / "model").items()})
+    for path, dtype in ((directory, torch.bfloat16), (finished / "model", torch.float32)):
+        assert AutoModelForCausalLM.from_pretrained(path, dtype="auto").dtype == dtype
 
 
 def test_the_best_evaluation_is_kept_and_exported(configure, tmp_path):

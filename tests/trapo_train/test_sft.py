@@ -15,6 +15,7 @@ from trapo_train.display import read_metrics
 from trapo_train.parallel import World
 from trapo_train.step import build_objective
 from trapo_train.tasks import build_tokenizer
+from trapo_train.train import Trainer
 
 SFT = ("reward=null", "plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
 
@@ -35,6 +36,15 @@ def test_without_a_reward_the_weights_are_the_same_and_no_metric_speaks_of_one(c
     (first, *_) = sorted(Path(config.output_dir, "samples").glob("*.jsonl"))
     lines = [json.loads(line) for line in first.read_text().splitlines()]
     assert {line["reward"] for line in lines} == {None} and all(line["prefix"].endswith("$") for line in lines)
+
+
+def test_expert_traces_alone_gather_no_model_for_an_engine(configure, monkeypatch):
+    entered = []
+    inner = Trainer.ready_to_generate
+    monkeypatch.setattr(Trainer, "ready_to_generate", lambda self: entered.append(self.step) or inner(self))
+    for name, overrides, count in (("traces", SFT, 0), ("samples", ("plan.name=grpo", "objective.name=dr_grpo"), 2)):
+        train_to_end(configure(name, *overrides, "steps=2"))
+        assert len(entered) == count
 
 
 @pytest.mark.parametrize(

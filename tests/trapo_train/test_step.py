@@ -191,6 +191,17 @@ def test_non_finite_step_changes_nothing_but_the_schedule():
     assert metrics["learning_rate"] == pytest.approx(1e-2 * 0.8)
 
 
+def test_an_update_without_a_loss_token_moves_nothing_though_the_optimizer_has_momentum():
+    model, objective = make_model(), objectives.dr_grpo()
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1))
+    before = [p.detach().clone() for p in model.parameters()]
+    assert step(model, packed(make_samples(), objective), objective, optimizer=optimizer)["loss_tokens"] > 0
+    moved = [p.detach().clone() for p in model.parameters()]
+    assert not all(map(torch.equal, before, moved))
+    assert step(model, packed([], objective), objective, optimizer=optimizer)["loss_tokens"] == 0
+    assert all(map(torch.equal, moved, model.parameters()))
+
+
 def test_a_gradient_that_is_not_finite_skips_the_step_of_a_finite_loss():
     model, objective = make_model(), objectives.trapo()
     before = weights(model)

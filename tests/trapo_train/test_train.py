@@ -274,13 +274,13 @@ def test_bad_config_names_the_key(configure, override, message):
         configure("bad", override)
 
 
-@pytest.mark.parametrize(("saved", "evaluated", "good"), [(2, 6, True), (6, 2, True), (2, 3, False), (0, 2, False)])
+@pytest.mark.parametrize(("saved", "evaluated", "good"), [(2, 6, True), (2, 2, True), (6, 2, False), (2, 3, False), (0, 2, False)])
 def test_keep_best_wants_evaluated_steps_to_be_saved(saved, evaluated, good, configure):
     settings = (f"checkpoint={{every: {saved}, keep_best: true}}", f"evaluation={{every: {evaluated}}}")
     if good:
         assert configure("run", *EVALUATED, *settings).checkpoint.keep_best
     else:
-        with pytest.raises(ConfigError, match=f"one a multiple of the other.* got eval_data, {saved} and {evaluated}"):
+        with pytest.raises(ConfigError, match=f"the latter a multiple of the former.* got eval_data, {saved} and {evaluated}"):
             configure("run", *EVALUATED, *settings)
 
 

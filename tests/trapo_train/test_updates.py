@@ -81,6 +81,8 @@ def test_metrics_of_updates_are_merged():
     assert merge_updates(updates) == whole
     skipped = {"loss": float("nan"), "loss_tokens": 5, "rollout/ratio_max": 9.0, "learning_rate": 0.3, "skipped_step": 1}
     assert merge_updates([*updates, skipped]) == whole | {"loss_tokens": 12, "learning_rate": 0.3, "skipped_step": 1}
+    empty = {"loss": 0.0, "loss_tokens": 0, "learning_rate": 0.4, "skipped_step": 0}  # of a mini-batch that nothing is left of
+    assert merge_updates([*updates, empty]) == whole | {"learning_rate": 0.4} and merge_updates([empty, empty])["loss"] == 0.0
     assert merge_updates([skipped, skipped])["skipped_step"] == 2 and math.isnan(merge_updates([skipped, skipped])["loss"])
 
 
