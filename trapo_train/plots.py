@@ -1,4 +1,5 @@
-"""PNG plots of a run: headroom, unguided reward, guided share, entropy, TrSFT weights, and several runs in one figure."""
+"""PNG plots of a run: headroom, unguided reward, guided share, loss of expert traces, entropy, TrSFT weights, and several runs in
+one figure."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ def _series(rows: Iterable[Row], metric: str, kind: str = "train") -> tuple[list
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _held_out(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The evaluations of each set by its name, in the order in which they were recorded."""
+def _held_out(rows: Iterable[Row], metric: str = "accuracy") -> dict[str, list[Row]]:
+    """The evaluations of each set that have `metric` by its name, in the order in which they were recorded."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["kind"] == "eval" and row.get("accuracy") is not None:
+        if row["kind"] == "eval" and row.get(metric) is not None:
             found.setdefault(row.get("set", HELD_OUT), []).append(row)
     return found
 
@@ -99,6 +100,32 @@ def plot_unguided_reward(rows: Sequence[Row], path: str | Path) -> Path:
     axis.set_ylabel("mean reward, accuracy")
     label_right(axis, labels)
     return save_figure(figure, path)
+
+
+def plot_expert_nll(rows: Sequence[Row], path: str | Path) -> Path:
+    """Negative log-likelihood of expert tokens over steps: of those that training saw, and of held-out traces."""
+    figure, (axis,) = new_figure(
+        "Loss of expert traces",
+        "negative log-likelihood, nats per token · training: tokens of the step, running mean · held-out: dots",
+    )
+    labels = []
+    steps, values = _series(rows, "expert/logprob")
+    if steps:
+        labels.append(("training", draw_smoothed(axis, steps, [-value for value in values], PALETTE[0]), PALETTE[0]))
+    for (name, evaluations), colour in zip(_held_out(rows, "expert_nll").items(), itertools.cycle(PALETTE[1:])):
+        labels.append((name, _draw_expert_nll(axis, evaluations, colour), colour))
+    require(labels, "expert_nll")
+    axis.set_xlabel("rollout step")
+    axis.set_ylabel("nats per token")
+    label_right(axis, labels)
+    return save_figure(figure, path)
+
+
+def _draw_expert_nll(axis: Any, evaluations: Sequence[Row], colour: Any) -> float:
+    """Held-out loss over steps; returns where the line ends."""
+    steps, values = [row["step"] for row in evaluations], [row["expert_nll"] for row in evaluations]
+    axis.plot(steps, values, color=colour, marker="o", markersize=7, linewidth=1.4, zorder=4)
+    return values[-1]
 
 
 def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
@@ -182,8 +209,11 @@ def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
 
 
 def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
-    """Several runs in one figure: unguided reward in the first panel, then held-out accuracy, a panel for each set."""
+    """Several runs in one figure: unguided reward in the first panel, then held-out accuracy, a panel for each set; of runs without
+    a reward the loss of held-out expert traces."""
     require(list(runs), "any run")
+    if not any(_series(rows, "reward/unguided")[0] or _held_out(rows) for rows in runs.values()):
+        return _compare_expert_nll(runs, path)
     held_out = {name: _held_out(rows) for name, rows in runs.items()}
     sets = list(dict.fromkeys(which for evaluations in held_out.values() for which in evaluations))
     figure, axes = new_figure(
@@ -206,6 +236,26 @@ def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
         axis.set_xlabel("rollout step")
     axes[0].set_ylim(min(0.0, axes[0].get_ylim()[0]), None)
     _label_runs(axes, labels)
+    return save_figure(figure, path)
+
+
+def _compare_expert_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
+    losses = {name: _held_out(rows, "expert_nll") for name, rows in runs.items()}
+    sets = list(dict.fromkeys(which for evaluations in losses.values() for which in evaluations))
+    require(sets, "reward/unguided, accuracy or expert_nll")
+    figure, axes = new_figure(
+        "Runs compared", "loss of held-out expert traces, nats per token", panels=len(sets), columns=min(3, len(sets))
+    )
+    for axis, which in zip(axes, sets, strict=False):
+        found = [
+            (name, losses[name][which], colour)
+            for name, colour in zip(runs, run_colours(runs), strict=True)
+            if which in losses[name]
+        ]
+        label_right(axis, [(name, _draw_expert_nll(axis, rows, colour), colour) for name, rows, colour in found])
+        axis.set_title(which if len(sets) > 1 else "", fontsize=12, color=INK, loc="left")
+        axis.set_xlabel("rollout step")
+    axes[0].set_ylabel("nats per token")
     return save_figure(figure, path)
 
 
@@ -245,6 +295,7 @@ def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Pat
 RUN_PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], Path]]] = {
     "unguided_reward.png": ("reward/unguided", plot_unguided_reward),
     "guided_share.png": ("guided_share", plot_guided_share),
+    "expert_nll.png": ("expert_nll", plot_expert_nll),
     "entropy.png": ("entropy/", plot_entropy),
     "trsft_weights.png": ("trsft/weight_histogram", plot_trsft_weights),
 }

@@ -165,3 +165,28 @@ def test_spread_puts_the_first_of_equals_on_top():
 
 def test_spread_leaves_distant_labels_alone():
     assert figures.spread([0.9, 0.1], 0.1) == [0.9, 0.1]
+
+
+def sft_rows(shift=0.0):
+    rows = [{"kind": "train", "step": step, "expert/logprob": -2.0 / step - shift, "guided_share": 1.0} for step in range(1, 7)]
+    for name in ("aime", "math"):
+        rows += [{"kind": "eval", "step": step, "set": name, "expert_nll": 2.0 - step / 6 + shift} for step in (0, 3, 6)]
+    return rows
+
+
+def test_the_loss_of_expert_traces_in_training_and_held_out(drawn, tmp_path):
+    plots.plot_expert_nll(sft_rows(), tmp_path / "expert_nll.png")
+    lines = [line for line in drawn[0].axes[0].lines if len(line.get_xdata()) == 3]
+    assert [list(line.get_ydata()) for line in lines] == [[2.0, 1.5, 1.0]] * 2
+    assert {"training", "aime", "math"} <= set(texts(drawn[0]))
+    with pytest.raises(ValueError, match="expert_nll"):
+        plots.plot_expert_nll([], tmp_path / "none.png")
+
+
+def test_runs_without_a_reward_are_compared_by_their_held_out_loss(drawn, tmp_path):
+    runs = {"first": sft_rows(), "second": [row for row in sft_rows(0.5) if row.get("set") != "math"]}
+    plots.plot_comparison(runs, tmp_path / "compare.png")
+    aime, math_set = drawn[0].axes
+    assert [line.get_ydata()[-1] for line in aime.lines] == [1.0, 1.5] and len(math_set.lines) == 1
+    with pytest.raises(ValueError, match="reward/unguided, accuracy or expert_nll"):
+        plots.plot_comparison({"none": []}, tmp_path / "none.png")
