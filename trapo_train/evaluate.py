@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -257,7 +257,8 @@ def _answers(
     drafts = [draft(eval_set.problems[eval_set.rows[i]], Request(eval_set.samples[i]), 1, tokenizer, rollout) for i in positions]
     samples = [sample for group in drafts for sample in group]
     before = sum(eval_set.samples[: positions[0]])
-    complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed, first_key=before)
+    unmasked = replace(rollout, on_truncated="keep")  # there is no loss to leave a completion out of
+    complete(samples, engine, unmasked, temperature=config.temperature, seed=config.seed, first_key=before)
     none_count = judge_samples(samples, reward, tokenizer, rollout)
 
     def response(sample: Sample) -> _Response:

@@ -27,7 +27,8 @@ class TrackingConfig:
     name: str | None = None
     """Name of the run; null for the last part of output_dir."""
     samples_every: int = 0
-    """Steps between samples in output_dir/samples, a table and JSON lines with the whole texts, at least 0; 0 writes none."""
+    """Steps between samples in output_dir/samples, a table and JSON lines with the whole texts, at least 0; 0 writes none. With
+    plan.refill those are written that are trained on."""
 
     def __post_init__(self) -> None:
         for tracker in self.to:
