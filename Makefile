@@ -13,8 +13,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
-# A process per core, four at most (a container may have fewer than it sees); what a file's tests share is made once.
-PYTEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile
+# A process per core, four at most (a container may have fewer than it sees); what a file's tests share is made once. In
+# their order: by the number of their tests, few long ones would run alone at the end.
+PYTEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Where the gpu- targets write, a few files only, and how long they may take; QUESTIONS="trapo scoring" narrows gpu-bench.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 500

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trapo_train import cli
 from trapo_train.cli import main
 from trapo_train.data import DataConfig
 from trapo_train.engine import TransformersEngine
@@ -346,17 +347,19 @@ def test_config_refuses_values_out_of_range(fields, message):
 
 
 @pytest.mark.slow
-def test_torchrun_prints_the_table_that_one_process_prints(tmp_path):
+def test_torchrun_prints_the_table_that_one_process_prints(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     sets = {name: f"{{task: pointer_chasing, split: test, num_problems: {count}}}" for name, count in (("aime", 6), ("math", 9))}
     text = TINY.format(tmp=tmp_path, **sets).replace("reward: math_verify", "reward: pointer_chasing")
     text = text.replace(f"tokenizer: {tmp_path}/tokenizer", "tokenizer: null").replace("num_problems: 1}", "responses_per_call: 4}")
     file.write_text(text)
-    tables = []
-    for size in (1, 2, 3):
+    options = ["evaluation.samples_per_prompt=3", "evaluation.group_by=depth"]
+    assert cli.main(["eval", str(file), *options]) == 0
+    tables = [capsys.readouterr().out]
+    for size in (2, 3):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        arguments = ["-m", "trapo_train", "eval", str(file), "evaluation.samples_per_prompt=3", "evaluation.group_by=depth"]
+        arguments = ["-m", "trapo_train", "eval", str(file), *options]
         result = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         tables.append(result.stdout)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.trapo_train.test_evaluate import TOKENIZER, ids
-from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_parallel import TINY, _torchrun
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli, held_out
 from trapo_train.display import evaluation_line, read_metrics
@@ -119,16 +120,13 @@ def test_ranks_find_what_one_process_does(settings, tmp_path):
     for size in (1, 2):
         directory = tmp_path / str(size)
         directory.mkdir()
-        _torchrun(
-            size,
-            directory,
-            "steps=2",
-            *EVALUATED,
-            "evaluation={every: 1, sample: false}",
-            "plan.name=sft",
-            "objective.name=sft",
-            *settings,
-        )
+        sft = ("plan.name=sft", "objective.name=sft", "evaluation={every: 1, sample: false}")
+        overrides = ("steps=2", *EVALUATED, *sft, *settings)
+        if size == 1:
+            (directory / "run.yaml").write_text(yaml.safe_dump(TINY))
+            assert cli.main(["run", str(directory / "run.yaml"), f"output_dir={directory / 'run'}", *overrides]) == 0
+        else:
+            _torchrun(size, directory, *overrides)
         metrics = read_metrics(Path(directory, "run"))
         found[size] = [row["expert_nll"] for row in metrics if row["kind"] == "eval"]
     assert len(found[1]) == 3 and all(math.isfinite(value) for value in found[1])
