@@ -139,7 +139,7 @@ def test_the_account_predicts_what_the_arithmetic_says():
 )
 def test_the_memory_formula_is_what_is_allocated(name, job, active):
     if (reason := BY_NAME[name].absent(torch.device("cpu"))) is not None:
-        pytest.skip(reason)
+        pytest.skip(reason)  # a contender that cannot run here says why
     case = Case("test", job, 600, 96, 16001, "bfloat16", peaked=False, active=active)
     call = BY_NAME[name].prepare(build(case, "cpu"))
     call()

@@ -161,7 +161,13 @@ class CheckpointStore:
                 _make_durable(file)
             unfinished.replace(path)
 
-        self._on_first_rank(write)
+        try:
+            self._on_first_rank(write)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint: the score of step {step} could not be written to {self.path(step)}: {_reason(error)}. Free space or "
+                "make the directory writable, then resume with checkpoint.resume=true, which evaluates that step again."
+            ) from error
 
     def load(self, fingerprint: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint, on the CPU; None where there is none. Every rank calls it.

@@ -308,8 +308,8 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
     """The configuration; for the directory of a finished run its own, with the model that it trained."""
-    from trapo_train.config import load_config
-    from trapo_train.train import CONFIG_FILE, MODEL_DIR
+    from trapo_train.config import CONFIG_FILE, load_config
+    from trapo_train.train import MODEL_DIR
 
     _quiet_libraries()
     directory = Path(args.config)

@@ -26,6 +26,8 @@ from trapo_train.step import ObjectiveConfig, OptimizerConfig
 from trapo_train.trackers import TrackingConfig
 from trapo_train.updates import UpdateConfig
 
+CONFIG_FILE = "config.yaml"  # of a run, in its output_dir
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -198,7 +200,7 @@ def _read(path: str) -> tuple[str, str]:
     recipe = resources.files("trapo_train") / "recipes" / f"{path}.yaml"
     if "/" not in path and recipe.is_file():
         return f"recipe {path}", recipe.read_text(encoding="utf-8")
-    own = Path(path) / "config.yaml"  # train.CONFIG_FILE
+    own = Path(path) / CONFIG_FILE
     if own.is_file():
         raise ConfigError(f"{path} is the directory of a run. Continue it with {own} checkpoint.resume=true.")
     raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(recipes())}.")

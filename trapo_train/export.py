@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.config import load_config
+from trapo_train.config import CONFIG_FILE, load_config
 from trapo_train.model import DTYPES, load_model_and_tokenizer
 from trapo_train.model_state import check_replaceable, export_model, load_trained_weights, other_tokenizer
 from trapo_train.preflight import check_places, named
 from trapo_train.tasks import build_tokenizer
-from trapo_train.train import CHECKPOINT_DIR, CONFIG_FILE, MODEL_DIR
+from trapo_train.train import CHECKPOINT_DIR, MODEL_DIR
 
 
 def export_checkpoint(

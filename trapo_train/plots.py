@@ -44,10 +44,10 @@ def _held_out(rows: Iterable[Row], metric: str = "accuracy") -> dict[str, list[R
     return found
 
 
-def _draw_held_out(axis: Any, evaluations: Sequence[Row], colour: Any) -> float:
-    """Accuracy over steps with its standard error; returns where the line ends."""
-    errors = [row.get("accuracy_stderr") or 0.0 for row in evaluations]
-    steps, values = [row["step"] for row in evaluations], [row["accuracy"] for row in evaluations]
+def _draw_held_out(axis: Any, evaluations: Sequence[Row], colour: Any, metric: str = "accuracy") -> float:
+    """`metric` over steps, with its standard error where that is known; returns where the line ends."""
+    errors = [row.get(f"{metric}_stderr") or 0.0 for row in evaluations]
+    steps, values = [row["step"] for row in evaluations], [row[metric] for row in evaluations]
     axis.errorbar(steps, values, errors, color=colour, marker="o", markersize=7, linewidth=1.4, elinewidth=1.6, zorder=4)
     return values[-1]
 
@@ -113,19 +113,12 @@ def plot_expert_nll(rows: Sequence[Row], path: str | Path) -> Path:
     if steps:
         labels.append(("training", draw_smoothed(axis, steps, [-value for value in values], PALETTE[0]), PALETTE[0]))
     for (name, evaluations), colour in zip(_held_out(rows, "expert_nll").items(), itertools.cycle(PALETTE[1:])):
-        labels.append((name, _draw_expert_nll(axis, evaluations, colour), colour))
+        labels.append((name, _draw_held_out(axis, evaluations, colour, "expert_nll"), colour))
     require(labels, "expert_nll")
     axis.set_xlabel("rollout step")
     axis.set_ylabel("nats per token")
     label_right(axis, labels)
     return save_figure(figure, path)
-
-
-def _draw_expert_nll(axis: Any, evaluations: Sequence[Row], colour: Any) -> float:
-    """Held-out loss over steps; returns where the line ends."""
-    steps, values = [row["step"] for row in evaluations], [row["expert_nll"] for row in evaluations]
-    axis.plot(steps, values, color=colour, marker="o", markersize=7, linewidth=1.4, zorder=4)
-    return values[-1]
 
 
 def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
@@ -252,7 +245,7 @@ def _compare_expert_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Pat
             for name, colour in zip(runs, run_colours(runs), strict=True)
             if which in losses[name]
         ]
-        label_right(axis, [(name, _draw_expert_nll(axis, rows, colour), colour) for name, rows, colour in found])
+        label_right(axis, [(name, _draw_held_out(axis, rows, colour, "expert_nll"), colour) for name, rows, colour in found])
         axis.set_title(which if len(sets) > 1 else "", fontsize=12, color=INK, loc="left")
         axis.set_xlabel("rollout step")
     axes[0].set_ylabel("nats per token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from trapo_train.rows import (
     with_think_tags,
     without_start,
 )
+from trapo_train.schema import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,8 +204,7 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
         optional = name == "expert_column" and config.expert_column_is_default
         optional = optional or (name, column, config.preset) == ("solution_column", "solution", "messages")
         if column is not None and not optional and not _has(columns, column):
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(column, columns)
             if column == "prompt" and "messages" in columns:
                 hint = " For conversations set preset: messages."
             remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")

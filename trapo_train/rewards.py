@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import importlib
 import inspect
 import math
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 from trapo_train.grading import MathVerify, WorkerReward
 from trapo_train.math_grader import load_library
 from trapo_train.records import Problem
+from trapo_train.schema import did_you_mean
 from trapo_train.tasks import pointer_chasing_reward
 
 ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
@@ -170,10 +170,9 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
         return REWARDS[name]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        near = difflib.get_close_matches(name, REWARDS, n=1)
         raise ValueError(
             f"reward must be one of {sorted(REWARDS)} or a path like my_rewards:my_reward, got {name!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            f"{did_you_mean(name, REWARDS)}"
         )
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:

@@ -7,11 +7,12 @@ The first step is step 0. Schedules have no state, so a resumed run continues th
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
+
+from trapo_train.schema import did_you_mean
 
 
 class Schedule:
@@ -182,9 +183,8 @@ def build_schedule(value: Any) -> Schedule:
     known = [field.name for field in fields(cls)]
     for key in arguments:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{hint}")
+            near = did_you_mean(str(key), known)
+            raise ValueError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{near}")
     missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in arguments]
     if missing:
         raise ValueError(f"The schedule {name} needs {', '.join(missing)} as well. It takes {', '.join(known)}.")

@@ -121,7 +121,7 @@ def _convert_choice(value: Any, choices: tuple[Any, ...], origin: Callable[[KeyP
         return value
     raise ConfigError(
         f"{origin(path)}: {'.'.join(path)} must be one of {list(choices)}, got {value!r}."
-        f"{_did_you_mean(str(value), [str(choice) for choice in choices])}"
+        f"{did_you_mean(str(value), [str(choice) for choice in choices])}"
     )
 
 
@@ -133,13 +133,15 @@ def _wrong_type(value: Any, expected: str, origin: Callable[[KeyPath], str], pat
 
 def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str], path: KeyPath) -> str:
     full = ".".join((*path, key))
-    near = _did_you_mean(key, list(known), prefix="".join(f"{part}." for part in path))
+    near = did_you_mean(key, known, prefix="".join(f"{part}." for part in path))
     section = f"section {'.'.join(path)!r}" if path else "the configuration"
     return f"{origin((*path, key))}: unknown key {full!r}.{near} The keys of {section} are: {', '.join(known)}."
 
 
-def _did_you_mean(word: str, choices: list[str], prefix: str = "") -> str:
-    """The choice that is closest in spelling, or whose words start with these letters: lr for learning_rate."""
+def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """ " Did you mean …?" of the choice that is closest in spelling, or whose words start with these letters, lr for
+    learning_rate; "" where none is near."""
+    choices = list(choices)
     abbreviated = [choice for choice in choices if word == "".join(part[:1] for part in choice.split("_"))]
     near = abbreviated or difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {prefix + near[0]!r}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from trapo_train.model import policy_forward
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import World
 from trapo_train.schedules import Schedule, build_schedule, is_schedule
+from trapo_train.schema import did_you_mean
 from trapo_train.tally import Tally
 
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
@@ -135,9 +135,8 @@ def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     allowed = list(inspect.signature(preset).parameters)
     for option in config.options:
         if option not in allowed:
-            near = difflib.get_close_matches(option, allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{hint}")
+            near = did_you_mean(option, allowed)
+            raise ValueError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
     return preset
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from trapo_train.schema import did_you_mean
 
 if TYPE_CHECKING:
     from trapo_train.model import ModelConfig
@@ -38,11 +39,10 @@ def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase 
 def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
-        near = difflib.get_close_matches(token, vocabulary, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"model.eos_token must be one of the tokenizer's {len(vocabulary)} tokens, got {token!r}.{hint} Name the token "
-            "that ends the model's turns, as its chat template writes it, or null for the tokenizer's own."
+            f"model.eos_token must be one of the tokenizer's {len(vocabulary)} tokens, got {token!r}."
+            f"{did_you_mean(token, vocabulary)} Name the token that ends the model's turns, as its chat template writes it, "
+            "or null for the tokenizer's own."
         )
     added = tokenizer.added_tokens_decoder.get(vocabulary[token])
     if added is not None and added.special:

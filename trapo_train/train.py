@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.config import RunConfig, to_yaml
+from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
 from trapo_train.postmortem import save_batch
@@ -30,7 +30,7 @@ from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
 
 SHARED_WITHIN_S = 20.0
-CONFIG_FILE, CHECKPOINT_DIR, MODEL_DIR = "config.yaml", "checkpoints", "model"
+CHECKPOINT_DIR, MODEL_DIR = "checkpoints", "model"
 
 
 @dataclass(frozen=True)

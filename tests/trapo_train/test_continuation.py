@@ -15,7 +15,7 @@ from torch import nn
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
 from trapo_train import train
-from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checkpoint import CheckpointError, CheckpointStore, compare_fingerprints
 from trapo_train.chooser import ChooserError
 from trapo_train.continuation import set_learning_rate
 from trapo_train.display import read_metrics
@@ -186,3 +186,11 @@ def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(
 def test_two_ranks_make_a_dry_run(tmp_path):
     _torchrun(2, tmp_path, "--dry-run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_of_the_same_run_while_that_is_at_its_default():
+    older = {"config": {"plan": {"name": "grpo"}, "rollout": {"top_p": 1.0}}}
+    now = {"config": {"plan": {"name": "grpo", "refill": 0}, "rollout": {"top_p": 1.0, "on_truncated": "keep", "correct_by": None}}}
+    assert compare_fingerprints(older, now) == []
+    now["config"]["rollout"]["on_truncated"] = "mask"
+    assert compare_fingerprints(older, now) == ["config.rollout.on_truncated was 'keep', is 'mask'"]

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.rewards import RewardError, WeightedSum, exact_match
-from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -44,10 +43,10 @@ def tokenizer():
 def load(tmp_path, tokenizer):
     """Load rows through a jsonl file."""
 
-    def load(rows, reward=None, **options):
+    def load(rows, reward=None, correct_by=None, **options):
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         file.write_text("\n".join(json.dumps(row) for row in rows))
-        return load_problems(DataConfig(path=str(file), **options), tokenizer, reward)
+        return load_problems(DataConfig(path=str(file), **options), tokenizer, reward, correct_by)
 
     return load
 
@@ -151,14 +150,12 @@ def test_rejected_experts_are_dropped_and_counted(load):
     assert "2 expert traces (1 rejected by the reward and dropped)" in str(dropped.report)
 
 
-def test_of_several_rewards_the_one_that_says_what_is_correct_rejects_an_expert(tmp_path, tokenizer):
+def test_of_several_rewards_the_one_that_says_what_is_correct_rejects_an_expert(load):
     def pleased(prompts, completions, **columns):
         return [1.0] * len(prompts)
 
     reward = WeightedSum([("exact_match", exact_match, 1.0), ("pleased", pleased, 0.1)])
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    config = DataConfig(path=str(tmp_path / "rows.jsonl"), on_rejected_expert="drop")
-    dropped = [load_problems(config, tokenizer, reward, name).report.dropped_experts for name in (None, "exact_match")]
+    dropped = [load(ROWS, reward, name, on_rejected_expert="drop").report.dropped_experts for name in (None, "exact_match")]
     assert dropped == [0, 1]
 
 
@@ -373,43 +370,6 @@ def test_a_tokenizer_without_end_of_sequence(load, tokenizer):
         load(ROWS)
 
 
-def test_the_demo_task():
-    tokenizer = build_tokenizer()
-    options = PointerChasingConfig(depths=(3, 6), expert_noise=0.3)
-    config = DataConfig(task="pointer_chasing", num_problems=200, task_options=options, on_rejected_expert="drop")
-    problems = load_problems(config, tokenizer, pointer_chasing_reward)
-    assert len(problems) == 200
-    assert {problem.columns["depth"] for problem in problems} == {3, 6}
-    assert tokenizer.decode(problems[0].prompt_ids) == problems[0].prompt
-    # A trace of 3 steps is right with probability .73³ = .39, one of 6 with .15.
-    assert 0.6 < problems.report.dropped_experts / 200 < 0.85
-    assert problems.report.without_expert == problems.report.dropped_experts
-    kept = next(problem for problem in problems if problem.experts)
-    assert tokenizer.decode(kept.experts[0].token_ids).endswith(f"#{kept.solution}$")
-    held_out = load_problems(DataConfig(task="pointer_chasing", split="test", num_problems=50), tokenizer, None)
-    assert not {problem.prompt for problem in held_out} & {problem.prompt for problem in problems}
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({}, "Give either task or path"),
-        ({"task": "pointer_chasing", "path": "x"}, "Give either task or path"),
-        ({"task": "sorting"}, "task must be one of ['pointer_chasing'], got 'sorting'"),
-        ({"path": "x", "task_options": PointerChasingConfig(num_nodes=8, depths=(2,))}, "belong to a task"),
-        ({"path": "x", "max_prompt_tokens": 0}, "at least 1, got 0"),
-        ({"path": "x", "num_problems": 0}, "at least 1 or null, got 0"),
-        ({"path": "x", "on_long_prompt": "cut"}, "one of ['error', 'drop'], got 'cut'"),
-        ({"path": "x", "on_rejected_expert": "no"}, "one of ['keep', 'drop'], got 'no'"),
-        ({"path": "x", "think_tags": "drop"}, "one of ['keep', 'strip', 'add', 'require'], got 'drop'"),
-    ],
-)
-def test_bad_options(options, words):
-    with pytest.raises(ValueError) as error:
-        DataConfig(**options)
-    assert words in str(error.value)
-
-
 LUFFY_ROW = {
     "data_source": "openr1",
     "prompt": [{"role": "system", "content": "Reason."}, {"role": "user", "content": "1+1="}],
@@ -439,8 +399,3 @@ def test_a_tag_that_the_prompt_opens_is_not_opened_again_by_the_trace(load):
 def test_a_column_beside_a_preset_stays_as_set(load):
     (problem,) = load([{k: v for k, v in LUFFY_ROW.items() if k != "target"}], preset="luffy", expert_column=None)
     assert problem.experts == () and problem.solution == LUFFY_ROW["reward_model"]["ground_truth"]
-
-
-def test_an_unknown_preset():
-    with pytest.raises(ValueError, match=r"preset must be one of \['luffy', 'messages'\] or null, got 'verl'"):
-        DataConfig(path="d", preset="verl")

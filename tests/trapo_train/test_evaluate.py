@@ -144,8 +144,13 @@ def test_the_reward_is_told_of_the_responses_as_in_training():
 
 def test_accuracy_is_that_of_the_reward_that_says_what_is_correct():
     config = EvalConfig(samples_per_prompt=4)
-    brevity = lambda completions, completion_tokens, **_: [-tokens / 8 for tokens in completion_tokens]  # noqa: E731
-    silent = lambda completions, **_: [None] * len(completions)  # noqa: E731
+
+    def brevity(completions, completion_tokens, **_):
+        return [-tokens / 8 for tokens in completion_tokens]
+
+    def silent(completions, **_):
+        return [None] * len(completions)
+
     reward = WeightedSum([("right", pointer_chasing_reward, 1.0), ("brevity", brevity, 0.2), ("silent", silent, 1.0)])
 
     def found(**settings):

@@ -56,7 +56,9 @@ def test_a_length_penalty_beside_the_verifier_changes_no_pass_rate():
     def num_right(depth, prefix):
         return min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3)
 
-    short = lambda completions, **columns: [-0.1] * len(completions)  # noqa: E731
+    def short(completions, **columns):
+        return [-0.1] * len(completions)
+
     reward = WeightedSum([("right", pointer_chasing_reward, 1.0), ("short", short, 1.0)])
     problems = [problem(0, 4), problem(1, 6)]
     found = measure_headroom(PrefixEngine(num_right), problems, reward, TOKENIZER, CONFIG, replace(ROLLOUT, correct_by="right"))

@@ -125,6 +125,12 @@ def test_the_plan_adds_up(recipe):
     assert parts["chunk of logits and its gradient"] == {"loss": 4 * 4096 * 500}
 
 
+def test_what_samples_nothing_is_planned_no_responses(recipe):
+    sft = ["plan.name=sft", "objective.name=sft", "reward=null", "evaluation.every=5", "eval_data={path: held_out.jsonl}"]
+    plans = [plan_memory(load_config(recipe, [*sft, f"evaluation.sample={sample}"])) for sample in ("false", "true")]
+    assert [plan.sequences for plan in plans] == [0, 8] and plans[0].total("rollout") < plans[1].total("rollout")
+
+
 def test_more_gpus_share_weights_and_state(recipe):
     alone, eight = (plan_memory(load_config(recipe), gpus=gpus) for gpus in (1, 8))
     for name in ("weights", "optimizer state", "gradients, float32"):

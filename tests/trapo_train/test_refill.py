@@ -160,7 +160,11 @@ def test_expert_tokens_teach_without_any_advantage():
         taken, result = sample_with_refill(order.next(2), sample, order, 0, AdvantageConfig(), objective)
         assert len(result.groups) == 2 == len(taken)
         sampled = replace(result, metrics={"rollout/tokens_per_s": 1.0})
-        taken, result = sample_with_refill(taken, lambda _: sampled, order, 1, AdvantageConfig(), objective)  # noqa: B023
+
+        def again(positions, sampled=sampled):
+            return sampled
+
+        taken, result = sample_with_refill(taken, again, order, 1, AdvantageConfig(), objective)
         assert len(result.groups) == kept
         assert [s.prefix_weight for group in result.groups for s in group] == [1.0, 1.0] * kept
 

@@ -146,14 +146,20 @@ def test_a_reward_is_told_the_tokens_of_the_whole_response_and_how_it_ended():
         seen.extend(zip(completions, completion_tokens, finish_reasons, strict=True))
         return [0.0] * len(completions)
 
-    plan = lambda problem: iter_requests([Request(1, 0.5), Request(1), Request(1, 1.0)])  # noqa: E731
-    script = lambda text: "a#aa$" if text.endswith("|") else "b" * 30  # noqa: E731
+    def plan(problem):
+        return iter_requests([Request(1, 0.5), Request(1), Request(1, 1.0)])
+
+    def script(text):
+        return "a#aa$" if text.endswith("|") else "b" * 30
+
     run([problem()], plan, script=script, reward=reward, config=replace(CONFIG, verify="completion"))
     assert seen == [("a#aa", 9 + 5, "stop"), ("b" * 20, 20, "length"), ("ab|bc|cd|de#de", 15, "expert")]
 
 
 def test_masking_takes_what_was_cut_off_out_of_the_loss_and_leaves_its_reward_in_the_baseline():
-    script = lambda text: RIGHT if text.endswith("|") else "a" * 30  # noqa: E731
+    def script(text):
+        return RIGHT if text.endswith("|") else "a" * 30
+
     for mode, cut in (("keep", False), ("mask", True)):
         result, _ = run([problem()], script=script, config=replace(CONFIG, on_truncated=mode))
         assign_advantages(result.groups, AdvantageConfig())

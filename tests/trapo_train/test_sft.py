@@ -61,6 +61,25 @@ def test_a_reward_is_asked_for_where_something_is_judged(overrides, message, con
         train_to_end(configure("run", *SFT, *overrides))
 
 
+def test_a_dry_run_asks_for_a_reward_where_the_run_does(configure, tmp_path, capsys):
+    configure("run")
+    assert (
+        cli.main(
+            [
+                "run",
+                str(tmp_path / "run.yaml"),
+                "output_dir=o",
+                "reward=null",
+                "plan.name=grpo",
+                "objective.name=dr_grpo",
+                "--dry-run",
+            ]
+        )
+        == 2
+    )
+    assert "reward must be set" in capsys.readouterr().err
+
+
 def test_commands_without_a_reward(configure, tmp_path, capsys):
     config = configure("run", *SFT, *EVALUATED, "evaluation.sample=false", "steps=2")
     train_to_end(config)

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C are noted and acted upon where a step ends; ranks agree on them."""
 
+import json
 import os
 import signal
 import threading
@@ -7,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.parallel import World
 from trapo_train.signals import StopSignal
+from trapo_train.train import run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,3 +70,24 @@ def test_stop_signal_works_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+def test_a_signal_in_the_last_step_leaves_its_evaluation_and_the_model_to_the_run_that_continues(tmp_path, default_sigint):
+    config = build_config(tmp_path, "run", *EVALUATED, "steps=3")
+    summary = run(config, StopAfter(config.output_dir, 3))
+    assert summary.interrupted and not (tmp_path / "run" / "model").exists()
+    again = train_to_end(build_config(tmp_path, "run", *EVALUATED, "steps=3", "checkpoint.resume=true"))
+    assert not again.interrupted and (tmp_path / "run" / "model").is_dir()
+    assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0, 3]
+
+
+def test_a_checkpoint_that_a_signal_left_without_its_evaluation_is_rated_by_the_run_that_continues(tmp_path, default_sigint):
+    often = (EVALUATED[0], "evaluation={every: 1, sample: false}", "checkpoint={every: 1, keep: 3, keep_best: true}", "steps=3")
+    config = build_config(tmp_path, "run", *often)
+    run(config, StopAfter(config.output_dir, 2))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=3)
+    assert store.steps() == [1, 2] and store.best() == 1
+    train_to_end(build_config(tmp_path, "run", *often, "checkpoint.resume=true"))
+    loss = {row["step"]: row["expert_nll"] for row in rows(config) if row["kind"] == "eval"}
+    scores = [json.loads((store.path(step) / "manifest.json").read_text())["score"] for step in (1, 2, 3)]
+    assert scores == pytest.approx([-loss[step] for step in (1, 2, 3)])

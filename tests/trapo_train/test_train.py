@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -19,12 +18,9 @@ from trapo_kernels import objectives
 from trapo_train import trainer
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import Reporter, read_metrics
-from trapo_train.model import policy_forward
-from trapo_train.postmortem import load_batch
 from trapo_train.preflight import named
 from trapo_train.records import Sample
 from trapo_train.schema import ConfigError
-from trapo_train.step import NonFiniteError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
 
@@ -299,32 +295,6 @@ def test_kl_term_compares_with_the_model_before_training(configure):
     assert divergence[-1] > 0.0
 
 
-def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
-    real, calls = trainer.optimizer_step, []
-
-    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
-        calls.append(len(calls))
-        with torch.no_grad():
-            model.lm_head.weight[0, 0] += float("nan") if len(calls) > 2 else 0.0
-        return real(model, optimizer, scheduler, micro_batches, *arguments)
-
-    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
-    # expert traces only: the engine refuses to sample from broken weights itself
-    config = configure("poisoned", "plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
-    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*Resume from the last checkpoint"):
-        train_to_end(config)
-    kept = Path(config.output_dir) / "non_finite_step_4"
-    assert json.loads((kept / "samples.jsonl").read_text().splitlines()[0])["problem"]["prompt"]
-    broken = Trainer(configure("again"))
-    for micro_batch in load_batch(kept / "rank_0.pt"):
-        assert len(micro_batch.batch) > 0
-        assert torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
-    with torch.no_grad():
-        broken.model.lm_head.weight[0, 0] = float("nan")
-    assert not torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
-    assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
-
-
 def test_a_run_with_several_rewards_resumes_to_the_same_bits(configure):
     rewards = "reward=[{name: pointer_chasing}, {name: exact_match, weight: 0.5}]"
     whole_config = configure("whole", *EVALUATED, rewards, "checkpoint.every=1")
@@ -336,24 +306,6 @@ def test_a_run_with_several_rewards_resumes_to_the_same_bits(configure):
     for name in ("reward/pointer_chasing", "reward/exact_match"):
         assert resumed.metrics[name] == whole.metrics[name] and name in next(iter(whole.evaluation.values()))
     assert exported(resumed_config) == exported(whole_config)
-
-
-def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, monkeypatch):
-    real, calls = trainer.optimizer_step, []
-
-    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
-        calls.append(len(calls))
-        if len(calls) in (3, 4):
-            micro_batches = [replace(m, batch=replace(m.batch, weight=m.batch.weight * 1e38)) for m in micro_batches]
-        return real(model, optimizer, scheduler, micro_batches, *arguments)
-
-    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
-    settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0", "steps=5")
-    with pytest.raises(NonFiniteError, match="2 steps in a row"):
-        train_to_end(configure("poisoned", *settings))
-    assert len(calls) == 4
-    assert train_to_end(configure("poisoned", *settings, "checkpoint.resume=true")).steps == 5
-    assert len(calls) == 5, "the weights after step 4, which are those after step 2, were saved"
 
 
 def test_bfloat16_runs_end_to_end(configure):

@@ -1,0 +1,48 @@
+"""The settings of a dataset, and the generated task as one."""
+
+import pytest
+
+from trapo_train.data import DataConfig, load_problems
+from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
+
+
+def test_the_demo_task():
+    tokenizer = build_tokenizer()
+    options = PointerChasingConfig(depths=(3, 6), expert_noise=0.3)
+    config = DataConfig(task="pointer_chasing", num_problems=200, task_options=options, on_rejected_expert="drop")
+    problems = load_problems(config, tokenizer, pointer_chasing_reward)
+    assert len(problems) == 200
+    assert {problem.columns["depth"] for problem in problems} == {3, 6}
+    assert tokenizer.decode(problems[0].prompt_ids) == problems[0].prompt
+    # A trace of 3 steps is right with probability .73³ = .39, one of 6 with .15.
+    assert 0.6 < problems.report.dropped_experts / 200 < 0.85
+    assert problems.report.without_expert == problems.report.dropped_experts
+    kept = next(problem for problem in problems if problem.experts)
+    assert tokenizer.decode(kept.experts[0].token_ids).endswith(f"#{kept.solution}$")
+    held_out = load_problems(DataConfig(task="pointer_chasing", split="test", num_problems=50), tokenizer, None)
+    assert not {problem.prompt for problem in held_out} & {problem.prompt for problem in problems}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "Give either task or path"),
+        ({"task": "pointer_chasing", "path": "x"}, "Give either task or path"),
+        ({"task": "sorting"}, "task must be one of ['pointer_chasing'], got 'sorting'"),
+        ({"path": "x", "task_options": PointerChasingConfig(num_nodes=8, depths=(2,))}, "belong to a task"),
+        ({"path": "x", "max_prompt_tokens": 0}, "at least 1, got 0"),
+        ({"path": "x", "num_problems": 0}, "at least 1 or null, got 0"),
+        ({"path": "x", "on_long_prompt": "cut"}, "one of ['error', 'drop'], got 'cut'"),
+        ({"path": "x", "on_rejected_expert": "no"}, "one of ['keep', 'drop'], got 'no'"),
+        ({"path": "x", "think_tags": "drop"}, "one of ['keep', 'strip', 'add', 'require'], got 'drop'"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError) as error:
+        DataConfig(**options)
+    assert words in str(error.value)
+
+
+def test_an_unknown_preset():
+    with pytest.raises(ValueError, match=r"preset must be one of \['luffy', 'messages'\] or null, got 'verl'"):
+        DataConfig(path="d", preset="verl")

@@ -1,0 +1,66 @@
+"""Steps whose loss or gradient is not finite: skipped, then the run ends with what it had."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trapo_train.test_train import build_config, rows, train_to_end
+from trapo_kernels import objectives
+from trapo_train import trainer
+from trapo_train.model import policy_forward
+from trapo_train.postmortem import load_batch
+from trapo_train.step import NonFiniteError
+from trapo_train.train import Trainer
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
+    real, calls = trainer.optimizer_step, []
+
+    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
+        calls.append(len(calls))
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] += float("nan") if len(calls) > 2 else 0.0
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
+    # expert traces only: the engine refuses to sample from broken weights itself
+    config = configure("poisoned", "plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*Resume from the last checkpoint"):
+        train_to_end(config)
+    kept = Path(config.output_dir) / "non_finite_step_4"
+    assert json.loads((kept / "samples.jsonl").read_text().splitlines()[0])["problem"]["prompt"]
+    broken = Trainer(configure("again"))
+    for micro_batch in load_batch(kept / "rank_0.pt"):
+        assert len(micro_batch.batch) > 0
+        assert torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
+    with torch.no_grad():
+        broken.model.lm_head.weight[0, 0] = float("nan")
+    assert not torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
+    assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
+
+
+def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, monkeypatch):
+    real, calls = trainer.optimizer_step, []
+
+    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
+        calls.append(len(calls))
+        if len(calls) in (3, 4):
+            micro_batches = [replace(m, batch=replace(m.batch, weight=m.batch.weight * 1e38)) for m in micro_batches]
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
+    settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0", "steps=5")
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        train_to_end(configure("poisoned", *settings))
+    assert len(calls) == 4
+    assert train_to_end(configure("poisoned", *settings, "checkpoint.resume=true")).steps == 5
+    assert len(calls) == 5, "the weights after step 4, which are those after step 2, were saved"
