@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.rewards import RewardError, WeightedSum, exact_match
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 ROWS = [
     {"prompt": "1+1=", "solution": "2", "expert": "2", "level": 1},
     {"prompt": "1+2=", "solution": "3", "expert": "4", "level": 2},

@@ -108,6 +108,7 @@ def test_the_most_telling_group_has_every_kind_of_sample():
     assert demo.most_telling([dull, rich, dull]) is rich
 
 
+@pytest.mark.slow
 def test_several_seeds_go_to_their_own_directories(tmp_path, console, overrides, monkeypatch):
     show = demo.show_headroom
     monkeypatch.setattr(demo, "show_headroom", lambda *arguments: show(*arguments) or True)

@@ -298,6 +298,7 @@ def byte_tokenizer():
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MATH_EVAL is None, reason="the published evaluation sets are not there: shared/data/math_eval")
 def test_the_published_math_sets_as_named_sets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))

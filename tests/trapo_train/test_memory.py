@@ -158,6 +158,7 @@ def test_changes_lower_the_peak(recipe):
     assert peaks == sorted(peaks) and peaks[-1] < plan.peak_bytes
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_it_fits_and_what_to_change(recipe, capsys):
     assert cli.main(["plan-memory", recipe, "--memory-gib", "1"]) == 0
     assert "fits into 1 GiB" in capsys.readouterr().out
