@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
   m.def(
       "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
-  m.def("bf16_gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
+  m.def("gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
   m.def("bf16_units() -> str");
   m.def("instruction_set(str? use=None) -> str");
 }

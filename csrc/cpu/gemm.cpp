@@ -1,4 +1,4 @@
-// The bf16 GEMM of the MKL inside libtorch_cpu, or that of bf16_tiles.h.
+// The GEMM of tiles.h, or the bf16 one of the MKL inside libtorch_cpu.
 
 #include "gemm.h"
 
@@ -13,7 +13,7 @@
 #endif
 
 #include "../checks.h"
-#include "bf16_tiles.h"
+#include "tiles.h"
 
 #if defined(TRAPO_MKL)
 // Weak: null with a torch built on another BLAS. MKL's integers are of 32 bits there; a value that fits reads the same from 64.
@@ -36,7 +36,7 @@ struct Matrix {
 };
 
 Matrix check_matrix(const char* name, const Tensor& x, ScalarType dtype) {
-  const char* op = "bf16_gemm";
+  const char* op = "gemm";
   STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must have two dimensions, got ", shape_of(x), ". Pass a matrix.");
   check_dtype(op, name, x, dtype);
   const int64_t rows = x.size(0), columns = x.size(1);
@@ -77,19 +77,24 @@ bool uses_mkl() {
 #endif
 }
 
-Bf16Lines lines_of(const void* data, const Matrix& x, bool along_k) {
-  return {static_cast<const uint16_t*>(data), x.leading, along_k};
+template <class T>
+void multiply_in_tiles(const void* left, const Matrix& a, const void* right, const Matrix& b, float beta, float* to, const Matrix& out) {
+  const Lines<T> rows = {static_cast<const T*>(left), a.leading, !a.transposed};
+  const Lines<T> columns = {static_cast<const T*>(right), b.leading, b.transposed};
+  tiles_gemm(rows, columns, to, out.leading, out.rows, out.columns, a.columns, beta);
 }
 
 }  // namespace
 
-std::string bf16_units() { return uses_mkl() ? "AMX" : has_bf16_tiles() ? "AVX512_BF16" : ""; }
+std::string bf16_units() { return uses_mkl() ? "AMX" : has_tiles() ? "AVX512_BF16" : ""; }
 
-void bf16_gemm(Tensor a_tensor, Tensor b_tensor, Tensor out_tensor, double beta) {
-  const char* op = "bf16_gemm";
-  STD_TORCH_CHECK(uses_mkl() || has_bf16_tiles(), op,
-                  ": this needs a processor with AVX512_BF16, or one with AMX and a torch with MKL. Compute in float32 instead.");
-  Matrix a = check_matrix("a", a_tensor, ScalarType::BFloat16), b = check_matrix("b", b_tensor, ScalarType::BFloat16);
+void gemm(Tensor a_tensor, Tensor b_tensor, Tensor out_tensor, double beta) {
+  const char* op = "gemm";
+  const bool narrow = a_tensor.scalar_type() == ScalarType::BFloat16, in_mkl = narrow && uses_mkl();
+  STD_TORCH_CHECK(in_mkl || has_tiles(), op, ": this needs a processor with AVX512_BF16 or, in bf16, one with AMX and a torch with MKL. ",
+                  narrow ? "Compute in float32 instead." : "Call torch.mm instead.");
+  const ScalarType dtype = narrow ? ScalarType::BFloat16 : ScalarType::Float;
+  Matrix a = check_matrix("a", a_tensor, dtype), b = check_matrix("b", b_tensor, dtype);
   Matrix out = check_matrix("out", out_tensor, ScalarType::Float);
   STD_TORCH_CHECK(a.columns == b.rows && out.rows == a.rows && out.columns == b.columns, op,
                   ": out [M, N] must be a [M, K] times b [K, N], got ", shape_of(out_tensor), ", ", shape_of(a_tensor), " and ", shape_of(b_tensor), ". Transpose or cut them to fit.");
@@ -102,14 +107,14 @@ void bf16_gemm(Tensor a_tensor, Tensor b_tensor, Tensor out_tensor, double beta)
   }
   float* to = static_cast<float*>(out_tensor.mutable_data_ptr());
 #if defined(TRAPO_MKL)
-  if (uses_mkl()) {
+  if (in_mkl) {
     cblas_gemm_bf16bf16f32(kRowMajor, a.order(), b.order(), out.rows, out.columns, a.columns, 1.0f, left, a.leading, right, b.leading,
                            static_cast<float>(beta), to, out.leading);
     return;
   }
 #endif
-  bf16_tiles_gemm(lines_of(left, a, !a.transposed), lines_of(right, b, b.transposed), to, out.leading, out.rows, out.columns, a.columns,
-                  static_cast<float>(beta));
+  const auto in_tiles = narrow ? multiply_in_tiles<uint16_t> : multiply_in_tiles<float>;
+  in_tiles(left, a, right, b, static_cast<float>(beta), to, out);
 }
 
 }  // namespace trapo

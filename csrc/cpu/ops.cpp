@@ -250,7 +250,7 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_native, CPU, m) {
   m.impl("row_gradient", TORCH_BOX(&trapo::row_gradient));
   m.impl("row_policy", TORCH_BOX(&trapo::row_policy));
   m.impl("token_coefficient", TORCH_BOX(&trapo::token_coefficient));
-  m.impl("bf16_gemm", TORCH_BOX(&trapo::bf16_gemm));
+  m.impl("gemm", TORCH_BOX(&trapo::gemm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) {

@@ -1,4 +1,4 @@
-"""bf16 heads on a CPU: by its bf16 instructions where it has them, in fp32 where it has not; the sums are fp32 either way."""
+"""Heads on a CPU: GEMMs of our own, of bf16 by bf16 instructions, in fp32 where there are none; the sums are fp32 either way."""
 
 import itertools
 
@@ -11,6 +11,13 @@ from trapo_kernels.backends import cpu_gemm, gemm, native
 
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 needs_bf16 = pytest.mark.skipif(not native.BF16_UNITS, reason="this processor does not multiply bf16")
+has_tiles = native.BF16_UNITS == "AVX512_BF16"
+needs_tiles = pytest.mark.skipif(not has_tiles, reason="this processor multiplies by MKL's GEMMs")
+of_either_dtype = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, marks=needs_bf16), pytest.param(torch.float32, marks=needs_tiles)],
+    ids=["bf16", "fp32"],
+)
 on_a_cpu = pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU takes 16 bits as they are")
 
 
@@ -21,40 +28,41 @@ def _matrix(rows, columns, in_columns, gap, dtype):
     return kept.t() if in_columns else kept
 
 
-@needs_bf16
+@of_either_dtype
 @pytest.mark.parametrize(
     "sizes",
     [(1, 1, 1), (1, 7, 3), (5, 1, 9), (64, 100, 33), (17, 1, 64), (130, 257, 65), (3, 4, 0), (0, 4, 3), (300, 410, 2100)],
     ids=str,
 )
 @pytest.mark.parametrize("beta", [0, 1])
-def test_products_of_every_layout(sizes, beta):
+def test_products_of_every_layout(sizes, beta, dtype):
     rows, columns, inner = sizes
     for a_in_columns, b_in_columns, out_in_columns, gap in itertools.product((False, True), (False, True), (False, True), (0, 5)):
-        a = _matrix(rows, inner, a_in_columns, gap, torch.bfloat16)
-        b = _matrix(inner, columns, b_in_columns, gap, torch.bfloat16)
+        a = _matrix(rows, inner, a_in_columns, gap, dtype)
+        b = _matrix(inner, columns, b_in_columns, gap, dtype)
         out = _matrix(rows, columns, out_in_columns, gap, torch.float32)
         expected = beta * out.double() + a.double() @ b.double()
         if beta == 0:
             out.fill_(float("nan"))  # is not read
-        assert cpu_gemm.bf16_product(a, b, out, beta) is out
+        assert cpu_gemm.product(a, b, out, beta) is out
         atol = max(
             1e-5, 5e-8 * inner
         )  # rounding of an fp32 sum of `inner` products of about 1; one missing would be 1000 times that
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.skipif(native.BF16_UNITS != "AVX512_BF16", reason="this processor multiplies bf16 by MKL's GEMM, if at all")
-def test_a_sum_has_the_same_bits_whatever_is_computed_beside_it():
-    a, b = torch.randn(300, 2100).bfloat16(), torch.randn(2100, 700).bfloat16()
-    whole = cpu_gemm.bf16_product(a, b, torch.empty(300, 700))
+@needs_tiles
+@of_either_dtype
+def test_a_sum_has_the_same_bits_whatever_is_computed_beside_it(dtype):
+    a, b = torch.randn(300, 2100).to(dtype), torch.randn(2100, 700).to(dtype)
+    whole = cpu_gemm.product(a, b, torch.empty(300, 700))
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             for rows, columns in ((slice(0, 300), slice(0, 700)), (slice(7, 8), slice(0, 700)), (slice(290, 300), slice(33, 650))):
                 part = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
-                assert torch.equal(cpu_gemm.bf16_product(a[rows], b[:, columns], part), whole[rows, columns])
+                assert torch.equal(cpu_gemm.product(a[rows], b[:, columns], part), whole[rows, columns])
     finally:
         torch.set_num_threads(threads)
 
@@ -62,7 +70,7 @@ def test_a_sum_has_the_same_bits_whatever_is_computed_beside_it():
 @needs_bf16
 def test_operands_without_unit_stride_are_copied():
     a, b = torch.randn(6, 20).bfloat16()[:, ::2], torch.randn(1, 4).bfloat16().expand(10, 4)
-    out = cpu_gemm.bf16_product(a, b, torch.empty(6, 4))
+    out = cpu_gemm.product(a, b, torch.empty(6, 4))
     torch.testing.assert_close(out, a.float() @ b.float())
 
 
@@ -70,7 +78,7 @@ def test_operands_without_unit_stride_are_copied():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a": torch.zeros(2, 3)}, r"a must be torch.bfloat16, got torch.float32. Convert it with"),
+        ({"b": torch.zeros(3, 4)}, r"b must be torch.bfloat16, got torch.float32. Convert it with"),
         ({"out": torch.zeros(2, 4).bfloat16()}, r"out must be torch.float32, got torch.bfloat16"),
         ({"b": torch.zeros(3).bfloat16()}, r"b must have two dimensions, got \[3\]. Pass a matrix"),
         (
@@ -86,15 +94,44 @@ def test_operands_without_unit_stride_are_copied():
 )
 def test_bad_arguments_of_the_op(change, message):
     arguments = {"a": torch.zeros(2, 3).bfloat16(), "b": torch.zeros(3, 4).bfloat16(), "out": torch.zeros(2, 4)} | change
-    with pytest.raises(RuntimeError, match=f"bf16_gemm: {message}"):
-        torch.ops.trapo_native.bf16_gemm(**arguments, beta=0.0)
+    with pytest.raises(RuntimeError, match=f"gemm: {message}"):
+        torch.ops.trapo_native.gemm(**arguments, beta=0.0)
 
 
 @needs_native
-@pytest.mark.skipif(bool(native.BF16_UNITS), reason="this processor multiplies bf16")
-def test_without_them_the_op_says_so():
-    with pytest.raises(RuntimeError, match="with AVX512_BF16, or one with AMX and a torch with MKL. Compute in float32"):
-        torch.ops.trapo_native.bf16_gemm(torch.zeros(2, 3).bfloat16(), torch.zeros(3, 4).bfloat16(), torch.zeros(2, 4), 0.0)
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        pytest.param(torch.bfloat16, "Compute in float32", marks=pytest.mark.skipif(bool(native.BF16_UNITS), reason="it has them")),
+        pytest.param(torch.float32, "Call torch.mm", marks=pytest.mark.skipif(has_tiles, reason="it has them")),
+    ],
+)
+def test_without_such_instructions_the_op_says_so(dtype, remedy):
+    with pytest.raises(
+        RuntimeError, match=f"a processor with AVX512_BF16 or, in bf16, one with AMX and a torch with MKL. {remedy}"
+    ):
+        torch.ops.trapo_native.gemm(torch.zeros(2, 3, dtype=dtype), torch.zeros(3, 4, dtype=dtype), torch.zeros(2, 4), 0.0)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("make", ["_INTEL", "_OTHER", pytest.param("_OTHER_WITH_TILES", marks=needs_tiles)])
+@pytest.mark.parametrize("strided", [False, True], ids=["rows", "strided weight"])
+def test_what_suits_one_processor_is_right_on_another(make, strided, monkeypatch):
+    """fp32 logprobs, entropies and gradients under every tuning, over several blocks and chunks, against fp64."""
+    tuning = getattr(cpu_gemm, make)._replace(block=400)
+    monkeypatch.setattr(cpu_gemm, "tuning", lambda: tuning)
+    hidden, weight, _ = cases.head(300, 24, 8209, torch.float32, 1.0)
+    if strided:
+        weight = torch.stack((weight.detach(), torch.full_like(weight, float("nan"))), -1)[..., 0].requires_grad_()
+    target = torch.randint(8209, (300,))
+    exact = cases.eager_statistics(hidden.double(), weight.double(), target)
+    eager = cases.eager_statistics(hidden, weight, target)
+    out = linear_logprob(hidden, weight, target, with_entropy=True)
+    for ours, truth in zip((out.logprob, out.entropy), exact, strict=True):
+        assert (ours - truth).abs().max() <= 1e-5
+    ours, theirs, truth = (cases.gradients(lp.sum() + h.sum(), (hidden, weight)) for lp, h in (out[:2], eager, exact))
+    for mine, peer, true in zip(ours, theirs, truth, strict=True):
+        assert cases.error(mine, true) <= 2 * cases.error(peer, true)
 
 
 @on_a_cpu

@@ -149,22 +149,6 @@ def test_a_chunk_on_a_gpu_has_as_many_logits_as_is_said_at_most(vocab_size):
         assert -(-num_rows // rows) == -(-num_rows // min(num_rows, most // 128 * 128 if num_rows > most else most))
 
 
-@pytest.mark.skipif(cases.DEVICE != "cpu", reason="the GEMMs of a GPU are the same everywhere")
-@pytest.mark.parametrize(
-    "processor", (cpu_gemm._INTEL, cpu_gemm._OTHER, cpu_gemm.Tuning(most_rows=16, block=16, gradient_in_columns=False))
-)
-def test_the_gemms_of_every_processor_agree(processor, monkeypatch):
-    monkeypatch.setattr(cpu_gemm, "tuning", lambda: processor)
-    monkeypatch.setattr(gemm, "_LEAST_LOGITS_CPU", 1)
-    hidden, weight, _ = cases.head(40, 24, 50, torch.float64)
-    target = torch.randint(50, (40,))
-    found, expected = (linear_logprob(hidden, weight, target, backend=backend) for backend in ("torch", "reference"))
-    torch.testing.assert_close(found.logprob, expected.logprob)
-    ours = cases.gradients(found.logprob.sum(), (hidden, weight))
-    for grad, reference in zip(ours, cases.gradients(expected.logprob.sum(), (hidden, weight)), strict=True):
-        torch.testing.assert_close(grad, reference)
-
-
 def test_many_chunks_equal_one(monkeypatch):
     hidden, weight, _ = cases.head(700, 5, 40)
     target = torch.randint(40, (700,), device=cases.DEVICE)

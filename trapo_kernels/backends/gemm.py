@@ -115,7 +115,8 @@ class HeadGemm:
         self.operand_dtype = operand_dtype(hidden.dtype, hidden.device.type)  # of hidden, weight and the logit gradient
         self.mixed = self.operand_dtype in (torch.bfloat16, torch.float16)
         weight = weight.to(hidden.dtype).to(self.operand_dtype)
-        self.weight = cpu_gemm.in_lines(weight) if self.on_cpu and self.mixed else weight
+        self.logits_in_tiles = self.on_cpu and self.operand_dtype == torch.float32 and cpu_gemm.tuning().logits_in_tiles
+        self.weight = cpu_gemm.in_lines(weight) if self.on_cpu and (self.mixed or self.logits_in_tiles) else weight
         self.statistics_dtype = statistics_dtype(hidden)
         self.gradient_in_columns = self.on_cpu and (self.mixed or cpu_gemm.tuning().gradient_in_columns)
         self.has_lora = head.lora_a is not None
@@ -150,7 +151,8 @@ class HeadGemm:
         low_rank = None if operands.low_rank is None else self._padded(operands.low_rank)
         out = buffer[: hidden.shape[0]]
         vocab_size = self.weight.shape[0]
-        step = cpu_gemm.tuning().block if self.on_cpu and not self.mixed else vocab_size
+        in_blocks = self.on_cpu and not self.mixed and not self.logits_in_tiles
+        step = cpu_gemm.tuning().block if in_blocks else vocab_size
         with self._exact():
             for start in range(0, vocab_size, step):
                 tokens = slice(start, start + step)
@@ -161,7 +163,8 @@ class HeadGemm:
         weight = self.weight[tokens].t()
         thin = self.batch_invariant and self._is_thin(out.shape[1])
         apart = thin or (out.dtype != self.operand_dtype and not self.mixed)  # bf16 logits of fp32 operands are rounded late
-        exact = self._multiply(hidden, weight, self._room(*out.shape, in_columns=thin) if apart else out)
+        multiply = cpu_gemm.product if self.logits_in_tiles else self._multiply
+        exact = multiply(hidden, weight, self._room(*out.shape, in_columns=thin) if apart else out)
         if low_rank is not None:
             self._add_product(exact, low_rank, self.b_beside_low_rank[tokens].t(), beta=1)
         if apart:
@@ -178,14 +181,14 @@ class HeadGemm:
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         if not self.mixed or out.dtype != torch.float32:
             return torch.mm(a, b, out=out)
-        return cpu_gemm.bf16_product(a, b, out) if self.on_cpu else torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+        return cpu_gemm.product(a, b, out) if self.on_cpu else torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
     def _add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         """out = beta · out + a · b, accumulated in the dtype of `out`; with beta 0 `out` is not read."""
         if not self.mixed or out.dtype != torch.float32:
             out.addmm_(a, b, beta=beta)
         elif self.on_cpu:
-            cpu_gemm.bf16_product(a, b, out, beta)
+            cpu_gemm.product(a, b, out, beta)
         else:
             torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, alpha=1, out=out)
 
@@ -226,7 +229,7 @@ class HeadGemm:
     def add_grad_bias(self, grad_bias: Tensor, grad_logits: Tensor) -> None:
         """grad_bias [V] fp32 (fp64) += Σ grad_logits over rows; a sum into another dtype would copy [C, V] on a CPU."""
         if self.on_cpu and self.mixed:
-            cpu_gemm.bf16_product(grad_logits.new_ones(1, grad_logits.shape[0]), grad_logits, grad_bias[None], beta=1)
+            cpu_gemm.product(grad_logits.new_ones(1, grad_logits.shape[0]), grad_logits, grad_bias[None], beta=1)
         else:
             grad_bias.add_(grad_logits.sum(0, dtype=grad_bias.dtype))
 

@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native extension does not load: {error}. Install trapo again under this version of torch."
-    if not hasattr(_OPS, "bf16_units"):  # the newest of its ops
+    if not hasattr(_OPS, "gemm"):  # the newest of its ops
         return "the native extension is older than this package. Install trapo again."
     return None
 
@@ -61,9 +61,9 @@ def instruction_set() -> str:
     return _OPS.instruction_set(None)
 
 
-def bf16_gemm(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
-    """out [M, N] fp32 = beta · out + a [M, K] · b [K, N] of bf16 operands, each with unit stride in a row or a column."""
-    _OPS.bf16_gemm(a, b, out, beta)
+def gemm(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
+    """out [M, N] fp32 = beta · out + a [M, K] · b [K, N] of bf16 or fp32, each with unit stride in a row or a column."""
+    _OPS.gemm(a, b, out, beta)
 
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:

@@ -6,19 +6,21 @@
 
 namespace trapo {
 
-// A matrix as its lines, which are multiplied along k: element (line, k) at data[line · leading + k], or, not `along_k`, at
-// data[k · leading + line].
-struct Bf16Lines {
-  const uint16_t* data;
+// A matrix of bf16 (uint16_t) or float as its lines, which are multiplied along k: element (line, k) at data[line · leading + k], or,
+// not `along_k`, at data[k · leading + line].
+template <class T>
+struct Lines {
+  const T* data;
   int64_t leading;
   bool along_k;
 };
 
-bool has_bf16_tiles();
+bool has_tiles();
 
 // out [M, N] fp32, its rows `leading` apart, = beta · out + a · bᵀ for the lines a [M] and b [N] of length `depth`; with beta 0 `out`
 // is not read. Every sum runs along k in the same order, however many threads, rows or columns there are.
-void bf16_tiles_gemm(const Bf16Lines& a, const Bf16Lines& b, float* out, int64_t leading, int64_t rows, int64_t columns,
-                     int64_t depth, float beta);
+template <class T>
+void tiles_gemm(const Lines<T>& a, const Lines<T>& b, float* out, int64_t leading, int64_t rows, int64_t columns, int64_t depth,
+                float beta);
 
 }  // namespace trapo
