@@ -135,3 +135,9 @@ def test_every_kernel_compiles_for_sm_80_90_100_without_spilling():
     assert len(result.stdout.splitlines()) == len(committed.splitlines())
     if f"triton {version('triton')}," in committed:  # another triton compiles to other figures
         assert result.stdout == committed, "regenerate results/offline_compile.md"
+
+
+def test_the_map_of_the_trainer_names_every_file_once():
+    named = re.findall(r"`(\w+\.py)`", (ROOT / "trapo_train" / "README.md").read_text().split("| room |")[1])
+    there = [path.name for path in (ROOT / "trapo_train").glob("*.py") if not path.name.startswith("__")]
+    assert sorted(named) == sorted(there)
