@@ -80,8 +80,9 @@ def linear_logprob(
             promised in float64 on a CPU, where MKL's products of few columns do not allow it.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
-            follows the measurements in trapo_kernels/scoring.json. A bf16 head on a CPU with AMX or AVX512_BF16 has the GEMMs of
-            the native extension under every chunked backend, where it is installed; float32 inputs never do.
+            follows the measurements in trapo_kernels/scoring.json. On a CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of
+            the native extension under every chunked backend, where it is installed; on one with AVX512_BF16 that is not Intel's
+            a float32 head has its GEMM into the logits.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
