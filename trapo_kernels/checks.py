@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trapo_kernels.batch import LossTotals, TokenBatch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # what the softmax computes in
 
 
 def one_of(where: str, name: str, value: object, allowed: tuple) -> None:
@@ -267,19 +268,21 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
             raise ValueError(
                 f"{where}: temperature carries no gradient, got a tensor that requires one. Pass temperature.detach()."
             )
-        if may_look(value) and bool((wrong := ~((value > 0) & (value < math.inf) | (target == IGNORE_INDEX))).any()):
+        if may_look(value) and bool((wrong := ~((value >= _LEAST) & (value <= _MOST) | (target == IGNORE_INDEX))).any()):
             actual = float(value[wrong][0])
-            raise ValueError(f"{where}: temperature must be finite and > 0, got {actual}. For greedy sampling score at 1.0.")
-    elif not isinstance(value, int | float) or not 0.0 < value < math.inf:
+            raise ValueError(
+                f"{where}: temperature must be finite and > 0 in float32, got {actual}. For greedy sampling score at 1.0."
+            )
+    elif not isinstance(value, int | float) or not _LEAST <= value <= _MOST:
         remedy = _as_number(value) or " For greedy sampling score at 1.0."
-        raise ValueError(f"{where}: temperature must be a finite number > 0, got {value!r}.{remedy}")
+        raise ValueError(f"{where}: temperature must be a finite number > 0 in float32, got {value!r}.{remedy}")
 
 
 def softcap(where: str, value: float | None) -> None:
     """None, or a finite positive number."""
-    if value is not None and not (isinstance(value, int | float) and 0.0 < value < math.inf):
+    if value is not None and not (isinstance(value, int | float) and _LEAST <= value <= _MOST):
         remedy = _as_number(value) or " Pass None for no cap."
-        raise ValueError(f"{where}: softcap must be None or a finite number > 0, got {value!r}.{remedy}")
+        raise ValueError(f"{where}: softcap must be None or a finite number > 0 in float32, got {value!r}.{remedy}")
 
 
 def logits_dtype(where: str, value: torch.dtype, hidden: Tensor) -> None:
