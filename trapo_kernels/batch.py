@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ class TokenBatch:
         if rows is None:
             return self
         batch_checks.active_rows(self, rows)
-        told = copy.copy(self)
+        told = replace(self)
         told._note_active_rows(rows)
         return told
 
