@@ -123,9 +123,11 @@ def _repeats(config: RunConfig, num_problems: int) -> str | None:
 def _correct(config: RunConfig) -> str | None:
     if not isinstance(config.reward, list) or len(config.reward) == 1 or config.rollout.correct_by is not None:
         return None
+    guided = f", and plan {config.plan.name} compares it with its thresholds" if config.plan.has_thresholds else ""
     return (
         f"what counts as correct, in evaluation too, is a weighted sum of {len(config.reward)} rewards of at least "
-        f"rollout.correct_at = {config.rollout.correct_at:g}. Set rollout.correct_by to the reward that alone says what is correct"
+        f"rollout.correct_at = {config.rollout.correct_at:g}{guided}. Set rollout.correct_by to the reward that alone says what is "
+        "correct"
     )
 
 

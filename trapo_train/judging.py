@@ -88,7 +88,7 @@ class Judging:
 
 
 def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> int:
-    """Set `reward`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many rewards were None.
+    """Set `reward`, `verdict`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many were None.
 
     With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
     written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
@@ -118,7 +118,8 @@ def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer
     for sample, value in zip(samples, values, strict=True):
         sample.reward = 0.0 if value is None else float(value)
         sample.rewards = value.parts if isinstance(value, Total) else {}
-        sample.correct = (opinion_of(value, config.correct_by) or 0.0) >= config.correct_at
+        sample.verdict = float(opinion_of(value, config.correct_by) or 0.0)
+        sample.correct = sample.verdict >= config.correct_at
         if sample.guided:
             prefix_text = _decode(tokenizer, sample.prefix_ids)
             sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)

@@ -7,6 +7,8 @@ A plan is a generator per problem that yields a `Request` and receives the rewar
 
 TRAPO's plans are ladders, and a ladder is data: rungs that are climbed in order, each a micro-group of samples with an
 expert prefix of its own. Each rung decides afresh, from the mean reward of all earlier samples, whether to use it.
+
+The rewards that a plan is sent are verdicts: of several rewards the one that rollout.correct_by names, unweighted.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Rung:
     prefix_ratio: float = 0.0
     """Share of the expert trace to start from, in [0, 1]; 0 never guides, 1 is the whole trace, nothing generated."""
     threshold: float | None = None
-    """Guide if the mean reward of all earlier samples is below this; null guides always. Null on the first rung."""
+    """Guide if the mean reward (rollout.correct_by) of earlier samples is below this; null guides always; so on the first rung."""
     expert_index: int = 0
     """Expert trace to take, from 0; a problem with fewer traces takes its last one."""
 
@@ -107,7 +109,7 @@ class PlanConfig:
     chunks: int | None = None
     """uft: equal parts of the trace of which a hint has the first few, at least 1; null for 5."""
     unsolved_at: float | None = None
-    """hpt, relift: a problem whose mean reward is at most this is unsolved; null for 0."""
+    """hpt, relift: a problem whose mean reward (rollout.correct_by) is at most this is unsolved; null for 0."""
     buffer_size: int | None = None
     """relift: unsolved problems that are waited for before a step trains on their expert traces, at least 1; null for 128."""
 
@@ -169,6 +171,13 @@ class PlanConfig:
         if self.name in ("ladder", *LADDERS):
             return max((rung.samples for rung in plan_rungs(self) if rung.prefix_ratio < 1), default=0)
         return self.setting("num_samples") - (self.name == "luffy")
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether the plan compares rewards with a number: rungs with a threshold, or unsolved_at."""
+        if self.name not in ("ladder", *LADDERS):
+            return self.name in _READERS["unsolved_at"]
+        return any(rung.threshold is not None for rung in plan_rungs(self))
 
     @property
     def guides(self) -> bool:

@@ -61,8 +61,9 @@ class Sample:
     `micro_group` counts from 1. `prefix_weight` is the share of the TrSFT loss that this copy of the prefix carries: 1/k for
     each of k samples of one problem that share a prefix. `finish_reason` is the engine's, or "expert" for a full expert trace.
     `rewards` are the parts of a weighted sum by name, unweighted, None for no opinion; empty for a single reward.
-    A completion that is `masked` is in no loss and no denominator; its reward counts as any other. `correct`: whether the response
-    counts as correct (rollout.correct_at and correct_by).
+    A completion that is `masked` is in no loss and no denominator; its reward counts as any other. `verdict`: what plans decide by,
+    the value of the reward that rollout.correct_by names, unweighted, else `reward`. `correct`: whether it reaches
+    rollout.correct_at.
     """
 
     problem: Problem
@@ -75,6 +76,7 @@ class Sample:
     prefix_weight: float = 1.0
     masked: bool = False
     reward: float = 0.0
+    verdict: float = 0.0
     correct: bool = False
     advantage: float = 0.0
     answer_in_prefix: bool = False

@@ -54,7 +54,8 @@ class RolloutConfig:
     """Smallest reward that counts as correct where pass rates are measured: in evaluation (accuracy and pass@k), in headroom and in
     reward/all_correct_share and reward/none_correct_share."""
     correct_by: str | None = None
-    """Name of the one of several rewards that correct_at is compared with; null for their weighted sum."""
+    """Name of the one of several rewards that says what is correct, unweighted: correct_at is compared with it, and plans decide on
+    guidance by it (thresholds of rungs, plan.unsolved_at); advantages are of the weighted sum. Null for the sum in all of these."""
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     """What generates: transformers or vllm, in this process, or vllm_server, a vLLM server that runs already."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -112,10 +113,10 @@ class _Climb:
     micro_group: int = 0
     outcome: Outcome = field(default_factory=Outcome)
 
-    def advance(self, rewards: list[float] | None) -> None:
-        """Send the rewards of the last request (None at the start) and take the next request."""
+    def advance(self, verdicts: list[float] | None) -> None:
+        """Send the verdicts on the last request (None at the start) and take the next request."""
         try:
-            self.request = self.plan.send(rewards)
+            self.request = self.plan.send(verdicts)
         except StopIteration as end:
             self.request = None
             self.outcome = end.value or Outcome()
@@ -146,7 +147,7 @@ class _Ascent:
                 waited_s += time.perf_counter() - since
                 for climb in sorted(judged, key=lambda climb: climb.position):
                     climb.samples.extend(climb.group)
-                    self.go_on(climb, [sample.reward for sample in climb.group])
+                    self.go_on(climb, [sample.verdict for sample in climb.group])
                 if judged:
                     continue
             for ticket, completion in self.stream.advance(self.judging.futures):
@@ -157,9 +158,9 @@ class _Ascent:
                     self.judging.start(climb, climb.group)
         return waited_s
 
-    def go_on(self, climb: _Climb, rewards: list[float] | None) -> None:
+    def go_on(self, climb: _Climb, verdicts: list[float] | None) -> None:
         """Take the plan's next request and hand it in."""
-        climb.advance(rewards)
+        climb.advance(verdicts)
         if climb.request is None:
             return
         climb.group = draft(climb.problem, climb.request, climb.micro_group, self.tokenizer, self.config)

@@ -113,8 +113,12 @@ def test_more_prompts_in_a_step_than_there_are(advised):
 
 def test_several_rewards_and_none_that_says_what_is_correct(advised):
     both = "reward=[{name: pointer_chasing}, {name: overlong, weight: 0.5, options: {max_tokens: 16, buffer: 4}}]"
-    (sentence,) = advised(both)
+    (sentence,) = advised(both, "plan.name=luffy")
     assert "a weighted sum of 2 rewards of at least rollout.correct_at = 1. Set rollout.correct_by" in sentence
+    rungs = "plan={name: ladder, rungs: [{samples: 2}, {samples: 1, prefix_ratio: 0.5, threshold: 0.5}]}"
+    for plan, name in (("plan.name=paper", "paper"), ("plan.name=hpt", "hpt"), ("plan.name=relift", "relift"), (rungs, "ladder")):
+        (sentence,) = advised(both, plan)
+        assert f"correct_at = 1, and plan {name} compares it with its thresholds. Set rollout.correct_by" in sentence
     assert advised(both, "rollout.correct_by=pointer_chasing") == advised("reward=[{name: pointer_chasing}]") == []
 
 

@@ -8,7 +8,7 @@ from tests.trapo_train.scripted import ScriptedEngine
 from trapo_train.advantages import AdvantageConfig, assign_advantages
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.records import ExpertTrace, Problem, Request
-from trapo_train.rewards import RewardError
+from trapo_train.rewards import RewardError, WeightedSum
 from trapo_train.rollout import RolloutConfig, drop_long_experts, merge_results, run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 
@@ -282,6 +282,27 @@ def test_what_a_plan_drops_is_not_trained_on_but_counted():
     assert result.metrics["reward/mean"] == pytest.approx(4 / 7)
     assert [len(call) for call in engine.calls] == [6]
     assert result.deferred == ()
+
+
+def test_plans_decide_by_the_reward_that_says_what_is_correct_and_advantages_are_of_the_sum():
+    def constant(value):
+        return lambda completions, **columns: [value] * len(completions)
+
+    def trained(plan, text, other, correct_by, weight=1.0, **options):
+        reward = WeightedSum([("math", pointer_chasing_reward, weight), ("other", constant(other), 0.5)])
+        config = replace(CONFIG, correct_by=correct_by)
+        return run([problem()], plan, always(text), reward, config, **options)[0]
+
+    whole, alone = ("stop", "stop"), ("expert",)
+    for correct_by, wrong in (("math", alone), (None, whole)):  # all wrong, and paid for their format
+        found = trained("hpt", WRONG, 0.2, correct_by, num_samples=2)
+        assert tuple(s.finish_reason for s in found.groups[0]) == wrong
+        assert trained("relift", WRONG, 0.2, correct_by, num_samples=2).deferred == ((0,) if correct_by else ())
+    for correct_by, guided in (("math", 0), (None, 4)):  # all right, and punished for their length
+        found = trained("paper", RIGHT, -1.5, correct_by)
+        assert sum(s.guided for s in found.groups[0]) == guided
+        assert [s.reward for s in found.groups[0]] == [1.0 - 0.5 * 1.5] * 8
+    assert not any(s.guided for s in trained("paper", RIGHT, 0.0, "math", weight=0.1).groups[0])  # the value is unweighted
 
 
 def test_deferred_problems_are_named_by_their_place():
