@@ -185,7 +185,7 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """The same objective on any logprobs: of another head, of a reduced sequence, of your own kernel.
 
-    Equivalent to: `Σ weight · (-a·V(d)) + β Σ weight · KL - entropy_coef Σ entropy_weight · entropy` (see `Objective`).
+    Equivalent to: `Σ weight · (-a·V(d)) + β Σ kl_weight · KL - entropy_coef Σ entropy_weight · entropy` (see `Objective`).
 
     Args:
         logprob: [N] fp32 or fp64 nats, differentiable. entropy: [N], differentiable; may be None when entropy_coef is 0.

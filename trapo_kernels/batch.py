@@ -31,6 +31,7 @@ class TokenBatch:
         scored_rows: int64 [K], rows that cannot contribute but whose logprob and entropy are wanted: they take part in the forward
             GEMM alone and count in no metric. None: none; such rows then read 0.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
+        kl_weight: fp32, weight of the KL term on rollout tokens, read nowhere else; None means `weight`.
 
     `active_rows`, int64 [M], are the rows that can contribute, ascending. They are found when the tensors are on the CPU (no sync),
     and move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which may have
@@ -50,6 +51,7 @@ class TokenBatch:
     rollout_logprob: Tensor | None = None
     sequence_id: Tensor | None = None
     scored_rows: Tensor | None = None
+    kl_weight: Tensor | None = None
 
     def __post_init__(self):
         batch_checks.token_batch(self)
@@ -72,7 +74,7 @@ class TokenBatch:
 
     def _versions(self) -> list[int] | None:
         """How often each tensor that decides about active rows was written to in place; None where nobody counts."""
-        deciding = [x for x in (self.role, self.weight, self.entropy_weight) if x is not None]
+        deciding = [x for x in (self.role, self.weight, self.entropy_weight, self.kl_weight) if x is not None]
         if torch.compiler.is_compiling() or any(x.is_inference() for x in deciding):
             return None
         return [x._version for x in deciding]
@@ -86,8 +88,10 @@ class TokenBatch:
 
     @property
     def active(self) -> Tensor:
-        """[N] bool: the rows that can contribute to the loss or to the entropy bonus."""
+        """[N] bool: the rows that can contribute to the loss, its KL term or the entropy bonus."""
         weighted = self.weight != 0
+        if self.kl_weight is not None:
+            weighted = weighted | ((self.kl_weight != 0) & (self.role == Role.ROLLOUT))
         if self.entropy_weight is not None:
             weighted = weighted | (self.entropy_weight != 0)
         return weighted & (self.role != Role.IGNORED)

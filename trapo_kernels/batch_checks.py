@@ -29,7 +29,7 @@ def token_batch(batch: TokenBatch) -> None:
     checks.vector(where, "target", batch.target, length, device, (torch.int64,))
     checks.vector(where, "role", batch.role, length, device, (torch.uint8,))
     checks.role_values(where, batch.role)
-    for name in ("advantage", "weight", "old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight"):
+    for name in ("advantage", "weight", "old_logprob", "ref_logprob", "rollout_logprob", "entropy_weight", "kl_weight"):
         value = getattr(batch, name)
         if value is not None or name == "weight":
             checks.vector(where, name, value, length, device, floats)
@@ -43,6 +43,9 @@ def token_batch(batch: TokenBatch) -> None:
         checks.finite_tensor(where, "weight", torch.where(real, batch.weight, 0.0), remedy)
         if batch.entropy_weight is not None:
             checks.finite_tensor(where, "entropy_weight", torch.where(real, batch.entropy_weight, 0.0), remedy)
+        if batch.kl_weight is not None:
+            rollout = batch.role == Role.ROLLOUT
+            checks.finite_tensor(where, "kl_weight", torch.where(rollout, batch.kl_weight, 0.0), remedy)
 
 
 def active_rows(batch: TokenBatch, rows: Tensor) -> None:
@@ -55,7 +58,7 @@ def active_rows(batch: TokenBatch, rows: Tensor) -> None:
         )
     if checks.may_look(batch.role) and not torch.equal(rows, found := batch.active_rows):
         raise ValueError(
-            f"{where}: rows must be those whose role is not IGNORED and whose weight or entropy weight is not 0, "
+            f"{where}: rows must be those whose role is not IGNORED and whose weight, entropy weight or KL weight is not 0, "
             f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {rows[:8].tolist()}"
             f"{'…' if len(rows) > 8 else ''} ({len(rows)} rows). Leave them out to have them found."
         )
@@ -80,8 +83,8 @@ def scored_rows(batch: TokenBatch) -> None:
     wrong = rows[batch.active[rows] | (batch.target[rows] < 0)]
     if len(wrong):
         raise ValueError(
-            f"{where} must have a target and no part in the loss (weight and entropy weight 0), got row {int(wrong[0])}. "
-            "Leave out active rows, which are scored anyway."
+            f"{where} must have a target and no part in the loss (weight, entropy weight and KL weight 0), got row "
+            f"{int(wrong[0])}. Leave out active rows, which are scored anyway."
         )
 
 
@@ -120,14 +123,16 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return
     weighted = (batch.weight != 0) & batch.active
-    _warn_of_an_idle_loss(where, batch.role[weighted], objective)
+    in_kl = weighted if batch.kl_weight is None else (batch.kl_weight != 0) & batch.active
+    _warn_of_an_idle_loss(where, batch.role[weighted | in_kl], objective)
     for layer in objective.layers:
         for code, term in ((Role.ROLLOUT, layer.rollout), (Role.EXPERT, layer.expert)):
             names = set() if term is None else term.reads(batch.on_policy) - {"sequence_id"}
-            names |= {"ref_logprob"} if layer.kl is not None and code == Role.ROLLOUT else set()
-            for name in sorted(names - ({"old_logprob"} if batch.on_policy else set())):
+            of_kl = layer.kl.reads if layer.kl is not None and code == Role.ROLLOUT else frozenset()
+            for name in sorted((names | of_kl) - ({"old_logprob"} if batch.on_policy else set())):
                 remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
-                read = torch.where(weighted & (batch.role == code), getattr(batch, name), 0.0)
+                readers = (weighted & (name in names)) | (in_kl & (name in of_kl))
+                read = torch.where(readers & (batch.role == code), getattr(batch, name), 0.0)
                 checks.finite_tensor(where, f"batch.{name}", read, remedy)
 
 

@@ -1,6 +1,7 @@
 """Static corrections: factors per token, known before the update, that the packer multiplies into `weight`.
 
-    weight = aggregate(role, sequence_id, mode=...) * tis(role, old_logprob, rollout_logprob)
+    kl_weight = aggregate(role, sequence_id, mode=...)  # of a KL term, which they leave alone, as entropy_weight is
+    weight = kl_weight * tis(role, old_logprob, rollout_logprob)
 
 The sampler and the trainer compute different logprobs for the same policy; ρ = exp(old - rollout) of a rollout token corrects for
 it. Expert tokens always get factor 1. Everything is tensor arithmetic without a host sync, on the host or on a GPU.

@@ -1,9 +1,10 @@
 """`Objective`: one formula for the whole family of SFT/RL losses, as frozen data.
 
-    L   = Σ_t w_t (-a_t · V(d_t)) + β Σ_t w_t · KL(d_ref,t) - entropy_coef · Σ_t wH_t · H_t
-    c_t = dL/dlogp_t = -w_t a_t G(d_t) + β w_t K(d_ref,t)          e_t = dL/dH_t = -entropy_coef · wH_t
+    L   = Σ_t w_t (-a_t · V(d_t)) + β Σ_t wK_t · KL(d_ref,t) - entropy_coef · Σ_t wH_t · H_t
+    c_t = dL/dlogp_t = -w_t a_t G(d_t) + β wK_t K(d_ref,t)         e_t = dL/dH_t = -entropy_coef · wH_t
 
-with d = logp - anchor, r = exp(d) and a gate (V, G), V' = G. What needs a whole sequence first is a term's `reduction`.
+with a batch's weight w, kl_weight wK and entropy_weight wH, d = logp - anchor, r = exp(d) and a gate (V, G), V' = G. What needs a
+whole sequence first is a term's `reduction`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,12 @@ class KL:
 
     def __str__(self):
         held = "" if self.clamp == math.inf else f", |log π/π_ref| ≤ {self.clamp:g}"
-        return f"{self.beta:g} · Σ w · {self.estimator}(π ‖ π_ref) on rollout tokens{held}"
+        return f"{self.beta:g} · Σ w_K · {self.estimator}(π ‖ π_ref) on rollout tokens{held}"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the optional `TokenBatch` tensors that the estimate reads."""
+        return frozenset({"ref_logprob", "old_logprob"} if self.estimator == "k3_corrected" else {"ref_logprob"})
 
     def value(self, d: Tensor, log_ratio: Tensor) -> Tensor:
         """The estimate [N] in nats; `log_ratio` = logp - old_logprob is used by "k3_corrected" alone."""
@@ -179,8 +185,7 @@ class Objective:
         """Names of the optional `TokenBatch` tensors that the objective reads; "old_logprob" may still be absent."""
         needed = set().union(*(term.reads(on_policy) for term in self.terms))
         for layer in self.layers:
-            if layer.kl:
-                needed |= {"ref_logprob"} | ({"old_logprob"} if layer.kl.estimator == "k3_corrected" else set())
+            needed |= layer.kl.reads if layer.kl else set()
         return needed
 
     @property

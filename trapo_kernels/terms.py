@@ -27,7 +27,7 @@ class Streams:
 
     `anchor` is what logp is compared with (0 for anchor zero; +inf stands for logp itself: "self", and weight 0), `signal` =
     weight · scale · (advantage or 1), `advantage` = what chooses the side of a clip (1 where the signal is "one"), `kl_weight` = β
-    · weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
+    · the KL's weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
     """
 
     role: Tensor  # uint8, IGNORED on rows that cannot contribute
@@ -57,12 +57,16 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
             advantage = torch.where(mine, 1.0, advantage)
         signal = torch.where(mine, amount * advantage, signal)
         anchor = torch.where(mine, _anchor(term, batch, weight), anchor)
-    anchor = torch.where(weight == 0, SELF, anchor)  # only its entropy counts: d = 0, so that 0 · r stays 0 whatever r would be
     entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(dtype)
     kl_weight = ref_logprob = None
+    unread = weight == 0  # by its term
     if objective.kl is not None:
-        kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * weight, 0.0)
+        in_kl = weight if batch.kl_weight is None else batch.kl_weight.to(dtype)
+        kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * in_kl, 0.0)
         ref_logprob = batch.ref_logprob.to(dtype)
+        if "old_logprob" in objective.kl.reads:
+            unread = unread & (kl_weight == 0)
+    anchor = torch.where(unread, SELF, anchor)  # d = 0, so that 0 · r stays 0 whatever r would be
     return Streams(
         role=role,
         anchor=anchor,
@@ -186,8 +190,8 @@ def metrics(
     other term: `role/clip_low` and `role/clip_high`, of an expert one where its gate clips; `expert/slope` = mean G(d), where that
     is not 1; unless the anchor is "zero" `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of
     KL(anchor ‖ π) from the ratio where the anchor sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss,
-    and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref). What describes a term is a mean over its `role/trained_count` tokens with
-    `weight` [N] ≠ 0; the others carry the entropy bonus alone.
+    and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref). What describes a term, its KL included, is a mean over its
+    `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the entropy bonus or the KL alone.
     """
     out: dict[str, Tensor] = {}
     for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):

@@ -219,14 +219,15 @@ SURROGATES = {
 
 
 def eager_loss(name, logprob, entropy, b, entropy_coef=0.0, beta=0.0, formulas=PUBLISHED):
-    """Σ w · published loss + β Σ w · k3 on rollouts - entropy_coef Σ w_H · H, over tokens that are not ignored."""
+    """Σ w · published loss + β Σ w_K · k3 on rollouts - entropy_coef Σ w_H · H, over tokens that are not ignored."""
     total = logprob.new_zeros(())
     for role, formula in zip((Role.EXPERT, Role.ROLLOUT), formulas[name], strict=True):
         if formula is not None:
             mine = b.role == role
             total = total + (b.weight * formula(logprob, b, entropy, mine))[mine].sum()
     if beta:
-        total = total + beta * (b.weight * _kl(logprob, b))[b.role == Role.ROLLOUT].sum()
+        kl_weight = b.weight if b.kl_weight is None else b.kl_weight
+        total = total + beta * (kl_weight * _kl(logprob, b))[b.role == Role.ROLLOUT].sum()
     return total - entropy_coef * (b.entropy_weight * entropy)[b.role != Role.IGNORED].sum()
 
 

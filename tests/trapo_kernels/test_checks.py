@@ -94,6 +94,8 @@ def test_linear_logprob(arguments, options, message):
         ({"advantage": torch.ones(N, 1)}, r"advantage must have shape \[N\] = \[4\], got \[4, 1\]"),
         ({"weight": torch.tensor([1.0, 1, float("inf"), 1])}, "weight must be finite.*got inf at row 2"),
         ({"entropy_weight": torch.tensor([1.0, float("inf"), 1, 1])}, "entropy_weight must be finite, got inf at row 1"),
+        ({"kl_weight": torch.tensor([1.0, float("nan"), 1, 1])}, "kl_weight must be finite, got nan at row 1"),
+        ({"kl_weight": torch.ones(2)}, r"kl_weight must have shape .* got \[2\]"),
         ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
         (
             {"weight": torch.ones(N, dtype=torch.bfloat16)},

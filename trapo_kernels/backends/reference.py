@@ -55,7 +55,7 @@ def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransfor
 
 
 def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> Tensor:
-    """0-d: Σ w (-a V(d)) + β Σ w KL - entropy_coef Σ w_H H, differentiable in logprob and entropy through the potentials."""
+    """0-d: Σ w (-a V(d)) + β Σ w_K KL - entropy_coef Σ w_H H, differentiable in logprob and entropy through the potentials."""
     loss = logprob.new_zeros(())
     entropy, weight, active = entropy.to(logprob.dtype), batch.weight.to(logprob.dtype), batch.active
     for layer in objective.layers:
@@ -63,11 +63,12 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
             if term is not None:
                 loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code) & (weight != 0))
         if layer.kl is not None and layer.kl.beta:
-            mine = active & (batch.role == Role.ROLLOUT) & (weight != 0)
+            kl_weight = weight if batch.kl_weight is None else batch.kl_weight.to(logprob.dtype)
+            mine = active & (batch.role == Role.ROLLOUT) & (kl_weight != 0)
             logp = torch.where(mine, logprob, 0.0)
             ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
             kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob.to(logp.dtype), 0.0), torch.where(mine, ratio_d, 0.0))
-            loss = loss + layer.kl.beta * torch.where(mine, weight * kl, 0.0).sum()
+            loss = loss + layer.kl.beta * torch.where(mine, kl_weight * kl, 0.0).sum()
         if layer.entropy_coef:
             entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(logprob.dtype)
             loss = loss - layer.entropy_coef * (torch.where(active, entropy_weight, 0.0) * torch.where(active, entropy, 0.0)).sum()

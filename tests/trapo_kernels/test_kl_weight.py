@@ -1,0 +1,134 @@
+"""A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import KL, TokenBatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels.objective import KL_ESTIMATORS
+
+BETA = 0.2
+PASSES = {"grpo": 1, "gmpo": 2}
+
+
+def _batch(estimator, dtype=torch.float64):
+    """A third of the rows without a policy loss, of which the KL term alone is left: what it does not read is NaN there."""
+    b = cases.batch(23, 57, dtype)
+    muted = torch.arange(23, device=cases.DEVICE) % 3 == 0
+    assert (muted & (b.role == 1)).any() and (~muted & (b.role == 1)).any()
+    weight, nan = torch.where(muted, 0.0, b.weight), torch.where(muted, torch.nan, 0.0).to(dtype)
+    return replace(
+        b,
+        weight=weight,
+        entropy_weight=weight,
+        kl_weight=b.entropy_weight,
+        advantage=b.advantage + nan,
+        old_logprob=b.old_logprob if estimator == "k3_corrected" else b.old_logprob + nan,
+    )
+
+
+def _objective(name, estimator):
+    return replace(objectives.PRESETS[name](entropy_coef=0.03), kl=KL(BETA, estimator))
+
+
+def _eager(name, estimator, inputs, b):
+    """The published loss where it has a weight, and the KL estimate where that has one."""
+    hidden, weight, bias = inputs
+    logprob, entropy = cases.eager_statistics(hidden, weight, b.target, bias)
+    known = {k: torch.nan_to_num(getattr(b, k), nan=-1.0) for k in ("advantage", "old_logprob")}
+    heard = torch.where(b.weight == 0, 0, b.role).to(torch.uint8)  # to which sequences are pooled
+    loss = cases.eager_loss(name, logprob, entropy, replace(b, role=heard, **known), entropy_coef=0.03)
+    d, ratio = logprob - b.ref_logprob, (logprob - known["old_logprob"]).exp()
+    k3 = torch.expm1(-d) + d
+    estimate = {"k1": d, "k2": d * d / 2, "k3": k3, "k3_corrected": ratio * k3}[estimator]
+    return loss + BETA * (b.kl_weight * estimate)[b.role == 1].sum()
+
+
+def _cases():
+    return [("grpo", estimator) for estimator in KL_ESTIMATORS] + [("gmpo", "k3")]  # one pass, and two
+
+
+@pytest.mark.parametrize(("name", "estimator"), _cases())
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_fp64_equality(backend, name, estimator):
+    inputs, b = cases.head(23, 7, 57), _batch(estimator)
+    expected = _eager(name, estimator, inputs, b)
+    hidden, weight, bias = inputs
+    out = linear_policy_loss(hidden, weight, b, _objective(name, estimator), bias=bias, backend=backend)
+    assert out.passes == (2 if backend == "reference" else PASSES[name])
+    assert cases.error(out.loss, expected) < 1e-12
+    for ours, theirs in zip(cases.gradients(out.loss, inputs), cases.gradients(expected, inputs), strict=True):
+        assert cases.error(ours, theirs) < 1e-12
+    assert all(value.isfinite() for value in out.metrics.values())
+
+
+@pytest.mark.parametrize(("name", "estimator"), _cases())
+@pytest.mark.parametrize("backend", cases.COMPILED)
+def test_a_compiled_backend_is_as_close_to_fp64_as_fp32_eager(backend, name, estimator):
+    exact, eager = [], []
+    for dtype, found in ((torch.float64, exact), (torch.float32, eager)):
+        inputs, b = cases.head(23, 7, 57, dtype), _batch(estimator, dtype)
+        loss = _eager(name, estimator, inputs, b)
+        found += [loss, *cases.gradients(loss, inputs)]
+    hidden, weight, bias = inputs
+    out = linear_policy_loss(hidden, weight, b, _objective(name, estimator), bias=bias, backend=backend)
+    for ours, theirs, truth in zip([out.loss, *cases.gradients(out.loss, inputs)], eager, exact, strict=True):
+        floor = 4e-7 * max(1e-2, truth.abs().max().item())
+        assert cases.error(ours, truth) <= 2 * cases.error(theirs, truth) + floor
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_policy_loss_of_a_chunked_backend_equals_the_reference(backend, estimator):
+    b = _batch(estimator, torch.float32)
+    logprob = (-4 * torch.rand(23)).to(cases.DEVICE).requires_grad_()
+    entropy = torch.rand(23).to(cases.DEVICE).requires_grad_()
+    results = []
+    for which in ("reference", backend):
+        out = policy_loss(logprob, entropy, b, _objective("grpo", estimator), backend=which)
+        results.append([out.loss, *cases.gradients(out.loss, (logprob, entropy)), *out.metrics.values()])
+    for reference, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_without_one_it_is_the_weight(backend):
+    hidden, weight, _ = cases.head(23, 7, 57, torch.float32)
+    b = cases.batch(23, 57, torch.float32)
+    found = [
+        cases.gradients(
+            linear_policy_loss(hidden, weight, which, objectives.grpo(beta=BETA), backend=backend).loss, (hidden, weight)
+        )
+        for which in (b, replace(b, kl_weight=b.weight))
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_rows_of_the_kl_alone_are_active_and_stay_known():
+    zero, role = torch.zeros(4), torch.tensor([0, 1, 1, 2], dtype=torch.uint8)
+    kl_weight = torch.tensor([float("nan"), 1.0, 0.0, 1.0])  # unread but on rollout tokens
+    b = TokenBatch(torch.zeros(4, dtype=torch.int64), role, None, zero, kl_weight=kl_weight)
+    assert b.active_rows.tolist() == [1] and b.target_to_score.tolist() == [-100, 0, -100, -100]
+    for same in (b.to(cases.DEVICE), pickle.loads(pickle.dumps(b)), b.with_active_rows(torch.tensor([1]))):
+        assert same.active_rows.tolist() == [1] and same.kl_weight[1] == 1
+    kl_weight[2] = 0.5
+    assert b.active_rows.tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"weight, entropy weight or KL weight is not 0, \[1, 2\]"):
+        b.with_active_rows(torch.tensor([1]))
+    with pytest.raises(ValueError, match="KL weight 0.*got row 1"):
+        replace(b, scored_rows=torch.tensor([1]))
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the streams hold")
+@pytest.mark.parametrize(("estimator", "name"), [("k3", "ref_logprob"), ("k3_corrected", "old_logprob")])
+def test_what_the_kl_reads_must_be_finite_where_it_has_a_weight(estimator, name):
+    hidden, weight, _ = cases.head(23, 7, 57)
+    b = _batch(estimator)
+    row = int(((b.weight == 0) & (b.role == 1)).nonzero()[0])
+    broken = getattr(b, name).clone()
+    broken[row] = torch.nan
+    with pytest.raises(ValueError, match=f"batch.{name} must be finite, got nan at row {row}"):
+        linear_policy_loss(hidden, weight, replace(b, **{name: broken}), _objective("grpo", estimator))
