@@ -48,7 +48,9 @@ class MicroBatch:
 
     `input_ids` and `position_ids` are [1, T]; `segment_lengths` are the tokens of each sequence, summing to T.
     `loss_positions` [N] are the positions in the row whose next token is scored; `batch` holds those N tokens. With a head sharded
-    over the vocabulary it holds those of all ranks, `rows_per_rank` of each (see `vocab_parallel`).
+    over the vocabulary it holds those of all ranks, `rows_per_rank` of each (see `vocab_parallel`). `correction`: what
+    updates.correction found and did, [N] fp32 each, NaN but on rollout tokens in the loss: log_ratio (trainer's logprob less the
+    sampler's), factor, and capped, which is 1 where the factor is less than the ratio because of a cap, else 0.
     """
 
     input_ids: Tensor
@@ -57,6 +59,7 @@ class MicroBatch:
     loss_positions: Tensor
     batch: TokenBatch
     rows_per_rank: tuple[int, ...] | None = None
+    correction: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on `device`."""
@@ -66,6 +69,7 @@ class MicroBatch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             loss_positions=self.loss_positions.to(device, non_blocking=True),
             batch=self.batch.to(device),
+            correction=self.correction and {name: x.to(device, non_blocking=True) for name, x in self.correction.items()},
         )
 
 

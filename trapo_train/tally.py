@@ -28,11 +28,9 @@ class Tally:
         batch = micro_batch.batch
         metrics = dict(out.metrics)
         if batch.rollout_logprob is not None:
-            trained = (batch.role == Role.ROLLOUT) & (batch.weight != 0)
-            # With several updates the policy moves away from the sampler: the one that sampled is the old one.
-            sampled_with = out.logprob if batch.old_logprob is None else batch.old_logprob
-            metrics |= _mismatch(sampled_with, batch.rollout_logprob, trained)
-            self._mismatches.append(torch.where(trained, (sampled_with.float() - batch.rollout_logprob).abs(), torch.nan))
+            log_ratio = _log_ratio(out, micro_batch)
+            metrics |= _mismatch(log_ratio) | _corrected(micro_batch)
+            self._mismatches.append(log_ratio.abs())
         self._add("loss", out.loss.detach().double())
         for name, value in metrics.items():
             if name.endswith("_max"):
@@ -93,8 +91,10 @@ class Tally:
 
 
 def _counted_by(name: str) -> str:
-    """The count of tokens that a metric of the kernels is a mean over."""
+    """The count of tokens that a metric is a mean over."""
     role, _, what = name.partition("/")
+    if role == "correction" or what.startswith("mismatch"):
+        return "rollout/sampled_count"
     return f"{role}/count" if what in ("logprob", "prob", "entropy") else f"{role}/trained_count"
 
 
@@ -114,12 +114,39 @@ def quantile(values: Tensor, share: float) -> Tensor:
     return torch.lerp(below, above, place - place.floor())
 
 
-def _mismatch(logprob: Tensor, rollout_logprob: Tensor, rollout: Tensor) -> dict[str, Tensor]:
+def _log_ratio(out: PolicyLossOutput, micro_batch: MicroBatch) -> Tensor:
+    """The trainer's logprob less the sampler's, [N] fp32, on the rollout tokens in the loss; NaN elsewhere.
+
+    A correction has measured it on those that it masked as well.
+    """
+    if micro_batch.correction is not None:
+        return micro_batch.correction["log_ratio"]
+    batch = micro_batch.batch
+    # With several updates the policy moves away from the sampler: the one that sampled is the old one.
+    sampled_with = out.logprob if batch.old_logprob is None else batch.old_logprob
+    trained = (batch.role == Role.ROLLOUT) & (batch.weight != 0)
+    return torch.where(trained, sampled_with.float() - batch.rollout_logprob, torch.nan)
+
+
+def _mismatch(log_ratio: Tensor) -> dict[str, Tensor]:
     """How far the trainer is from the sampler on the sampler's own tokens: KL estimate in nats, share off by over 10 %."""
-    count = rollout.sum().clamp(min=1)
-    difference = torch.where(rollout, logprob.float() - rollout_logprob, 0.0)
-    off = (difference.exp() - 1.0).abs() > 0.1
+    off = torch.where(log_ratio.isnan(), torch.nan, (log_ratio.expm1().abs() > 0.1).float())
     return {
-        "rollout/mismatch_kl": -difference.sum() / count,
-        "rollout/mismatch_above_10_percent": off.sum().float() / count,
+        "rollout/sampled_count": (~log_ratio.isnan()).sum(),
+        "rollout/mismatch_kl": _mean(-log_ratio),
+        "rollout/mismatch_above_10_percent": _mean(off),
     }
+
+
+def _corrected(micro_batch: MicroBatch) -> dict[str, Tensor]:
+    """What updates.correction did: mean factor, share of tokens that it masked, and share whose factor a cap held back."""
+    if micro_batch.correction is None:
+        return {}
+    factor, capped = micro_batch.correction["factor"], micro_batch.correction["capped"]
+    masked = torch.where(factor.isnan(), torch.nan, (factor == 0).float())
+    return {"correction/mean": _mean(factor), "correction/masked_share": _mean(masked), "correction/capped_share": _mean(capped)}
+
+
+def _mean(x: Tensor) -> Tensor:
+    """0-d: the mean of the values that are not NaN, 0 of none."""
+    return x.nansum() / (~x.isnan()).sum().clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trapo_kernels import corrections
+from trapo_kernels import Role, TokenBatch, corrections
 from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import reshard
@@ -36,17 +37,20 @@ class CorrectionConfig:
         for option in self.options:
             if option not in allowed:
                 raise ValueError(f"options of {self.name} are {', '.join(allowed)}, got {option!r}.")
-        empty = torch.zeros(0)
-        self.factor(torch.zeros(0, dtype=torch.uint8), empty, empty, torch.zeros(0, dtype=torch.int64))  # refuses bad values
+        none, label = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        batch = TokenBatch(label, label.to(torch.uint8), none, none, rollout_logprob=none, sequence_id=label)
+        self.factor(batch, none)  # refuses bad values
 
-    def factor(
-        self, role: torch.Tensor, old_logprob: torch.Tensor, rollout_logprob: torch.Tensor, sequence_id: torch.Tensor
-    ) -> torch.Tensor:
-        """The factor of every token, [N]."""
+    def factor(self, batch: TokenBatch, old_logprob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of every token, [N], and whether a cap made it less than the ratio, [N] bool."""
         function = getattr(corrections, self.name)
-        streams = {"old_logprob": old_logprob, "rollout_logprob": rollout_logprob, "sequence_id": sequence_id}
-        taken = {name: stream for name, stream in streams.items() if name in inspect.signature(function).parameters}
-        return function(role, **taken, **self.options)
+        parameters = inspect.signature(function).parameters
+        streams = {"role": batch.role, "old_logprob": old_logprob}
+        streams |= {"rollout_logprob": batch.rollout_logprob, "sequence_id": batch.sequence_id}
+        taken = {name: stream for name, stream in streams.items() if name in parameters} | self.options
+        factor = function(**taken)
+        whole = function(**taken | {"cap": math.inf}) if "cap" in parameters else factor
+        return factor, factor < whole
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class UpdateConfig:
     epochs: int = 1
     """Passes over all mini-batches, at least 1."""
     correction: CorrectionConfig | None = None
-    """Correction for the sampler's logprobs; null for none."""
+    """Correction for the sampler's logprobs; null for none. What it does is reported as correction/mean, the factor's mean over the
+    rollout tokens in the loss, and the shares of them that it masks and caps, correction/masked_share and /capped_share."""
 
     def __post_init__(self) -> None:
         for name in ("mini_batches", "epochs"):
@@ -94,16 +99,18 @@ def with_old_policy(
 
 def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, config: UpdateConfig) -> MicroBatch:
     batch = micro_batch.batch
-    changes: dict[str, Any] = {}
-    if config.correction is not None:
-        factor = config.correction.factor(batch.role, logprob, batch.rollout_logprob, batch.sequence_id)
-        changes["weight"] = batch.weight * factor
-    if config.per_step > 1:
-        changes["old_logprob"] = logprob
-    changed = replace(batch, **changes)
-    if "weight" not in changes:  # where a mask may take rows out
-        changed = changed.with_active_rows(batch.active_rows)
-    return replace(micro_batch, batch=changed)
+    changes: dict[str, Any] = {"old_logprob": logprob} if config.per_step > 1 else {}
+    if config.correction is None:
+        return replace(micro_batch, batch=replace(batch, **changes).with_active_rows(batch.active_rows))
+    factor, capped = config.correction.factor(batch, logprob)
+    changes["weight"] = batch.weight * factor
+    found = {"log_ratio": logprob.float() - batch.rollout_logprob, "factor": factor, "capped": capped.float()}
+    concerned = (batch.role == Role.ROLLOUT) & (batch.weight != 0)  # before a mask takes some out
+    return replace(
+        micro_batch,
+        batch=replace(batch, **changes),
+        correction={name: torch.where(concerned, x, torch.nan) for name, x in found.items()},
+    )
 
 
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -113,10 +120,12 @@ def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(updates) == 1:
         return updates[0]
-    taken = [update for update in updates if not update["skipped_step"] and update["loss_tokens"]] or updates
+    finite = [update for update in updates if not update["skipped_step"]] or updates
+    taken = [update for update in finite if update["loss_tokens"]] or finite
     merged: dict[str, Any] = {}
-    for name in dict.fromkeys(name for update in taken for name in update):
-        values = [update[name] for update in taken if name in update]
+    for name in dict.fromkeys(name for update in finite for name in update):
+        # Of an update without a token there may be what a correction masked.
+        values = [update[name] for update in (taken if name in ("loss", "grad_norm") else finite) if name in update]
         if name in ("loss_tokens", "micro_batches", "skipped_step"):
             merged[name] = sum(update[name] for update in updates)
         elif name.endswith("_max") or name == "loss_passes":

@@ -226,7 +226,8 @@ def test_torchrun_with_a_vocabulary_parallel_head_a_reference_and_old_logprobs(d
         rows[sharded] = [row for row in read_metrics(directory / "run" / "metrics.jsonl") if row["kind"] == "train"]
         AutoModelForCausalLM.from_pretrained(directory / "run" / "model")
     assert len(rows["true"]) == 2
-    for name in ("loss", "grad_norm", "entropy/rollout", "rollout/ratio_max", "rollout/mismatch_p95", "loss_tokens", "reward/mean"):
+    names = ("loss", "grad_norm", "entropy/rollout", "rollout/ratio_max", "rollout/mismatch_p95", "loss_tokens", "reward/mean")
+    for name in (*names, "correction/mean", "correction/capped_share"):
         for sharded, whole in zip(rows["true"], rows["false"], strict=True):
             assert sharded[name] == pytest.approx(whole[name], rel=tolerance, abs=tolerance / 100), name
 

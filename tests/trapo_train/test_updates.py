@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from tests.trapo_train.test_step import make_model, make_samples, packed
+from tests.trapo_train.test_step import make_model, make_samples, packed, step
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import Role, corrections, objectives
 from trapo_train.display import read_metrics
-from trapo_train.model import score
+from trapo_train.model import policy_forward, score
+from trapo_train.tally import Tally, quantile
 from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy
 
 
@@ -59,6 +60,67 @@ def test_a_correction_scales_the_weights_of_rollout_tokens(name, options):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("icepop", {"low": 0.9, "high": 1.1}),
+        ("mis", {"low": 5.0, "high": 6.0}),  # masks everything
+        ("tis", {"cap": 1.05}),
+        ("tis", {"cap": 1.0, "level": "sequence"}),
+        ("sequence_mask", {"low": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_metrics_tell_the_mismatch_before_a_correction_and_what_it_did_however_the_batch_is_split(name, options, epochs):
+    objective = objectives.trapo(entropy_coef=0.0)
+    samples = make_samples((0.5, -0.5, 0.25, 0.0), (0, 0, 4, 0))  # the last is in no loss
+    for sample, noise in zip(samples, ((0.0, 0.3, -0.3, 0.05, 1.0), (-0.1,) * 5, (0.2,) * 5, (9.0,) * 5), strict=True):
+        sample.completion_logprobs = tuple(-2.4 + x for x in noise)
+    config = UpdateConfig(epochs=epochs, correction=CorrectionConfig(name, options))
+    found = []
+    for max_tokens in (1000, 14):
+        prepared = with_old_policy(make_model(), packed(samples, objective, max_tokens), config, temperature=1.0)
+        found.append(step(make_model(), prepared, objective))
+    whole, split = found
+    assert split.pop("micro_batches") > whole.pop("micro_batches") == 1
+    assert whole.pop("trsft/weight_histogram") == split.pop("trsft/weight_histogram")
+    assert whole == pytest.approx(split, rel=1e-5, abs=1e-7)
+
+    (micro_batch,) = packed(samples, objective)
+    batch, model = micro_batch.batch, make_model()
+    rollout, logprob = batch.role == Role.ROLLOUT, score(model, micro_batch)
+    log_ratio = (logprob - batch.rollout_logprob)[rollout]
+    extra = {} if name == "icepop" else {"sequence_id": batch.sequence_id}
+    factor = getattr(corrections, name)(batch.role, logprob, batch.rollout_logprob, **extra, **options)[rollout]
+    expected = {
+        "rollout/mismatch_kl": -log_ratio.mean(),
+        "rollout/mismatch_above_10_percent": ((log_ratio.exp() - 1).abs() > 0.1).float().mean(),
+        "rollout/mismatch_p95": quantile(log_ratio.abs(), 0.95),
+        "correction/mean": factor.mean(),
+        "correction/masked_share": (factor == 0).float().mean(),
+        "correction/capped_share": ((factor == options.get("cap")) if name == "tis" else 0 * factor).float().mean(),
+    }
+    for key, value in expected.items():
+        assert whole[key] == pytest.approx(float(value), rel=1e-5, abs=1e-7), key
+    touched = whole["correction/capped_share" if name == "tis" else "correction/masked_share"]
+    assert touched == 1.0 if name == "mis" else 0 < touched < 1
+
+
+def test_what_a_correction_did_is_that_of_all_ranks():
+    objective, config = objectives.dapo(), UpdateConfig(correction=CorrectionConfig("icepop", {"low": 0.9, "high": 1.1}))
+    model = make_model()
+    prepared = with_old_policy(model, packed(make_samples(prefixes=(0, 2, 4)), objective, 14), config, temperature=1.0)
+    assert len(prepared) == 3
+    alone, ranks = Tally(), [Tally() for _ in prepared]
+    for micro_batch, rank in zip(prepared, ranks, strict=True):
+        out = policy_forward(model, micro_batch, objective)
+        alone.add(out, micro_batch, objective)
+        rank.add(out, micro_batch, objective)
+    together = Tally.merged([rank.on_cpu() for rank in ranks]).result({})
+    assert together == pytest.approx(alone.result({}), rel=1e-6)
+    assert together["correction/masked_share"] > 0 and together["rollout/mismatch_kl"] != 0
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: UpdateConfig(mini_batches=0), "mini_batches must be at least 1, got 0"),
@@ -83,6 +145,9 @@ def test_metrics_of_updates_are_merged():
     assert merge_updates([*updates, skipped]) == whole | {"loss_tokens": 12, "learning_rate": 0.3, "skipped_step": 1}
     empty = {"loss": 0.0, "loss_tokens": 0, "learning_rate": 0.4, "skipped_step": 0}  # of a mini-batch that nothing is left of
     assert merge_updates([*updates, empty]) == whole | {"learning_rate": 0.4} and merge_updates([empty, empty])["loss"] == 0.0
+    masked = empty | {"correction/masked_share": 1.0}  # which tells of the correction, and nothing of a loss
+    both = merge_updates([updates[0] | {"correction/masked_share": 0.5}, masked])
+    assert (both["loss"], both["correction/masked_share"]) == (1.0, 0.75)
     assert merge_updates([skipped, skipped])["skipped_step"] == 2 and math.isnan(merge_updates([skipped, skipped])["loss"])
 
 
