@@ -45,6 +45,11 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
             f"plan {plan.name} has steps on expert traces alone, and objective {objective.name} does not train on them. "
             "Use an objective with an expert term such as relift, or plan.name=grpo."
         )
+    if config.updates.correction is not None and objective.rollout is None and config.objective.chooser is None:
+        raise ValueError(
+            f"updates.correction corrects rollout tokens for their sampler, got {config.updates.correction.name} with objective "
+            f"{objective.name}, which trains on expert tokens alone. Set updates.correction=null, or use an objective for rollouts."
+        )
     if plan.guides:
         check_expert_streams(objective)
     if config.reward is None:

@@ -172,7 +172,7 @@ class Trainer:
             longest = config.rollout.max_response_tokens
             packed = pack(samples, config.packing, objective, max_response_tokens=longest, ranks=self.world.size)
             mine = self._my_micro_batches(packed)
-            mine = with_old_policy(self.model, mine, config.updates, config.rollout.temperature)
+            mine = with_old_policy(self.model, mine, objective, config.updates, config.rollout.temperature)
             mini_batches.append(self._with_reference(mine, objective))
         self.last_micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch]
         return merge_updates(

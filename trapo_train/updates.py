@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trapo_kernels import Role, TokenBatch, corrections
+from trapo_kernels import Objective, Role, TokenBatch, corrections
 from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import reshard
@@ -23,7 +23,8 @@ _STREAMS = ("role", "old_logprob", "rollout_logprob", "sequence_id")  # what the
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """A factor on the weight of rollout tokens for the difference between the sampler's logprobs and the trainer's."""
+    """A factor on the policy loss of rollout tokens for the difference between the sampler's logprobs and the trainer's; a KL term
+    and the entropy bonus are left as they are."""
 
     name: str = "tis"
     """Function of trapo_kernels.corrections: tis, mis, icepop or sequence_mask."""
@@ -82,28 +83,33 @@ def split_groups(groups: Sequence[list[Sample]], parts: int) -> list[list[Sample
 
 
 def with_old_policy(
-    model: PreTrainedModel, micro_batches: Sequence[MicroBatch], config: UpdateConfig, temperature: float
+    model: PreTrainedModel, micro_batches: Sequence[MicroBatch], objective: Objective, config: UpdateConfig, temperature: float
 ) -> list[MicroBatch]:
     """The micro-batches with what must be known of the policy before the first update.
 
-    `old_logprob` where there are several updates (with one the policy is its own old one); the correction's factor in the weights.
-    Both come from the trainer's own forward pass, with the packing of the updates that follow.
+    `old_logprob` where there are several updates (with one the policy is its own old one), for ratios and to measure the sampler;
+    the correction's factor in the weights of the policy loss, not in those of its KL term and entropy bonus. Both come from the
+    trainer's own forward pass, with the packing of the updates that follow; where nothing reads them there is none.
     """
-    if config.per_step == 1 and config.correction is None:
+    rollouts = any(layer.rollout is not None for layer in objective.layers)
+    read = rollouts or "old_logprob" in objective.reads()
+    if not (config.per_step > 1 and read) and not (config.correction is not None and rollouts):
         return list(micro_batches)
     model.train()
     scored = score_all(model, micro_batches, temperature)
     reshard(model)  # or the first update would see the weights of before
-    return [_with_old(micro_batch, logprob, config) for micro_batch, logprob in zip(micro_batches, scored, strict=True)]
+    return [_with_old(micro_batch, logprob, objective, config) for micro_batch, logprob in zip(micro_batches, scored, strict=True)]
 
 
-def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, config: UpdateConfig) -> MicroBatch:
+def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, objective: Objective, config: UpdateConfig) -> MicroBatch:
     batch = micro_batch.batch
     changes: dict[str, Any] = {"old_logprob": logprob} if config.per_step > 1 else {}
     if config.correction is None:
         return replace(micro_batch, batch=replace(batch, **changes).with_active_rows(batch.active_rows))
     factor, capped = config.correction.factor(batch, logprob)
     changes["weight"] = batch.weight * factor
+    if any(layer.kl is not None for layer in objective.layers):
+        changes["kl_weight"] = batch.weight
     found = {"log_ratio": logprob.float() - batch.rollout_logprob, "factor": factor, "capped": capped.float()}
     concerned = (batch.role == Role.ROLLOUT) & (batch.weight != 0)  # before a mask takes some out
     return replace(

@@ -228,6 +228,10 @@ def test_used_output_dir_is_refused(configure):
             ["objective.name=dr_grpo", "plan={name: grpo, num_samples: 1}"],
             "plan must draw at least 2 samples of a problem",
         ),
+        (
+            ["objective.name=sft", "plan.name=sft", "updates.correction={name: tis}"],
+            "updates.correction corrects rollout tokens .* got tis with objective sft, which trains on expert tokens alone",
+        ),
         (["packing.max_tokens=20"], r"fit into packing\.max_tokens = 20, got 30 \+ 16 = 46 tokens"),
         (["model.scratch.max_position=32"], r"fit into the model's positions .*max_position\) = 32, got 30 \+ 16 = 46"),
         (["objective.name=sft", "plan.name=sft", "rollout.max_response_tokens=2"], "none of the 8 problems has an expert"),

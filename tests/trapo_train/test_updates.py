@@ -1,6 +1,7 @@
 """Several updates per rollout step: old logprobs from before the first, corrections in the weights, merged metrics."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from tests.trapo_train.test_step import make_model, make_samples, packed, step
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import Role, corrections, objectives
+from trapo_train import updates as updates_module
 from trapo_train.display import read_metrics
-from trapo_train.model import policy_forward, score
+from trapo_train.model import policy_forward, score, score_all
 from trapo_train.tally import Tally, quantile
 from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy
 
@@ -30,7 +32,7 @@ def test_old_logprobs_are_those_of_the_policy_before_the_updates():
     model, objective = make_model(), objectives.dapo()
     micro_batches = packed(make_samples(), objective, max_tokens=20)
     assert len(micro_batches) > 1
-    prepared = with_old_policy(model, micro_batches, UpdateConfig(epochs=2), temperature=1.0)
+    prepared = with_old_policy(model, micro_batches, objective, UpdateConfig(epochs=2), temperature=1.0)
     for before, after in zip(micro_batches, prepared, strict=True):
         assert torch.equal(after.batch.old_logprob, score(model, before))
         assert torch.equal(after.batch.weight, before.batch.weight)
@@ -39,7 +41,43 @@ def test_old_logprobs_are_those_of_the_policy_before_the_updates():
 def test_a_single_update_without_correction_is_left_alone():
     model, objective = make_model(), objectives.dapo()
     micro_batches = packed(make_samples(), objective)
-    assert with_old_policy(model, micro_batches, UpdateConfig(), 1.0) == micro_batches
+    assert with_old_policy(model, micro_batches, objective, UpdateConfig(), 1.0) == micro_batches
+
+
+@pytest.mark.parametrize(
+    ("objective", "updates", "passes"),
+    [
+        (objectives.sft(), {"mini_batches": 4}, 0),
+        (objectives.trsft(entropy_coef=0.1), {"epochs": 2}, 0),
+        (objectives.sft(), {"correction": CorrectionConfig("tis")}, 0),  # as a chooser may have it of a step
+        (objectives.psft(), {"epochs": 2}, 1),  # whose expert term has a ratio
+        (objectives.rloo(), {"epochs": 2}, 1),  # which has none, but the sampler is measured by the policy that sampled
+        (objectives.trapo(), {"correction": CorrectionConfig("tis")}, 1),
+    ],
+)
+def test_the_policy_is_scored_only_where_that_is_read(objective, updates, passes, monkeypatch):
+    ran = []
+    monkeypatch.setattr(updates_module, "score_all", lambda *given: ran.append(1) or score_all(*given))
+    micro_batches = packed(make_samples(), objective)
+    prepared = with_old_policy(make_model(), micro_batches, objective, UpdateConfig(**updates), temperature=1.0)
+    assert len(ran) == passes and (passes or prepared == micro_batches)
+
+
+@pytest.mark.parametrize("name", ["icepop", "tis"])
+def test_a_correction_leaves_the_kl_term_and_the_entropy_bonus_alone(name):
+    """As TRL and verl have it: the importance ratio belongs to the policy loss."""
+    model, objective = make_model(), objectives.grpo(beta=0.2, entropy_coef=0.05)
+    (micro_batch,) = packed(make_samples(prefixes=(0, 0, 0)), objective)  # all ratios are between 0.6 and 0.8
+    batch = replace(micro_batch.batch, ref_logprob=torch.linspace(-4, -1, 15))
+    config = UpdateConfig(correction=CorrectionConfig(name, {"high": 0.6} if name == "icepop" else {"cap": 0.5}))
+    (prepared,) = with_old_policy(model, [replace(micro_batch, batch=batch)], objective, config, temperature=1.0)
+    assert prepared.batch.active_rows.tolist() == list(range(15))  # of icepop by the KL and the bonus alone
+    out = policy_forward(model, prepared, objective)
+    factor = torch.zeros(15) if name == "icepop" else torch.full((15,), 0.5)
+    d = out.logprob - batch.ref_logprob
+    kl, bonus = (batch.weight * (torch.expm1(-d) + d)).sum(), (batch.entropy_weight * out.entropy).sum()
+    expected = -(batch.weight * factor * batch.advantage).sum() + 0.2 * kl - 0.05 * bonus
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +87,7 @@ def test_a_correction_scales_the_weights_of_rollout_tokens(name, options):
     model, objective = make_model(), objectives.trapo()
     (micro_batch,) = packed(make_samples(), objective)
     config = UpdateConfig(correction=CorrectionConfig(name, options))
-    (prepared,) = with_old_policy(model, [micro_batch], config, temperature=1.0)
+    (prepared,) = with_old_policy(model, [micro_batch], objective, config, temperature=1.0)
     batch, logprob = micro_batch.batch, score(model, micro_batch)
     extra = {} if name == "icepop" else {"sequence_id": batch.sequence_id}
     factor = getattr(corrections, name)(batch.role, logprob, batch.rollout_logprob, **extra, **options)
@@ -78,7 +116,7 @@ def test_metrics_tell_the_mismatch_before_a_correction_and_what_it_did_however_t
     config = UpdateConfig(epochs=epochs, correction=CorrectionConfig(name, options))
     found = []
     for max_tokens in (1000, 14):
-        prepared = with_old_policy(make_model(), packed(samples, objective, max_tokens), config, temperature=1.0)
+        prepared = with_old_policy(make_model(), packed(samples, objective, max_tokens), objective, config, temperature=1.0)
         found.append(step(make_model(), prepared, objective))
     whole, split = found
     assert split.pop("micro_batches") > whole.pop("micro_batches") == 1
@@ -108,7 +146,7 @@ def test_metrics_tell_the_mismatch_before_a_correction_and_what_it_did_however_t
 def test_what_a_correction_did_is_that_of_all_ranks():
     objective, config = objectives.dapo(), UpdateConfig(correction=CorrectionConfig("icepop", {"low": 0.9, "high": 1.1}))
     model = make_model()
-    prepared = with_old_policy(model, packed(make_samples(prefixes=(0, 2, 4)), objective, 14), config, temperature=1.0)
+    prepared = with_old_policy(model, packed(make_samples(prefixes=(0, 2, 4)), objective, 14), objective, config, temperature=1.0)
     assert len(prepared) == 3
     alone, ranks = Tally(), [Tally() for _ in prepared]
     for micro_batch, rank in zip(prepared, ranks, strict=True):
