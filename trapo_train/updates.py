@@ -18,7 +18,7 @@ from trapo_train.parallel import reshard
 from trapo_train.records import Sample
 
 CORRECTIONS = ("tis", "mis", "icepop", "sequence_mask")
-_STREAMS = ("role", "old_logprob", "rollout_logprob", "sequence_id")  # what the trainer gives to a correction
+_STREAMS = ("role", "old_logprob", "rollout_logprob", "sequence_id", "advantage")  # what the trainer gives to a correction
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,19 @@ class CorrectionConfig:
     name: str = "tis"
     """Function of trapo_kernels.corrections: tis, mis, icepop or sequence_mask."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Its arguments, such as {cap: 2.0} of tis or {low: 0.5, high: 2.0, level: sequence} of mis."""
+    """Its arguments, such as {cap: 2.0} of tis or {low: 0.5, high: 2.0, level: sequence} of mis. sequence_mask with {low: 0.5,
+    negative_only: true} masks tokens of negative advantage alone, as DeepSeek-V3.2 does; false, the default, masks either."""
 
     def __post_init__(self) -> None:
         if self.name not in CORRECTIONS:
             raise ValueError(f"name must be one of {', '.join(CORRECTIONS)}, got {self.name!r}.")
-        allowed = [name for name in inspect.signature(getattr(corrections, self.name)).parameters if name not in _STREAMS]
+        parameters = inspect.signature(getattr(corrections, self.name)).parameters
+        allowed = [name for name in parameters if name not in _STREAMS] + ["negative_only"] * ("advantage" in parameters)
         for option in self.options:
             if option not in allowed:
                 raise ValueError(f"options of {self.name} are {', '.join(allowed)}, got {option!r}.")
+        if not isinstance(self.options.get("negative_only", False), bool):
+            raise ValueError(f"negative_only of {self.name} must be true or false, got {self.options['negative_only']!r}.")
         none, label = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
         batch = TokenBatch(label, label.to(torch.uint8), none, none, rollout_logprob=none, sequence_id=label)
         self.factor(batch, none)  # refuses bad values
@@ -48,7 +52,9 @@ class CorrectionConfig:
         parameters = inspect.signature(function).parameters
         streams = {"role": batch.role, "old_logprob": old_logprob}
         streams |= {"rollout_logprob": batch.rollout_logprob, "sequence_id": batch.sequence_id}
-        taken = {name: stream for name, stream in streams.items() if name in parameters} | self.options
+        options = dict(self.options)
+        streams |= {"advantage": batch.advantage} if options.pop("negative_only", False) else {}
+        taken = {name: stream for name, stream in streams.items() if name in parameters} | options
         factor = function(**taken)
         whole = function(**taken | {"cap": math.inf}) if "cap" in parameters else factor
         return factor, factor < whole

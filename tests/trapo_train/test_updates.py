@@ -97,6 +97,15 @@ def test_a_correction_scales_the_weights_of_rollout_tokens(name, options):
     assert prepared.batch.old_logprob is None  # one update: the policy is its own old one
 
 
+@pytest.mark.parametrize(("negative_only", "kept"), [(True, [1, 0, 1]), (False, [0, 0, 0])])
+def test_a_sequence_mask_of_one_side_leaves_sequences_of_positive_advantage(negative_only, kept):
+    model, objective = make_model(), objectives.dr_grpo()
+    (micro_batch,) = packed(make_samples((0.5, -0.5, 0.25), (0, 0, 0)), objective)
+    correction = CorrectionConfig("sequence_mask", {"low": 2.0, "negative_only": negative_only})  # every ratio is below
+    (prepared,) = with_old_policy(model, [micro_batch], objective, UpdateConfig(correction=correction), temperature=1.0)
+    assert torch.equal(prepared.batch.weight, micro_batch.batch.weight * torch.tensor(kept).repeat_interleave(5))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -165,6 +174,9 @@ def test_what_a_correction_did_is_that_of_all_ranks():
         (lambda: CorrectionConfig("vtrace"), "name must be one of tis, mis, icepop, sequence_mask, got 'vtrace'"),
         (lambda: CorrectionConfig("tis", {"low": 1}), "options of tis are cap, level, got 'low'"),
         (lambda: CorrectionConfig("tis", {"cap": -1.0}), r"cap must lie in \(0"),
+        (lambda: CorrectionConfig("tis", {"negative_only": True}), "options of tis are cap, level, got 'negative_only'"),
+        (lambda: CorrectionConfig("sequence_mask", {"advantage": 1}), "are low, high, negative_only, got 'advantage'"),
+        (lambda: CorrectionConfig("sequence_mask", {"negative_only": "yes"}), "must be true or false, got 'yes'"),
     ],
 )
 def test_bad_settings(make, message):
