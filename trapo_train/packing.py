@@ -33,7 +33,8 @@ class PackingConfig:
     TRAPO's release), token_mean (loss tokens), role_mean (loss tokens of the same role), sequence_mean (mean of each sequence,
     then of the sequences), sequence_sum (sequences) or prompt_mean (mean over each problem's tokens, then of the problems)."""
     train_on_prompt: bool = False
-    """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining."""
+    """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining; with expert traces
+    alone: a plan that samples nothing, and an objective without rollout term whose expert term reads no advantage."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -98,6 +99,21 @@ def check_expert_streams(objective: Objective) -> None:
             f"objective {objective.name} compares expert tokens with rollout_logprob, the logprobs of the policy that sampled "
             "them, and the expert traces of a dataset have none. Use an objective whose expert tokens need none, such as luffy, "
             "or a plan without expert traces."
+        )
+
+
+def check_prompt_training(config: PackingConfig, objective: Objective) -> None:
+    """Raise ValueError for `train_on_prompt` with an objective that would weigh prompts by what was sampled after them."""
+    if not config.train_on_prompt:
+        return
+    terms = [layer.expert for layer in objective.layers if layer.expert is not None]
+    reader = "trains on rollouts" if any(layer.rollout is not None for layer in objective.layers) else None
+    reader = "weighs expert tokens by the advantage" if any(term.signal == "advantage" for term in terms) else reader
+    if reader is not None:
+        raise ValueError(
+            f"packing.train_on_prompt needs an objective of expert tokens alone, without advantages, got {objective.name}, which "
+            f"{reader}: what a prompt is trained with would depend on its samples. Set packing.train_on_prompt=false, or use an "
+            "objective such as sft."
         )
 
 

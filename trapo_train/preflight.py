@@ -16,7 +16,7 @@ from trapo_kernels import Objective
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
 from trapo_train.model import ModelConfig
-from trapo_train.packing import check_expert_streams
+from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.step import OptimizerConfig, build_optimizer
 
 
@@ -52,6 +52,12 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         )
     if plan.guides:
         check_expert_streams(objective)
+    check_prompt_training(config.packing, objective)
+    if config.packing.train_on_prompt and plan.largest_request:
+        raise ValueError(
+            f"packing.train_on_prompt needs a plan that samples nothing, got {plan.name}, each of whose samples would train its "
+            "prompt once more. Set packing.train_on_prompt=false, or plan.name=sft."
+        )
     if config.reward is None:
         _check_nothing_is_judged(config, objective)
 
