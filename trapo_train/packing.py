@@ -127,11 +127,11 @@ def pack(
 ) -> list[MicroBatch]:
     """Pack all samples of one optimizer step into micro-batches of at most `config.max_tokens` tokens.
 
-    A prefix token is an EXPERT token whose weight is multiplied by `prefix_weight`, a completion token a ROLLOUT token
-    with the sample's advantage. A role that the objective does not train enters no denominator and carries at most the
-    entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0, count in the denominators;
-    then they are dropped, and so are samples without any token left. A masked completion is left out before anything is counted,
-    as if the sample had none, and the model never reads it.
+    A prefix token is an EXPERT token whose weight is multiplied by `prefix_weight`, a completion token a ROLLOUT token with the
+    sample's advantage. A role that the objective does not train enters no denominator, nor does a sequence or prompt that has none
+    but its tokens, and carries at most the entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0,
+    count in the denominators; then they are dropped, and so are samples without any token left. A masked completion is left out
+    before anything is counted, as if the sample had none, and the model never reads it.
 
     Args:
         samples: every sample of the step, in any order.
@@ -196,7 +196,7 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
     share = spread([(s.prefix_weight, 1.0) for s in samples], torch.float32)
     sample = torch.arange(len(samples)).repeat_interleave(response_lengths)
     prompt = torch.tensor([s.problem.index for s in samples], dtype=torch.int64).repeat_interleave(response_lengths)
-    normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens, "prompt_id": prompt}
+    normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens}
 
     trained = torch.zeros_like(kind, dtype=torch.bool)
     silent = torch.zeros_like(trained)  # in the loss and its denominators, but with a gradient of exactly zero
@@ -208,11 +208,14 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
             if not has_kl and all(term.signal == "advantage" for term in terms):
                 silent |= (kind == role) & (advantage == 0)
     trained &= share != 0
-    weight = aggregate(torch.where(trained, kind, Role.IGNORED), sample, share=share, **normalise)
+    # What is not trained is of no sequence and of no prompt, or one without a trained token would count in the denominators.
+    sequence_id, prompt_id = (torch.where(trained, label, -1) for label in (sample, prompt))
+    role = torch.where(trained, kind, Role.IGNORED)
+    weight = aggregate(role, sequence_id, share=share, prompt_id=prompt_id, **normalise)
     entropy_weight = torch.zeros_like(weight)
     if any(layer.entropy_coef for layer in objective.layers):
         # One bonus for all response tokens: expert and rollout tokens share its denominator.
-        entropy_weight = aggregate(torch.full_like(kind, Role.ROLLOUT), sample, **normalise)
+        entropy_weight = aggregate(torch.full_like(kind, Role.ROLLOUT), sample, prompt_id=prompt, **normalise)
     return _LossTokens(
         target=torch.tensor([t for s in samples for t in (*s.prefix_ids, *s.completion_ids)], dtype=torch.int64),
         role=kind,

@@ -224,6 +224,21 @@ def test_sequence_ids_name_the_samples_and_none_is_split():
     assert sorted(seen) == list(range(len(samples)))
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_sequences_and_prompts_without_a_trained_token_enter_no_denominator(aggregation):
+    """Whole traces under an objective for rollouts, and unguided samples under one for expert tokens, change no weight."""
+    rollouts = [make_sample(0, completion=5, advantage=1.0), make_sample(0, prefix=2, completion=2, advantage=-1.0)]
+    traces = [make_sample(1, prefix=6, completion=0), make_sample(2, prefix=3, completion=0)]
+    for objective, trained, other in ((objectives.dr_grpo(), rollouts, traces), (objectives.sft(), traces, rollouts[:1])):
+        alone, among = (one(samples, objective, aggregation).batch for samples in (trained, trained + other))
+        assert torch.equal(among.weight.sort().values, alone.weight.sort().values)
+    bonus = objectives.dr_grpo(entropy_coef=0.1)  # which is of all response tokens
+    batch = one(rollouts + traces, bonus, aggregation).batch
+    assert len(batch) == 18 and (batch.entropy_weight > 0).all()
+    if aggregation in ("sequence_mean", "prompt_mean", "token_mean"):
+        assert float(batch.entropy_weight.sum()) == pytest.approx(1.0) == float(batch.weight.sum())
+
+
 def test_a_second_layer_trains_its_roles_too():
     sample = make_sample(prefix=3, completion=2, advantage=0.0)
     batch = one([sample], objectives.srft()).batch  # SFT trains the demonstration whatever its advantage
