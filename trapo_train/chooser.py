@@ -7,6 +7,8 @@
 A chooser is asked before every step, those of plan relift on deferred problems left out, with the number of steps taken and the
 metrics of the last step (empty before the first), and answers "both", "expert", "rollout", or the name of a preset, which is used
 with its own defaults. A step without a rollout term takes the expert traces of its problems instead of what the plan would sample.
+An answer that the run cannot train, such as a preset that reads logprobs of a reference it has not kept, ends the run as an
+exception of the chooser does: before anything is sampled, and with a checkpoint.
 
 A chooser must draw its decision from these and its own state alone, so that a run can be resumed. One with state has
 `state_dict()` and `load_state_dict(state)`, of tensors and plain values, which go into the checkpoint.

@@ -62,6 +62,19 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         _check_nothing_is_judged(config, objective)
 
 
+def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool) -> None:
+    """Raise ValueError for an objective that a chooser chose and this run, its model and plan built, cannot train a step with."""
+    if "ref_logprob" in objective.reads() and not has_reference:
+        raise ValueError(
+            f"objective.chooser chose {objective.name}, which reads the logprobs of the model before training; it is kept "
+            f"only for an objective.name that reads them too, got {config.objective.name}. Choose another, or set such an "
+            "objective.name."
+        )
+    if config.plan.guides or objective.rollout is None:  # which takes the traces
+        check_expert_streams(objective)
+    check_prompt_training(config.packing, objective)
+
+
 def _check_nothing_is_judged(config: RunConfig, objective: Objective) -> None:
     plan, remedy = config.plan, ""
     if plan.largest_request:

@@ -33,7 +33,7 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.preflight import check_lengths, check_objective, check_places, named
+from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, named
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
@@ -250,7 +250,7 @@ class Trainer:
     def _asked(self) -> str:
         try:
             choice = self.chooser(self.step, self.last_metrics)
-            apply_choice(choice, self.objective)
+            check_choice(apply_choice(choice, self.objective), self.config, has_reference=self.reference is not None)
         except Exception as error:  # a chooser is the user's code: whatever it raises must not lose the run
             name = self.config.objective.chooser
             raise ChooserError(f"objective.chooser {name!r} failed at step {self.step}: {error!r}") from error
@@ -364,11 +364,6 @@ class Trainer:
         """The micro-batches with logprobs of the model as it was before training, where the objective reads them."""
         if "ref_logprob" not in objective.reads():
             return micro_batches
-        if self.reference is None:
-            raise ValueError(
-                f"objective.chooser chose {objective.name}, which reads the logprobs of the model before training; it is kept "
-                f"only for an objective.name that reads them too, got {self.config.objective.name}."
-            )
         with without_lora(self.reference):
             scored = score_all(self.reference, micro_batches, self.config.rollout.temperature)
         reshard(self.reference)

@@ -10,6 +10,7 @@ import pytest
 from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import trainer
+from trapo_train.chooser import ChooserError
 from trapo_train.train import Trainer, run
 
 COSINE = "{schedule: cosine, start: 0.8, end: 0.2, steps: 6}"
@@ -40,8 +41,14 @@ class Drift:
         self.position = state["position"]
 
 
-def choose_kl(step, metrics):
-    return "iw_sft"
+class Named:
+    """A chooser that answers with the preset of the class's name."""
+
+    def __call__(self, step, metrics):
+        return type(self).__name__
+
+
+iw_sft, exgrpo, uft, dr_grpo = (type(name, (Named,), {}) for name in ("iw_sft", "exgrpo", "uft", "dr_grpo"))
 
 
 @pytest.fixture
@@ -120,10 +127,36 @@ def test_a_reference_is_kept_for_a_kl_that_a_schedule_turns_on(configure):
     assert "ref_logprob" in trainer.objective.reads()
 
 
-def test_a_chooser_that_needs_the_model_before_training_is_refused(configure):
-    trainer = Trainer(configure("kl", "objective={name: trapo, chooser: 'tests.trapo_train.test_family:choose_kl'}"))
-    with pytest.raises(ValueError, match="chose iw_sft, which reads the logprobs of the model before training"):
-        trainer.train_step()
+def _chosen_by(name, objective="trapo"):
+    return f"objective={{name: {objective}, chooser: 'tests.trapo_train.test_family:{name}'}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([_chosen_by("iw_sft")], "chose iw_sft, which reads the logprobs of the model before training"),
+        ([_chosen_by("uft")], "chose uft, which reads the logprobs of the model before training"),
+        ([_chosen_by("exgrpo")], "objective exgrpo compares expert tokens with rollout_logprob"),
+        (
+            [_chosen_by("dr_grpo", "sft"), "plan.name=sft", "packing.train_on_prompt=true"],
+            "needs an objective of expert tokens alone, .* got dr_grpo, which trains on rollouts",
+        ),
+    ],
+)
+def test_a_choice_that_the_run_cannot_train_is_an_error_of_the_chooser_before_anything_is_sampled(
+    configure, monkeypatch, settings, message
+):
+    chosen = Trainer(configure("chosen", *settings))
+    monkeypatch.setattr(trainer, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
+    before = chosen.order.state_dict()
+    with pytest.raises(ChooserError, match=message):
+        chosen.train_step()
+    assert chosen.order.state_dict() == before  # so that a checkpoint is saved
+
+
+@pytest.mark.parametrize("settings", [[_chosen_by("uft", "uft")], [_chosen_by("exgrpo", "dr_grpo"), "plan.name=grpo"]])
+def test_a_choice_that_the_run_can_train_is_trained(configure, settings):
+    assert Trainer(configure("chosen", *settings)).train_step()["skipped_step"] == 0
 
 
 @pytest.mark.parametrize(
