@@ -4,9 +4,9 @@ Start the server with its endpoints for reinforcement learning, on a file system
 
     VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-Math-7B --port 8000 --logprobs-mode processed_logprobs
 
-`processed_logprobs` are those at the sampling temperature, which is what the trainer compares with; vLLM takes them after top_k and
-top_p, so leave these off where the sampler's logprobs enter the loss. Before a step samples, the
-trainer writes its weights as safetensors to `sync_dir`, and the server reads them from there.
+`processed_logprobs` are those at the sampling temperature, which is what the trainer compares with: a server that reports others is
+refused. vLLM takes them after top_k and top_p, so leave these off where the sampler's logprobs enter the loss. Before a step
+samples, the trainer writes its weights as safetensors to `sync_dir`, and the server reads them from there.
 """
 
 from __future__ import annotations
@@ -85,13 +85,23 @@ class VllmServerEngine(SeededEngine):
         self.sync_dir = Path(config.sync_dir or sync_dir).resolve()
 
     def check(self) -> None:
-        """Raise EngineError unless the server answers and offers the model."""
+        """Raise EngineError unless the server answers, offers the model and reports the logprobs that the trainer compares with."""
         client = _Client(self._config)
         client.call("GET", "/health")
         offered = [entry.get("id") for entry in (client.call("GET", "/v1/models") or {}).get("data", [])]
         if self._model not in offered:
             raise EngineError(
                 f"vllm_server: the server must offer the model {self._model!r}, it offers {offered}. Set rollout.vllm_server.model."
+            )
+        # After top_k = 1 one token is left, whose processed logprob is 0 and whose raw one is not; three times, as tokens may tie.
+        words = [[len(self._tokenizer) // part] for part in (2, 3, 4)]
+        answers = self.generate(words, SamplingParams(1, temperature=2.0, top_k=1, stop_token_ids=(), seed=0))
+        reported = [logprob for answer in answers for logprob in answer.logprobs]
+        if not any(logprob == 0 for logprob in reported):
+            raise EngineError(
+                "vllm_server: the server must report the logprobs that it samples with, 0 for a token drawn with top_k=1, it "
+                f"reports {', '.join(f'{logprob:.4g}' for logprob in reported)}: temperature and importance weights would be "
+                "wrong. Start it with --logprobs-mode processed_logprobs."
             )
 
     def load_weights(self) -> None:

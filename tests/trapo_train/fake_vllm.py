@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trapo_train.engine import SamplingParams, TransformersEngine
 from trapo_train.tasks import build_tokenizer
@@ -93,7 +93,10 @@ class FakeServer:
     """
 
     def __init__(self, port=0):
-        self.model, self.engine, self.lock = None, None, threading.Lock()
+        self.lock, self.logprobs_mode = threading.Lock(), "processed_logprobs"
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        self._serve(LlamaForCausalLM(LlamaConfig(vocab_size=len(build_tokenizer()), **shape)))
         self.counting = threading.Lock()
         self.faults, self.requests, self.loaded, self.answered = [], [], [], []
         self.delay = lambda body: 0.0
@@ -107,18 +110,34 @@ class FakeServer:
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
     def load(self, path):
-        self.model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-        self.engine = TransformersEngine(self.model, build_tokenizer(), seed=0, max_batch_tokens=4096)
+        self._serve(AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager"))
         self.loaded.append(path)
 
+    def _serve(self, model):
+        self.model = model.eval()
+        self.engine = TransformersEngine(self.model, build_tokenizer(), seed=0, max_batch_tokens=4096)
+
     def complete(self, body):
-        params = SamplingParams(
-            body["max_tokens"], body["temperature"], body["top_p"], stop_token_ids=tuple(body["stop_token_ids"]), seed=body["seed"]
-        )
+        top_k, stop_ids = max(0, body["top_k"]), tuple(body["stop_token_ids"])
+        params = SamplingParams(body["max_tokens"], body["temperature"], body["top_p"], top_k, stop_ids, body["seed"])
         with self.lock:
             (completion,) = self.engine.generate([body["prompt"]], params)
+            logprobs = self.reported(body["prompt"], completion, params)
         choice = {"index": 0, "text": "", "finish_reason": completion.finish_reason, "token_ids": list(completion.token_ids)}
-        return {"choices": [choice | {"logprobs": {"token_logprobs": list(completion.logprobs)}}]}
+        return {"choices": [choice | {"logprobs": {"token_logprobs": logprobs}}]}
+
+    @torch.no_grad()
+    def reported(self, prompt, completion, params):
+        """The logprobs as vLLM's sampler has them: processed ones after temperature and top_k, raw ones before both."""
+        processed = self.logprobs_mode == "processed_logprobs"
+        if processed and not params.top_k:
+            return list(completion.logprobs)
+        ids = torch.tensor([[*prompt, *completion.token_ids]])
+        logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        if processed:
+            logits = logits / params.temperature
+            logits = logits.masked_fill(logits < logits.topk(params.top_k).values[:, -1:], -torch.inf)
+        return logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist()
 
     def close(self):
         self.http.shutdown()

@@ -72,6 +72,22 @@ def test_completions_are_those_of_the_model_with_its_logprobs(engine, server):
     assert server.requests[1][0] == "/reset_prefix_cache"  # the old weights' cache is gone before the first request
 
 
+def test_a_server_that_reports_logprobs_before_the_temperature_is_refused(engine, server):
+    before = engine.state_dict()
+    server.logprobs_mode = "raw_logprobs"  # vLLM's default
+    with pytest.raises(EngineError, match=r"0 for a token drawn with top_k=1, it reports -\d.*--logprobs-mode processed_logprobs"):
+        engine.check()
+    server.logprobs_mode = "processed_logprobs"
+    engine.check()
+    assert engine.state_dict() == before
+
+
+def test_a_tie_of_two_tokens_is_no_reason_to_refuse_a_server(engine, server, monkeypatch):
+    tied = iter([[-0.6931], [0.0], [0.0]])
+    monkeypatch.setattr(server, "reported", lambda *arguments: next(tied))
+    engine.check()
+
+
 def test_equal_states_ask_for_equal_samples_whatever_the_order_of_arrival(engine):
     state = engine.state_dict()
     first = engine.generate([[5, 6]] * 6, SamplingParams(8))
