@@ -31,6 +31,8 @@ from trapo_train.parallel import World
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _MARKER = ".exported_by_trapo"
+# What changes in an optimizer's groups during a run; the rest is configured, or chosen for how the parameters are held (fused).
+_SCHEDULED = ("lr", "initial_lr")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -46,7 +48,7 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
             for key, value in entries.items():
                 home = tensors if isinstance(value, Tensor) else values
                 home[f"optimizer.{name}.{key}"] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
     return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state)}
 
 
@@ -78,7 +80,7 @@ def load_training_state(
         }
         set_optimizer_state_dict(model, optimizer, nested)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update(saved)
+        group.update({key: saved[key] for key in _SCHEDULED if key in saved})
 
 
 def load_trained_weights(model: PreTrainedModel, store: CheckpointStore, step: int) -> None:

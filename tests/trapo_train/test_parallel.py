@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,22 @@ def test_a_state_before_and_after_the_first_step_moves_to_a_fresh_model(settings
             assert torch.equal(again[name], value), name
 
 
+def test_a_loaded_state_leaves_the_implementation_that_was_chosen_for_these_parameters(tmp_path):
+    model, saved = make_model(), OptimizerConfig(name="SGD", learning_rate=0.1, options={"momentum": 0.9})
+    optimizer = build_optimizer(model, saved)
+    assert optimizer.param_groups[0]["fused"]
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.05  # by the schedule
+    store = CheckpointStore(tmp_path, 1)
+    _save(store, model, optimizer)
+    fresh = make_model()
+    for_shards = build_optimizer(fresh, replace(saved, options={"momentum": 0.9, "fused": False, "foreach": True}))
+    _load(store, fresh, for_shards)
+    assert {group["fused"] for group in for_shards.param_groups} == {False} and for_shards.param_groups[0]["foreach"]
+    assert [group["lr"] for group in for_shards.param_groups] == [0.05, 0.1]
+
+
 @pytest.mark.parametrize("length", range(8))
 def test_shares_put_together_are_the_whole(length):
     items = list(range(length))
@@ -201,9 +218,10 @@ def torn(step, metrics):
 @pytest.mark.slow
 def test_torchrun_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without_a_fused_form_for_shards(tmp_path):
     settings = ("optimizer={name: SGD, learning_rate: 1e-2}", "objective={chooser: 'tests.trapo_train.test_parallel:torn'}")
-    _torchrun(2, tmp_path, "steps=2", *settings)
+    _torchrun(1, tmp_path, "steps=1", *settings)  # fused
+    _torchrun(2, tmp_path, "steps=3", "checkpoint.resume=true", *settings)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
-    assert [row["num_samples"] for row in rows] == [24, 24]  # of the plan of the first rank's answer, on both
+    assert [row["num_samples"] for row in rows] == [24, 24, 24]  # of the plan of the first rank's answer, on both
 
 
 @pytest.mark.slow
