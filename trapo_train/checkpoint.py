@@ -78,6 +78,8 @@ class CheckpointStore:
         self.directory = Path(directory)
         self.keep, self.keep_best = keep, keep_best
         self._ranks = world or World.alone()
+        self.undeleted: str | None = None
+        """What is wrong with an old checkpoint that the last `save` could not delete; known to the first rank."""
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order; whether they are intact shows when they are loaded."""
@@ -109,7 +111,7 @@ class CheckpointStore:
         score: float | None = None,
     ) -> Path:
         """Write a checkpoint, durable on disk when this returns, and drop those older than the newest `keep`, but not the best with
-        `keep_best`. Every rank calls it.
+        `keep_best`; where that fails `undeleted` says so. Every rank calls it.
 
         Args:
             state: the first rank's plain Python values and small tensors, in dicts, lists and tuples.
@@ -147,6 +149,7 @@ class CheckpointStore:
                 f"checkpoint: step {step} could not be saved to {self.directory}: {_reason(error)}. {kept} "
                 f"{remedy}, then resume with checkpoint.resume=true."
             ) from error
+        self._on_first_rank(self._prune)
         return self.path(step)
 
     def rate(self, step: int, score: float | None) -> None:
@@ -241,10 +244,16 @@ class CheckpointStore:
         _sync_directory(unfinished)
         unfinished.rename(self.path(step))
         _sync_directory(self.directory)
+
+    def _prune(self) -> None:
+        self.undeleted = None
         best = self.best() if self.keep_best else None
         for old in self.steps()[: -self.keep]:
-            if old != best:
-                shutil.rmtree(self.path(old))
+            try:
+                if old != best:
+                    shutil.rmtree(self.path(old))
+            except OSError as error:
+                self.undeleted = f"{self.path(old)} could not be deleted, and takes space until it is: {_one_line(error)}"
 
     def _score(self, step: int) -> float | None:
         try:

@@ -183,7 +183,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
             if (due or stopping) and saved_at != trainer.step:
                 try:
-                    reporter.event(f"saved {trainer.save(store)}")
+                    _save(trainer, store, reporter)
                 except CheckpointError as error:
                     if finished:
                         return error
@@ -195,7 +195,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             metrics = trainer.train_step()
         except SAMPLING_ERRORS:  # they leave the state as it was
             if saved_at != trainer.step:
-                reporter.event(f"saved {trainer.save(store)}")
+                _save(trainer, store, reporter)
             raise
         reporter.step(metrics)
         told = _tell(trainer, reporter, metrics, told)
@@ -208,8 +208,15 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         except NonFiniteError:  # nothing was taken from the updates that were skipped
             trainer.skipped_in_a_row = 0  # of the run that goes on from here
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
-                reporter.event(f"saved {trainer.save(store)}")
+                _save(trainer, store, reporter)
             raise
+
+
+def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
+    """Save a checkpoint; an old one that cannot be deleted is told, and the run goes on."""
+    reporter.event(f"saved {trainer.save(store)}")
+    if store.undeleted is not None:
+        reporter.event(store.undeleted)
 
 
 def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: set[str]) -> set[str]:

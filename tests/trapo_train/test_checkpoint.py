@@ -197,6 +197,22 @@ def test_a_failed_save_leaves_the_last_one(store, monkeypatch):
     assert [path.name for path in store.directory.iterdir()] == ["step_00000001"]
 
 
+def test_an_old_one_that_cannot_be_deleted_is_told_and_the_new_one_is_saved(store, monkeypatch):
+    for step in (1, 2):
+        store.save(step, make_state(), FINGERPRINT)
+
+    def busy(path, *arguments, **options):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        assert store.save(3, make_state(), FINGERPRINT) == store.path(3)
+    assert "step_00000001 could not be deleted" in store.undeleted and "resource busy" in store.undeleted
+    assert store.steps() == [1, 2, 3] and store.load(FINGERPRINT)[0] == 3
+    store.save(4, make_state(), FINGERPRINT)
+    assert store.undeleted is None and store.steps() == [3, 4]
+
+
 def test_a_save_killed_before_the_rename_is_invisible_and_cleaned_up(store, monkeypatch):
     store.save(1, make_state(), FINGERPRINT)
     with monkeypatch.context() as patch:

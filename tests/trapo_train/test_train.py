@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -94,6 +95,22 @@ def rows(config: RunConfig) -> list[dict]:
 
 def exported(config: RunConfig) -> bytes:
     return (Path(config.output_dir) / "model" / "model.safetensors").read_bytes()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_training_goes_on(configure, monkeypatch):
+    delete = shutil.rmtree
+
+    def busy(path, *arguments, **options):
+        if Path(path).name == "step_00000001":
+            raise OSError(16, "Device or resource busy", str(path))
+        delete(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    config = configure("run", "steps=3", "checkpoint={every: 1, keep: 1}")
+    assert train_to_end(config).steps == 3
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event" and "not be deleted" in row["text"]]
+    assert len(told) == 2 and "step_00000001 could not be deleted" in told[0]
+    assert [path.name for path in sorted((Path(config.output_dir) / "checkpoints").iterdir())] == ["step_00000001", "step_00000003"]
 
 
 def test_a_run_leaves_metrics_config_checkpoints_and_a_model(configure):
