@@ -15,7 +15,7 @@ from trapo_train.evaluate import group_problems, standard_error
 from trapo_train.judging import judge_samples
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn
-from trapo_train.rollout import RolloutConfig, complete, draft, drop_long_experts
+from trapo_train.rollout import RolloutConfig, complete, draft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,6 +138,7 @@ def measure_headroom(
     trace would say nothing about the model. The engine's own random state is left alone.
 
     Args:
+        problems: with expert traces of at most rollout.max_response_tokens tokens.
         rollout: its max_response_tokens, top_p, top_k, verify, correct_at, correct_by and how traces are cut; the
             temperature is the config's.
 
@@ -180,7 +181,7 @@ def _accepted(
     while len(chosen) < limit and len(chosen) + num_rejected < len(problems):
         start = len(chosen) + num_rejected
         # A block of what is still missing: grading may be slow, and a data set long.
-        block, _ = drop_long_experts(problems[start : start + limit - len(chosen)], rollout.max_response_tokens)
+        block = problems[start : start + limit - len(chosen)]
         traces = [
             [draft(problem, Request(1, 1.0, i), 1, tokenizer, rollout)[0] for i in range(len(problem.experts))] for problem in block
         ]
@@ -203,7 +204,7 @@ def _row(fraction: float, group: str, rates: list[float], samples: list[Sample])
 def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
     """The headroom of the trainer's model on the first held-out set with expert traces, or on its training problems."""
     held_out = (entry.problems for entry in trainer.eval_sets.values() if len(entry.problems.with_experts()))
-    problems = next(held_out, trainer.problems)
+    problems, _ = next(held_out, trainer.problems).without_long_experts(trainer.config.rollout.max_response_tokens)
     with trainer.ready_to_generate():
         return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
 

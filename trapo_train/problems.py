@@ -78,7 +78,10 @@ class ProblemSet(Sequence[Problem]):
         return max((entry.prompt_tokens for entry in self._entries), default=0)
 
     def without_long_experts(self, max_tokens: int) -> tuple[ProblemSet, int]:
-        """The same problems without the expert traces of more than `max_tokens` tokens, and how many these were."""
+        """The same problems without the expert traces of more than `max_tokens` tokens, and how many these were.
+
+        Such a trace is no model for a response: the policy may not write one as long, and cut short it has no answer.
+        """
         short = [
             entry._replace(traces=tuple(trace for trace in entry.traces if trace.num_tokens <= max_tokens))
             for entry in self._entries

@@ -261,19 +261,6 @@ def _further(parts: Sequence[RolloutResult], known: Collection[str]) -> list[dic
     return [{name: value for name, value in part.metrics.items() if name not in known} for part in parts]
 
 
-def drop_long_experts(problems: Sequence[Problem], max_response_tokens: int) -> tuple[list[Problem], int]:
-    """Return the problems without expert traces longer than `max_response_tokens`, and how many traces that were.
-
-    Such a trace is no model for a response: the policy may not write one as long, and cut short it has no answer.
-    """
-    kept = []
-    for problem in problems:
-        experts = tuple(expert for expert in problem.experts if len(expert.token_ids) <= max_response_tokens)
-        kept.append(replace(problem, experts=experts) if len(experts) < len(problem.experts) else problem)
-    dropped = sum(len(old.experts) - len(new.experts) for old, new in zip(problems, kept, strict=True))
-    return kept, dropped
-
-
 def draft(problem: Problem, request: Request, micro_group: int, tokenizer: Any, config: RolloutConfig) -> list[Sample]:
     """Return the samples of a request, which share one prefix and have no completion yet."""
     prefix: tuple[int, ...] = ()
@@ -339,7 +326,7 @@ def _check_experts_fit(problems: Sequence[Problem], config: RolloutConfig) -> No
             raise ValueError(
                 f"rollout: expert traces must fit into max_response_tokens = {config.max_response_tokens}, got {longest} "
                 f"tokens in problem {problem.index}. Raise max_response_tokens, or drop such traces with "
-                "drop_long_experts."
+                "ProblemSet.without_long_experts."
             )
 
 

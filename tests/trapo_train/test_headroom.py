@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 
+from tests.trapo_train.test_train import build_config
 from trapo_train.evaluate import standard_error
 from trapo_train.headroom import HeadroomConfig, measure_headroom
+from trapo_train.headroom import measure as measure_trainer
 from trapo_train.records import Completion, ExpertTrace, Problem
 from trapo_train.rewards import WeightedSum
 from trapo_train.rollout import RolloutConfig
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
+from trapo_train.trainer import Trainer
 
 TOKENIZER = build_tokenizer()
 ROLLOUT = RolloutConfig(max_response_tokens=20, paragraph_break="|", snap_window=0.0)
@@ -117,16 +120,25 @@ def test_only_problems_with_an_accepted_expert_are_measured_each_with_its_first_
         problem(0, experts=()),
         problem(1, experts=("ab#ab$",)),
         problem(2, experts=("ab#ab$", EXPERT)),
-        problem(3, experts=(EXPERT + "a" * 10,)),  # longer than a response may be
+        problem(3),
         problem(4),
-        problem(5),
     ]
     seen = []
     config = replace(CONFIG, num_problems=2)
     report, _ = measure(lambda depth, prefix: seen.append(prefix) or 4, problems, config)
     assert report.overall()[0].n == 2
-    assert report.num_rejected == 3
+    assert report.num_rejected == 2
     assert set(seen) == {"", EXPERT[:3], EXPERT[:10]}
+
+
+def test_traces_longer_than_a_response_may_be_are_left_out(tmp_path):
+    held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 12, task_options: {depths: [1, 8]}}"
+    trainer = Trainer(build_config(tmp_path, "run", held_out))
+    problems = trainer.eval_sets[""].problems
+    lengths = [len(trace.token_ids) for problem in problems for trace in problem.experts]
+    report = measure_trainer(trainer, HeadroomConfig(samples_per_prompt=1))
+    assert max(lengths) > trainer.config.rollout.max_response_tokens
+    assert report.overall()[0].n == sum(length <= trainer.config.rollout.max_response_tokens for length in lengths)
 
 
 def test_answers_that_the_prefix_already_states_are_reported():

@@ -9,7 +9,7 @@ from trapo_train.advantages import AdvantageConfig, assign_advantages
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.records import ExpertTrace, Problem, Request
 from trapo_train.rewards import RewardError, WeightedSum
-from trapo_train.rollout import RolloutConfig, drop_long_experts, merge_results, run_plans
+from trapo_train.rollout import RolloutConfig, merge_results, run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()
@@ -228,16 +228,9 @@ def test_an_expert_longer_than_the_budget_is_refused_before_any_work():
     config = replace(CONFIG, max_response_tokens=14)
     engine = ScriptedEngine(TOKENIZER, always(WRONG))
     plan = build_plan(PlanConfig("paper"))
-    with pytest.raises(ValueError, match=r"max_response_tokens = 14, got 15 tokens in problem 1.*drop_long_experts"):
+    with pytest.raises(ValueError, match=r"max_response_tokens = 14, got 15 tokens in problem 1.*without_long_experts"):
         run_plans([problem(0, experts=()), problem(1)], plan, engine, pointer_chasing_reward, TOKENIZER, config)
     assert engine.calls == []
-
-
-def test_drop_long_experts():
-    problems = [problem(0, experts=(EXPERT, "ab#ab$")), problem(1, experts=("ab#ab$",))]
-    kept, dropped = drop_long_experts(problems, 14)
-    assert dropped == 1
-    assert [[e.text for e in p.experts] for p in kept] == [["ab#ab$"], ["ab#ab$"]]
 
 
 def test_a_plan_that_names_a_missing_expert_is_refused():
