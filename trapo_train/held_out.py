@@ -26,7 +26,8 @@ _CHUNK = 1024  # traces that are packed together
 
 
 def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
-    """The metrics of each set by its name: what `evaluate` and `expert_nll` return. Every rank must call it and gets the same.
+    """The metrics of each set by its name: what `evaluate` and `expert_nll` return, and "dropped_prompts", the rows that are left out
+    for a long prompt, where there are any. Every rank must call it and gets the same.
 
     Args:
         label: ends the names of the files of responses, evaluation.save_samples: samples/eval_<set>_<label>.jsonl.
@@ -41,6 +42,8 @@ def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
                 found[name] = evaluate(trainer.engine, entry, trainer.reward, trainer.tokenizer, *settings)
     for name, entry in trainer.eval_sets.items():
         found[name] |= expert_nll(trainer.model, entry, config.packing, config.rollout, trainer.world)
+        dropped = entry.problems.report.dropped_prompts
+        found[name] |= {"dropped_prompts": float(dropped)} if dropped else {}
     return found
 
 

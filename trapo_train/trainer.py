@@ -85,6 +85,7 @@ class Trainer:
         self.problems = self._load_problems()
         self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
+        self.notes += [f"{f'eval_data {name}'.strip()}: {entry.problems.report}" for name, entry in self.eval_sets.items()]
         loaded = [self.problems, *(entry.problems for entry in self.eval_sets.values())]
         check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))
         self.reference = None

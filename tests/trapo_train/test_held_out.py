@@ -103,6 +103,20 @@ def test_a_run_may_evaluate_without_sampling_and_trains_as_before(configure, cap
     assert f"expert_nll {found[-1]['expert_nll']:.4g}" in shown and "accuracy" not in shown
 
 
+def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, capsys):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "ab?a1:", "solution": "b"}\n{"prompt": "ab|bc|cd|de|ef?a1:", "solution": "b"}\n')
+    sets = f"eval_data={{short: {{path: {path}, max_prompt_tokens: 8, on_long_prompt: drop}}}}"
+    config = configure("run", "steps=1", *EVALUATED, sets)
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert "eval_data short: 1 problems (1 without expert; 1 more dropped for a long prompt), 0 expert traces" in told
+    assert {row["dropped_prompts"] for row in rows(config) if row["kind"] == "eval"} == {1.0}
+    capsys.readouterr()
+    assert cli.main(["eval", config.output_dir]) == 0
+    assert "dropped_prompts 1" in capsys.readouterr().out
+
+
 def test_a_set_that_has_nothing_to_report_is_refused(configure, tmp_path):
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"prompt": "ab?a1:", "solution": "b"}\n')
