@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -33,8 +33,10 @@ _OURS = {"sdpa_packed": PACKED_IMPLEMENTATION, "flex": FLEX_IMPLEMENTATION}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def choose_attention(attention: str, *, device: torch.device, compute_dtype: torch.dtype) -> str:
-    """The `attn_implementation` for transformers; a named backend is honoured or refused, "auto" logs its choice.
+def choose_attention(
+    attention: str, *, device: torch.device, compute_dtype: torch.dtype, tell: Callable[[str], None] = logger.info
+) -> str:
+    """The `attn_implementation` for transformers; a named backend is honoured or refused, what "auto" chose is told.
 
     Raises: ValueError when flash_attention_2 or flex is asked for and cannot run.
     """
@@ -51,7 +53,7 @@ def choose_attention(attention: str, *, device: torch.device, compute_dtype: tor
         raise ValueError(f"model.attention=flash_attention_2 cannot run: {obstacle}. Use model.attention=sdpa_packed or auto.")
     if attention == "auto":
         attention = "sdpa_packed" if obstacle else "flash_attention_2"
-        logger.info("attention: %s", attention)
+        tell(f"model.attention=auto: {attention}" + (f"; flash_attention_2 cannot run: {obstacle}" if obstacle else ""))
     return _OURS.get(attention, attention)
 
 

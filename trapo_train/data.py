@@ -186,7 +186,6 @@ def load_problems(
         dropped_experts=dropped,
         dropped_prompts=rows - len(entries),
     )
-    logger.info("%s: %s", reader.where, report)
     # Taken here, so that the first step does not report them as its own.
     counts = {} if verifier is None else take_metrics(verifier)
     if counts.get("reward/timeouts") or counts.get("reward/crashes"):

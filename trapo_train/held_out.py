@@ -26,8 +26,8 @@ _CHUNK = 1024  # traces that are packed together
 
 
 def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
-    """The metrics of each set by its name: what `evaluate` and `expert_nll` return, and "dropped_prompts", the rows that are left out
-    for a long prompt, where there are any. Every rank must call it and gets the same.
+    """The metrics of each set by its name: what `evaluate` and `expert_nll` return, and "dropped_prompts", the rows left out for
+    a long prompt, where there are any. Every rank must call it and gets the same.
 
     Args:
         label: ends the names of the files of responses, evaluation.save_samples: samples/eval_<set>_<label>.jsonl.

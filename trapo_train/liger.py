@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ LIGER = (True, False, "auto")
 _LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
-def apply_liger(model: PreTrainedModel, wanted: bool | str, device: torch.device) -> bool:
+def apply_liger(
+    model: PreTrainedModel, wanted: bool | str, device: torch.device, tell: Callable[[str], None] = logger.info
+) -> bool:
     """Patch the model's layers with Liger's kernels; returns whether that was done.
 
     Rotary embeddings are a function of the model's module in transformers: from then on every model of this type in the process
     uses Liger's.
 
     Args:
-        wanted: True does it or raises, "auto" does it where it can run and logs the choice, False does nothing.
+        wanted: True does it or raises, "auto" does it where it can run, False does nothing.
+        tell: what "auto" chose is told to it.
 
     Raises: ImportError naming the extra; ValueError where the kernels do not run on `device` or for a model type without kernels.
     """
@@ -32,12 +36,13 @@ def apply_liger(model: PreTrainedModel, wanted: bool | str, device: torch.device
         patch = _patch_function(model.config.model_type, device)
     except (ImportError, ValueError) as error:
         if wanted == "auto":
-            logger.info("liger: not used, %s", error)
+            tell(f"model.liger=auto: not used, {error}")
             return False
         raise
     switches = {name for name, parameter in inspect.signature(patch).parameters.items() if isinstance(parameter.default, bool)}
     patch(model=model, **{name: name not in _LOSSES for name in switches})
-    logger.info("liger: %s", ", ".join(sorted(switches.difference(_LOSSES))))
+    if wanted == "auto":
+        tell(f"model.liger=auto: {', '.join(sorted(switches.difference(_LOSSES)))}")
     return True
 
 

@@ -6,6 +6,7 @@ FSDP2 has gathered its weight. Without one it is a plain Linear, so `generate` a
 
 from __future__ import annotations
 
+import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ from trapo_train.lora import LoraConfig, add_lora, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.tokenizer import end_generation_too, load_tokenizer
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -190,6 +193,7 @@ def load_model_and_tokenizer(
     task_tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    tell: Callable[[str], None] = logger.info,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
 
@@ -199,12 +203,13 @@ def load_model_and_tokenizer(
         config: where the model comes from and how it runs.
         task_tokenizer: the tokenizer of a generated task, used by a model from scratch.
         seed: of the random weights: those of a model from scratch, and LoRA's adapters.
+        tell: what `auto` chose is told to it.
 
     Raises: ValueError for a model that the packed step would train wrongly, with what to use instead.
     """
     device = torch.device(device)
     tokenizer = load_tokenizer(config, task_tokenizer)
-    implementation = choose_attention(config.attention, device=device, compute_dtype=DTYPES[config.dtype])
+    implementation = choose_attention(config.attention, device=device, compute_dtype=DTYPES[config.dtype], tell=tell)
     common = {"dtype": torch.float32, "attn_implementation": implementation}
     torch.manual_seed(seed)  # adapters, too, are the same on every rank
     if config.scratch is not None:
@@ -220,20 +225,23 @@ def load_model_and_tokenizer(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
-    prepare(model, config)
+    prepare(model, config, tell=tell)
     return model, tokenizer
 
 
-def prepare(model: PreTrainedModel, config: ModelConfig, *, check_logits: bool = True) -> None:
+def prepare(
+    model: PreTrainedModel, config: ModelConfig, *, check_logits: bool = True, tell: Callable[[str], None] = logger.info
+) -> None:
     """Make a model of transformers ready for the packed step: kernels, policy head, adapters, checkpointing as configured.
 
     Args:
         check_logits: compare the head's logits with the model's, which runs the model.
+        tell: what `auto` chose is told to it.
 
     Raises: ValueError for a model that the packed step would train wrongly.
     """
     check_attention(model)
-    apply_liger(model, config.liger, model.device)
+    apply_liger(model, config.liger, model.device, tell)
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     if config.lora is not None:
         add_lora(model, config.lora)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -257,7 +258,9 @@ def optimizer_step(
     if finite and metrics["loss_tokens"]:  # without a token the momentum alone would move the weights
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    scheduler.step()
+    with warnings.catch_warnings():  # where the first update is left out; its learning rate is used up all the same
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+        scheduler.step()
     return metrics | {
         "learning_rate": learning_rate,
         "micro_batches": len(micro_batches),

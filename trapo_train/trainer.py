@@ -67,6 +67,7 @@ class Trainer:
         self.config = config
         self.world = World(config.parallel)
         self.step = 0
+        self.notes: list[str] = []
         self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
         self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
         self.reward = load_reward(config.reward)
@@ -75,9 +76,8 @@ class Trainer:
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         with named(config.model):
             self.model, self.tokenizer = load_model_and_tokenizer(
-                config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device
+                config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device, tell=self.notes.append
             )
-        self.notes: list[str] = []
         if switch_off_dropout(self.model):
             self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None

@@ -62,7 +62,9 @@ def test_flash_attention_runs_or_is_refused():
 def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(monkeypatch):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
     bf16, cuda = torch.bfloat16, torch.device("cuda")
-    assert choose_attention("auto", device=cuda, compute_dtype=bf16) == "flash_attention_2"
+    told = []
+    assert choose_attention("auto", device=cuda, compute_dtype=bf16, tell=told.append) == "flash_attention_2"
+    assert told == ["model.attention=auto: flash_attention_2"]
     with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
         choose_attention("flash_attention_2", device=torch.device("cpu"), compute_dtype=bf16)
     with pytest.raises(ValueError, match=r"needs model\.dtype=bfloat16, got float32"):

@@ -77,7 +77,7 @@ def test_a_stopped_run_continues_to_the_same_bits(configure, name):
 
 
 def test_relift_trains_on_traces_when_enough_problems_wait(configure):
-    trainer = Trainer(configure("relift", *RESUMED["relift"]))
+    trainer = Trainer(configure("relift", *RESUMED["relift"], "model.attention=sdpa_packed"))
     assert not trainer.notes
     history = [trainer.train_step() for _ in range(5)]
     traces = [metrics["guided_share"] == 1.0 for metrics in history]
@@ -92,7 +92,8 @@ def test_relift_trains_on_traces_when_enough_problems_wait(configure):
 
 
 def test_relift_says_so_where_too_few_problems_can_wait(configure):
-    trainer = Trainer(configure("relift", "plan={name: relift, num_samples: 2, buffer_size: 9}", "objective.name=relift"))
+    plan = ("plan={name: relift, num_samples: 2, buffer_size: 9}", "objective.name=relift")
+    trainer = Trainer(configure("relift", *plan, "model.attention=sdpa_packed"))
     assert trainer.notes == [
         "no step will train on expert traces: it waits for 9 unsolved problems (buffer_size of plan relift), and 8 have a trace"
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 import sys
 from types import ModuleType
 
@@ -70,13 +70,13 @@ def test_the_body_is_patched_and_the_losses_are_not(stand_in):
         (CUDA, "olmo", r"must be one that liger-kernel has kernels for \(qwen2\), got olmo"),
     ],
 )
-def test_where_it_cannot_run_it_is_refused_or_left(wanted, device, model_type, message, stand_in, caplog):
+def test_where_it_cannot_run_it_is_refused_or_left(wanted, device, model_type, message, stand_in):
     model = build()
     model.config.model_type = model_type
     if wanted == "auto":
-        caplog.set_level(logging.INFO)
-        assert apply_liger(model, wanted, device) is False
-        assert "liger: not used" in caplog.text
+        told = []
+        assert apply_liger(model, wanted, device, told.append) is False
+        assert len(told) == 1 and re.match(f"model.liger=auto: not used, .*{message}", told[0])
     else:
         with pytest.raises(ValueError, match=message):
             apply_liger(model, wanted, device)
@@ -88,6 +88,12 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
     with pytest.raises(ImportError, match=r"trapo\[liger\]"):
         build(liger=True)
     assert apply_liger(build(liger="auto"), "auto", CUDA) is False
+
+
+def test_what_auto_uses_is_told(stand_in):
+    told = []
+    assert apply_liger(build(), "auto", CUDA, told.append) is True
+    assert told == ["model.liger=auto: rms_norm, rope, swiglu"]
 
 
 def test_a_wrong_value_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -213,7 +214,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step_of_a_finite_loss():
 
 def test_a_step_without_any_loss_moves_momentum_only():
     model, objective = make_model(), objectives.dr_grpo()
-    metrics = step(model, packed(make_samples((0.0, 0.0, 0.0)), objective), objective)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch says that the schedule skipped its first value, which it did not
+        metrics = step(model, packed(make_samples((0.0, 0.0, 0.0)), objective), objective)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["loss_tokens"] == 0
     assert metrics["skipped_step"] == 0
 

@@ -97,6 +97,14 @@ def exported(config: RunConfig) -> bytes:
     return (Path(config.output_dir) / "model" / "model.safetensors").read_bytes()
 
 
+def test_a_run_says_what_auto_chose_and_why(configure):
+    config = configure("run", "steps=1", "model.liger=auto")
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert any(text.startswith("model.attention=auto: sdpa_packed; flash_attention_2 cannot run: ") for text in told)
+    assert any(text.startswith("model.liger=auto: not used, ") for text in told)
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_training_goes_on(configure, monkeypatch):
     delete = shutil.rmtree
 
