@@ -170,6 +170,7 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.advantages import AdvantageConfig
     from trapo_train.held_out import responses_file
     from trapo_train.plans import PlanConfig
     from trapo_train.step import ObjectiveConfig
@@ -184,6 +185,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
     plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
     nothing = {"plan": PlanConfig(plan), "objective": ObjectiveConfig(objective), "updates": UpdateConfig()}
+    nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
     config = replace(config, data=held_out, **nothing)
     trainer = Trainer(config)
     label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
@@ -264,8 +266,8 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     console.print(memory_table(plan))
     console.print(
         f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
-        f"{plan.micro_batch_tokens} tokens, {plan.sequences} responses generated together on a rank. Not counted: the CUDA "
-        "context, the allocator's fragmentation.",
+        f"{plan.micro_batch_tokens} tokens, {plan.sequences} responses of at most {plan.generated} tokens, prompt included, "
+        "generated together on a rank. Not counted: the CUDA context, the allocator's fragmentation.",
         highlight=False,
     )
     if args.memory_gib is None:

@@ -58,7 +58,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         ),
         packing=replace(config.packing, max_tokens=4 * _POSITIONS),
         updates=replace(config.updates, mini_batches=min(prompts, config.updates.mini_batches)),
-        evaluation=replace(config.evaluation, num_problems=2, group_by=None, pass_at=None),
+        evaluation=replace(config.evaluation, num_problems=2, group_by=None, pass_at=None, max_response_tokens=None),
         checkpoint=CheckpointConfig(every=1),
         tracking=TrackingConfig(),
     )

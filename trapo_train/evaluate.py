@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,12 @@ class EvalConfig:
     """k of every pass@k to report, each at least 1, on the sets with that many samples; null for 2, 4, 8 … as far as they reach."""
     temperature: float = 1.0
     """Sampling temperature, at least 0; 0 is greedy and takes one sample per problem."""
+    top_p: float | None = None
+    """As rollout.top_p, in (0, 1]; null for that of the rollouts."""
+    top_k: int | None = None
+    """As rollout.top_k, at least 0; null for that of the rollouts."""
+    max_response_tokens: int | None = None
+    """Longest response in tokens, at least 1; null for that of the rollouts."""
     num_problems: int | None = None
     """The first so many problems of each set, at least 1; null takes all."""
     group_by: str | None = None
@@ -58,6 +64,9 @@ class EvalConfig:
             ("samples_per_prompt", all(count >= 1 for count in counts), "at least 1"),
             ("pass_at", self.pass_at is None or all(k >= 1 for k in self.pass_at), "null or numbers of at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "null or in (0, 1]"),
+            ("top_k", self.top_k is None or self.top_k >= 0, "null or at least 0"),
+            ("max_response_tokens", self.max_response_tokens is None or self.max_response_tokens >= 1, "null or at least 1"),
             ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
             ("responses_per_call", self.responses_per_call >= 1, "at least 1"),
         ]
@@ -69,8 +78,19 @@ class EvalConfig:
                 f"samples_per_prompt must be 1 at temperature 0, got {samples}: greedy samples are "
                 "all the same. Set temperature above 0, or samples_per_prompt to 1."
             )
-        if self.save_samples and not self.sample:
-            raise ValueError("save_samples must be false where sample is false: there are none. Set save_samples=false.")
+        for entry in fields(self) if not self.sample else ():
+            value = getattr(self, entry.name)
+            if entry.name not in ("sample", "every", "num_problems") and value != entry.default:
+                raise ValueError(
+                    f"{entry.name} must not be set where sample is false, got {value!r}: there are no responses. Leave it out, or "
+                    "set sample=true."
+                )
+
+    def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
+        """How an evaluation samples and judges responses, but for the temperature: as `rollout`, unless it is set here."""
+        own = {name: getattr(self, name) for name in ("top_p", "top_k", "max_response_tokens")}
+        own = {name: value for name, value in own.items() if value is not None}
+        return replace(rollout, **own, on_truncated="keep")  # there is no loss to leave a completion out of
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError unless `samples_per_prompt` is one number or names exactly these sets."""
@@ -194,7 +214,8 @@ def evaluate(
     The engine's own random state is left alone, so evaluating does not change the training that follows.
 
     Args:
-        rollout: its max_response_tokens, top_p, top_k, correct_at and correct_by; the temperature is the evaluation's own.
+        rollout: its correct_at and correct_by, and what the evaluation has no top_p, top_k or max_response_tokens of its own for;
+            the temperature is the evaluation's.
         world: the ranks that call this together; None for a single process.
         save_to: where the first rank writes all responses (see `samples.sample_record`), with config.save_samples; None: nowhere.
 
@@ -254,11 +275,11 @@ def _answers(
     config: EvalConfig,
     rollout: RolloutConfig,
 ) -> _Answers:
+    rollout = config.sampling(rollout)
     drafts = [draft(eval_set.problems[eval_set.rows[i]], Request(eval_set.samples[i]), 1, tokenizer, rollout) for i in positions]
     samples = [sample for group in drafts for sample in group]
     before = sum(eval_set.samples[: positions[0]])
-    unmasked = replace(rollout, on_truncated="keep")  # there is no loss to leave a completion out of
-    complete(samples, engine, unmasked, temperature=config.temperature, seed=config.seed, first_key=before)
+    complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed, first_key=before)
     none_count = judge_samples(samples, reward, tokenizer, rollout)
 
     def response(sample: Sample) -> _Response:

@@ -42,7 +42,9 @@ class MemoryPlan:
     """Prompt and response together, tokens."""
     micro_batch_tokens: int
     sequences: int
-    """Responses that a rank generates together."""
+    """Responses that a rank generates together, where that takes most."""
+    generated: int
+    """Prompt and response of one of these together, tokens: `context`, or that of an evaluation."""
 
     def total(self, phase: str) -> int:
         """Bytes held in a phase."""
@@ -67,7 +69,8 @@ def plan_memory(
     Args:
         gpus: ranks, a multiple of parallel.replicate.
         context: tokens of the longest prompt and response together; None for the longest that data.max_prompt_tokens,
-            rollout.max_response_tokens and the model's positions allow.
+            rollout.max_response_tokens and the model's positions allow; those of an evaluation differ by as much as its
+            max_response_tokens does.
         device_type: "cuda" or "cpu", whose kernels take other chunks.
         gpu_bytes: what one GPU has; of it vLLM in the trainer's process takes its share, which is left out where this is None.
 
@@ -83,8 +86,8 @@ def plan_memory(
     if context is not None and context < 2:
         raise ValueError(f"plan-memory: context must be at least 2 tokens, a prompt and a response, got {context}.")
     architecture = load_architecture(config)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
     if context is None:
-        positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
         context = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, positions)
     tokens = max(config.packing.max_tokens, context)
     weights = weigh(config.model, architecture)
@@ -96,11 +99,11 @@ def plan_memory(
     }
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
         always["reference model, float32"] = 4 * weights.total // shards
-    sequences = _sequences_at_once(config, gpus, context)
+    rollout, sequences, generated = _most_generated(config, architecture, weights, gpus, context, positions, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
         *_training(config, architecture, weights, gpus, context, tokens, device_type),
-        *_rollout(config, architecture, weights, gpus, context, sequences, device_type),
+        *rollout,
         *_vllm(config, gpu_bytes),
         ("gradients, float32", {phase: 4 * weights.trained // shards for phase in ("loss", "backward", "update")}),
         ("optimizer step", {"update": transient // shards}),
@@ -109,7 +112,7 @@ def plan_memory(
         held = {phase: size for phase, size in sizes.items() if size}
         if held:
             components[name] = components.get(name, {}) | held
-    return MemoryPlan(components, gpus, context, tokens, sequences)
+    return MemoryPlan(components, gpus, context, tokens, sequences, generated)
 
 
 def load_architecture(config: RunConfig) -> PretrainedConfig:
@@ -216,12 +219,28 @@ def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
     return int(dtype.itemsize * weights.outside_layers * (2 if dtype == torch.float32 else 2 + 1 / shards))
 
 
-def _sequences_at_once(config: RunConfig, gpus: int, context: int) -> int:
-    """Responses that one rank generates together, for a step's problems or for an evaluation."""
-    wanted = math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request
+def _most_generated(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    weights: Weights,
+    gpus: int,
+    context: int,
+    positions: float,
+    device_type: str,
+) -> tuple[list[tuple[str, dict[str, int]]], int, int]:
+    """What `_rollout` yields for a step's problems or for an evaluation, whichever takes more; the responses that a rank generates
+    together then, and the tokens of each with its prompt."""
+    wanted = [(config.rollout, math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request, context)]
     if config.eval_data is not None and config.evaluation.sample:
-        wanted = max(wanted, config.evaluation.responses_per_call)
-    return min(wanted, max(1, config.rollout.max_batch_tokens // context))
+        held_out = config.evaluation.sampling(config.rollout)
+        length = context + held_out.max_response_tokens - config.rollout.max_response_tokens
+        wanted.append((held_out, config.evaluation.responses_per_call, min(max(2, length), positions)))
+    found = []
+    for rollout, responses, length in wanted:
+        sequences = min(responses, max(1, config.rollout.max_batch_tokens // length))
+        parts = list(_rollout(replace(config, rollout=rollout), architecture, weights, gpus, length, sequences, device_type))
+        found.append((parts, sequences, length))
+    return max(found, key=lambda entry: (sum(size for _, sizes in entry[0] for size in sizes.values()), entry[1]))
 
 
 def changes(
@@ -250,7 +269,7 @@ def _candidates(config: RunConfig, plan: MemoryPlan) -> Iterator[tuple[str, RunC
         tokens = max(plan.context, plan.micro_batch_tokens // 2)
         yield f"packing.max_tokens={tokens}", replace(config, packing=replace(config.packing, max_tokens=tokens)), plan.gpus
     if plan.sequences > 1:
-        tokens = plan.context * (plan.sequences // 2)
+        tokens = plan.generated * (plan.sequences // 2)
         yield (
             f"rollout.max_batch_tokens={tokens}",
             replace(config, rollout=replace(config.rollout, max_batch_tokens=tokens)),

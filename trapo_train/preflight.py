@@ -58,6 +58,8 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
             f"packing.train_on_prompt needs a plan that samples nothing, got {plan.name}, each of whose samples would train its "
             "prompt once more. Set packing.train_on_prompt=false, or plan.name=sft."
         )
+    if objective.rollout is None and plan.largest_request == 0 and config.objective.chooser is None:
+        _check_nothing_is_compared(config)
     if config.reward is None:
         _check_nothing_is_judged(config, objective)
 
@@ -73,6 +75,22 @@ def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool
     if config.plan.guides or objective.rollout is None:  # which takes the traces
         check_expert_streams(objective)
     check_prompt_training(config.packing, objective)
+
+
+def _check_nothing_is_compared(config: RunConfig) -> None:
+    """Raise ValueError for settings of sampled responses where there are none."""
+    sections = {
+        "advantage": (config.advantage, ("normalise", "baseline", "center")),
+        "rollout": (config.rollout, ("on_truncated",)),
+    }
+    for section, (values, names) in sections.items():
+        for name in names:
+            value, default = getattr(values, name), getattr(type(values)(), name)
+            if value != default:
+                raise ValueError(
+                    f"{section}.{name} must be {default} with plan {config.plan.name} and objective {config.objective.name}, which "
+                    f"train on expert traces alone, got {value}: nothing reads it. Leave it out."
+                )
 
 
 def _check_nothing_is_judged(config: RunConfig, objective: Objective) -> None:
@@ -124,24 +142,28 @@ def named(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int) -> None:
-    """Raise ValueError unless a prompt of `longest_prompt` tokens and its response fit into micro-batch, engine batch and model."""
-    response = config.rollout.max_response_tokens
-    longest = longest_prompt + response
-    limits = {
-        "packing.max_tokens": config.packing.max_tokens,
+def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int, longest_held_out: int = 0) -> None:
+    """Raise ValueError unless the longest prompts of training and evaluation, in tokens, fit with their responses into micro-batch,
+    engine batch and model."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    engine = {
         "rollout.max_batch_tokens": config.rollout.max_batch_tokens if config.rollout.engine == "transformers" else None,
         "rollout.vllm.max_model_len": config.rollout.vllm.max_model_len if config.rollout.engine == "vllm" else None,
-        "the model's positions (of one from scratch model.scratch.max_position)": getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        ),
+        "the model's positions (of one from scratch model.scratch.max_position)": positions,
     }
+    training = ("rollout.max_response_tokens", max(longest_prompt, longest_held_out), config.rollout.max_response_tokens)
+    _check_fits(*training, {"packing.max_tokens": config.packing.max_tokens, **engine})
+    if config.evaluation.max_response_tokens is not None:
+        _check_fits("evaluation.max_response_tokens", longest_held_out, config.evaluation.max_response_tokens, engine)
+
+
+def _check_fits(setting: str, prompt: int, response: int, limits: dict[str, int | None]) -> None:
     for name, limit in limits.items():
-        if limit is not None and longest > limit:
+        if limit is not None and prompt + response > limit:
             raise ValueError(
-                f"train: the longest prompt and rollout.max_response_tokens must fit into {name} = {limit}, got "
-                f"{longest - response} + {response} = {longest} tokens. Raise that limit where it is yours, lower "
-                "rollout.max_response_tokens, or drop long prompts with data.max_prompt_tokens and on_long_prompt."
+                f"train: the longest prompt and {setting} must fit into {name} = {limit}, got {prompt} + {response} = "
+                f"{prompt + response} tokens. Raise that limit where it is yours, lower {setting}, or drop long prompts with "
+                "data.max_prompt_tokens and on_long_prompt."
             )
 
 

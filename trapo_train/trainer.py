@@ -86,8 +86,8 @@ class Trainer:
         self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
         self.notes += [f"{f'eval_data {name}'.strip()}: {entry.problems.report}" for name, entry in self.eval_sets.items()]
-        loaded = [self.problems, *(entry.problems for entry in self.eval_sets.values())]
-        check_lengths(config, self.model, max(problems.longest_prompt_tokens for problems in loaded))
+        held_out = max((entry.problems.longest_prompt_tokens for entry in self.eval_sets.values()), default=0)
+        check_lengths(config, self.model, self.problems.longest_prompt_tokens, held_out)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
             lora = config.model.lora is not None  # without its adapters the model is its own reference

@@ -87,6 +87,14 @@ def test_accuracy_groups_and_lengths():
     assert params.budgets(12) == [8] * 12
 
 
+def test_an_evaluation_may_sample_otherwise_than_the_rollouts():
+    own = {"top_p": 0.5, "top_k": 0, "max_response_tokens": 20}
+    _, engine = run(EvalConfig(temperature=0.6, samples_per_prompt=4, **own))
+    [(_, params)] = engine.calls
+    assert (params.temperature, params.top_p, params.top_k, params.budgets(12)) == (0.6, 0.5, 0, [20] * 12)
+    assert EvalConfig(top_p=0.5).sampling(ROLLOUT) == replace(ROLLOUT, top_p=0.5)
+
+
 @pytest.mark.parametrize(("pass_at", "names"), [(None, ["pass@2", "pass@4"]), ([1, 3], ["pass@1", "pass@3"])])
 def test_pass_at_k_is_reported_for_powers_of_two_or_as_chosen(pass_at, names):
     metrics, _ = run(EvalConfig(samples_per_prompt=4, pass_at=pass_at))
@@ -343,6 +351,14 @@ def test_the_published_math_sets_as_named_sets(tmp_path, monkeypatch, capsys):
         ({"every": -1}, "every must be at least 0, got -1"),
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be .* got -1.0"),
+        ({"top_p": 0.0}, "top_p must be null or in .* got 0.0"),
+        ({"top_k": -1}, "top_k must be null or at least 0, got -1"),
+        ({"max_response_tokens": 0}, "max_response_tokens must be null or at least 1, got 0"),
+        ({"sample": False, "temperature": 0.6}, "temperature must not be set where sample is false, got 0.6"),
+        ({"sample": False, "samples_per_prompt": 2}, "samples_per_prompt must not be set where sample is false, got 2"),
+        ({"sample": False, "pass_at": [1]}, r"pass_at must not be set where sample is false, got \[1\]"),
+        ({"sample": False, "group_by": "depth"}, "group_by must not be set where sample is false, got 'depth'"),
+        ({"sample": False, "max_response_tokens": 9}, "max_response_tokens must not be set where sample is false, got 9"),
         ({"num_problems": 0}, "num_problems must be .* got 0"),
         ({"temperature": 0.0, "samples_per_prompt": 2}, "must be 1 at temperature 0, got 2"),
     ],

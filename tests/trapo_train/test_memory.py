@@ -131,6 +131,15 @@ def test_what_samples_nothing_is_planned_no_responses(recipe):
     assert [plan.sequences for plan in plans] == [0, 8] and plans[0].total("rollout") < plans[1].total("rollout")
 
 
+def test_an_evaluation_of_longer_responses_counts(recipe):
+    held_out = ["eval_data={path: held_out.jsonl}", "evaluation.responses_per_call=16", "rollout.max_batch_tokens=131072"]
+    same = plan_memory(load_config(recipe, held_out))
+    longer = plan_memory(load_config(recipe, [*held_out, "evaluation.max_response_tokens=1984"]))
+    assert (same.sequences, same.generated) == (32, 512) and (longer.sequences, longer.generated) == (16, 2048)
+    assert longer.total("loss") == same.total("loss") and longer.total("rollout") > same.total("rollout")
+    assert plan_memory(load_config(recipe, [*held_out, "evaluation.max_response_tokens=9999"])).generated == 4096  # the positions
+
+
 def test_more_gpus_share_weights_and_state(recipe):
     alone, eight = (plan_memory(load_config(recipe), gpus=gpus) for gpus in (1, 8))
     for name in ("weights", "optimizer state", "gradients, float32"):

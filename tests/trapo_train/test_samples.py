@@ -94,5 +94,5 @@ def test_a_run_and_the_command_write_a_file_per_set_and_step(configure, capsys):
 
 
 def test_responses_that_nobody_samples_cannot_be_kept():
-    with pytest.raises(ValueError, match="save_samples must be false where sample is false"):
+    with pytest.raises(ValueError, match="save_samples must not be set where sample is false, got True"):
         EvalConfig(sample=False, save_samples=True)

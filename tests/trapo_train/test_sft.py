@@ -38,6 +38,20 @@ def test_without_a_reward_the_weights_are_the_same_and_no_metric_speaks_of_one(c
     assert {line["reward"] for line in lines} == {None} and all(line["prefix"].endswith("$") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("advantage.normalise=group_std", "advantage.normalise must be none with plan sft and objective sft.* got group_std"),
+        ("advantage.baseline=unguided", "advantage.baseline must be all .* got unguided"),
+        ("rollout.on_truncated=mask", "rollout.on_truncated must be keep .* got mask: nothing reads it. Leave it out"),
+    ],
+)
+def test_settings_of_sampled_responses_are_refused_where_there_are_none(configure, override, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(configure("run", *SFT, override))
+    Trainer(configure("run", "plan.name=sft", override))  # the objective trapo samples for problems without a trace
+
+
 def test_expert_traces_alone_gather_no_model_for_an_engine(configure, monkeypatch):
     entered = []
     inner = Trainer.ready_to_generate
