@@ -308,7 +308,7 @@ class CheckpointStore:
 
 
 # What settings were before they existed, where that is not None; for checkpoints of earlier versions.
-_BEFORE = {"config.plan.refill": 0, "config.rollout.on_truncated": "keep"}
+_BEFORE = {"config.data.chat_template_kwargs": {}, "config.plan.refill": 0, "config.rollout.on_truncated": "keep"}
 
 
 def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:

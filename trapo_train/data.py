@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trapo_train.problems import Digest, Entry, ProblemSet, RowReader, Trace
 from trapo_train.records import Problem
 from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
-from trapo_train.rows import THINK_TAGS
+from trapo_train.rows import RENDERING, THINK_TAGS
 from trapo_train.tasks import PointerChasingConfig
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class DataConfig:
     """Render a text prompt as a user message with the tokenizer's chat template; chat prompts always are."""
     system_prompt: str | None = None
     """System message put before every prompt that has none; implies as_chat."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, such as {enable_thinking: false} of Qwen3 or {reasoning_effort: low} of gpt-oss."""
     response_start: str = ""
     """Text that every response starts with, put at the end of each prompt, such as "<think>\\n"; an expert trace that brings it
     again loses it."""
@@ -93,6 +95,9 @@ class DataConfig:
             raise ValueError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
         if self.preset is not None:
             self._apply_preset()
+        taken = sorted(RENDERING & set(self.chat_template_kwargs))
+        if taken:
+            raise ValueError(f"chat_template_kwargs must be variables of the template, got {', '.join(taken)}. Leave that out.")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens must be at least 1, got {self.max_prompt_tokens}.")
         if self.num_problems is not None and self.num_problems < 1:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 DEFAULT_TASK_PROBLEMS = 1000
 THINK, END_THINK = "<think>", "</think>"
+RENDERING = {"conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
 THINK_TAGS = ("keep", "strip", "add", "require")
 
 
@@ -58,6 +59,11 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     """Return the text of a prompt: as it is, or rendered with the chat template and its generation prompt."""
     if isinstance(value, str):
         if not wants_chat(value, config):
+            if config.chat_template_kwargs:
+                raise ValueError(
+                    f"{where}: chat_template_kwargs need a prompt that is rendered with the chat template, got a text. Set "
+                    "as_chat: true, or leave them out."
+                )
             return value
         messages = [{"role": "user", "content": value}]
     else:
@@ -75,8 +81,14 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
             f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
             "of an instruction-tuned model (model.tokenizer), or give the prompt as text without as_chat and system_prompt."
         )
+    unread = [name for name in config.chat_template_kwargs if name not in tokenizer.get_chat_template()]
+    if unread:
+        raise ValueError(
+            f"{where}: chat_template_kwargs must be variables that the tokenizer's chat template reads, it does not read "
+            f"{', '.join(unread)}. Leave that out, or set model.tokenizer to one that does."
+        )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs)
     except Exception as error:
         raise ValueError(f"{where}: the chat template refused the prompt: {error}") from error
 
@@ -139,8 +151,8 @@ def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
 
 def without_start(trace: str, prompt: str, response_start: str, rendered: bool) -> str:
     """The expert trace without what the prompt ends with already: response_start, <think>, or whatever tag a chat template opened,
-    where the prompt was `rendered` with one."""
-    tag = re.search(r"<[A-Za-z_|]+>\s*$" if rendered else f"{THINK}\\s*$", prompt)
+    or the empty thoughts that it wrote, where the prompt was `rendered` with one."""
+    tag = re.search(rf"({THINK}\s*{END_THINK}|<[A-Za-z_|]+>)\s*$" if rendered else f"{THINK}\\s*$", prompt)
     opening = response_start.strip() or (tag.group().strip() if tag else "")
     if not opening or not trace.lstrip().startswith(opening):
         return trace

@@ -1,0 +1,46 @@
+"""Variables of the chat template: part of prompts, of what traces leave out, and of what a run must share with its continuation."""
+
+import pytest
+
+from tests.trapo_train import test_data
+from tests.trapo_train.test_data import ROWS, TURNS
+from tests.trapo_train.test_train import build_config
+from trapo_train.checkpoint import compare_fingerprints
+from trapo_train.continuation import split_settings
+
+own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
+SWITCHED = TURNS + "{% if add_generation_prompt %}<assistant>{% if not think %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+
+
+def test_variables_of_the_chat_template_reach_prompts_and_what_a_template_opens_no_trace_opens_again(load, tokenizer):
+    tokenizer.chat_template = SWITCHED
+    rows = [{"prompt": [{"role": "user", "content": "1+1="}], "solution": "2", "expert": "<think>\n\n</think>\n\n2"}]
+    (on,), (off,) = (load(rows, chat_template_kwargs={"think": think}) for think in (True, False))
+    assert on.prompt == "<user>1+1=</s><assistant>" and on.experts[0].text == "<think>\n\n</think>\n\n2</s>"
+    assert off.prompt == on.prompt + "<think>\n\n</think>\n\n" and off.experts[0].text == "2</s>"
+    (text,) = load([{"prompt": "1+1=", "solution": "2"}], as_chat=True, chat_template_kwargs={"think": True})
+    assert text.prompt == on.prompt
+    assert load(rows, chat_template_kwargs={"think": True}).fingerprint != load(rows).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"as_chat": True, "chat_template_kwargs": {"thinking": True}}, r"row 0: .* it does not read thinking\. Leave that out"),
+        ({"chat_template_kwargs": {"think": True}}, "row 0: chat_template_kwargs need a prompt that is rendered .* got a text"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs must be variables of the template, got tokenize"),
+    ],
+)
+def test_variables_that_nothing_reads_are_refused(options, message, load, tokenizer):
+    tokenizer.chat_template = TURNS + "{% if think %}<think>{% endif %}"
+    with pytest.raises(ValueError, match=message):
+        load(ROWS, **options)
+
+
+def test_a_continuation_must_share_them_and_a_checkpoint_from_before_had_none(tmp_path):
+    plain = split_settings(build_config(tmp_path, "run"))[0]
+    switched = split_settings(build_config(tmp_path, "run", "data.chat_template_kwargs={think: true}"))[0]
+    before = plain | {"data": {name: value for name, value in plain["data"].items() if name != "chat_template_kwargs"}}
+    assert compare_fingerprints({"config": before}, {"config": plain}) == []
+    (difference,) = compare_fingerprints({"config": before}, {"config": switched})
+    assert difference.startswith("config.data.chat_template_kwargs")
