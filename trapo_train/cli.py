@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("directory", metavar="DIRECTORY", nargs="?", help="where to (RUN_DIR/model_step_N)")
     export.add_argument("--step", type=_step, metavar="N", help="step of the checkpoint, or best, by its evaluation (the newest)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
+    export.add_argument("--adapter", action="store_true", help="LoRA's adapter alone, in PEFT's format (RUN_DIR/adapter_step_N)")
     headroom = add("headroom", _headroom, configured, "Pass rate after ever longer expert prefixes: is there headroom?")
     headroom.add_argument("--num-problems", type=int, default=128, help="problems to measure, at least 2 (128)")
     headroom.add_argument("--samples", type=int, default=4, help="responses per problem and prefix, at least 1 (4)")
@@ -204,10 +205,13 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
     _quiet_libraries()
-    directory, step, note = export_checkpoint(args.run_dir, args.directory, step=args.step, dtype=args.dtype)
+    how = {"step": args.step, "dtype": args.dtype, "adapter": args.adapter}
+    directory, step, note = export_checkpoint(args.run_dir, args.directory, **how)
     console.print(f"step {step}: wrote {directory}", highlight=False, soft_wrap=True)
     if note is not None:
         console.print(note, style="dim", highlight=False)
+    if args.adapter:
+        return EXIT_OK
     console.print(f"trapo-train eval {args.run_dir} model.name_or_path={directory}", style="dim", highlight=False, soft_wrap=True)
     return EXIT_OK
 

@@ -1,4 +1,4 @@
-"""A Hugging Face model out of a checkpoint of a run, finished or interrupted."""
+"""A Hugging Face model, or LoRA's adapter, out of a checkpoint of a run, finished or interrupted."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from pathlib import Path
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, load_config
 from trapo_train.model import DTYPES, load_model_and_tokenizer
-from trapo_train.model_state import check_replaceable, export_model, load_trained_weights, other_tokenizer
+from trapo_train.model_state import check_replaceable, export_adapter, export_model, load_trained_weights, other_tokenizer
 from trapo_train.preflight import check_places, named
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import CHECKPOINT_DIR, MODEL_DIR
 
 
 def export_checkpoint(
-    run_dir: str | Path, directory: str | Path | None = None, *, step: int | str | None = None, dtype: str = "float32"
+    run_dir: str | Path,
+    directory: str | Path | None = None,
+    *,
+    step: int | str | None = None,
+    dtype: str = "float32",
+    adapter: bool = False,
 ) -> tuple[Path, int, str | None]:
     """Write the model of a checkpoint, LoRA's adapters added, in one process, whatever number of ranks saved it.
 
     Args:
         run_dir: output_dir of the run.
-        directory: where to; by default model_step_<step> in `run_dir`.
+        directory: where to; by default model_step_<step> in `run_dir`, or adapter_step_<step>.
         step: of the checkpoint, or "best" for that of the best evaluation among those that are there; by default the newest.
         dtype: float32 or bfloat16.
+        adapter: write LoRA's adapter alone, in PEFT's format, to be loaded beside the model that the run started from.
 
     Returns: the directory, the step, and what `other_tokenizer` says of it.
     Memory: the whole model in float32 on the CPU, once more in `dtype` where that is another or adapters are added.
@@ -33,9 +39,15 @@ def export_checkpoint(
     if not (run_dir / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"export: {run_dir} must be the output_dir of a run and hold {CONFIG_FILE}, this one does not.")
     config = load_config(run_dir / CONFIG_FILE)
+    if adapter and (config.model.lora is None or config.model.name_or_path is None):
+        given = "no model.lora" if config.model.lora is None else "model.scratch"
+        raise ValueError(
+            f"export: --adapter needs a run with model.lora that started from a model.name_or_path, got one with {given}. Leave "
+            "--adapter out."
+        )
     store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep)
     step = _existing(store, step, run_dir)
-    directory = Path(directory) if directory is not None else run_dir / f"{MODEL_DIR}_step_{step}"
+    directory = Path(directory) if directory is not None else run_dir / f"{'adapter' if adapter else MODEL_DIR}_step_{step}"
     check_replaceable(directory)
     origin = config.model.name_or_path
     if origin is not None and Path(origin).resolve() == directory.resolve():
@@ -48,6 +60,8 @@ def export_checkpoint(
         model, tokenizer = load_model_and_tokenizer(anywhere, task_tokenizer=task_tokenizer, seed=config.seed)
     load_trained_weights(model, store, step)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if adapter:
+        return export_adapter(model, tokenizer, directory, DTYPES[dtype]), step, None
     export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
     # A generated task brings its tokenizer, too.
     note = None if config.data.task is not None else other_tokenizer(directory, tokenizer, config.model.trust_remote_code)

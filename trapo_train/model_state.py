@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +137,48 @@ def export_model(
         weights = dict(merged_weights(model, list(weights), weights.__getitem__))
     if weights is not None:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    with _in_place_of(directory) as unfinished:
+        model.save_pretrained(unfinished, state_dict=weights)
+        _name_dtype(unfinished / "config.json", dtype if weights is not None else torch.float32)
+        tokenizer.save_pretrained(unfinished)
+    return directory
+
+
+def export_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write LoRA's adapter alone, as PEFT saves and loads one, with the tokenizer; it names the model that it belongs to.
+
+    Args:
+        model: with an adapter, whole in this process.
+
+    Raises: CheckpointError, as `export_model`.
+    """
+    import peft
+
+    directory = Path(directory).resolve()
+    with torch.device("meta"):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
+        wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"])
+    weights = {f"base_model.model.{name}": p.detach().to(dtype) for name, p in model.named_parameters() if ".lora_" in name}
+    with _in_place_of(directory) as unfinished:
+        wrapped.save_pretrained(unfinished, state_dict=weights, save_embedding_layers=False)
+        tokenizer.save_pretrained(unfinished)
+    return directory
+
+
+@contextmanager
+def _in_place_of(directory: Path) -> Iterator[Path]:
+    """Yields a new directory, which takes the place of an older export as a whole once it is written.
+
+    Raises: CheckpointError when it cannot be written or moved, or for a directory that holds anything but an older export.
+    """
     check_replaceable(directory)
     unfinished = directory.with_name(f".unfinished_{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        model.save_pretrained(unfinished, state_dict=weights)
-        _name_dtype(unfinished / "config.json", dtype if weights is not None else torch.float32)
-        tokenizer.save_pretrained(unfinished)
+        yield unfinished
         (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -160,7 +194,6 @@ def export_model(
         raise CheckpointError(
             f"model: {unfinished} must take the place of {directory}, got {error}. It is complete: move it there by hand."
         ) from error
-    return directory
 
 
 def _name_dtype(config: Path, dtype: torch.dtype) -> None:

@@ -146,6 +146,38 @@ def test_lora_is_added(configure, tmp_path):
     assert equal(weights(directory), weights(Path(config.output_dir) / "model"))
 
 
+def test_an_adapter_alone_is_what_peft_loads_beside_the_base(configure, finished, capsys):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    base = str(finished / "model")
+    lora = (
+        f"model={{name_or_path: {json.dumps(base)}, lora: {{rank: 2, rank_stabilised: true, target_modules: [q_proj, down_proj]}}}}"
+    )
+    config = configure("adapter", lora, "steps=2", "optimizer.warmup_steps=0")
+    train_to_end(config)
+    assert cli.main(["export", config.output_dir, "--adapter"]) == 0
+    directory = Path(config.output_dir) / "adapter_step_2"
+    assert f"step 2: wrote {directory}" in capsys.readouterr().out.replace("\n", "")
+    saved = load_file(directory / "adapter_model.safetensors")
+    assert len(saved) == 4 and all(".lora_" in name for name in saved)  # A and B of two layers, nothing of the base
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
+    assert loaded.peft_config["default"].base_model_name_or_path == base
+    merged = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "model").state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    for name, value in loaded.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
+    assert not all(torch.equal(plain[name], value) for name, value in merged.items())
+
+
+def test_an_adapter_is_refused_where_there_is_none_or_no_base(configure, finished):
+    with pytest.raises(ValueError, match=r"--adapter needs a run with model\.lora .*, got one with no model\.lora"):
+        export_checkpoint(finished, adapter=True)
+    pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    config = configure("scratch", "model.lora={rank: 2}", "steps=2")
+    train_to_end(config)
+    with pytest.raises(ValueError, match=r"started from a model\.name_or_path, got one with model\.scratch"):
+        export_checkpoint(config.output_dir, adapter=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [("model.lora={rank: 2}",), ("parallel.vocab_parallel_head=true",)], ids=["lora", "vocabulary"]
