@@ -45,6 +45,9 @@ class MemoryPlan:
     """Responses that a rank generates together, where that takes most."""
     generated: int
     """Prompt and response of one of these together, tokens: `context`, or that of an evaluation."""
+    loading_bytes: int
+    """Held while the weights are loaded: the whole model in float32, of which a rank keeps its shard afterwards; a reference model
+    is loaded when that is done."""
 
     def total(self, phase: str) -> int:
         """Bytes held in a phase."""
@@ -97,8 +100,10 @@ def plan_memory(
         "weights": weights.held_bytes // shards,
         "optimizer state": state // shards,
     }
+    loading = 4 * weights.total
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
         always["reference model, float32"] = 4 * weights.total // shards
+        loading += always["weights"]
     rollout, sequences, generated = _most_generated(config, architecture, weights, gpus, context, positions, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
@@ -112,7 +117,7 @@ def plan_memory(
         held = {phase: size for phase, size in sizes.items() if size}
         if held:
             components[name] = components.get(name, {}) | held
-    return MemoryPlan(components, gpus, context, tokens, sequences, generated)
+    return MemoryPlan(components, gpus, context, tokens, sequences, generated, loading)
 
 
 def load_architecture(config: RunConfig) -> PretrainedConfig:

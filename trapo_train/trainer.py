@@ -74,10 +74,9 @@ class Trainer:
         check_objective(config, self.objective)
         check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
+        placed = {"task_tokenizer": task_tokenizer, "seed": config.seed, "device": self.world.device}
         with named(config.model):
-            self.model, self.tokenizer = load_model_and_tokenizer(
-                config.model, task_tokenizer=task_tokenizer, seed=config.seed, device=self.world.device, tell=self.notes.append
-            )
+            self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
         if switch_off_dropout(self.model):
             self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
@@ -88,13 +87,13 @@ class Trainer:
         self.notes += [f"{f'eval_data {name}'.strip()}: {entry.problems.report}" for name, entry in self.eval_sets.items()]
         held_out = max((entry.problems.longest_prompt_tokens for entry in self.eval_sets.values()), default=0)
         check_lengths(config, self.model, self.problems.longest_prompt_tokens, held_out)
+        shard_model(self.model, self.world)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
-            lora = config.model.lora is not None  # without its adapters the model is its own reference
-            self.reference = self.model if lora else copy.deepcopy(self.model).requires_grad_(False).eval()
-        if self.reference is not None and self.reference is not self.model:
-            shard_model(self.reference, self.world)
-        shard_model(self.model, self.world)
+            self.reference = self.model  # with LoRA: without its adapters the model is its own reference
+            if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
+                self.reference = load_model_and_tokenizer(config.model, **placed)[0].requires_grad_(False).eval()
+                shard_model(self.reference, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._engine_seed(0))

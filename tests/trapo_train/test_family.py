@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
 from trapo_kernels import objectives
@@ -118,6 +119,19 @@ def test_schedules_reach_the_plan_of_each_step(configure):
     guidance = "{schedule: staircase, values: [1, 0], every: 1}"
     trainer = Trainer(configure("uft", "plan={name: uft, num_samples: 2, guidance: " + guidance + "}", "objective.name=uft"))
     assert [trainer.train_step()["guided_share"] for _ in range(3)] == [1.0, 0.0, 0.0]
+
+
+def test_the_reference_is_the_same_model_and_is_loaded_when_the_first_is_sharded(configure, monkeypatch):
+    done = []
+    for name in ("load_model_and_tokenizer", "shard_model"):
+        inner = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda *a, name=name, inner=inner, **k: (done.append(name), inner(*a, **k))[1])
+    built = Trainer(configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: 0.1}}"))
+    assert done == ["load_model_and_tokenizer", "shard_model"] * 2  # no rank holds two whole models
+    trained, kept = built.model.state_dict(), built.reference.state_dict()
+    assert trained.keys() == kept.keys() and all(torch.equal(trained[name], value) for name, value in kept.items())
+    assert not any(parameter.requires_grad for parameter in built.reference.parameters()) and not built.reference.training
+    assert sum(note.startswith("model.attention=auto") for note in built.notes) == 1
 
 
 def test_a_reference_is_kept_for_a_kl_that_a_schedule_turns_on(configure):

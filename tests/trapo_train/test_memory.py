@@ -151,6 +151,20 @@ def test_more_gpus_share_weights_and_state(recipe):
         plan_memory(load_config(recipe, ["parallel.replicate=2"]), gpus=3)
 
 
+def test_every_rank_loads_the_whole_model_and_a_reference_after_it(recipe):
+    whole = 4 * (MATRICES + VECTORS)
+    assert plan_memory(load_config(recipe), gpus=8).loading_bytes == whole
+    kl = ["objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo"]
+    assert plan_memory(load_config(recipe, kl), gpus=8).loading_bytes == whole + whole // 8
+
+
+def test_the_command_says_where_loading_alone_does_not_fit(recipe, capsys):
+    assert cli.main(["plan-memory", recipe, "--gpus", "8", "--memory-gib", "0.0005"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "GiB to load the whole model in float32" in shown
+    assert "does not fit into 0.0005 GiB: each rank loads the whole model, before it keeps its shard" in shown
+
+
 def test_vllm_takes_its_share_while_it_generates(recipe):
     plan = plan_memory(load_config(recipe, ["rollout.engine=vllm"]), gpu_bytes=1000)
     assert plan.components["vLLM"] == {"rollout": 500} and "keys and values of the responses" not in plan.components
