@@ -258,12 +258,17 @@ def optimizer_step(
     if finite and metrics["loss_tokens"]:  # without a token the momentum alone would move the weights
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    with warnings.catch_warnings():  # where the first update is left out; its learning rate is used up all the same
-        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
-        scheduler.step()
+    _advance(scheduler)
     return metrics | {
         "learning_rate": learning_rate,
         "micro_batches": len(micro_batches),
         "loss_passes": passes,
         "skipped_step": int(not finite),
     }
+
+
+def _advance(scheduler: LRScheduler) -> None:
+    """The next learning rate; without torch's warning where the first update is left out, whose rate is used up all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+        scheduler.step()

@@ -321,7 +321,7 @@ def test_an_evaluation_that_fails_loses_nothing_either(server, tmp_path, monkeyp
     held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 4}"
     overrides = (*_overrides(server), "checkpoint.every=0", held_out, "evaluation.every=2")
     config = build_config(tmp_path, "run", *overrides)
-    complete, limit = server.complete, 4 + 2 * 24 + 2  # two samples into the evaluation after the second step
+    complete, limit = server.complete, 3 + 4 + 2 * 24 + 2  # `check`, then two samples into the evaluation after the second step
     monkeypatch.setattr(server, "complete", dies_after(server, complete, limit))
     with pytest.raises(EngineError), Reporter(config.output_dir) as reporter:
         run(config, reporter)
