@@ -187,6 +187,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
     nothing = {"plan": PlanConfig(plan), "objective": ObjectiveConfig(objective), "updates": UpdateConfig()}
     nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
+    nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)
     trainer = Trainer(config)
     label = f"of_{Path(config.model.name_or_path or 'scratch').name}"

@@ -52,6 +52,13 @@ def test_settings_of_sampled_responses_are_refused_where_there_are_none(configur
     Trainer(configure("run", "plan.name=sft", override))  # the objective trapo samples for problems without a trace
 
 
+def test_a_run_that_trained_on_prompts_is_evaluated_by_its_reward(configure, capsys):
+    config = configure("run", *SFT[1:], *EVALUATED, "packing.train_on_prompt=true", "steps=1")
+    train_to_end(config)
+    assert cli.main(["eval", config.output_dir]) == 0, capsys.readouterr().err
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
 def test_expert_traces_alone_gather_no_model_for_an_engine(configure, monkeypatch):
     entered = []
     inner = Trainer.ready_to_generate
