@@ -66,12 +66,12 @@ gpu-native:  ## build the native backend's CUDA part in place, for this machine'
 	@TRAPO_WERROR=0 TRAPO_CUDA=1 TRAPO_CUDA_ARCHS="$${TRAPO_CUDA_ARCHS:-$(GPU_ARCH)}" $(GPU_RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 gpu-test:  ## kernel correctness and compute-sanitizer on a CUDA device, under 9 minutes; writes OUT/<gpu>/tests.md, sanitizer.txt
-	@PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu_test --out $(OUT) --seconds $(GPU_SECONDS)
+	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_RUN) -m benchmarks.gpu_test --out $(OUT) --seconds $(GPU_SECONDS)
 
 gpu-bench:  ## the GPU tables, under 9 minutes a call; writes OUT/<gpu>/results.jsonl and goes on from the one in benchmarks/results
 	@for old in benchmarks/results/nvidia-*/results.jsonl; do new=$(OUT)/$${old#benchmarks/results/}; \
 		if [ -e $$old ] && [ ! -e $$new ]; then mkdir -p $${new%/*} && cp $$old $$new; fi; done
-	@PYTHONPATH=. $(GPU_RUN) -m benchmarks --device cuda --budget $(GPU_MINUTES) --out $(OUT) --no-report $(QUESTIONS)
+	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_RUN) -m benchmarks --device cuda --budget $(GPU_MINUTES) --out $(OUT) --no-report $(QUESTIONS)
 
 clean:  ## remove the environment and the runs
 	rm -rf $(VENV) runs build *.egg-info
