@@ -92,27 +92,17 @@ class BuildNative(build_ext):
             raise RuntimeError("TRAPO_CUDA_ARCHS must name 90a, whose instructions the Hopper kernel needs, got 90. Write 90a.")
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         changed = max(file.stat().st_mtime for file in Path("csrc").rglob("*") if file.is_file())
-        objects = []
+        command = [nvcc(), "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", *targets, *macros, "-DUSE_CUDA"]
+        command += ["-isystem", str(torch / "include"), *(["-Werror", "all-warnings"] if _STRICT else [])]
+        objects, running = [], []
         for source in CUDA_SOURCES:
             target = Path(self.build_temp) / Path(source).with_suffix(f".{'_'.join(archs)}.o").name
             target.parent.mkdir(parents=True, exist_ok=True)
             objects.append(str(target))
-            if target.exists() and target.stat().st_mtime > changed:
-                continue
-            command = [
-                nvcc(),
-                "-std=c++20",
-                "-O3",
-                "-lineinfo",
-                "-Xcompiler",
-                "-fPIC",
-                *(["-Werror", "all-warnings"] if _STRICT else []),
-                *targets,
-                *macros,
-            ]
-            subprocess.run(
-                [*command, "-DUSE_CUDA", "-isystem", str(torch / "include"), "-c", source, "-o", str(target)], check=True
-            )
+            if not target.exists() or target.stat().st_mtime <= changed:
+                running.append(subprocess.Popen([*command, "-c", source, "-o", str(target)]))  # all at once
+        for process in [process for process in running if process.wait() != 0]:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
         return objects
 
 
