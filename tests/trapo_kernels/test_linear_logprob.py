@@ -5,8 +5,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob
-from trapo_kernels.backends import cpu_gemm, gemm
+from trapo_kernels import linear_logprob, objectives, terms
+from trapo_kernels.backends import cpu_gemm, gemm, native, triton_ops
+from trapo_kernels.backends.logits import LogitTransform
 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["flat", "peaked"])
@@ -205,6 +206,31 @@ def test_more_than_two_to_the_31_logits(backend):
     last = slice(num_rows - 64, None)
     reference = linear_logprob(hidden[last], weight, target[last], backend="reference")
     torch.testing.assert_close(out.logprob[last], reference.logprob, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [100, 5000, 152_064])
+@pytest.mark.parametrize("backend", cases.COMPILED)
+def test_rows_more_than_two_to_the_31_elements_apart(backend, vocab_size, grad_dtype):
+    """What no chunk is large enough for; the twin for a CPU is in test_native.py."""
+    stride, objective = 2**30 + 16, objectives.trapo(entropy_coef=0.1)
+    room = 4 * (2 * stride + vocab_size)
+    if cases.DEVICE == "cuda" and (free := torch.cuda.mem_get_info()[0]) < room + 2**30:
+        pytest.skip(f"needs {room / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free")
+    rows = {"triton": triton_ops, "native": native}[backend]
+    far = torch.empty(room // 4, device=cases.DEVICE).as_strided((3, vocab_size), (stride, 1))
+    near, b = torch.randn(3, vocab_size, device=cases.DEVICE), cases.batch(3, vocab_size, torch.float32, roles=(1, 2))
+    streams, transform = terms.streams(b, objective, torch.float32), LogitTransform(temperature=0.7)
+    known = rows.statistics(near.clone(), b.target, transform, True)
+    settings = (known, known.logprob, known.entropy, grad_dtype)
+    for run in (
+        lambda logits: rows.statistics(logits, b.target, transform, True),
+        lambda logits: [rows.logprob_gradient(logits, b.target, transform, *settings)],
+        lambda logits: [*(out := rows.policy(logits, b.target, transform, streams, objective, True, grad_dtype))[0], out[1]],
+    ):
+        for here, there in zip(run(near.clone()), run(far.copy_(near)), strict=True):
+            assert torch.equal(here, there)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

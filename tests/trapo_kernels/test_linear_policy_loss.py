@@ -221,7 +221,7 @@ def test_fp16_gradients_survive_a_small_loss_under_a_gradient_scaler():
 
 @pytest.mark.parametrize(
     "again",
-    [lambda b: b, replace, lambda b: b.to("cpu"), lambda b: b.with_active_rows(torch.tensor([0]))],
+    [lambda b: b, replace, lambda b: b.to(cases.DEVICE), lambda b: b.with_active_rows(torch.tensor([0], device=cases.DEVICE))],
     ids=["new", "replace", "to", "with_active_rows"],
 )
 def test_a_batch_built_while_compiling_still_ignores_nan_rows(again):
@@ -284,6 +284,7 @@ def test_no_tokens_and_a_kl(backend):
     assert out.loss == 0 and not weight.grad.any()
 
 
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not looked into: there it is NaN (test_traps.py)")
 def test_a_role_without_a_target_is_refused():
     hidden, weight, _ = cases.head(4, 8, 20, torch.float32)
     wrong = cases.batch(

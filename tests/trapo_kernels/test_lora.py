@@ -117,6 +117,22 @@ def test_one_token_and_rank_1(backend, dtype):
         torch.testing.assert_close(ours, reference, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_rank_1_in_two_chunks(backend, dtype, monkeypatch):
+    """The second chunk adds to gradients of one row and of one column, shapes for which a GPU's library has GEMMs of their own."""
+    monkeypatch.setattr("trapo_kernels.backends.sweep.chunk_rows", lambda *_, **__: 5)
+    hidden, weight, _ = cases.head(9, 8, 40, dtype)
+    inputs = (hidden, weight, *_factors(dtype, 8, 40, rank=1))
+    batch, grads = cases.batch(9, 40, torch.float32, roles=(1, 2)), []
+    for which in ("reference", backend):
+        loss = linear_policy_loss(hidden, weight, batch, objectives.trapo(), lora=LoraHead(*inputs[2:], 0.5), backend=which).loss
+        grads.append(cases.gradients(loss, inputs))
+    for reference, ours in zip(*grads, strict=True):
+        near = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, reference, rtol=near, atol=near * float(reference.abs().max()))
+
+
 def test_opcheck():
     hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
     lora_a, lora_b = _factors(torch.float32, 5, 20)
