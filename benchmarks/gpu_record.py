@@ -22,6 +22,11 @@ def _write(**line: object) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The kernels that are most likely to hang or crash come last."""
+    items.sort(key=lambda item: "native" in item.name)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Name every test, so that those which are never reached can be counted."""
     for item in session.items:
@@ -30,19 +35,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     """What is left of a test that takes its process with it."""
-    _write(test=nodeid, outcome="crashed", reason=f"the process ended in the midst of it, or it took over {LONGEST_TEST_S:g} s")
+    _write(test=nodeid, outcome="running")
     faulthandler.dump_traceback_later(LONGEST_TEST_S, exit=True)
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """It has ended."""
     faulthandler.cancel_dump_traceback_later()
-
-
-def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """A file that cannot be imported has no tests that could fail."""
-    if report.failed:
-        _write(test=report.nodeid, outcome="failed", reason=(report.longreprtext.strip().splitlines() or [""])[-1][:400])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -55,8 +54,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     elif report.failed:
         lines = report.longreprtext.strip().splitlines() or [""]
         reason = next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1])
-    _write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), reason=reason[:400])
-    if report.failed and _context_is_lost():
+    lost = report.failed and _context_is_lost()
+    outcome = "crashed" if lost else report.outcome
+    _write(test=report.nodeid, outcome=outcome, seconds=round(report.duration, 2), reason=reason[:400])
+    if lost:
         os._exit(CONTEXT_LOST)
 
 

@@ -1,9 +1,10 @@
-"""The kernel tests on a GPU, then the native kernels under compute-sanitizer, under nine minutes, with a record of what passed.
+"""The kernel tests on a GPU, the native kernels under compute-sanitizer beside them, in under nine minutes, with a record of both.
 
     python -m benchmarks.gpu_test           # writes benchmarks/results/<gpu>/tests.md, sanitizer.txt
 
-Every test file is a process of its own, a few at a time, and every outcome is on disk when its test ends: a crash costs one test.
-Without a CUDA device it says so and exits with 2; with failures it exits with 1.
+Every test file is a process of its own, and so is every tool of compute-sanitizer: nothing here is timed, so they run beside each
+other. Every few seconds what has ended is in the files. A crash costs one test; a backend that crashes twice in a file is left
+out of the rest of it. Without a CUDA device it says so and exits with 2; with failures it exits with 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,18 +33,23 @@ from benchmarks import provenance
 from trapo_kernels.backends import native
 
 SECONDS = 500.0  # of nine minutes; a compute-sanitizer that is being killed takes a while
+WRITE_SECONDS = 5.0  # between two writings of the record
 TESTS = provenance.ROOT / "tests" / "trapo_kernels"
-FIRST = ("ops", "equality", "linear_policy_loss", "linear_logprob", "native_gpu", "accuracy", "upstream", "row_selection")
-AT_ONCE = 8  # processes; compiling kernels keeps a core busy each
-ON_THE_CPU = ("native_on_host", "native_cuda", "off_the_cpu", "memory")  # files that say nothing of a GPU
+FIRST = ("ops", "equality", "linear_policy_loss", "linear_logprob", "accuracy", "upstream", "row_selection")
+NATIVE = TESTS / "test_native_gpu.py"
+AT_ONCE = 16  # processes; compiling kernels keeps a core busy each
+# Files and tests that say nothing of a GPU.
+ON_THE_CPU = ("native_on_host", "native_cuda", "off_the_cpu", "memory", "native", "cpu_gemm", "checks", "corrections", "dispatch")
+MATCH = "not sharded_equals_whole"
 DOCTOR_SECONDS = 60.0
-RESTARTS = 4  # of a file whose tests break the CUDA context, before the rest of it is given up
-SANITIZER_SHARE = 0.4  # of the time, where there is something to sanitize
-SANITIZED = {  # tool and kernels: which tests of test_native_gpu.py, and which share of the sanitizer's time
-    "memcheck, rows": ("4099 or 57000", 0.35),
-    "racecheck, rows": ("57000 and bfloat16 and plain", 0.2),
-    "memcheck, scoring": ("scoring", 0.25),
-    "racecheck, scoring": ("scoring and flat", 0.2),  # not known to understand wgmma and setmaxnreg: look before believing it
+RESTARTS = 8  # of a file whose tests take their process along, before the rest of it is given up
+BACKENDS, MOST_CRASHES = ("triton", "native"), 2  # after so many crashes of a backend in a file its other tests there are left out
+TAIL_LINES = 20  # of the output of a process that did not end well
+SANITIZED = {  # tool and kernels: which tests of NATIVE
+    "memcheck, rows": "4099 or 57000",
+    "racecheck, rows": "57000 and bfloat16 and plain",
+    "memcheck, scoring": "scoring",
+    "racecheck, scoring": "scoring and flat",  # not known to understand wgmma and setmaxnreg: look before believing it
 }
 
 
@@ -49,11 +57,15 @@ class Job(NamedTuple):
     """A test file and the tests of it that `match` selects, as pytest's -k does."""
 
     file: Path
-    match: str
+    match: str = MATCH
+
+    def __str__(self) -> str:
+        return f"{self.file.name} -k '{self.match}'"
 
 
 class Outcome(NamedTuple):
-    """How a test went: pytest's outcome, or "crashed", or "not reached"."""
+    """How a test went: pytest's outcome, "crashed" (with its process or the CUDA context), "running" when the time was over, or
+    "not reached"."""
 
     test: str
     outcome: str
@@ -70,66 +82,105 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_test: needs a CUDA device, and torch sees none; `make test` runs the same tests on a CPU.", file=sys.stderr)
         return 2
-    started = time.monotonic()
+    until = time.monotonic() + options.seconds
+    os.environ.setdefault("TRAPO_GPU_TEST_SECONDS", f"{max(20.0, options.seconds / 6):.0f}")
     folder = options.out / provenance.folder("cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    tool = _sanitizer() if native.why_not("cuda") is None else None
     report = Report(folder, provenance.environment("cuda"))
     report.write()
-    until = started + options.seconds * (1.0 - SANITIZER_SHARE if tool else 1.0)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for done in as_completed([pool.submit(run, job, until) for job in jobs(TESTS)]):
-            report.outcomes += done.result()
-            report.write()
-    report.doctor_lines = ask_doctor([sys.executable, "-m", "trapo_kernels.doctor"], DOCTOR_SECONDS)
-    report.write()
-    if tool is None:
-        report.sanitized["none"] = native.why_not("cuda") or "compute-sanitizer was not found on PATH or beside nvcc."
-    for name, (match, share) in SANITIZED.items() if tool else ():
-        end = time.monotonic() + (started + options.seconds - time.monotonic()) * share / sum(s for _, s in _from(name))
-        report.sanitized[name] = sanitize(tool, name.partition(",")[0], match, end, folder / "sanitizer.txt")
-        report.write()
-    print(f"gpu_test: {folder / 'tests.md'}")
+    with tempfile.TemporaryDirectory() as scratch:
+        everything(report, until, Path(scratch))
+    print(f"gpu_test: {report.path}")
     return 0 if report.passed() else 1
 
 
-def _from(name: str) -> list[tuple[str, float]]:
-    """The tools from `name` on."""
-    return list(SANITIZED.values())[list(SANITIZED).index(name) :]
+def everything(report: Report, until: float, scratch: Path) -> None:
+    """All tests, the sanitizers and the doctor until then, the report written anew every few seconds."""
+    records = {job: scratch / f"{number}.jsonl" for number, job in enumerate(jobs(TESTS))}
+    why_not = native.why_not("cuda")
+    tool = None if why_not else _sanitizer()
+    outputs = {name: scratch / f"{name}.txt" for name in SANITIZED} if tool else {}
+    if tool is None:
+        report.sanitized["none"] = why_not or "compute-sanitizer was not found on PATH or beside nvcc."
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        tests = [pool.submit(run, job, until, record) for job, record in records.items() if job.file == NATIVE]
+        sanitized: dict[str, Future] = {}
+        for name, output in outputs.items():
+            sanitized[name] = pool.submit(sanitize, tool, name.partition(",")[0], SANITIZED[name], until, output)
+        doctor = pool.submit(ask_doctor, [sys.executable, "-m", "trapo_kernels.doctor"], until)
+        tests += [pool.submit(run, job, until, record) for job, record in records.items() if job.file != NATIVE]
+        left = True
+        while left:
+            _, left = wait([*tests, *sanitized.values(), doctor], WRITE_SECONDS)
+            report.outcomes = [outcome for record in records.values() for outcome in read(record)]
+            report.sanitized |= {name: future.result() if future.done() else "running" for name, future in sanitized.items()}
+            report.doctor_lines = doctor.result() if doctor.done() else report.doctor_lines
+            report.write(outputs.values())
+    for future in tests:
+        future.result()  # an error of ours ends this program
 
 
 def jobs(folder: Path) -> list[Job]:
-    """Every test file that a GPU matters to, the most telling first; what has never run on one, native, after everything else."""
+    """Every test file that a GPU matters to: first the native kernels by themselves, then the most telling."""
     first = [folder / f"test_{name}.py" for name in FIRST]
-    left_out = [*first, *(folder / f"test_{name}.py" for name in ON_THE_CPU)]
+    left_out = [NATIVE, *first, *(folder / f"test_{name}.py" for name in ON_THE_CPU)]
     files = [*first, *(path for path in sorted(folder.glob("test_*.py")) if path not in left_out)]
-    native_alone = folder / "test_native_gpu.py"
-    return [Job(path, "not native") for path in files if path != native_alone] + [Job(path, "native") for path in files]
+    return [Job(NATIVE, "scoring"), Job(NATIVE, "not scoring"), *map(Job, files)]
 
 
-def run(job: Job, until: float) -> list[Outcome]:
-    """The outcomes of a job's tests, those that `until` cut off included; a process that its tests break is started again."""
-    with tempfile.TemporaryDirectory() as scratch:
-        record = Path(scratch) / "record.jsonl"
-        code = None
-        for _ in range(1 + RESTARTS):
-            known = [o.test for o in read(record) if o.outcome != "not reached"]
-            command = [sys.executable, "-m", "pytest", str(job.file), "-k", job.match, "-p", "benchmarks.gpu_record", "-q"]
-            command += ["-m", "not slow"]
-            command += ["--rootdir", str(provenance.ROOT), *(f"--deselect={test}" for test in known)]
-            code = _run(command, until, os.environ | {"TRAPO_GPU_RECORD": str(record)})
-            hung = code == 1 and any(o.outcome == "crashed" and o.test not in known for o in read(record))
-            if code in (0, 1, 2, 4, 5, None) and not hung:  # passed, failed, not to be collected, nothing selected, out of time
-                break
-        unseen = [] if code == 5 else [Outcome(f"{job.file.name} -k '{job.match}'", "not reached")]
-        return read(record) or unseen
+def run(job: Job, until: float, record: Path) -> None:
+    """Write the outcomes of a job's tests to `record`; a process that a test takes along is started again without it."""
+    output = record.with_suffix(".txt")
+    for _ in range(1 + RESTARTS):
+        known = [o for o in read(record) if o.outcome != "not reached"]
+        crashed = [o.test.rpartition("::")[2] for o in known if o.outcome == "crashed"]
+        left_out = [word for word in BACKENDS if sum(word in test for test in crashed) >= MOST_CRASHES]
+        match = " and ".join([f"({job.match})", *(f"not {word}" for word in left_out)])
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(job.file),
+            "-k",
+            match,
+            "-m",
+            "not slow",
+            "-qs",
+        ]  # last words are not captured
+        command += ["-p", "benchmarks.gpu_record", "-p", "no:cacheprovider", "--rootdir", str(provenance.ROOT)]
+        code = _run([*command, *(f"--deselect={o.test}" for o in known)], until, output, TRAPO_GPU_RECORD=str(record))
+        if code is None:
+            if not read(record):
+                _note(record, Outcome(str(job), "not reached", reason=_tail("There was no time left.", output)))
+            return
+        for running in [o for o in read(record) if o.outcome == "running"]:
+            _note(record, running._replace(outcome="crashed", reason=_tail(f"Its process ended with exit code {code}.", output)))
+        if all(o in known for o in read(record) if o.outcome == "crashed"):
+            if code not in (0, 1, 5) or not read(record):  # 5: nothing was left to run
+                _note(record, Outcome(str(job), "failed", reason=_tail(f"pytest ended with exit code {code}.", output)))
+            return
 
 
-def _run(command: list[str], until: float, environment: dict[str, str], output: Path | None = None) -> int | None:
-    """Exit code of a command; None where `until` came first, and it was killed."""
+def _note(record: Path, outcome: Outcome) -> None:
+    with record.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(outcome._asdict()) + "\n")  # the last line of a process that died may be half a line
+
+
+def _tail(sentence: str, output: Path) -> str:
+    """A sentence, and what the process said last, without pytest's own frames and the paths of this machine."""
+    text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+    for folder in (provenance.ROOT, sys.prefix):
+        text = text.replace(f"{folder}/", "")
+    lines = [line.rstrip()[:200] for line in text.splitlines() if line.strip() and not re.search("/_pytest/|/pluggy/", line)]
+    return "\n".join([sentence, *lines[-TAIL_LINES:]])
+
+
+def _run(command: list[str], until: float, output: Path, **variables: str) -> int | None:
+    """Exit code of a command; None where `until` came first, and it was killed. What it says is added to `output`."""
     if until <= time.monotonic():
         return None
-    with output.open("a") if output else open(os.devnull, "w") as file:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | variables
+    with output.open("a") as file:
         process = subprocess.Popen(
             command, cwd=provenance.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -143,12 +194,13 @@ def _run(command: list[str], until: float, environment: dict[str, str], output: 
             process.wait()
 
 
-def ask_doctor(command: list[str], seconds: float) -> list[str]:
+def ask_doctor(command: list[str], until: float) -> list[str]:
     """What `command` prints, in a process of its own: it runs kernels that may hang or crash."""
+    seconds = max(0.0, min(DOCTOR_SECONDS, until - time.monotonic()))
     try:
         found = subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return [f"did not return within {seconds:g} s"]
+        return [f"did not return within {seconds:.1f} s"]
     return [*found.stdout.splitlines(), *([f"exit code {found.returncode}"] if found.returncode else [])]
 
 
@@ -182,11 +234,17 @@ def sanitize(tool: str, name: str, match: str, until: float, output: Path) -> st
     """
     command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", *_only_ours(tool)]
     command += [sys.executable, "-m", "pytest", "-q"]
-    command += ["--rootdir", str(provenance.ROOT), str(TESTS / "test_native_gpu.py"), "-k", match]
-    code = _run(command, until, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, output)
+    command += ["-p", "no:cacheprovider", "--rootdir", str(provenance.ROOT), str(NATIVE), "-k", match]
+    code = _run(command, until, output, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
     summary = next((line.strip("= ") for line in reversed(text.splitlines()) if "SUMMARY" in line), "no summary")
     return {0: f"clean ({summary})", None: "out of time"}.get(code, f"**failed**, exit code {code} ({summary})")
+
+
+def _item(o: Outcome) -> list[str]:
+    """A list item: the first line of the reason beside the test, the others as code below it."""
+    first, *rest = o.reason.splitlines() or [""]
+    return [f"- {o.outcome} `{o.test}`: {first}", *(f"      {line}" for line in rest)]
 
 
 class Report:
@@ -194,7 +252,7 @@ class Report:
 
     def __init__(self, folder: Path, environment: dict):
         self.path, self.environment = folder / "tests.md", environment
-        self.doctor_lines = ["not asked yet: it runs every backend, and comes after the tests"]
+        self.doctor_lines = ["no answer yet"]
         self.outcomes: list[Outcome] = []
         self.sanitized: dict[str, str] = {}
         self._started = time.monotonic()
@@ -204,16 +262,21 @@ class Report:
         bad = any(o.outcome not in ("passed", "skipped") for o in self.outcomes)
         return bool(self.outcomes) and not bad and not any("failed" in text for text in self.sanitized.values())
 
-    def write(self) -> None:
-        """Write the file."""
+    def write(self, outputs: Iterable[Path] = ()) -> None:
+        """Write the file, and beside it what the sanitizers' `outputs` hold, if anything."""
         self.path.write_text(self.text(), encoding="utf-8")
+        texts = [f"== {path.stem}\n{path.read_text(encoding='utf-8', errors='replace')}" for path in outputs if path.exists()]
+        if texts:
+            self.path.with_name("sanitizer.txt").write_text("\n".join(texts), encoding="utf-8")
 
     def text(self) -> str:
         """The record so far."""
         environment = self.environment
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
         counts = Counter(o.outcome for o in self.outcomes)
-        bad = [o for o in self.outcomes if o.outcome in ("failed", "crashed")]
+        bad = [
+            o for o in self.outcomes if o.outcome in ("failed", "crashed", "running") or (o.outcome == "not reached" and o.reason)
+        ]
         skips = Counter(o.reason for o in self.outcomes if o.outcome == "skipped")
         slowest = sorted(self.outcomes, key=lambda o: -o.seconds)[:5]
         lines = [
@@ -227,7 +290,7 @@ class Report:
             "",
             "## Failures",
             "",
-            *([f"- {o.outcome} `{o.test}`: {o.reason}" for o in bad] or ["None."]),
+            *([line for o in bad for line in _item(o)] or ["None."]),
             "",
             "## Skipped",
             "",

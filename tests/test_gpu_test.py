@@ -21,6 +21,7 @@ def test_fails():
     assert 1 == 2
 
 def test_takes_its_process_along():
+    os.write(2, b"last words")
     os._exit(9)
 
 def test_comes_after_the_crash():
@@ -45,9 +46,16 @@ def _outcomes(outcomes):
     return {o.test.rpartition("::")[2].removeprefix("test_"): o.outcome for o in outcomes}
 
 
+def _run(file, match, seconds=60.0):
+    """The outcomes of a job with so much time."""
+    record = file.with_suffix(".jsonl")
+    gpu_test.run(gpu_test.Job(file, match), time.monotonic() + seconds, record)
+    return gpu_test.read(record)
+
+
 @pytest.mark.slow
 def test_a_crash_costs_one_test(file):
-    outcomes = gpu_test.run(gpu_test.Job(file, "not native and not slow_one"), time.monotonic() + 60)
+    outcomes = _run(file, "not native and not slow_one")
     assert _outcomes(outcomes) == {
         "passes": "passed",
         "fails": "failed",
@@ -55,38 +63,79 @@ def test_a_crash_costs_one_test(file):
         "comes_after_the_crash": "passed",
     }
     assert "assert 1 == 2" in next(o.reason for o in outcomes if o.outcome == "failed")
+    (crash,) = (o.reason for o in outcomes if o.outcome == "crashed")
+    assert crash.startswith("Its process ended with exit code 9.\n") and "last words" in crash
 
 
 @pytest.mark.slow
 def test_a_hanging_test_ends_with_the_time(file):
-    outcomes = gpu_test.run(gpu_test.Job(file, "slow_one"), time.monotonic() + 3)
-    assert set(_outcomes(outcomes).values()) in ({"crashed"}, {"not reached"})  # the latter where pytest took all the time to start
+    outcomes = _run(file, "slow_one", 3)
+    assert set(_outcomes(outcomes).values()) in ({"running"}, {"not reached"})  # the latter where pytest took all the time to start
 
 
 def test_tests_are_chosen_by_name_and_none_are_begun_without_time(file):
-    assert _outcomes(gpu_test.run(gpu_test.Job(file, "native"), time.monotonic() + 60)) == {"native_kernel": "passed"}
-    (unseen,) = gpu_test.run(gpu_test.Job(file, "native"), time.monotonic())
+    assert _outcomes(_run(file, "native")) == {"native_kernel": "passed"}
+    file.with_suffix(".jsonl").unlink()
+    (unseen,) = _run(file, "native", 0)
     assert unseen.outcome == "not reached" and "-k 'native'" in unseen.test
-    assert gpu_test.run(gpu_test.Job(file, "no_such_test"), time.monotonic() + 60) == []
 
 
 @pytest.mark.slow
-def test_a_hanging_test_costs_itself_alone(file, monkeypatch):
+def test_a_hanging_test_costs_itself_alone_and_says_where(file, monkeypatch):
     monkeypatch.setenv("TRAPO_GPU_TEST_SECONDS", "2")
-    outcomes = gpu_test.run(gpu_test.Job(file, "slow_one or comes_after"), time.monotonic() + 60)
+    outcomes = _run(file, "slow_one or comes_after")
     assert _outcomes(outcomes) == {"slow_one_hangs": "crashed", "comes_after_the_crash": "passed"}
+    (hang,) = (o.reason for o in outcomes if o.outcome == "crashed")
+    assert "Timeout" in hang and "in test_slow_one_hangs" in hang
 
 
-def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path):
+@pytest.mark.slow
+def test_a_backend_that_crashes_twice_is_left_out_and_comes_last(tmp_path):
+    file = tmp_path / "test_backends.py"
+    file.write_text(
+        'import os, pytest\n\n\n@pytest.mark.parametrize("number", range(3))\n'
+        '@pytest.mark.parametrize("backend", ["native", "torch"])\n'
+        'def test_kernel(backend, number):\n    assert backend == "torch" or os._exit(9)\n'
+    )
+    outcomes = _run(file, "kernel")
+    assert [o.test.rpartition("-")[0].rpartition("[")[2] for o in outcomes] == ["torch"] * 3 + ["native"] * 3
+    assert [o.outcome for o in outcomes] == ["passed"] * 3 + ["crashed"] * 2 + ["not reached"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match", "said"),
+    [
+        ("import no_such_module_anywhere\n", "native", "No module named 'no_such_module_anywhere'"),
+        (TESTS, "no_such_test", "6 deselected"),
+        (TESTS, "not (", "Wrong expression"),
+    ],
+    ids=["a file that cannot be imported", "nothing selected", "usage"],
+)
+def test_a_process_that_runs_no_test_is_a_failure_with_its_output(tmp_path, text, match, said):
     file = tmp_path / "test_broken.py"
-    file.write_text("import no_such_module_anywhere\n")
-    (outcome,) = gpu_test.run(gpu_test.Job(file, "native"), time.monotonic() + 60)
-    assert outcome.outcome == "failed" and "no_such_module_anywhere" in outcome.reason
+    file.write_text(text)
+    *_, outcome = _run(file, match)
+    assert outcome.outcome == "failed" and said in outcome.reason and "exit code" in outcome.reason
+
+
+@pytest.mark.slow
+def test_everything_is_written_as_it_ends(tmp_path, file, monkeypatch):
+    """Two jobs, one of which hangs until the time is over, and no native kernels."""
+    monkeypatch.setattr(gpu_test, "jobs", lambda folder: [gpu_test.Job(file, "passes"), gpu_test.Job(file, "slow_one")])
+    monkeypatch.setattr(gpu_test.native, "why_not", lambda device: "it was not built.")
+    monkeypatch.setattr(gpu_test, "ask_doctor", lambda *_: ["fine"])
+    monkeypatch.setattr(gpu_test, "WRITE_SECONDS", 0.5)
+    report, written = gpu_test.Report(tmp_path, provenance.environment("cpu") | {"driver": "1.2"}), []
+    monkeypatch.setattr(report, "write", lambda outputs: written.append(report.text()))
+    gpu_test.everything(report, time.monotonic() + 12, tmp_path)
+    assert _outcomes(report.outcomes) == {"passes": "passed", "slow_one_hangs": "running"} and not report.passed()
+    assert sum("1 passed" in text for text in written) > 2, "long before the end"
+    assert "compute-sanitizer, none: it was not built." in written[-1] and "fine" in written[-1]
 
 
 def test_the_doctor_is_asked_in_a_process_of_its_own():
     def ask(code, seconds=30.0):
-        return gpu_test.ask_doctor([sys.executable, "-c", code], seconds)
+        return gpu_test.ask_doctor([sys.executable, "-c", code], time.monotonic() + seconds)
 
     assert ask("print('fine')") == ["fine"]
     assert ask("print('ill'); raise SystemExit(1)") == ["ill", "exit code 1"]
@@ -103,14 +152,13 @@ def test_what_was_never_reached_is_counted(tmp_path):
     assert _outcomes(gpu_test.read(record)) == {"a": "passed", "b": "not reached"}
 
 
-def test_every_file_is_run_twice_native_last():
+def test_every_file_that_a_gpu_matters_to_is_run_the_native_kernels_first():
     jobs = gpu_test.jobs(gpu_test.TESTS)
-    first, last = ([job.file for job in jobs if job.match == match] for match in ("not native", "native"))
-    assert [job.match for job in jobs] == ["not native"] * len(first) + ["native"] * len(last)
-    assert set(last) - set(first) == {gpu_test.TESTS / "test_native_gpu.py"} and set(first) < set(last)
+    assert [job.file for job in jobs[:2]] == [gpu_test.NATIVE] * 2 and len({job.match for job in jobs[:2]}) == 2
     on_the_cpu = {gpu_test.TESTS / f"test_{name}.py" for name in gpu_test.ON_THE_CPU}
     assert all(path.is_file() for path in on_the_cpu)
-    assert set(last) == set(gpu_test.TESTS.glob("test_*.py")) - on_the_cpu
+    files = [job.file for job in jobs[1:]]
+    assert len(files) == len(set(files)) and set(files) == set(gpu_test.TESTS.glob("test_*.py")) - on_the_cpu
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, "clean (ERROR SUMMARY: 0 errors)"), (9, "**failed**, exit code 9")])
@@ -134,19 +182,23 @@ def test_the_record_names_failures_skips_and_the_sanitizer(tmp_path):
         gpu_test.Outcome("tests/x.py::test_y", "failed", 0.1, "assert 1 == 2"),
         gpu_test.Outcome("tests/x.py::test_z", "passed", 3.0),
         gpu_test.Outcome("tests/x.py::test_s", "skipped", 0.0, "needs two GPUs"),
+        gpu_test.Outcome("tests/x.py::test_c", "crashed", 0.0, "Its process ended with exit code -6.\nlast words"),
     ]
     report.sanitized["memcheck"] = "clean (ERROR SUMMARY: 0 errors)"
-    report.write()
+    (tmp_path / "memcheck, rows.txt").write_text("0 errors")
+    report.write([tmp_path / "memcheck, rows.txt", tmp_path / "racecheck, rows.txt"])
+    assert (tmp_path / "sanitizer.txt").read_text() == "== memcheck, rows\n0 errors"
     text = (tmp_path / "tests.md").read_text()
     for part in (
-        "3 tests: 1 failed, 1 passed, 1 skipped",
+        "4 tests: 1 crashed, 1 failed, 1 passed, 1 skipped",
+        "- crashed `tests/x.py::test_c`: Its process ended with exit code -6.\n      last words\n",
         "failed `tests/x.py::test_y`: assert 1 == 2",
         "1: needs two GPUs",
         "memcheck: clean",
     ):
         assert part in text
     assert not report.passed()
-    report.outcomes = report.outcomes[1:]
+    report.outcomes = report.outcomes[1:3]
     assert report.passed()
     report.sanitized["racecheck"] = "**failed**, exit code 9"
     assert not report.passed()
