@@ -50,16 +50,15 @@ class Bench:
             rows[name] |= measure.summary(timing, timings.get(floor))
         if self.device == "cuda":
             for name in timings:
-                failed, found = self._attempt(name, lambda name=name: self._counts(calls[name], rows[name]["median_ms"]))
-                rows[name] |= found if failed is None else {"note": f"clocks and counts: {failed['reason']}"}
+                failed, found = self._attempt(name, lambda name=name: measure.cuda_counts(calls[name]))
+                rows[name] |= found if failed is None else {"note": f"counts: {failed['reason']}"}
+            if floor in timings:  # clocks once per case: to start nvidia-smi takes about a second
+                failed, found = self._attempt(floor, lambda: provenance.clocks(calls[floor], rows[floor]["median_ms"]))
+                rows[floor] |= found if failed is None else {"note": f"clocks: {failed['reason']}"}
         if case.with_memory or self.device == "cuda":
             for contender in able:
                 if contender.name in timings and not contender.floor:
                     rows[contender.name] |= self._memory(case, contender.name, calls[contender.name])
-
-    @staticmethod
-    def _counts(call: Callable, median_ms: float) -> dict[str, object]:
-        return provenance.clocks(call, median_ms) | measure.cuda_counts(call)
 
     def _checked(self, case: Case, able: list[Contender], rows: Rows) -> tuple[Problem | None, dict[str, Callable]]:
         """The case's inputs and the calls that agree with fp64; `rows` gets every contender's errors, or why it does not run."""
@@ -71,14 +70,11 @@ class Bench:
             failure["reason"] = f"the inputs and their fp64 truth: {failure['reason']}"
             rows |= {contender.name: dict(failure) for contender in able}
             return None, {}
-        checked, calls = self._check(problem, exact, able)
-        rows |= checked
-        return problem, calls
+        return problem, self._check(problem, exact, able, rows)
 
-    def _check(self, problem: Problem, exact: Result, able: list[Contender]) -> tuple[Rows, dict[str, Callable]]:
-        """(row with status and errors, call) of each contender; only those that agree with fp64 keep their call."""
-        rows, calls = {}, {}
-        data = statistics(exact, problem.batch)
+    def _check(self, problem: Problem, exact: Result, able: list[Contender], rows: Rows) -> dict[str, Callable]:
+        """Fill `rows` with status and errors of each contender; the calls of those that agree with fp64."""
+        calls, data = {}, statistics(exact, problem.batch)
         for contender in able:
             row, call = self._attempt(contender.name, lambda contender=contender: contender.prepare(problem))
             if row is None:
@@ -95,7 +91,7 @@ class Bench:
             result = None
             rows[contender.name] = row
             self._free()
-        return rows, calls
+        return calls
 
     def _attempt(self, name: str, call: Callable[[], object]) -> tuple[dict | None, object]:
         """(None, result), or (row that says what went wrong, None)."""

@@ -1,4 +1,6 @@
-"""Who is running now: written before every call of a contender, so that a process that dies leaves its culprit's name behind."""
+"""Who is running now: written before every call of a contender, so that a process that dies leaves its culprit's name behind, and
+what it knew of the others.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,21 @@ class Journal:
 
     def __init__(self, path: Path | None):
         self._path = path
-        self._results: Path | None = None
-        self._row: store.Row = {}
+        self._case: dict[str, object] | None = None
+        self._rows: dict[str, store.Row | None] = {}
 
-    def begin(self, results: Path, row: store.Row) -> None:
-        """A case begins: `row` holds what its rows share, `results` is the file that they go to."""
-        self._results, self._row = results, row
+    def begin(self, results: Path, shared: store.Row, rows: dict[str, store.Row | None], partial: store.Row) -> None:
+        """A case begins: `shared` is what its rows share, `results` the file that they go to; `rows`, by contender, will be filled,
+        and `partial` marks them where they are written before the case is whole."""
+        self._case, self._rows = {"results": str(results), "shared": shared, "partial": partial}, rows
 
     def enter(self, contender: str, reason: str = "") -> None:
         """`contender` runs from now on; `reason` is why it is about to take the process down, where that is known."""
-        if self._path is not None and self._results is not None:
-            row = {"contender": contender, "status": "crashed", "reason": reason, "note": "", **self._row}
+        if self._path is not None and self._case is not None:
+            known = {name: row for name, row in store.ran(self._rows).items() if name != contender}
+            said = {"contender": contender, "reason": reason, "since": time.time(), "known": known}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps({"results": str(self._results), "row": row, "since": time.time()}))
+            self._path.write_text(json.dumps(self._case | said))
 
     def leave(self) -> None:
         """Nobody runs."""
@@ -35,18 +39,30 @@ class Journal:
 
     def running(self) -> tuple[store.Row, float] | None:
         """The row of the contender that runs, and for how many seconds it has; None where none does."""
-        try:
-            found = json.loads(self._path.read_text()) if self._path is not None else None
-        except (FileNotFoundError, ValueError):  # gone, or just being written
-            return None
-        return None if found is None else (found["row"], time.time() - found["since"])
+        found = self._read()
+        return None if found is None else (_crash(found, ""), time.time() - found["since"])
 
     def blame(self, reason: str) -> tuple[Path, store.Row] | None:
-        """Write the row of the contender that was running into its results file and return both; None where none was."""
-        if self._path is None or not self._path.exists():
-            return None
-        found = json.loads(self._path.read_text())
+        """Write the row of the contender that was running into its results file, beside those of the others as far as they were
+        known; returns file and row, None where nobody was running."""
+        found = self._read()
         self.leave()
-        row = found["row"] | {"reason": found["row"]["reason"] or reason}
-        store.append(Path(found["results"]), [row])
-        return Path(found["results"]), row
+        if found is None:
+            return None
+        row, path = _crash(found, reason), Path(found["results"])
+        known = [
+            {"contender": name, "note": "", **row, **found["shared"], **found["partial"]} for name, row in found["known"].items()
+        ]
+        store.append(path, [*known, row])
+        return path, row
+
+    def _read(self) -> dict | None:
+        try:
+            return json.loads(self._path.read_text()) if self._path is not None else None
+        except (FileNotFoundError, ValueError):  # gone, or just being written
+            return None
+
+
+def _crash(found: dict, reason: str) -> store.Row:
+    row = {"contender": found["contender"], "status": "crashed", "reason": found["reason"] or reason, "note": ""}
+    return row | found["shared"]

@@ -24,10 +24,12 @@ from benchmarks.journal import Journal
 from benchmarks.problem import JOBS, Case
 
 RESERVE_SECONDS = 12  # for the report
-HUNG_SECONDS = 120.0  # for one call on a GPU that compiles nothing for minutes
+HUNG_SECONDS = 30.0  # for one call of ours on a GPU; a few kernels of Triton compile in seconds
+HUNG_PEER_SECONDS = 120.0  # for one of theirs, which may try dozens of settings first
 LONGEST_CALL_SECONDS = 700.0  # for any other; processes that measure memory and first calls have limits of their own
 POLL_SECONDS = 2.0
-MOST_DEATHS = 2  # of a contender, before it is left out of the cases to come
+MOST_DEATHS = 2  # of a backend's contenders, before they are left out of the cases to come; a single one in a short run:
+SHORT_SECONDS = 360.0
 GRACE_SECONDS = 45  # after the budget, for a call that does not return to Python; then the worker is killed
 ONE_BY_ONE = ("first_call", "longest")  # measures that take a contender at a time, so that a run goes on in the midst of a case
 
@@ -53,10 +55,11 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
     end = time.monotonic() + seconds
     journal.leave()  # a run that was stopped by hand is nobody's fault
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker goes too
-    deaths: Counter[str] = Counter()
+    deaths: Counter[str] = Counter()  # by backend
+    most = MOST_DEATHS if seconds >= SHORT_SECONDS else 1
     while True:
         left = max(0.0, end - time.monotonic())
-        skipped = [word for name, times in deaths.items() if times >= MOST_DEATHS and name in BY_NAME for word in ("--skip", name)]
+        skipped = [word for name in BY_NAME if deaths[_backend(name)] >= most for word in ("--skip", name)]
         process = subprocess.Popen([*worker, *skipped, provenance.WORKER_FLAG, f"{left:.1f}"])
         try:
             code, death = _watch(process, journal, end + GRACE_SECONDS)
@@ -70,7 +73,7 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
             print(f"benchmarks: the worker ended while no contender ran: {death}", file=sys.stderr)
             return 1
         path, row = blamed
-        deaths[row["contender"]] += 1
+        deaths[_backend(row["contender"])] += 1
         _say(f"    {row['contender']}: crashed: {row['reason']}")
         if end - time.monotonic() < RESERVE_SECONDS:
             _say(f"the budget is spent. The same command goes on. Report: {report.write(path)}")
@@ -90,11 +93,18 @@ def _watch(process: subprocess.Popen, journal: Journal, end: float) -> tuple[int
     return None, f"did not return until {GRACE_SECONDS} s after the end of the budget."
 
 
+def _backend(contender: str) -> str:
+    """What the ways of a contender share: "native" of "ours, two-phase (native)"; the name itself where there is one way."""
+    return contender.rpartition("(")[2].rstrip(")")
+
+
 def _patience(row: store.Row) -> float:
     """Seconds that one call may take: on a GPU a kernel's, or a compiler's; elsewhere that of the processes that measure memory."""
-    on_gpu = row.get("environment", {}).get("driver") is not None
-    compiles = row["contender"] == "torch.compile" or row.get("case", {}).get("measure") in ("first_call", "step")
-    return HUNG_SECONDS if on_gpu and not compiles else LONGEST_CALL_SECONDS
+    on_gpu, measure = row.get("environment", {}).get("driver") is not None, row.get("case", {}).get("measure")
+    if not on_gpu or row["contender"] == "torch.compile" or measure in ("first_call", "step"):
+        return LONGEST_CALL_SECONDS
+    ours = row["contender"].startswith(("ours", "floor"))
+    return HUNG_SECONDS if ours and measure != "longest" else HUNG_PEER_SECONDS  # whose inputs are built in the call
 
 
 def _death(code: int) -> str:
@@ -219,27 +229,23 @@ def _one(case: Case, bench: Bench, chosen: list[Contender], path: Path, seconds:
     kept = {name for name, row in there.items() if row["status"] == "crashed" or case.measure in ONE_BY_ONE}
     rows: Rows = {c.name: _excused(c, case, bench.device) for c in chosen if c.name not in kept}
     shared = {"case": case.key, "title": case.title, "environment": environment}
-    bench.journal.begin(path, shared)
+    partial = {} if case.measure in ONE_BY_ONE else {"partial": True}
+    bench.journal.begin(path, shared, rows, partial)
     try:
         bench.run(case, [c for c in chosen if c.name in rows and rows[c.name] is None], seconds, rows)
-    except BaseException as interruption:  # the end of the budget, or of this process; what has figures is worth keeping
-        rows = {name: row for name, row in rows.items() if _has_figures(row)}
-        partial = {} if case.measure in ONE_BY_ONE else {"partial": True}
-        _write(path, {name: row | partial for name, row in rows.items()}, shared)
-        raise interruption
+    except SystemExit:  # of a lost device: what is known stands in the journal, from which the supervisor writes it
+        raise
+    except BaseException:  # the end of the budget; what is known is worth keeping
+        _write(path, {name: row | partial for name, row in store.ran(rows).items()}, shared)
+        raise
     _write(path, rows, shared)
-
-
-def _has_figures(row: dict | None) -> bool:
-    return row is not None and ("ratio" in row or "first_call_ms" in row or "longest_tokens" in row)
 
 
 def _write(path: Path, rows: Rows, shared: dict) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     store.append(path, [{"contender": name, "note": "", **row, **shared, "measured_at": now} for name, row in rows.items()])
-    for name, row in rows.items():
-        if row["status"] not in ("absent", "cannot"):
-            _say(f"    {name}: {_brief(row)}")
+    for name, row in store.ran(rows).items():
+        _say(f"    {name}: {_brief(row)}")
 
 
 def _excused(contender: Contender, case: Case, device: str) -> dict | None:

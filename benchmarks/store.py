@@ -36,6 +36,11 @@ def append(path: Path, rows: list[Row]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def ran(rows: dict[str, Row | None]) -> dict[str, Row]:
+    """By contender, the rows of those that were tried."""
+    return {name: row for name, row in rows.items() if row is not None and row["status"] not in ("absent", "cannot")}
+
+
 def whole(rows: list[Row], case: Case, environment: Row) -> dict[str, Row]:
     """By contender, the whole rows of this case at the same revision, on the same device, with the same versions."""
     same = ("device", "revision", "versions", "threads")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from benchmarks.store import Row
 
 EAGER_ERROR_FACTOR = 2.0  # an error above this many times eager's is marked
@@ -10,7 +12,7 @@ EAGER_ERROR_FACTOR = 2.0  # an error above this many times eager's is marked
 def of_case(group: list[Row]) -> list[str]:
     """Those that ran, best first; then those that cannot do the job or failed, with the reason."""
     ran = [row for row in group if row["status"] == "ok" and not _empty(row)]
-    ran.sort(key=lambda row: (row.get("ratio", row.get("first_call_ms", -row.get("longest_tokens", 0))), row["contender"]))
+    ran.sort(key=lambda row: (row.get("ratio", row.get("first_call_ms", -row.get("longest_tokens", -inf))), row["contender"]))
     columns = [(title, cell) for title, cell in _COLUMNS if any(cell(row, group) for row in ran)]
     lines = []
     if columns:
