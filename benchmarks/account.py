@@ -127,8 +127,8 @@ COMMANDS = [
     ),
     (
         "make -k gpu-native gpu-test GPU_SECONDS=430",
-        "builds the CUDA kernels of `csrc`, none of which has run yet, for this GPU (half a minute); then the kernel tests, the "
-        "CUDA kernels after everything else, and compute-sanitizer on them: `tests.md`, `sanitizer.txt`",
+        "builds the CUDA kernels of `csrc`, none of which has run yet, for this GPU (half a minute); then the kernel tests and, "
+        "beside them, compute-sanitizer on the CUDA kernels: `tests.md`, `sanitizer.txt`",
     ),
     (
         "make -k gpu-native gpu-bench GPU_MINUTES=8 QUESTIONS='trapo scoring --skip torch.compile --skip \"ours (reference)\"'",
@@ -150,10 +150,12 @@ COMMANDS = [
 ]
 NOTES = """
 Each `make` call ends within 9 minutes and writes into `OUT` (an environment variable serves), else into `benchmarks/results`:
-three small files per GPU, as things become known. `gpu-bench` goes on from `benchmarks/results/<gpu>/results.jsonl`, so put what
+three small files per GPU, as things become known; in `tests.md` `crashed` is followed by what the process said last, `running` is
+what the end of the time cut off. `gpu-bench` goes on from `benchmarks/results/<gpu>/results.jsonl`, so put what
 came back there before the next call. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets tests and
-benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for 2
-minutes, is recorded and passed over in that case, and after the second time in all that follow in the same call.
+benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for half a minute (2
+minutes for a peer, which may try many settings first), is recorded and passed over in that case; after the second time, in a call
+of under 6 minutes after the first, so are all contenders of its backend in what follows of the call.
 """
 
 

@@ -211,6 +211,7 @@ def test_the_make_targets_reach_their_programs(tmp_path):
         command = ["make", "-n", target, f"OUT={tmp_path}", "GPU_SECONDS=60", "QUESTIONS=trapo"]
         printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
         assert f"-m {path} " in printed and f"--out {tmp_path}" in printed
+        assert "PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} " in printed, "what the caller brings along stays importable"
 
 
 def test_paths_of_this_machine_stay_out_of_the_recorded_command(monkeypatch):
