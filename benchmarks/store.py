@@ -54,8 +54,12 @@ def whole(rows: list[Row], case: Case, environment: Row) -> dict[str, Row]:
 
 
 def latest(rows: list[Row]) -> list[list[Row]]:
-    """Rows grouped by case, in order of first appearance; of each contender's rows the last one written."""
+    """Rows grouped by case, in order of first appearance; of each contender's rows the last one written, but for a partial one
+    after a whole one of the same revision."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault(json.dumps(row["case"], sort_keys=True), {})[row["contender"]] = row
+        group = groups.setdefault(json.dumps(row["case"], sort_keys=True), {})
+        before = group.get(row["contender"], {"partial": True})
+        if not row.get("partial") or before.get("partial") or before["environment"]["revision"] != row["environment"]["revision"]:
+            group[row["contender"]] = row
     return [list(group.values()) for group in groups.values()]

@@ -375,6 +375,16 @@ def test_regressions_between_two_result_sets_are_printed(small_run):
     assert "+100% slower" in regressions.compare(old, new)
 
 
+def test_a_partial_row_stands_until_there_is_a_whole_one_of_its_revision():
+    def latest(*rows):
+        rows = [{"case": {}, "contender": "x", "environment": {"revision": revision}} | more for revision, more in rows]
+        return store.latest(rows)[0][0]
+
+    whole, partial = {"ratio": 1.0}, {"partial": True}
+    assert "ratio" in latest(("a", partial), ("a", whole)) and "ratio" in latest(("a", whole), ("a", partial))
+    assert "ratio" not in latest(("a", whole), ("b", partial)) and "partial" in latest(("a", partial), ("a", partial))
+
+
 def test_a_half_written_line_is_dropped(tmp_path):
     path = tmp_path / "results.jsonl"
     store.append(path, [{"a": 1}])
