@@ -30,7 +30,9 @@ class Journal:
             known = {name: row for name, row in store.ran(self._rows).items() if name != contender}
             said = {"contender": contender, "reason": reason, "since": time.time(), "known": known}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._case | said))
+            written = self._path.with_suffix(".new")
+            written.write_text(json.dumps(self._case | said))
+            written.replace(self._path)  # whole at any time
 
     def leave(self) -> None:
         """Nobody runs."""
@@ -59,7 +61,7 @@ class Journal:
     def _read(self) -> dict | None:
         try:
             return json.loads(self._path.read_text()) if self._path is not None else None
-        except (FileNotFoundError, ValueError):  # gone, or just being written
+        except FileNotFoundError:
             return None
 
 
