@@ -136,18 +136,9 @@ def run(job: Job, until: float, record: Path) -> None:
         crashed = [o.test.rpartition("::")[2] for o in known if o.outcome == "crashed"]
         left_out = [word for word in BACKENDS if sum(word in test for test in crashed) >= MOST_CRASHES]
         match = " and ".join([f"({job.match})", *(f"not {word}" for word in left_out)])
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(job.file),
-            "-k",
-            match,
-            "-m",
-            "not slow",
-            "-qs",
-        ]  # last words are not captured
-        command += ["-p", "benchmarks.gpu_record", "-p", "no:cacheprovider", "--rootdir", str(provenance.ROOT)]
+        command = [sys.executable, "-m", "pytest", str(job.file), "-k", match, "-m", "not slow"]
+        command += ["-qs", "--rootdir", str(provenance.ROOT)]  # -s: last words are not captured
+        command += ["-p", "benchmarks.gpu_record", "-p", "no:cacheprovider"]
         code = _run([*command, *(f"--deselect={o.test}" for o in known)], until, output, TRAPO_GPU_RECORD=str(record))
         if code is None:
             if not read(record):
