@@ -139,7 +139,7 @@ def run(job: Job, until: float, record: Path) -> None:
         command = [sys.executable, "-m", "pytest", str(job.file), "-k", match, "-m", "not slow"]
         command += ["-qs", "--rootdir", str(provenance.ROOT)]  # -s: last words are not captured
         command += ["-p", "benchmarks.gpu_record", "-p", "no:cacheprovider"]
-        code = _run([*command, *(f"--deselect={o.test}" for o in known)], until, output, TRAPO_GPU_RECORD=str(record))
+        code = _run(command, until, output, TRAPO_GPU_RECORD=str(record))
         if code is None:
             if not read(record):
                 _note(record, Outcome(str(job), "not reached", reason=_tail("There was no time left.", output)))
