@@ -181,7 +181,7 @@ def total_loss(c: Coefficients, s: Streams, entropy: Tensor) -> Tensor:
 
 
 def metrics(
-    logprob: Tensor, entropy: Tensor, c: Coefficients, s: Streams, objective: Objective, weight: Tensor
+    logprob: Tensor, entropy: Tensor, c: Coefficients, s: Streams, objective: Objective, batch: TokenBatch
 ) -> dict[str, Tensor]:
     """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
 
@@ -190,23 +190,23 @@ def metrics(
     other term: `role/clip_low` and `role/clip_high`, of an expert one where its gate clips; `expert/slope` = mean G(d), where that
     is not 1; unless the anchor is "zero" `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of
     KL(anchor ‖ π) from the ratio where the anchor sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss,
-    and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref). What describes a term, its KL included, is a mean over its
-    `role/trained_count` tokens with `weight` [N] ≠ 0; the others carry the entropy bonus or the KL alone.
+    and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref), means over the `rollout/kl_count` tokens whose KL has a weight. What
+    describes a term is a mean over its `role/trained_count` tokens with a weight; the others carry entropy bonus or KL alone.
     """
     out: dict[str, Tensor] = {}
     for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):
         mine = s.role == code
-        trained = mine & (weight != 0)
+        trained = mine & (batch.weight != 0)
         out[f"{name}/count"], out[f"{name}/trained_count"] = mine.sum().float(), trained.sum().float()
         out[f"{name}/logprob"], out[f"{name}/prob"] = _mean(logprob, mine), _mean(logprob.exp(), mine)
         out[f"{name}/entropy"] = _mean(entropy, mine)
         if term is not None:
             out |= {f"{name}/{what}": value for what, value in _of_term(c, trained, term, name).items()}
         if name == "rollout" and objective.kl is not None:
-            d_ref, d = (torch.where(trained, x, 0.0) for x in (logprob - s.ref_logprob, c.log_ratio))
-            out["rollout/kl_ref"] = _mean(objective.kl.value(d_ref, d), trained)
-            out["rollout/kl_ref_k1"] = _mean(d_ref, trained)
-            out["rollout/kl_ref_k3"] = _mean(torch.expm1(-d_ref) + d_ref, trained)
+            in_kl = trained if batch.kl_weight is None else mine & (batch.kl_weight != 0)
+            d_ref, d = (torch.where(in_kl, x, 0.0) for x in (logprob - s.ref_logprob, c.log_ratio))
+            out["rollout/kl_count"], out["rollout/kl_ref"] = in_kl.sum().float(), _mean(objective.kl.value(d_ref, d), in_kl)
+            out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = _mean(d_ref, in_kl), _mean(torch.expm1(-d_ref) + d_ref, in_kl)
     return out
 
 

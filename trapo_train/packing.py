@@ -50,8 +50,8 @@ class MicroBatch:
     `input_ids` and `position_ids` are [1, T]; `segment_lengths` are the tokens of each sequence, summing to T.
     `loss_positions` [N] are the positions in the row whose next token is scored; `batch` holds those N tokens. With a head sharded
     over the vocabulary it holds those of all ranks, `rows_per_rank` of each (see `vocab_parallel`). `correction`: what
-    updates.correction found and did, [N] fp32 each, NaN but on rollout tokens in the loss: log_ratio (trainer's logprob less the
-    sampler's), factor, and capped, which is 1 where the factor is less than the ratio because of a cap, else 0.
+    updates.correction found and did, [N] each: log_ratio (trainer's logprob less the sampler's), factor, and capped, 1 where the
+    factor is less than the ratio because of a cap, else 0; all of the `counted` tokens alone, those of rollouts in the loss.
     """
 
     input_ids: Tensor

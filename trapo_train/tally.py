@@ -28,9 +28,9 @@ class Tally:
         batch = micro_batch.batch
         metrics = dict(out.metrics)
         if batch.rollout_logprob is not None:
-            log_ratio = _log_ratio(out, micro_batch)
-            metrics |= _mismatch(log_ratio) | _corrected(micro_batch)
-            self._mismatches.append(log_ratio.abs())
+            log_ratio, counted = _log_ratio(out, micro_batch)
+            metrics |= _mismatch(log_ratio, counted) | _corrected(micro_batch)
+            self._mismatches.append(torch.where(counted, log_ratio.abs(), torch.nan))
         self._add("loss", out.loss.detach().double())
         for name, value in metrics.items():
             if name.endswith("_max"):
@@ -95,6 +95,8 @@ def _counted_by(name: str) -> str:
     role, _, what = name.partition("/")
     if role == "correction" or what.startswith("mismatch"):
         return "rollout/sampled_count"
+    if what.startswith("kl_ref"):
+        return "rollout/kl_count"
     return f"{role}/count" if what in ("logprob", "prob", "entropy") else f"{role}/trained_count"
 
 
@@ -114,27 +116,25 @@ def quantile(values: Tensor, share: float) -> Tensor:
     return torch.lerp(below, above, place - place.floor())
 
 
-def _log_ratio(out: PolicyLossOutput, micro_batch: MicroBatch) -> Tensor:
-    """The trainer's logprob less the sampler's, [N] fp32, on the rollout tokens in the loss; NaN elsewhere.
+def _log_ratio(out: PolicyLossOutput, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The trainer's logprob less the sampler's, [N] fp32, and of which tokens it is read, [N] bool: those of rollouts in the loss.
 
     A correction has measured it on those that it masked as well.
     """
     if micro_batch.correction is not None:
-        return micro_batch.correction["log_ratio"]
+        return micro_batch.correction["log_ratio"], micro_batch.correction["counted"]
     batch = micro_batch.batch
     # With several updates the policy moves away from the sampler: the one that sampled is the old one.
     sampled_with = out.logprob if batch.old_logprob is None else batch.old_logprob
-    trained = (batch.role == Role.ROLLOUT) & (batch.weight != 0)
-    return torch.where(trained, sampled_with.float() - batch.rollout_logprob, torch.nan)
+    return sampled_with.float() - batch.rollout_logprob, (batch.role == Role.ROLLOUT) & (batch.weight != 0)
 
 
-def _mismatch(log_ratio: Tensor) -> dict[str, Tensor]:
+def _mismatch(log_ratio: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """How far the trainer is from the sampler on the sampler's own tokens: KL estimate in nats, share off by over 10 %."""
-    off = torch.where(log_ratio.isnan(), torch.nan, (log_ratio.expm1().abs() > 0.1).float())
     return {
-        "rollout/sampled_count": (~log_ratio.isnan()).sum(),
-        "rollout/mismatch_kl": _mean(-log_ratio),
-        "rollout/mismatch_above_10_percent": _mean(off),
+        "rollout/sampled_count": counted.sum(),
+        "rollout/mismatch_kl": _mean(-log_ratio, counted),
+        "rollout/mismatch_above_10_percent": _mean((log_ratio.expm1().abs() > 0.1).float(), counted),
     }
 
 
@@ -142,11 +142,14 @@ def _corrected(micro_batch: MicroBatch) -> dict[str, Tensor]:
     """What updates.correction did: mean factor, share of tokens that it masked, and share whose factor a cap held back."""
     if micro_batch.correction is None:
         return {}
-    factor, capped = micro_batch.correction["factor"], micro_batch.correction["capped"]
-    masked = torch.where(factor.isnan(), torch.nan, (factor == 0).float())
-    return {"correction/mean": _mean(factor), "correction/masked_share": _mean(masked), "correction/capped_share": _mean(capped)}
+    factor, counted = micro_batch.correction["factor"], micro_batch.correction["counted"]
+    return {
+        "correction/mean": _mean(factor, counted),
+        "correction/masked_share": _mean((factor == 0).float(), counted),
+        "correction/capped_share": _mean(micro_batch.correction["capped"], counted),
+    }
 
 
-def _mean(x: Tensor) -> Tensor:
-    """0-d: the mean of the values that are not NaN, 0 of none."""
-    return x.nansum() / (~x.isnan()).sum().clamp(min=1)
+def _mean(x: Tensor, over: Tensor) -> Tensor:
+    """0-d: the mean of x [N] over the tokens `over` [N] bool, 0 of none."""
+    return torch.where(over, x, 0.0).sum() / over.sum().clamp(min=1)

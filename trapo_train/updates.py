@@ -109,26 +109,26 @@ def with_old_policy(
 
 def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, objective: Objective, config: UpdateConfig) -> MicroBatch:
     batch = micro_batch.batch
-    changes: dict[str, Any] = {"old_logprob": logprob} if config.per_step > 1 else {}
+    # What is not finite comes out of the update's own pass as well, whose step all ranks then skip; here it must stop none of them.
+    sampled_with = 0.0 if batch.rollout_logprob is None else batch.rollout_logprob.nan_to_num()
+    old = torch.where(logprob.isfinite(), logprob, sampled_with)
+    changes: dict[str, Any] = {"old_logprob": old} if config.per_step > 1 else {}
     if config.correction is None:
         return replace(micro_batch, batch=replace(batch, **changes).with_active_rows(batch.active_rows))
-    factor, capped = config.correction.factor(batch, logprob)
+    factor, capped = config.correction.factor(batch, old)
     changes["weight"] = batch.weight * factor
     if any(layer.kl is not None for layer in objective.layers):
         changes["kl_weight"] = batch.weight
-    found = {"log_ratio": logprob.float() - batch.rollout_logprob, "factor": factor, "capped": capped.float()}
-    concerned = (batch.role == Role.ROLLOUT) & (batch.weight != 0)  # before a mask takes some out
-    return replace(
-        micro_batch,
-        batch=replace(batch, **changes),
-        correction={name: torch.where(concerned, x, torch.nan) for name, x in found.items()},
-    )
+    counted = (batch.role == Role.ROLLOUT) & (batch.weight != 0)  # before a mask takes some out
+    found = {"log_ratio": logprob.float() - batch.rollout_logprob, "factor": factor, "capped": capped.float(), "counted": counted}
+    return replace(micro_batch, batch=replace(batch, **changes), correction=found)
 
 
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest.
 
-    Updates that were skipped, whose metrics may be NaN, or had no token only count, unless all of them are such.
+    Updates that were skipped, whose metrics may be NaN, only count, unless all were; so do those without a token, but for what they
+    tell of a correction.
     """
     if len(updates) == 1:
         return updates[0]
@@ -136,7 +136,6 @@ def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     taken = [update for update in finite if update["loss_tokens"]] or finite
     merged: dict[str, Any] = {}
     for name in dict.fromkeys(name for update in finite for name in update):
-        # Of an update without a token there may be what a correction masked.
         values = [update[name] for update in (taken if name in ("loss", "grad_norm") else finite) if name in update]
         if name in ("loss_tokens", "micro_batches", "skipped_step"):
             merged[name] = sum(update[name] for update in updates)

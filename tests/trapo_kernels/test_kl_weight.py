@@ -63,6 +63,9 @@ def test_fp64_equality(backend, name, estimator):
     for ours, theirs in zip(cases.gradients(out.loss, inputs), cases.gradients(expected, inputs), strict=True):
         assert cases.error(ours, theirs) < 1e-12
     assert all(value.isfinite() for value in out.metrics.values())
+    in_kl = (b.role == 1) & (b.kl_weight != 0)
+    assert out.metrics["rollout/kl_count"] == in_kl.sum() > out.metrics["rollout/trained_count"]
+    torch.testing.assert_close(out.metrics["rollout/kl_ref_k1"], (out.logprob - b.ref_logprob)[in_kl].mean().float())
 
 
 @pytest.mark.parametrize(("name", "estimator"), _cases())

@@ -97,6 +97,22 @@ def test_a_correction_scales_the_weights_of_rollout_tokens(name, options):
     assert prepared.batch.old_logprob is None  # one update: the policy is its own old one
 
 
+@pytest.mark.parametrize("name", ["tis", "mis", "icepop", "sequence_mask"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_logprob_that_is_not_finite_shows_in_the_loss_and_stops_no_rank_on_the_way(name, epochs):
+    model, objective = make_model(), objectives.trapo()
+    micro_batches = packed(make_samples(), objective)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    config = UpdateConfig(epochs=epochs, correction=CorrectionConfig(name))
+    for prepared in with_old_policy(model, micro_batches, objective, config, temperature=1.0):
+        out = policy_forward(model, prepared, objective)
+        assert not out.loss.isfinite()
+        tally = Tally()
+        tally.add(out, prepared, objective)
+        assert math.isnan(tally.result({})["rollout/mismatch_kl"])
+
+
 @pytest.mark.parametrize(("negative_only", "kept"), [(True, [1, 0, 1]), (False, [0, 0, 0])])
 def test_a_sequence_mask_of_one_side_leaves_sequences_of_positive_advantage(negative_only, kept):
     model, objective = make_model(), objectives.dr_grpo()
