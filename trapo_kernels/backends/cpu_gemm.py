@@ -19,9 +19,7 @@ class Tuning(NamedTuple):
     most_rows: int  # per chunk
     block: int  # tokens per GEMM into the logits
     gradient_in_columns: bool  # dHiddenᵀ = weightᵀ · dLogitsᵀ instead of dHidden = dLogits · weight
-    tile_rows: int | None = (
-        None  # the GEMM into the logits of so many rows or more is that of csrc/cpu/tiles.cpp, whole; None: none
-    )
+    logits_in_tiles: bool = False  # the GEMM into the logits is that of csrc/cpu/tiles.cpp, whole, instead of torch's
 
 
 # MKL 2024.2 has code of its own for Intel's processors. In fp32, 2 cores, D = 896, V = 32768, 128 rows unless said otherwise:
@@ -30,13 +28,13 @@ class Tuning(NamedTuple):
 #                the logits instead of 1.17. dHidden takes 0.67 ms per row transposed, 0.78 as it is.
 #                With AVX512_BF16 (Zen 4), GFLOP/s: into the logits 145 to 167, in the tiles of csrc/cpu/tiles.cpp 183 to 193; for
 #                dHidden transposed 177 to 193, in tiles 168 to 183; for dWeight 183 to 208, in tiles 165 to 175. Into the logits of
-#                16 rows tiles are as fast as MKL; of 4 rows, and of 1, they take 1.2 and 1.6 × its time (one thread).
+#                1 to 64 rows tiles take 0.5 to 0.9 of MKL's time; on one thread up to 1.8 of it below 16 rows.
 #   Intel Xeon   time per row of all GEMMs: 0.93 ms in chunks of 64 rows, 0.65 of 128, 0.56 of 256, 0.53 of 384, 0.52 of 512. Into
 #                the logits, 176 rows: 261 GFLOP/s in blocks of 1024 tokens, 289 of 8192; 322 of them and 265 in one at D = 2048,
 #                V = 151936, 256 rows. dHidden: 264 GFLOP/s transposed, 323 as it is.
 _INTEL = Tuning(most_rows=512, block=8192, gradient_in_columns=False)
 _OTHER = Tuning(most_rows=256, block=1024, gradient_in_columns=True)
-_OTHER_WITH_TILES = _OTHER._replace(tile_rows=16)
+_OTHER_WITH_TILES = _OTHER._replace(logits_in_tiles=True)
 
 
 @functools.cache

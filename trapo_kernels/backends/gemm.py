@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -116,8 +115,8 @@ class HeadGemm:
         self.operand_dtype = operand_dtype(hidden.dtype, hidden.device.type)  # of hidden, weight and the logit gradient
         self.mixed = self.operand_dtype in (torch.bfloat16, torch.float16)
         weight = weight.to(hidden.dtype).to(self.operand_dtype)
-        self.tile_rows = cpu_gemm.tuning().tile_rows if self.on_cpu and self.operand_dtype == torch.float32 else None
-        self.weight = cpu_gemm.in_lines(weight) if self.on_cpu and (self.mixed or self.tile_rows) else weight
+        self.logits_in_tiles = self.on_cpu and self.operand_dtype == torch.float32 and cpu_gemm.tuning().logits_in_tiles
+        self.weight = cpu_gemm.in_lines(weight) if self.on_cpu and (self.mixed or self.logits_in_tiles) else weight
         self.statistics_dtype = statistics_dtype(hidden)
         self.gradient_in_columns = self.on_cpu and (self.mixed or cpu_gemm.tuning().gradient_in_columns)
         self.has_lora = head.lora_a is not None
@@ -152,21 +151,19 @@ class HeadGemm:
         low_rank = None if operands.low_rank is None else self._padded(operands.low_rank)
         out = buffer[: hidden.shape[0]]
         vocab_size = self.weight.shape[0]
-        in_tiles = self.tile_rows is not None and hidden.shape[0] >= self.tile_rows
-        step = cpu_gemm.tuning().block if self.on_cpu and not self.mixed and not in_tiles else vocab_size
-        multiply = cpu_gemm.product if in_tiles else self._multiply
+        in_blocks = self.on_cpu and not self.mixed and not self.logits_in_tiles
+        step = cpu_gemm.tuning().block if in_blocks else vocab_size
         with self._exact():
             for start in range(0, vocab_size, step):
                 tokens = slice(start, start + step)
-                self._block_of_logits(multiply, hidden, low_rank, tokens, out[:, tokens])
+                self._block_of_logits(hidden, low_rank, tokens, out[:, tokens])
         return buffer[: operands.hidden.shape[0]]
 
-    def _block_of_logits(
-        self, multiply: Callable[..., Tensor], hidden: Tensor, low_rank: Tensor | None, tokens: slice, out: Tensor
-    ) -> None:
+    def _block_of_logits(self, hidden: Tensor, low_rank: Tensor | None, tokens: slice, out: Tensor) -> None:
         weight = self.weight[tokens].t()
         thin = self.batch_invariant and self._is_thin(out.shape[1])
         apart = thin or (out.dtype != self.operand_dtype and not self.mixed)  # bf16 logits of fp32 operands are rounded late
+        multiply = cpu_gemm.product if self.logits_in_tiles else self._multiply
         exact = multiply(hidden, weight, self._room(*out.shape, in_columns=thin) if apart else out)
         if low_rank is not None:
             self._add_product(exact, low_rank, self.b_beside_low_rank[tokens].t(), beta=1)
