@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from trapo_train.tasks import generate_rows
 
@@ -81,12 +86,8 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
             f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
             "of an instruction-tuned model (model.tokenizer), or give the prompt as text without as_chat and system_prompt."
         )
-    unread = [name for name in config.chat_template_kwargs if name not in tokenizer.get_chat_template()]
-    if unread:
-        raise ValueError(
-            f"{where}: chat_template_kwargs must be variables that the tokenizer's chat template reads, it does not read "
-            f"{', '.join(unread)}. Leave that out, or set model.tokenizer to one that does."
-        )
+    if config.chat_template_kwargs:
+        _check_variables(config.chat_template_kwargs, tokenizer.get_chat_template(), where)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs)
     except Exception as error:
@@ -160,6 +161,39 @@ def without_start(trace: str, prompt: str, response_start: str, rendered: bool) 
     gap = prompt[len(prompt.rstrip()) :]
     # White space behind the tag that the prompt has is the prompt's; what it lacks stays for the model to write.
     return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
+
+
+def _check_variables(given: Iterable[str], template: str, where: str) -> None:
+    try:
+        read = _variables(template)
+    except Exception as error:
+        raise ValueError(f"{where}: the chat template cannot be read: {error}. Set model.tokenizer to another.") from error
+    unread = [name for name in given if name not in read]
+    if unread:
+        raise ValueError(
+            f"{where}: chat_template_kwargs must be variables that the tokenizer's chat template reads, which are "
+            f"{', '.join(sorted(read)) or 'none'}, got {', '.join(unread)}. Leave that out, or set model.tokenizer to one that "
+            "reads it."
+        )
+
+
+class _Generation(Extension):
+    """The block that transformers adds to the templates' language, {% generation %} around what the assistant wrote."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The block as what is in it."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a chat template reads and does not set first, without those that transformers gives to every template."""
+    environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    found = meta.find_undeclared_variables(environment.parse(template))
+    return frozenset(found - RENDERING - {"raise_exception", "strftime_now"})
 
 
 def _load_dataset(path: str, name: str | None, split: str) -> Any:

@@ -23,16 +23,33 @@ def test_variables_of_the_chat_template_reach_prompts_and_what_a_template_opens_
     assert load(rows, chat_template_kwargs={"think": True}).fingerprint != load(rows).fingerprint
 
 
+def test_a_template_is_read_as_transformers_reads_it(load, tokenizer):
+    """With the assistant's block, {% break %}, and a variable that is given a default before it is used."""
+    tokenizer.chat_template = (
+        "{% if think is not defined %}{% set think = true %}{% endif %}{% for message in messages %}"
+        "{% generation %}{{ message.content }}{% endgeneration %}{% break %}{% endfor %}{{ think }}"
+    )
+    (problem,) = load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
+    assert problem.prompt.endswith("no")
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ValueError, match="row 0: the chat template cannot be read"):
+        load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"as_chat": True, "chat_template_kwargs": {"thinking": True}}, r"row 0: .* it does not read thinking\. Leave that out"),
+        (
+            {"as_chat": True, "chat_template_kwargs": {"thinking": True}},
+            r"row 0: .* are enable_thinking, got thinking\. Leave",
+        ),
+        ({"as_chat": True, "chat_template_kwargs": {"message": "x"}}, "reads, which are enable_thinking, got message"),
         ({"chat_template_kwargs": {"think": True}}, "row 0: chat_template_kwargs need a prompt that is rendered .* got a text"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs must be variables of the template, got tokenize"),
     ],
 )
 def test_variables_that_nothing_reads_are_refused(options, message, load, tokenizer):
-    tokenizer.chat_template = TURNS + "{% if think %}<think>{% endif %}"
+    tokenizer.chat_template = TURNS + "{% if enable_thinking %}<think>{% endif %}"
     with pytest.raises(ValueError, match=message):
         load(ROWS, **options)
 
