@@ -267,7 +267,8 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
         raise ValueError(f"plan-memory: --memory-gib must be a finite number above 0, got {args.memory_gib}.")
     where = {"device_type": args.device, "gpu_bytes": None if args.memory_gib is None else int(args.memory_gib * GIB)}
-    plan = plan_memory(config, gpus=args.gpus, context=args.context, **where)
+    where["context"] = args.context
+    plan = plan_memory(config, gpus=args.gpus, **where)
     console.print(memory_table(plan))
     console.print(
         f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "

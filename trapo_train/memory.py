@@ -45,6 +45,8 @@ class MemoryPlan:
     """Responses that a rank generates together, where that takes most."""
     generated: int
     """Prompt and response of one of these together, tokens: `context`, or that of an evaluation."""
+    longest: int
+    """The longer of those two, tokens."""
     loading_bytes: int
     """Held while the weights are loaded: the whole model in float32, of which a rank keeps its shard afterwards; a reference model
     is loaded when that is done."""
@@ -72,8 +74,8 @@ def plan_memory(
     Args:
         gpus: ranks, a multiple of parallel.replicate.
         context: tokens of the longest prompt and response together; None for the longest that data.max_prompt_tokens,
-            rollout.max_response_tokens and the model's positions allow; those of an evaluation differ by as much as its
-            max_response_tokens does.
+            rollout.max_response_tokens and the model's positions allow; an evaluation has prompts as long and responses of
+            its own max_response_tokens.
         device_type: "cuda" or "cpu", whose kernels take other chunks.
         gpu_bytes: what one GPU has; of it vLLM in the trainer's process takes its share, which is left out where this is None.
 
@@ -89,9 +91,8 @@ def plan_memory(
     if context is not None and context < 2:
         raise ValueError(f"plan-memory: context must be at least 2 tokens, a prompt and a response, got {context}.")
     architecture = load_architecture(config)
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
-    if context is None:
-        context = min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, positions)
+    lengths = _lengths(config, architecture, context)
+    context = lengths[0]
     tokens = max(config.packing.max_tokens, context)
     weights = weigh(config.model, architecture)
     shards = gpus // config.parallel.replicate
@@ -104,7 +105,7 @@ def plan_memory(
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
         always["reference model, float32"] = 4 * weights.total // shards
         loading += always["weights"]
-    rollout, sequences, generated = _most_generated(config, architecture, weights, gpus, context, positions, device_type)
+    rollout, sequences, generated = _most_generated(config, architecture, weights, gpus, lengths, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
         *_training(config, architecture, weights, gpus, context, tokens, device_type),
@@ -117,7 +118,19 @@ def plan_memory(
         held = {phase: size for phase, size in sizes.items() if size}
         if held:
             components[name] = components.get(name, {}) | held
-    return MemoryPlan(components, gpus, context, tokens, sequences, generated, loading)
+    return MemoryPlan(components, gpus, context, tokens, sequences, generated, max(lengths), loading)
+
+
+def _lengths(config: RunConfig, architecture: PretrainedConfig, context: int | None) -> list[int]:
+    """Prompt and response together, tokens: of the rollouts, `context` where that is given, and of an evaluation if it samples."""
+    response = config.rollout.max_response_tokens
+    prompt = config.data.max_prompt_tokens if context is None else context - response
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or math.inf
+    found = [min(prompt + response, positions) if context is None else context]
+    if config.eval_data is not None and config.evaluation.sample:
+        held_out = config.evaluation.sampling(config.rollout)
+        found.append(max(2, min(prompt + held_out.max_response_tokens, positions)))
+    return found
 
 
 def load_architecture(config: RunConfig) -> PretrainedConfig:
@@ -225,21 +238,13 @@ def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
 
 
 def _most_generated(
-    config: RunConfig,
-    architecture: PretrainedConfig,
-    weights: Weights,
-    gpus: int,
-    context: int,
-    positions: float,
-    device_type: str,
+    config: RunConfig, architecture: PretrainedConfig, weights: Weights, gpus: int, lengths: list[int], device_type: str
 ) -> tuple[list[tuple[str, dict[str, int]]], int, int]:
     """What `_rollout` yields for a step's problems or for an evaluation, whichever takes more; the responses that a rank generates
     together then, and the tokens of each with its prompt."""
-    wanted = [(config.rollout, math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request, context)]
-    if config.eval_data is not None and config.evaluation.sample:
-        held_out = config.evaluation.sampling(config.rollout)
-        length = context + held_out.max_response_tokens - config.rollout.max_response_tokens
-        wanted.append((held_out, config.evaluation.responses_per_call, min(max(2, length), positions)))
+    wanted = [(config.rollout, math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request, lengths[0])]
+    for length in lengths[1:]:
+        wanted.append((config.evaluation.sampling(config.rollout), config.evaluation.responses_per_call, length))
     found = []
     for rollout, responses, length in wanted:
         sequences = min(responses, max(1, config.rollout.max_batch_tokens // length))
@@ -249,12 +254,18 @@ def _most_generated(
 
 
 def changes(
-    config: RunConfig, plan: MemoryPlan, *, device_type: str = "cuda", gpu_bytes: int | None = None
+    config: RunConfig,
+    plan: MemoryPlan,
+    *,
+    context: int | None = None,
+    device_type: str = "cuda",
+    gpu_bytes: int | None = None,
 ) -> list[tuple[str, MemoryPlan]]:
-    """Single settings that lower the peak of `config`, whose plan is `plan`, each with its own plan; the most effective first."""
+    """Single settings that lower the peak of `config`, each with its own plan; the most effective first. `plan` is that of
+    `config`, made with the same `context`, `device_type` and `gpu_bytes`."""
     found = []
     for setting, changed, gpus in _candidates(config, plan):
-        other = plan_memory(changed, gpus=gpus, context=plan.context, device_type=device_type, gpu_bytes=gpu_bytes)
+        other = plan_memory(changed, gpus=gpus, context=context, device_type=device_type, gpu_bytes=gpu_bytes)
         if other.peak_bytes < plan.peak_bytes:
             found.append((setting, other))
     return sorted(found, key=lambda pair: pair[1].peak_bytes)
@@ -274,7 +285,7 @@ def _candidates(config: RunConfig, plan: MemoryPlan) -> Iterator[tuple[str, RunC
         tokens = max(plan.context, plan.micro_batch_tokens // 2)
         yield f"packing.max_tokens={tokens}", replace(config, packing=replace(config.packing, max_tokens=tokens)), plan.gpus
     if plan.sequences > 1:
-        tokens = plan.generated * (plan.sequences // 2)
+        tokens = max(plan.longest, plan.generated * (plan.sequences // 2))  # a run refuses less than one response
         yield (
             f"rollout.max_batch_tokens={tokens}",
             replace(config, rollout=replace(config.rollout, max_batch_tokens=tokens)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trapo_train import cli, memory_trace
 from trapo_train.config import load_config
 from trapo_train.live import LiveTensors
 from trapo_train.lora import LoraConfig
-from trapo_train.memory import changes, plan_memory
+from trapo_train.memory import _candidates, changes, plan_memory
 from trapo_train.memory_trace import HeadSizes, trace_optimizer, trace_pass, weigh
 from trapo_train.model import ModelConfig
 from trapo_train.step import OptimizerConfig
@@ -179,6 +180,29 @@ def test_changes_lower_the_peak(recipe):
     assert "model.gradient_checkpointing=true" in [setting for setting, _ in found]
     peaks = [other.peak_bytes for _, other in found]
     assert peaks == sorted(peaks) and peaks[-1] < plan.peak_bytes
+
+
+def test_an_evaluation_is_cut_at_the_positions_from_its_own_length(recipe):
+    """Rollouts that are cut to the positions, 5000 to 4096, make no evaluation shorter; nor is it in the plans of changes."""
+    held_out = ["eval_data={path: held_out.jsonl}", "evaluation={responses_per_call: 64, max_response_tokens: 500}"]
+    settings = ["data.max_prompt_tokens=3000", "rollout={max_response_tokens: 2000, max_batch_tokens: 999999, engine: vllm_server}"]
+    config = load_config(recipe, [*held_out, *settings])
+    plan = plan_memory(config)
+    assert (plan.context, plan.generated, plan.longest) == (4096, 3500, 4096)
+    assert {other.generated for _, other in changes(config, plan)} == {3500}
+    assert plan_memory(config, context=3000).generated == 1500
+
+
+@pytest.mark.parametrize(("rollout", "evaluation"), [(448, 64), (64, 448)])
+def test_a_batch_that_is_proposed_holds_the_longest_response(recipe, rollout, evaluation):
+    settings = ["eval_data={path: held_out.jsonl}", f"evaluation={{responses_per_call: 4, max_response_tokens: {evaluation}}}"]
+    settings += [f"rollout={{max_response_tokens: {rollout}, max_batch_tokens: 8192}}", "prompts_per_step=1"]
+    config = load_config(recipe, settings)
+    plan = plan_memory(config)
+    assert plan.longest == 512
+    shorter = replace(plan, generated=128, sequences=4)  # the peak is of the shorter responses
+    (batch,) = [changed.rollout.max_batch_tokens for name, changed, _ in _candidates(config, shorter) if "max_batch_tokens" in name]
+    assert batch == 512
 
 
 @pytest.mark.slow
