@@ -189,7 +189,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)
-    trainer = Trainer(config)
+    trainer = Trainer(config, trains=False)
     label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
     evaluations = trainer.evaluate(label)
     if trainer.world.first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
 from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams, check_prompt_training
+from trapo_train.problems import ProblemSet
 from trapo_train.step import OptimizerConfig, build_optimizer
 
 
@@ -28,11 +29,7 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
             f"objective {objective.name} trains on expert tokens alone, and plan {plan.name} has none. "
             "Use plan.name=sft, or an objective for rollouts such as dr_grpo."
         )
-    if objective.expert is None and plan.largest_request == 0:
-        raise ValueError(
-            f"plan {plan.name} samples nothing, and objective {objective.name} does not train on expert tokens. "
-            "Use an objective with an expert term such as sft, or a plan with rollouts such as grpo."
-        )
+    _check_is_trained(config, objective)
     drawn = sum(rung.samples for rung in plan.rungs) if plan.name == "ladder" else plan.setting("num_samples")
     single = drawn == 1 and plan.name in ("grpo", "ladder")
     if single and objective.expert is None and config.advantage.center != "none":
@@ -60,8 +57,7 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         )
     if objective.rollout is None and plan.largest_request == 0 and config.objective.chooser is None:
         _check_nothing_is_compared(config)
-    if config.reward is None:
-        _check_nothing_is_judged(config, objective)
+    _check_is_judged(config, objective)
 
 
 def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool) -> None:
@@ -75,6 +71,17 @@ def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool
     if config.plan.guides or objective.rollout is None:  # which takes the traces
         check_expert_streams(objective)
     check_prompt_training(config.packing, objective)
+    _check_is_trained(config, objective)
+    _check_is_judged(config, objective)
+
+
+def _check_is_trained(config: RunConfig, objective: Objective) -> None:
+    """Raise ValueError for an objective of rollouts alone where the plan samples none."""
+    if objective.expert is None and config.plan.largest_request == 0:
+        raise ValueError(
+            f"plan {config.plan.name} samples nothing, and objective {objective.name} does not train on expert tokens. "
+            "Use an objective with an expert term such as sft, or a plan with rollouts such as grpo."
+        )
 
 
 def _check_nothing_is_compared(config: RunConfig) -> None:
@@ -93,8 +100,11 @@ def _check_nothing_is_compared(config: RunConfig) -> None:
                 )
 
 
-def _check_nothing_is_judged(config: RunConfig, objective: Objective) -> None:
+def _check_is_judged(config: RunConfig, objective: Objective) -> None:
+    """Raise ValueError where responses are judged and there is no reward."""
     plan, remedy = config.plan, ""
+    if config.reward is not None:
+        return
     if plan.largest_request:
         reader = f"plan {plan.name} samples responses"
     elif objective.rollout is not None:
@@ -142,28 +152,37 @@ def named(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def check_lengths(config: RunConfig, model: PreTrainedModel, longest_prompt: int, longest_held_out: int = 0) -> None:
-    """Raise ValueError unless the longest prompts of training and evaluation, in tokens, fit with their responses into micro-batch,
-    engine batch and model."""
+def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSet | None, held_out: Sequence[ProblemSet]) -> None:
+    """Raise ValueError unless the longest prompts of training and evaluation, in tokens, fit with their responses into engine batch
+    and model, and what the model scores of them into micro-batch and model. `problems`: None where nothing is trained."""
+    rollout, own = config.rollout, config.evaluation.max_response_tokens
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    packing = {"packing.max_tokens": config.packing.max_tokens}
+    model_limit = {"the model's positions (of one from scratch model.scratch.max_position)": positions}
     engine = {
-        "rollout.max_batch_tokens": config.rollout.max_batch_tokens if config.rollout.engine == "transformers" else None,
-        "rollout.vllm.max_model_len": config.rollout.vllm.max_model_len if config.rollout.engine == "vllm" else None,
-        "the model's positions (of one from scratch model.scratch.max_position)": positions,
+        "rollout.max_batch_tokens": rollout.max_batch_tokens if rollout.engine == "transformers" else None,
+        "rollout.vllm.max_model_len": rollout.vllm.max_model_len if rollout.engine == "vllm" else None,
+        **model_limit,
     }
-    training = ("rollout.max_response_tokens", max(longest_prompt, longest_held_out), config.rollout.max_response_tokens)
-    _check_fits(*training, {"packing.max_tokens": config.packing.max_tokens, **engine})
-    if config.evaluation.max_response_tokens is not None:
-        _check_fits("evaluation.max_response_tokens", longest_held_out, config.evaluation.max_response_tokens, engine)
+    longest = rollout.max_response_tokens
+    if problems is not None:
+        _check_fits("prompt and", "rollout.max_response_tokens", (problems.longest_prompt_tokens, longest), packing | engine)
+    for entry in held_out:
+        if config.evaluation.sample:
+            setting = f"{'rollout' if own is None else 'evaluation'}.max_response_tokens"
+            _check_fits("held-out prompt and", setting, (entry.longest_prompt_tokens, own or longest), engine)
+        traces = "held-out prompt and its expert trace of at most"
+        _check_fits(traces, "rollout.max_response_tokens", entry.longest_with_expert(longest), packing | model_limit)
 
 
-def _check_fits(setting: str, prompt: int, response: int, limits: dict[str, int | None]) -> None:
+def _check_fits(what: str, setting: str, sizes: tuple[int, int], limits: dict[str, int | None]) -> None:
+    section = "eval_data" if what.startswith("held-out") else "data"
     for name, limit in limits.items():
-        if limit is not None and prompt + response > limit:
+        if limit is not None and sum(sizes) > limit:
             raise ValueError(
-                f"train: the longest prompt and {setting} must fit into {name} = {limit}, got {prompt} + {response} = "
-                f"{prompt + response} tokens. Raise that limit where it is yours, lower {setting}, or drop long prompts with "
-                "data.max_prompt_tokens and on_long_prompt."
+                f"train: the longest {what} {setting} must fit into {name} = {limit}, got {sizes[0]} + {sizes[1]} = {sum(sizes)} "
+                f"tokens. Raise that limit where it is yours, lower {setting}, or drop long prompts with "
+                f"{section}.max_prompt_tokens and on_long_prompt."
             )
 
 

@@ -77,6 +77,11 @@ class ProblemSet(Sequence[Problem]):
         """Tokens of the longest prompt."""
         return max((entry.prompt_tokens for entry in self._entries), default=0)
 
+    def longest_with_expert(self, max_tokens: int) -> tuple[int, int]:
+        """Tokens of prompt and expert trace where these are longest together, of the traces of at most `max_tokens` tokens."""
+        pairs = [(entry.prompt_tokens, trace.num_tokens) for entry in self._entries for trace in entry.traces]
+        return max((pair for pair in pairs if pair[1] <= max_tokens), key=sum, default=(0, 0))
+
     def without_long_experts(self, max_tokens: int) -> tuple[ProblemSet, int]:
         """The same problems without the expert traces of more than `max_tokens` tokens, and how many these were.
 

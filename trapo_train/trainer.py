@@ -58,12 +58,12 @@ _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
 class Trainer:
     """Everything a run consists of, and its state: model, optimizer, schedule, order of the problems, random states.
 
-    Building one loads data and model and checks that they fit together.
+    Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken.
 
     Raises: ValueError for what cannot be trained, with rule, actual value and remedy.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, trains: bool = True) -> None:
         self.config = config
         self.world = World(config.parallel)
         self.step = 0
@@ -85,8 +85,8 @@ class Trainer:
         self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
         self.notes += [f"{f'eval_data {name}'.strip()}: {entry.problems.report}" for name, entry in self.eval_sets.items()]
-        held_out = max((entry.problems.longest_prompt_tokens for entry in self.eval_sets.values()), default=0)
-        check_lengths(config, self.model, self.problems.longest_prompt_tokens, held_out)
+        held_out = [entry.problems for entry in self.eval_sets.values()]
+        check_lengths(config, self.model, self.problems if trains else None, held_out)
         shard_model(self.model, self.world)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):

@@ -43,13 +43,14 @@ class Drift:
 
 
 class Named:
-    """A chooser that answers with the preset of the class's name."""
+    """A chooser that answers with the class's name."""
 
     def __call__(self, step, metrics):
         return type(self).__name__
 
 
-iw_sft, exgrpo, uft, dr_grpo = (type(name, (Named,), {}) for name in ("iw_sft", "exgrpo", "uft", "dr_grpo"))
+names = ("iw_sft", "exgrpo", "uft", "dr_grpo", "trapo", "rollout")
+iw_sft, exgrpo, uft, dr_grpo, trapo, rollout = (type(name, (Named,), {}) for name in names)
 
 
 @pytest.fixture
@@ -155,6 +156,15 @@ def _chosen_by(name, objective="trapo"):
         (
             [_chosen_by("dr_grpo", "sft"), "plan.name=sft", "packing.train_on_prompt=true"],
             "needs an objective of expert tokens alone, .* got dr_grpo, which trains on rollouts",
+        ),
+        ([_chosen_by("dr_grpo"), "plan.name=sft"], "plan sft samples nothing, and objective dr_grpo does not train on expert"),
+        (
+            [_chosen_by("rollout"), "plan.name=sft"],
+            "plan sft samples nothing, and objective trapo/rollout does not train on",
+        ),
+        (
+            [_chosen_by("trapo", "sft"), "plan.name=sft", "reward=null"],
+            "reward must be set where responses are judged, got null: objective trapo trains on rollouts too",
         ),
     ],
 )

@@ -1,12 +1,16 @@
 """The loss of held-out expert traces: against logits and log_softmax, on any number of ranks, without a draw."""
 
+import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from transformers import Qwen2Config
 
 from tests.trapo_train.test_evaluate import TOKENIZER, ids
 from tests.trapo_train.test_parallel import TINY, _torchrun
@@ -18,6 +22,7 @@ from trapo_train.held_out import expert_nll
 from trapo_train.lora import LoraConfig
 from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
 from trapo_train.packing import PackingConfig
+from trapo_train.preflight import check_lengths
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rollout import RolloutConfig
 
@@ -117,12 +122,55 @@ def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, c
     assert "dropped_prompts 1" in capsys.readouterr().out
 
 
+def test_held_out_prompts_longer_than_those_of_training_are_evaluated_with_shorter_responses(configure, tmp_path, capsys):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps({"prompt": "|".join(["ab"] * 24), "solution": "b"}))  # 71 tokens of the model's 80
+    config = configure("run", "steps=1", f"eval_data={{path: {path}}}", "evaluation.max_response_tokens=8")
+    assert config.rollout.max_response_tokens == 16
+    assert train_to_end(config).evaluation[""]["num_problems"] == 1
+    assert cli.main(["eval", config.output_dir]) == 0, capsys.readouterr().err
+
+
 def test_a_set_that_has_nothing_to_report_is_refused(configure, tmp_path):
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"prompt": "ab?a1:", "solution": "b"}\n')
     with pytest.raises(ValueError, match=r"evaluation\.sample=false reports .* alone, and second has none\. Set its expert_column"):
         sets = f"eval_data={{first: {{task: pointer_chasing, split: test}}, second: {{path: {path}}}}}"
         train_to_end(configure("run", *EVALUATED, sets, "evaluation.sample=false"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "trace", "message"),
+    [  # for prompts of 2000 tokens, in training 500
+        ([], 0, r"held-out prompt and rollout\.max_response_tokens must fit into the model's .* = 4096, got 2000 \+ 3000 = 5000"),
+        (
+            ["evaluation.max_response_tokens=2097"],
+            0,
+            r"and evaluation\.max_response_tokens must fit .* 4096, got 2000 \+ 2097",
+        ),
+        (["evaluation.max_response_tokens=64"], 2096, None),
+        (
+            ["evaluation.max_response_tokens=64"],
+            2097,
+            r"trace .* into packing\.max_tokens = 4096, got 2000 \+ 2097 = 4097",
+        ),
+        (
+            ["evaluation.max_response_tokens=64", "packing.max_tokens=9999"],
+            2097,
+            r"trace .* into the model's .* = 4096, got",
+        ),
+        (["evaluation.sample=false"], 2096, None),
+    ],
+)
+def test_a_held_out_prompt_needs_room_for_what_an_evaluation_makes_of_it(settings, trace, message, configure):
+    model = SimpleNamespace(config=Qwen2Config(max_position_embeddings=4096))
+    lengths = ["rollout.max_response_tokens=3000", "packing.max_tokens=4096"]
+    config = configure("run", *EVALUATED, *lengths, *settings)
+    problems, entry = (
+        SimpleNamespace(longest_prompt_tokens=prompt, longest_with_expert=lambda longest: (2000, trace)) for prompt in (500, 2000)
+    )
+    with nullcontext() if message is None else pytest.raises(ValueError, match=f"train: the longest .*{message}"):
+        check_lengths(config, model, problems, [entry])
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def test_long_experts_and_problems_without_one_are_left_out(load):
     assert [problem.index for problem in short.with_experts()] == [0, 2]
     assert len(problems[0].experts) == 2  # the set that was asked is as it was
     assert problems.longest_prompt_tokens == 6
+    assert [problems.longest_with_expert(longest) for longest in (99, 6, 3, 1)] == [(3, 9), (3, 6), (1, 3), (0, 0)]
     assert short.fingerprint == problems.fingerprint
 
 
