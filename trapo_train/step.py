@@ -269,6 +269,9 @@ def optimizer_step(
 
 def _advance(scheduler: LRScheduler) -> None:
     """The next learning rate; without torch's warning where the first update is left out, whose rate is used up all the same."""
+    if scheduler.last_epoch:  # torch looks at the first step alone, and leaving catch_warnings rearms every warning shown once
+        scheduler.step()
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
         scheduler.step()

@@ -229,6 +229,19 @@ def test_weight_decay_spares_vectors():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
+def test_a_warning_that_was_shown_is_not_shown_again_at_every_step():
+    model, objective = make_model(), objectives.trapo()
+    config = OptimizerConfig(learning_rate=1e-2)
+    optimizer = build_optimizer(model, config)
+    parts = {"optimizer": optimizer, "scheduler": build_scheduler(optimizer, config, steps=4)}
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            step(model, packed(make_samples(), objective), objective, config, **parts)
+            warnings.warn("said", stacklevel=1)
+    assert [str(warning.message) for warning in shown].count("said") == 1
+
+
 OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items() if isinstance(value, type) and name != "Optimizer")
 
 
