@@ -21,7 +21,7 @@ from trapo_train.advice import advice
 from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
-from trapo_train.continuation import set_learning_rate, split_settings, what_changed
+from trapo_train.continuation import MEANING, set_learning_rate, split_settings, what_changed, what_means_otherwise
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
@@ -297,6 +297,7 @@ class Trainer:
             "last_metrics": self.last_metrics,
             "last_evaluation": self.last_evaluation,
             "settings": split_settings(self.config)[1],
+            "meaning": MEANING,
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
         return store.save(self.step, state, self.fingerprint, tensors, self.score)
@@ -327,6 +328,8 @@ class Trainer:
             self.engine.reseed(self._engine_seed(self.step))
             self.notes.append(f"saved by {len(state['ranks'])} ranks, continued by {self.world.size}: new random states")
         self.notes.append(f"resumed from step {self.step}")
+        otherwise = what_means_otherwise(state.get("meaning", 0), self.config)
+        self.notes += [otherwise] if otherwise else []
         changed = what_changed(state["settings"], split_settings(self.config)[1])
         if changed:
             set_learning_rate(self.optimizer, self.scheduler, self.config.optimizer.learning_rate)

@@ -17,7 +17,7 @@ from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, row
 from trapo_train import train
 from trapo_train.checkpoint import CheckpointError, CheckpointStore, compare_fingerprints
 from trapo_train.chooser import ChooserError
-from trapo_train.continuation import set_learning_rate
+from trapo_train.continuation import MEANING, set_learning_rate, what_means_otherwise
 from trapo_train.display import read_metrics
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
@@ -180,6 +180,50 @@ def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(
     world = SimpleNamespace(barrier=lambda: None, gather=lambda seen: [True, seen])
     with pytest.raises(ValueError, match=r"output_dir must be one directory for all ranks.* ranks \[1\] do not see"):
         train._check_shared(SimpleNamespace(config=config, world=world))
+
+
+SUM = "reward=[{name: pointer_chasing}, {name: overlong, weight: 0.5, options: {max_tokens: 16, buffer: 4}}]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([SUM, "rollout.correct_by=pointer_chasing"], ["plan paper decided by the weighted sum of the rewards and decides by"]),
+        ([SUM], []),
+        ([SUM, "rollout.correct_by=pointer_chasing", "plan.name=grpo"], []),
+        (["objective.name=dr_grpo"], ["packing.aggregation=constant counted sequences and prompts without a trained token"]),
+        (["objective.name=dr_grpo", "packing.aggregation=token_mean"], []),
+        (["objective.name=sft", "plan.name=sft"], []),
+        (["objective.name=sft"], ["packing.aggregation=constant counted"]),
+        (["objective.chooser=a:b"], ["packing.aggregation=constant counted"]),
+        (
+            ["updates.correction={name: tis}", "plan.name=grpo", "objective={name: grpo, options: {beta: 0.1}}"],
+            ["updates.correction=tis scaled the KL term and leaves it alone now"],
+        ),
+        (["updates.correction={name: tis}"], []),
+    ],
+)
+def test_a_run_that_an_earlier_version_began_is_told_what_its_settings_mean_now(settings, told, configure):
+    config = configure("run", *settings)
+    found = what_means_otherwise(0, config)
+    assert what_means_otherwise(MEANING, config) is None
+    assert (found is None) == (not told) and all(sentence in found for sentence in told)
+
+
+def test_a_checkpoint_from_before_meanings_were_counted_is_resumed_with_that_note(configure, monkeypatch):
+    settings = ("objective.name=dr_grpo", "steps=1")
+    with monkeypatch.context() as patch:
+        save = CheckpointStore.save
+
+        def older(store, step, state, *rest):
+            return save(store, step, {name: value for name, value in state.items() if name != "meaning"}, *rest)
+
+        patch.setattr(CheckpointStore, "save", older)
+        train_to_end(configure("run", *settings))
+    for steps in (2, 3):  # the first of which saves a checkpoint of this version
+        config = configure("run", *settings, f"steps={steps}", "checkpoint.resume=true")
+        train_to_end(config)
+        assert len([text for text in _events(config) if text.startswith("begun by an earlier version: packing.agg")]) == 1
 
 
 @pytest.mark.slow
