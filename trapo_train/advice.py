@@ -42,6 +42,8 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _truncated(config),
         _repeats(config, num_problems),
         _correct(config),
+        _unsampled(config),
+        *_rendered(config),
         _unsaved(config),
         _engine(config, world),
         _launcher(world),
@@ -129,6 +131,28 @@ def _correct(config: RunConfig) -> str | None:
         f"rollout.correct_at = {config.rollout.correct_at:g}{guided}. Set rollout.correct_by to the reward that alone says what is "
         "correct"
     )
+
+
+def _unsampled(config: RunConfig) -> str | None:
+    ignored = config.evaluation.ignored
+    if config.eval_data is None or not ignored:
+        return None
+    return (
+        f"evaluation.sample=false samples no responses, and nothing reads evaluation.{', evaluation.'.join(ignored)}. Set "
+        "evaluation.sample=true for accuracy"
+    )
+
+
+def _rendered(config: RunConfig) -> list[str]:
+    """A section of held-out problems takes nothing over from that of the training problems."""
+    sets = config.eval_data if isinstance(config.eval_data, dict) else {"": config.eval_data} if config.eval_data else {}
+    given = config.data.chat_template_kwargs
+    return [
+        f"data.chat_template_kwargs is {given}, that of {f'eval_data {name}'.strip()} {entry.chat_template_kwargs}: the model is "
+        "evaluated on other prompts than it is trained on. Where both are chats, set the same in both"
+        for name, entry in sets.items()
+        if entry.chat_template_kwargs != given
+    ]
 
 
 def _unsaved(config: RunConfig) -> str | None:

@@ -50,7 +50,8 @@ class EvalConfig:
     """Most responses that one engine call samples, at least 1, or those of one problem where these are more. Ranks share the calls,
     which are smaller where some would have none. What a response draws depends neither on the call nor on the rank."""
     sample: bool = True
-    """Whether responses are sampled and judged; false reports expert_nll alone, of sets with expert traces, and needs no reward."""
+    """Whether responses are sampled and judged; false reports expert_nll alone, of sets with expert traces, and needs no reward.
+    Nothing reads the settings of responses then, and the run notes those that are set."""
     save_samples: bool = False
     """Whether each evaluation writes its responses to output_dir/samples, as JSON lines with the whole texts."""
     seed: int = 0
@@ -78,13 +79,17 @@ class EvalConfig:
                 f"samples_per_prompt must be 1 at temperature 0, got {samples}: greedy samples are "
                 "all the same. Set temperature above 0, or samples_per_prompt to 1."
             )
-        for entry in fields(self) if not self.sample else ():
-            value = getattr(self, entry.name)
-            if entry.name not in ("sample", "every", "num_problems") and value != entry.default:
-                raise ValueError(
-                    f"{entry.name} must not be set where sample is false, got {value!r}: there are no responses. Leave it out, or "
-                    "set sample=true."
-                )
+        if self.save_samples and not self.sample:
+            raise ValueError(
+                "save_samples must not be set where sample is false, got True: there are no responses. Leave it out, or set "
+                "sample=true."
+            )
+
+    @property
+    def ignored(self) -> list[str]:
+        """The settings of responses that are not at their defaults, where no responses are sampled; else none."""
+        named = [entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default]
+        return [name for name in named if not self.sample and name not in ("sample", "every", "num_problems")]
 
     def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
         """How an evaluation samples and judges responses, but for the temperature: as `rollout`, unless it is set here."""
@@ -167,6 +172,8 @@ def load_eval_sets(
                 f"evaluation.sample=false reports the loss of expert traces alone, and {name or 'eval_data'} has none. Set its "
                 "expert_column to the column that holds them, or evaluation.sample=true."
             )
+    if not config.sample:
+        return sets
     most = max(entry.most_samples for entry in sets.values())
     if max(config.pass_at or [1]) > most:
         raise ValueError(

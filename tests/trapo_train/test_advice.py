@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.trapo_train.test_train import build_config
+from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_kernels.objectives import PRESETS
 from trapo_train.advice import METHODS, advice
 from trapo_train.config import load_config
@@ -120,6 +120,26 @@ def test_several_rewards_and_none_that_says_what_is_correct(advised):
         (sentence,) = advised(both, plan)
         assert f"correct_at = 1, and plan {name} compares it with its thresholds. Set rollout.correct_by" in sentence
     assert advised(both, "rollout.correct_by=pointer_chasing") == advised("reward=[{name: pointer_chasing}]") == []
+
+
+def test_settings_of_responses_where_an_evaluation_samples_none(advised):
+    leftover = ["evaluation={sample: false, temperature: 0.6, pass_at: [4], samples_per_prompt: 4, every: 3, num_problems: 2}"]
+    (sentence,) = advised(*EVALUATED, *leftover)
+    assert sentence == (
+        "evaluation.sample=false samples no responses, and nothing reads evaluation.samples_per_prompt, evaluation.pass_at, "
+        "evaluation.temperature. Set evaluation.sample=true for accuracy"
+    )
+    assert advised(*leftover) == advised(*EVALUATED, "evaluation.sample=false") == []
+
+
+def test_held_out_chats_that_are_rendered_otherwise(advised):
+    think = "chat_template_kwargs: {think: false}"
+    trained = "data.chat_template_kwargs={think: false}"
+    (sentence,) = advised(trained, f"eval_data={{same: {{path: a.jsonl, {think}}}, other: {{path: b.jsonl}}}}")
+    assert sentence.startswith("data.chat_template_kwargs is {'think': False}, that of eval_data other {}: the model is evaluated")
+    (sentence,) = advised("eval_data={path: a.jsonl, chat_template_kwargs: {think: true}}")
+    assert "is {}, that of eval_data {'think': True}" in sentence
+    assert advised(trained, f"eval_data={{path: a.jsonl, {think}}}") == advised(trained) == []
 
 
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):

@@ -103,7 +103,7 @@ def test_a_run_may_evaluate_without_sampling_and_trains_as_before(configure, cap
     assert found[-1]["expert_nll"] < found[0]["expert_nll"]
     assert evaluation_line(found[0]) == f"expert nll {found[0]['expert_nll']:.4f}"
     capsys.readouterr()
-    assert cli.main(["eval", config.output_dir]) == 0
+    assert cli.main(["eval", config.output_dir, "evaluation={sample: false, pass_at: [8], group_by: none, top_p: 0.9}"]) == 0
     shown = capsys.readouterr().out
     assert f"expert_nll {found[-1]['expert_nll']:.4g}" in shown and "accuracy" not in shown
 
