@@ -47,7 +47,8 @@ class Rung:
     prefix_ratio: float = 0.0
     """Share of the expert trace to start from, in [0, 1]; 0 never guides, 1 is the whole trace, nothing generated."""
     threshold: float | None = None
-    """Guide if the mean reward (rollout.correct_by) of earlier samples is below this; null guides always; so on the first rung."""
+    """Guide if the mean reward (rollout.correct_by) of earlier samples is below this; null guides always. Must be null on the first
+    rung, which has no earlier samples."""
     expert_index: int = 0
     """Expert trace to take, from 0; a problem with fewer traces takes its last one."""
 
