@@ -182,10 +182,11 @@ class _Generation(Extension):
 
     tags = frozenset({"generation"})
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The block as what is in it."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block as a scope of its own: what is set in it is not set behind it."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("unused"), [], [], body).set_lineno(line)
 
 
 @lru_cache

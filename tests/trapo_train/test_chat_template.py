@@ -24,13 +24,14 @@ def test_variables_of_the_chat_template_reach_prompts_and_what_a_template_opens_
 
 
 def test_a_template_is_read_as_transformers_reads_it(load, tokenizer):
-    """With the assistant's block, {% break %}, and a variable that is given a default before it is used."""
+    """With {% break %}, a default that is set before a variable is used, and the assistant's block, in which nothing is set for
+    what comes after it."""
     tokenizer.chat_template = (
         "{% if think is not defined %}{% set think = true %}{% endif %}{% for message in messages %}"
-        "{% generation %}{{ message.content }}{% endgeneration %}{% break %}{% endfor %}{{ think }}"
+        "{{ message.content }}{% break %}{% endfor %}{% generation %}{% set kept = true %}{% endgeneration %}{{ think }}{{ kept }}"
     )
-    (problem,) = load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
-    assert problem.prompt.endswith("no")
+    (problem,) = load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no", "kept": "yes"})
+    assert problem.prompt.endswith("noyes")
     tokenizer.chat_template = "{% if %}"
     with pytest.raises(ValueError, match="row 0: the chat template cannot be read"):
         load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
