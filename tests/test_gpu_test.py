@@ -121,7 +121,8 @@ def test_a_process_that_runs_no_test_is_a_failure_with_its_output(tmp_path, text
 @pytest.mark.slow
 def test_everything_is_written_as_it_ends(tmp_path, file, monkeypatch):
     """Two jobs, one of which hangs until the time is over, and no native kernels."""
-    monkeypatch.setattr(gpu_test, "jobs", lambda folder: [gpu_test.Job(file, "passes"), gpu_test.Job(file, "slow_one")])
+    jobs = [gpu_test.Job(file, "passes and not after"), gpu_test.Job(file, "slow_one")]
+    monkeypatch.setattr(gpu_test, "jobs", lambda folder: jobs)
     monkeypatch.setattr(gpu_test.native, "why_not", lambda device: "it was not built.")
     monkeypatch.setattr(gpu_test, "ask_doctor", lambda *_: ["fine"])
     monkeypatch.setattr(gpu_test, "WRITE_SECONDS", 0.5)
