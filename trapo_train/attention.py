@@ -43,10 +43,10 @@ def choose_attention(
     if attention == "flex" and device.type != "cuda":
         raise ValueError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
     obstacle = None
-    if not is_flash_attn_2_available():
-        obstacle = "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
-    elif device.type != "cuda":
+    if device.type != "cuda":
         obstacle = f"it needs a CUDA device, got {device}"
+    elif not is_flash_attn_2_available():
+        obstacle = "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
     elif compute_dtype != torch.bfloat16:
         obstacle = f"it needs model.dtype=bfloat16, got {str(compute_dtype).removeprefix('torch.')}"
     if attention == "flash_attention_2" and obstacle:
