@@ -24,10 +24,9 @@ def _write(**line: object) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The kernels that are most likely to hang or crash come last; what an earlier process has begun is left out."""
-    record = Path(os.environ["TRAPO_GPU_RECORD"])
-    written = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-    lines = [json.loads(line) for line in written if line.endswith("}")]  # the last may be cut off
-    begun = {line["test"] for line in lines if line["outcome"] != "not reached"}
+    from benchmarks.gpu_test import read
+
+    begun = {known.test for known in read(Path(os.environ["TRAPO_GPU_RECORD"])) if known.outcome != "not reached"}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in begun])
     items[:] = sorted((item for item in items if item.nodeid not in begun), key=lambda item: "native" in item.name)
 

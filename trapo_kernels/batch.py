@@ -89,12 +89,18 @@ class TokenBatch:
     @property
     def active(self) -> Tensor:
         """[N] bool: the rows that can contribute to the loss, its KL term or the entropy bonus."""
-        weighted = self.weight != 0
-        if self.kl_weight is not None:
-            weighted = weighted | ((self.kl_weight != 0) & (self.role == Role.ROLLOUT))
-        if self.entropy_weight is not None:
-            weighted = weighted | (self.entropy_weight != 0)
-        return weighted & (self.role != Role.IGNORED)
+        in_kl = (self.weight_of_kl != 0) & (self.role == Role.ROLLOUT)
+        return ((self.weight != 0) | (self.weight_of_entropy != 0) | in_kl) & (self.role != Role.IGNORED)
+
+    @property
+    def weight_of_entropy(self) -> Tensor:
+        """[N]: the weight of the entropy bonus."""
+        return self.weight if self.entropy_weight is None else self.entropy_weight
+
+    @property
+    def weight_of_kl(self) -> Tensor:
+        """[N]: the weight of the KL term, read on rollout tokens alone."""
+        return self.weight if self.kl_weight is None else self.kl_weight
 
     @property
     def on_policy(self) -> bool:

@@ -44,8 +44,8 @@ def token_batch(batch: TokenBatch) -> None:
         if batch.entropy_weight is not None:
             checks.finite_tensor(where, "entropy_weight", torch.where(real, batch.entropy_weight, 0.0), remedy)
         if batch.kl_weight is not None:
-            rollout = batch.role == Role.ROLLOUT
-            checks.finite_tensor(where, "kl_weight", torch.where(rollout, batch.kl_weight, 0.0), remedy)
+            read = torch.where(batch.role == Role.ROLLOUT, batch.kl_weight, 0.0)
+            checks.finite_tensor(where, "kl_weight", read, "Only rows with another role than ROLLOUT may hold anything.")
 
 
 def active_rows(batch: TokenBatch, rows: Tensor) -> None:
@@ -123,7 +123,7 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return
     weighted = (batch.weight != 0) & batch.active
-    in_kl = weighted if batch.kl_weight is None else (batch.kl_weight != 0) & batch.active
+    in_kl = (batch.weight_of_kl != 0) & batch.active
     _warn_of_an_idle_loss(where, batch.role[weighted | in_kl], objective)
     for layer in objective.layers:
         for code, term in ((Role.ROLLOUT, layer.rollout), (Role.EXPERT, layer.expert)):

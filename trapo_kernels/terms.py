@@ -57,12 +57,11 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
             advantage = torch.where(mine, 1.0, advantage)
         signal = torch.where(mine, amount * advantage, signal)
         anchor = torch.where(mine, _anchor(term, batch, weight), anchor)
-    entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(dtype)
+    entropy_weight = batch.weight_of_entropy.to(dtype)
     kl_weight = ref_logprob = None
     unread = weight == 0  # by its term
     if objective.kl is not None:
-        in_kl = weight if batch.kl_weight is None else batch.kl_weight.to(dtype)
-        kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * in_kl, 0.0)
+        kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * batch.weight_of_kl.to(dtype), 0.0)
         ref_logprob = batch.ref_logprob.to(dtype)
         if "old_logprob" in objective.kl.reads:
             unread = unread & (kl_weight == 0)
@@ -203,7 +202,7 @@ def metrics(
         if term is not None:
             out |= {f"{name}/{what}": value for what, value in _of_term(c, trained, term, name).items()}
         if name == "rollout" and objective.kl is not None:
-            in_kl = trained if batch.kl_weight is None else mine & (batch.kl_weight != 0)
+            in_kl = mine & (batch.weight_of_kl != 0)
             d_ref, d = (torch.where(in_kl, x, 0.0) for x in (logprob - s.ref_logprob, c.log_ratio))
             out["rollout/kl_count"], out["rollout/kl_ref"] = in_kl.sum().float(), _mean(objective.kl.value(d_ref, d), in_kl)
             out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = _mean(d_ref, in_kl), _mean(torch.expm1(-d_ref) + d_ref, in_kl)

@@ -266,8 +266,8 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     config = _load(args)
     if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
         raise ValueError(f"plan-memory: --memory-gib must be a finite number above 0, got {args.memory_gib}.")
-    where = {"device_type": args.device, "gpu_bytes": None if args.memory_gib is None else int(args.memory_gib * GIB)}
-    where["context"] = args.context
+    gpu_bytes = None if args.memory_gib is None else int(args.memory_gib * GIB)
+    where = {"context": args.context, "device_type": args.device, "gpu_bytes": gpu_bytes}
     plan = plan_memory(config, gpus=args.gpus, **where)
     console.print(memory_table(plan))
     console.print(

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, meta, nodes
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
@@ -166,7 +166,7 @@ def without_start(trace: str, prompt: str, response_start: str, rendered: bool) 
 def _check_variables(given: Iterable[str], template: str, where: str) -> None:
     try:
         read = _variables(template)
-    except Exception as error:
+    except TemplateSyntaxError as error:
         raise ValueError(f"{where}: the chat template cannot be read: {error}. Set model.tokenizer to another.") from error
     unread = [name for name in given if name not in read]
     if unread:

@@ -238,3 +238,10 @@ def gradients(loss, tensors):
 def error(actual, expected):
     """Largest absolute difference, in fp64."""
     return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+
+
+def check_as_close_as_eager(found, eager, exact):
+    """Each result's error against fp64 is at most twice that of eager PyTorch in fp32, or of fp32 itself."""
+    for ours, theirs, truth in zip(found, eager, exact, strict=True):
+        floor = 4e-7 * max(1e-2, truth.abs().max().item())
+        assert error(ours, truth) <= 2 * error(theirs, truth) + floor

@@ -217,7 +217,7 @@ def test_rows_more_than_two_to_the_31_elements_apart(backend, vocab_size, grad_d
     stride, objective = 2**30 + 16, objectives.trapo(entropy_coef=0.1)
     room = 4 * (2 * stride + vocab_size)
     if cases.DEVICE == "cuda" and (free := torch.cuda.mem_get_info()[0]) < room + 2**30:
-        pytest.skip(f"needs {room / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free")
+        pytest.skip(f"needs {room / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free")  # beside the tests of other processes
     rows = {"triton": triton_ops, "native": native}[backend]
     far = torch.empty(room // 4, device=cases.DEVICE).as_strided((3, vocab_size), (stride, 1))
     near, b = torch.randn(3, vocab_size, device=cases.DEVICE), cases.batch(3, vocab_size, torch.float32, roles=(1, 2))

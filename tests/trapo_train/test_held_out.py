@@ -25,6 +25,7 @@ from trapo_train.packing import PackingConfig
 from trapo_train.preflight import check_lengths
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rollout import RolloutConfig
+from trapo_train.trainer import Trainer
 
 SHAPE = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16, max_position=64)
 ROLLOUT = RolloutConfig(max_response_tokens=8, temperature=0.7)
@@ -129,6 +130,18 @@ def test_held_out_prompts_longer_than_those_of_training_are_evaluated_with_short
     assert config.rollout.max_response_tokens == 16
     assert train_to_end(config).evaluation[""]["num_problems"] == 1
     assert cli.main(["eval", config.output_dir]) == 0, capsys.readouterr().err
+
+
+def test_an_evaluation_may_be_longer_than_the_rollouts_where_engine_and_model_hold_it(configure):
+    longer = configure("run", "steps=1", *EVALUATED, "packing.max_tokens=46", "evaluation={max_response_tokens: 50, every: 1}")
+    lengths = [row["completion_tokens_mean"] for row in train_to_end(longer).evaluation.values()]
+    assert lengths[0] > longer.rollout.max_response_tokens
+    with pytest.raises(
+        ValueError, match=r"evaluation\.max_response_tokens must fit into the model's positions .* = 80, got .* \+ 79"
+    ):
+        Trainer(configure("refused", *EVALUATED, "evaluation.max_response_tokens=79"))
+    with pytest.raises(ValueError, match=r"evaluation\.max_response_tokens must fit into rollout\.max_batch_tokens = 50, got"):
+        Trainer(configure("refused", *EVALUATED, "evaluation.max_response_tokens=50", "rollout.max_batch_tokens=50"))
 
 
 def test_a_set_that_has_nothing_to_report_is_refused(configure, tmp_path):

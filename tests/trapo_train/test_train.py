@@ -97,18 +97,6 @@ def exported(config: RunConfig) -> bytes:
     return (Path(config.output_dir) / "model" / "model.safetensors").read_bytes()
 
 
-def test_an_evaluation_may_be_longer_than_the_rollouts_where_engine_and_model_hold_it(configure):
-    longer = configure("run", "steps=1", *EVALUATED, "packing.max_tokens=46", "evaluation={max_response_tokens: 50, every: 1}")
-    lengths = [row["completion_tokens_mean"] for row in train_to_end(longer).evaluation.values()]
-    assert lengths[0] > longer.rollout.max_response_tokens
-    with pytest.raises(
-        ValueError, match=r"evaluation\.max_response_tokens must fit into the model's positions .* = 80, got .* \+ 79"
-    ):
-        Trainer(configure("refused", *EVALUATED, "evaluation.max_response_tokens=79"))
-    with pytest.raises(ValueError, match=r"evaluation\.max_response_tokens must fit into rollout\.max_batch_tokens = 50, got"):
-        Trainer(configure("refused", *EVALUATED, "evaluation.max_response_tokens=50", "rollout.max_batch_tokens=50"))
-
-
 def test_a_run_says_what_auto_chose_and_why(configure):
     config = configure("run", "steps=1", "model.liger=auto")
     train_to_end(config)

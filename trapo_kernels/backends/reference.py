@@ -63,14 +63,14 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
             if term is not None:
                 loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code) & (weight != 0))
         if layer.kl is not None and layer.kl.beta:
-            kl_weight = weight if batch.kl_weight is None else batch.kl_weight.to(logprob.dtype)
+            kl_weight = batch.weight_of_kl.to(logprob.dtype)
             mine = active & (batch.role == Role.ROLLOUT) & (kl_weight != 0)
             logp = torch.where(mine, logprob, 0.0)
             ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
             kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob.to(logp.dtype), 0.0), torch.where(mine, ratio_d, 0.0))
             loss = loss + layer.kl.beta * torch.where(mine, kl_weight * kl, 0.0).sum()
         if layer.entropy_coef:
-            entropy_weight = weight if batch.entropy_weight is None else batch.entropy_weight.to(logprob.dtype)
+            entropy_weight = batch.weight_of_entropy.to(logprob.dtype)
             loss = loss - layer.entropy_coef * (torch.where(active, entropy_weight, 0.0) * torch.where(active, entropy, 0.0)).sum()
     return loss
 
