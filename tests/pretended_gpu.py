@@ -46,11 +46,13 @@ class _Pretended(torch.Tensor):
 
 
 class PretendedGpu(TorchDispatchMode):
-    """While active, `device="meta"` means the pretended GPU. `waits`: the operations so far that make the host wait for it."""
+    """While active, `device="meta"` means the pretended GPU. `waits`: the operations so far that make the host wait for it;
+    `launches`: how many kernels it was given, about one for each operation that is no view."""
 
     def __init__(self):
         super().__init__()
         self.waits: list[str] = []
+        self.launches = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -69,6 +71,7 @@ class PretendedGpu(TorchDispatchMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, got cpu and {DEVICE} in {op}")
         if self._waits(name, tensors, on_gpu, to_host, args, kwargs):
             self.waits.append(name)
+        self.launches += not (op.is_view or name.startswith(("aten::empty", "aten::new_empty", "aten::detach")))
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         inner_args, inner_kwargs = tree_map(lambda x: x.values if isinstance(x, _Pretended) else x, (args, kwargs))

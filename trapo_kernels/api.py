@@ -301,8 +301,7 @@ def _policy_output(
 ) -> PolicyLossOutput:
     with torch.no_grad():
         logprob, entropy = logprob.detach(), entropy.detach()
-        c, s = terms.evaluated(logprob, entropy, s, batch, objective)
-        return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, c, s, objective, batch), passes)
+        return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, s, objective, batch), passes)
 
 
 class Settings(NamedTuple):

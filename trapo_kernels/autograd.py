@@ -215,8 +215,7 @@ def linear_policy_loss(
         sweep.Needs(*needs),
         sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
-    c = terms.coefficients(stats.logprob, s, objective)
-    return terms.total_loss(c, s, stats.entropy), stats.logprob, stats.entropy, *_or_empty(grads, hidden)
+    return terms.total_loss(stats.logprob, stats.entropy, s, objective), stats.logprob, stats.entropy, *_or_empty(grads, hidden)
 
 
 @linear_policy_loss.register_fake
@@ -257,9 +256,8 @@ def policy_loss(
     """(loss, dL/dlogprob [N])."""
     s = terms.unpack(streams)
     objective = terms.decode(codes, parameters)
-    c = terms.coefficients(logprob, s, objective)
-    grad_logprob = c.grad_logprob if backend == "torch" else dispatch.rows(backend).coefficients(logprob, s, objective)
-    return terms.total_loss(c, s, entropy), grad_logprob
+    coefficients = terms.coefficients if backend == "torch" else dispatch.rows(backend).coefficients
+    return terms.total_loss(logprob, entropy, s, objective), coefficients(logprob, s, objective)
 
 
 @policy_loss.register_fake

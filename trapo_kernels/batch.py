@@ -89,8 +89,12 @@ class TokenBatch:
     @property
     def active(self) -> Tensor:
         """[N] bool: the rows that can contribute to the loss, its KL term or the entropy bonus."""
-        in_kl = (self.weight_of_kl != 0) & (self.role == Role.ROLLOUT)
-        return ((self.weight != 0) | (self.weight_of_entropy != 0) | in_kl) & (self.role != Role.IGNORED)
+        weighted = self.weight != 0
+        if self.entropy_weight is not None:
+            weighted = weighted | (self.entropy_weight != 0)
+        if self.kl_weight is not None:
+            weighted = weighted | ((self.kl_weight != 0) & (self.role == Role.ROLLOUT))
+        return weighted & (self.role != Role.IGNORED)
 
     @property
     def weight_of_entropy(self) -> Tensor:

@@ -167,11 +167,12 @@ class Truncate(Gate):
 
     def value(self, d, advantage):
         log_low, log_high = _log(self.low), _log(self.high)
-        inside = d.clamp(log_low, log_high).exp()  # r within the bounds, the bound itself outside: no overflow, no NaN gradient
-        below = self.low * (d - log_low) if self.low > 0 else torch.zeros_like(d)
-        above = self.high * (d - log_high) if self.high < math.inf else torch.zeros_like(d)
-        tail = torch.where(d < log_low, below, torch.where(d > log_high, above, torch.zeros_like(d)))
-        return self.scale * (inside + tail)
+        value = d.clamp(log_low, log_high).exp()  # r within the bounds, the bound itself outside: no overflow, no NaN gradient
+        if self.low > 0:
+            value = value - self.low * torch.relu(log_low - d)  # relu, whose gradient at a bound is 0: there the clamp's counts
+        if self.high < math.inf:
+            value = value + self.high * torch.relu(d - log_high)
+        return self.scale * value
 
     def slope(self, d, advantage):
         return self.scale * d.exp().clamp(self.low, self.high)

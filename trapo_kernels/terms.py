@@ -1,12 +1,14 @@
 """The per-token arithmetic of an objective on [N] vectors: streams, coefficients dL/dlogp and dL/dH, loss and metrics.
 
-Everything here costs O(N), nothing against the [N, V] work; the compiled kernels repeat only `coefficients`, inside their sweep.
+Everything here costs O(N), nothing against the [N, V] work, but a launch each on a GPU: few operations on many values. The
+compiled kernels repeat only `coefficients`, inside their sweep.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -44,37 +46,30 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
     active = batch.active
     role = torch.where(active, batch.role, Role.IGNORED)
     weight = batch.weight.to(dtype)
-    advantage = torch.zeros_like(weight)
-    if batch.advantage is not None:
-        advantage = torch.where(weight == 0, 0.0, batch.advantage.to(dtype))  # unread there, NaN included
-    anchor, signal = torch.zeros_like(weight), torch.zeros_like(weight)
-    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
-        if term is None:
-            continue
-        mine = role == code
-        amount = weight * term.scale
-        if term.signal == "one":
-            advantage = torch.where(mine, 1.0, advantage)
-        signal = torch.where(mine, amount * advantage, signal)
-        anchor = torch.where(mine, _anchor(term, batch, weight), anchor)
-    entropy_weight = batch.weight_of_entropy.to(dtype)
+    reads_anchor = weight != 0  # elsewhere d = 0, so that 0 · r stays 0 whatever r would be
     kl_weight = ref_logprob = None
-    unread = weight == 0  # by its term
     if objective.kl is not None:
         kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * batch.weight_of_kl.to(dtype), 0.0)
         ref_logprob = batch.ref_logprob.to(dtype)
         if "old_logprob" in objective.kl.reads:
-            unread = unread & (kl_weight == 0)
-    anchor = torch.where(unread, SELF, anchor)  # d = 0, so that 0 · r stays 0 whatever r would be
-    return Streams(
-        role=role,
-        anchor=anchor,
-        signal=signal,
-        advantage=advantage,
-        kl_weight=kl_weight,
-        ref_logprob=ref_logprob,
-        grad_entropy=torch.where(active & (objective.entropy_coef != 0.0), -objective.entropy_coef * entropy_weight, 0.0),
-    )
+            reads_anchor = reads_anchor | (kl_weight != 0)
+    advantage = torch.zeros_like(weight)
+    if batch.advantage is not None:
+        advantage = torch.where(weight == 0, 0.0, batch.advantage.to(dtype))  # unread there, NaN included
+    anchor, signal = torch.full_like(weight, SELF), torch.zeros_like(weight)
+    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
+        if term is None:
+            continue
+        mine = role == code
+        if term.signal == "one":
+            advantage = torch.where(mine, 1.0, advantage)
+        signal = torch.where(mine, weight * term.scale * advantage, signal)
+        if (compared := _anchor(term, batch, dtype)) is not None:
+            anchor = torch.where(mine & reads_anchor, compared, anchor)
+    grad_entropy = torch.zeros_like(weight)
+    if objective.entropy_coef != 0.0:
+        grad_entropy = torch.where(active, -objective.entropy_coef * batch.weight_of_entropy.to(dtype), 0.0)
+    return Streams(role, anchor, signal, advantage, kl_weight, ref_logprob, grad_entropy)
 
 
 def given_gradients(grad_logprob: Tensor | None, grad_entropy: Tensor, counted: Tensor) -> tuple[Streams, Objective]:
@@ -86,56 +81,55 @@ def given_gradients(grad_logprob: Tensor | None, grad_entropy: Tensor, counted: 
     return Streams(role, zero, signal, zero + 1.0, None, None, grad_entropy), Objective(expert=Term(One()))
 
 
-def _anchor(term: Term, batch: TokenBatch, like: Tensor) -> Tensor:
+def _anchor(term: Term, batch: TokenBatch, dtype: torch.dtype) -> Tensor | float | None:
+    """What logp is compared with; None: itself."""
     if term.anchor == "zero":
-        return torch.zeros_like(like)
+        return 0.0
     stream = None if term.anchor == "self" else getattr(batch, f"{term.anchor}_logprob")
-    return torch.full_like(like, SELF) if stream is None else stream.to(like.dtype)
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What a token's logprob amounts to under an objective; tensors are [N]."""
-
-    loss: Tensor  # without the entropy bonus
-    grad_logprob: Tensor
-    log_ratio: Tensor  # d
-    slope: Tensor  # G(d), before signal and weight
-    clipped_low: Tensor
-    clipped_high: Tensor
+    return None if stream is None else stream.to(dtype)
 
 
 def log_ratio(logprob: Tensor, s: Streams) -> Tensor:
-    """d = logp - anchor [N], 0 where the anchor is the policy itself and on rows with role IGNORED."""
-    return torch.where((s.anchor == SELF) | (s.role == Role.IGNORED), 0.0, logprob - s.anchor)
+    """d = logp - anchor [N], 0 where the anchor is the policy itself, as it is on rows with role IGNORED."""
+    return torch.where(s.anchor == SELF, 0.0, logprob - s.anchor)
 
 
-def coefficients(logprob: Tensor, s: Streams, objective: Objective, d: Tensor | None = None) -> Coefficients:
-    """Loss and dL/dlogp of every token from explicit slopes; rows with role IGNORED are exact zeros whatever they hold. `d` [N] is
-    what the gates see, where that is not `log_ratio`."""
-    counted = s.role != Role.IGNORED
-    logprob = torch.where(counted, logprob, 0.0)
-    d = log_ratio(logprob, s) if d is None else d
-    muted = s.signal == 0  # an advantage of 0: 0 · V and 0 · G are 0 however large the ratio is
-    heard = torch.where(muted, 0.0, d)
-    zero = torch.zeros_like(d)
-    value, slope, low, high = zero, zero, zero.bool(), zero.bool()
-    for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
-        if term is None:
-            continue
-        mine = s.role == code
-        gate_low, gate_high = term.gate.clipped(d, s.advantage)
-        value = torch.where(mine, term.gate.value(heard, s.advantage), value)
-        slope = torch.where(mine, term.gate.slope(d, s.advantage), slope)
-        low, high = torch.where(mine, gate_low, low), torch.where(mine, gate_high, high)
-    loss = torch.where(counted, -s.signal * value, 0.0)
-    grad = torch.where(counted & ~muted, -s.signal * slope, 0.0)
+def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Tensor:
+    """dL/dlogp [N] from explicit slopes; rows with role IGNORED are exact zeros whatever they hold."""
+    d = log_ratio(logprob, s)
+    slope = _of_own_term(s, objective, lambda term: term.gate.slope(d, s.advantage))
+    grad = _unless_muted(-s.signal * slope, s)
+    return grad if objective.kl is None else grad + _kl(objective.kl.slope, logprob, d, s)
+
+
+def total_loss(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective) -> Tensor:
+    """0-d: Σ token loss + Σ dL/dH · H, summed in fp64 so that the order of tokens does not show."""
+    d = log_ratio(logprob, s)
+    value = _of_own_term(s, objective, lambda term: term.gate.value(d, s.advantage))
+    loss = _unless_muted(-s.signal * value, s)
     if objective.kl is not None:
-        rollout = (s.role == Role.ROLLOUT) & (s.kl_weight != 0)
-        d_ref = torch.where(rollout, logprob - s.ref_logprob, 0.0)
-        loss = loss + torch.where(rollout, s.kl_weight * objective.kl.value(d_ref, d), 0.0)
-        grad = grad + torch.where(rollout, s.kl_weight * objective.kl.slope(d_ref, d), 0.0)
-    return Coefficients(loss, grad, d, slope, low, high)
+        loss = loss + _kl(objective.kl.value, logprob, d, s)
+    bonus = torch.where(s.grad_entropy == 0, 0.0, s.grad_entropy * entropy)
+    return (loss.sum(dtype=torch.float64) + bonus.sum(dtype=torch.float64)).to(logprob.dtype)
+
+
+def _of_own_term(s: Streams, objective: Objective, of_term: Callable[[Term], Tensor]) -> Tensor:
+    """[N]: every token's value by the term of its role; what a role without a term gets means nothing, its signal is 0."""
+    values = [of_term(term) for term in (objective.expert, objective.rollout) if term is not None]
+    if len(values) == 2:
+        return torch.where(s.role == Role.EXPERT, *values)
+    return values[0] if values else torch.zeros_like(s.signal)
+
+
+def _unless_muted(x: Tensor, s: Streams) -> Tensor:
+    """x [N], 0 where the signal is: an advantage of 0 silences a token however large its ratio is."""
+    return torch.where(s.signal == 0, 0.0, x)
+
+
+def _kl(estimate: Callable[[Tensor, Tensor], Tensor], logprob: Tensor, d: Tensor, s: Streams) -> Tensor:
+    """[N]: β · weight · `estimate`(logp - ref, d) of a KL or its slope, 0 where it has no weight."""
+    read = s.kl_weight != 0
+    return torch.where(read, s.kl_weight * estimate(torch.where(read, logprob - s.ref_logprob, 0.0), d), 0.0)
 
 
 def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: TokenBatch, mine: Tensor) -> Reduced:
@@ -155,33 +149,23 @@ def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: Toke
         return term.reduction.applied(Tokens(*map(own, seen), sequences))
 
 
-def evaluated(
+def seen_by_gates(
     logprob: Tensor, entropy: Tensor, s: Streams, batch: TokenBatch, objective: Objective
-) -> tuple[Coefficients, Streams]:
-    """Coefficients of the objective's first layer and the streams as its gates see them, reductions applied; for the metrics."""
-    d, signal, flows = log_ratio(logprob, s), s.signal, torch.ones_like(s.role, dtype=torch.bool)
+) -> tuple[Tensor, Tensor | None]:
+    """(d [N] of the objective's first layer, reductions applied; [N] bool: where the gradient flows, None where no reduction
+    stops it)."""
+    d, flows = log_ratio(logprob, s), None
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is not None and term.reduces(batch.on_policy):
             mine = s.role == code
             of_role = reduced(term, logprob, entropy, d, batch, mine)
             d = torch.where(mine, of_role.log_ratio, d)
-            signal = torch.where(mine, signal * of_role.factor, signal)
-            flows = flows & (of_role.flows | ~mine)
-    s = replace(s, signal=signal)
-    c = coefficients(logprob, s, objective, d)
-    low, high = c.clipped_low | (~flows & (s.advantage < 0)), c.clipped_high | (~flows & (s.advantage >= 0))
-    return replace(c, grad_logprob=torch.where(flows, c.grad_logprob, 0.0), clipped_low=low, clipped_high=high), s
+            own = of_role.flows | ~mine
+            flows = own if flows is None else flows & own
+    return d, flows
 
 
-def total_loss(c: Coefficients, s: Streams, entropy: Tensor) -> Tensor:
-    """0-d: Σ token loss + Σ dL/dH · H, summed in fp64 so that the order of tokens does not show."""
-    bonus = torch.where(s.grad_entropy == 0, 0.0, s.grad_entropy * entropy)
-    return (c.loss.double().sum() + bonus.double().sum()).to(c.loss.dtype)
-
-
-def metrics(
-    logprob: Tensor, entropy: Tensor, c: Coefficients, s: Streams, objective: Objective, batch: TokenBatch
-) -> dict[str, Tensor]:
+def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:
     """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
 
     Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Of TrSFT on expert
@@ -192,43 +176,62 @@ def metrics(
     and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref), means over the `rollout/kl_count` tokens whose KL has a weight. What
     describes a term is a mean over its `role/trained_count` tokens with a weight; the others carry entropy bonus or KL alone.
     """
-    out: dict[str, Tensor] = {}
+    d, flows = seen_by_gates(logprob, entropy, s, batch, objective)
+    weighted, prob = batch.weight != 0, logprob.exp()
+    means, ratio_max = _Means(), {}
     for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):
         mine = s.role == code
-        trained = mine & (batch.weight != 0)
-        out[f"{name}/count"], out[f"{name}/trained_count"] = mine.sum().float(), trained.sum().float()
-        out[f"{name}/logprob"], out[f"{name}/prob"] = _mean(logprob, mine), _mean(logprob.exp(), mine)
-        out[f"{name}/entropy"] = _mean(entropy, mine)
-        if term is not None:
-            out |= {f"{name}/{what}": value for what, value in _of_term(c, trained, term, name).items()}
+        means.over(f"{name}/count", mine, {f"{name}/logprob": logprob, f"{name}/prob": prob, f"{name}/entropy": entropy})
+        of_term = {} if term is None else _of_term(term, d, s.advantage, flows, name)
+        trained = mine & weighted
+        means.over(f"{name}/trained_count", trained, {f"{name}/{what}": x for what, x in of_term.items()})
+        if "ratio" in of_term:  # the largest; a number in its place lets a batch of no tokens have one
+            ratio_max[f"{name}/ratio_max"] = torch.cat([torch.where(trained, of_term["ratio"], 0), d.new_zeros(1)]).max().float()
         if name == "rollout" and objective.kl is not None:
             in_kl = mine & (batch.weight_of_kl != 0)
-            d_ref, d = (torch.where(in_kl, x, 0.0) for x in (logprob - s.ref_logprob, c.log_ratio))
-            out["rollout/kl_count"], out["rollout/kl_ref"] = in_kl.sum().float(), _mean(objective.kl.value(d_ref, d), in_kl)
-            out["rollout/kl_ref_k1"], out["rollout/kl_ref_k3"] = _mean(d_ref, in_kl), _mean(torch.expm1(-d_ref) + d_ref, in_kl)
-    return out
+            d_ref = torch.where(in_kl, logprob - s.ref_logprob, 0.0)
+            k3 = torch.expm1(-d_ref) + d_ref
+            estimates = {"kl_ref": objective.kl.value(d_ref, d), "kl_ref_k1": d_ref, "kl_ref_k3": k3}
+            means.over("rollout/kl_count", in_kl, {f"rollout/{what}": x for what, x in estimates.items()})
+    return means.reduced() | ratio_max
 
 
-def _mean(x: Tensor, over: Tensor) -> Tensor:
-    """0-d fp32: the mean of x [N] over the tokens `over` [N] bool, 0 of none."""
-    return torch.where(over, x, 0).sum(dtype=torch.float32) / over.sum().clamp(min=1)
+class _Means:
+    """Means of [N] vectors over masks of tokens, reduced together: a handful of launches however many there are."""
+
+    def __init__(self):
+        self._masks: dict[str, Tensor] = {}
+        self._values: dict[str, tuple[str, Tensor]] = {}
+
+    def over(self, count: str, mask: Tensor, values: dict[str, Tensor]) -> None:
+        """Ask for the number of tokens `mask` [N] bool as `count`, and for the mean over them of every value [N] by its name."""
+        self._masks[count] = mask
+        self._values |= {name: (count, x) for name, x in values.items()}
+
+    def reduced(self) -> dict[str, Tensor]:
+        """Every count and mean by its name, 0-d fp32; a mean over no tokens is 0."""
+        counts = dict(zip(self._masks, torch.stack([*self._masks.values()]).sum(1).float().unbind(), strict=True))
+        of_value, values = zip(*self._values.values(), strict=True)
+        kept = torch.where(torch.stack([self._masks[count] for count in of_value]), torch.stack(values), 0)
+        means = kept.sum(1, dtype=torch.float32) / torch.stack([counts[count] for count in of_value]).clamp(min=1)
+        return counts | dict(zip(self._values, means.unbind(), strict=True))
 
 
-def _of_term(c: Coefficients, trained: Tensor, term: Term, role: str) -> dict[str, Tensor]:
-    """The metrics that describe `term` on its tokens `trained` [N] bool."""
-    if role == "expert" and isinstance(term.gate, Truncate) and term.anchor == "zero":
-        below = c.log_ratio < math.log(term.gate.high)
-        return {"trsft_weight": _mean(c.slope, trained), "share_below_alpha": _mean(below.float(), trained)}
+def _of_term(term: Term, d: Tensor, advantage: Tensor, flows: Tensor | None, role: str) -> dict[str, Tensor]:
+    """What is averaged over the tokens of `term`, as [N] vectors in the dtype of `d`."""
+    gate = term.gate
+    if role == "expert" and isinstance(gate, Truncate) and term.anchor == "zero":
+        return {"trsft_weight": gate.slope(d, advantage), "share_below_alpha": (d < math.log(gate.high)).to(d.dtype)}
     out = {}
-    if role == "expert" and not isinstance(term.gate, One):  # whose slope is 1
-        out["slope"] = _mean(c.slope, trained)
-    if role == "rollout" or type(term.gate).clipped is not Gate.clipped:
-        out["clip_low"], out["clip_high"] = _mean(c.clipped_low.float(), trained), _mean(c.clipped_high.float(), trained)
+    if role == "expert" and not isinstance(gate, One):  # whose slope is 1
+        out["slope"] = gate.slope(d, advantage)
+    if role == "rollout" or type(gate).clipped is not Gate.clipped:
+        low, high = gate.clipped(d, advantage)
+        if flows is not None:
+            low, high = low | (~flows & (advantage < 0)), high | (~flows & (advantage >= 0))
+        out["clip_low"], out["clip_high"] = low.to(d.dtype), high.to(d.dtype)
     if term.anchor != "zero":  # which stands for no policy: the ratio to it is p
-        ratio, d = c.log_ratio.exp(), torch.where(trained, c.log_ratio, 0.0)
-        out["ratio"] = _mean(ratio, trained)
-        out["ratio_max"] = torch.cat([torch.where(trained, ratio, 0), ratio.new_zeros(1)]).max().float()
-        out["kl_old_k1"], out["kl_old_k3"] = _mean(-d, trained), _mean(torch.expm1(d) - d, trained)
+        out["ratio"], out["kl_old_k1"], out["kl_old_k3"] = d.exp(), -d, torch.expm1(d) - d
     return out
 
 

@@ -67,7 +67,7 @@ def check_rows(kernels, vocab_size, dtype, grad_dtype, aligned, plain):
 
     statistics = kernels.statistics(_copy(given), scored, t, True)
     known = RowStatistics(*(part.float() for part in truth))
-    slope = terms.coefficients(truth.logprob, streams[1], objective).grad_logprob.float()
+    slope = terms.coefficients(truth.logprob, streams[1], objective).float()
     gradient = kernels.logprob_gradient(_copy(given), scored, t, known, slope, streams[0].grad_entropy, grad_dtype)
     stats, grad = kernels.policy(_copy(given), target, t, streams[0], objective, True, grad_dtype)
     for ours in (statistics, stats):

@@ -36,7 +36,7 @@ def check_coefficients(compute, gate, kl):
     b = cases.batch(n, 50, torch.float32, old_logprob=old)
     objective = Objective(expert=Term(gate, anchor="old"), rollout=Term(gate, anchor="old", signal="advantage"), kl=kl)
     s = terms.streams(b, objective)
-    expected = terms.coefficients(logprob, s, objective).grad_logprob
+    expected = terms.coefficients(logprob, s, objective)
     compiled = compute(logprob, s, objective)
     assert (compiled[b.role == 0] == 0).all() and (compiled[b.role == 1] != 0).any()
     torch.testing.assert_close(compiled, expected, rtol=3e-6, atol=3e-6 * expected.abs().max().item())

@@ -314,6 +314,11 @@ def test_the_share_below_alpha_has_the_digits_of_logprob():
     )
 
 
+def test_streams_have_the_dtype_of_the_kernels_whatever_that_of_the_batch():
+    s = terms.streams(cases.batch(12, 50, torch.float64), objectives.grpo(beta=0.1))
+    assert {x.dtype for x in vars(s).values()} == {torch.uint8, torch.float32}
+
+
 @pytest.mark.parametrize("name", ["grpo", "gspo", "trapo"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_loss_has_the_dtype_of_the_logprobs_whatever_that_of_the_streams(backend, name):

@@ -8,6 +8,7 @@ import torch
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, Role, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss
+from trapo_kernels.backends import rows_torch
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
 N, D, V = 300, 12, 40
@@ -53,6 +54,25 @@ def _check_policy(gpu, preset, dtype, known_rows, batch_invariant=False):
 @pytest.mark.parametrize("preset", cases.PUBLISHED)
 def test_policy_loss(gpu, preset, dtype):
     _check_policy(gpu, preset, dtype, known_rows=False)
+
+
+def test_the_arithmetic_of_tokens_takes_few_launches(gpu, monkeypatch):
+    """Each costs the host microseconds: hundreds of them would show beside the GEMMs of a few thousand rows."""
+    hidden, weight = _moved(*cases.head(N, D, V, torch.bfloat16)[:2])
+    b = cases.batch(N, V, torch.float32).to(DEVICE)
+    row_kernel, in_row_kernel = rows_torch.policy, []
+
+    def counted(*args):
+        before = gpu.launches
+        result = row_kernel(*args)
+        in_row_kernel.append(gpu.launches - before)
+        return result
+
+    monkeypatch.setattr(rows_torch, "policy", counted)
+    gpu.launches = 0
+    linear_policy_loss(hidden, weight, b, objectives.trapo(), backend="torch").loss.backward()
+    assert len(in_row_kernel) == 1  # chunk, so one launch of a compiled kernel
+    assert gpu.launches - sum(in_row_kernel) <= 150  # the GEMMs among them
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

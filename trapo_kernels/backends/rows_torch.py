@@ -55,7 +55,7 @@ def policy(
     stats, exponential, total = _statistics(centred, row_max, target, with_entropy=True)
     if grad_dtype is None:
         return stats, None
-    c = terms.coefficients(stats.logprob, streams, objective).grad_logprob
+    c = terms.coefficients(stats.logprob, streams, objective)
     probability = exponential.div_(total[:, None])
     grad = _gradient(centred, probability, target, stats, c, streams.grad_entropy if with_entropy_gradient else None)
     return stats, _undo_transform(grad, transform, slope, streams.role != Role.IGNORED).to(grad_dtype)

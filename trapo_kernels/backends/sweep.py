@@ -214,7 +214,7 @@ def _sharded_policy(
     stats = _sharded_statistics(rows, logits, target, transform, shard, keep_logits=grad_dtype is not None)
     if grad_dtype is None:
         return stats, None
-    c = terms.coefficients(stats.logprob, streams, objective).grad_logprob
+    c = terms.coefficients(stats.logprob, streams, objective)
     e = streams.grad_entropy if with_entropy_gradient else None
     return stats, rows.logprob_gradient(logits, target, transform, stats, c, e, grad_dtype)
 
