@@ -33,13 +33,14 @@ ALLOWED = {
     "trapo_kernels/dispatch.py": {"checks", "backends"},
     "trapo_kernels/backends": {"terms", "objective", "batch", "roles", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
+    "trapo_kernels/flops.py": {"autograd"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
     "trapo_kernels/inputs.py": {"checks", "dispatch", "lora", "backends"},
     "trapo_kernels/api.py": {
         *("autograd", "inputs", "checks", "batch_checks", "dispatch", "terms", "backends", "batch", "lora", "objective"),
     },
     "trapo_kernels/__init__.py": {
-        *("api", "batch", "corrections", "gates", "lora", "memory", "objective", "objectives", "roles", "sequence"),
+        *("api", "batch", "corrections", "flops", "gates", "lora", "memory", "objective", "objectives", "roles", "sequence"),
     },
 }
 

@@ -1,6 +1,6 @@
 """Fused kernels for RL/SFT post-training: logprobs, entropy and policy losses from hidden states, a chunk of logits at a time."""
 
-from trapo_kernels import corrections, gates, objectives, sequence
+from trapo_kernels import corrections, flops, gates, objectives, sequence  # noqa: F401  flops registers its formulas
 from trapo_kernels.api import (
     LogprobOutput,
     PolicyLossOutput,

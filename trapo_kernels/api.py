@@ -99,7 +99,7 @@ def linear_logprob(
     hidden, lm_head_weight, *_ = inputs
     checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     settings.check(where, hidden, target)
-    return _linear_logprob(inputs, target, None, None, settings, with_entropy)
+    return _linear_logprob(where, inputs, target, None, None, settings, with_entropy)
 
 
 def linear_policy_loss(
@@ -133,7 +133,7 @@ def linear_policy_loss(
 
     Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences whose
         ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
-        in two, 4 GEMMs, and says so in `passes`; see `Objective.two_passes`.
+        in two, 4 GEMMs, and says so in `passes`; see `Objective.why_two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
     Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward.
     Determinism: bitwise repeatable for the same inputs; no atomics.
@@ -152,10 +152,10 @@ def linear_policy_loss(
     settings.check(where, hidden, target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
-    if chosen == "reference" or hidden.dtype == torch.float16 or objective.two_passes(batch.on_policy):
+    if chosen == "reference" or hidden.dtype == torch.float16 or objective.why_two_passes(batch.on_policy):
         active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
-        out = _linear_logprob(inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
-        return _policy_loss(out.logprob, out.entropy, batch, objective, "reference")
+        out = _linear_logprob(where, inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
+        return _policy_loss(where, out.logprob, out.entropy, batch, objective, "reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     codes, parameters = terms.encode(objective)
     checks.reverse_mode(where, chosen, *inputs, temperature, batch=batch)
@@ -213,7 +213,7 @@ def policy_loss(
         entropy = torch.zeros_like(logprob, requires_grad=False)
     checks.vector(where, "entropy", entropy, num_rows, device, (torch.float32, torch.float64))
     batch_checks.streams_fit(where, batch, objective)
-    out = _policy_loss(logprob, entropy, batch, objective, dispatch.choose(where, backend, device, logprob.dtype))
+    out = _policy_loss(where, logprob, entropy, batch, objective, dispatch.choose(where, backend, device, logprob.dtype))
     if known:
         return out
     return out._replace(entropy=None, metrics={name: x for name, x in out.metrics.items() if not name.endswith("/entropy")})
@@ -279,13 +279,15 @@ def token_logprob(
     return LogprobOutput(shaped[0], shaped[1] if with_entropy else None, shaped[2])
 
 
-def _policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective, chosen: str) -> PolicyLossOutput:
+def _policy_loss(
+    where: str, logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective, chosen: str
+) -> PolicyLossOutput:
     """`policy_loss` of inputs that were checked, on a backend that was chosen."""
     s = terms.streams(batch, objective, logprob.dtype)
-    if chosen == "reference" or objective.two_passes(batch.on_policy):
+    if chosen == "reference" or objective.why_two_passes(batch.on_policy):
         loss = reference.policy_loss(logprob, entropy, batch, objective)
     else:
-        checks.reverse_mode("policy_loss", chosen, logprob, entropy, batch=batch)
+        checks.reverse_mode(where, chosen, logprob, entropy, batch=batch)
         loss, _ = autograd.policy_loss(logprob, entropy, terms.pack(s), *terms.encode(objective), chosen)
     return _policy_output(loss, logprob, entropy, batch, s, objective, passes=2)
 
@@ -330,11 +332,16 @@ class Settings(NamedTuple):
 
 
 def _linear_logprob(
-    inputs: Inputs, target: Tensor, active_rows: Tensor | None, scored_rows: Tensor | None, settings: Settings, with_entropy: bool
+    where: str,
+    inputs: Inputs,
+    target: Tensor,
+    active_rows: Tensor | None,
+    scored_rows: Tensor | None,
+    settings: Settings,
+    with_entropy: bool,
 ) -> LogprobOutput:
     """`linear_logprob` of checked inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
     with a target, where the caller knows them."""
-    where = "linear_logprob"
     hidden, weight, bias, *lora = inputs
     chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, settings.scoring(inputs))
     if chosen == "reference":

@@ -6,9 +6,10 @@ an op cannot return None.
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
@@ -54,6 +55,16 @@ def _or_empty(grads: sweep.Gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
+def _head(given: tuple) -> tuple:
+    return given.hidden, given.weight, given.bias, given.lora_a, given.lora_b
+
+
+def _arguments(op: torch.library.CustomOpDef) -> type[tuple]:
+    """The arguments of `op` as a tuple with their names, all None by default."""
+    names = [argument.name for argument in op._opoverload._schema.arguments]
+    return namedtuple("Arguments", names, defaults=[None] * len(names))
+
+
 # linear_logprob: logits are recomputed in backward, 4 GEMMs
 
 
@@ -84,6 +95,9 @@ def linear_logprob(
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
     head = Head(hidden, weight, lora_a, lora_b)
     return tuple(sweep.score(rows, head, target, active_rows, scored_rows, transform, with_entropy, mode))
+
+
+LinearLogprob = _arguments(linear_logprob)
 
 
 @linear_logprob.register_fake
@@ -130,44 +144,46 @@ def linear_logprob_backward(
     return _or_empty(sweep.Gradients(*rounded), hidden)
 
 
+LinearLogprobBackward = _arguments(linear_logprob_backward)
+
+
 @linear_logprob_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, bias, lora_a, lora_b, target, a, r, statistics, t, s, d, i, g, needs, backend):
-    inputs = (hidden, weight, bias, lora_a, lora_b)
+def _(*args):
+    given = LinearLogprobBackward(*args)
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else given.hidden.new_empty(0)
+        for x, need in zip(_head(given), given.needs, strict=True)
     )
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    *tensors, ctx.temperature, ctx.softcap, ctx.with_entropy, logits_dtype, batch_invariant, group_name, ctx.backend = inputs
-    *head, active_rows, _, row_temperature = tensors  # scored_rows take no part in the backward
-    ctx.mode = (logits_dtype, batch_invariant, group_name)
-    ctx.save_for_backward(*head, active_rows, row_temperature, *output)
+    given = LinearLogprob(*inputs)
+    ctx.save_for_backward(*_head(given), given.target, given.active_rows, given.row_temperature, *output)
+    ctx.transform = (given.temperature, given.softcap)
+    ctx.with_entropy, ctx.backend = given.with_entropy, given.backend
+    ctx.mode = (given.logits_dtype, given.batch_invariant, given.group_name)
     ctx.set_materialize_grads(False)
 
 
 def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     _refuse_double_backward("linear_logprob")
     _refuse_batched("linear_logprob", grad_logprob, grad_entropy)
-    *tensors, logprob, entropy, row_max, log_sum = ctx.saved_tensors
-    statistics = [logprob, entropy, row_max, log_sum]
-    grad_entropy = grad_entropy if ctx.with_entropy else None
-    needs = list(ctx.needs_input_grad[:5])
     if grad_logprob is None and grad_entropy is None:
-        return (None,) * 16
+        return tuple(LinearLogprob())
+    *tensors, logprob, entropy, row_max, log_sum = ctx.saved_tensors
+    needs = list(_head(LinearLogprob(*ctx.needs_input_grad)))
     grads = linear_logprob_backward(
         grad_logprob,
-        grad_entropy,
+        grad_entropy if ctx.with_entropy else None,
         *tensors,
-        statistics,
-        ctx.temperature,
-        ctx.softcap,
+        [logprob, entropy, row_max, log_sum],
+        *ctx.transform,
         *ctx.mode,
         needs,
         ctx.backend,
     )
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 11
+    hidden, weight, bias, lora_a, lora_b = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return tuple(LinearLogprob(hidden, weight, bias, lora_a, lora_b))
 
 
 linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear_logprob_setup)
@@ -218,29 +234,41 @@ def linear_policy_loss(
     return terms.total_loss(stats.logprob, stats.entropy, s, objective), stats.logprob, stats.entropy, *_or_empty(grads, hidden)
 
 
+LinearPolicyLoss = _arguments(linear_policy_loss)
+
+
 @linear_policy_loss.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, target, streams, a, v, r, t, s, codes, parameters, e, d, i, g, needs, backend):
-    dtype = statistics_dtype(hidden)
+def _(*args):
+    given = LinearPolicyLoss(*args)
+    hidden, dtype = given.hidden, statistics_dtype(given.hidden)
     vector = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    inputs = ((hidden, hidden.dtype), *((x, dtype) for x in (weight, bias, lora_a, lora_b)))
-    grads = (x.new_empty(x.shape, dtype=to) if need else hidden.new_empty(0) for (x, to), need in zip(inputs, needs, strict=True))
+    inputs = ((hidden, hidden.dtype), *((x, dtype) for x in _head(given)[1:]))
+    grads = (
+        x.new_empty(x.shape, dtype=to) if need else hidden.new_empty(0) for (x, to), need in zip(inputs, given.needs, strict=True)
+    )
     return hidden.new_empty((), dtype=dtype), vector, torch.empty_like(vector), *grads
 
 
 def _linear_policy_loss_setup(ctx, inputs, output):
-    ctx.needs, ctx.dtypes = inputs[-2], [None if x is None else x.dtype for x in inputs[:5]]
-    ctx.save_for_backward(*output[3:])
+    given = LinearPolicyLoss(*inputs)
+    ctx.needs = given.needs
+    ctx.dtypes = [None if x is None else x.dtype for x in _head(given)]
+    _, _, _, *grads = output
+    ctx.save_for_backward(*grads)
     ctx.set_materialize_grads(False)
 
 
 def _linear_policy_loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("linear_policy_loss")
     _refuse_batched("linear_policy_loss", grad_loss)
-    grads = [None] * 5
-    if grad_loss is not None:
-        for i, (grad, need, dtype) in enumerate(zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)):
-            grads[i] = _scaled(grad, grad_loss, dtype) if need else None
-    return (*grads, None, [None] * terms.NUM_STREAMS, *(None,) * 13)
+    none = LinearPolicyLoss(streams=[None] * terms.NUM_STREAMS)
+    if grad_loss is None:
+        return tuple(none)
+    hidden, weight, bias, lora_a, lora_b = (
+        _scaled(grad, grad_loss, dtype) if need else None
+        for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+    )
+    return tuple(none._replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))
 
 
 linear_policy_loss.register_autograd(_linear_policy_loss_backward, setup_context=_linear_policy_loss_setup)
@@ -260,30 +288,30 @@ def policy_loss(
     return terms.total_loss(logprob, entropy, s, objective), coefficients(logprob, s, objective)
 
 
+PolicyLoss = _arguments(policy_loss)
+
+
 @policy_loss.register_fake
-def _(logprob, entropy, streams, codes, parameters, backend):
+def _(logprob, *args):
     return logprob.new_empty(()), torch.empty_like(logprob)
 
 
 def _policy_loss_setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1], inputs[2][terms.GRAD_ENTROPY])
-    ctx.entropy_dtype = inputs[1].dtype
+    given = PolicyLoss(*inputs)
+    _, grad_logprob = output
+    ctx.save_for_backward(grad_logprob, given.streams[terms.GRAD_ENTROPY])
+    ctx.entropy_dtype = given.entropy.dtype
     ctx.set_materialize_grads(False)
 
 
 def _policy_loss_backward(ctx, grad_loss, _):
     _refuse_double_backward("policy_loss")
+    none = PolicyLoss(streams=[None] * terms.NUM_STREAMS)
     if grad_loss is None:
-        return None, None, [None] * terms.NUM_STREAMS, None, None, None
+        return tuple(none)
     grad_logprob, grad_entropy = ctx.saved_tensors
-    return (
-        grad_logprob * grad_loss,
-        (grad_entropy * grad_loss).to(ctx.entropy_dtype),
-        [None] * terms.NUM_STREAMS,
-        None,
-        None,
-        None,
-    )
+    entropy = (grad_entropy * grad_loss).to(ctx.entropy_dtype)
+    return tuple(none._replace(logprob=grad_logprob * grad_loss, entropy=entropy))
 
 
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_setup)
@@ -305,6 +333,9 @@ def token_logprob(
     """(logprob, entropy, row_max, log_sum) [N]; `logits` is left as it is."""
     transform = joined_transform(None, softcap, row_temperature, temperature)
     return tuple(sweep.score_logits(dispatch.rows(backend), logits, target, transform, with_entropy))
+
+
+TokenLogprob = _arguments(token_logprob)
 
 
 @token_logprob.register_fake
@@ -336,8 +367,10 @@ def _(grad_logprob, grad_entropy, logits, *args):
 
 
 def _token_logprob_setup(ctx, inputs, output):
-    logits, target, row_temperature, ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.backend = inputs
-    ctx.save_for_backward(logits, target, row_temperature, *output)
+    given = TokenLogprob(*inputs)
+    ctx.save_for_backward(given.logits, given.target, given.row_temperature, *output)
+    ctx.transform = (given.temperature, given.softcap)
+    ctx.with_entropy, ctx.backend = given.with_entropy, given.backend
     ctx.set_materialize_grads(False)
 
 
@@ -345,45 +378,13 @@ def _token_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     _refuse_double_backward("token_logprob")
     _refuse_batched("token_logprob", grad_logprob, grad_entropy)
     if grad_logprob is None and grad_entropy is None:
-        return (None,) * 7
+        return tuple(TokenLogprob())
     logits, target, row_temperature, *statistics = ctx.saved_tensors
     grad_entropy = grad_entropy if ctx.with_entropy else None
     grad = token_logprob_backward(
-        grad_logprob,
-        grad_entropy,
-        logits,
-        target,
-        row_temperature,
-        statistics,
-        ctx.temperature,
-        ctx.softcap,
-        ctx.backend,
+        grad_logprob, grad_entropy, logits, target, row_temperature, statistics, *ctx.transform, ctx.backend
     )
-    return grad, None, None, None, None, None, None
+    return tuple(TokenLogprob(logits=grad))
 
 
 token_logprob.register_autograd(_token_logprob_backward, setup_context=_token_logprob_setup)
-
-
-# What torch.utils.flop_counter counts: the GEMMs with the weight, all rows taking part; tensors arrive as their shapes
-
-
-def _gemm_flop(hidden: torch.Size, weight: torch.Size) -> int:
-    return 2 * hidden[0] * hidden[1] * weight[0]
-
-
-@register_flop_formula(torch.ops.trapo.linear_logprob)
-def _(hidden, weight, *args, **kwargs) -> int:
-    return _gemm_flop(hidden, weight)
-
-
-@register_flop_formula(torch.ops.trapo.linear_logprob_backward)
-def _(grad_logprob, grad_entropy, hidden, weight, *args, **kwargs) -> int:
-    needs = args[-2]
-    return _gemm_flop(hidden, weight) * (1 + sum(needs[:2]))
-
-
-@register_flop_formula(torch.ops.trapo.linear_policy_loss)
-def _(hidden, weight, *args, **kwargs) -> int:
-    needs = args[-2]
-    return _gemm_flop(hidden, weight) * (1 + sum(needs[:2]))

@@ -67,6 +67,11 @@ class Term:
         return names | ({"sequence_id"} | self.reduction.reads if self.reduces(on_policy) else set())
 
 
+def k3(d: Tensor) -> Tensor:
+    """The one-sample estimate e^(-d) - 1 + d ≥ 0 in nats of KL(p ‖ q) from d = log p - log q of a sample of p."""
+    return torch.expm1(-d) + d
+
+
 @dataclass(frozen=True)
 class KL:
     """β · KL(π ‖ π_ref) on rollout tokens, by a one-sample estimator of d = logp - ref_logprob.
@@ -100,8 +105,7 @@ class KL:
             return d
         if self.estimator == "k2":
             return d * d / 2
-        estimate = torch.expm1(-d) + d
-        return estimate if self.estimator == "k3" else log_ratio.exp() * estimate
+        return k3(d) if self.estimator == "k3" else log_ratio.exp() * k3(d)
 
     def slope(self, d: Tensor, log_ratio: Tensor) -> Tensor:
         """K = d(value)/dlogp [N]."""
@@ -157,7 +161,7 @@ class Objective:
                 lines.append(f"  KL       {layer.kl}")
             if layer.entropy_coef:
                 lines.append(f"  entropy  {-layer.entropy_coef:g} · Σ w_H · H")
-        reason = self.two_passes(on_policy=False)
+        reason = self.why_two_passes(on_policy=False)
         if reason:
             lines.append(f"  2 passes: {reason}")
         return "\n".join(lines)
@@ -172,7 +176,7 @@ class Objective:
         """Every term of every layer."""
         return [term for layer in self.layers for term in (layer.expert, layer.rollout) if term]
 
-    def two_passes(self, on_policy: bool) -> str | None:
+    def why_two_passes(self, on_policy: bool) -> str | None:
         """Why a batch cannot go through the single pass, or None when it can; `on_policy`: the batch has no old_logprob."""
         for term in self.terms:
             if not _has_code(term.gate):

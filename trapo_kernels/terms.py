@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import GATES, Gate, One, Truncate
-from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term
+from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term, k3
 from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
@@ -190,8 +190,7 @@ def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, 
         if name == "rollout" and objective.kl is not None:
             in_kl = mine & (batch.weight_of_kl != 0)
             d_ref = torch.where(in_kl, logprob - s.ref_logprob, 0.0)
-            k3 = torch.expm1(-d_ref) + d_ref
-            estimates = {"kl_ref": objective.kl.value(d_ref, d), "kl_ref_k1": d_ref, "kl_ref_k3": k3}
+            estimates = {"kl_ref": objective.kl.value(d_ref, d), "kl_ref_k1": d_ref, "kl_ref_k3": k3(d_ref)}
             means.over("rollout/kl_count", in_kl, {f"rollout/{what}": x for what, x in estimates.items()})
     return means.reduced() | ratio_max
 
@@ -231,7 +230,7 @@ def _of_term(term: Term, d: Tensor, advantage: Tensor, flows: Tensor | None, rol
             low, high = low | (~flows & (advantage < 0)), high | (~flows & (advantage >= 0))
         out["clip_low"], out["clip_high"] = low.to(d.dtype), high.to(d.dtype)
     if term.anchor != "zero":  # which stands for no policy: the ratio to it is p
-        out["ratio"], out["kl_old_k1"], out["kl_old_k3"] = d.exp(), -d, torch.expm1(d) - d
+        out["ratio"], out["kl_old_k1"], out["kl_old_k3"] = d.exp(), -d, k3(-d)
     return out
 
 

@@ -142,7 +142,7 @@ def test_the_custom_gate_of_the_docs_is_a_gate():
     torch.testing.assert_close(slope, gate.slope(d.detach(), d))
     assert scope["Tempered"]() == gate and hash(scope["Tempered"]()) == hash(gate) and gate != gates.One()
     assert copy.deepcopy(objective) == objective
-    assert objective.two_passes(on_policy=True) and "2 passes: the gate Tempered has no compiled form" in str(objective)
+    assert objective.why_two_passes(on_policy=True) and "2 passes: the gate Tempered has no compiled form" in str(objective)
 
 
 def test_trsft_limits_are_sft_and_dft():

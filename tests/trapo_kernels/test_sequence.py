@@ -10,7 +10,7 @@ from trapo_kernels import Objective, Role, Term, TokenBatch, linear_policy_loss,
 from trapo_kernels.gates import Clip, One
 from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduction, Sequences, TopEntropy, TrajectoryWeight
 
-REDUCED = [name for name, preset in objectives.PRESETS.items() if preset().two_passes(on_policy=False)]
+REDUCED = [name for name, preset in objectives.PRESETS.items() if preset().why_two_passes(on_policy=False)]
 
 
 def _sequence_batch(dtype=torch.float64, **changes):

@@ -287,7 +287,7 @@ def test_every_preset_trains_a_step_whatever_the_split(name):
         moved.append(weights(model) - before)
     whole, split = results
     assert whole["skipped_step"] == 0
-    assert whole["loss_passes"] == (1 if objective.two_passes(on_policy=True) is None else 2)
+    assert whole["loss_passes"] == (1 if objective.why_two_passes(on_policy=True) is None else 2)
     assert whole["grad_norm"] > 0
     assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-4)
     assert whole["loss"] == pytest.approx(split["loss"], rel=1e-4, abs=1e-7)
@@ -309,7 +309,7 @@ def test_presets_with_a_ratio_train_off_policy_too(name):
         results.append(step(model, micro_batches, objective))
     whole, split = results
     assert whole["grad_norm"] > 0 and whole["skipped_step"] == 0
-    assert whole["loss_passes"] == (1 if objective.two_passes(on_policy=False) is None else 2)
+    assert whole["loss_passes"] == (1 if objective.why_two_passes(on_policy=False) is None else 2)
     assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-4)
 
 
