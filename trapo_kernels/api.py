@@ -148,12 +148,13 @@ def linear_policy_loss(
     hidden, lm_head_weight, *_ = inputs
     batch_checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     batch_checks.streams_fit(where, batch, objective)
-    target = batch.target_to_score
+    pooled = objective.pools(batch.on_policy)
+    target = batch.target_to_pool if pooled else batch.target_to_score
     settings.check(where, hidden, target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.why_two_passes(batch.on_policy):
-        active, scored = batch.active_rows, batch.scored_rows if batch.active_rows is not None else None  # None, None: all rows
+        active, scored = _rows_to_score(batch, pooled)
         out = _linear_logprob(where, inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
         return _policy_loss(where, out.logprob, out.entropy, batch, objective, "reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
@@ -365,6 +366,17 @@ def _linear_logprob(
         )
         logsumexp = (row_max + log_sum).detach()
     return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
+
+
+def _rows_to_score(batch: TokenBatch, pooled: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(rows with a gradient, rows without one whose logprob is wanted); (None, None), all that have a target, where not known."""
+    active, silent = batch.active_rows, batch.silent_rows if pooled else None
+    if active is None or (pooled and silent is None):
+        return None, None
+    scored = [rows for rows in (batch.scored_rows, silent) if rows is not None]
+    if len(scored) == 2 and checks.may_look(scored[0]):
+        return active, torch.cat(scored).unique()  # a GPU scores a row that is in both twice, alike
+    return active, torch.cat(scored) if scored else None
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from trapo_kernels import batch_checks, checks
 from trapo_kernels.roles import IGNORE_INDEX, Role
 
 _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
+
+
+class _Rows(NamedTuple):
+    """Indices of rows, None where they are not known; see `TokenBatch`."""
+
+    active: Tensor | None
+    silent: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,18 +30,21 @@ class TokenBatch:
         role: uint8, one of `Role`.
         advantage: fp32, the signal of rollout tokens; expert tokens use 1 unless the objective says otherwise. None where no term
             of the objective reads it, as in SFT.
-        weight: fp32, every normaliser, mask, mixing coefficient and static correction; the loss is Σ weight · token loss.
+        weight: fp32, every normaliser, mask, mixing coefficient and static correction; the loss is Σ weight · token loss. A token
+            of weight 0 still belongs to its sequence in what an objective pools over it, such as GSPO's ratio or a quantile of
+            entropies; one that should not has the role IGNORED.
         old_logprob: fp32 nats under the policy that sampled, the ratio's denominator. None: the batch is strictly on-policy,
             so the ratio is 1 in value and carries the gradient of logprob.
         ref_logprob: fp32 nats under the frozen reference of the KL term; needed only when the objective has one.
         entropy_weight: fp32, weight of the entropy bonus; None means `weight`.
         rollout_logprob: fp32 nats as the sampler reported them; needed only by terms anchored at "rollout".
         scored_rows: int64 [K], rows that cannot contribute but whose logprob and entropy are wanted: they take part in the forward
-            GEMM alone and count in no metric. None: none; such rows then read 0.
+            GEMM alone and count in no metric. None: none; such rows then read 0, unless an objective pools over their sequence.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
         kl_weight: fp32, weight of the KL term on rollout tokens, read nowhere else; None means `weight`.
 
-    `active_rows`, int64 [M], are the rows that can contribute, ascending. They are found when the tensors are on the CPU (no sync),
+    `active_rows`, int64 [M], are the rows that can contribute, ascending, and `silent_rows` those with a role that cannot. They are
+    found when the tensors are on the CPU (no sync),
     and move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which may have
     changed a weight; every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`. Compiled code
     takes them as they were when last read: after an in-place write read them once, or build the batch anew.
@@ -57,18 +68,33 @@ class TokenBatch:
         batch_checks.token_batch(self)
         if self.scored_rows is not None:
             batch_checks.scored_rows(self)
-        self._note_active_rows(self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None)
+        self._note(self._found())
 
     @property
     def active_rows(self) -> Tensor | None:
         """[M] int64: the rows that can contribute, ascending, or None where they are not known (see the class)."""
+        return self._rows().active
+
+    @property
+    def silent_rows(self) -> Tensor | None:
+        """[K] int64: the rows with a role that cannot contribute, ascending, or None where they are not known."""
+        return self._rows().silent
+
+    def _rows(self) -> _Rows:
         rows, versions = self._noted
         if torch.compiler.is_compiling() or (versions is not None and versions == self._versions()):
             return rows
-        self._note_active_rows(self.active.nonzero().squeeze(1) if checks.may_look(self.role) else None)
+        self._note(self._found())
         return self._noted[0]
 
-    def _note_active_rows(self, rows: Tensor | None) -> None:
+    def _found(self) -> _Rows:
+        if not checks.may_look(self.role):
+            return _Rows(None, None)
+        active = self.active
+        silent = (self.role != Role.IGNORED) & ~active
+        return _Rows(active.nonzero().squeeze(1), silent.nonzero().squeeze(1))
+
+    def _note(self, rows: _Rows) -> None:
         # no field: FSDP and `dataclasses.replace` make a batch of its fields anew
         object.__setattr__(self, "_noted", (rows, self._versions()))
 
@@ -80,11 +106,11 @@ class TokenBatch:
         return [x._version for x in deciding]
 
     def __getstate__(self) -> dict:  # copies begin to count anew
-        return vars(self) | {"_noted": (self.active_rows, None)}
+        return vars(self) | {"_noted": (self._rows(), None)}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._note_active_rows(state["_noted"][0])
+        self._note(state["_noted"][0])
 
     @property
     def active(self) -> Tensor:
@@ -117,7 +143,14 @@ class TokenBatch:
 
         Such a row whose own target is -100 has one outside every vocabulary, and so a logprob of NaN; on a CPU it is refused.
         """
-        wanted = self.active
+        return self._target_of(self.active)
+
+    @property
+    def target_to_pool(self) -> Tensor:
+        """`target_to_score` for an objective that pools over sequences: silent rows have theirs, too."""
+        return self._target_of(self.role != Role.IGNORED)
+
+    def _target_of(self, wanted: Tensor) -> Tensor:
         if self.scored_rows is not None:
             wanted = wanted.index_fill(0, self.scored_rows, True)
         return torch.where(wanted, torch.where(self.target == IGNORE_INDEX, _NO_TOKEN, self.target), IGNORE_INDEX)
@@ -132,8 +165,9 @@ class TokenBatch:
             stream.name: None if (t := getattr(self, stream.name)) is None else t.to(device, non_blocking=later)
             for stream in fields(self)
         }
-        rows = self.active_rows
-        return TokenBatch(**moved).with_active_rows(None if rows is None else rows.to(device, non_blocking=later))
+        there = TokenBatch(**moved)
+        there._note(_Rows(*(None if rows is None else rows.to(device, non_blocking=later) for rows in self._rows())))
+        return there
 
     def with_active_rows(self, rows: Tensor | None) -> TokenBatch:
         """The same batch, told that `rows`, int64 [M] ascending, are exactly those that can contribute; None tells nothing.
@@ -145,7 +179,7 @@ class TokenBatch:
             return self
         batch_checks.active_rows(self, rows)
         told = replace(self)
-        told._note_active_rows(rows)
+        told._note(told._rows()._replace(active=rows))
         return told
 
 

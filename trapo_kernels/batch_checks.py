@@ -131,7 +131,10 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
             of_kl = layer.kl.reads if layer.kl is not None and code == Role.ROLLOUT else frozenset()
             for name in sorted((names | of_kl) - ({"old_logprob"} if batch.on_policy else set())):
                 remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
-                readers = (weighted & (name in names)) | (in_kl & (name in of_kl))
+                mine = (
+                    batch.role == code if term is not None and term.reduces(batch.on_policy) else weighted
+                )  # pooled: all of a role
+                readers = (mine & (name in names)) | (in_kl & (name in of_kl))
                 read = torch.where(readers & (batch.role == code), getattr(batch, name), 0.0)
                 checks.finite_tensor(where, f"batch.{name}", read, remedy)
 

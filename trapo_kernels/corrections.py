@@ -4,7 +4,9 @@
     weight = kl_weight * tis(role, old_logprob, rollout_logprob)
 
 The sampler and the trainer compute different logprobs for the same policy; ρ = exp(old - rollout) of a rollout token corrects for
-it. Expert tokens always get factor 1. Everything is tensor arithmetic without a host sync, on the host or on a GPU.
+it. Expert tokens always get factor 1. Beside a ratio pooled over the sequence (GSPO, GMPO) take the level "sequence" or
+"geometric": factors that differ within a sequence make the gradient that of GSPO-token. Everything is tensor arithmetic without a
+host sync, on the host or on a GPU.
 """
 
 from __future__ import annotations
@@ -144,7 +146,10 @@ def _log_ratio(
     mine = role == Role.ROLLOUT
     for name, value in (("old_logprob", old_logprob), ("rollout_logprob", rollout_logprob)):
         checks.vector(where, name, value, len(role), role.device, (torch.float32, torch.float64))
-        remedy = "A sampler reports one for every token it chose; give a token without one the role IGNORED."
+        remedy = (
+            "A sampler reports one for every token it chose; give a token without one the role IGNORED, or factor 1 with "
+            "torch.where(rollout_logprob.isfinite(), rollout_logprob, old_logprob)."
+        )
         checks.finite_tensor(where, name, torch.where(mine, value, 0.0), remedy)
     log_ratio = torch.where(mine, old_logprob - rollout_logprob, 0.0)
     if level == "token":

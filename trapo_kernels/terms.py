@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels.batch import TokenBatch
-from trapo_kernels.gates import GATES, Gate, One, Truncate
+from trapo_kernels.gates import GATES, Clip, Gate, One, Truncate
 from trapo_kernels.objective import KL, KL_ESTIMATORS, Objective, Term, k3
 from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
@@ -132,21 +132,22 @@ def _kl(estimate: Callable[[Tensor, Tensor], Tensor], logprob: Tensor, d: Tensor
     return torch.where(read, s.kl_weight * estimate(torch.where(read, logprob - s.ref_logprob, 0.0), d), 0.0)
 
 
-def reduced(term: Term, logprob: Tensor, entropy: Tensor, d: Tensor, batch: TokenBatch, mine: Tensor) -> Reduced:
-    """The term's reduction over the sequences of its tokens `mine` [N] bool; `logprob`, `entropy`, `d` [N] lose their gradient.
+def reduced(term: Term, code: Role, logprob: Tensor, entropy: Tensor, batch: TokenBatch) -> Reduced:
+    """The term's reduction over the sequences of the tokens with role `code`; `logprob`, `entropy` [N] lose their gradient.
 
-    A token with weight 0 takes no part: it is pooled into no ratio and counts in no quantile.
+    Every such token takes part, with weight 0 as well: masks and corrections change what a token contributes, not its sequence.
     """
-    mine = mine & (batch.weight != 0)
-    advantage = batch.advantage if term.signal == "advantage" else torch.ones_like(d)
+    mine = batch.role == code
+    anchor = _anchor(term, batch, logprob.dtype)
+    advantage = batch.advantage if term.signal == "advantage" else torch.ones_like(logprob)
 
     def own(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(mine, x, 0.0).to(d.dtype)
+        return None if x is None else torch.where(mine, x, 0.0).to(logprob.dtype)
 
     with torch.no_grad():
-        sequences = Sequences(batch.sequence_id, mine)
-        seen = (logprob.detach(), entropy.detach(), d.detach(), advantage, batch.ref_logprob)
-        return term.reduction.applied(Tokens(*map(own, seen), sequences))
+        d = torch.zeros_like(logprob) if anchor is None else logprob - anchor
+        seen = (logprob, entropy, d, advantage, batch.ref_logprob)
+        return term.reduction.applied(Tokens(*map(own, seen), Sequences(batch.sequence_id, mine)))
 
 
 def seen_by_gates(
@@ -158,7 +159,7 @@ def seen_by_gates(
     for code, term in ((Role.EXPERT, objective.expert), (Role.ROLLOUT, objective.rollout)):
         if term is not None and term.reduces(batch.on_policy):
             mine = s.role == code
-            of_role = reduced(term, logprob, entropy, d, batch, mine)
+            of_role = reduced(term, code, logprob, entropy, batch)
             d = torch.where(mine, of_role.log_ratio, d)
             own = of_role.flows | ~mine
             flows = own if flows is None else flows & own
@@ -168,13 +169,24 @@ def seen_by_gates(
 def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:
     """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
 
-    Keys, for role in (expert, rollout): `role/count`, `role/logprob`, `role/prob`, `role/entropy` in nats. Of TrSFT on expert
-    tokens, the gate `Truncate` at the anchor "zero": `expert/trsft_weight` = mean G(d), and `expert/share_below_alpha`. Of any
-    other term: `role/clip_low` and `role/clip_high`, of an expert one where its gate clips; `expert/slope` = mean G(d), where that
-    is not 1; unless the anchor is "zero" `role/ratio`, `role/ratio_max`, and `role/kl_old_k1` and `_k3`, estimates of
-    KL(anchor ‖ π) from the ratio where the anchor sampled the tokens. With a KL term `rollout/kl_ref`, the estimate in the loss,
-    and `rollout/kl_ref_k1` and `_k3`, of KL(π ‖ π_ref), means over the `rollout/kl_count` tokens whose KL has a weight. What
-    describes a term is a mean over its `role/trained_count` tokens with a weight; the others carry entropy bonus or KL alone.
+    For each role, expert and rollout:
+
+        role/count, role/trained_count  tokens, and those of them whose term has a weight: others carry entropy bonus or KL alone
+        role/logprob, prob, entropy     means over role/count, in nats but for the probability
+
+    Of its term, means over role/trained_count:
+
+        expert/trsft_weight, expert/share_below_alpha   of TrSFT, the gate Truncate at the anchor "zero": G(d), and share with p < α
+        expert/slope                    G(d) of every other gate but One
+        role/clip_low, role/clip_high   shares that the gate holds back; of an expert term where its gate clips
+        role/clip_dual                  share that the second bound of a Clip for negative advantages holds back, where it has one
+        role/ratio, role/ratio_max      r and its maximum, unless the anchor is "zero"
+        role/kl_old_k1, role/kl_old_k3  estimates of KL(anchor ‖ π) in nats, where the anchor sampled the tokens; unless it is "zero"
+
+    Of a KL term, means over rollout/kl_count, the tokens whose KL has a weight, in nats:
+
+        rollout/kl_ref                  the estimate in the loss
+        rollout/kl_ref_k1, rollout/kl_ref_k3            of KL(π ‖ π_ref)
     """
     d, flows = seen_by_gates(logprob, entropy, s, batch, objective)
     weighted, prob = batch.weight != 0, logprob.exp()
@@ -183,7 +195,7 @@ def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, 
         mine = s.role == code
         means.over(f"{name}/count", mine, {f"{name}/logprob": logprob, f"{name}/prob": prob, f"{name}/entropy": entropy})
         of_term = {} if term is None else _of_term(term, d, s.advantage, flows, name)
-        trained = mine & weighted
+        trained = mine & (weighted if term is not None else False)
         means.over(f"{name}/trained_count", trained, {f"{name}/{what}": x for what, x in of_term.items()})
         if "ratio" in of_term:  # the largest; a number in its place lets a batch of no tokens have one
             ratio_max[f"{name}/ratio_max"] = torch.cat([torch.where(trained, of_term["ratio"], 0), d.new_zeros(1)]).max().float()
@@ -226,9 +238,13 @@ def _of_term(term: Term, d: Tensor, advantage: Tensor, flows: Tensor | None, rol
         out["slope"] = gate.slope(d, advantage)
     if role == "rollout" or type(gate).clipped is not Gate.clipped:
         low, high = gate.clipped(d, advantage)
+        positive, negative = advantage > 0, advantage < 0  # at 0 there is nothing to hold back
         if flows is not None:
-            low, high = low | (~flows & (advantage < 0)), high | (~flows & (advantage >= 0))
-        out["clip_low"], out["clip_high"] = low.to(d.dtype), high.to(d.dtype)
+            low, high = low | (~flows & negative), high | (~flows & positive)
+        held = {"clip_low": low & (advantage != 0), "clip_high": high & (advantage != 0)}
+        if isinstance(gate, Clip) and gate.dual < math.inf:
+            held |= {"clip_high": high & positive, "clip_dual": high & negative}
+        out |= {name: share.to(d.dtype) for name, share in held.items()}
     if term.anchor != "zero":  # which stands for no policy: the ratio to it is p
         out["ratio"], out["kl_old_k1"], out["kl_old_k3"] = d.exp(), -d, k3(-d)
     return out

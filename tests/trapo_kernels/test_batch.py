@@ -146,6 +146,7 @@ def test_active_rows_are_found_once_and_move_with_the_batch():
     )
     assert b.active_rows.tolist() == [1, 3]
     assert b.to(cases.DEVICE).active_rows.tolist() == [1, 3]
+    assert b.to(cases.DEVICE).silent_rows.tolist() == b.silent_rows.tolist() == (b.role.bool() & ~b.active).nonzero()[:, 0].tolist()
 
 
 def test_what_casts_or_replaces_fields_makes_a_batch_of_its_own():

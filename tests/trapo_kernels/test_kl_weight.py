@@ -14,12 +14,13 @@ BETA = 0.2
 PASSES = {"grpo": 1, "gmpo": 2}
 
 
-def _batch(estimator, dtype=torch.float64):
-    """A third of the rows without a policy loss, of which the KL term alone is left: what it does not read is NaN there."""
+def _batch(name, estimator, dtype=torch.float64):
+    """A third of the rows without a policy loss, of which the KL term alone is left: what nothing reads is NaN there."""
     b = cases.batch(23, 57, dtype)
     muted = torch.arange(23, device=cases.DEVICE) % 3 == 0
     assert (muted & (b.role == 1)).any() and (~muted & (b.role == 1)).any()
-    weight, nan = torch.where(muted, 0.0, b.weight), torch.where(muted, torch.nan, 0.0).to(dtype)
+    unread = muted & (PASSES[name] == 1)  # the ratio of a whole sequence reads its silent tokens, too
+    weight, nan = torch.where(muted, 0.0, b.weight), torch.where(unread, torch.nan, 0.0).to(dtype)
     return replace(
         b,
         weight=weight,
@@ -39,8 +40,7 @@ def _eager(name, estimator, inputs, b):
     hidden, weight, bias = inputs
     logprob, entropy = cases.eager_statistics(hidden, weight, b.target, bias)
     known = {k: torch.nan_to_num(getattr(b, k), nan=-1.0) for k in ("advantage", "old_logprob")}
-    heard = torch.where(b.weight == 0, 0, b.role).to(torch.uint8)  # to which sequences are pooled
-    loss = cases.eager_loss(name, logprob, entropy, replace(b, role=heard, **known), entropy_coef=0.03)
+    loss = cases.eager_loss(name, logprob, entropy, replace(b, **known), entropy_coef=0.03)
     d, ratio = logprob - b.ref_logprob, (logprob - known["old_logprob"]).exp()
     k3 = torch.expm1(-d) + d
     estimate = {"k1": d, "k2": d * d / 2, "k3": k3, "k3_corrected": ratio * k3}[estimator]
@@ -54,7 +54,7 @@ def _cases():
 @pytest.mark.parametrize(("name", "estimator"), _cases())
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_fp64_equality(backend, name, estimator):
-    inputs, b = cases.head(23, 7, 57), _batch(estimator)
+    inputs, b = cases.head(23, 7, 57), _batch(name, estimator)
     expected = _eager(name, estimator, inputs, b)
     hidden, weight, bias = inputs
     out = linear_policy_loss(hidden, weight, b, _objective(name, estimator), bias=bias, backend=backend)
@@ -73,7 +73,7 @@ def test_fp64_equality(backend, name, estimator):
 def test_a_compiled_backend_is_as_close_to_fp64_as_fp32_eager(backend, name, estimator):
     exact, eager = [], []
     for dtype, found in ((torch.float64, exact), (torch.float32, eager)):
-        inputs, b = cases.head(23, 7, 57, dtype), _batch(estimator, dtype)
+        inputs, b = cases.head(23, 7, 57, dtype), _batch(name, estimator, dtype)
         loss = _eager(name, estimator, inputs, b)
         found += [loss, *cases.gradients(loss, inputs)]
     hidden, weight, bias = inputs
@@ -84,7 +84,7 @@ def test_a_compiled_backend_is_as_close_to_fp64_as_fp32_eager(backend, name, est
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_policy_loss_of_a_chunked_backend_equals_the_reference(backend, estimator):
-    b = _batch(estimator, torch.float32)
+    b = _batch("grpo", estimator, torch.float32)
     logprob = (-4 * torch.rand(23)).to(cases.DEVICE).requires_grad_()
     entropy = torch.rand(23).to(cases.DEVICE).requires_grad_()
     results = []
@@ -127,7 +127,7 @@ def test_rows_of_the_kl_alone_are_active_and_stay_known():
 @pytest.mark.parametrize(("estimator", "name"), [("k3", "ref_logprob"), ("k3_corrected", "old_logprob")])
 def test_what_the_kl_reads_must_be_finite_where_it_has_a_weight(estimator, name):
     hidden, weight, _ = cases.head(23, 7, 57)
-    b = _batch(estimator)
+    b = _batch("grpo", estimator)
     row = int(((b.weight == 0) & (b.role == 1)).nonzero()[0])
     broken = getattr(b, name).clone()
     broken[row] = torch.nan

@@ -185,7 +185,7 @@ def test_presets_survive_the_op_boundary_and_print_their_formula(name):
         (lambda: Objective(expert=Clip()), "expert must be a Term, got Clip. Pass Term\\(gate\\), or None"),
         (lambda: Objective(rollout=Term(One()), kl=0.1), "kl must be a KL, got float. Pass KL\\(beta\\), or None"),
         (lambda: Term(One(), reduction="mean"), "reduction must be a Reduction, got str. Pass"),
-        (lambda: objectives.grpo(delta=0.5), r"grpo: delta must lie in \[1, inf\], got 0.5"),
+        (lambda: objectives.grpo(delta=1.1), r"grpo: delta must lie in \[1.2, inf\], got 1.1"),
         (lambda: objectives.psft(epsilon=1.5), r"psft: epsilon must lie in \[0, 1\], got 1.5"),
         (lambda: objectives.iw_sft_token(cap=0.0), r"iw_sft_token: cap must lie in \(0, inf\], got 0.0"),
         (lambda: objectives.trapo(alpha="0.1"), r"alpha must lie in \(0, 1\], got '0.1'"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import Role, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import HeadGemm
 
@@ -35,8 +35,10 @@ def rows_through(monkeypatch):
 def _batch_with_a_third_scored(dtype=torch.float32):
     """24 rows: 8 active, 8 scored only, 8 of no use."""
     row = torch.arange(24, device=cases.DEVICE)
+    b = cases.batch(24, 40, dtype, roles=(1, 2))
     return replace(
-        cases.batch(24, 40, dtype, roles=(1, 2)),
+        b,
+        role=torch.where(row < 16, b.role, Role.IGNORED),
         weight=torch.where(row < 8, 0.1, 0.0).to(dtype),
         entropy_weight=None,
         scored_rows=row[8:16],
@@ -74,7 +76,7 @@ def test_rows_that_are_only_scored_keep_their_values_where_all_rows_pass_through
     b = _batch_with_a_third_scored()
     told = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
     monkeypatch.setattr(sweep, "_active_rows", lambda active: None)
-    b._note_active_rows(None)
+    b._note(b._rows()._replace(active=None))
     untold = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
     assert told.logprob[8:16].all() and not told.logprob[16:].any()
     for ours, expected in ((untold.logprob, told.logprob), (untold.entropy, told.entropy), (untold.loss, told.loss)):

@@ -1,6 +1,7 @@
 """Reductions over whole sequences: pooled as the papers define, in two passes, and in one where every ratio is 1."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,14 +152,36 @@ def test_top_entropy_trains_the_ceiling_of_its_share(share, n, kept):
     assert slopes.nonzero().squeeze(1).tolist() == sorted(entropy.topk(kept).indices.tolist())
 
 
-def test_a_token_without_weight_takes_no_part():
+def test_a_token_without_weight_counts_in_its_sequence():
     entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    b = _expert_batch(entropy, weight=weight, entropy_weight=torch.ones(4, dtype=torch.float64))
-    top = _slopes(Objective(expert=Term(One(), reduction=TopEntropy(0.3))), -entropy, entropy, b)
-    assert top.tolist() == [0, 0, -1, 0]
+    b = _expert_batch(entropy, weight=weight)
+    top = _slopes(Objective(expert=Term(One(), reduction=TopEntropy(0.5))), -entropy, entropy, b)
+    assert top.tolist() == [0, 0, -1, 0]  # of the two with the largest entropy one has no weight
     pooled = _slopes(Objective(expert=Term(One(), reduction=EntropyWeight(0.5))), -entropy, entropy, b)
-    torch.testing.assert_close(pooled, -0.5 * weight * math.exp(-2.0))
+    torch.testing.assert_close(pooled, -0.5 * weight * math.exp(-2.5))
+
+
+@pytest.mark.parametrize("backend", [*cases.CHUNKED, "reference"])
+def test_a_mask_in_the_weights_leaves_the_pooled_ratio_alone(backend):
+    """IcePop beside GSPO: the ratio is of the whole response, the mask is on the loss; a weight that vanishes has no jump at 0."""
+    hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
+    b = _sequence_batch(torch.float32, old_logprob=torch.rand(30) - 4.5)
+    kept = torch.arange(30) % 3 != 0
+    out = []
+    for rest in (0.0, 1e-12):
+        masked = replace(b, weight=torch.where(kept, b.weight, rest * b.weight)).to(cases.DEVICE)
+        loss = linear_policy_loss(hidden, weight, masked, objectives.gspo(), backend=backend)
+        out.append([loss.loss, loss.logprob, *cases.gradients(loss.loss, (hidden, weight))])
+    assert len(masked.active_rows) == 30 and out[0][1].all()  # the logprobs of all 30, of which 10 have no gradient
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target.to(hidden.device))
+    d, labels = (logprob.detach().cpu() - b.old_logprob), b.sequence_id
+    ratio = torch.stack([d[labels == label].mean() for label in labels]).exp()
+    clipped = ratio.clamp(1 - 3e-4, 1 + 4e-4)
+    expected = -(torch.where(kept, b.weight, 0.0) * torch.minimum(ratio * b.advantage, clipped * b.advantage)).sum()
+    torch.testing.assert_close(out[0][0].cpu(), expected)
+    for ours, expected in zip(*out, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize(("pool", "log_weight"), [("sum", 3 * 0.7), ("mean", 0.7)])

@@ -1,5 +1,6 @@
 """Where implementations of these objectives go wrong, one test per trap."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -195,3 +196,19 @@ def test_a_token_with_a_role_and_no_target_is_nan_where_nobody_looks(preset, bac
     out = linear_policy_loss(hidden, weight, replace(b), getattr(objectives, preset)(), backend=backend)
     assert out.logprob[4:6].isnan().all() and out.logprob[:4].isfinite().all()
     assert out.loss.isnan()
+
+
+def test_a_clip_share_counts_neither_advantages_of_zero_nor_the_second_bound_of_negative_ones():
+    """Ratios e, e, 9, 9 and ½ with advantages 0, 1, -1, 0 and 0: one token is held by the upper bound, one by the dual."""
+    d = torch.tensor([1.0, 1.0, math.log(9.0), math.log(9.0), math.log(0.5)])
+    advantage = torch.tensor([0.0, 1.0, -1.0, 0.0, 0.0])
+    b = TokenBatch(
+        torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.uint8), advantage, torch.ones(5), old_logprob=-1 - d
+    )
+    logprob = torch.full((5,), -1.0)
+    found = policy_loss(logprob, None, b, objectives.ppo(dual=3.0)).metrics
+    shares = {name: found[f"rollout/{name}"].item() for name in ("clip_low", "clip_high", "clip_dual")}
+    assert shares == pytest.approx({"clip_low": 0.0, "clip_high": 0.2, "clip_dual": 0.2})
+    single = policy_loss(logprob, None, b, objectives.ppo()).metrics
+    assert "rollout/clip_dual" not in single and single["rollout/clip_high"] == 0.2
+    assert single["expert/trained_count"] == 0  # a role without a term trains nothing

@@ -61,7 +61,8 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
     for layer in objective.layers:
         for code, term in ((Role.EXPERT, layer.expert), (Role.ROLLOUT, layer.rollout)):
             if term is not None:
-                loss = loss + term_loss(logprob, entropy, batch, term, active & (batch.role == code) & (weight != 0))
+                mine = active & (batch.role == code) & (weight != 0)
+                loss = loss + term_loss(logprob, entropy, batch, term, code, mine)
         if layer.kl is not None and layer.kl.beta:
             kl_weight = batch.weight_of_kl.to(logprob.dtype)
             mine = active & (batch.role == Role.ROLLOUT) & (kl_weight != 0)
@@ -75,14 +76,14 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
     return loss
 
 
-def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, mine: Tensor) -> Tensor:
-    """0-d: Σ -weight · scale · signal · V(d) over the tokens `mine` [N] bool."""
+def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, code: Role, mine: Tensor) -> Tensor:
+    """0-d: Σ -weight · scale · signal · V(d) over the tokens `mine` [N] bool, those with role `code` and a weight."""
     logp = torch.where(mine, logprob, 0.0)
     d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
     signal = batch.advantage.to(logp.dtype) if term.signal == "advantage" else torch.ones_like(logp)
     amount = batch.weight.to(logp.dtype) * term.scale * signal
     if term.reduces(batch.on_policy):
-        pooled = terms.reduced(term, logprob, entropy, d, batch, mine)
+        pooled = terms.reduced(term, code, logprob, entropy, batch)
         d = pooled.log_ratio + torch.where(pooled.flows, _nothing(logp), 0.0)  # pooled in value, logp's in gradient
         amount = amount * pooled.factor
     d = torch.where(amount == 0, 0.0, d)  # an advantage of 0 keeps the loss at 0 however large the ratio is

@@ -31,12 +31,13 @@ def grpo(
 ) -> Objective:
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
-    The paper averages over each sequence, then over sequences: pack with `aggregate(mode="sequence_mean")`. `kl_clamp`: nats,
-    bound on |log π/π_ref| in the KL. `delta` ≥ 1: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
+    The paper averages over each sequence, then over sequences: pack with `aggregate(mode="sequence_mean")`. `kl`: the estimator, as
+    in `KL`; TRL's default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the
+    KL. `delta` ≥ 1 + `epsilon_high`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
 
     Source: arXiv 2402.03300, equation 3.
     """
-    checks.in_range("objectives.grpo", "delta", delta, 1.0, math.inf)
+    checks.in_range("objectives.grpo", "delta", delta, 1.0 + epsilon_high, math.inf)
     return clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, KL(beta, kl, kl_clamp) if beta else None)
 
 
