@@ -181,7 +181,7 @@ def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, 
         role/clip_low, role/clip_high   shares that the gate holds back; of an expert term where its gate clips
         role/clip_dual                  share that the second bound of a Clip for negative advantages holds back, where it has one
         role/ratio, role/ratio_max      r and its maximum, unless the anchor is "zero"
-        role/kl_old_k1, role/kl_old_k3  estimates of KL(anchor ‖ π) in nats, where the anchor sampled the tokens; unless it is "zero"
+        role/kl_old_k1, role/kl_old_k3  estimates of KL(anchor ‖ π) in nats, where the anchor sampled the tokens; likewise
 
     Of a KL term, means over rollout/kl_count, the tokens whose KL has a weight, in nats:
 
