@@ -87,25 +87,22 @@ struct Output : StatisticsOutput {
   }
 };
 
-// dL/d(raw logit) of row i, whose z lies in `z`; the gradient may take its place. A target below 0 lies on another shard of the
-// vocabulary; one beyond it has made the row NaN.
-void write_gradient(const RowSweeps& sweeps, const float* z, const Gradient& grad, int64_t i, int64_t target, const Row& row,
+// dL/d(raw logit) of row i, which `held` holds transformed; the gradient may take its place. A target below 0 lies on another shard of
+// the vocabulary; one beyond it has made the row NaN.
+void write_gradient(const RowSweeps& sweeps, const float* held, const Gradient& grad, int64_t i, int64_t target, const Row& row,
                     float c, float e, const RowTransform& t) {
-  const float bracket = static_cast<float>(c + e * (row.entropy - row.log_sum)), target_logit = row.target_logit;
+  const float bracket = static_cast<float>(c + e * (row.entropy - row.log_sum));
   if (grad.narrow) {
-    sweeps.gradient_bf16(z, grad.narrow_row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
+    sweeps.gradient_bf16(held, grad.narrow_row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
   } else {
-    sweeps.gradient(z, grad.row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
+    sweeps.gradient(held, grad.row(i), grad.vocab_size, row.row_max, row.inverse_total, e, bracket, t);
   }
   if (target < 0 || target >= grad.vocab_size) return;
   const double probability = std::exp(row.logprob);
   double at_target = -c * std::expm1(row.logprob);  // c (1 - p) without cancellation at p → 1
   if (e != 0.0f && probability != 0.0) at_target -= probability * e * (row.logprob + row.entropy);
   at_target /= t.temperature;
-  if (t.softcap != 0.0f) {
-    const double tanh = static_cast<double>(target_logit) * t.temperature / t.softcap;
-    at_target *= 1.0 - tanh * tanh;
-  }
+  if (t.softcap != 0.0f) at_target *= 1.0 - static_cast<double>(row.target_held) * row.target_held;
   grad.put(i, target, static_cast<float>(at_target));
 }
 
@@ -153,13 +150,13 @@ void row_gradient(Tensor logits_tensor, Tensor target_tensor, std::optional<Tens
         continue;
       }
       const RowTransform t = transforms.of(i);
-      float* z = logits.row(i);
+      float* held = logits.row(i);
       const bool plain = transforms.bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
-      if (!plain) sweeps.transform(z, transforms.bias, logits.vocab_size, t);
-      const float target_logit = target[i] >= 0 && target[i] < logits.vocab_size ? z[target[i]] : NAN;
-      const Row row = {logprob[i], entropy[i], log_sum[i], row_max[i], target_logit,
+      if (!plain) sweeps.transform(held, transforms.bias, logits.vocab_size, t);
+      const float target_held = target[i] >= 0 && target[i] < logits.vocab_size ? held[target[i]] : NAN;
+      const Row row = {logprob[i], entropy[i], log_sum[i], row_max[i], target_held,
                        static_cast<float>(std::exp(-static_cast<double>(log_sum[i])))};
-      write_gradient(sweeps, z, grads, i, target[i], row, grad_logprob ? grad_logprob[i] : 0.0f,
+      write_gradient(sweeps, held, grads, i, target[i], row, grad_logprob ? grad_logprob[i] : 0.0f,
                      grad_entropy ? grad_entropy[i] : 0.0f, t);
     }
   });

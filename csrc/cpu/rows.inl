@@ -9,11 +9,11 @@
 namespace trapo {
 namespace TRAPO_SET {
 
-// z of a block of raw logits, in place: z = softcap · tanh((x + bias) / softcap) / temperature.
+// A block of raw logits, in place, becomes what z is `unit` times: tanh((x + bias) / softcap), whose square the gradient needs
+// unrounded, or (x + bias) / temperature where there is no softcap.
 TRAPO_INLINE Vec transformed(Vec x, Vec bias, const RowTransform& t) {
   x = x + bias;
-  if (t.softcap != 0.0f) x = tanh(x / t.softcap) * t.softcap;
-  return x / t.temperature;
+  return t.softcap != 0.0f ? tanh(x / t.softcap) : x / t.temperature;
 }
 
 void transform_block(float* x, const float* bias, int64_t count, const RowTransform& t) {
@@ -25,7 +25,7 @@ void transform_block(float* x, const float* bias, int64_t count, const RowTransf
   store_part(x + i, transformed(load_part(x + i, rest, 0.0f), tail_bias, t), rest);
 }
 
-// The largest value of a block; a NaN anywhere may or may not show here, but always does in the sums.
+// The largest number of a block; a NaN anywhere may or may not show here, but always does in the sums.
 float block_max(const float* z, int64_t count) {
   Vec most0 = splat(kFloor), most1 = most0, most2 = most0, most3 = most0;
   int64_t i = 0;
@@ -40,12 +40,15 @@ float block_max(const float* z, int64_t count) {
   return largest_lane(larger(larger(most0, most1), larger(most2, most3)));
 }
 
+// z - row_max of numbers that z is `unit` times.
+TRAPO_INLINE Vec centred(Vec held, float unit, float row_max) { return larger(held * unit - row_max, splat(kFloor)); }
+
 // Adds Σ exp(z - row_max) and Σ exp(z - row_max) · (z - row_max) of a block.
-void block_sums(const float* z, int64_t count, float row_max, double* sum, double* moment) {
+void block_sums(const float* held, int64_t count, float unit, float row_max, double* sum, double* moment) {
   Vec sum0 = {}, sum1 = {}, moment0 = {}, moment1 = {};
   int64_t i = 0;
   for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-    const Vec z0 = larger(load(z + i) - row_max, splat(kFloor)), z1 = larger(load(z + i + kWidth) - row_max, splat(kFloor));
+    const Vec z0 = centred(load(held + i), unit, row_max), z1 = centred(load(held + i + kWidth), unit, row_max);
     const Vec e0 = exp(z0), e1 = exp(z1);
     sum0 += e0;
     sum1 += e1;
@@ -53,8 +56,7 @@ void block_sums(const float* z, int64_t count, float row_max, double* sum, doubl
     moment1 += e1 * z1;
   }
   for (; i < count; i += kWidth) {
-    const Vec logits = i + kWidth <= count ? load(z + i) : load_part(z + i, count - i, -INFINITY);
-    const Vec z0 = larger(logits - row_max, splat(kFloor));
+    const Vec z0 = centred(i + kWidth <= count ? load(held + i) : load_part(held + i, count - i, -INFINITY), unit, row_max);
     const Vec e0 = exp(z0);
     sum0 += e0;
     moment0 += e0 * z0;
@@ -63,20 +65,21 @@ void block_sums(const float* z, int64_t count, float row_max, double* sum, doubl
   *moment += sum_of_lanes(moment0 + moment1);
 }
 
-// Statistics of a row, NaN where the target lies outside the vocabulary; afterwards it holds z instead of raw logits, and -inf in the
-// target's place.
+// Statistics of a row, NaN where the target lies outside the vocabulary; afterwards it holds what `transform_block` makes of raw
+// logits, and -inf in the target's place.
 Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t target, const RowTransform& t) {
   const bool plain = bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
-  float row_max = kFloor, target_logit = NAN;  // of a target outside the vocabulary
+  const float unit = t.unit();
+  float row_max = kFloor, target_held = NAN;  // of a target outside the vocabulary
   double others = 0.0, moment = 0.0;  // over all columns but the target's
   for (int64_t start = 0; start < vocab_size; start += kBlock) {
     const int64_t count = vocab_size - start < kBlock ? vocab_size - start : kBlock;
-    float* z = x + start;
-    if (!plain) transform_block(z, bias ? bias + start : nullptr, count, t);
-    float most = block_max(z, count);
+    float* held = x + start;
+    if (!plain) transform_block(held, bias ? bias + start : nullptr, count, t);
+    const float most = block_max(held, count) * unit;
     if (target >= start && target < start + count) {
-      target_logit = z[target - start];
-      z[target - start] = -INFINITY;
+      target_held = held[target - start];
+      held[target - start] = -INFINITY;
     }
     if (most > row_max) {
       const double shift = static_cast<double>(row_max) - most, scale = std::exp(shift);
@@ -84,25 +87,25 @@ Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t ta
       others *= scale;
       row_max = most;
     }
-    block_sums(z, count, row_max, &others, &moment);
+    block_sums(held, count, unit, row_max, &others, &moment);
   }
-  return finished_row(others, moment, row_max, target_logit);
+  return finished_row(others, moment, row_max, target_held, unit);
 }
 
-// dL/dz = c (1[v = target] - p) - e p (log p + H) over a row of z, then through temperature and softcap to the raw logits.
-// `bracket` = c + e (H - log_sum), so that the gradient of a column other than the target's is -p (e (z - row_max) + bracket).
-// `grad` may begin where `z` does: a number is written when all that lies there has been read.
+// dL/dz = c (1[v = target] - p) - e p (log p + H) over a row as `sweep_statistics` leaves it, then through temperature and softcap to
+// the raw logits. `bracket` = c + e (H - log_sum), so that the gradient of a column other than the target's is
+// -p (e (z - row_max) + bracket). `grad` may begin where `held` does: a number is written when all that lies there has been read.
 template <typename T>
-void sweep_gradient(const float* z, T* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
+void sweep_gradient(const float* held, T* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
                     const RowTransform& t) {
   const Vec scale = splat(-inverse_total / t.temperature);
-  const float to_tanh = t.softcap == 0.0f ? 0.0f : t.temperature / t.softcap;
+  const float unit = t.unit();
   for (int64_t i = 0; i < vocab_size; i += kWidth) {
     const int64_t rest = vocab_size - i;
-    const Vec raw = rest >= kWidth ? load(z + i) : load_part(z + i, rest, 0.0f);
-    const Vec centred = larger(raw - row_max, splat(kFloor));
-    Vec out = exp(centred) * scale * (e * centred + bracket);
-    if (to_tanh != 0.0f) out *= 1.0f - (raw * to_tanh) * (raw * to_tanh);
+    const Vec own = rest >= kWidth ? load(held + i) : load_part(held + i, rest, 0.0f);
+    const Vec below = centred(own, unit, row_max);
+    Vec out = exp(below) * scale * (e * below + bracket);
+    if (t.softcap != 0.0f) out *= 1.0f - own * own;
     out = without_subnormals(out);
     if (rest >= kWidth) {
       store(grad + i, out);

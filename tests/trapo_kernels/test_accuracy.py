@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, linear_policy_loss, objectives
+from tests.trapo_kernels import cases, cuda_checks
+from trapo_kernels import dispatch, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import gemm
 
 EXACT = [name for name in cases.CHUNKED if name != "triton" or cases.DEVICE == "cuda"]  # interpreted, it would take minutes
@@ -90,3 +90,9 @@ def test_the_entropy_gradient_of_a_peaked_row_whose_neighbours_have_none(backend
     truth, eager = gradient(torch.float64, "reference"), gradient(torch.float32, "reference")
     assert 0 < truth.abs().max() < 1e-3  # a peaked row
     assert cases.error(gradient(torch.float32, backend), truth) <= 2 * cases.error(eager, truth) + 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_the_gradient_through_a_softcap(backend, temperature):
+    cuda_checks.check_softcap(dispatch.rows(backend), temperature)

@@ -150,6 +150,16 @@ def test_a_chunk_on_a_gpu_has_as_many_logits_as_is_said_at_most(vocab_size):
         assert -(-num_rows // rows) == -(-num_rows // min(num_rows, most // 128 * 128 if num_rows > most else most))
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 23, 128, 2305, 32768, 39296, 65536])
+@pytest.mark.parametrize("size", [1, 5, 48, 128, 2304])
+def test_chunks_are_as_few_as_they_can_be_and_even(num_rows, size):
+    bounds = gemm.chunk_bounds(num_rows, size)
+    rows = [end - start for start, end in bounds]
+    assert len(rows) == -(-num_rows // size) and sum(rows) == num_rows and all(0 < count <= size for count in rows)
+    assert bounds == sorted(bounds) and max(rows, default=0) - min(rows, default=0) < 2 * min(size, 128)
+    assert all(start % (128 if size % 128 == 0 else 1) == 0 for start, _ in bounds)
+
+
 def test_many_chunks_equal_one(monkeypatch):
     hidden, weight, _ = cases.head(700, 5, 40)
     target = torch.randint(40, (700,), device=cases.DEVICE)

@@ -63,6 +63,11 @@ def test_rows_have_the_same_bits_under_every_interleaving(library, cluster):
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+def test_the_gradient_through_a_softcap(library, temperature):
+    cuda_checks.check_softcap(HostGpu(library), temperature)
+
+
 @pytest.mark.parametrize("cluster", [0, 2])
 def test_a_nan_logit_makes_its_row_nan_and_no_other(library, cluster):
     given = cuda_checks.logits(9001, torch.float32, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,6 +78,15 @@ def _even_chunk(num_rows: int, most: int, multiple: int) -> int:
         return max(1, num_rows)
     num_chunks = -(-num_rows // max(multiple, most // multiple * multiple))
     return -(-num_rows // num_chunks // multiple) * multiple
+
+
+def chunk_bounds(num_rows: int, size: int) -> list[tuple[int, int]]:
+    """(start, end) of the fewest chunks of at most `size` rows, as even as multiples of the largest power of two in `size`, up to
+    128, allow: a short last chunk would pass over weight and dWeight like a whole one."""
+    multiple = math.gcd(size, 128)
+    blocks, chunks = -(-num_rows // multiple), -(-num_rows // size)
+    starts = [blocks * i // chunks * multiple for i in range(chunks)]
+    return list(pairwise([*starts, num_rows]))
 
 
 class Head(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
-from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_rows
+from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, target_for_statistics
 from trapo_kernels.objective import Objective
@@ -235,14 +235,15 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool)
     vocab_size, hidden_size = gemm.weight.shape
     size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant, sharded, gemm.operand_dtype)
     buffer = gemm.buffer(size if gemm.batch_invariant else min(size, total))
-    for start in range(0, total, size):
-        end = min(start + size, total)
-        if gemm.batch_invariant:
+    if gemm.batch_invariant:
+        for start in range(0, total, size):
+            end = min(start + size, total)
             places = torch.arange(start, start + size, device=gemm.weight.device).clamp(max=end - 1)
             yield (places if active is None else active[places]), end - start, buffer
-        else:
-            rows = slice(start, end)
-            yield (rows if active is None or total == num_rows else active[rows]), end - start, buffer
+        return
+    for start, end in chunk_bounds(total, size):
+        rows = slice(start, end)
+        yield (rows if active is None or total == num_rows else active[rows]), end - start, buffer
 
 
 def _first(index: Tensor | slice, count: int) -> Tensor | slice:
@@ -369,5 +370,4 @@ def _own_copy(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _logit_chunks(logits: Tensor) -> Iterator[slice]:
     size = chunk_rows(logits.shape[0], 0, logits.shape[1], logits.device.type)  # no head, so no hidden size
-    for start in range(0, logits.shape[0], size):
-        yield slice(start, min(start + size, logits.shape[0]))
+    return (slice(start, end) for start, end in chunk_bounds(logits.shape[0], size))
