@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trapo_kernels import checks
-from trapo_kernels.backends.gemm import chunk_rows, operand_dtype
+from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows, operand_dtype
 
 
 def head_memory(
@@ -45,8 +45,8 @@ def head_memory(
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
-    most = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
-    rows = min(num_rows, most)
+    size = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
+    rows = max(end - start for start, end in chunk_bounds(num_rows, size))
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits, of which it gets a copy.
     # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it beside the last chunk.

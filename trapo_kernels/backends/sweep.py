@@ -234,14 +234,16 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool)
         return
     vocab_size, hidden_size = gemm.weight.shape
     size = chunk_rows(total, hidden_size, vocab_size, gemm.weight.device.type, gemm.batch_invariant, sharded, gemm.operand_dtype)
-    buffer = gemm.buffer(size if gemm.batch_invariant else min(size, total))
     if gemm.batch_invariant:
+        buffer = gemm.buffer(size)
         for start in range(0, total, size):
             end = min(start + size, total)
             places = torch.arange(start, start + size, device=gemm.weight.device).clamp(max=end - 1)
             yield (places if active is None else active[places]), end - start, buffer
         return
-    for start, end in chunk_bounds(total, size):
+    bounds = chunk_bounds(total, size)
+    buffer = gemm.buffer(max(end - start for start, end in bounds))
+    for start, end in bounds:
         rows = slice(start, end)
         yield (rows if active is None or total == num_rows else active[rows]), end - start, buffer
 
