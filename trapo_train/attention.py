@@ -4,7 +4,7 @@ A packed row holds several sequences one after the other, [1, T]. The backend "s
 `scaled_dot_product_attention` once per run of equal-length neighbours, on views of the row; the segment lengths are
 Python ints, so nothing waits for the device. The packer sorts a row by length, so that there are few runs.
 "flex" runs the whole row through one flex_attention kernel that skips what no query sees (see `flex`);
-"flash_attention_2" hands the boundaries to flash-attn's varlen kernel.
+"varlen" hands the boundaries to torch's own FlashAttention (see `varlen`), "flash_attention_2" to that of the package flash-attn.
 """
 
 from __future__ import annotations
@@ -12,48 +12,56 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from trapo_train.flex import flex_forward
+from trapo_train.varlen import WIDEST_HEAD, computed_in, varlen_forward, varlen_obstacle
 
 logger = logging.getLogger(__name__)
 
-ATTENTIONS = ("auto", "sdpa_packed", "flex", "flash_attention_2")
-PACKED_IMPLEMENTATION, FLEX_IMPLEMENTATION = "trapo_packed", "trapo_flex"  # the names that transformers knows our functions by
-_OURS = {"sdpa_packed": PACKED_IMPLEMENTATION, "flex": FLEX_IMPLEMENTATION}
+ATTENTIONS = ("auto", "sdpa_packed", "varlen", "flex", "flash_attention_2")
+# The names that transformers knows our functions by.
+PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION = "trapo_packed", "trapo_varlen", "trapo_flex"
+_OURS = {"sdpa_packed": PACKED_IMPLEMENTATION, "varlen": VARLEN_IMPLEMENTATION, "flex": FLEX_IMPLEMENTATION}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def choose_attention(
-    attention: str, *, device: torch.device, compute_dtype: torch.dtype, tell: Callable[[str], None] = logger.info
+    attention: str,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    architecture: PretrainedConfig,
+    tell: Callable[[str], None] = logger.info,
 ) -> str:
     """The `attn_implementation` for transformers; a named backend is honoured or refused, what "auto" chose is told.
 
-    Raises: ValueError when flash_attention_2 or flex is asked for and cannot run.
+    Raises: ValueError when flash_attention_2, varlen or flex is asked for and cannot run.
     """
     if attention == "flex" and device.type != "cuda":
         raise ValueError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
-    obstacle = None
+    package = None if is_flash_attn_2_available() else "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
+    obstacles = {"flash_attention_2": package, "varlen": varlen_obstacle(architecture.get_text_config())}
     if device.type != "cuda":
-        obstacle = f"it needs a CUDA device, got {device}"
-    elif not is_flash_attn_2_available():
-        obstacle = "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
+        obstacles = dict.fromkeys(obstacles, f"it needs a CUDA device, got {device}")
     elif compute_dtype != torch.bfloat16:
-        obstacle = f"it needs model.dtype=bfloat16, got {str(compute_dtype).removeprefix('torch.')}"
-    if attention == "flash_attention_2" and obstacle:
-        raise ValueError(f"model.attention=flash_attention_2 cannot run: {obstacle}. Use model.attention=sdpa_packed or auto.")
+        obstacles = dict.fromkeys(obstacles, f"it needs model.dtype=bfloat16, got {str(compute_dtype).removeprefix('torch.')}")
+    if obstacles.get(attention):
+        why = obstacles[attention]
+        raise ValueError(f"model.attention={attention} cannot run: {why}. Use model.attention=sdpa_packed or auto.")
     if attention == "auto":
-        attention = "sdpa_packed" if obstacle else "flash_attention_2"
-        tell(f"model.attention=auto: {attention}" + (f"; flash_attention_2 cannot run: {obstacle}" if obstacle else ""))
+        refused = dict(takewhile(lambda entry: entry[1], obstacles.items()))
+        attention = next((name for name in obstacles if name not in refused), "sdpa_packed")
+        tell("; ".join([f"model.attention=auto: {attention}", *(f"{name} cannot run: {why}" for name, why in refused.items())]))
     return _OURS.get(attention, attention)
 
 
@@ -78,7 +86,7 @@ def check_attention(model: PreTrainedModel) -> None:
         )
     if model.config._attn_implementation in _OURS.values() and getattr(config, "attn_logit_softcapping", None):
         raise ValueError(
-            f"model.attention=sdpa_packed and flex cannot cap attention logits, {name} caps them at "
+            f"model.attention=sdpa_packed, varlen and flex cannot cap attention logits, {name} caps them at "
             f"{config.attn_logit_softcapping}. Use model.attention=flash_attention_2 with model.dtype=bfloat16."
         )
 
@@ -87,9 +95,11 @@ def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], de
     """Keyword arguments of the model's body that carry the boundaries of a packed row to its attention."""
     if model.config._attn_implementation in _OURS.values():
         # transformers hands a 4-d mask through unread, so no mask is built and no position is compared.
-        return {"segment_lengths": tuple(segment_lengths), "attention_mask": torch.empty(1, 1, 0, 0, device=device)}
-    boundaries = F.pad(torch.tensor(segment_lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    boundaries = boundaries.to(device, non_blocking=True)
+        ours = {"segment_lengths": tuple(segment_lengths), "attention_mask": torch.empty(1, 1, 0, 0, device=device)}
+        if model.config._attn_implementation != VARLEN_IMPLEMENTATION:
+            return ours
+        return ours | {"boundaries": _boundaries(segment_lengths, device)}
+    boundaries = _boundaries(segment_lengths, device)
     longest = max(segment_lengths)
     return {
         "cu_seq_lens_q": boundaries,
@@ -97,6 +107,12 @@ def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], de
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _boundaries(segment_lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Int32 [segments + 1]: where each segment of the row starts, and its tokens in all."""
+    boundaries = F.pad(torch.tensor(segment_lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    return boundaries.to(device, non_blocking=True)
 
 
 def packed_attention_forward(
@@ -109,6 +125,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     segment_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
+    boundaries: Tensor | None = None,
     flex: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -118,7 +135,9 @@ def packed_attention_forward(
         query: [1, heads, T, head_dim]; `key` and `value` [1, kv_heads, T, head_dim].
         segment_lengths: tokens of each sequence of the row, summing to T.
         sliding_window: tokens that a query sees, itself included; None for all earlier ones.
-        flex: one flex_attention kernel in place of an SDPA call per run of equal lengths.
+        boundaries: int32 [segments + 1], where segments start, and T; with them one varlen kernel runs in place of an SDPA call
+            per run of equal lengths.
+        flex: so does one flex_attention kernel.
 
     Returns: [1, T, heads, head_dim] and no attention weights.
     """
@@ -128,23 +147,17 @@ def packed_attention_forward(
                 f"packed attention: {type(module).__name__} did not pass segment_lengths on to its attention. "
                 "Use an architecture of transformers itself."
             )
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
+        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(
-                f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed and flex cannot do. "
+                f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed, varlen and flex cannot do. "
                 "Use model.attention=flash_attention_2 or another model."
             )
+    if boundaries is not None:
+        row = (boundaries, max(segment_lengths))
+        return varlen_forward(module, query, key, value, *row, sliding_window, dropout, scaling), None
     if flex:
         return flex_forward(module, query, key, value, tuple(segment_lengths), sliding_window, dropout, scaling), None
     runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
@@ -171,6 +184,11 @@ def _attend_run(
     mask = None
     if sliding_window is not None and length > sliding_window:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type != "cpu" and not _flash_runs(q, mask):
+        # Of CUDA's kernels only flash takes fewer key heads; the other that does holds every score.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     output = F.scaled_dot_product_attention(
         q,
         k,
@@ -179,12 +197,18 @@ def _attend_run(
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=grouped,
     )
     return output.transpose(1, 2).flatten(0, 1)  # [count · length, heads, head_dim]
 
 
+def _flash_runs(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a GPU's SDPA may take its flash kernel, which knows no mask and no fp32."""
+    return mask is None and computed_in(q).itemsize == 2 and q.shape[-1] <= WIDEST_HEAD
+
+
 AttentionInterface.register(PACKED_IMPLEMENTATION, packed_attention_forward)
+AttentionInterface.register(VARLEN_IMPLEMENTATION, packed_attention_forward)
 AttentionInterface.register(FLEX_IMPLEMENTATION, functools.partial(packed_attention_forward, flex=True))
 for _name in _OURS.values():
     AttentionMaskInterface.register(_name, sdpa_mask)  # generate() runs padded batches through SDPA's mask

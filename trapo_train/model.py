@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedModel,
@@ -95,8 +96,9 @@ class ModelConfig:
     """Compute type, float32 or bfloat16; trained weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory for about a third more time."""
-    attention: Literal["auto", "sdpa_packed", "flex", "flash_attention_2"] = "auto"
-    """auto (flash-attn where it can run, else sdpa_packed), sdpa_packed, flex (a CUDA device) or flash_attention_2."""
+    attention: Literal["auto", "sdpa_packed", "varlen", "flex", "flash_attention_2"] = "auto"
+    """auto (the first that can run of flash_attention_2, which is the package flash-attn, varlen, which is torch's own
+    FlashAttention, both on CUDA in bfloat16, and sdpa_packed), one of these, or flex (a CUDA device)."""
     liger: bool | Literal["auto"] = False
     """Liger's kernels for norms, rotary embeddings and MLP (extra [liger], CUDA): true, false, or auto where they can run."""
     lora: LoraConfig | None = None
@@ -209,14 +211,20 @@ def load_model_and_tokenizer(
     """
     device = torch.device(device)
     tokenizer = load_tokenizer(config, task_tokenizer)
-    implementation = choose_attention(config.attention, device=device, compute_dtype=DTYPES[config.dtype], tell=tell)
+    trust = {"trust_remote_code": config.trust_remote_code}
+    if config.scratch is not None:
+        architecture = scratch_config(config.scratch, tokenizer)
+    else:
+        architecture = AutoConfig.from_pretrained(config.name_or_path, **trust)
+    implementation = choose_attention(
+        config.attention, device=device, compute_dtype=DTYPES[config.dtype], architecture=architecture, tell=tell
+    )
     common = {"dtype": torch.float32, "attn_implementation": implementation}
     torch.manual_seed(seed)  # adapters, too, are the same on every rank
     if config.scratch is not None:
-        model = AutoModelForCausalLM.from_config(scratch_config(config.scratch, tokenizer), **common)
+        model = AutoModelForCausalLM.from_config(architecture, **common)
     else:
-        common["trust_remote_code"] = config.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **common)
+        model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
     model.to(device)

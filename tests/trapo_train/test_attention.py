@@ -6,16 +6,20 @@ import copy
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaForCausalLM
+import torch.nn.functional as F
+from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_train.small_models import CONFIGS, SHAPE
-from trapo_train import attention
+from trapo_train import attention, varlen
 from trapo_train.attention import (
     FLEX_IMPLEMENTATION,
     PACKED_IMPLEMENTATION,
+    VARLEN_IMPLEMENTATION,
     check_attention,
     choose_attention,
+    packed_attention_forward,
     segment_arguments,
 )
 from trapo_train.flex import BLOCK, packed_block_mask
@@ -53,22 +57,105 @@ def test_lost_segment_lengths_are_noticed():
         model.model(input_ids=torch.arange(4)[None], attention_mask=torch.empty(1, 1, 0, 0), use_cache=False)
 
 
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+
+
+def choose(name, device=CUDA, dtype=BF16, config=CONFIGS["llama"], **options):
+    wide = copy.deepcopy(config)
+    wide.head_dim = 64 if wide.head_dim == SHAPE["head_dim"] else wide.head_dim
+    return choose_attention(name, device=device, compute_dtype=dtype, architecture=wide, **options)
+
+
 def test_flash_attention_runs_or_is_refused():
     with pytest.raises(ValueError, match=r"flash_attention_2 cannot run: the package flash-attn is not installed"):
-        choose_attention("flash_attention_2", device=torch.device("cuda"), compute_dtype=torch.bfloat16)
-    assert choose_attention("auto", device=torch.device("cpu"), compute_dtype=torch.float32) == PACKED_IMPLEMENTATION
+        choose("flash_attention_2")
+    assert choose("auto", torch.device("cpu"), torch.float32) == PACKED_IMPLEMENTATION
 
 
 def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(monkeypatch):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
-    bf16, cuda = torch.bfloat16, torch.device("cuda")
     told = []
-    assert choose_attention("auto", device=cuda, compute_dtype=bf16, tell=told.append) == "flash_attention_2"
+    assert choose("auto", tell=told.append) == "flash_attention_2"
     assert told == ["model.attention=auto: flash_attention_2"]
-    with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
-        choose_attention("flash_attention_2", device=torch.device("cpu"), compute_dtype=bf16)
-    with pytest.raises(ValueError, match=r"needs model\.dtype=bfloat16, got float32"):
-        choose_attention("flash_attention_2", device=cuda, compute_dtype=torch.float32)
+    for name in ("flash_attention_2", "varlen"):
+        with pytest.raises(ValueError, match=f"{name} cannot run: it needs a CUDA device, got cpu"):
+            choose(name, torch.device("cpu"))
+        with pytest.raises(ValueError, match=f"{name} cannot run: it needs model.dtype=bfloat16, got float32"):
+            choose(name, dtype=torch.float32)
+
+
+def varlen_of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """Arguments alone."""
+
+
+@pytest.fixture
+def varlen_in_torch(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_of_torch_2_13)
+
+
+def test_without_flash_attn_torchs_own_varlen_kernel_is_chosen(varlen_in_torch):
+    told = []
+    assert choose("auto", tell=told.append) == choose("varlen") == VARLEN_IMPLEMENTATION
+    (sentence,) = told
+    assert sentence.startswith("model.attention=auto: varlen; flash_attention_2 cannot run: the package flash-attn is not")
+
+
+def test_varlen_of_an_older_torch_is_refused(monkeypatch):
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        """As in torch 2.11."""
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    with pytest.raises(ValueError, match="varlen cannot run: varlen_attn of torch .* has no enable_gqa, that of torch 2.13 has"):
+        choose("varlen")
+    told = []
+    assert choose("auto", tell=told.append) == PACKED_IMPLEMENTATION and "; varlen cannot run: varlen_attn of" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(**SHAPE | {"head_dim": 512}), "heads of a multiple of 8 up to 256 numbers, the model has 512"),
+        (LlamaConfig(**SHAPE | {"head_dim": 12}), "heads of a multiple of 8 up to 256 numbers, the model has 12"),
+        (Gemma2Config(**SHAPE), "cannot cap attention logits, the model caps them at 50.0"),
+        (DeepseekV3Config(), "values as wide as keys"),
+    ],
+    ids=["wide", "ragged", "softcap", "latent"],
+)
+def test_a_model_that_varlen_cannot_run(config, message, varlen_in_torch):
+    with pytest.raises(ValueError, match=f"model.attention=varlen cannot run: it .*{message}"):
+        choose("varlen", config=config)
+    assert choose("auto", config=config) == PACKED_IMPLEMENTATION
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "grouped"),
+    [(BF16, None, True), (torch.float32, None, False), (BF16, 4, False), (BF16, 8, True)],
+    ids=["flash", "fp32", "window", "window as long as the sequence"],
+)
+def test_fewer_key_heads_reach_sdpa_on_a_gpu_only_where_flash_takes_them(dtype, window, grouped, monkeypatch):
+    asked, sdpa = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        asked.append((options["enable_gqa"], k.shape[1]))
+        return sdpa(q, k, v, **options)
+
+    def attend(device):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, heads, 8, 16).to(dtype).to(device) for heads in (4, 2, 2))
+        return packed_attention_forward(torch.nn.Module(), q, k, v, None, segment_lengths=(8,), sliding_window=window)[0]
+
+    here = attend("cpu")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with pretend(monkeypatch):
+        there = attend(DEVICE).cpu()
+    assert asked == [(grouped, 2 if grouped else 4)]
+    torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-2)
+
+
+def test_varlen_has_no_dropout():
+    options = {"segment_lengths": (3,), "boundaries": torch.tensor([0, 3], dtype=torch.int32), "dropout": 0.1}
+    with pytest.raises(ValueError, match="varlen has no dropout, Module asks for 0.1"):
+        packed_attention_forward(torch.nn.Module(), *(torch.ones(1, 1, 3, 8),) * 3, None, **options)
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 300])
@@ -100,8 +187,8 @@ def starts(lengths):
 
 def test_flex_is_refused_without_a_gpu_and_with_dropout():
     with pytest.raises(ValueError, match="model.attention=flex cannot run: it needs a CUDA device, got cpu"):
-        choose_attention("flex", device=torch.device("cpu"), compute_dtype=torch.float32)
-    assert choose_attention("flex", device=torch.device("cuda"), compute_dtype=torch.float32) == FLEX_IMPLEMENTATION
+        choose("flex", torch.device("cpu"), torch.float32)
+    assert choose("flex", dtype=torch.float32) == FLEX_IMPLEMENTATION
     model = build(CONFIGS["llama"], FLEX_IMPLEMENTATION)
     model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="flex has no dropout, LlamaAttention asks for 0.1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, modeling_flash_atten
 from transformers.utils import is_flash_attn_2_available
 
 from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
-from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, segment_arguments
+from trapo_train import varlen
+from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, segment_arguments
 from trapo_train.model import enable_gradient_checkpointing
+
+OLDER_VARLEN = varlen.varlen_obstacle(Qwen2Config(**SHAPE | {"head_dim": 16})) or ""
 
 
 def hidden_and_gradient(model, rows):
@@ -96,12 +100,57 @@ def test_flash_attention_is_told_the_boundaries_by_transformers(name, monkeypatc
         assert_close(actual, wanted, 1e-12)
 
 
+def torchs_varlen_attention(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+    seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    """torch.nn.attention.varlen.varlen_attn, which has no CPU kernel, in plain PyTorch: the arguments of torch 2.13."""
+    assert return_aux is seqused_k is block_table is num_splits is None and window_size[1] == 0
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and query.dtype == key.dtype == value.dtype
+    return varlen_attention(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, causal=True, window_size=window_size
+    )
+
+
+def test_the_stand_in_takes_what_torchs_function_takes():
+    assert inspect.signature(torchs_varlen_attention).parameters.keys() >= inspect.signature(varlen.varlen_attn).parameters.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_varlen_is_told_the_boundaries_and_windows(name, checkpointing, monkeypatch):
+    expected = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
+    monkeypatch.setattr(varlen, "varlen_attn", torchs_varlen_attention)
+    model = build(name, VARLEN_IMPLEMENTATION)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+        model.train()
+    for actual, wanted in zip(hidden_and_gradient(model, [make_sequences()]), expected, strict=True):
+        assert_close(actual, wanted, 1e-12)
+
+
+def test_varlen_computes_in_autocasts_type_whatever_the_norms_leave(monkeypatch):
+    seen = []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *tensors, **options: seen.append(tensors[0].dtype) or tensors[0])
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation=VARLEN_IMPLEMENTATION)
+    packed = segment_arguments(model, [5, 4], torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.model(input_ids=torch.arange(9)[None], use_cache=False, **packed)
+    assert seen == [torch.bfloat16] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tolerance"),
     [
         (FLEX_IMPLEMENTATION, torch.float32, 1e-2),  # TF32 or fp32, whatever flex_attention's kernel takes
+        pytest.param(
+            VARLEN_IMPLEMENTATION,
+            torch.bfloat16,
+            5e-2,
+            marks=pytest.mark.skipif(bool(OLDER_VARLEN), reason=f"torch's varlen_attn: {OLDER_VARLEN}"),
+        ),
         pytest.param(
             "flash_attention_2",
             torch.bfloat16,
