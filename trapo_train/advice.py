@@ -46,6 +46,7 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         *_rendered(config),
         _unsaved(config),
         _engine(config, world),
+        _full_precision(config, world),
         _launcher(world),
     ]
     return [sentence for sentence in found if sentence is not None]
@@ -169,6 +170,15 @@ def _engine(config: RunConfig, world: World) -> str | None:
     if config.rollout.engine != "transformers" or config.model.name_or_path is None or world.device.type != "cuda":
         return None
     return "rollout.engine=transformers samples in plain PyTorch. vllm and vllm_server are the engines for speed"
+
+
+def _full_precision(config: RunConfig, world: World) -> str | None:
+    if config.model.dtype != "float32" or config.model.name_or_path is None or world.device.type != "cuda":
+        return None
+    return (
+        "model.dtype=float32 computes everything in full float32, for which there is no flash attention. Set model.dtype=bfloat16; "
+        "trained weights and optimizer state stay float32"
+    )
 
 
 def _launcher(world: World) -> str | None:

@@ -151,6 +151,14 @@ def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
     assert advised("checkpoint.every=0") == []  # a model from scratch
 
 
+def test_full_float32_on_a_gpu(advised):
+    on_gpu = SimpleNamespace(size=1, device=torch.device("cuda"))
+    pretrained = ("model={name_or_path: some/model}", "rollout.engine=vllm")
+    (sentence,) = advised(*pretrained, world=on_gpu)
+    assert sentence.startswith("model.dtype=float32 computes") and "Set model.dtype=bfloat16" in sentence
+    assert advised(*pretrained, "model.dtype=bfloat16", world=on_gpu) == advised(*pretrained) == advised(world=on_gpu) == []
+
+
 def test_the_patience_of_torchrun(advised, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     (sentence,) = advised(world=SimpleNamespace(size=2, device=torch.device("cpu")))
