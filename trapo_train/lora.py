@@ -90,11 +90,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Keep the frozen weights of linear layers in `compute_dtype`, which they are computed with in anyway: in bfloat16 half of
-    their memory, and no cast for every pass and every generated token. A weight that is the embedding, too, stays as it is."""
-    embedding = model.get_input_embeddings().weight
+    """Keep the frozen weights of linear layers and embeddings in `compute_dtype`, which they are computed with in anyway: in
+    bfloat16 half of their memory, and no cast for every pass and every generated token."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight is not embedding:
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.to(compute_dtype)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
 
 from trapo_kernels import Objective, linear_logprob, linear_policy_loss
 from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
+from trapo_train.embedding import embed_in_autocasts_type
 from trapo_train.liger import LIGER, apply_liger
 from trapo_train.lora import LoraConfig, add_lora, hold_frozen
 from trapo_train.packing import MicroBatch
@@ -199,7 +201,7 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
 
-    Weights are float32; once a LoRA is added, those of frozen linear layers are in the compute type.
+    Weights are float32; once a LoRA is added, those of frozen linear layers and embeddings are in the compute type.
 
     Args:
         config: where the model comes from and how it runs.
@@ -279,6 +281,7 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap)
     model.set_output_embeddings(head)
+    embed_in_autocasts_type(model, compute_dtype)
     model.run_head = types.MethodType(_run_head, model)  # a method, so that FSDP can gather the weights around it
     if check_logits:
         _check_logits(model, head)
@@ -349,16 +352,16 @@ def score_all(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], tempe
 def precision(model: PreTrainedModel, *, keep_casts: bool = True) -> torch.autocast:
     """A context in which the model's body computes in its `compute_dtype`, whatever its weights are stored in.
 
-    Weights that FSDP has gathered are in that type already; then it does nothing.
+    FSDP gathers weights in that type; then it does nothing.
 
     Args:
         keep_casts: keep weights cast to `compute_dtype` until the context ends, for several passes inside it. A training pass uses
             each of them once: keeping would save no work and hold a second copy of the whole model.
     """
-    compute_dtype, weight = policy_head(model).compute_dtype, model.get_input_embeddings().weight
-    mixed = compute_dtype != weight.dtype
+    compute_dtype, kind = policy_head(model).compute_dtype, next(model.parameters()).device.type
+    mixed = not isinstance(model, FSDPModule) and any(weight.dtype != compute_dtype for weight in model.parameters())
     dtype = compute_dtype if mixed else None
-    return torch.autocast(weight.device.type, dtype=dtype, enabled=mixed, cache_enabled=keep_casts)
+    return torch.autocast(kind, dtype=dtype, enabled=mixed, cache_enabled=keep_casts)
 
 
 def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable[..., Any]) -> Any:

@@ -169,7 +169,7 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
         head_parameters = set(head.parameters())
     # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
     policy = MixedPrecisionPolicy(
-        head.compute_dtype, reduce_dtype=model.get_input_embeddings().weight.dtype, cast_forward_inputs=False
+        head.compute_dtype, reduce_dtype=torch.promote_types(head.compute_dtype, torch.float32), cast_forward_inputs=False
     )
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

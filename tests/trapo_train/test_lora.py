@@ -94,12 +94,15 @@ def test_the_export_of_a_tied_model_holds_its_head_once(tmp_path):
     torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_frozen_weights_of_linear_layers_are_held_in_the_type_of_their_gemms_and_give_the_same_bits(tmp_path):
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_frozen_weights_are_held_in_the_type_of_their_gemms_and_give_the_same_bits(tied, tmp_path):
     """A cast weight is a cast weight, whether it was cast once or for every pass."""
     logits, gradients = {}, {}
     for hold in (False, True):
         torch.manual_seed(0)
         model = make_model()
+        if tied:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
         add_lora(model, LoraConfig(rank=3, target_modules=["q_proj", "down_proj"]))
         install_policy_head(model, compute_dtype=torch.bfloat16, check_logits=False)
         _perturbed(model)
@@ -112,8 +115,9 @@ def test_the_frozen_weights_of_linear_layers_are_held_in_the_type_of_their_gemms
     assert torch.equal(logits[True], logits[False])
     assert gradients[True] and all(map(torch.equal, gradients[True], gradients[False]))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    float32 = ("lora_", "norm", "embed_tokens")
-    assert {torch.float32, torch.bfloat16} == set(dtypes.values()) and dtypes["lm_head.weight"] == torch.bfloat16
+    float32 = ("lora_", "norm")
+    assert {torch.float32, torch.bfloat16} == set(dtypes.values()) and dtypes["model.embed_tokens.weight"] == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.bfloat16 and (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all((dtype == torch.float32) == any(part in name for part in float32) for name, dtype in dtypes.items())
     exported = load_file(export_model(model, build_tokenizer(), tmp_path / "model") / "model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}

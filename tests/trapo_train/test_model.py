@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 
@@ -11,6 +12,9 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -25,6 +29,7 @@ from trapo_train.model import (
     load_model_and_tokenizer,
     policy_forward,
     policy_head,
+    precision,
     score,
 )
 from trapo_train.packing import AGGREGATIONS, PackingConfig, pack
@@ -202,6 +207,36 @@ def test_bfloat16_computes_in_bf16_and_keeps_fp32_weights_and_gradients():
     exact_loss, exact_gradient = loss_and_gradient(exact_model, make_samples(), objectives.trapo(), PackingConfig(1000))
     assert loss == pytest.approx(exact_loss, rel=0.02)
     assert nn.functional.cosine_similarity(gradient, exact_gradient, dim=0) > 0.999
+
+
+EMBEDDED = {
+    "llama": LlamaConfig(**SHAPE),
+    "scaled": Gemma2Config(**SHAPE | {"hidden_size": 24}),  # √24 has no bfloat16
+    "learned positions": GPT2Config(vocab_size=13, n_embd=16, n_head=2, n_layer=2, n_positions=16),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_residual_stream_is_in_the_compute_type_from_the_embedding_on(name):
+    """As it is where FSDP gathers weights in that type, and in a sampler."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(EMBEDDED[name]), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.bfloat16())  # what a checkpoint in that type has
+    whole = copy.deepcopy(model).bfloat16()
+    install_policy_head(model, compute_dtype=torch.bfloat16)
+    block = model.base_model.h[0] if name == "learned positions" else model.base_model.layers[0]
+    plain = whole.base_model.h[0] if name == "learned positions" else whole.base_model.layers[0]
+    streams, outputs = [], []
+    for each in (block, plain):
+        each.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+        each.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    ids = torch.arange(5)[None]
+    with precision(model):
+        model.base_model(input_ids=ids, use_cache=False)
+    whole.base_model(input_ids=ids, use_cache=False)
+    assert streams[0].dtype == torch.bfloat16 == outputs[0].dtype and torch.equal(*streams)
+    assert model.base_model(input_ids=ids, use_cache=False).last_hidden_state.dtype == torch.float32  # without autocast
 
 
 def test_logits_scaled_after_the_head_are_refused():
