@@ -180,11 +180,16 @@ def _training(
         yield name, {"loss": size}
     if sharded:
         layer = (weights.total - weights.outside_layers) // text.num_hidden_layers
-        outside = weights.outside_layers - (weights.head if vocab_parallel else 0)
-        gathered = dtype.itemsize * (outside + 2 * layer)
-        yield "weights gathered by FSDP", {"loss": gathered, "backward": gathered}
+        head_unit, rest = 0 if vocab_parallel else weights.head, weights.outside_layers - weights.head
+        # (weights gathered, unit whose gradient is scattered) while backward is at a layer, and at a head of its own
+        moments = [(rest + 2 * layer, layer), *([(rest + head_unit + layer, head_unit)] if head_unit else [])]
+        gathered, unit = max(moments, key=sum)
+        whole = {"loss": dtype.itemsize * (rest + head_unit + 2 * layer), "backward": dtype.itemsize * gathered}
+        yield "weights gathered by FSDP", whole
+        of_embedding = 0 if weights.head else rest  # tied, it has a gradient from the head on
         trained = weights.trained / weights.total
-        yield "gradients before FSDP scatters them", {"backward": int(trained * (dtype.itemsize * (outside + layer) + 4 * layer))}
+        scattered = int(trained * (dtype.itemsize * (of_embedding + unit) + 4 * unit))
+        yield "gradients before FSDP scatters them", {"backward": scattered}
 
 
 def _rollout(
@@ -233,7 +238,7 @@ def _vllm(config: RunConfig, gpu_bytes: int | None) -> Iterator[tuple[str, dict[
 
 
 def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
-    """Bytes while the first unit, embedding and head, is gathered: what came, unpacked, and the shard that was cast for it."""
+    """Bytes while embedding and head, the first units, are gathered: what came, unpacked, and the shard that was cast for it."""
     return int(dtype.itemsize * weights.outside_layers * (2 if dtype == torch.float32 else 2 + 1 / shards))
 
 

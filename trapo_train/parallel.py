@@ -146,10 +146,11 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
 
 
 def shard_model(model: PreTrainedModel, world: World) -> None:
-    """Shard the parameters over the ranks: each decoder layer is a unit, the rest (embedding, norm, head) another.
+    """Shard the parameters over the ranks: each decoder layer is a unit, so is a head that is not the embedding, and the rest.
 
-    The policy head runs inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is
-    whole, tied or not. With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
+    Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
+    inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
+    With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
     Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
 
     Raises: ValueError for a vocabulary-parallel head that is the embedding, too.
@@ -157,7 +158,7 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
     if world.size == 1:
         return
     head = policy_head(model)
-    if world.vocab_parallel_head and head.weight is model.get_input_embeddings().weight:
+    if world.vocab_parallel_head and _is_tied(model):
         raise ValueError(
             "parallel.vocab_parallel_head needs an output head of its own, this model's is its embedding, which every rank needs "
             "whole. Set parallel.vocab_parallel_head=false."
@@ -173,8 +174,14 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
     )
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if not _is_tied(model) and not world.vocab_parallel_head:
+        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=head_parameters)
     register_fsdp_forward_method(model, "run_head")
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return policy_head(model).weight is model.get_input_embeddings().weight
 
 
 def reshard(model: nn.Module) -> None:
@@ -200,4 +207,4 @@ def gathered(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.set_reshard_after_forward(unit not in (model, policy_head(model)), recurse=False)

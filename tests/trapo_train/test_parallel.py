@@ -44,8 +44,12 @@ def _new(world, tied):
 
 
 def _two_steps(world, tied):
-    """Model and optimizer after two steps, and the metrics of the last."""
+    """Model and optimizer after two steps, the metrics of the last, and whether its head was sharded in every layer's
+    backward."""
     model, optimizer, scheduler = _new(world, tied)
+    sharded = []
+    for layer in model.model.layers:
+        layer.register_full_backward_pre_hook(lambda *_: sharded.append(isinstance(model.lm_head.weight, DTensor)))
     objective = objectives.trapo(entropy_coef=0.01)
     for budget in (24, 48):
         config = PackingConfig(max_tokens=budget)
@@ -55,7 +59,7 @@ def _two_steps(world, tied):
         metrics = optimizer_step(model, optimizer, scheduler, mine, objective, 1.0, 1.0, world)
         with gathered(model):  # as a rollout between two steps does
             model(input_ids=torch.tensor([[1, 2, 3]]))
-    return model, optimizer, metrics
+    return model, optimizer, metrics, sharded
 
 
 def _save(store, model, optimizer):
@@ -76,7 +80,8 @@ def _worker(rank, size, parallel, tied, directory, port):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = World(parallel)
-    model, optimizer, metrics = _two_steps(world, tied)
+    model, optimizer, metrics, sharded = _two_steps(world, tied)
+    assert sharded[-1] != tied  # of the first layer: a head of its own was given up by then
     _save(CheckpointStore(directory / "ranks", 1, world), model, optimizer)
     again = _load(CheckpointStore(directory / "alone", 1, world), *_new(world, tied)[:2])  # saved by one process
     whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in again.items()}
@@ -106,7 +111,7 @@ def _free_port():
 )
 def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_path):
     world = World.alone()
-    model, optimizer, expected = _two_steps(world, tied)
+    model, optimizer, expected, _ = _two_steps(world, tied)
     _save(CheckpointStore(tmp_path / "alone", 1), model, optimizer)
     alone, _ = training_state(model, optimizer)
     arguments = (size, ParallelConfig(timeout_s=60, **settings), tied, tmp_path, _free_port())
