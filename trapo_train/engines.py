@@ -52,7 +52,7 @@ def ready_to_generate(
         with gathered(model), precision(model):
             yield
     elif isinstance(engine, VllmEngine):
-        with engine.awake(whole_weights(model)):
+        with engine.awake(whole_weights(model, policy_head(model).compute_dtype)):
             yield
     else:
         if engine.loaded_step != step:

@@ -126,19 +126,23 @@ def without_lora(model: PreTrainedModel) -> Iterator[None]:
         enable(True)
 
 
-def merged_weights(model: PreTrainedModel, names: Iterable[str], whole: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors `names` (of parameters and buffers) with every adapter added to its layer, under the names of the plain model.
+def merged_weights(
+    model: PreTrainedModel, names: Iterable[str], whole: Callable[..., Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors `names` (of parameters and buffers) in `dtype`, with every adapter added to its layer before that is rounded,
+    under the names of the plain model.
 
-    `whole` gives a tensor by its name; it is asked for them one after the other.
+    `whole` gives a tensor by its name, in a type that is given or its own; it is asked for them one after the other.
     """
     layers = {f"{name}.base_layer.weight": (name, module) for name, module in adapted_layers(model)}
     for name in names:
         if ".lora_" in name:
             continue
-        weight = whole(name)
         if name in layers:
             path, layer = layers[name]
             (adapter,) = layer.active_adapters
-            a, b = (whole(f"{path}.lora_{part}.{adapter}.weight") for part in "AB")
-            weight = weight + layer.scaling[adapter] * b @ a
+            weight, a, b = (whole(n) for n in (name, *(f"{path}.lora_{part}.{adapter}.weight" for part in "AB")))
+            weight = (weight + layer.scaling[adapter] * b @ a).to(dtype)
+        else:
+            weight = whole(name, dtype)
         yield name.replace(".base_layer.", "."), weight

@@ -34,7 +34,6 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _MARKER = ".exported_by_trapo"
 # What changes in an optimizer's groups during a run; the rest is configured, or chosen for how the parameters are held (fused).
 _SCHEDULED = ("lr", "initial_lr")
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,16 +97,19 @@ def has_finite_weights(model: PreTrainedModel, world: World) -> bool:
     return all(world.gather(all(bool(weight.isfinite().all()) for weight in mine)))
 
 
-def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model as it is now, whole and with LoRA's adapters added, under the names of the plain model; a tied one
-    once. Every rank must go through all of them: a sharded weight is put together when its turn comes."""
-    parameters = dict(model.named_parameters())
+def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint of the model has, as it is now: whole, rounded to `dtype` and with LoRA's adapters added, under the names
+    of the plain model; a tied weight once. Every rank must go through all of them: a sharded weight is put together when its turn
+    comes, from shards that were rounded before they travel."""
+    names = _names(model)
+    tensors = {name: value for name, value in model.state_dict().items() if name in names}
 
-    def whole(name: str) -> Tensor:
-        parameter = parameters[name].detach()
-        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    def whole(name: str, dtype: torch.dtype | None = None) -> Tensor:
+        value = tensors[name].detach()
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
-    return merged_weights(model, parameters, whole)
+    return merged_weights(model, tensors, whole, dtype)
 
 
 def export_model(
@@ -120,23 +122,20 @@ def export_model(
     """Write model and tokenizer as Hugging Face files (safetensors), replacing an older export as a whole. LoRA's adapters are
     added to the weights, which are then rounded to `dtype`.
 
-    Every rank of `world` must call this; the first one gathers the weights and writes.
+    Every rank of `world` must call this; the first one keeps the weights that all gather, and writes.
 
     Raises: CheckpointError, on the first rank, when the disk is full or not writable, or for a directory that holds anything but an
         older export; what was there stays.
     """
     directory = Path(directory).resolve()  # a link to a larger disk stays one
     sharded = world is not None and world.size > 1
-    weights = get_model_state_dict(model, options=_WHOLE) if sharded or has_lora(model) or dtype != torch.float32 else None
-    if world is not None and not world.first:
+    first = world is None or world.first
+    weights = None
+    if sharded or has_lora(model) or dtype != torch.float32:
+        gathered = whole_weights(model, dtype)
+        weights = {name: value.cpu() for name, value in gathered if first}
+    if not first:
         return directory
-    if weights is not None:
-        names = _names(model)
-        weights = {name: value for name, value in weights.items() if name in names}
-    if has_lora(model):
-        weights = dict(merged_weights(model, list(weights), weights.__getitem__))
-    if weights is not None:
-        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
     with _in_place_of(directory) as unfinished:
         model.save_pretrained(unfinished, state_dict=weights)
         _name_dtype(unfinished / "config.json", dtype if weights is not None else torch.float32)

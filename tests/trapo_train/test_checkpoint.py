@@ -9,10 +9,14 @@ import pickle
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trapo_train import checkpoint
@@ -291,6 +295,28 @@ def test_export_is_loaded_by_transformers_and_replaced_as_a_whole(tmp_path):
     assert torch.equal(again.eval()(token_ids).logits, model.eval()(token_ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab|")["input_ids"] == tokenizer("ab|")["input_ids"]
     assert not list((tmp_path / "model").glob("*.bin"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shards_are_rounded_before_they_travel(tmp_path, monkeypatch, dtype):
+    scratch = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(scratch=scratch), task_tokenizer=build_tokenizer())
+    expected = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    gather, travelled = DTensor.full_tensor, []
+    monkeypatch.setattr(DTensor, "full_tensor", lambda shard: travelled.append(shard.dtype) or gather(shard))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+        directory = export_model(model, tokenizer, tmp_path / "model", SimpleNamespace(size=2, first=True), dtype)
+        assert export_model(model, tokenizer, tmp_path / "other", SimpleNamespace(size=2, first=False), dtype) == tmp_path / "other"
+    finally:
+        torch.distributed.destroy_process_group()
+    assert travelled == [dtype] * 2 * len(expected) and not (tmp_path / "other").exists()
+    exported = load_file(directory / "model.safetensors")
+    assert exported.keys() == expected.keys() and all(torch.equal(exported[name], value) for name, value in expected.items())
 
 
 def test_an_export_replaces_nothing_but_an_export_and_follows_a_link(tmp_path):
