@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +42,9 @@ class VllmConfig:
     """Run without CUDA graphs: slower, but starts sooner and needs less memory."""
     sleep: bool = True
     """Give vLLM's memory back while training; without it both must fit at once. A CPU cannot, and does not."""
+    seed_requests: bool = False
+    """A seed for every request, for which vLLM draws row by row; else one for each round of sampling. What is sampled with a seed
+    of its own, as an evaluation, has one for every request either way."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
@@ -58,8 +61,8 @@ class VllmEngine(SeededEngine):
 
     `Completion.logprobs` are those at the sampling temperature; unlike the embedded engine's they are taken after top_k and top_p.
 
-    Determinism: requests carry seeds derived from the engine's, so that equal states ask for equal samples; what a GPU answers
-    may still depend on how vLLM batches them.
+    Determinism: equal states ask for equal samples: a stream, or each of its requests, has a seed derived from the engine's. What
+    requests without seeds draw depends on which run together; a GPU's sums, and so its answers, may in any case.
 
     Args:
         config: how vLLM runs.
@@ -86,6 +89,7 @@ class VllmEngine(SeededEngine):
         super().__init__(seed)
         self._vllm = _import_vllm()
         self._tokenizer = tokenizer
+        self._seed_requests = config.seed_requests
         self._sleeps = config.sleep and model.device.type == "cuda"
         architecture = type(model).__name__.removeprefix("FSDP")  # of which sharding makes a subclass
         type(model.config).from_dict(model.config.to_dict() | {"architectures": [architecture]}).save_pretrained(folder)
@@ -143,7 +147,8 @@ class VllmEngine(SeededEngine):
             "detokenize": False,
             "output_kind": self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         }
-        return VllmStream(self._vllm, self._llm.llm_engine, options, self._next_key(params))
+        seeded = self._seed_requests or params.seed is not None
+        return VllmStream(self._vllm, self._llm.llm_engine, options, self._next_key(params), seeded)
 
 
 class VllmStream:
@@ -151,8 +156,9 @@ class VllmStream:
 
     in_order, hungry = False, True
 
-    def __init__(self, vllm: Any, llm_engine: Any, options: dict[str, Any], key: int) -> None:
-        self._vllm, self._engine, self._options, self._key = vllm, llm_engine, options, key
+    def __init__(self, vllm: Any, llm_engine: Any, options: dict[str, Any], key: int, seeded: bool) -> None:
+        self._vllm, self._engine, self._options, self._key, self._seeded = vllm, llm_engine, options, key, seeded
+        self._generators = ExitStack()
         self._running: set[str] = set()
         self._tickets, self._steps, self._rows = 0, 0, 0
 
@@ -162,7 +168,7 @@ class VllmStream:
         Raises: EngineError for one that vLLM refuses.
         """
         self._tickets += 1
-        seed = request_key(self._key, key) & (2**63 - 1)
+        seed = request_key(self._key, key) & (2**63 - 1) if self._seeded else None
         params = self._vllm.SamplingParams(max_tokens=budget, seed=seed, **self._options)
         with _vllm_errors("add_request"):
             self._engine.add_request(str(self._tickets), self._vllm.inputs.tokens_input(list(prompt)), params)
@@ -191,9 +197,14 @@ class VllmStream:
         return {"rollout/engine_steps": float(self._steps), "rollout/rows_in_flight": self._rows / self._steps}
 
     def __enter__(self) -> Self:
+        if not self._seeded:  # vLLM then draws from torch's generators, which are the trainer's and equal on all ranks
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            self._generators.enter_context(torch.random.fork_rng(devices))
+            torch.manual_seed(self._key)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._generators.close()
         if self._running:
             self._engine.abort_request(sorted(self._running))
 

@@ -51,6 +51,9 @@ class VllmServerConfig:
     further one after twice the time, at most 30 s."""
     max_in_flight: int = 256
     """Most requests sent at once, at least 1."""
+    seed_requests: bool = False
+    """A seed for every request, for which vLLM draws row by row; else the server draws as it likes. What is sampled with a seed of
+    its own, as an evaluation, has one for every request either way."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
@@ -71,8 +74,8 @@ class VllmServerEngine(SeededEngine):
     A request that fails may mean that the server has started anew, with its old weights: it reads those of this run again before
     the request is repeated, and whenever generating begins.
 
-    Determinism: requests carry seeds derived from the engine's, so that equal states ask for equal samples; what a GPU server
-    answers may still depend on how it batches them.
+    Determinism: with seed_requests, requests carry seeds derived from the engine's, so that equal states ask for equal samples;
+    what a GPU server answers may still depend on how it batches them.
     """
 
     def __init__(self, config: VllmServerConfig, model: str, sync_dir: Path, tokenizer: Any, *, seed: int) -> None:
@@ -130,7 +133,9 @@ class VllmServerEngine(SeededEngine):
             "skip_special_tokens": False,
         }
         weights = self._weights if self.loaded_step >= 0 else None
-        return VllmServerStream(_Client(self._config, weights), self._config.max_in_flight, body, self._next_key(params))
+        key = self._next_key(params)
+        seeded = self._config.seed_requests or params.seed is not None
+        return VllmServerStream(_Client(self._config, weights), self._config.max_in_flight, body, key if seeded else None)
 
 
 class VllmServerStream:
@@ -138,7 +143,7 @@ class VllmServerStream:
 
     in_order, hungry = False, True
 
-    def __init__(self, client: _Client, max_in_flight: int, body: dict[str, Any], key: int) -> None:
+    def __init__(self, client: _Client, max_in_flight: int, body: dict[str, Any], key: int | None) -> None:
         self._client, self._body, self._key = client, body, key
         self._threads = ThreadPoolExecutor(max_in_flight, thread_name_prefix="vllm-server")
         self._running: dict[Future, int] = {}
@@ -148,8 +153,9 @@ class VllmServerStream:
     def submit(self, prompt: Sequence[int], budget: int, key: int) -> int:
         """Send a request."""
         self._tickets += 1
-        seed = request_key(self._key, key) & (2**63 - 1)
-        body = self._body | {"prompt": list(prompt), "max_tokens": budget, "seed": seed}
+        body = self._body | {"prompt": list(prompt), "max_tokens": budget}
+        if self._key is not None:
+            body["seed"] = request_key(self._key, key) & (2**63 - 1)
         self._running[self._threads.submit(self._complete, body)] = self._tickets
         return self._tickets
 

@@ -22,7 +22,7 @@ MODEL = "tiny"
 # What a server would take from the model's generation_config where it is left out, besides temperature, top_p and top_k.
 NEUTRAL = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 BODY = {
-    "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "logprobs",
+    "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", "logprobs",
     "return_token_ids", "skip_special_tokens", *NEUTRAL,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"results": [None]})
         if self.path == "/reset_prefix_cache":
             return self._answer(None)
-        if set(body) != BODY or not body["ignore_eos"]:
+        if body.keys() - {"seed"} != BODY or not body["ignore_eos"]:
             return self._answer({"error": f"not what vLLM expects: {sorted(set(body) ^ BODY)}"}, 400)
         if any(body[name] != value for name, value in NEUTRAL.items()):
             return self._answer({"error": f"not the model's own distribution: {[body[name] for name in NEUTRAL]}"}, 400)
@@ -119,7 +119,7 @@ class FakeServer:
 
     def complete(self, body):
         top_k, stop_ids = max(0, body["top_k"]), tuple(body["stop_token_ids"])
-        params = SamplingParams(body["max_tokens"], body["temperature"], body["top_p"], top_k, stop_ids, body["seed"])
+        params = SamplingParams(body["max_tokens"], body["temperature"], body["top_p"], top_k, stop_ids, body.get("seed"))
         with self.lock:
             (completion,) = self.engine.generate([body["prompt"]], params)
             logprobs = self.reported(body["prompt"], completion, params)
@@ -193,7 +193,9 @@ class FakeSamplingParams:
     def __init__(
         self, *, max_tokens, seed, temperature, top_p, top_k, stop_token_ids, ignore_eos, logprobs, detokenize, output_kind
     ):
-        assert ignore_eos and logprobs == 0 and not detokenize and output_kind == 2 and 0 <= seed < 2**63
+        assert ignore_eos and logprobs == 0 and not detokenize and output_kind == 2
+        seed = int(torch.randint(2**62, ())) if seed is None else seed  # as vLLM, which then draws from torch's generator
+        assert 0 <= seed < 2**63
         self.budget, self.params = max_tokens, SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop_token_ids), seed)
 
 

@@ -100,9 +100,11 @@ def test_building_it_leaves_the_random_states_alone_and_passes_the_settings_on(v
     assert (llm.backend, llm.max_model_len, llm.dtype) == ("external_launcher", 33, "float32")
 
 
-def test_equal_states_ask_for_equal_samples(vllm, tmp_path):
+@pytest.mark.parametrize("seed_requests", [False, True])
+def test_equal_states_ask_for_equal_samples_and_leave_the_trainers_generator_alone(vllm, tmp_path, seed_requests):
     model = tiny()
-    engine = build(model, tmp_path)
+    engine = build(model, tmp_path, seed_requests=seed_requests)
+    before = torch.get_rng_state()
     with engine.awake(weights(model)):
         first, state = engine.generate(PROMPTS, SamplingParams(8)), engine.state_dict()
         second = engine.generate(PROMPTS, SamplingParams(8))
@@ -111,6 +113,20 @@ def test_equal_states_ask_for_equal_samples(vllm, tmp_path):
         assert engine.generate(PROMPTS, SamplingParams(8)) == second
         engine.reseed(3)
         assert engine.generate(PROMPTS, SamplingParams(8)) == first
+        engine.reseed(4)  # another rank's
+        assert engine.generate(PROMPTS, SamplingParams(8)) != first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_request_has_a_seed_where_that_is_asked_for(vllm, tmp_path, monkeypatch):
+    model, asked, make = tiny(), [], vllm.SamplingParams
+    monkeypatch.setattr(vllm, "SamplingParams", lambda **options: asked.append(options["seed"] is not None) or make(**options))
+    for seed_requests in (False, True):
+        engine = build(model, tmp_path, seed_requests=seed_requests)
+        with engine.awake(weights(model)):
+            for params in (SamplingParams(3), SamplingParams(3, seed=1)):  # an evaluation brings its own
+                engine.generate(PROMPTS[:1], params)
+    assert asked == [False, True, True, True]
 
 
 def test_plans_go_on_one_by_one(vllm, tmp_path):
@@ -118,7 +134,7 @@ def test_plans_go_on_one_by_one(vllm, tmp_path):
     problems, plan = [problem(i, f"ab,bc?a{1 + i % 8}:") for i in range(12)], build_plan(PlanConfig("paper"))
     results = []
     for kind in (Rounds, lambda engine: engine):
-        engine = build(model, tmp_path, max_model_len=300)
+        engine = build(model, tmp_path, max_model_len=300, seed_requests=True)
         with engine.awake(weights(model)):
             results.append(run_plans(problems, plan, kind(engine), pointer_chasing_reward, TOKENIZER, config))
     rounds, free = results

@@ -51,7 +51,7 @@ def weights(tmp_path):
 @pytest.fixture
 def engine(server, weights, monkeypatch):
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
-    config = VllmServerConfig(base_url=server.url, timeout_s=1.0, max_retries=2)
+    config = VllmServerConfig(base_url=server.url, timeout_s=1.0, max_retries=2, seed_requests=True)
     engine = VllmServerEngine(config, MODEL, weights, build_tokenizer(), seed=3)
     engine.load_weights()
     engine.loaded_step = 0
@@ -96,6 +96,14 @@ def test_equal_states_ask_for_equal_samples_whatever_the_order_of_arrival(engine
     engine.load_state_dict(state)
     assert engine.generate([[5, 6]] * 6, SamplingParams(8)) == first
     assert engine.generate([[5, 6]], SamplingParams(8, seed=1)) == engine.generate([[5, 6]], SamplingParams(8, seed=1))
+
+
+def test_a_request_has_a_seed_where_that_is_asked_for(server, engine):
+    engine._config = replace(engine._config, seed_requests=False)
+    assert VllmServerConfig().seed_requests is False
+    for params in (SamplingParams(3), SamplingParams(3, seed=1)):
+        engine.generate([[5, 6]] * 3, params)
+    assert [body.get("seed") is None for path, body in server.requests if path == "/v1/completions"] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("fault", [500, 429, "garbage", "die", "hang"])
