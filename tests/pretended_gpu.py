@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "meta"
-# As on a GPU: results whose size or value the host must know, and copies between the two unless they are said to be non-blocking.
+# As on a GPU: results whose size or value the host must know, and copies between the two unless they are said to be non-blocking;
+# one to the GPU must come from pinned memory, too.
 _HOST_WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount")}
 _HOST_WAITS |= {"aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by a mask, the host counts it
@@ -87,7 +88,7 @@ class PretendedGpu(TorchDispatchMode):
         if name == "aten::copy_" and on_gpu[0] != on_gpu[1]:
             return not (on_gpu[0] and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)))
         if name == "aten::_to_copy":
-            return to_host or not (on_gpu[0] or kwargs.get("non_blocking", False))
+            return to_host or not (on_gpu[0] or (kwargs.get("non_blocking", False) and getattr(args[0], "pinned", False)))
         masks = name in _INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
         return masks or name in _HOST_WAITS
 
@@ -116,7 +117,13 @@ def pretend(monkeypatch):
     def autocast_unless_pretended(device_type, *args, **options):
         return contextlib.nullcontext() if device_type == DEVICE else autocast(device_type, *args, **options)
 
+    def pin_memory(tensor):
+        copy = tensor.clone()
+        copy.pinned = True
+        return copy
+
     with monkeypatch.context() as patch, PretendedGpu() as gpu:
+        patch.setattr(torch.Tensor, "pin_memory", pin_memory)  # which asks for a real one
         patch.setattr(torch, "tensor", tensor)  # torch makes it without asking the mode
         patch.setattr(torch, "is_autocast_enabled", lambda device_type="cpu": device_type != DEVICE and enabled(device_type))
         patch.setattr(torch, "autocast", autocast_unless_pretended)

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from trapo_train.flex import flex_forward
+from trapo_train.upload import upload
 from trapo_train.varlen import WIDEST_HEAD, computed_in, varlen_forward, varlen_obstacle
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], de
 def _boundaries(segment_lengths: Sequence[int], device: torch.device) -> Tensor:
     """Int32 [segments + 1]: where each segment of the row starts, and its tokens in all."""
     boundaries = F.pad(torch.tensor(segment_lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    return boundaries.to(device, non_blocking=True)
+    return upload(boundaries, device)
 
 
 def packed_attention_forward(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from trapo_train.upload import upload
+
 BLOCK = 128  # tokens; flex_attention's default
 _MASKS_KEPT = 4  # of the current row: one per window that its layers have, on their device
 
@@ -39,7 +41,7 @@ def packed_block_mask(segment_lengths: tuple[int, ...], window: int | None, devi
     # All pairs visible: one sequence from the first key of the cell to the last query of the row, below the diagonal, in reach.
     one_sequence = first_query[None, :] >= start[last_query][:, None]
     whole = seen & (key_cell < query_cell) & one_sequence & (last_query[:, None] - first_query[None, :] < reach)
-    start = start.to(device, non_blocking=True)
+    start = upload(start, device)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= start[query]) & (query - key < reach)
@@ -53,7 +55,7 @@ def _compact(cells: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """How many cells of each row are marked, [1, 1, B], and which, [1, 1, B, B], the marked ones first."""
     order = cells.int().argsort(dim=1, descending=True, stable=True)
     parts = (cells.sum(1)[None, None], order[None, None])
-    return tuple(part.to(device, torch.int32, non_blocking=True) for part in parts)
+    return tuple(upload(part.to(torch.int32), device) for part in parts)
 
 
 def flex_forward(

@@ -345,7 +345,8 @@ def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 
 def score_all(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
     """The logprobs [N] of each micro-batch, on the CPU; every pass is queued before the first copy to the host."""
     device = next(model.parameters()).device
-    scored = [score(model, micro_batch.to(device), temperature) for micro_batch in micro_batches]
+    there = [micro_batch.to(device) for micro_batch in micro_batches]
+    scored = [score(model, micro_batch, temperature) for micro_batch in there]
     return [logprob.cpu() for logprob in scored]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trapo_kernels import Objective, Role, TokenBatch, aggregate
 from trapo_train.records import Sample
+from trapo_train.upload import upload, upload_batch
 
 AGGREGATIONS = ("constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean")
 
@@ -66,11 +67,11 @@ class MicroBatch:
         """The same micro-batch on `device`."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            loss_positions=self.loss_positions.to(device, non_blocking=True),
-            batch=self.batch.to(device),
-            correction=self.correction and {name: x.to(device, non_blocking=True) for name, x in self.correction.items()},
+            input_ids=upload(self.input_ids, device),
+            position_ids=upload(self.position_ids, device),
+            loss_positions=upload(self.loss_positions, device),
+            batch=upload_batch(self.batch, device),
+            correction=self.correction and {name: upload(x, device) for name, x in self.correction.items()},
         )
 
 

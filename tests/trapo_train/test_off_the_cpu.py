@@ -7,7 +7,8 @@ import torch
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_train.test_train import build_config
-from trapo_train import parallel
+from trapo_train import parallel, upload
+from trapo_train.packing import MicroBatch
 from trapo_train.train import Trainer
 
 OPTIONS = [
@@ -31,6 +32,7 @@ def on_a_pretended_gpu(monkeypatch):
     def call(run):
         with pretend(monkeypatch) as gpu, monkeypatch.context() as patch:
             patch.setattr(parallel.World, "__init__", init)
+            patch.setattr(upload, "_PINNED_FOR", DEVICE)
             return run(gpu)
 
     return call
@@ -49,13 +51,14 @@ def test_a_run_equals_that_on_the_cpu(tmp_path, on_a_pretended_gpu):
             assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-8), name
 
 
-def test_an_update_queues_all_of_its_passes_before_it_waits(tmp_path, on_a_pretended_gpu):
+def test_an_update_queues_all_of_its_uploads_then_its_passes_before_it_waits(tmp_path, on_a_pretended_gpu, monkeypatch):
     """Per mini-batch: logprobs of the old policy, of the reference; then per update one transfer of its metrics."""
 
     def watched(gpu):
         trainer = Trainer(build_config(tmp_path, "run", *OPTIONS, "packing.max_tokens=60", "rollout.max_response_tokens=8"))
         for model in (trainer.model, trainer.reference):
-            model.run_head = _marked(model.run_head, gpu.waits)
+            model.run_head = _marked(model.run_head, "pass", gpu.waits)
+        monkeypatch.setattr(MicroBatch, "to", _marked(MicroBatch.to, "upload", gpu.waits))
         update = trainer._update
         trainer._update = lambda *arguments: gpu.waits.clear() or update(*arguments)
         trainer.train_step()
@@ -63,13 +66,13 @@ def test_an_update_queues_all_of_its_passes_before_it_waits(tmp_path, on_a_prete
 
     waits, micro_batches = on_a_pretended_gpu(watched)
     assert micro_batches > 4 and waits.count("pass") == 3 * micro_batches
-    scored, updated = ["pass", "aten::_to_copy"], ["pass", "tolist"]
+    scored, updated = ["upload", "pass", "aten::_to_copy"], ["upload", "pass", "tolist"]
     assert [what for what, _ in groupby(waits)] == 4 * scored + 2 * updated
 
 
-def _marked(call, marks):
+def _marked(call, what, marks):
     def marked(*arguments):
-        marks.append("pass")
+        marks.append(what)
         return call(*arguments)
 
     return marked
