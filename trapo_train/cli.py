@@ -323,6 +323,17 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
 
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
+    """The configuration, with the allocator set as suits it."""
+    config = _read_config(args, finished_run)
+    # Micro-batches differ in length: segments of fixed sizes would leave holes that nothing fits into. torch reads this when CUDA
+    # starts, a user's own first. vLLM's sleep moves memory of its own, for which it refuses such segments.
+    sleeps = config.rollout.engine == "vllm" and config.rollout.vllm.sleep
+    if not sleeps and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return config
+
+
+def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
     """The configuration; for the directory of a finished run its own, with the model that it trained."""
     from trapo_train.config import CONFIG_FILE, load_config
     from trapo_train.train import MODEL_DIR

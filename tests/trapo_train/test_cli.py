@@ -1,6 +1,7 @@
 """The commands do what they say on a tiny model, and what the user can correct is told in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,26 @@ def config(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(output=tmp_path / "run"))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "expected"),
+    [
+        ({}, [], "expandable_segments:True"),
+        ({}, ["rollout.engine=vllm"], None),
+        ({}, ["rollout.engine=vllm", "rollout.vllm.sleep=false"], "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, [], "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, [], None),
+    ],
+)
+def test_segments_grow_but_where_vllm_sleeps_or_the_user_says_otherwise(config, own, overrides, expected, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever the command does
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    cli._load(cli._parse(["run", config, *overrides]), finished_run=False)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 @pytest.fixture
