@@ -188,7 +188,8 @@ def _training(
         yield "weights gathered by FSDP", whole
         of_embedding = 0 if weights.head else rest  # tied, it has a gradient from the head on
         trained = weights.trained / weights.total
-        scattered = int(trained * (dtype.itemsize * (of_embedding + unit) + 4 * unit))
+        summed = 4 * unit * (1 + config.parallel.replicate / gpus)  # whole before ranks add theirs, and this rank's part of the sum
+        scattered = int(trained * (dtype.itemsize * (of_embedding + unit) + summed))
         yield "gradients before FSDP scatters them", {"backward": scattered}
 
 

@@ -152,6 +152,18 @@ def test_more_gpus_share_weights_and_state(recipe):
         plan_memory(load_config(recipe, ["parallel.replicate=2"]), gpus=3)
 
 
+def test_a_head_of_its_own_is_scattered_before_the_layers(recipe, tmp_path):
+    tied = SHAPE.to_dict() | {"tie_word_embeddings": True}
+    Qwen2Config(**tied).save_pretrained(tmp_path / "tied")
+    own = plan_memory(load_config(recipe), gpus=4).components
+    shared = plan_memory(load_config(recipe, [f"model.name_or_path={tmp_path / 'tied'}"]), gpus=4).components
+    table, layer = 500 * 64, (MATRICES + VECTORS - 2 * 500 * 64 - 64) // 4
+    assert own["weights gathered by FSDP"]["loss"] - shared["weights gathered by FSDP"]["loss"] == 2 * table
+    assert own["weights gathered by FSDP"]["backward"] == 2 * (2 * layer + table + 64)  # embedding, norm and two layers
+    assert own["gradients before FSDP scatters them"]["backward"] == int(2 * layer + 4 * layer * 1.25)
+    assert shared["gradients before FSDP scatters them"]["backward"] == int(2 * (layer + table + 64) + 4 * layer * 1.25)
+
+
 def test_every_rank_loads_the_whole_model_and_a_reference_after_it(recipe):
     whole = 4 * (MATRICES + VECTORS)
     assert plan_memory(load_config(recipe), gpus=8).loading_bytes == whole
