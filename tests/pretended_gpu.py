@@ -86,7 +86,8 @@ class PretendedGpu(TorchDispatchMode):
     @staticmethod
     def _waits(name: str, tensors: list, on_gpu: list, to_host: bool, args: tuple, kwargs: dict) -> bool:
         if name == "aten::copy_" and on_gpu[0] != on_gpu[1]:
-            return not (on_gpu[0] and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)))
+            queued = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            return not (on_gpu[0] and queued and getattr(args[1], "pinned", False))
         if name == "aten::_to_copy":
             return to_host or not (on_gpu[0] or (kwargs.get("non_blocking", False) and getattr(args[0], "pinned", False)))
         masks = name in _INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])

@@ -148,7 +148,9 @@ X = torch.arange(3.0)
         (lambda x: x.cpu(), "_to_copy"),
         (lambda x: torch.empty(3).copy_(x), "copy_"),
         (lambda x: X.to(DEVICE), "_to_copy"),
+        (lambda x: X.to(DEVICE, non_blocking=True), "_to_copy"),  # not from pinned memory
         (lambda x: x.copy_(X), "copy_"),
+        (lambda x: x.copy_(X, non_blocking=True), "copy_"),
         (lambda x: x.nonzero(), "nonzero"),
         (lambda x: x[x > 1], "index"),
         (lambda x: x.masked_select(x > 1), "masked_select"),
@@ -156,15 +158,15 @@ X = torch.arange(3.0)
     ],
 )
 def test_the_pretended_gpu_sees_what_waits(gpu, wait, name):
-    x = X.to(DEVICE, non_blocking=True)
+    x = X.pin_memory().to(DEVICE, non_blocking=True)
     assert gpu.waits == []
     wait(x)
     assert f"aten::{name}" in gpu.waits
 
 
 def test_the_pretended_gpu_lets_pass_what_does_not_wait(gpu):
-    x = X.to(DEVICE, non_blocking=True)
-    x.copy_(X, non_blocking=True).add_(1).index_select(0, torch.tensor([0], device=DEVICE)).sum()
+    x = X.pin_memory().to(DEVICE, non_blocking=True)
+    x.copy_(X.pin_memory(), non_blocking=True).add_(1).index_select(0, torch.tensor([0], device=DEVICE)).sum()
     x[torch.tensor([0, 1], device=DEVICE)] = torch.where(x > 1, x, 0.0)[:2]
     assert gpu.waits == ["aten::_to_copy"] * 2  # of the indices
     with pytest.raises(RuntimeError, match="same device"):
