@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -161,12 +162,17 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`; what a CPU knew of `active_rows` moves along, so that no sync follows on a GPU."""
         later = torch.device(device).type != "cpu"  # on a CPU the copy is read at once
-        moved = {
-            stream.name: None if (t := getattr(self, stream.name)) is None else t.to(device, non_blocking=later)
-            for stream in fields(self)
-        }
-        there = TokenBatch(**moved)
-        there._note(_Rows(*(None if rows is None else rows.to(device, non_blocking=later) for rows in self._rows())))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=later))
+
+    def pin_memory(self) -> TokenBatch:
+        """The same batch in pinned host memory, from which `to` a GPU need not wait for it; a DataLoader calls this."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, place: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """The same batch, every tensor of which `place` has put elsewhere."""
+        streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}
+        there = TokenBatch(**{name: None if tensor is None else place(tensor) for name, tensor in streams.items()})
+        there._note(_Rows(*(None if rows is None else place(rows) for rows in self._rows())))
         return there
 
     def with_active_rows(self, rows: Tensor | None) -> TokenBatch:

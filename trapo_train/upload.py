@@ -1,8 +1,6 @@
-"""Host tensors onto a GPU without waiting for it: from pinned memory, as from any other the driver may wait for the stream."""
+"""From the host onto a GPU without waiting for it: out of pinned memory, as from any other the driver may wait for the stream."""
 
 from __future__ import annotations
-
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -13,19 +11,16 @@ _PINNED_FOR = "cuda"
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device`; the copy of a host tensor is queued behind what a GPU computes."""
-    return _pinned(tensor, device).to(device, non_blocking=True)
+    """`tensor` on `device`; the copy is queued behind what a GPU computes."""
+    source = tensor.pin_memory() if _should_pin(tensor, device) else tensor
+    return source.to(device, non_blocking=True)
 
 
 def upload_batch(batch: TokenBatch, device: torch.device | str) -> TokenBatch:
     """`batch` on `device`, in the same way."""
-    if torch.device(device).type == _PINNED_FOR:
-        streams = {stream.name: getattr(batch, stream.name) for stream in fields(batch)}
-        pinned = {name: _pinned(tensor, device) for name, tensor in streams.items() if tensor is not None}
-        rows = batch.active_rows
-        batch = replace(batch, **pinned).with_active_rows(None if rows is None else _pinned(rows, device))
-    return batch.to(device)
+    source = batch.pin_memory() if _should_pin(batch.target, device) else batch
+    return source.to(device)
 
 
-def _pinned(tensor: Tensor, device: torch.device | str) -> Tensor:
-    return tensor.pin_memory() if torch.device(device).type == _PINNED_FOR and tensor.device.type == "cpu" else tensor
+def _should_pin(tensor: Tensor, device: torch.device | str) -> bool:
+    return torch.device(device).type == _PINNED_FOR and tensor.device.type == "cpu"
