@@ -1,8 +1,9 @@
-// Schemas of the native row operations. Every backend (csrc/cpu, csrc/cuda) registers an implementation of the same ones;
-// trapo_kernels/backends/native.py is their only caller and says what the arguments mean.
+// Schemas of the native operations. csrc/cpu and csrc/cuda both implement those on rows of logits, row_* and token_coefficient;
+// scoring is of csrc/cuda alone, and gemm, bf16_units and instruction_set are of csrc/cpu alone. trapo_kernels/backends/native.py is
+// their only caller and says what the arguments mean.
 //
-// Shapes: logits [C, V] with unit stride in a row; all other tensors [C], bias [V]. softcap 0 means none. `row_temperature`,
-// where given, replaces `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
+// Shapes: logits [C, V] with unit stride in a row, bias [V], all other tensors [C]; in place of logits scoring has hidden [C, D] and
+// weight [V, D]; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none. `row_temperature`, where given, replaces `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
 
 #include <torch/csrc/stable/library.h>
 

@@ -145,8 +145,8 @@ def rows(backend: str) -> ModuleType:
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply `grad` in place, in fp32, by `factor`, 0-d on the same device. A GPU finds out by itself whether that is 1, and then
-    leaves the gradient alone."""
+    """Multiply `grad` in place, in fp32, by `factor`, 0-d on the same device. On a GPU the kernel compares the factor with 1 and
+    returns early where it is, so that the host never waits to know."""
     if grad.device.type == "cpu" and factor.item() == 1.0:
         return
     if grad.device.type == "cuda" and why_not("triton", grad.device, grad.dtype) is None:

@@ -9,18 +9,15 @@ from statistics import fmean, stdev
 from typing import Literal
 
 from trapo_train.records import Sample
-
-CENTERS = ("mean", "leave_one_out", "none")
-BASELINES = ("all", "unguided", "same_prefix")
-NORMALISATIONS = ("none", "group_std", "batch_std", "batch")
+from trapo_train.schema import UserError, check
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
     """How rewards become advantages: what is subtracted, over which samples, and what it is divided by.
 
-    The defaults are those of TRAPO and Dr.GRPO; `advice.METHODS` has what other methods take. REINFORCE++ with a baseline centres
-    at the mean.
+    The defaults are those of TRAPO and Dr.GRPO; `trapo_kernels.objectives.PUBLISHED` has what other methods take. REINFORCE++ with
+    a baseline centres at the mean.
     """
 
     normalise: Literal["none", "group_std", "batch_std", "batch"] = "none"
@@ -33,16 +30,14 @@ class AdvantageConfig:
     """What is subtracted: the mean reward of the baseline samples, that of the others among them, or nothing."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("normalise", NORMALISATIONS), ("baseline", BASELINES), ("center", CENTERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        check(self)
         if self.center == "none" and self.normalise in ("group_std", "batch_std"):
-            raise ValueError(
+            raise UserError(
                 f'center "none" goes with normalise "none" or "batch", got {self.normalise!r}: a deviation is no scale for '
                 'rewards that are not centred. Use center="mean".'
             )
         if self.center == "none" and self.baseline != "all":
-            raise ValueError(f'center "none" subtracts no baseline, got baseline {self.baseline!r}. Leave baseline out.')
+            raise UserError(f'center "none" subtracts no baseline, got baseline {self.baseline!r}. Leave baseline out.')
 
 
 def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> None:
@@ -55,14 +50,14 @@ def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> No
     advantages of 0 from before count in its mean and deviation. Whitening weighs samples equally, whatever their length.
 
     Raises:
-        ValueError: if a group mixes problems, because its baseline would then mean nothing.
+        UserError: if a group mixes problems, because its baseline would then mean nothing.
     """
     samples = [sample for group in groups for sample in group]
     batch_scale = _deviation([sample.reward for sample in samples]) if config.normalise == "batch_std" else 1.0
     for group in groups:
         indices = {sample.problem.index for sample in group}
         if len(indices) > 1:
-            raise ValueError(
+            raise UserError(
                 f"assign_advantages: a group must hold the samples of one problem, got problems {sorted(indices)}. "
                 "Group the samples by problem.index."
             )

@@ -4,32 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
 
-from trapo_kernels import Objective, gates
+from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
 from trapo_train.parallel import World
-
-
-class Method(NamedTuple):
-    """What a published method has besides its ratio loss: settings of `advantage` and `packing`; None where it leaves them open."""
-
-    normalise: str
-    center: str
-    aggregation: str | None
-
-
-METHODS = {
-    "grpo": Method("group_std", "mean", "sequence_mean"),
-    "dr_grpo": Method("none", "mean", "constant"),
-    "dapo": Method("group_std", "mean", "token_mean"),
-    "cispo": Method("group_std", "mean", "token_mean"),
-    "gspo": Method("group_std", "mean", "sequence_mean"),
-    "gmpo": Method("group_std", "mean", "sequence_mean"),
-    "sapo": Method("group_std", "mean", "sequence_mean"),
-    "rloo": Method("none", "leave_one_out", None),
-    "reinforce_pp": Method("batch", "none", None),
-}
 
 
 def advice(config: RunConfig, objective: Objective, num_problems: int, world: World) -> list[str]:
@@ -54,7 +32,7 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
 
 def _method(config: RunConfig) -> str | None:
     """An objective is a method's ratio loss alone; its advantages and its normaliser are settings of their own."""
-    method = METHODS.get(config.objective.name)
+    method = objectives.PUBLISHED.get(config.objective.name)
     if method is None:
         return None
     settings = {

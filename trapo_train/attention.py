@@ -24,12 +24,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from trapo_train.flex import flex_forward
+from trapo_train.schema import UserError
 from trapo_train.upload import upload
 from trapo_train.varlen import WIDEST_HEAD, computed_in, varlen_forward, varlen_obstacle
 
 logger = logging.getLogger(__name__)
 
-ATTENTIONS = ("auto", "sdpa_packed", "varlen", "flex", "flash_attention_2")
 # The names that transformers knows our functions by.
 PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION = "trapo_packed", "trapo_varlen", "trapo_flex"
 _OURS = {"sdpa_packed": PACKED_IMPLEMENTATION, "varlen": VARLEN_IMPLEMENTATION, "flex": FLEX_IMPLEMENTATION}
@@ -46,10 +46,10 @@ def choose_attention(
 ) -> str:
     """The `attn_implementation` for transformers; a named backend is honoured or refused, what "auto" chose is told.
 
-    Raises: ValueError when flash_attention_2, varlen or flex is asked for and cannot run.
+    Raises: UserError when flash_attention_2, varlen or flex is asked for and cannot run.
     """
     if attention == "flex" and device.type != "cuda":
-        raise ValueError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
+        raise UserError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
     package = None if is_flash_attn_2_available() else "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
     obstacles = {"flash_attention_2": package, "varlen": varlen_obstacle(architecture.get_text_config())}
     if device.type != "cuda":
@@ -58,7 +58,7 @@ def choose_attention(
         obstacles = dict.fromkeys(obstacles, f"it needs model.dtype=bfloat16, got {str(compute_dtype).removeprefix('torch.')}")
     if obstacles.get(attention):
         why = obstacles[attention]
-        raise ValueError(f"model.attention={attention} cannot run: {why}. Use model.attention=sdpa_packed or auto.")
+        raise UserError(f"model.attention={attention} cannot run: {why}. Use model.attention=sdpa_packed or auto.")
     if attention == "auto":
         refused = dict(takewhile(lambda entry: entry[1], obstacles.items()))
         attention = next((name for name in obstacles if name not in refused), "sdpa_packed")
@@ -69,24 +69,24 @@ def choose_attention(
 def check_attention(model: PreTrainedModel) -> None:
     """Refuse a model whose attention would be silently wrong on a packed row.
 
-    Raises: ValueError naming what the model does that the backend cannot do.
+    Raises: UserError naming what the model does that the backend cannot do.
     """
     config = model.config.get_text_config()
     name = type(model).__name__
     other_types = sorted(set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES)
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(
+        raise UserError(
             f"model: packing needs a model that uses transformers' attention interface, {name} does not. "
             "Use an architecture of transformers itself, with model.trust_remote_code=false."
         )
     if other_types or getattr(config, "attention_chunk_size", None):
         kinds = ", ".join(other_types) or "chunked attention"
-        raise ValueError(
+        raise UserError(
             f"model: packing supports full and sliding-window causal attention, {name} has {kinds}. "
             "Use a model with softmax attention over one contiguous window."
         )
     if model.config._attn_implementation in _OURS.values() and getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(
+        raise UserError(
             f"model.attention=sdpa_packed, varlen and flex cannot cap attention logits, {name} caps them at "
             f"{config.attn_logit_softcapping}. Use model.attention=flash_attention_2 with model.dtype=bfloat16."
         )
@@ -144,7 +144,7 @@ def packed_attention_forward(
     """
     if segment_lengths is None:
         if attention_mask is not None and attention_mask.numel() == 0:
-            raise ValueError(
+            raise UserError(
                 f"packed attention: {type(module).__name__} did not pass segment_lengths on to its attention. "
                 "Use an architecture of transformers itself."
             )
@@ -152,7 +152,7 @@ def packed_attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
-            raise ValueError(
+            raise UserError(
                 f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed, varlen and flex cannot do. "
                 "Use model.attention=flash_attention_2 or another model."
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 128  # columns
@@ -83,14 +83,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:rows, :, self._first : self._end] for buffer in self._buffers)
 
 
-def new_cache(config: Any) -> DynamicCache:
+def new_cache(config: PretrainedConfig) -> DynamicCache:
     """An empty cache for a model of this configuration."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def can_move(cache: DynamicCache, config: Any) -> bool:
+def can_move(cache: DynamicCache, config: PretrainedConfig) -> bool:
     """Whether the cache can be cut and padded."""
     types = getattr(config.get_text_config(), "layer_types", None) or ()
     by_position = all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trapo_train.parallel import World
+from trapo_train.schema import UserError
 
 FORMAT = 7
 STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
@@ -55,9 +56,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0:
-            raise ValueError(f"every must be at least 0 steps, got {self.every}.")
+            raise UserError(f"every must be at least 0 steps, got {self.every}.")
         if self.keep < 1:
-            raise ValueError(f"keep must be at least 1 checkpoint, got {self.keep}. Set every=0 to save none.")
+            raise UserError(f"keep must be at least 1 checkpoint, got {self.keep}. Set every=0 to save none.")
 
 
 class CheckpointError(RuntimeError):
@@ -307,15 +308,11 @@ class CheckpointStore:
         return None
 
 
-# What settings were before they existed, where that is not None; for checkpoints of earlier versions.
-_BEFORE = {"config.data.chat_template_kwargs": {}, "config.plan.refill": 0, "config.rollout.on_truncated": "keep"}
-
-
 def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence per value that differs, such as "optimizer.learning_rate was 0.001, is 0.01"."""
     differences = []
     for name in [*saved, *(name for name in current if name not in saved)]:
-        old, new = saved.get(name, _BEFORE.get(f"{prefix}{name}")), current.get(name)
+        old, new = saved.get(name), current.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             differences += compare_fingerprints(old, new, f"{prefix}{name}.")
         elif old != new:

@@ -7,8 +7,8 @@
 A chooser is asked before every step, those of plan relift on deferred problems left out, with the number of steps taken and the
 metrics of the last step (empty before the first), and answers "both", "expert", "rollout", or the name of a preset, which is used
 with its own defaults. A step without a rollout term takes the expert traces of its problems instead of what the plan would sample.
-An answer that the run cannot train, such as a preset that reads logprobs of a reference it has not kept, ends the run as an
-exception of the chooser does: before anything is sampled, and with a checkpoint.
+An answer that the run cannot train, such as a preset with a KL where no reference was loaded, and an exception of the chooser stop
+the run with a `ChooserError`: before anything is sampled, and with a checkpoint.
 
 A chooser must draw its decision from these and its own state alone, so that a run can be resumed. One with state has
 `state_dict()` and `load_state_dict(state)`, of tensors and plain values, which go into the checkpoint.
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from trapo_kernels import Objective, objectives
+from trapo_train.schema import UserError
 
 Chooser = Callable[[int, Mapping[str, Any]], str]
 CHOICES = ("both", "expert", "rollout")
 
 
-class ChooserError(ValueError):
+class ChooserError(UserError):
     """A chooser raised, or answered what cannot be trained."""
 
 
@@ -38,22 +39,22 @@ def load_chooser(path: str) -> Chooser:
 
     A module is looked for as `import` does, and in the working directory.
 
-    Raises: ValueError where there is none.
+    Raises: UserError where there is none.
     """
     if path.count(":") != 1:
-        raise ValueError(f"objective.chooser must be a path like my_choosers:Alternate, got {path!r}.")
+        raise UserError(f"objective.chooser must be a path like my_choosers:Alternate, got {path!r}.")
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
         sys.path.append(working_directory)
     try:
         chooser = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"objective.chooser {path!r} must name a function or class that can be imported: {error}.") from error
+        raise UserError(f"objective.chooser {path!r} must name a function or class that can be imported: {error}.") from error
     chooser = chooser() if isinstance(chooser, type) else chooser
     if not callable(chooser):
-        raise ValueError(f"objective.chooser {path!r} must be callable with (step, metrics), got {type(chooser).__name__}.")
+        raise UserError(f"objective.chooser {path!r} must be callable with (step, metrics), got {type(chooser).__name__}.")
     if hasattr(chooser, "state_dict") != hasattr(chooser, "load_state_dict"):
-        raise ValueError(f"objective.chooser {path!r} must have both state_dict and load_state_dict, or neither.")
+        raise UserError(f"objective.chooser {path!r} must have both state_dict and load_state_dict, or neither.")
     return chooser
 
 
@@ -62,7 +63,7 @@ def apply_choice(choice: str, objective: Objective) -> Objective:
 
     An entropy bonus stays, on the tokens of the step's samples; a KL goes with the rollout term.
 
-    Raises: ValueError for an unknown choice, or a role for which `objective` has no term.
+    Raises: UserError for an unknown choice, or a role for which `objective` has no term.
     """
     if choice == "both":
         return objective
@@ -70,13 +71,13 @@ def apply_choice(choice: str, objective: Objective) -> Objective:
     if named and choice in objectives.PRESETS:
         return objectives.PRESETS[choice]()
     if not named or choice not in CHOICES:
-        raise ValueError(
+        raise UserError(
             f"objective.chooser must answer one of {', '.join(CHOICES)} or a preset ({', '.join(objectives.PRESETS)}), "
             f"got {choice!r}."
         )
     layers = [layer for layer in objective.layers if getattr(layer, choice) is not None]
     if not layers:
-        raise ValueError(f"objective.chooser chose {choice!r}, and the objective {objective.name} has no {choice} term.")
+        raise UserError(f"objective.chooser chose {choice!r}, and the objective {objective.name} has no {choice} term.")
     kept = None
     for layer in reversed(layers):
         kept = Objective(

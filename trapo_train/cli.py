@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
+from trapo_train.schema import UserError
+
 if TYPE_CHECKING:
     from trapo_train.config import RunConfig
 
@@ -57,14 +59,14 @@ def entry() -> NoReturn:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can correct: our own errors and those of files and missing packages. Anything else is a bug."""
+    """What a user can correct: our own errors, and OSError, which files, disks and the hub raise. Anything else is a bug."""
     from trapo_train.checkpoint import CheckpointError
     from trapo_train.engine import EngineError
     from trapo_train.parallel import RankError
     from trapo_train.rewards import RewardError
     from trapo_train.step import NonFiniteError
 
-    return (ValueError, OSError, ImportError, CheckpointError, EngineError, RankError, RewardError, NonFiniteError)
+    return (UserError, OSError, CheckpointError, EngineError, RankError, RewardError, NonFiniteError)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,7 +183,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
 
     config = _load(args)
     if config.eval_data is None:
-        raise ValueError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
+        raise UserError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
     held_out = next(iter(config.eval_data.values())) if isinstance(config.eval_data, dict) else config.eval_data
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
     plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
@@ -204,7 +206,7 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.export import export_checkpoint
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
+        raise UserError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
     _quiet_libraries()
     how = {"step": args.step, "dtype": args.dtype, "adapter": args.adapter}
     directory, step, note = export_checkpoint(args.run_dir, args.directory, **how)
@@ -223,7 +225,7 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
 
     config = _load(args)
     if config.reward is None:
-        raise ValueError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
+        raise UserError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
     trainer = Trainer(config)
     report = measure(trainer, settings)
@@ -238,9 +240,11 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.rollout import run_plans
     from trapo_train.train import Trainer
 
+    if args.max_tokens < 1:
+        raise UserError(f"inspect: --max-tokens must be at least 1, got {args.max_tokens}.")
     trainer = Trainer(_load(args))
     if not 0 <= args.problem < len(trainer.problems):
-        raise ValueError(f"inspect: --problem must be in [0, {len(trainer.problems) - 1}], got {args.problem}.")
+        raise UserError(f"inspect: --problem must be in [0, {len(trainer.problems) - 1}], got {args.problem}.")
     config = trainer.config
     with trainer.ready_to_generate():
         result = run_plans(
@@ -265,7 +269,7 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
 
     config = _load(args)
     if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
-        raise ValueError(f"plan-memory: --memory-gib must be a finite number above 0, got {args.memory_gib}.")
+        raise UserError(f"plan-memory: --memory-gib must be a finite number above 0, got {args.memory_gib}.")
     gpu_bytes = None if args.memory_gib is None else int(args.memory_gib * GIB)
     where = {"context": args.context, "device_type": args.device, "gpu_bytes": gpu_bytes}
     plan = plan_memory(config, gpus=args.gpus, **where)

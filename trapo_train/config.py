@@ -21,7 +21,7 @@ from trapo_train.parallel import ParallelConfig
 from trapo_train.plans import PlanConfig
 from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
-from trapo_train.schema import ConfigError, KeyPath, build
+from trapo_train.schema import ConfigError, KeyPath, UserError, build, check
 from trapo_train.step import ObjectiveConfig, OptimizerConfig
 from trapo_train.trackers import TrackingConfig
 from trapo_train.updates import UpdateConfig
@@ -76,36 +76,37 @@ class RunConfig:
     """How a run under torchrun spreads over its ranks."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("steps", 1), ("prompts_per_step", 1), ("seed", 0)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63, got {self.seed}.")
-        for name in ("output_dir", "reward"):
-            if getattr(self, name) in ("", []):
-                raise ValueError(f"{name} must not be empty.")
+        check(
+            self,
+            ("steps", self.steps >= 1, "at least 1"),
+            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+            ("seed", self.seed < 2**63, "below 2^63"),
+            ("output_dir", self.output_dir != "", "a text that is not empty"),
+            ("reward", self.reward not in ("", []), "a name, a list of at least one reward, or null"),
+        )
         if self.updates.mini_batches > self.prompts_per_step:
-            raise ValueError(
+            raise UserError(
                 f"updates.mini_batches must be at most prompts_per_step, {self.prompts_per_step}, got {self.updates.mini_batches}: "
                 "all samples of a problem are in one mini-batch, and others would be empty. Lower it."
             )
         buffer_size = self.plan.setting("buffer_size")
         if buffer_size is not None and self.updates.mini_batches > buffer_size:
-            raise ValueError(
+            raise UserError(
                 f"updates.mini_batches must be at most plan.buffer_size, {buffer_size}, the problems of a step on traces, got "
                 f"{self.updates.mini_batches}. Lower it."
             )
         if self.plan.refill and self.advantage.normalise == "batch":
-            raise ValueError(
+            raise UserError(
                 f"plan.refill must be 0 with advantage.normalise=batch, got {self.plan.refill}: whether a problem teaches would "
                 "depend on the others of the step. Use another normalise."
             )
         rewards = [self.reward] if isinstance(self.reward, str) else [term.name for term in self.reward or ()]
         if self.rollout.correct_by is not None and self.rollout.correct_by not in rewards:
-            raise ValueError(f"rollout.correct_by must be null or one of the rewards, {rewards}, got {self.rollout.correct_by!r}.")
+            raise UserError(f"rollout.correct_by must be null or one of the rewards, {rewards}, got {self.rollout.correct_by!r}.")
         dropout = 0.0 if self.model.lora is None else self.model.lora.dropout
         if dropout > 0 and (self.updates.per_step > 1 or self.updates.correction is not None):
-            raise ValueError(
+            raise UserError(
                 "model.lora.dropout must be 0 with several updates per rollout step or updates.correction, got "
                 f"{dropout:g}: ratios would compare different random masks. Set model.lora.dropout=0."
             )
@@ -113,14 +114,14 @@ class RunConfig:
             self._check_keep_best()
         names = list(self.eval_data) if isinstance(self.eval_data, dict) else []
         if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
-            raise ValueError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
+            raise UserError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
         self.evaluation.check_names(names)
 
     def _check_keep_best(self) -> None:
         saved, evaluated = self.checkpoint.every, self.evaluation.every
         if self.eval_data is None or not (saved and evaluated) or evaluated % saved:
             given = "no eval_data" if self.eval_data is None else "eval_data"
-            raise ValueError(
+            raise UserError(
                 "checkpoint.keep_best needs eval_data, checkpoint.every and evaluation.every above 0, and the latter a multiple of "
                 f"the former, so that every evaluated step is saved, got {given}, {saved} and {evaluated}. Set them so, or "
                 "checkpoint.keep_best=false."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from trapo_train.problems import Digest, Entry, ProblemSet, RowReader, Trace
 from trapo_train.records import Problem
 from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
-from trapo_train.rows import RENDERING, THINK_TAGS
+from trapo_train.rows import RENDERING
+from trapo_train.schema import UserError, check
 from trapo_train.tasks import PointerChasingConfig
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("pointer_chasing",)
 PRESETS = {
     "luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"},
     "messages": {"prompt_column": "messages", "expert_column": "messages"},
@@ -40,8 +40,8 @@ class DataConfig:
     Rows stay on disk; each is read and tokenised when it is used. Loading reads all rows once, to check and count them.
     """
 
-    task: str | None = None
-    """A task generated offline: "pointer_chasing". Give either this or path."""
+    task: Literal["pointer_chasing"] | None = None
+    """A task generated offline. Give either this or path."""
     path: str | None = None
     """A Hugging Face dataset name, a folder, or a .parquet, .jsonl or .json file (patterns such as data/*.parquet too)."""
     name: str | None = None
@@ -87,28 +87,20 @@ class DataConfig:
     """What a generated task's problems look like."""
 
     def __post_init__(self) -> None:
+        check(
+            self,
+            ("max_prompt_tokens", self.max_prompt_tokens >= 1, "at least 1"),
+            ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
+        )
         if (self.task is None) == (self.path is None):
-            raise ValueError(f"Give either task or path, got task = {self.task!r} and path = {self.path!r}.")
-        if self.task is not None and self.task not in TASKS:
-            raise ValueError(f"task must be one of {list(TASKS)}, got {self.task!r}.")
+            raise UserError(f"Give either task or path, got task = {self.task!r} and path = {self.path!r}.")
         if self.task is None and self.task_options != PointerChasingConfig():
-            raise ValueError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
+            raise UserError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
         if self.preset is not None:
             self._apply_preset()
         taken = sorted(RENDERING & set(self.chat_template_kwargs))
         if taken:
-            raise ValueError(f"chat_template_kwargs must be variables of the template, got {', '.join(taken)}. Leave that out.")
-        if self.max_prompt_tokens < 1:
-            raise ValueError(f"max_prompt_tokens must be at least 1, got {self.max_prompt_tokens}.")
-        if self.num_problems is not None and self.num_problems < 1:
-            raise ValueError(f"num_problems must be at least 1 or null, got {self.num_problems}.")
-        for name, choices in (
-            ("on_long_prompt", ("error", "drop")),
-            ("on_rejected_expert", ("keep", "drop")),
-            ("think_tags", THINK_TAGS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+            raise UserError(f"chat_template_kwargs must be variables of the template, got {', '.join(taken)}. Leave that out.")
 
     @property
     def expert_column_is_default(self) -> bool:
@@ -117,8 +109,6 @@ class DataConfig:
         return self.expert_column == PRESETS.get(self.preset, {}).get("expert_column", default)
 
     def _apply_preset(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {list(PRESETS)} or null, got {self.preset!r}.")
         for name, column in PRESETS[self.preset].items():
             if getattr(self, name) == DataConfig.__dataclass_fields__[name].default:
                 object.__setattr__(self, name, column)
@@ -160,7 +150,7 @@ def load_problems(
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
 
     Raises:
-        ValueError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
+        UserError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
             without chat template, a tokenizer without end-of-sequence token, or a column of the wrong type.
         RewardError: if the reward fails on an expert trace.
     """
@@ -180,7 +170,7 @@ def load_problems(
             traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
             entries.append(Entry(problem.index, len(problem.prompt_ids), traces))
     if not entries:
-        raise ValueError(
+        raise UserError(
             f"{reader.where} has no problem to offer: it has {rows} rows, and no prompt in them is within "
             f"max_prompt_tokens = {config.max_prompt_tokens}."
         )
@@ -249,7 +239,7 @@ class ProblemOrder:
         """Continue exactly where `state_dict` was taken; the number of problems and the seed must be the same."""
         for name in ("num_problems", "seed"):
             if state[name] != getattr(self, name):
-                raise ValueError(
+                raise UserError(
                     f"ProblemOrder: cannot resume with {name} = {getattr(self, name)}, the saved run had {state[name]}. "
                     "Resume with the data of the saved run, or start a new one."
                 )

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from trapo_train.cache import can_move, keep_rows, lay_below, new_cache
 from trapo_train.draws import draw_token, uniforms
 from trapo_train.records import Completion
+from trapo_train.schema import UserError
 
 _DRAWS_AT_ONCE = 32  # positions whose draws are computed together
 
@@ -54,7 +55,7 @@ class RunningBatch:
         stop_ids: token ids that end a row.
     """
 
-    def __init__(self, model: Any, *, temperature: float, top_k: int, top_p: float, stop_ids: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float, top_k: int, top_p: float, stop_ids: Sequence[int]) -> None:
         self.rows: list[Row] = []
         self.passes = 0
         self._model = model
@@ -152,7 +153,7 @@ class RunningBatch:
         live = []
         for i, (row, token_id, value) in enumerate(zip(rows, tokens, values, strict=True)):
             if value != value:  # one logit of the row is NaN or +inf, or all are -inf
-                raise ValueError(
+                raise UserError(
                     "generate: the model's logits must be finite, got NaN or infinity. The weights have diverged: resume from an "
                     "earlier checkpoint with a lower learning rate."
                 )

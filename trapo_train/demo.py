@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +30,10 @@ from trapo_train.records import Sample
 from trapo_train.tables import accuracy_cell
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import MODEL_DIR, RunSummary, Trainer, run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 CLEAR_STANDARD_ERRORS = 2.0
 # Initial weights decide when the base learns the lookup: with seed 0 after some 250 steps, with seed 1 not within 500. A base
@@ -212,7 +216,7 @@ def most_telling(groups: Sequence[list[Sample]]) -> list[Sample]:
     return max(groups, key=score)
 
 
-def _show_group(summary: RunSummary, tokenizer: Any, console: Console) -> None:
+def _show_group(summary: RunSummary, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     _say(console, "\none group of the last step, token by token", "bold")
     console.print(render_group(most_telling(summary.groups), tokenizer, color=console.color_system is not None))
 

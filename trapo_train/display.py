@@ -14,13 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from trapo_train.schema import UserError
 from trapo_train.trackers import Trackers
+
+if TYPE_CHECKING:
+    from trapo_train.config import RunConfig
+    from trapo_train.data import DataReport
+    from trapo_train.train import RunSummary
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +83,7 @@ ROWS_PER_HEADER = 25
 class NullReporter:
     """What a trainer may tell a reporter; this one says nothing: for tests, and for ranks other than the first."""
 
-    def start(self, config: Any, report: Any) -> None:
+    def start(self, config: RunConfig, report: DataReport) -> None:
         """Ignore the start of a run."""
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -89,7 +95,7 @@ class NullReporter:
     def event(self, text: str) -> None:
         """Ignore a message."""
 
-    def finish(self, summary: Any) -> None:
+    def finish(self, summary: RunSummary) -> None:
         """Ignore the end of a run."""
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
@@ -132,7 +138,7 @@ def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: every line must be one JSON object, line {number} is not ({error}). Delete that line."
             ) from error
     return rows, len(torn)
@@ -142,7 +148,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All complete rows of a `metrics.jsonl`; `path` is the file or the run directory that holds it.
 
     A last line without its newline is what a killed run leaves: it is left out, with a warning that says so.
-    Raises FileNotFoundError where there is no such file, ValueError for a damaged line anywhere else.
+    Raises FileNotFoundError where there is no such file, UserError for a damaged line anywhere else.
     """
     path = Path(path)
     if path.is_dir():
@@ -239,14 +245,12 @@ class Reporter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def start(self, config: Any, report: Any) -> None:
+    def start(self, config: RunConfig, report: DataReport) -> None:
         """Begin a run of `config.steps` steps; `report` is what loading the data found, printed as it says itself."""
         self._steps = config.steps
-        if hasattr(config, "tracking"):
-            self._trackers = Trackers(config.tracking, self._output_dir, asdict(config))
+        self._trackers = Trackers(config.tracking, self._output_dir, asdict(config))
         self._started = self._last_row = time.monotonic()
-        if report is not None:
-            self._say(str(report), "dim")
+        self._say(str(report), "dim")
         if self.console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=30),
@@ -289,13 +293,12 @@ class Reporter:
         self.log.append(metrics_row("event", self._last_step, {"text": text}))
         self._say(text, "dim")
 
-    def finish(self, summary: Any) -> None:
+    def finish(self, summary: RunSummary) -> None:
         """End the display; `summary` is printed as it says itself."""
         self.close()
         elapsed = format_seconds(time.monotonic() - self._started)
         self._say(f"{self._steps_seen} steps in {elapsed}, metrics in {self.log.path}", "dim")
-        if summary is not None:
-            self._say(str(summary))
+        self._say(str(summary))
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
         """Drop what was recorded after `step`, and its evaluation unless it was `evaluated`, before training goes on from there."""

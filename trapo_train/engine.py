@@ -19,13 +19,17 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
 from trapo_train.decoding import Row, RunningBatch
 from trapo_train.draws import request_key
 from trapo_train.records import Completion
+from trapo_train.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -181,13 +185,13 @@ class SeededEngine:
         return request_key(self._seed, self._streams)
 
 
-def stop_ids(params: SamplingParams, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that end a completion; raises where there are none and the call did not say so."""
     if params.stop_token_ids is not None:
         return params.stop_token_ids
     # Not the model's generation_config: that of a fresh LlamaConfig names token 2, whatever the tokenizer has there
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UserError(
             "generate: the tokenizer must have an end-of-sequence token, got eos_token_id None. "
             "Set tokenizer.eos_token, or pass stop_token_ids=() to generate to the budget."
         )
@@ -218,7 +222,7 @@ class TransformersEngine(SeededEngine):
     the others; the logits that it is drawn from do in their last bits, as matrix products of other shapes round differently.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, seed: int, max_batch_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_batch_tokens: int) -> None:
         super().__init__(seed)
         if max_batch_tokens < 2:
             raise ValueError(
@@ -232,7 +236,7 @@ class TransformersEngine(SeededEngine):
     def stream(self, params: SamplingParams) -> TransformersStream:
         """Start generating for requests that arrive one after another; each brings its own budget.
 
-        Raises: ValueError for no end-of-sequence token.
+        Raises: UserError for no end-of-sequence token.
         """
         batch = RunningBatch(
             self._model,
@@ -253,7 +257,7 @@ class TransformersStream:
 
     in_order = True
 
-    def __init__(self, model: Any, batch: RunningBatch, key: int, max_batch_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, batch: RunningBatch, key: int, max_batch_tokens: int) -> None:
         self._model, self._batch, self._key, self._max_batch_tokens = model, batch, key, max_batch_tokens
         self._waiting: deque[Row] = deque()
         self._tickets = 0
@@ -268,7 +272,7 @@ class TransformersStream:
     def submit(self, prompt: Sequence[int], budget: int, key: int) -> int:
         """Hand in a request.
 
-        Raises: ValueError for an empty prompt; prompt and budget beyond the model's positions or max_batch_tokens.
+        Raises: UserError for an empty prompt; prompt and budget beyond the model's positions or max_batch_tokens.
         """
         self._check_length(prompt, budget)
         self._tickets += 1
@@ -278,7 +282,7 @@ class TransformersStream:
     def advance(self, others: Collection[Future] = ()) -> list[tuple[int, Completion]]:
         """Generate until a row is done; [] if nothing is left to generate. `others` are not waited for.
 
-        Raises: ValueError for logits that are NaN or infinite.
+        Raises: UserError for logits that are NaN or infinite.
         """
         done: list[Row] = []
         # no_grad, not inference_mode: tensors that FSDP2 gathers under inference_mode break the next training step
@@ -312,17 +316,17 @@ class TransformersStream:
         max_positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         length = f"{len(prompt)} + {budget} = {len(prompt) + budget}"
         if len(prompt) == 0:
-            raise ValueError(
+            raise UserError(
                 "generate: a prompt must have at least 1 token, got an empty one. Start it with the tokenizer's bos_token, or "
                 "drop the row."
             )
         if max_positions is not None and len(prompt) + budget > max_positions:
-            raise ValueError(
+            raise UserError(
                 f"generate: prompt and budget must fit into the model's {max_positions} positions, got {length}. "
                 "Shorten or drop the prompt, lower the response budget, or take a model with a longer context."
             )
         if len(prompt) + budget > self._max_batch_tokens:
-            raise ValueError(
+            raise UserError(
                 f"generate: prompt and budget must fit into max_batch_tokens = {self._max_batch_tokens}, got {length}. "
                 "Raise max_batch_tokens, or lower the response budget."
             )

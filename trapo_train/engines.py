@@ -1,4 +1,4 @@
-"""The configured engine, and how it comes by the weights that are trained."""
+"""The configured engine, and how it receives the updated weights."""
 
 from __future__ import annotations
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.engine import Engine
 from trapo_train.judging import judge_samples
+from trapo_train.metrics import merge_metrics
 from trapo_train.parallel import World, interleave
 from trapo_train.records import Problem, Request, Sample
-from trapo_train.rewards import RewardFn, merge_metrics, take_metrics
+from trapo_train.rewards import RewardFn, take_metrics
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
 from trapo_train.samples import sample_record, write_lines
+from trapo_train.schema import UserError, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +62,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         samples = self.samples_per_prompt
         counts = list(samples.values()) if isinstance(samples, dict) else [samples]
-        checks = [
+        check(
+            self,
             ("every", self.every >= 0, "at least 0"),
             ("samples_per_prompt", all(count >= 1 for count in counts), "at least 1"),
             ("pass_at", self.pass_at is None or all(k >= 1 for k in self.pass_at), "null or numbers of at least 1"),
@@ -70,17 +73,14 @@ class EvalConfig:
             ("max_response_tokens", self.max_response_tokens is None or self.max_response_tokens >= 1, "null or at least 1"),
             ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
             ("responses_per_call", self.responses_per_call >= 1, "at least 1"),
-        ]
-        for name, holds, rule in checks:
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
         if self.temperature == 0 and any(count > 1 for count in counts):
-            raise ValueError(
+            raise UserError(
                 f"samples_per_prompt must be 1 at temperature 0, got {samples}: greedy samples are "
                 "all the same. Set temperature above 0, or samples_per_prompt to 1."
             )
         if self.save_samples and not self.sample:
-            raise ValueError(
+            raise UserError(
                 "save_samples must not be set where sample is false, got True: there are no responses. Leave it out, or set "
                 "sample=true."
             )
@@ -98,10 +98,10 @@ class EvalConfig:
         return replace(rollout, **own, on_truncated="keep")  # there is no loss to leave a completion out of
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise ValueError unless `samples_per_prompt` is one number or names exactly these sets."""
+        """Raise UserError unless `samples_per_prompt` is one number or names exactly these sets."""
         samples = self.samples_per_prompt
         if isinstance(samples, dict) and set(samples) != set(names):
-            raise ValueError(
+            raise UserError(
                 f"evaluation.samples_per_prompt must name the sets of eval_data, {', '.join(names) or 'which has no names'}, got "
                 f"{', '.join(samples)}. Give one number for all, or one for each."
             )
@@ -159,7 +159,7 @@ def load_eval_sets(
 ) -> dict[str, EvalSet]:
     """The configured sets by name; one without a name is called UNNAMED.
 
-    Raises: ValueError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, a
+    Raises: UserError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, a
         column group_by that no set has, or a set that has nothing to report.
     """
     named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
@@ -168,7 +168,7 @@ def load_eval_sets(
         return sets
     for name, entry in sets.items():
         if not config.sample and not any(entry.problems[row].experts for row in entry.members):
-            raise ValueError(
+            raise UserError(
                 f"evaluation.sample=false reports the loss of expert traces alone, and {name or 'eval_data'} has none. Set its "
                 "expert_column to the column that holds them, or evaluation.sample=true."
             )
@@ -176,13 +176,13 @@ def load_eval_sets(
         return sets
     most = max(entry.most_samples for entry in sets.values())
     if max(config.pass_at or [1]) > most:
-        raise ValueError(
+        raise UserError(
             f"evaluation.pass_at must be at most {most}, the samples of a problem, got {max(config.pass_at)}. "
             "Raise evaluation.samples_per_prompt."
         )
     if config.group_by is not None and not any(entry.groups for entry in sets.values()):
         columns = sorted({column for entry in sets.values() for column in entry.problems[0].columns})
-        raise ValueError(
+        raise UserError(
             f"evaluation.group_by must name a column of the data set, got {config.group_by!r}; it has {columns}. "
             "Name one of these, or null."
         )
@@ -208,7 +208,7 @@ def evaluate(
     engine: Engine,
     eval_set: EvalSet,
     reward: RewardFn,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     config: EvalConfig,
     rollout: RolloutConfig,
     world: World | None = None,
@@ -247,14 +247,13 @@ def evaluate(
     responses = [response for problem in problems for response in problem]
     if config.save_samples and save_to is not None and world.first:
         write_lines(save_to, (response.record for response in responses))
-    sizes = [sum(map(len, answers.problems)) for answers in found]
     return _accuracies(eval_set, problems, config) | {
         "reward/mean": fmean(response.reward for response in responses),
         "completion_tokens_mean": fmean(response.num_tokens for response in responses),
         "finished_share": fmean(response.finished for response in responses),
         "num_problems": float(len(problems)),
         "samples_per_problem": len(responses) / len(problems),
-        **{name: float(value) for name, value in merge_metrics([answers.reward_metrics for answers in found], sizes).items()},
+        **{name: float(value) for name, value in merge_metrics(answers.reward_metrics for answers in found).items()},
     }
 
 
@@ -278,7 +277,7 @@ def _answers(
     eval_set: EvalSet,
     positions: Sequence[int],
     reward: RewardFn,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     config: EvalConfig,
     rollout: RolloutConfig,
 ) -> _Answers:
@@ -339,13 +338,13 @@ def standard_error(values: Sequence[float]) -> float:
 def group_problems(problems: Sequence[Problem], group_by: str | None) -> dict[str, list[int]]:
     """Return the positions of the problems of each group, named like depth_3, in the order of the column's values.
 
-    Raises: ValueError for a problem without the column.
+    Raises: UserError for a problem without the column.
     """
     if group_by is None:
         return {}
     for problem in problems:
         if group_by not in problem.columns:
-            raise ValueError(
+            raise UserError(
                 f"group_by must name a column of the data set, got {group_by!r}; problem {problem.index} has "
                 f"{sorted(problem.columns)}. Name one of these, or null."
             )

@@ -10,6 +10,7 @@ from trapo_train.config import CONFIG_FILE, load_config
 from trapo_train.model import DTYPES, load_model_and_tokenizer
 from trapo_train.model_state import check_replaceable, export_adapter, export_model, load_trained_weights, other_tokenizer
 from trapo_train.preflight import check_places, named
+from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import CHECKPOINT_DIR, MODEL_DIR
 
@@ -33,7 +34,7 @@ def export_checkpoint(
 
     Returns: the directory, the step, and what `other_tokenizer` says of it.
     Memory: the whole model in float32 on the CPU, once more in `dtype` where that is another or adapters are added.
-    Raises: FileNotFoundError, CheckpointError or ValueError for what is not there, damaged, of another model or not to be replaced.
+    Raises: FileNotFoundError, CheckpointError or UserError for what is not there, damaged, of another model or not to be replaced.
     """
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_FILE).is_file():
@@ -41,7 +42,7 @@ def export_checkpoint(
     config = load_config(run_dir / CONFIG_FILE)
     if adapter and (config.model.lora is None or config.model.name_or_path is None):
         given = "no model.lora" if config.model.lora is None else "model.scratch"
-        raise ValueError(
+        raise UserError(
             f"export: --adapter needs a run with model.lora that started from a model.name_or_path, got one with {given}. Leave "
             "--adapter out."
         )
@@ -51,7 +52,7 @@ def export_checkpoint(
     check_replaceable(directory)
     origin = config.model.name_or_path
     if origin is not None and Path(origin).resolve() == directory.resolve():
-        raise ValueError(f"export: DIRECTORY must not be the model that the run started from, got {directory}. Choose another.")
+        raise UserError(f"export: DIRECTORY must not be the model that the run started from, got {directory}. Choose another.")
     store.check(step)
     check_places(config.model)
     task_tokenizer = build_tokenizer() if config.data.task is not None else None

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trapo_train.schema import MissingPackage, UserError
+
 INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B07C00", "#2E91C9", "#7A5C46", "#5B5B5B")
 STYLE = {
@@ -50,7 +52,7 @@ def new_figure(
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib, which is not installed. Run pip install 'trapo[train]'.") from error
+        raise MissingPackage("plots need matplotlib, which is not installed. Run pip install 'trapo[train]'.") from error
     rows = -(-panels // columns)
     height *= 1 + 0.8 * (rows - 1)
     with rc_context(STYLE):
@@ -146,9 +148,9 @@ def draw_smoothed(axis: Any, steps: list[int], values: list[float], colour: Any,
 
 
 def require(points: Sequence[Any], what: str) -> None:
-    """Raise ValueError where there is nothing to draw."""
+    """Raise UserError where there is nothing to draw."""
     if not points:
-        raise ValueError(f"plots: {what} is not in these metrics. Plot a run that records it.")
+        raise UserError(f"plots: {what} is not in these metrics. Plot a run that records it.")
 
 
 def percent_axis(axis: Any, low: float = 0.0, high: float = 1.0) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from trapo_train.schema import UserError
 from trapo_train.upload import upload
 
 BLOCK = 128  # tokens; flex_attention's default
@@ -73,10 +74,10 @@ def flex_forward(
     Args: query [1, heads, T, head_dim]; key and value [1, kv_heads, T, head_dim]; sliding_window: tokens that a query sees.
 
     Returns: [1, T, heads, head_dim].
-    Raises: ValueError for attention dropout, which flex_attention does not have.
+    Raises: UserError for attention dropout, which flex_attention does not have.
     """
     if dropout:
-        raise ValueError(
+        raise UserError(
             f"packed attention: flex has no dropout, {type(module).__name__} asks for {dropout}. Use model.attention=sdpa_packed."
         )
     mask = packed_block_mask(segment_lengths, sliding_window, query.device)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trapo_train.engine import Engine
 from trapo_train.evaluate import group_problems, standard_error
@@ -16,9 +16,11 @@ from trapo_train.judging import judge_samples
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn
 from trapo_train.rollout import RolloutConfig, complete, draft
+from trapo_train.schema import UserError, check
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from trapo_train.trainer import Trainer
 
@@ -51,7 +53,8 @@ class HeadroomConfig:
     def __post_init__(self) -> None:
         fractions = self.fractions
         rising = all(low < high for low, high in pairwise(fractions))
-        checks = [
+        check(
+            self,
             (
                 "fractions",
                 len(fractions) >= 2 and fractions[0] == 0 and rising and fractions[-1] < 1,
@@ -63,10 +66,7 @@ class HeadroomConfig:
             ("min_gain", 0 < self.min_gain < 1, "in (0, 1)"),
             ("min_unguided", 0 <= self.min_unguided < 1, "in [0, 1)"),
             ("max_unguided", self.min_unguided < self.max_unguided <= 1, "in (min_unguided, 1]"),
-        ]
-        for name, holds, rule in checks:
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def measure_headroom(
     engine: Engine,
     problems: Sequence[Problem],
     reward: RewardFn,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     config: HeadroomConfig,
     rollout: RolloutConfig,
 ) -> HeadroomReport:
@@ -143,11 +143,11 @@ def measure_headroom(
             temperature is the config's.
 
     Raises:
-        ValueError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
+        UserError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
     """
     chosen, num_rejected = _accepted(problems, reward, tokenizer, config, rollout)
     if len(chosen) < 2:
-        raise ValueError(
+        raise UserError(
             f"headroom: needs at least 2 problems with an expert trace of at most {rollout.max_response_tokens} tokens that "
             f"the verifier accepts, got {len(chosen)} of {len(problems)}. Check the expert column and the reward."
         )
@@ -172,7 +172,11 @@ def measure_headroom(
 
 
 def _accepted(
-    problems: Sequence[Problem], reward: RewardFn, tokenizer: Any, config: HeadroomConfig, rollout: RolloutConfig
+    problems: Sequence[Problem],
+    reward: RewardFn,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HeadroomConfig,
+    rollout: RolloutConfig,
 ) -> tuple[list[Problem], int]:
     """Return the first problems with an accepted trace, each with that trace only, and how many had none."""
     limit = config.num_problems or len(problems)

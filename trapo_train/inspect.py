@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
 from trapo_train.records import Sample
+from trapo_train.tokenizer import decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class View:
     """What every part of a rendering needs: the tokenizer, the longest segment shown in full, colour or not, whether the
     objective trains on expert tokens, and whether there is a reward."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     max_tokens: int
     color: bool
     trains_prefix: bool
@@ -48,14 +52,14 @@ def visible(text: str) -> str:
     return text.translate(VISIBLE)
 
 
-def decode_after(before: Sequence[int], token_ids: Sequence[int], tokenizer: Any) -> str:
+def decode_after(before: Sequence[int], token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that `token_ids` add after `before`, special tokens included.
 
     Decoded on their own, the tokens of a SentencePiece vocabulary would lose the space that they start with.
     """
     context = list(before[-8:])
-    start = tokenizer.decode(context, skip_special_tokens=False).rstrip("\ufffd") if context else ""
-    return tokenizer.decode(context + list(token_ids), skip_special_tokens=False)[len(start) :]
+    start = decode(tokenizer, context, special=True).rstrip("\ufffd") if context else ""
+    return decode(tokenizer, [*context, *token_ids], special=True)[len(start) :]
 
 
 def _append_tokens(line: Text, token_ids: Sequence[int], segment: Segment, show: View, before: Sequence[int] = ()) -> None:
@@ -113,7 +117,7 @@ def _render_sample(number: int, sample: Sample, show: View) -> Group:
 
 def render_group(
     samples: Sequence[Sample],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int = 240,
     color: bool = True,

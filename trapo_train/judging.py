@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 from trapo_train.prefix import answer_in_prefix
 from trapo_train.records import Sample
 from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
+from trapo_train.tokenizer import decode
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from trapo_train.rollout import RolloutConfig
 
 _CALLS_AT_ONCE = 64
@@ -34,7 +37,7 @@ class Judging:
     Any other one is called when its values are taken, in the thread that takes them, once for everything that was started.
     """
 
-    def __init__(self, reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> None:
+    def __init__(self, reward: RewardFn | WeightedSum, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> None:
         self.none_count = 0
         self._reward, self._tokenizer, self._config = reward, tokenizer, config
         self._cases: list[_Case] = []
@@ -87,7 +90,9 @@ class Judging:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tokenizer: Any, config: RolloutConfig) -> int:
+def judge_samples(
+    samples: Sequence[Sample], reward: RewardFn | WeightedSum, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+) -> int:
     """Set `reward`, `verdict`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many were None.
 
     With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
@@ -98,11 +103,13 @@ def judge_samples(samples: Sequence[Sample], reward: RewardFn | WeightedSum, tok
     return _settle(samples, values, tokenizer, config)
 
 
-def _texts(samples: Sequence[Sample], tokenizer: Any, config: RolloutConfig) -> list[str]:
+def _texts(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[str]:
     texts = []
     for sample in samples:
         alone = config.verify == "completion" and sample.prefix_ratio < 1.0
-        texts.append(_decode(tokenizer, sample.completion_ids if alone else sample.prefix_ids + sample.completion_ids))
+        texts.append(
+            decode(tokenizer, sample.completion_ids if alone else sample.prefix_ids + sample.completion_ids, special=False)
+        )
     return texts
 
 
@@ -114,17 +121,15 @@ def _about(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     }
 
 
-def _settle(samples: Sequence[Sample], values: Sequence[float | None], tokenizer: Any, config: RolloutConfig) -> int:
+def _settle(
+    samples: Sequence[Sample], values: Sequence[float | None], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+) -> int:
     for sample, value in zip(samples, values, strict=True):
         sample.reward = 0.0 if value is None else float(value)
         sample.rewards = value.parts if isinstance(value, Total) else {}
         sample.verdict = float(opinion_of(value, config.correct_by) or 0.0)
         sample.correct = sample.verdict >= config.correct_at
         if sample.guided:
-            prefix_text = _decode(tokenizer, sample.prefix_ids)
+            prefix_text = decode(tokenizer, sample.prefix_ids, special=False)
             sample.answer_in_prefix = answer_in_prefix(prefix_text, sample.problem.solution)
     return sum(value is None for value in values)
-
-
-def _decode(tokenizer: Any, token_ids: tuple[int, ...]) -> str:
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from trapo_train.schema import MissingPackage, UserError
+
 logger = logging.getLogger(__name__)
 
-LIGER = (True, False, "auto")
 _LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
@@ -28,13 +29,13 @@ def apply_liger(
         wanted: True does it or raises, "auto" does it where it can run, False does nothing.
         tell: what "auto" chose is told to it.
 
-    Raises: ImportError naming the extra; ValueError where the kernels do not run on `device` or for a model type without kernels.
+    Raises: MissingPackage naming the extra; UserError where the kernels do not run on `device` or for a model type without kernels.
     """
     if wanted is False:
         return False
     try:
         patch = _patch_function(model.config.model_type, device)
-    except (ImportError, ValueError) as error:
+    except UserError as error:
         if wanted == "auto":
             tell(f"model.liger=auto: not used, {error}")
             return False
@@ -51,13 +52,13 @@ def _patch_function(model_type: str, device: torch.device) -> Any:
     try:
         from liger_kernel import transformers as liger
     except ImportError as error:
-        raise ImportError("model.liger needs liger-kernel: pip install 'trapo[liger]'.") from error
+        raise MissingPackage("model.liger needs liger-kernel: pip install 'trapo[liger]'.") from error
     if device.type != "cuda":
-        raise ValueError(f"model.liger: its kernels need a CUDA device, got {device}. Use model.liger=false, or auto.")
+        raise UserError(f"model.liger: its kernels need a CUDA device, got {device}. Use model.liger=false, or auto.")
     prefix = "apply_liger_kernel_to_"
     known = sorted(name.removeprefix(prefix) for name in liger.__all__ if name.startswith(prefix))
     if model_type not in known:
-        raise ValueError(
+        raise UserError(
             f"model.liger: the model's type must be one that liger-kernel has kernels for ({', '.join(known)}), got {model_type}. "
             "Use model.liger=false, or auto."
         )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trapo_train.schema import MissingPackage, UserError, check
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -27,7 +29,8 @@ class LoraConfig:
     """Scale by alpha / √rank (arXiv 2312.03732)."""
 
     def __post_init__(self) -> None:
-        for name, holds, rule in (
+        check(
+            self,
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", 0 < self.alpha < float("inf"), "a finite number above 0"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
@@ -36,24 +39,22 @@ class LoraConfig:
                 bool(self.target_modules) and (self.target_modules == "all-linear" or not isinstance(self.target_modules, str)),
                 "all-linear or a list of names such as [q_proj, v_proj]",
             ),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """Freeze the model and put a trainable adapter beside each of the configured layers.
 
-    Raises: ImportError naming the extra; ValueError for a module that the model does not have, its output head, or one that is not
-        linear.
+    Raises: MissingPackage naming the extra; UserError for a module that the model does not have, its output head, or one that is
+        not linear.
     """
     try:
         import peft
     except ImportError as error:
-        raise ImportError("model.lora needs PEFT: pip install 'trapo[peft]'.") from error
+        raise MissingPackage("model.lora needs PEFT: pip install 'trapo[peft]'.") from error
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()).split(".")[-1]
     if config.target_modules == head or (not isinstance(config.target_modules, str) and head in config.target_modules):
-        raise ValueError(
+        raise UserError(
             f"model.lora.target_modules must not name the output head {head!r}, which runs inside the fused loss. Leave it out."
         )
     settings = peft.LoraConfig(
@@ -68,13 +69,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     unknown = [] if isinstance(config.target_modules, str) else [name for name in config.target_modules if name not in names]
     if unknown:
-        raise ValueError(f"model.lora.target_modules must name layers of the model, it has no {', '.join(unknown)}.")
+        raise UserError(f"model.lora.target_modules must name layers of the model, it has no {', '.join(unknown)}.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
         peft.inject_adapter_in_model(settings, model)
     except ValueError as error:  # which prints the module, whole
-        raise ValueError(
+        raise UserError(
             f"model.lora.target_modules must name linear layers, got {config.target_modules}, of which PEFT refuses one "
             f"({str(error).splitlines()[0][:100]}…). Leave it out."
         ) from error
@@ -83,7 +84,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     }
     if others:
         name, kind = next(iter(others.items()))
-        raise ValueError(
+        raise UserError(
             f"model.lora.target_modules must name linear layers, {name} is of type {kind}, whose adapter could not be merged. "
             "Leave it out."
         )

@@ -9,15 +9,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from trapo_train.schema import MissingPackage
+
 TIME_LIMIT_S = 5  # of each parse and each comparison
 
 
 def load_library() -> Any:
-    """The package math_verify, or an ImportError that names its extra."""
+    """The package math_verify, or a MissingPackage that names its extra."""
     try:
         import math_verify
     except ImportError as error:
-        raise ImportError("reward 'math_verify' needs math-verify: pip install 'trapo[math]'.") from error
+        raise MissingPackage("reward 'math_verify' needs math-verify: pip install 'trapo[math]'.") from error
     return math_verify
 
 

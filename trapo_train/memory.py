@@ -23,6 +23,7 @@ from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES, scratch_config
 from trapo_train.preflight import check_places, named
+from trapo_train.schema import UserError, refused
 from trapo_train.step import extreme_objectives
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import load_tokenizer
@@ -82,14 +83,14 @@ def plan_memory(
     A micro-batch is taken to be full (packing.max_tokens), with all of its tokens in the loss and the gradients of an earlier one
     there; responses that are generated together all reach the full context.
 
-    Raises: ValueError for a number of GPUs that replicate does not divide, or a model that cannot be traced.
+    Raises: UserError for a number of GPUs that replicate does not divide, or a model that cannot be traced.
     """
     if gpus < 1 or gpus % config.parallel.replicate:
-        raise ValueError(
+        raise UserError(
             f"plan-memory: gpus must be a multiple of parallel.replicate = {config.parallel.replicate} and at least 1, got {gpus}."
         )
     if context is not None and context < 2:
-        raise ValueError(f"plan-memory: context must be at least 2 tokens, a prompt and a response, got {context}.")
+        raise UserError(f"plan-memory: context must be at least 2 tokens, a prompt and a response, got {context}.")
     architecture = load_architecture(config)
     lengths = _lengths(config, architecture, context)
     context = lengths[0]
@@ -140,7 +141,7 @@ def load_architecture(config: RunConfig) -> PretrainedConfig:
     if model.scratch is not None:
         tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
         return scratch_config(model.scratch, tokenizer)
-    with named(model):
+    with named(model), refused(f"model.name_or_path={model.name_or_path} cannot be loaded", ValueError, ImportError):
         return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
 
 

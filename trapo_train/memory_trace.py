@@ -23,6 +23,7 @@ from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.live import LiveTensors
 from trapo_train.model import DTYPES, ModelConfig, policy_head, precision, prepare
 from trapo_train.packing import MicroBatch
+from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer
 
 
@@ -84,7 +85,7 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
     """The model as it will be trained, cut to `layers` layers, with weights in `dtype`; to be called inside `fake_tensors`. Without
     Liger's kernels, which need somewhat less.
 
-    Raises: ValueError as `prepare`.
+    Raises: UserError as `prepare`.
     """
     shallow = copy.deepcopy(architecture)
     text = shallow.get_text_config()
@@ -132,14 +133,14 @@ def trace_pass(
         cast: whether weights that are trained are cast from float32 where they are used, as in a single process; FSDP gathers
             them in the compute type.
 
-    Raises: ValueError for a model whose operations depend on values, such as a mixture of experts.
+    Raises: UserError for a model whose operations depend on values, such as a mixture of experts.
     """
     dtype = torch.float32 if cast else DTYPES[config.dtype]
     layers = architecture.get_text_config().num_hidden_layers
     try:
         one, two = (_trace(config, architecture, depth, segments, head, dtype) for depth in (1, 2))
     except DataDependentOutputException as error:
-        raise ValueError(
+        raise UserError(
             f"plan-memory: memory must follow from the model's shape, {architecture.model_type} asks for values ({error}). "
             "Only a run can tell: see peak_memory_mib in metrics.jsonl."
         ) from error

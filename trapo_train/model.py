@@ -23,18 +23,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
 
-from trapo_kernels import Objective, linear_logprob, linear_policy_loss
-from trapo_train.attention import ATTENTIONS, check_attention, choose_attention, segment_arguments
+from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
+from trapo_train.attention import check_attention, choose_attention, segment_arguments
 from trapo_train.embedding import embed_in_autocasts_type
-from trapo_train.liger import LIGER, apply_liger
+from trapo_train.liger import apply_liger
 from trapo_train.lora import LoraConfig, add_lora, hold_frozen
 from trapo_train.packing import MicroBatch
+from trapo_train.schema import UserError, check, refused
 from trapo_train.tokenizer import end_generation_too, load_tokenizer
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
@@ -68,18 +70,17 @@ class ScratchConfig:
     """Standard deviation of the random weights, above 0; narrow models learn sooner with about 1/√hidden_size."""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}.")
         counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
-        for name, least in [(name, 1) for name in counts] + [("max_position", 2)]:
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 < self.initializer_range <= 1:
-            raise ValueError(f"initializer_range must be above 0 and at most 1, got {self.initializer_range}.")
+        check(
+            self,
+            *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
+            ("max_position", self.max_position >= 2, "at least 2"),
+            ("initializer_range", 0 < self.initializer_range <= 1, "above 0 and at most 1"),
+        )
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size must be a multiple of 2 · num_heads = {2 * self.num_heads}, got {self.hidden_size}.")
+            raise UserError(f"hidden_size must be a multiple of 2 · num_heads = {2 * self.num_heads}, got {self.hidden_size}.")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}.")
+            raise UserError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}.")
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if (self.name_or_path is None) == (self.scratch is None):
             given = "both" if self.scratch is not None else "neither"
-            raise ValueError(
+            raise UserError(
                 f"Give exactly one of name_or_path and scratch, got {given}. "
                 "Set model.name_or_path=<name or directory>, or model.scratch.hidden_size=128 for random weights."
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}.")
-        if self.liger not in LIGER:
-            raise ValueError(f"liger must be true, false or auto, got {self.liger!r}.")
+        check(self)
 
 
 class PolicyHead(nn.Linear):
@@ -209,7 +205,7 @@ def load_model_and_tokenizer(
         seed: of the random weights: those of a model from scratch, and LoRA's adapters.
         tell: what `auto` chose is told to it.
 
-    Raises: ValueError for a model that the packed step would train wrongly, with what to use instead.
+    Raises: UserError for a model that the packed step would train wrongly, with what to use instead.
     """
     device = torch.device(device)
     tokenizer = load_tokenizer(config, task_tokenizer)
@@ -217,7 +213,8 @@ def load_model_and_tokenizer(
     if config.scratch is not None:
         architecture = scratch_config(config.scratch, tokenizer)
     else:
-        architecture = AutoConfig.from_pretrained(config.name_or_path, **trust)
+        with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
+            architecture = AutoConfig.from_pretrained(config.name_or_path, **trust)
     implementation = choose_attention(
         config.attention, device=device, compute_dtype=DTYPES[config.dtype], architecture=architecture, tell=tell
     )
@@ -226,12 +223,13 @@ def load_model_and_tokenizer(
     if config.scratch is not None:
         model = AutoModelForCausalLM.from_config(architecture, **common)
     else:
-        model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
+        with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
+            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
     model.to(device)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(
+        raise UserError(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
@@ -248,7 +246,7 @@ def prepare(
         check_logits: compare the head's logits with the model's, which runs the model.
         tell: what `auto` chose is told to it.
 
-    Raises: ValueError for a model that the packed step would train wrongly.
+    Raises: UserError for a model that the packed step would train wrongly.
     """
     check_attention(model)
     apply_liger(model, config.liger, model.device, tell)
@@ -270,11 +268,11 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, check_logits: bool = True) -> PolicyHead:
     """Replace the model's output head by a `PolicyHead` over the same parameters, and check that the logits stay.
 
-    Raises: ValueError where the model's logits are not softcap(head(hidden)), which is all that the fused op knows.
+    Raises: UserError where the model's logits are not softcap(head(hidden)), which is all that the fused op knows.
     """
     linear = model.get_output_embeddings()
     if type(linear) not in (nn.Linear, PolicyHead):
-        raise ValueError(
+        raise UserError(
             f"model: the output head must be a torch.nn.Linear, {type(model).__name__} has {type(linear).__name__}. "
             "Load the model without quantisation or adapters on its head."
         )
@@ -301,7 +299,7 @@ def _check_logits(model: PreTrainedModel, head: PolicyHead) -> None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
     error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not error < 1e-3:
-        raise ValueError(
+        raise UserError(
             f"model: logits must be the output head's, softcapped at most; those of {type(model).__name__} are off by "
             f"{float(error):.2g} of their maximum. Such an architecture is not supported."
         )
@@ -315,7 +313,9 @@ def policy_head(model: PreTrainedModel) -> PolicyHead:
     return head
 
 
-def policy_forward(model: PreTrainedModel, micro_batch: MicroBatch, objective: Objective, temperature: float = 1.0) -> Any:
+def policy_forward(
+    model: PreTrainedModel, micro_batch: MicroBatch, objective: Objective, temperature: float = 1.0
+) -> PolicyLossOutput:
     """Run one packed micro-batch and its loss; only the positions that carry a loss reach the head.
 
     Args:
@@ -326,7 +326,7 @@ def policy_forward(model: PreTrainedModel, micro_batch: MicroBatch, objective: O
     Returns: what `linear_policy_loss` returns: loss (0-d), logprob and entropy [N], metrics.
     """
 
-    def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Any:
+    def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> PolicyLossOutput:
         return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=temperature, **head_arguments)
 
     return model.run_head(micro_batch, loss_fn)
@@ -377,7 +377,7 @@ def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable
         return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn, micro_batch.rows_per_rank)
 
 
-def scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The transformers configuration of a model from scratch for this tokenizer."""
     return ARCHITECTURES[scratch.architecture](
         vocab_size=len(tokenizer),

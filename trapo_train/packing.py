@@ -16,9 +16,8 @@ from torch import Tensor
 
 from trapo_kernels import Objective, Role, TokenBatch, aggregate
 from trapo_train.records import Sample
+from trapo_train.schema import UserError, check
 from trapo_train.upload import upload, upload_batch
-
-AGGREGATIONS = ("constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean")
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,7 @@ class PackingConfig:
     alone: a plan that samples nothing, and an objective without rollout term whose expert term reads no advantage."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1 token, got {self.max_tokens}.")
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}.")
+        check(self, ("max_tokens", self.max_tokens >= 1, "at least 1"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +90,9 @@ class _LossTokens:
 
 
 def check_expert_streams(objective: Objective) -> None:
-    """Raise ValueError for an objective that needs more of expert tokens than an expert trace of a dataset brings."""
+    """Raise UserError for an objective that needs more of expert tokens than an expert trace of a dataset brings."""
     if any(layer.expert is not None and layer.expert.anchor == "rollout" for layer in objective.layers):
-        raise ValueError(
+        raise UserError(
             f"objective {objective.name} compares expert tokens with rollout_logprob, the logprobs of the policy that sampled "
             "them, and the expert traces of a dataset have none. Use an objective whose expert tokens need none, such as luffy, "
             "or a plan without expert traces."
@@ -104,14 +100,14 @@ def check_expert_streams(objective: Objective) -> None:
 
 
 def check_prompt_training(config: PackingConfig, objective: Objective) -> None:
-    """Raise ValueError for `train_on_prompt` with an objective that would weigh prompts by what was sampled after them."""
+    """Raise UserError for `train_on_prompt` with an objective that would weigh prompts by what was sampled after them."""
     if not config.train_on_prompt:
         return
     terms = [layer.expert for layer in objective.layers if layer.expert is not None]
     reader = "trains on rollouts" if any(layer.rollout is not None for layer in objective.layers) else None
     reader = "weighs expert tokens by the advantage" if any(term.signal == "advantage" for term in terms) else reader
     if reader is not None:
-        raise ValueError(
+        raise UserError(
             f"packing.train_on_prompt needs an objective of expert tokens alone, without advantages, got {objective.name}, which "
             f"{reader}: what a prompt is trained with would depend on its samples. Set packing.train_on_prompt=false, or use an "
             "objective such as sft."
@@ -142,7 +138,7 @@ def pack(
 
     Returns: a multiple of `ranks` micro-batches, at least one for each, on the host. What has no loss token is an empty one, whose
         gradient is zero.
-    Raises: ValueError for a sample longer than the budget, an empty prompt, or expert tokens under an objective that needs the
+    Raises: UserError for a sample longer than the budget, an empty prompt, or expert tokens under an objective that needs the
         logprobs of whoever wrote them.
     """
     samples = [replace(s, completion_ids=(), completion_logprobs=()) if s.masked else s for s in samples]
@@ -166,12 +162,12 @@ def _segment_length(sample: Sample, max_tokens: int) -> int:
     """Tokens that the model reads for a sample: all but the last, which is only ever a target."""
     prompt, response = len(sample.problem.prompt_ids), len(sample.prefix_ids) + len(sample.completion_ids)
     if prompt == 0:
-        raise ValueError(
+        raise UserError(
             f"pack: a prompt must have at least 1 token to predict from, problem {sample.problem.index} has 0. "
             "Drop the problem or give it a begin-of-sequence token."
         )
     if prompt + response > max_tokens:
-        raise ValueError(
+        raise UserError(
             f"pack: a sample must fit into packing.max_tokens = {max_tokens} tokens, one of problem "
             f"{sample.problem.index} has {prompt + response} (prompt {prompt}, response {response}). "
             f"Set packing.max_tokens to at least {prompt + response}, or shorten rollout.max_response_tokens."

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from trapo_train.model import policy_head
+from trapo_train.schema import UserError, check
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,9 @@ class ParallelConfig:
     """Longest wait for another rank, in seconds, at least 1; after it the run ends with an error."""
 
     def __post_init__(self) -> None:
-        for name in ("replicate", "timeout_s"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check(self, *((name, getattr(self, name) >= 1, "at least 1") for name in ("replicate", "timeout_s")))
         if self.vocab_parallel_head and self.replicate > 1:
-            raise ValueError(
+            raise UserError(
                 f"vocab_parallel_head needs replicate = 1, got {self.replicate}. Shard over all ranks, or leave the head to FSDP."
             )
 
@@ -60,7 +59,7 @@ class World:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if self.size % config.replicate:
-            raise ValueError(
+            raise UserError(
                 f"parallel.replicate must divide the number of ranks, {self.size}, got {config.replicate}. "
                 "Start as many ranks as replicas times shards."
             )
@@ -153,13 +152,13 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
     With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
     Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
 
-    Raises: ValueError for a vocabulary-parallel head that is the embedding, too.
+    Raises: UserError for a vocabulary-parallel head that is the embedding, too.
     """
     if world.size == 1:
         return
     head = policy_head(model)
     if world.vocab_parallel_head and _is_tied(model):
-        raise ValueError(
+        raise UserError(
             "parallel.vocab_parallel_head needs an output head of its own, this model's is its embedding, which every rank needs "
             "whole. Set parallel.vocab_parallel_head=false."
         )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from trapo_train.records import Problem, Request
 from trapo_train.schedules import build_schedule
+from trapo_train.schema import UserError, check
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Rung:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise ValueError(f"samples of a rung must be at least 1, got {self.samples}. Leave the rung out instead.")
+            raise UserError(f"samples of a rung must be at least 1, got {self.samples}. Leave the rung out instead.")
         if not 0.0 <= self.prefix_ratio <= 1.0:
-            raise ValueError(f"prefix_ratio of a rung must be in [0, 1], got {self.prefix_ratio}.")
+            raise UserError(f"prefix_ratio of a rung must be in [0, 1], got {self.prefix_ratio}.")
         if self.threshold is not None and self.threshold != self.threshold:
-            raise ValueError("threshold of a rung must be a number or null, got NaN.")
+            raise UserError("threshold of a rung must be a number or null, got NaN.")
         if self.expert_index < 0:
-            raise ValueError(f"expert_index of a rung must be ≥ 0, got {self.expert_index}.")
+            raise UserError(f"expert_index of a rung must be at least 0, got {self.expert_index}.")
 
 
 # The authors' code compares sums: "sum < 4 of 6" and "sum < 7 of 7" are the means 4/6 and 7/7.
@@ -69,7 +70,6 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "release": (Rung(4), Rung(2, 0.25, 0.5), Rung(1, 0.5, 4 / 6), Rung(1, 1.0, 7 / 7, expert_index=1)),
     "sft": (Rung(1, 1.0),),
 }
-PLANS = ("paper", "release", "grpo", "sft", "luffy", "prefix_rft", "uft", "hpt", "relift", "ladder")
 DEFAULT_NUM_SAMPLES = 8
 # Which plans read which of the optional settings, and what they use where it is null.
 _READERS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ class PlanConfig:
     """
 
     name: Literal["paper", "release", "grpo", "sft", "luffy", "prefix_rft", "uft", "hpt", "relift", "ladder"] = "paper"
-    """paper, release, grpo, sft, luffy, prefix_rft, uft, hpt, relift, or ladder."""
+    """Which of these plans."""
     num_samples: int | None = None
     """Samples per problem, at least 1, at least 2 where one of them is guided (luffy, prefix_rft); null for 8. Elsewhere fixed."""
     refill: int = 0
@@ -115,48 +115,45 @@ class PlanConfig:
     """relift: unsolved problems that are waited for before a step trains on their expert traces, at least 1; null for 128."""
 
     def __post_init__(self) -> None:
-        if self.name not in PLANS:
-            raise ValueError(f"name of a plan must be one of {list(PLANS)}, got {self.name!r}.")
+        check(self)
         for setting, readers in _READERS.items():
             value = getattr(self, setting)
             if value is not None and self.name not in readers:
                 if setting == "num_samples":
-                    raise ValueError(
+                    raise UserError(
                         f"num_samples is fixed by the plan {self.name!r}, got {value}. "
                         'Leave it out, or give the micro-groups as rungs of the plan "ladder".'
                     )
-                raise ValueError(
+                raise UserError(
                     f"{setting} belongs to {', '.join(readers)}, got {value} with the plan {self.name!r}. Leave it out."
                 )
         self._check_ranges()
         if (self.name == "ladder") != bool(self.rungs):
-            raise ValueError(
+            raise UserError(
                 f'rungs belong to the plan "ladder" and it needs at least one, got {len(self.rungs)} with the plan {self.name!r}.'
             )
         if self.rungs and self.rungs[0].threshold is not None:
-            raise ValueError(
-                f"The first rung has no earlier samples, so its threshold must be null, got {self.rungs[0].threshold}."
-            )
+            raise UserError(f"The first rung has no earlier samples, so its threshold must be null, got {self.rungs[0].threshold}.")
 
     def _check_ranges(self) -> None:
         smallest = 2 if self.name in ("luffy", "prefix_rft") else 1
         for name, low in (("num_samples", smallest), ("refill", 0), ("chunks", 1), ("buffer_size", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ValueError(f"{name} of {self.name!r} must be at least {low}, got {value}.")
+                raise UserError(f"{name} of {self.name!r} must be at least {low}, got {value}.")
         if self.unsolved_at is not None and self.unsolved_at != self.unsolved_at:
-            raise ValueError("unsolved_at must be a number, got NaN.")
+            raise UserError("unsolved_at must be a number, got NaN.")
         if self.name not in _READERS["guidance"]:
             return
         if self.guidance is None:
-            raise ValueError(
+            raise UserError(
                 f"guidance must be set for the plan {self.name!r}: a share of the trace in [0, 1], or a schedule such as "
                 "{schedule: cosine, start: 0.95, end: 0.05, steps: 500}."
             )
         low, high = build_schedule(self.guidance).bounds
         top = self.setting("longest_prefix") if self.name == "prefix_rft" else 1.0
         if not 0.0 <= low <= high <= top <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"guidance of {self.name!r} must stay in [0, {top:g}] and longest_prefix in [0, 1], got guidance from {low:g} to "
                 f"{high:g}."
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trapo_train.display import read_metrics
 from trapo_train.figures import (
@@ -24,6 +24,10 @@ from trapo_train.figures import (
     save_figure,
     window_of,
 )  # fmt: skip
+from trapo_train.schema import UserError
+
+if TYPE_CHECKING:
+    from trapo_train.headroom import HeadroomReport
 
 Row = dict[str, Any]
 
@@ -52,7 +56,7 @@ def _draw_held_out(axis: Any, evaluations: Sequence[Row], colour: Any, metric: s
     return values[-1]
 
 
-def plot_headroom(report: Any, path: str | Path) -> Path:
+def plot_headroom(report: HeadroomReport, path: str | Path) -> Path:
     """Pass rate against the fraction of the expert trace that is given, one line per group and one for all.
 
     `report.rows` carry fraction, group ("all" for every problem), pass_rate, n and standard_error.
@@ -297,7 +301,7 @@ RUN_PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], Path]]] = {
 def plot_run(run_dir: str | Path) -> list[Path]:
     """Draw every plot whose metrics the run recorded into `run_dir`/plots; returns the paths.
 
-    Raises FileNotFoundError where there are no metrics, ValueError where none of them can be plotted.
+    Raises FileNotFoundError where there are no metrics, UserError where none of them can be plotted.
     """
     rows = read_metrics(run_dir)
     recorded = {key for row in rows for key, value in row.items() if value not in (None, [])}
@@ -308,7 +312,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
         if any(key == metric or (metric.endswith("/") and key.startswith(metric)) for key in recorded)
     ]
     if not paths:
-        raise ValueError(f"{run_dir}: none of the {len(rows)} rows holds a metric that can be plotted. Train some steps first.")
+        raise UserError(f"{run_dir}: none of the {len(rows)} rows holds a metric that can be plotted. Train some steps first.")
     return paths
 
 

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from trapo_train.records import ExpertTrace
+from trapo_train.tokenizer import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def cut_prefix(
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"cut_prefix: ratio must be in [0, 1], got {ratio}.")
     if not snap_window >= 0.0:
-        raise ValueError(f"cut_prefix: snap_window must be ≥ 0, got {snap_window}. Pass 0 to cut exactly at the ratio.")
+        raise ValueError(f"cut_prefix: snap_window must be at least 0, got {snap_window}. Pass 0 to cut exactly at the ratio.")
     if not paragraph_break:
         raise ValueError("cut_prefix: paragraph_break is empty. Pass snap_window=0 to cut exactly at the ratio.")
     if ratio == 0.0:
@@ -85,7 +86,7 @@ def _snap_forward(body: tuple[int, ...], cut: int, limit: int, tokenizer: PreTra
     """Return the first token boundary in [cut, limit) behind the next paragraph break, or `cut` if there is none."""
     if cut >= limit:
         return cut
-    text = _decode(tokenizer, body)
+    text = decode(tokenizer, body, special=True)
     # A break that ends exactly at the cut counts, so the search starts one break earlier.
     start = text.find(paragraph_break, max(0, _text_position(tokenizer, body[:cut], text) - len(paragraph_break)))
     if start < 0:
@@ -111,11 +112,7 @@ def _text_position(tokenizer: PreTrainedTokenizerBase, head: tuple[int, ...], te
     (WordPiece) or be a fragment of a character (byte-level BPE). A character that `head` leaves unfinished decodes to
     U+FFFD, which differs from `text` there and so does not count.
     """
-    decoded = _decode(tokenizer, head)
+    decoded = decode(tokenizer, head, special=True)
     if text.startswith(decoded):
         return len(decoded)
     return next(i for i, pair in enumerate(zip_longest(decoded, text)) if pair[0] != pair[1])
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: tuple[int, ...]) -> str:
-    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

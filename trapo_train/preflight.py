@@ -18,14 +18,15 @@ from trapo_train.config import RunConfig
 from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.problems import ProblemSet
+from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer
 
 
 def check_objective(config: RunConfig, objective: Objective) -> None:
-    """Raise ValueError for an objective that the samples of the configured plan cannot train, and for a reward that is missing."""
+    """Raise UserError for an objective that the samples of the configured plan cannot train, and for a reward that is missing."""
     plan = config.plan
     if objective.rollout is None and not plan.guides:
-        raise ValueError(
+        raise UserError(
             f"objective {objective.name} trains on expert tokens alone, and plan {plan.name} has none. "
             "Use plan.name=sft, or an objective for rollouts such as dr_grpo."
         )
@@ -33,17 +34,17 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
     drawn = sum(rung.samples for rung in plan.rungs) if plan.name == "ladder" else plan.setting("num_samples")
     single = drawn == 1 and plan.name in ("grpo", "ladder")
     if single and objective.expert is None and config.advantage.center != "none":
-        raise ValueError(
+        raise UserError(
             "plan must draw at least 2 samples of a problem for a baseline among them, got 1, whose advantage is always 0. "
             "Raise plan.num_samples, add rungs, or set advantage.center=none."
         )
     if plan.setting("buffer_size") is not None and objective.expert is None:
-        raise ValueError(
+        raise UserError(
             f"plan {plan.name} has steps on expert traces alone, and objective {objective.name} does not train on them. "
             "Use an objective with an expert term such as relift, or plan.name=grpo."
         )
     if config.updates.correction is not None and objective.rollout is None and config.objective.chooser is None:
-        raise ValueError(
+        raise UserError(
             f"updates.correction corrects rollout tokens for their sampler, got {config.updates.correction.name} with objective "
             f"{objective.name}, which trains on expert tokens alone. Set updates.correction=null, or use an objective for rollouts."
         )
@@ -51,7 +52,7 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
         check_expert_streams(objective)
     check_prompt_training(config.packing, objective)
     if config.packing.train_on_prompt and plan.largest_request:
-        raise ValueError(
+        raise UserError(
             f"packing.train_on_prompt needs a plan that samples nothing, got {plan.name}, each of whose samples would train its "
             "prompt once more. Set packing.train_on_prompt=false, or plan.name=sft."
         )
@@ -61,9 +62,9 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
 
 
 def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool) -> None:
-    """Raise ValueError for an objective that a chooser chose and this run, its model and plan built, cannot train a step with."""
+    """Raise UserError for an objective that a chooser chose and this run, its model and plan built, cannot train a step with."""
     if "ref_logprob" in objective.reads() and not has_reference:
-        raise ValueError(
+        raise UserError(
             f"objective.chooser chose {objective.name}, which reads the logprobs of the model before training; it is kept "
             f"only for an objective.name that reads them too, got {config.objective.name}. Choose another, or set such an "
             "objective.name."
@@ -76,16 +77,16 @@ def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool
 
 
 def _check_is_trained(config: RunConfig, objective: Objective) -> None:
-    """Raise ValueError for an objective of rollouts alone where the plan samples none."""
+    """Raise UserError for an objective of rollouts alone where the plan samples none."""
     if objective.expert is None and config.plan.largest_request == 0:
-        raise ValueError(
+        raise UserError(
             f"plan {config.plan.name} samples nothing, and objective {objective.name} does not train on expert tokens. "
             "Use an objective with an expert term such as sft, or a plan with rollouts such as grpo."
         )
 
 
 def _check_nothing_is_compared(config: RunConfig) -> None:
-    """Raise ValueError for settings of sampled responses where there are none."""
+    """Raise UserError for settings of sampled responses where there are none."""
     sections = {
         "advantage": (config.advantage, ("normalise", "baseline", "center")),
         "rollout": (config.rollout, ("on_truncated",)),
@@ -94,14 +95,14 @@ def _check_nothing_is_compared(config: RunConfig) -> None:
         for name in names:
             value, default = getattr(values, name), getattr(type(values)(), name)
             if value != default:
-                raise ValueError(
+                raise UserError(
                     f"{section}.{name} must be {default} with plan {config.plan.name} and objective {config.objective.name}, which "
                     f"train on expert traces alone, got {value}: nothing reads it. Leave it out."
                 )
 
 
 def _check_is_judged(config: RunConfig, objective: Objective) -> None:
-    """Raise ValueError where responses are judged and there is no reward."""
+    """Raise UserError where responses are judged and there is no reward."""
     plan, remedy = config.plan, ""
     if config.reward is not None:
         return
@@ -115,7 +116,7 @@ def _check_is_judged(config: RunConfig, objective: Objective) -> None:
         reader, remedy = "evaluations sample responses", ", or evaluation.sample=false to report the loss of expert traces alone"
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"reward must be set where responses are judged, got null: {reader}. Set reward=math_verify, exact_match or "
         f"my_rewards:my_reward{remedy}."
     )
@@ -125,13 +126,13 @@ _MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("token
 
 
 def check_places(config: ModelConfig) -> None:
-    """Raise ValueError for a directory that does not hold what it should; a name on the hub, at most owner/name, passes."""
+    """Raise UserError for a directory that does not hold what it should; a name on the hub, at most owner/name, passes."""
     places = (("name_or_path", config.name_or_path, _MODEL_FILES), ("tokenizer", config.tokenizer, _TOKENIZER_FILES))
     for key, place, files in places:
         is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")) or Path(place).is_dir())
         if is_path and not any((Path(place) / file).is_file() for file in files):
             wanted, found = " or ".join(files), "which has none" if Path(place).is_dir() else "which does not exist"
-            raise ValueError(
+            raise UserError(
                 f"model.{key} must be a hub name such as owner/name or a directory with {wanted}, got {place!r}, {found}. "
                 "Give another; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
             )
@@ -153,7 +154,7 @@ def named(config: ModelConfig) -> Iterator[None]:
 
 
 def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSet | None, held_out: Sequence[ProblemSet]) -> None:
-    """Raise ValueError unless the longest prompts of training and evaluation, in tokens, fit with their responses into engine batch
+    """Raise UserError unless the longest prompts of training and evaluation, in tokens, fit with their responses into engine batch
     and model, and what the model scores of them into micro-batch and model. `problems`: None where nothing is trained."""
     rollout, own = config.rollout, config.evaluation.max_response_tokens
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -179,7 +180,7 @@ def _check_fits(what: str, setting: str, sizes: tuple[int, int], limits: dict[st
     section = "eval_data" if what.startswith("held-out") else "data"
     for name, limit in limits.items():
         if limit is not None and sum(sizes) > limit:
-            raise ValueError(
+            raise UserError(
                 f"train: the longest {what} {setting} must fit into {name} = {limit}, got {sizes[0]} + {sizes[1]} = {sum(sizes)} "
                 f"tokens. Raise that limit where it is yours, lower {setting}, or drop long prompts with "
                 f"{section}.max_prompt_tokens and on_long_prompt."
@@ -187,7 +188,7 @@ def _check_fits(what: str, setting: str, sizes: tuple[int, int], limits: dict[st
 
 
 def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore) -> str | None:
-    """Raise ValueError unless the disk of output_dir has room for the trained model and a checkpoint of it, without which the run
+    """Raise UserError unless the disk of output_dir has room for the trained model and a checkpoint of it, without which the run
     would be lost; a note where it has no room for all that checkpoint.keep keeps."""
     output_dir = Path(config.output_dir)
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
@@ -198,7 +199,7 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
     free = shutil.disk_usage(place).free + store.unfinished_bytes()  # which the next save deletes
     saved, last = len(store.steps()), config.steps in store.steps()
     if free < exported + (0 if last else checkpoint):
-        raise ValueError(
+        raise UserError(
             f"output_dir must have room for the trained model and a checkpoint, {_size(exported)} + {_size(checkpoint)}, got "
             f"{_size(free)} free at {place}. Free space, or choose another output_dir."
         )

@@ -24,7 +24,7 @@ from trapo_train.rows import (
     with_think_tags,
     without_start,
 )
-from trapo_train.schema import did_you_mean
+from trapo_train.schema import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,13 +105,13 @@ class ProblemSet(Sequence[Problem]):
 class RowReader:
     """Turns rows of the configured dataset into problems.
 
-    Raises: ValueError as `data.load_problems` says, naming the dataset, its split and the row.
+    Raises: UserError as `data.load_problems` says, naming the dataset, its split and the row.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.where = f"{config.path or config.task}, split {config.split}"
         if tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
+            raise UserError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
         self._config = config
         self._tokenizer = tokenizer
         columns, self._rows = load_rows(config)
@@ -146,11 +146,11 @@ class RowReader:
             self._told = True
             logger.warning("%s: the prompt begins with %s, which the tokenizer adds: one is left out", at, tokenizer.bos_token)
         if not prompt_ids:
-            raise ValueError(f"{at}: the prompt is empty. Remove the row.")
+            raise UserError(f"{at}: the prompt is empty. Remove the row.")
         if len(prompt_ids) > config.max_prompt_tokens:
             if config.on_long_prompt == "drop":
                 return None, []
-            raise ValueError(
+            raise UserError(
                 f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. "
                 "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
             )
@@ -182,7 +182,7 @@ class RowReader:
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for (row, _), text, token_ids in zip(named, texts, encoded, strict=True):
             if end_id in token_ids:
-                raise ValueError(
+                raise UserError(
                     f"{self.where}, row {row}: an expert trace has the end-of-sequence token {end!r} before its end. Remove it "
                     "from the text."
                 )
@@ -216,7 +216,7 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
             if column == "prompt" and "messages" in columns:
                 hint = " For conversations set preset: messages."
             remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
-            raise ValueError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy}")
+            raise UserError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy}")
     further = [column for column in columns if column not in named.values()]
     for column in set(further) & set(RESERVED_COLUMNS):
         logger.warning("%s: column %r is left out, the reward has an argument of that name; rename it if it is read", where, column)
@@ -233,7 +233,7 @@ def _encoding(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises that very class, for a text beyond a vocabulary without an unknown token
-        raise ValueError(f"{what} must be text that the tokenizer knows: {error}. Set model.tokenizer to one that does.") from error
+        raise UserError(f"{what} must be text that the tokenizer knows: {error}. Set model.tokenizer to one that does.") from error
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[tuple[int, ...], bool]:

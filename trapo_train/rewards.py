@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 from trapo_train.grading import MathVerify, WorkerReward
 from trapo_train.math_grader import load_library
+from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.records import Problem
-from trapo_train.schema import did_you_mean
+from trapo_train.schema import UserError, check, did_you_mean
 from trapo_train.tasks import pointer_chasing_reward
 
 ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
@@ -42,7 +43,7 @@ class Overlong:
     def __post_init__(self) -> None:
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.max_tokens, self.buffer))
         if not whole or not 1 <= self.buffer <= self.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"overlong needs whole numbers 1 <= buffer <= max_tokens, got buffer = {self.buffer!r}, max_tokens = "
                 f"{self.max_tokens!r}. For example {{max_tokens: 8192, buffer: 2048}}."
             )
@@ -70,21 +71,20 @@ class RewardTerm:
     """Address space of a worker in MiB, at least 64."""
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("name must not be empty.")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight must be a finite number, got {self.weight}.")
-        if not 0 < self.time_limit_s < math.inf:
-            raise ValueError(f"time_limit_s must be a finite number above 0, got {self.time_limit_s}.")
-        if self.memory_limit_mib < 64:
-            raise ValueError(f"memory_limit_mib must be at least 64, got {self.memory_limit_mib}.")
+        check(
+            self,
+            ("name", self.name != "", "a text that is not empty"),
+            ("weight", math.isfinite(self.weight), "a finite number"),
+            ("time_limit_s", 0 < self.time_limit_s < math.inf, "a finite number above 0"),
+            ("memory_limit_mib", self.memory_limit_mib >= 64, "at least 64"),
+        )
         if self.in_worker and ":" not in self.name:
-            raise ValueError(
+            raise UserError(
                 f"in_worker is for your own function, got name {self.name!r}. Leave it out: math_verify grades in workers "
                 "always, and the others cannot hang."
             )
         if self.name != "overlong" and self.options:
-            raise ValueError(f"options belong to the reward overlong, got {self.options} of {self.name!r}. Leave them out.")
+            raise UserError(f"options belong to the reward overlong, got {self.options} of {self.name!r}. Leave them out.")
         if self.name == "overlong":
             self.overlong()
 
@@ -93,7 +93,7 @@ class RewardTerm:
         try:
             return Overlong(**self.options)
         except TypeError as error:
-            raise ValueError(f"options of overlong are max_tokens and buffer, got {self.options}.") from error
+            raise UserError(f"options of overlong are max_tokens and buffer, got {self.options}.") from error
 
 
 class RewardFn(Protocol):
@@ -107,6 +107,9 @@ class RewardFn(Protocol):
     tokens of the whole response, expert prefix and end-of-sequence token included, whatever `rollout.verify` shows of its text; and
     `finish_reasons` (list[str]), "stop", "length" (cut off by the budget) or "expert" (a whole expert trace). Columns of the data
     that have one of these names are left out, as those called prompts or completions are, with a warning.
+
+    An object may have `take_metrics()` besides, which returns what it counted since it was last asked, numbers by their names in
+    metrics.jsonl: they add up over calls, rewards and ranks; a mean is a `metrics.Mean`.
 
     Rows are independent of each other: how many come in one call is not fixed. A plain function is called from the thread that
     trains, an async one also several times at once (see `may_overlap`).
@@ -163,14 +166,14 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
     if not isinstance(name, str):
         return _load_sum(name)
     if name == "overlong":
-        raise ValueError("reward overlong needs options: [{name: overlong, options: {max_tokens: 8192, buffer: 2048}}, …].")
+        raise UserError("reward overlong needs options: [{name: overlong, options: {max_tokens: 8192, buffer: 2048}}, …].")
     if name in REWARDS:
         if name == "math_verify":
             load_library()  # a missing extra shows now, not after the first rollout
         return REWARDS[name]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        raise ValueError(
+        raise UserError(
             f"reward must be one of {sorted(REWARDS)} or a path like my_rewards:my_reward, got {name!r}."
             f"{did_you_mean(name, REWARDS)}"
         )
@@ -180,10 +183,10 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"reward {name!r}: importing the module {module_name!r} failed: {error}.") from error
+        raise UserError(f"reward {name!r}: importing the module {module_name!r} failed: {error}.") from error
     reward = getattr(module, attribute, None)
     if not callable(reward):
-        raise ValueError(f"reward {name!r}: the module {module_name!r} has no function {attribute!r}.")
+        raise UserError(f"reward {name!r}: the module {module_name!r} has no function {attribute!r}.")
     return reward
 
 
@@ -195,20 +198,6 @@ def exact_match(
         None if truth is None else float(completion.strip() == truth.strip())
         for completion, truth in zip(completions, solution, strict=True)
     ]
-
-
-class Mean(float):
-    """A mean that knows of how many numbers, until those of several calls are merged."""
-
-    count: int
-
-    def __new__(cls, value: float, count: int) -> Mean:
-        mean = super().__new__(cls, value)
-        mean.count = count
-        return mean
-
-    def __getnewargs__(self) -> tuple[float, int]:
-        return float(self), self.count
 
 
 class Total(float):
@@ -230,7 +219,7 @@ def opinion_of(value: float | None, name: str | None) -> float | None:
 class WeightedSum:
     """Several rewards as one: Σ weight · reward over those that have an opinion on a row; None where none has.
 
-    Not a reward function itself: `judge` and `score` take it in place of one.
+    Not a reward function itself: `judge` takes it in place of one.
     """
 
     def __init__(self, terms: Sequence[tuple[str, RewardFn, float]]) -> None:
@@ -251,42 +240,20 @@ class WeightedSum:
         return [total if total is None else Total(total, found) for total, found in zip(totals, parts, strict=True)]
 
     def take_metrics(self) -> dict[str, float]:
-        """The mean of each reward since this was last asked, and the counts of the rewards themselves, summed."""
-        metrics: dict[str, float] = {f"reward/{name}": Mean(fmean(values), len(values)) for name, values in self._values.items()}
+        """The mean of each reward since this was last asked, and what the rewards themselves report, merged."""
+        means = {f"reward/{name}": Mean(fmean(values), len(values)) for name, values in self._values.items()}
         self._values = {}
-        for _, reward, _ in self.terms:
-            for name, count in take_metrics(reward).items():
-                metrics[name] = metrics.get(name, 0.0) + count
-        return metrics
+        return merge_metrics([means, *(take_metrics(reward) for _, reward, _ in self.terms)])
 
 
 def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
     """What a reward counted besides its values since this was last asked; nothing for a plain function."""
-    found = reward.take_metrics() if hasattr(reward, "take_metrics") else {}
-    return {name: value if isinstance(value, Mean) else float(value) for name, value in found.items()}
+    return merge_metrics([reward.take_metrics()]) if hasattr(reward, "take_metrics") else {}
 
 
 def without_rewards(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics that say something where there is no reward."""
     return {name: value for name, value in metrics.items() if not name.startswith("reward/") and name != "time/reward_s"}
-
-
-def merge_metrics(parts: Sequence[dict[str, float]], sizes: Sequence[int] | None = None) -> dict[str, float]:
-    """What several calls counted (see `take_metrics`) as one: counts and speeds add up, a `Mean` is weighted by its own count and
-    stays one, other means are weighted by `sizes`, by default equally."""
-    merged: dict[str, float] = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        known = [i for i, part in enumerate(parts) if name in part]
-        values = [parts[i][name] for i in known]
-        if all(isinstance(value, Mean) for value in values):
-            count = sum(value.count for value in values)
-            merged[name] = Mean(sum(value * value.count for value in values) / count, count)
-            continue
-        weights = [1 if sizes is None else sizes[i] for i in known]
-        adds_up = name.endswith(("_count", "timeouts", "crashes", "tokens_per_s"))
-        total = sum(parts[i][name] * (1 if adds_up else weight) for i, weight in zip(known, weights, strict=True))
-        merged[name] = total if adds_up else total / sum(weights)
-    return merged
 
 
 def may_overlap(reward: RewardFn | WeightedSum) -> bool:
@@ -321,7 +288,7 @@ def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
-        raise ValueError(f"reward must list at least one reward, each once, got {names}. Add up the weights of the same one.")
+        raise UserError(f"reward must list at least one reward, each once, got {names}. Add up the weights of the same one.")
     loaded = []
     for term in terms:
         # Loaded here, a wrong path shows now, for a worker too.

@@ -8,22 +8,25 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import fmean, pstdev
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from trapo_train.chooser import ChooserError
 from trapo_train.engine import Engine, EngineError, SamplingParams, Stream
 from trapo_train.judging import Judging
+from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.parallel import interleave
 from trapo_train.plans import Outcome, Plan, PlanSteps
 from trapo_train.prefix import cut_prefix
 from trapo_train.records import Completion, Problem, Request, Sample
-from trapo_train.rewards import RewardError, RewardFn, merge_metrics, take_metrics, without_rewards
+from trapo_train.rewards import RewardError, RewardFn, take_metrics, without_rewards
+from trapo_train.schema import UserError, check
 from trapo_train.vllm_engine import VllmConfig
 from trapo_train.vllm_server import VllmServerConfig
 
-ENGINES = ("transformers", "vllm", "vllm_server")
-VERIFICATIONS = ("response", "completion")
-ON_TRUNCATED = ("keep", "mask")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 SAMPLING_ERRORS = (EngineError, RewardError, ChooserError)  # after which nothing is trained, and everything before is intact
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
@@ -66,22 +69,17 @@ class RolloutConfig:
     """Most tokens that engine: transformers holds at once, prompts and budgets of all rows with padding, at least 2."""
 
     def __post_init__(self) -> None:
-        checks = [
+        check(
+            self,
             ("temperature", 0 < self.temperature < float("inf"), "a finite number above 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("max_response_tokens", self.max_response_tokens >= 1, "at least 1"),
             ("paragraph_break", self.paragraph_break != "", "a text that is not empty"),
             ("snap_window", 0 <= self.snap_window <= 1, "in [0, 1]"),
-            ("verify", self.verify in VERIFICATIONS, f"one of {', '.join(VERIFICATIONS)}"),
-            ("on_truncated", self.on_truncated in ON_TRUNCATED, f"one of {', '.join(ON_TRUNCATED)}"),
             ("correct_at", self.correct_at == self.correct_at, "a number"),
-            ("engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("max_batch_tokens", self.max_batch_tokens >= 2, "at least 2"),
-        ]
-        for name, holds, rule in checks:
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class _Climb:
 class _Ascent:
     """All problems of a step on their way, one stream between them."""
 
-    def __init__(self, stream: Stream, judging: Judging, tokenizer: Any, config: RolloutConfig) -> None:
+    def __init__(self, stream: Stream, judging: Judging, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> None:
         self.stream, self.judging, self.tokenizer, self.config = stream, judging, tokenizer, config
         self.open: dict[int, tuple[_Climb, Sample]] = {}  # by the stream's ticket
 
@@ -175,7 +173,12 @@ class _Ascent:
 
 
 def run_plans(
-    problems: Sequence[Problem], plan: Plan, engine: Engine, reward: RewardFn | None, tokenizer: Any, config: RolloutConfig
+    problems: Sequence[Problem],
+    plan: Plan,
+    engine: Engine,
+    reward: RewardFn | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
 ) -> RolloutResult:
     """Run the plan of each problem to its end and return its samples, with rewards; those that the plan drops only count in
     the metrics.
@@ -198,7 +201,7 @@ def run_plans(
     least one token: max_response_tokens - prefix.
 
     Raises:
-        ValueError: an expert trace longer than max_response_tokens, before anything is sampled; a request that names no
+        UserError: an expert trace longer than max_response_tokens, before anything is sampled; a request that names no
             expert trace of its problem.
         RewardError: see `rewards.judge`.
         EngineError: see `vllm_server`.
@@ -209,7 +212,9 @@ def run_plans(
     started = time.perf_counter()
     with engine.stream(params) as stream, Judging(reward, tokenizer, config) as judging:
         reward_s = _Ascent(stream, judging, tokenizer, config).run(climbs)
-        measured = {"reward/none_count": float(judging.none_count), "time/reward_s": reward_s, **stream.metrics()}
+        # Counts and speeds add up over ranks; what each has of the same time is averaged.
+        shared = {"time/reward_s": reward_s, **stream.metrics()}
+        measured = {"reward/none_count": float(judging.none_count), **{name: Mean(value, 1) for name, value in shared.items()}}
     sampled = [climb.samples for climb in climbs]
     generated = sum(len(sample.completion_ids) for group in sampled for sample in group)
     seconds = time.perf_counter() - started
@@ -223,7 +228,7 @@ def run_plans(
 def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:
     """The results of all ranks as one, problems in the order that one process would have them in."""
     sampled = interleave([part.sampled for part in parts])
-    metrics = _joint_metrics(sampled, parts)  # of what the samples do not tell counts and speeds add up, all else is averaged
+    metrics = _joint_metrics(sampled, parts)
     metrics |= merge_metrics(_further(parts, metrics))
     put_off = interleave([[i in part.deferred for i in range(len(part.groups))] for part in parts])
     deferred = tuple(i for i, deferred in enumerate(put_off) if deferred)
@@ -238,7 +243,7 @@ def chain_results(rounds: Sequence[RolloutResult]) -> RolloutResult:
     sampled, seconds = [group for part in rounds for group in part.sampled], [part.seconds for part in rounds]
     metrics = _joint_metrics(sampled, rounds)
     further = _further(rounds, metrics)
-    metrics |= merge_metrics(further, [sum(map(len, part.sampled)) for part in rounds])
+    metrics |= merge_metrics(further)
     steps = [part.get("rollout/engine_steps", 0.0) for part in further]
     for name in metrics.keys() & {"time/reward_s", "rollout/engine_steps"}:
         metrics[name] = sum(part.get(name, 0.0) for part in further)
@@ -261,12 +266,14 @@ def _further(parts: Sequence[RolloutResult], known: Collection[str]) -> list[dic
     return [{name: value for name, value in part.metrics.items() if name not in known} for part in parts]
 
 
-def draft(problem: Problem, request: Request, micro_group: int, tokenizer: Any, config: RolloutConfig) -> list[Sample]:
+def draft(
+    problem: Problem, request: Request, micro_group: int, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+) -> list[Sample]:
     """Return the samples of a request, which share one prefix and have no completion yet."""
     prefix: tuple[int, ...] = ()
     if request.prefix_ratio > 0:
         if not 0 <= request.expert_index < len(problem.experts):
-            raise ValueError(
+            raise UserError(
                 f"rollout: expert_index must name one of the {len(problem.experts)} expert traces of problem "
                 f"{problem.index}, got {request.expert_index}. A plan must look at problem.experts before it asks."
             )
@@ -323,7 +330,7 @@ def _check_experts_fit(problems: Sequence[Problem], config: RolloutConfig) -> No
     for problem in problems:
         longest = max((len(expert.token_ids) for expert in problem.experts), default=0)
         if longest > config.max_response_tokens:
-            raise ValueError(
+            raise UserError(
                 f"rollout: expert traces must fit into max_response_tokens = {config.max_response_tokens}, got {longest} "
                 f"tokens in problem {problem.index}. Raise max_response_tokens, or drop such traces with "
                 "ProblemSet.without_long_experts."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from trapo_train.schema import UserError, refused
 from trapo_train.tasks import generate_rows
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 DEFAULT_TASK_PROBLEMS = 1000
 THINK, END_THINK = "<think>", "</think>"
 RENDERING = {"conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
-THINK_TAGS = ("keep", "strip", "add", "require")
 
 
 def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
@@ -33,12 +33,13 @@ def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
         num_problems = config.num_problems or DEFAULT_TASK_PROBLEMS
         rows = generate_rows(config.task_options, num_problems=num_problems, split=config.split, seed=config.seed)
         return list(rows[0]), rows
+    read = _reader(config.path, config.name, config.split)
     try:
-        dataset = _load_dataset(config.path, config.name, config.split)
-    except Exception as error:
+        dataset = read()
+    except Exception as error:  # what datasets, pyarrow and the hub raise has no class in common
         # datasets hides the reason of a failed read in the cause.
         reason = error.__cause__ or error
-        raise ValueError(
+        raise UserError(
             f"Reading the dataset {config.path!r}, split {config.split!r}, failed: {type(reason).__name__}: {reason}. "
             "Check that it is there, readable and not empty."
         ) from error
@@ -55,7 +56,7 @@ def cell(row: dict[str, Any], column: str, where: str) -> Any:
     for key in column.split("."):
         if not isinstance(value, dict) or key not in value:
             present = f"has the fields {sorted(value)}" if isinstance(value, dict) else f"is {type(value).__name__}"
-            raise ValueError(f"{where}: column {column!r} has no field {key!r}: the value there {present}.")
+            raise UserError(f"{where}: column {column!r} has no field {key!r}: the value there {present}.")
         value = value[key]
     return value
 
@@ -65,7 +66,7 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     if isinstance(value, str):
         if not wants_chat(value, config):
             if config.chat_template_kwargs:
-                raise ValueError(
+                raise UserError(
                     f"{where}: chat_template_kwargs need a prompt that is rendered with the chat template, got a text. Set "
                     "as_chat: true, or leave them out."
                 )
@@ -74,7 +75,7 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     else:
         messages = _messages(value, f"{where}: a prompt")
     if messages[-1]["role"] == "assistant":
-        raise ValueError(
+        raise UserError(
             f"{where}: a chat prompt must end with what the model is to answer, got an assistant message at its end. Leave the "
             "answer out of the prompt; expert_column is the place for it, or the same column for conversations (preset: "
             "messages)."
@@ -82,30 +83,30 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     if config.system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
             "of an instruction-tuned model (model.tokenizer), or give the prompt as text without as_chat and system_prompt."
         )
     if config.chat_template_kwargs:
-        _check_variables(config.chat_template_kwargs, tokenizer.get_chat_template(), where)
+        with refused(f"{where}: the tokenizer has several chat templates and none by default", ValueError):
+            template = tokenizer.get_chat_template()
+        _check_variables(config.chat_template_kwargs, template, where)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs)
-    except Exception as error:
-        raise ValueError(f"{where}: the chat template refused the prompt: {error}") from error
+    except Exception as error:  # a template is the model's own code and may raise anything
+        raise UserError(f"{where}: the chat template refused the prompt: {error}") from error
 
 
 def split_conversation(value: Any, where: str) -> tuple[list[dict[str, str]], str | None]:
     """Return the prompt of a conversation, all before its last message, and that message's text, which is the expert trace; None
     where another role than assistant speaks last, and all of it is the prompt."""
     if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{where}: a conversation must be a non-empty list of messages with role and content, got {_shown(value)}."
-        )
+        raise UserError(f"{where}: a conversation must be a non-empty list of messages with role and content, got {_shown(value)}.")
     messages = _messages(value, f"{where}: a conversation")
     if messages[-1]["role"] != "assistant":
         return messages, None
     if len(messages) == 1:
-        raise ValueError(
+        raise UserError(
             f"{where}: a conversation must have a message before the last, which is answered, got an assistant message alone. "
             "Remove the row."
         )
@@ -123,7 +124,7 @@ def solution_text(value: Any, where: str) -> str | None:
         return str(value)
     if value is None or isinstance(value, str):
         return value
-    raise ValueError(f"{where}: a solution must be text, a whole number or null, got {_shown(value)}. Convert the column.")
+    raise UserError(f"{where}: a solution must be text, a whole number or null, got {_shown(value)}. Convert the column.")
 
 
 def trace_texts(value: Any, where: str) -> list[str]:
@@ -143,7 +144,7 @@ def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
     if mode == "add" and not opened:
         return f"{THINK}\n{trace}"
     if mode == "require" and not (opened and END_THINK in trace):
-        raise ValueError(
+        raise UserError(
             f"{where}: an expert trace must open with {THINK} and have {END_THINK} (think_tags: require), got {_shown(trace)}. "
             "Remove the row, or set think_tags: keep or add."
         )
@@ -167,10 +168,10 @@ def _check_variables(given: Iterable[str], template: str, where: str) -> None:
     try:
         read = _variables(template)
     except TemplateSyntaxError as error:
-        raise ValueError(f"{where}: the chat template cannot be read: {error}. Set model.tokenizer to another.") from error
+        raise UserError(f"{where}: the chat template cannot be read: {error}. Set model.tokenizer to another.") from error
     unread = [name for name in given if name not in read]
     if unread:
-        raise ValueError(
+        raise UserError(
             f"{where}: chat_template_kwargs must be variables that the tokenizer's chat template reads, which are "
             f"{', '.join(sorted(read)) or 'none'}, got {', '.join(unread)}. Leave that out, or set model.tokenizer to one that "
             "reads it."
@@ -197,28 +198,39 @@ def _variables(template: str) -> frozenset[str]:
     return frozenset(found - RENDERING - {"raise_exception", "strftime_now"})
 
 
-def _load_dataset(path: str, name: str | None, split: str) -> Any:
+def _reader(path: str, name: str | None, split: str) -> Callable[[], Any]:
+    """What reads the dataset with the package datasets; raises UserError for a file that is not there."""
     import datasets
 
     folder = Path(path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(path)
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return partial(_from_disk, path, split)
     suffix = folder.suffix.lower()
     if any(character in path for character in "*?[") and not glob.glob(path):
-        raise FileNotFoundError(f"no file matches {path!r}")
+        raise UserError(f"path must match files: no file matches {path!r}. Correct it.")
     if suffix not in FILE_SUFFIXES:
-        return datasets.load_dataset(path, name, split=split)
+        return partial(datasets.load_dataset, path, name, split=split)
     if not glob.glob(path):
-        raise FileNotFoundError(f"there is no file {path!r}")
+        raise UserError(f"path must name a file: there is no file {path!r}. Correct it.")
     # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read
     # it too, but asks the hub to count the download first and waits for an answer where there is no network.
     files = {re.match(r"\w*", split).group(): path}
     reader = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
+    return partial(_from_file, reader, files, split)
+
+
+def _from_disk(path: str, split: str) -> Any:
+    import datasets
+
+    saved = datasets.load_from_disk(path)
+    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+
+
+def _from_file(reader: Callable[..., Any], files: dict[str, str], split: str) -> Any:
     try:
         return reader(files, split=split)
     except StopIteration:  # of datasets, for an empty file
-        raise ValueError(f"{path} holds no rows") from None
+        raise ValueError(f"{', '.join(files.values())} holds no rows") from None
 
 
 def _trace_text(item: Any, where: str) -> str:
@@ -227,7 +239,7 @@ def _trace_text(item: Any, where: str) -> str:
     messages = _messages(item if isinstance(item, list) else [item], f"{where}: an expert trace")
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
-        raise ValueError(f"{where}: an expert trace must be one assistant message, got the roles {roles}.")
+        raise UserError(f"{where}: an expert trace must be one assistant message, got the roles {roles}.")
     return messages[0]["content"]
 
 
@@ -237,7 +249,7 @@ def _messages(value: Any, what: str) -> list[dict[str, str]]:
         for message in value
     )
     if not good or not value:
-        raise ValueError(
+        raise UserError(
             f"{what} must be text or a non-empty list of messages with text under 'role' and 'content', got {_shown(value)}."
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]

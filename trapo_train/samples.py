@@ -7,16 +7,26 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trapo_train.records import Sample
+from trapo_train.tokenizer import decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 SAMPLES_DIR = "samples"
 _LONGEST = 400  # characters of a text that the table shows
 
 
 def write_samples(
-    groups: Sequence[Sequence[Sample]], tokenizer: Any, output_dir: str | Path, step: int, *, judged: bool = True
+    groups: Sequence[Sequence[Sample]],
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    step: int,
+    *,
+    judged: bool = True,
 ) -> Path:
     """Write the samples of `step` under `output_dir`, each file whole or not at all; returns the table, beside which are the lines
     (see `sample_record`). A step that a resumed run takes again replaces its files. `judged`: whether there is a reward."""
@@ -35,7 +45,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     _write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def sample_record(sample: Sample, tokenizer: Any, *, judged: bool = True) -> dict[str, Any]:
+def sample_record(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, judged: bool = True) -> dict[str, Any]:
     """Everything about a sample as JSON values. Texts are whole, special tokens included; `reward` is null where nothing is judged,
     `rewards` holds those of a sum by name, null for no opinion; `logprob_mean` is the completion's as sampled, nats per token."""
     completion, logprobs = sample.completion_ids, sample.completion_logprobs
@@ -47,9 +57,9 @@ def sample_record(sample: Sample, tokenizer: Any, *, judged: bool = True) -> dic
         "micro_group": sample.micro_group,
         "prefix_ratio": sample.prefix_ratio,
         "prefix_weight": sample.prefix_weight,
-        "prefix": _text(sample.prefix_ids, tokenizer),
+        "prefix": decode(tokenizer, sample.prefix_ids, special=True),
         "prefix_tokens": len(sample.prefix_ids),
-        "completion": _text(completion, tokenizer),
+        "completion": decode(tokenizer, completion, special=True),
         "completion_tokens": len(completion),
         "finish_reason": sample.finish_reason,
         "masked": sample.masked,
@@ -62,10 +72,6 @@ def sample_record(sample: Sample, tokenizer: Any, *, judged: bool = True) -> dic
     }
 
 
-def _text(token_ids: Sequence[int], tokenizer: Any) -> str:
-    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished_{path.name}")
@@ -73,13 +79,13 @@ def _write(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _table(group: Sequence[Sample], tokenizer: Any, judged: bool) -> str:
+def _table(group: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, judged: bool) -> str:
     problem = group[0].problem
     lines = [f"\n## Problem {problem.index}\n", f"{_shown(problem.prompt)}\n", f"Solution: {_shown(str(problem.solution))}\n"]
     lines += ["| micro-group | prefix | reward | advantage | tokens | ends by | completion |", "|---|---|---|---|---|---|---|"]
     for sample in sorted(group, key=lambda sample: sample.micro_group):
         # With special tokens, which show what a completion ended with, or went past.
-        text = _text(sample.completion_ids, tokenizer)
+        text = decode(tokenizer, sample.completion_ids, special=True)
         reward = f"{sample.reward:g}" if judged else "–"
         lines.append(
             f"| {sample.micro_group} | {len(sample.prefix_ids)} tokens, {sample.prefix_ratio:.2f} | {reward} | "

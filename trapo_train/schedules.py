@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from trapo_train.schema import did_you_mean
+from trapo_train.schema import UserError, did_you_mean
 
 
 class Schedule:
@@ -136,7 +136,7 @@ class Staircase(Schedule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, (list, tuple)) or not self.values or not all(map(_is_finite, self.values)):
-            raise ValueError(f"values of a staircase must be a list of at least one finite number, got {self.values!r}.")
+            raise UserError(f"values of a staircase must be a list of at least one finite number, got {self.values!r}.")
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         _check_count(self, "every")
 
@@ -165,29 +165,29 @@ def is_schedule(value: Any) -> bool:
 def build_schedule(value: Any) -> Schedule:
     """Build a schedule from a number, a mapping such as {schedule: linear, start: 0, end: 1, steps: 100}, or a schedule.
 
-    Raises: ValueError for an unknown schedule, an argument that is unknown, missing or out of range, or any other value.
+    Raises: UserError for an unknown schedule, an argument that is unknown, missing or out of range, or any other value.
     """
     if isinstance(value, Schedule):
         return value
     if _is_finite(value):
         return Constant(float(value))
     if not is_schedule(value):
-        raise ValueError(
+        raise UserError(
             f"A schedule must be a finite number or a mapping with the key schedule, one of {', '.join(SCHEDULES)}, got {value!r}."
         )
     name = value["schedule"]
     arguments = {key: entry for key, entry in value.items() if key != "schedule"}
     if not isinstance(name, str) or name not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}.")
+        raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}.")
     cls = SCHEDULES[name]
     known = [field.name for field in fields(cls)]
     for key in arguments:
         if key not in known:
             near = did_you_mean(str(key), known)
-            raise ValueError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{near}")
+            raise UserError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{near}")
     missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in arguments]
     if missing:
-        raise ValueError(f"The schedule {name} needs {', '.join(missing)} as well. It takes {', '.join(known)}.")
+        raise UserError(f"The schedule {name} needs {', '.join(missing)} as well. It takes {', '.join(known)}.")
     if name == "warm_up":
         arguments["after"] = build_schedule(arguments["after"])
     return cls(**arguments)
@@ -201,13 +201,11 @@ def _check_finite(schedule: Schedule, *names: str) -> None:
     for name in names:
         value = getattr(schedule, name)
         if not _is_finite(value):
-            raise ValueError(f"{name} of a {type(schedule).__name__} schedule must be a finite number, got {value!r}.")
+            raise UserError(f"{name} of a {type(schedule).__name__} schedule must be a finite number, got {value!r}.")
         object.__setattr__(schedule, name, float(value))  # YAML writes 0 for 0.0
 
 
 def _check_count(schedule: Schedule, name: str) -> None:
     value = getattr(schedule, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"{name} of a {type(schedule).__name__} schedule must be a whole number of at least 1 step, got {value!r}."
-        )
+        raise UserError(f"{name} of a {type(schedule).__name__} schedule must be a whole number of at least 1 step, got {value!r}.")

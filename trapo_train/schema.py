@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union
 
@@ -13,8 +14,27 @@ T = TypeVar("T")
 KeyPath = tuple[str, ...]
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What the user can correct: the command line shows the message alone. A plain ValueError is a bug, and shows its traceback."""
+
+
+class MissingPackage(UserError, ImportError):
+    """A package of an extra that is not installed; the message names the extra."""
+
+
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key, what is wrong with it, and where it was set."""
+
+
+@contextmanager
+def refused(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Inside, a library is given what the user configured: where it raises one of `kinds`, that is a UserError, `what` and why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def build(cls: type[T], values: Any, origin: Callable[[KeyPath], str], path: KeyPath = ()) -> T:
@@ -46,10 +66,32 @@ def build(cls: type[T], values: Any, origin: Callable[[KeyPath], str], path: Key
         raise ConfigError(f"{origin(path)}: {', '.join(missing)} must be set.")
     try:
         return cls(**arguments)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         section = ".".join(path)
         named = not section or str(error).startswith(section)
         raise ConfigError(f"{origin(path)}: {'' if named else section + ': '}{error}") from error
+
+
+def check(config: Any, *rules: tuple[str, bool, str]) -> None:
+    """Raise UserError unless each field of dataclass `config` whose type lists its values has one of them, and every rule holds:
+    (the field, whether it holds, what its value must be)."""
+    hints = typing.get_type_hints(type(config))
+    listed = [(name, _is_listed(getattr(config, name), expected), _type_name(expected)) for name, expected in hints.items()]
+    for name, holds, rule in (*listed, *rules):
+        if not holds:
+            raise UserError(f"{name} must be {rule}, got {getattr(config, name)!r}.")
+
+
+def _is_listed(value: Any, expected: Any) -> bool:
+    """Whether `value` is among those that a type with a Literal lists; true for any other type, which is not looked at."""
+    kind, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if kind is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if kind is list:
+        return all(_is_listed(entry, arguments[0]) for entry in value)
+    if kind in (Union, types.UnionType) and any(typing.get_origin(member) is Literal for member in arguments):
+        return any(_is_listed(value, m) if typing.get_origin(m) is Literal else isinstance(value, m) for m in arguments)
+    return True
 
 
 def _convert(value: Any, expected: Any, origin: Callable[[KeyPath], str], path: KeyPath) -> Any:
@@ -120,7 +162,7 @@ def _convert_choice(value: Any, choices: tuple[Any, ...], origin: Callable[[KeyP
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     raise ConfigError(
-        f"{origin(path)}: {'.'.join(path)} must be one of {list(choices)}, got {value!r}."
+        f"{origin(path)}: {'.'.join(path)} must be one of {', '.join(map(str, choices))}, got {value!r}."
         f"{did_you_mean(str(value), [str(choice) for choice in choices])}"
     )
 

@@ -22,7 +22,7 @@ from trapo_train.model import policy_forward
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import World
 from trapo_train.schedules import Schedule, build_schedule, is_schedule
-from trapo_train.schema import did_you_mean
+from trapo_train.schema import UserError, check, did_you_mean, refused
 from trapo_train.tally import Tally
 
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
@@ -44,7 +44,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if self.chooser == "":
-            raise ValueError("chooser must be a path like my_choosers:choose, or null, got an empty text.")
+            raise UserError("chooser must be a path like my_choosers:choose, or null, got an empty text.")
         extreme_objectives(self)
 
 
@@ -75,18 +75,17 @@ class OptimizerConfig:
     at least 0."""
 
     def __post_init__(self) -> None:
-        for name, valid, rule in (
+        check(
+            self,
             ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
             ("betas", self.betas is None or _are_betas(self.betas), "two numbers in [0, 1), or null"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
             ("max_skipped_steps", self.max_skipped_steps >= 0, "at least 0"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
         if self.schedule == "constant" and self.warmup_steps:
-            raise ValueError(
+            raise UserError(
                 f"warmup_steps must be 0 with the schedule constant, got {self.warmup_steps}. Use constant_with_warmup."
             )
         # Building both on one tiny matrix finds every argument that they refuse, before a model is loaded.
@@ -105,9 +104,9 @@ class NonFiniteError(RuntimeError):
 def build_objective(config: ObjectiveConfig, step: int = 0) -> Objective:
     """The configured preset with the options that hold at rollout step `step` ≥ 0.
 
-    Raises: ValueError for an unknown preset, an unknown option, or an option out of range.
+    Raises: UserError for an unknown preset, an unknown option, or an option out of range.
     """
-    return _preset(config)(**config.options | scheduled_options(config, step))
+    return _built(config, scheduled_options(config, step))
 
 
 def scheduled_options(config: ObjectiveConfig, step: int) -> dict[str, float]:
@@ -118,11 +117,16 @@ def scheduled_options(config: ObjectiveConfig, step: int) -> dict[str, float]:
 def extreme_objectives(config: ObjectiveConfig) -> list[Objective]:
     """The preset with all schedules at their smallest, and at their largest value: between them lies every step's objective.
 
-    Raises: ValueError for an unknown preset or option, or an option that is out of range at any step.
+    Raises: UserError for an unknown preset or option, or an option that is out of range at any step.
     """
-    preset = _preset(config)
     bounds = {name: schedule.bounds for name, schedule in _schedules(config).items()}
-    return [preset(**config.options | {name: bound[i] for name, bound in bounds.items()}) for i in (0, 1)]
+    return [_built(config, {name: bound[i] for name, bound in bounds.items()}) for i in (0, 1)]
+
+
+def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
+    preset = _preset(config)
+    with refused(f"{config.name} refuses its options", TypeError, ValueError):
+        return preset(**config.options | scheduled)
 
 
 def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:
@@ -132,75 +136,75 @@ def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:
 def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     preset = objectives.PRESETS.get(config.name)
     if preset is None:
-        raise ValueError(f"name must be one of {', '.join(objectives.PRESETS)}, got {config.name!r}.")
+        raise UserError(f"name must be one of {', '.join(objectives.PRESETS)}, got {config.name!r}.")
     allowed = list(inspect.signature(preset).parameters)
     for option in config.options:
         if option not in allowed:
             near = did_you_mean(option, allowed)
-            raise ValueError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
+            raise UserError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
     return preset
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The configured optimizer over all trainable parameters of `model`, in a fused implementation where it has one.
 
-    Raises: ValueError for an unknown optimizer or an argument that it does not take.
+    Raises: UserError for an unknown optimizer or an argument that it does not take.
     """
     cls = getattr(torch.optim, config.name, None)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls is Optimizer or config.name in _UNFIT_OPTIMIZERS:
         known = [name for name in vars(torch.optim) if name not in (*_UNFIT_OPTIMIZERS, "Optimizer")]
         known = [name for name in known if isinstance(getattr(torch.optim, name), type)]
-        raise ValueError(f"name must be an optimizer of torch.optim ({', '.join(sorted(known))}), got {config.name!r}.")
+        raise UserError(f"name must be an optimizer of torch.optim ({', '.join(sorted(known))}), got {config.name!r}.")
     accepted = inspect.signature(cls).parameters
     arguments: dict[str, Any] = {"lr": config.learning_rate}
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if sharded and config.name in _UNSHARDED_OPTIMIZERS:
-        raise ValueError(f"{config.name} has no form for parameters sharded over ranks, got several ranks. Use AdamW.")
+        raise UserError(f"{config.name} has no form for parameters sharded over ranks, got several ranks. Use AdamW.")
     if "fused" in accepted and (not sharded or config.name in ("Adam", "AdamW")):  # the others' fused forms take no shards
         arguments["fused"] = True
     if config.betas is not None:
         arguments["betas"] = config.betas
     for name, field_name in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("betas", "betas")):
         if name in config.options:
-            raise ValueError(f"options must not set {name}, which is optimizer.{field_name}. Set that.")
+            raise UserError(f"options must not set {name}, which is optimizer.{field_name}. Set that.")
     arguments |= config.options
     for name in [*arguments, *(["weight_decay"] if config.weight_decay else [])]:
         if name not in accepted:
             unset = {"betas": "Set optimizer.betas=null", "weight_decay": "Set optimizer.weight_decay=0"}.get(name, "Leave it out")
-            raise ValueError(f"{config.name} takes {', '.join(n for n in accepted if n != 'params')}, got {name!r}. {unset}.")
+            raise UserError(f"{config.name} takes {', '.join(n for n in accepted if n != 'params')}, got {name!r}. {unset}.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trainable if p.ndim >= 2]}, {"params": [p for p in trainable if p.ndim < 2]}]
     if "weight_decay" in accepted:
         groups[0]["weight_decay"], groups[1]["weight_decay"] = config.weight_decay, 0.0
     if config.name == "Muon" and len(groups[1]["params"]):
-        raise ValueError(
+        raise UserError(
             f"optimizer.name=Muon trains matrices alone, got a model with {len(groups[1]['params'])} vectors (norms, biases). Use "
             "AdamW, or model.lora, whose adapters are matrices."
         )
     try:
         return cls([group for group in groups if group["params"]], **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{config.name} refuses its arguments: {error}.") from error
+        raise UserError(f"{config.name} refuses its arguments: {error}.") from error
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LRScheduler:
     """The configured learning-rate schedule over `steps` optimizer steps.
 
-    Raises: ValueError for an unknown schedule or an argument that it does not take.
+    Raises: UserError for an unknown schedule or an argument that it does not take.
     """
     known = [schedule.value for schedule in SchedulerType if schedule.value not in _UNFIT_SCHEDULES]
     if config.schedule not in known:
-        raise ValueError(f"schedule must be one of {', '.join(known)}, got {config.schedule!r}.")
+        raise UserError(f"schedule must be one of {', '.join(known)}, got {config.schedule!r}.")
     if config.schedule.startswith("constant") and config.schedule_options:  # which get_scheduler would drop without a word
-        raise ValueError(f"schedule {config.schedule} has no schedule_options, got {config.schedule_options}. Leave them out.")
+        raise UserError(f"schedule {config.schedule} has no schedule_options, got {config.schedule_options}. Leave them out.")
     try:
         scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
         factors = [factor(step) for factor in getattr(scheduler, "lr_lambdas", []) for step in range(steps + 1)]
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"schedule {config.schedule} refuses its arguments: {error}. See schedule_options.") from error
+        raise UserError(f"schedule {config.schedule} refuses its arguments: {error}. See schedule_options.") from error
     bad = next((factor for factor in factors if not 0 <= factor < math.inf), None)
     if bad is not None:
-        raise ValueError(
+        raise UserError(
             f"schedule {config.schedule} must give learning rates of at least 0, got {bad:g} times the peak. See schedule_options."
         )
     return scheduler

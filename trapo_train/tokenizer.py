@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from trapo_train.schema import did_you_mean
+from trapo_train.schema import UserError, did_you_mean, refused
 
 if TYPE_CHECKING:
     from trapo_train.model import ModelConfig
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The configured tokenizer, the model's own, or the task's, whose end-of-sequence token ends a response.
 
-    Raises: ValueError for no tokenizer, or a model.eos_token that is none of its tokens.
+    Raises: UserError for no tokenizer, or a model.eos_token that is none of its tokens.
     """
     source = config.tokenizer or config.name_or_path
     if source is None and task_tokenizer is None:
-        raise ValueError(
+        raise UserError(
             "model: a model from scratch needs a tokenizer, and this dataset brings none. "
             "Set model.tokenizer=<name or directory>, or train on a generated task such as data.task=pointer_chasing."
         )
@@ -30,7 +31,8 @@ def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase 
         # that one's pre-tokenisation and an extra token (transformers 5.23; test_scratch_model_exports_and_loads_again).
         plain = get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend"
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
-        tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        with refused(f"The tokenizer of {source} cannot be loaded", ValueError, ImportError):
+            tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     if config.eos_token is not None:
         _end_with(tokenizer, config.eos_token)
     return tokenizer
@@ -39,7 +41,7 @@ def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase 
 def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
-        raise ValueError(
+        raise UserError(
             f"model.eos_token must be one of the tokenizer's {len(vocabulary)} tokens, got {token!r}."
             f"{did_you_mean(token, vocabulary)} Name the token that ends the model's turns, as its chat template writes it, "
             "or null for the tokenizer's own."
@@ -49,6 +51,11 @@ def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
         tokenizer.eos_token = token  # adding it again would drop its lstrip and rstrip, and prompts would have other tokens
     else:  # or decoding would leave it in the text that the reward sees
         tokenizer.add_special_tokens({"eos_token": token})
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool) -> str:
+    """The text of `token_ids` just as the tokens spell it; special tokens as they are written, or left out."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 def ending_ids(model: PreTrainedModel) -> list[int]:

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-logger = logging.getLogger(__name__)
+from trapo_train.schema import MissingPackage, check
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,7 @@ class TrackingConfig:
     plan.refill those are written that are trained on."""
 
     def __post_init__(self) -> None:
-        for tracker in self.to:
-            if tracker not in TRACKERS:
-                raise ValueError(f"to must hold some of {', '.join(TRACKERS)}, got {tracker!r}.")
-        if self.samples_every < 0:
-            raise ValueError(f"samples_every must be at least 0, got {self.samples_every}.")
+        check(self, ("samples_every", self.samples_every >= 0, "at least 0"))
 
 
 class Tracker(Protocol):
@@ -51,7 +47,7 @@ class Tracker(Protocol):
 class Trackers:
     """All destinations of a run. One that fails is left out from then on, with a warning: it must not end the training.
 
-    Raises: ImportError naming the extra, when it is made, for a tracker that is not installed.
+    Raises: MissingPackage naming the extra, when it is made, for a tracker that is not installed.
     """
 
     def __init__(self, config: TrackingConfig, output_dir: str | Path, settings: dict[str, Any]) -> None:
@@ -84,10 +80,10 @@ class Trackers:
 
 
 def check_installed(config: TrackingConfig) -> None:
-    """Raise ImportError for a destination whose package is missing, before a run has written anything."""
+    """Raise MissingPackage for a destination whose package is missing, before a run has written anything."""
     for name in config.to:
         if sys.modules.get(name) is None and find_spec(name) is None:
-            raise ImportError(_needs(name))
+            raise MissingPackage(_needs(name))
 
 
 def _needs(package: str) -> str:
@@ -99,7 +95,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(_needs("tensorboard")) from error
+            raise MissingPackage(_needs("tensorboard")) from error
         self._writer = SummaryWriter(str(directory))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -119,7 +115,7 @@ class _Hosted:
         try:
             self._module = importlib.import_module(module)
         except ImportError as error:
-            raise ImportError(_needs(module)) from error
+            raise MissingPackage(_needs(module)) from error
         # What continues in this output_dir continues its run there, too, instead of a second one from the middle on; of steps that
         # are taken again wandb keeps the first record. trackio knows no ids: it goes on with the newest run of that name.
         file = output_dir / f"{module}_run_id"

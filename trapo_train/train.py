@@ -24,6 +24,7 @@ from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
 from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
+from trapo_train.schema import UserError
 from trapo_train.signals import StopSignal
 from trapo_train.step import NonFiniteError
 from trapo_train.trackers import check_installed
@@ -69,7 +70,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     checkpoint after the current step and returns; a second SIGINT interrupts it at once. Under torchrun every rank calls this; the
     first one writes and reports.
 
-    Raises: ValueError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
+    Raises: UserError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
         EngineError, each with a checkpoint of the state before (of finite weights); RankError when another rank dies or hangs.
     """
     _check_output_dir(config)
@@ -120,7 +121,7 @@ def _notice(trainer: Trainer) -> str:
 
 
 def _check_shared(trainer: Trainer) -> None:
-    """Raise ValueError on every rank unless all of them see the output_dir that the first one writes to."""
+    """Raise UserError on every rank unless all of them see the output_dir that the first one writes to."""
     path, wanted = Path(trainer.config.output_dir) / CONFIG_FILE, to_yaml(trainer.config)
     trainer.world.barrier()
     deadline = time.monotonic() + SHARED_WITHIN_S  # a network disk may show a new file late
@@ -128,7 +129,7 @@ def _check_shared(trainer: Trainer) -> None:
         time.sleep(0.1)
     blind = [rank for rank, sees in enumerate(trainer.world.gather(seen)) if not sees]
     if blind:
-        raise ValueError(
+        raise UserError(
             f"output_dir must be one directory for all ranks, which write their shards of a checkpoint there; ranks {blind} do not "
             f"see what rank 0 wrote to {path.absolute()}. Put it on a disk that all of them share."
         )
@@ -267,10 +268,10 @@ def _check_output_dir(config: RunConfig) -> None:
     output_dir = Path(config.output_dir)
     file = next((path for path in (output_dir, *output_dir.parents) if path.exists() and not path.is_dir()), None)
     if file is not None:
-        raise ValueError(f"output_dir must be a directory or a new name, got {output_dir}, where {file} is a file. Choose another.")
+        raise UserError(f"output_dir must be a directory or a new name, got {output_dir}, where {file} is a file. Choose another.")
     exported = (Path(config.output_dir) / MODEL_DIR).resolve()
     if config.model.name_or_path is not None and Path(config.model.name_or_path).resolve() == exported:
-        raise ValueError(
+        raise UserError(
             f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
         )
     metrics, checkpoints = Path(config.output_dir) / METRICS_FILE, Path(config.output_dir) / CHECKPOINT_DIR
@@ -278,9 +279,9 @@ def _check_output_dir(config: RunConfig) -> None:
     used = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
         go_on = "Continue it with checkpoint.resume=true" if saved else "It has no checkpoint to continue from"
-        raise ValueError(f"output_dir {config.output_dir} already holds a run. {go_on}, delete it, or choose another output_dir.")
+        raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on}, delete it, or choose another output_dir.")
     if saved and saved[-1] > config.steps:
-        raise ValueError(
+        raise UserError(
             f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {config.steps}. Raise it; "
             f"`trapo-train export {config.output_dir} --step N` writes the model of an earlier checkpoint, {saved}."
         )

@@ -21,7 +21,7 @@ from trapo_train.advice import advice
 from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
-from trapo_train.continuation import MEANING, set_learning_rate, split_settings, what_changed, what_means_otherwise
+from trapo_train.continuation import set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
@@ -39,6 +39,7 @@ from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
+from trapo_train.schema import UserError
 from trapo_train.step import (
     build_objective,
     build_optimizer,
@@ -60,7 +61,7 @@ class Trainer:
 
     Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken.
 
-    Raises: ValueError for what cannot be trained, with rule, actual value and remedy.
+    Raises: UserError for what cannot be trained, with rule, actual value and remedy.
     """
 
     def __init__(self, config: RunConfig, *, trains: bool = True) -> None:
@@ -297,7 +298,6 @@ class Trainer:
             "last_metrics": self.last_metrics,
             "last_evaluation": self.last_evaluation,
             "settings": split_settings(self.config)[1],
-            "meaning": MEANING,
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
         return store.save(self.step, state, self.fingerprint, tensors, self.score)
@@ -328,8 +328,6 @@ class Trainer:
             self.engine.reseed(self._engine_seed(self.step))
             self.notes.append(f"saved by {len(state['ranks'])} ranks, continued by {self.world.size}: new random states")
         self.notes.append(f"resumed from step {self.step}")
-        otherwise = what_means_otherwise(state.get("meaning", 0), self.config)
-        self.notes += [otherwise] if otherwise else []
         changed = what_changed(state["settings"], split_settings(self.config)[1])
         if changed:
             set_learning_rate(self.optimizer, self.scheduler, self.config.optimizer.learning_rate)
@@ -346,7 +344,7 @@ class Trainer:
             self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
         experts = len(problems.with_experts())
         if self.config.plan.guides and not experts:
-            raise ValueError(
+            raise UserError(
                 f"plan {self.config.plan.name} takes expert traces, and none of the {len(problems)} problems has an expert trace "
                 f"of at most rollout.max_response_tokens = {longest}. Set data.expert_column to the column that holds them, raise "
                 "rollout.max_response_tokens, or use plan.name=grpo with an objective for rollouts such as dr_grpo."

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -16,8 +16,8 @@ from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import reshard
 from trapo_train.records import Sample
+from trapo_train.schema import UserError, check, refused
 
-CORRECTIONS = ("tis", "mis", "icepop", "sequence_mask")
 _STREAMS = ("role", "old_logprob", "rollout_logprob", "sequence_id", "advantage")  # what the trainer gives to a correction
 
 
@@ -26,25 +26,25 @@ class CorrectionConfig:
     """A factor on the policy loss of rollout tokens for the difference between the sampler's logprobs and the trainer's; a KL term
     and the entropy bonus are left as they are."""
 
-    name: str = "tis"
-    """Function of trapo_kernels.corrections: tis, mis, icepop or sequence_mask."""
+    name: Literal["tis", "mis", "icepop", "sequence_mask"] = "tis"
+    """Function of trapo_kernels.corrections."""
     options: dict[str, Any] = field(default_factory=dict)
     """Its arguments, such as {cap: 2.0} of tis or {low: 0.5, high: 2.0, level: sequence} of mis. sequence_mask with {low: 0.5,
     negative_only: true} masks tokens of negative advantage alone, as DeepSeek-V3.2 does; false, the default, masks either."""
 
     def __post_init__(self) -> None:
-        if self.name not in CORRECTIONS:
-            raise ValueError(f"name must be one of {', '.join(CORRECTIONS)}, got {self.name!r}.")
+        check(self)
         parameters = inspect.signature(getattr(corrections, self.name)).parameters
         allowed = [name for name in parameters if name not in _STREAMS] + ["negative_only"] * ("advantage" in parameters)
         for option in self.options:
             if option not in allowed:
-                raise ValueError(f"options of {self.name} are {', '.join(allowed)}, got {option!r}.")
+                raise UserError(f"options of {self.name} are {', '.join(allowed)}, got {option!r}.")
         if not isinstance(self.options.get("negative_only", False), bool):
-            raise ValueError(f"negative_only of {self.name} must be true or false, got {self.options['negative_only']!r}.")
+            raise UserError(f"negative_only of {self.name} must be true or false, got {self.options['negative_only']!r}.")
         none, label = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
         batch = TokenBatch(label, label.to(torch.uint8), none, none, rollout_logprob=none, sequence_id=label)
-        self.factor(batch, none)  # refuses bad values
+        with refused(f"{self.name} refuses its options", TypeError, ValueError):
+            self.factor(batch, none)
 
     def factor(self, batch: TokenBatch, old_logprob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The factor of every token, [N], and whether a cap made it less than the ratio, [N] bool."""
@@ -73,9 +73,7 @@ class UpdateConfig:
     rollout tokens in the loss, and the shares of them that it masks and caps, correction/masked_share and /capped_share."""
 
     def __post_init__(self) -> None:
-        for name in ("mini_batches", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check(self, *((name, getattr(self, name) >= 1, "at least 1") for name in ("mini_batches", "epochs")))
 
     @property
     def per_step(self) -> int:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PretrainedConfig
 
+from trapo_train.schema import UserError
+
 WIDEST_HEAD = 256  # of torch's FlashAttention kernels
 
 
@@ -44,10 +46,10 @@ def varlen_forward(
         segment starts, and T; longest: tokens of the longest; sliding_window: tokens that a query sees, itself included.
 
     Returns: [1, T, heads, head_dim].
-    Raises: ValueError for attention dropout, which varlen_attn does not have.
+    Raises: UserError for attention dropout, which varlen_attn does not have.
     """
     if dropout:
-        raise ValueError(
+        raise UserError(
             f"packed attention: varlen has no dropout, {type(module).__name__} asks for {dropout}. Use model.attention=sdpa_packed."
         )
     dtype = computed_in(query)  # autocast knows SDPA, but not this op; norms of query and key may have left them in fp32

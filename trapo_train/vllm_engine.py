@@ -19,12 +19,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_train.checkpoint import restore_rng_state, rng_state
 from trapo_train.draws import request_key
 from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
 from trapo_train.records import Completion
+from trapo_train.schema import check
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,12 @@ class VllmConfig:
     of its own, as an evaluation, has one for every request either way."""
 
     def __post_init__(self) -> None:
-        for name, holds, rule in (
+        check(
+            self,
             ("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]"),
             ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
             ("max_model_len", self.max_model_len is None or self.max_model_len >= 2, "null or at least 2"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
 
 
 class VllmEngine(SeededEngine):
@@ -80,7 +80,7 @@ class VllmEngine(SeededEngine):
         config: VllmConfig,
         model: PreTrainedModel,
         folder: Path,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         seed: int,
         dtype: str,
@@ -225,7 +225,7 @@ def _completion(output: Any) -> Completion:
 def _vllm_errors(call: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # vLLM's errors have no class in common, and all of them must leave the step untrained
         raise EngineError(f"vllm: {call} failed with {type(error).__name__}: {error}") from error
 
 

@@ -22,12 +22,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from trapo_train.draws import request_key
 from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
 from trapo_train.records import Completion
+from trapo_train.schema import check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 # Said, because a server takes from the model's generation_config what a request leaves out: Qwen2.5's names a repetition penalty.
@@ -56,14 +61,13 @@ class VllmServerConfig:
     its own, as an evaluation, has one for every request either way."""
 
     def __post_init__(self) -> None:
-        for name, holds, rule in (
+        check(
+            self,
             ("base_url", self.base_url.startswith(("http://", "https://")), "an address with http:// or https://"),
             ("timeout_s", self.timeout_s > 0, "above 0"),
             ("max_retries", self.max_retries >= 0, "at least 0"),
             ("max_in_flight", self.max_in_flight >= 1, "at least 1"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
+        )
 
 
 class VllmServerEngine(SeededEngine):
@@ -78,7 +82,9 @@ class VllmServerEngine(SeededEngine):
     what a GPU server answers may still depend on how it batches them.
     """
 
-    def __init__(self, config: VllmServerConfig, model: str, sync_dir: Path, tokenizer: Any, *, seed: int) -> None:
+    def __init__(
+        self, config: VllmServerConfig, model: str, sync_dir: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    ) -> None:
         super().__init__(seed)
         self._config = config
         self._model = config.model or model

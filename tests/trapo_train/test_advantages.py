@@ -2,18 +2,20 @@
 
 import math
 from statistics import stdev
+from typing import get_args, get_type_hints
 
 import pytest
 
 from trapo_train.advantages import (
-    BASELINES,
-    CENTERS,
-    NORMALISATIONS,
     AdvantageConfig,
     assign_advantages,
     assign_prefix_weights,
 )
 from trapo_train.records import Problem, Sample
+
+NORMALISATIONS, BASELINES, CENTERS = (
+    get_args(get_type_hints(AdvantageConfig)[name]) for name in ("normalise", "baseline", "center")
+)
 
 
 def sample(reward, prefix=(), index=0):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.trapo_train.test_train import EVALUATED, build_config
-from trapo_kernels.objectives import PRESETS
-from trapo_train.advice import METHODS, advice
+from trapo_kernels.objectives import PRESETS, PUBLISHED
+from trapo_train.advice import advice
 from trapo_train.config import load_config
 from trapo_train.step import ObjectiveConfig, build_objective
 
@@ -32,22 +32,23 @@ def test_nothing_is_said_of_usual_settings(advised):
     assert advised("objective.name=sft", "plan.name=sft", "packing.aggregation=token_mean") == []
 
 
-def test_every_method_with_settings_of_its_own_is_a_preset():
-    assert set(METHODS) <= set(PRESETS)
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_method_as_published_is_silent_and_any_other_is_named(advised, name):
-    method = METHODS[name]
-    published = [f"advantage={{normalise: {method.normalise}, center: {method.center}}}"]
-    published += [f"packing.aggregation={method.aggregation}"] if method.aggregation else []
-    assert advised("plan.name=grpo", f"objective.name={name}", *published) == []
-    (sentence,) = advised("plan.name=grpo", f"objective.name={name}", *published, "advantage={normalise: batch, center: mean}")
-    assert sentence.startswith(f"{name} as published has advantage.") and sentence.split("this run has ")[1] in (
-        "batch",
-        "mean",
-        "batch, mean",
-    )
+    method = PUBLISHED[name]
+    wanted = {"packing.aggregation": method.aggregation, "advantage.normalise": method.normalise, "advantage.center": method.center}
+    other = {"packing.aggregation": "length", "advantage.normalise": "batch_std", "advantage.center": "mean"}
+    wanted = {setting: value for setting, value in wanted.items() if value is not None}
+    assert advised("plan.name=grpo", f"objective.name={name}", *(f"{setting}={value}" for setting, value in wanted.items())) == []
+    (sentence,) = advised("plan.name=grpo", f"objective.name={name}", *(f"{setting}={value}" for setting, value in other.items()))
+    assert sentence.startswith(f"{name} as published has ")
+    for setting, value in wanted.items():
+        assert (f"{setting}={value}" in sentence) == (value != other[setting])
+
+
+@pytest.mark.parametrize("name", ["chord_mu", "chord_phi", "uft"])
+def test_a_mean_over_the_tokens_of_each_role_is_advised_where_the_method_has_one(advised, name):
+    (sentence,) = advised(f"objective.name={name}", "advantage.normalise=group_std")
+    assert sentence == f"{name} as published has packing.aggregation=role_mean; this run has constant"
 
 
 def test_grpo_with_the_defaults_of_dr_grpo(advised):

@@ -7,6 +7,7 @@ from tests.trapo_train.test_data import ROWS, TURNS
 from tests.trapo_train.test_train import build_config
 from trapo_train.checkpoint import compare_fingerprints
 from trapo_train.continuation import split_settings
+from trapo_train.schema import UserError
 
 own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
 SWITCHED = TURNS + "{% if add_generation_prompt %}<assistant>{% if not think %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -35,6 +36,9 @@ def test_a_template_is_read_as_transformers_reads_it(load, tokenizer):
     tokenizer.chat_template = "{% if %}"
     with pytest.raises(ValueError, match="row 0: the chat template cannot be read"):
         load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
+    tokenizer.chat_template = {"one": TURNS, "other": TURNS}
+    with pytest.raises(UserError, match="row 0: the tokenizer has several chat templates and none by default"):
+        load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
 
 
 @pytest.mark.parametrize(
@@ -55,10 +59,11 @@ def test_variables_that_nothing_reads_are_refused(options, message, load, tokeni
         load(ROWS, **options)
 
 
-def test_a_continuation_must_share_them_and_a_checkpoint_from_before_had_none(tmp_path):
-    plain = split_settings(build_config(tmp_path, "run"))[0]
-    switched = split_settings(build_config(tmp_path, "run", "data.chat_template_kwargs={think: true}"))[0]
-    before = plain | {"data": {name: value for name, value in plain["data"].items() if name != "chat_template_kwargs"}}
-    assert compare_fingerprints({"config": before}, {"config": plain}) == []
-    (difference,) = compare_fingerprints({"config": before}, {"config": switched})
+def test_a_continuation_must_share_them(tmp_path):
+    plain, switched = (
+        {"config": split_settings(build_config(tmp_path, "run", *overrides))[0]}
+        for overrides in ([], ["data.chat_template_kwargs={think: true}"])
+    )
+    assert compare_fingerprints(plain, plain) == []
+    (difference,) = compare_fingerprints(plain, switched)
     assert difference.startswith("config.data.chat_template_kwargs")

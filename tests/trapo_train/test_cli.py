@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trapo_train import cli, dry_run, train
+from trapo_train import cli, dry_run, rows, train
 from trapo_train.display import read_metrics
+from trapo_train.step import OptimizerConfig
 
 TINY = """
 output_dir: {output}
@@ -67,8 +68,8 @@ def test_run_writes_metrics_plots_and_the_model(finished_run, capsys):
 
 def test_overrides_reach_the_run(config, tmp_path):
     assert cli.main(["run", config, "steps=1", "plan.name=grpo", "objective.name=dr_grpo"]) == 0
-    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
-    assert len(rows) == 1 and rows[0]["guided_share"] == 0
+    trained = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert len(trained) == 1 and trained[0]["guided_share"] == 0
 
 
 def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, capsys):
@@ -79,9 +80,9 @@ def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, ca
 
 
 def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
-    rows = [{"prompt": f"ab?a{depth}:", "solution": "de", "depth": depth} for depth in (1, 2)]
+    problems = [{"prompt": f"ab?a{depth}:", "solution": "de", "depth": depth} for depth in (1, 2)]
     data = tmp_path / "held_out.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in problems))
     gone = ["data={path: gone.jsonl}", "evaluation.group_by=depth", "reward=exact_match"]
     assert cli.main(["eval", str(finished_run), *gone, f"eval_data={{path: {data}}}"]) == 0
     assert "depth" in capsys.readouterr().out
@@ -128,19 +129,28 @@ DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
         (["plan-memory", "demo_trapo", "model.name_or_path=runs/nowhere/model"], "which does not exist"),
         (["eval", "CONFIG", "eval_data=null"], "eval_data"),
         (["inspect", "CONFIG", "--problem", "8"], "must be in [0, 7], got 8"),
+        (["inspect", "CONFIG", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
         (["run", "CONFIG", "rollout.engine=vllm_server", "rollout.vllm_server=DOWN"], "GET http://127.0.0.1:9/"),
         (["plot", "no_such_run"], "no_such_run"),
         (["plan-memory", "CONFIG", "--context", "-5"], "context must be at least 2 tokens, a prompt and a response, got -5"),
         (["plan-memory", "CONFIG", "--memory-gib", "nan"], "--memory-gib must be a finite number above 0, got nan"),
         (["eval", "EMPTY"], "config.yaml"),
+        (["run", "CONFIG", "objective.options={alpha: 2}"], "objective: trapo refuses its options: "),
+        (["run", "CONFIG", "objective.options={alpha: much}"], "objective: trapo refuses its options: "),
+        (["run", "CONFIG", "updates.correction={name: tis, options: {cap: -1}}"], "updates.correction: tis refuses its options: "),
+        (["run", "CONFIG", "model.scratch=null", "model.name_or_path=UNKNOWN"], "cannot be loaded: "),
+        (["run", "CONFIG", "eval_data={path: nowhere.jsonl}"], "there is no file 'nowhere.jsonl'"),
+        (["run", "CONFIG", "reward=math_verify"], "pip install 'trapo[math]'"),
     ],
 )
-def test_what_the_user_can_correct_is_one_line_and_exit_code_2(arguments, words, config, tmp_path, capsys):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    arguments = [
-        argument.replace("CONFIG", str(config)).replace("EMPTY", str(empty)).replace("DOWN", DOWN) for argument in arguments
-    ]
+def test_what_the_user_can_correct_is_one_line_and_exit_code_2(arguments, words, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as where it is not installed
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "no_such_type"}')
+    places = {"CONFIG": config, "EMPTY": str(tmp_path / "empty"), "UNKNOWN": str(tmp_path / "unknown"), "DOWN": DOWN}
+    for word, place in places.items():
+        arguments = [argument.replace(word, place) for argument in arguments]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("trapo-train: error: ") and words in error
@@ -166,10 +176,29 @@ def test_a_used_output_dir_is_refused(finished_run, config, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(config, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("bug", [ZeroDivisionError, ValueError, TypeError, ImportError, RuntimeError, KeyError])
+def test_a_bug_keeps_its_traceback(bug, config, monkeypatch):
+    def run(*arguments):
+        raise bug("zip() argument 2 is shorter than argument 1")
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(bug):
         cli.main(["run", config])
+
+
+def test_a_bug_in_a_check_of_the_configuration_keeps_its_traceback(config, monkeypatch):
+    def check(self):
+        raise ValueError("zip() argument 2 is shorter than argument 1")
+
+    monkeypatch.setattr(OptimizerConfig, "__post_init__", check)
+    with pytest.raises(ValueError, match=r"^zip\(\) argument 2"):
+        cli.main(["run", config])
+
+
+def test_a_bug_in_reading_data_is_not_told_as_unreadable_data(config, monkeypatch):
+    monkeypatch.setattr(rows, "FILE_SUFFIXES", None)
+    with pytest.raises(TypeError):
+        cli.main(["run", config, "eval_data={path: data.jsonl}"])
 
 
 def test_ctrl_c_ends_cleanly(config, monkeypatch, capsys):

@@ -15,9 +15,9 @@ from torch import nn
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
 from trapo_train import train
-from trapo_train.checkpoint import CheckpointError, CheckpointStore, compare_fingerprints
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.chooser import ChooserError
-from trapo_train.continuation import MEANING, set_learning_rate, what_means_otherwise
+from trapo_train.continuation import set_learning_rate
 from trapo_train.display import read_metrics
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
@@ -182,59 +182,7 @@ def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(
         train._check_shared(SimpleNamespace(config=config, world=world))
 
 
-SUM = "reward=[{name: pointer_chasing}, {name: overlong, weight: 0.5, options: {max_tokens: 16, buffer: 4}}]"
-
-
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ([SUM, "rollout.correct_by=pointer_chasing"], ["plan paper decided by the weighted sum of the rewards and decides by"]),
-        ([SUM], []),
-        ([SUM, "rollout.correct_by=pointer_chasing", "plan.name=grpo"], []),
-        (["objective.name=dr_grpo"], ["packing.aggregation=constant counted sequences and prompts without a trained token"]),
-        (["objective.name=dr_grpo", "packing.aggregation=token_mean"], []),
-        (["objective.name=sft", "plan.name=sft"], []),
-        (["objective.name=sft"], ["packing.aggregation=constant counted"]),
-        (["objective.chooser=a:b"], ["packing.aggregation=constant counted"]),
-        (
-            ["updates.correction={name: tis}", "plan.name=grpo", "objective={name: grpo, options: {beta: 0.1}}"],
-            ["updates.correction=tis scaled the KL term and leaves it alone now"],
-        ),
-        (["updates.correction={name: tis}"], []),
-    ],
-)
-def test_a_run_that_an_earlier_version_began_is_told_what_its_settings_mean_now(settings, told, configure):
-    config = configure("run", *settings)
-    found = what_means_otherwise(0, config)
-    assert what_means_otherwise(MEANING, config) is None
-    assert (found is None) == (not told) and all(sentence in found for sentence in told)
-
-
-def test_a_checkpoint_from_before_meanings_were_counted_is_resumed_with_that_note(configure, monkeypatch):
-    settings = ("objective.name=dr_grpo", "steps=1")
-    with monkeypatch.context() as patch:
-        save = CheckpointStore.save
-
-        def older(store, step, state, *rest):
-            return save(store, step, {name: value for name, value in state.items() if name != "meaning"}, *rest)
-
-        patch.setattr(CheckpointStore, "save", older)
-        train_to_end(configure("run", *settings))
-    for steps in (2, 3):  # the first of which saves a checkpoint of this version
-        config = configure("run", *settings, f"steps={steps}", "checkpoint.resume=true")
-        train_to_end(config)
-        assert len([text for text in _events(config) if text.startswith("begun by an earlier version: packing.agg")]) == 1
-
-
 @pytest.mark.slow
 def test_two_ranks_make_a_dry_run(tmp_path):
     _torchrun(2, tmp_path, "--dry-run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_from_before_a_setting_existed_is_of_the_same_run_while_that_is_at_its_default():
-    older = {"config": {"plan": {"name": "grpo"}, "rollout": {"top_p": 1.0}}}
-    now = {"config": {"plan": {"name": "grpo", "refill": 0}, "rollout": {"top_p": 1.0, "on_truncated": "keep", "correct_by": None}}}
-    assert compare_fingerprints(older, now) == []
-    now["config"]["rollout"]["on_truncated"] = "mask"
-    assert compare_fingerprints(older, now) == ["config.rollout.on_truncated was 'keep', is 'mask'"]

@@ -8,7 +8,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from trapo_train.config import RunConfig
+from trapo_train.data import DataConfig, DataReport
 from trapo_train.display import MetricsLog, NullReporter, Reporter, evaluation_line, format_seconds, read_metrics
+from trapo_train.model import ModelConfig
+
+REPORT = DataReport(problems=4, without_expert=0, experts=4, dropped_experts=0, dropped_prompts=0)
+
+
+def config_of(output_dir, steps):
+    model, data = ModelConfig("some/model"), DataConfig(task="pointer_chasing")
+    return RunConfig(output_dir=str(output_dir), steps=steps, prompts_per_step=1, data=data, model=model)
 
 
 def reporter_to(tmp_path, *, terminal=False, **options):
@@ -17,13 +27,13 @@ def reporter_to(tmp_path, *, terminal=False, **options):
 
 
 def run_steps(reporter, first, last, total=60):
-    reporter.start(SimpleNamespace(steps=total), None)
+    reporter.start(config_of(reporter.log.path.parent, steps=total), REPORT)
     for step in range(first, last + 1):
         reporter.step({"step": step, "loss": 0.5, "reward/mean": 0.25, "guided_share": 0.5, "tokens_per_s": 1234.0})
 
 
 def output_of(reporter):
-    return reporter.console.file.getvalue()
+    return reporter.console.file.getvalue().replace(f"{REPORT}\n", "")  # which every start prints
 
 
 def test_every_call_leaves_one_row_of_valid_json(tmp_path):
@@ -40,7 +50,7 @@ def test_every_call_leaves_one_row_of_valid_json(tmp_path):
 
 def test_tensors_become_numbers_and_non_finite_values_are_named(tmp_path):
     reporter = reporter_to(tmp_path)
-    reporter.start(SimpleNamespace(steps=1), None)
+    reporter.start(config_of(tmp_path, steps=1), REPORT)
     values = {"step": 1, "loss": torch.tensor(0.5), "grad_norm": float("nan"), "histogram": [1, float("inf")]}
     reporter.step(values)
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -209,7 +219,7 @@ ROLLOUT_METRICS = (
 def test_a_narrow_terminal_shows_what_matters_most(tmp_path, width, left_out):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     with Reporter(tmp_path, console) as reporter:
-        reporter.start(SimpleNamespace(steps=1), None)
+        reporter.start(config_of(tmp_path, steps=1), REPORT)
         reporter.step({"step": 1, **dict.fromkeys(ROLLOUT_METRICS, 0.5)})
     heading = next(line for line in output_of(reporter).splitlines() if "reward" in line)
     everything = {"reward", "unguided", "guided", "finished", "loss", "entropy", "expert", "norm", "tokens/s", "MiB"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -182,19 +181,3 @@ def test_a_choice_that_the_run_cannot_train_is_an_error_of_the_chooser_before_an
 @pytest.mark.parametrize("settings", [[_chosen_by("uft", "uft")], [_chosen_by("exgrpo", "dr_grpo"), "plan.name=grpo"]])
 def test_a_choice_that_the_run_can_train_is_trained(configure, settings):
     assert Trainer(configure("chosen", *settings)).train_step()["skipped_step"] == 0
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["objective.name=exgrpo"], "objective exgrpo compares expert tokens with rollout_logprob"),
-        (["plan.name=relift", "objective.name=dr_grpo"], "plan relift has steps on expert traces alone"),
-        (["objective.chooser=no_such:thing"], "objective.chooser 'no_such:thing' must name"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatch, overrides, message):
-    monkeypatch.setattr(trainer, "run_plans", lambda *arguments: pytest.fail("a rollout was started"))
-    config = configure("refused", *overrides)
-    with pytest.raises(ValueError, match=message):
-        train_to_end(config)
-    assert not Path(config.output_dir).exists()

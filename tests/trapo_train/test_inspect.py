@@ -6,29 +6,32 @@ import pytest
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from trapo_train.inspect import COMPLETION, PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, SEGMENTS, decode_after, render_group
 from trapo_train.records import Problem, Sample
+from trapo_train.samples import sample_record
 
 
 class CharacterTokenizer:
     """Token id = code point; id 0 is the end-of-sequence token."""
 
-    def decode(self, token_ids, skip_special_tokens=True):
+    def decode(self, token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=True):
         return "".join("<eos>" if i == 0 else chr(i) for i in token_ids if i or not skip_special_tokens)
 
 
 class SpaceEatingTokenizer:
     """Like SentencePiece: each token is a word with its leading space, which decoding drops at the very start."""
 
-    def decode(self, token_ids, skip_special_tokens=True):
+    def decode(self, token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=True):
         return "".join(f" w{i}" for i in token_ids).removeprefix(" ")
 
 
 class ByteTokenizer:
     """Token id = byte of UTF-8."""
 
-    def decode(self, token_ids, skip_special_tokens=True):
+    def decode(self, token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=True):
         return bytes(token_ids).decode("utf-8", errors="replace")
 
 
@@ -131,3 +134,13 @@ def test_max_tokens_below_one_is_refused():
 @pytest.mark.parametrize("system", [ColorSystem.TRUECOLOR, ColorSystem.EIGHT_BIT, ColorSystem.STANDARD])
 def test_the_kinds_of_tokens_look_different_on_every_terminal(system):
     assert len({Style.parse(segment.style).bgcolor.downgrade(system) for segment in SEGMENTS}) == len(SEGMENTS)
+
+
+def test_texts_are_shown_as_the_files_of_samples_hold_them():
+    inner = Tokenizer(models.WordLevel({"a": 0, ".": 1, "n't": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=True)
+    assert tokenizer.decode([0, 1]) == "a."  # which is not what a reward sees
+    shown = sample("", "", index=0)
+    shown.completion_ids = (0, 2, 1)
+    assert decode_after((), (0, 2, 1), tokenizer) == sample_record(shown, tokenizer)["completion"] == "a n't ."

@@ -97,7 +97,7 @@ def test_what_auto_uses_is_told(stand_in):
 
 
 def test_a_wrong_value_is_refused():
-    with pytest.raises(ValueError, match="liger must be true, false or auto, got 'always'"):
+    with pytest.raises(ValueError, match="liger must be true or false or one of auto, got 'always'"):
         ModelConfig(scratch=SCRATCH, liger="always")
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from tests.trapo_train.small_models import SHAPE, assert_close, build
 from trapo_kernels import objectives
+from trapo_kernels.batch import AGGREGATIONS
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.model import (
     ModelConfig,
@@ -32,7 +33,7 @@ from trapo_train.model import (
     precision,
     score,
 )
-from trapo_train.packing import AGGREGATIONS, PackingConfig, pack
+from trapo_train.packing import PackingConfig, pack
 from trapo_train.records import Problem, Sample
 
 

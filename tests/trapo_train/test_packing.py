@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from trapo_kernels import Objective, Role, objectives
-from trapo_train.packing import AGGREGATIONS, PackingConfig, pack
+from trapo_kernels.batch import AGGREGATIONS
+from trapo_train.packing import PackingConfig, pack
 from trapo_train.records import Problem, Sample
 
 MAX_RESPONSE = 16
@@ -185,7 +187,7 @@ def test_bad_samples_are_refused_with_a_remedy():
 def test_config_checks_its_fields():
     with pytest.raises(ValueError, match=r"max_tokens must be at least 1"):
         PackingConfig(max_tokens=0)
-    with pytest.raises(ValueError, match="aggregation must be one of constant"):
+    with pytest.raises(ValueError, match="aggregation must be one of constant, length"):
         PackingConfig(aggregation="mean")
 
 
@@ -293,3 +295,7 @@ def test_a_masked_completion_carries_nothing_and_counts_nowhere(aggregation):
 def test_a_step_of_masked_completions_is_an_empty_one():
     micro_batch = one([replace(make_sample(prompt=1, completion=30), masked=True)] * 2, objectives.trapo(), max_tokens=8)
     assert (micro_batch.segment_lengths, micro_batch.batch.role.tolist()) == ((1,), [Role.IGNORED])
+
+
+def test_a_run_can_choose_every_aggregation_of_the_kernels():
+    assert set(get_args(get_type_hints(PackingConfig)["aggregation"])) == set(AGGREGATIONS)

@@ -207,7 +207,7 @@ def test_wrong_number_of_rewards():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: PlanConfig("trapo"), "one of ['paper'"),
+        (lambda: PlanConfig("trapo"), "name must be one of paper, release"),
         (lambda: PlanConfig("paper", num_samples=4), "fixed by the plan 'paper', got 4"),
         (lambda: PlanConfig("grpo", num_samples=0), "at least 1, got 0"),
         (lambda: PlanConfig("luffy", num_samples=1), "at least 2, got 1"),
@@ -227,7 +227,7 @@ def test_wrong_number_of_rewards():
         (lambda: Rung(0), "at least 1, got 0"),
         (lambda: Rung(1, 1.5), "in [0, 1], got 1.5"),
         (lambda: Rung(1, 0.5, float("nan")), "got NaN"),
-        (lambda: Rung(1, expert_index=-1), "≥ 0, got -1"),
+        (lambda: Rung(1, expert_index=-1), "at least 0, got -1"),
     ],
 )
 def test_bad_options(make, words):

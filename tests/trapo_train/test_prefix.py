@@ -200,7 +200,7 @@ def test_ends_of_the_ratio():
         ({"ratio": 1.1}, "ratio must be in [0, 1], got 1.1"),
         ({"ratio": -0.1}, "got -0.1"),
         ({"ratio": float("nan")}, "got nan"),
-        ({"ratio": 0.5, "snap_window": -1.0}, "snap_window must be ≥ 0"),
+        ({"ratio": 0.5, "snap_window": -1.0}, "snap_window must be at least 0"),
         ({"ratio": 0.5, "paragraph_break": ""}, "paragraph_break is empty"),
     ],
 )

@@ -15,9 +15,10 @@ from trapo_train import trainer as trainer_module
 from trapo_train.advantages import AdvantageConfig
 from trapo_train.data import ProblemOrder
 from trapo_train.display import Reporter, read_metrics
+from trapo_train.metrics import Mean
 from trapo_train.records import Problem, Sample
 from trapo_train.refill import sample_with_refill, teaches
-from trapo_train.rewards import Mean, RewardError
+from trapo_train.rewards import RewardError
 from trapo_train.rollout import RolloutResult
 from trapo_train.train import Trainer, _tell, run
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from trapo_train.schema import ConfigError, build
+from trapo_train.schema import ConfigError, UserError, build, check
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Inner:
 
     def __post_init__(self) -> None:
         if self.rate <= 0:
-            raise ValueError(f"rate must be above 0, got {self.rate}.")
+            raise UserError(f"rate must be above 0, got {self.rate}.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def test_what_is_left_out_takes_its_default():
         ({"inner": {"count": 1.5}}, "inner.count must be int, got 1.5 (float)."),
         ({"inner": {"count": True}}, "inner.count must be int, got True"),
         ({"inner": {"on": 1}}, "inner.on must be true or false, got 1 (int)."),
-        ({"inner": {"kind": "fancie"}}, "inner.kind must be one of ['plain', 'fancy'], got 'fancie'. Did you mean 'fancy'?"),
+        ({"inner": {"kind": "fancie"}}, "inner.kind must be one of plain, fancy, got 'fancie'. Did you mean 'fancy'?"),
         ({"inner": {"limit": "none"}}, "inner.limit must be int, got 'none'"),
         ({"inner": {"items": {"weight": 1}}}, "inner.items must be a list of a section with the keys weight, label, got"),
         ({"inner": {"items": [3]}}, "inner.items.0 must be a section with the keys weight, label, got 3 (int)."),
@@ -129,3 +129,39 @@ def test_a_missing_key_and_a_configuration_that_is_no_mapping():
         build(Outer, {}, lambda path: "file")
     with pytest.raises(ConfigError, match="must be a section with the keys name, inner, extra, several, got null"):
         build(Outer, None, lambda path: "file")
+
+
+@dataclass(frozen=True)
+class Listed:
+    kind: Literal["plain", "fancy"] = "plain"
+    level: Literal[1, 2] | None = None
+    switch: bool | Literal["auto"] = False
+    several: list[Literal["a", "b"]] = field(default_factory=list)
+    free: str | list[int] = ""
+    rate: float = 1.0
+
+    def __post_init__(self):
+        check(self, ("rate", self.rate > 0, "above 0"), ("rate", self.rate < 9, "below 9"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "fancie"}, "kind must be one of plain, fancy, got 'fancie'."),
+        ({"level": 3}, "level must be one of 1, 2 or null, got 3."),
+        ({"level": True}, "level must be one of 1, 2 or null, got True."),
+        ({"switch": "on"}, "switch must be true or false or one of auto, got 'on'."),
+        ({"several": ["a", "c"]}, "several must be a list of one of a, b, got ['a', 'c']."),
+        ({"rate": 0.0}, "rate must be above 0, got 0.0."),
+        ({"rate": 9.0}, "rate must be below 9, got 9.0."),
+    ],
+)
+def test_a_value_that_its_type_does_not_list_or_a_rule_refuses(values, message):
+    with pytest.raises(UserError) as error:
+        Listed(**values)
+    assert str(error.value) == message
+
+
+def test_values_that_their_types_list():
+    for values in ({}, {"kind": "fancy", "level": 2}, {"switch": True}, {"switch": "auto", "several": ["b", "a"], "free": [7]}):
+        Listed(**values)

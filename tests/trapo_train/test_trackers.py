@@ -111,7 +111,10 @@ def test_a_sample_table_says_what_a_sample_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"to": ["mlflow"]}, "to must hold some of tensorboard"), ({"samples_every": -1}, "samples_every must be at least 0, got -1")],
+    [
+        ({"to": ["mlflow"]}, "to must be a list of one of tensorboard, wandb, trackio, got"),
+        ({"samples_every": -1}, "samples_every must be at least 0, got -1"),
+    ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):

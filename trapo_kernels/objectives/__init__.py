@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 from trapo_kernels.objective import Objective
 from trapo_kernels.objectives import imitation, mixed, on_policy
@@ -35,8 +36,39 @@ from trapo_kernels.objectives.on_policy import (
 
 PRESETS = {preset.__name__: preset for preset in (trapo, *imitation.PRESETS, *on_policy.PRESETS, *mixed.PRESETS)}
 
+
+class Published(NamedTuple):
+    """What a published method has besides its loss, which is all that a preset is; None where it leaves that open."""
+
+    aggregation: str | None
+    """The `mode` of `aggregate` that its batches are packed with."""
+    normalise: str | None = None
+    """What advantages are divided by: "none", "group_std", the deviation of the rewards of a prompt's samples, or "batch": minus
+    the mean, then divided by the deviation, of all advantages of the step."""
+    center: str | None = None
+    """What is subtracted from a reward: "mean" of the rewards of the prompt's samples, "leave_one_out", that of the others, or
+    "none"."""
+
+
+PUBLISHED = {
+    "grpo": Published("sequence_mean", "group_std", "mean"),
+    "dr_grpo": Published("constant", "none", "mean"),
+    "dapo": Published("token_mean", "group_std", "mean"),
+    "cispo": Published("token_mean", "group_std", "mean"),
+    "gspo": Published("sequence_mean", "group_std", "mean"),
+    "gmpo": Published("sequence_mean", "group_std", "mean"),
+    "sapo": Published("sequence_mean", "group_std", "mean"),
+    "rloo": Published(None, "none", "leave_one_out"),
+    "reinforce_pp": Published(None, "batch", "none"),
+    "chord_mu": Published("role_mean", "group_std", "mean"),
+    "chord_phi": Published("role_mean", "group_std", "mean"),
+    "uft": Published("role_mean"),
+}
+
 __all__ = [
     "PRESETS",
+    "PUBLISHED",
+    "Published",
     "chord_mu",
     "chord_phi",
     "cispo",

@@ -58,7 +58,7 @@ def prefix_rft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float
 
 
 def chord_mu(mu: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
-    """CHORD-μ: μ·SFT + (1-μ)·GRPO, each a mean over its own tokens: pack with `aggregate(mode="role_mean")`.
+    """CHORD-μ: μ·SFT + (1-μ)·GRPO, each a mean over its own tokens: pack as `PUBLISHED` says.
 
     `mu` in [0, 1] is scheduled in the paper, warm-up then decay: build the objective with the value of the step.
 
@@ -70,7 +70,7 @@ def chord_mu(mu: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0.
 def chord_phi(mu: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
     """CHORD-φ: `chord_mu` with each expert token's gradient scaled by φ = p(1-p), at a constant `mu`.
 
-    The paper's value is -sg(φ)·logp, ours the potential p - p²/2 with the same gradient. Pack with `aggregate(mode="role_mean")`.
+    The paper's value is -sg(φ)·logp, ours the potential p - p²/2 with the same gradient. Pack as `PUBLISHED` says.
 
     Source: arXiv 2508.11408.
     """
@@ -104,7 +104,7 @@ def uft(
 ) -> Objective:
     """UFT: hint_coef·SFT on the hint, GRPO's clip with a k3 KL on the completion.
 
-    Each is a mean over its own tokens: pack with `aggregate(mode="role_mean")`. The length of the hint is scheduled.
+    Each is a mean over its own tokens: pack as `PUBLISHED` says. The length of the hint is scheduled.
 
     Source: arXiv 2505.16984.
     """

@@ -31,9 +31,9 @@ def grpo(
 ) -> Objective:
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
-    The paper averages over each sequence, then over sequences: pack with `aggregate(mode="sequence_mean")`. `kl`: the estimator, as
-    in `KL`; TRL's default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the
-    KL. `delta` ≥ 1 + `epsilon_high`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
+    The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
+    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. `delta` ≥ 1
+    + `epsilon_high`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
 
     Source: arXiv 2402.03300, equation 3.
     """
@@ -42,7 +42,7 @@ def grpo(
 
 
 def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
-    """Dr.GRPO: GRPO's clip without its biases: advantages without std, and `aggregate(mode="constant")`.
+    """Dr.GRPO: GRPO's clip without its biases: advantages without std and a constant divisor, as `PUBLISHED` says.
 
     Source: arXiv 2503.20783, section 3.2.
     """
@@ -50,7 +50,7 @@ def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: f
 
 
 def dapo(epsilon_low: float = 0.2, epsilon_high: float = 0.28, entropy_coef: float = 0.0) -> Objective:
-    """DAPO: the clip-higher asymmetric clip, no KL; pack with `aggregate(mode="token_mean")`.
+    """DAPO: the clip-higher asymmetric clip, no KL; pack as `PUBLISHED` says.
 
     Source: arXiv 2503.14476, equation 8.
     """
@@ -64,7 +64,7 @@ def cispo(
 
     `bounds`: what the two numbers mean, which differs between libraries. "absolute", as in TRL: r ≤ `epsilon_high` (5 by default)
     and no floor. "relative", as in verl: 1 - `epsilon_low` ≤ r ≤ 1 + `epsilon_high` (0.2 each by default). The published value is
-    -sg(clip(r))·A·logp, ours the potential with the same gradient. Pack with `aggregate(mode="token_mean")`.
+    -sg(clip(r))·A·logp, ours the potential with the same gradient. Pack as `PUBLISHED` says.
 
     Source: arXiv 2506.13585.
     """
@@ -85,7 +85,7 @@ def cispo(
 
 
 def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, entropy_coef: float = 0.0) -> Objective:
-    """SAPO: a sigmoid instead of a clip, -A·4σ(τ(r-1))/τ; τ by the sign of the advantage.
+    """SAPO: a sigmoid instead of a clip, -A·4σ(τ(r-1))/τ; τ by the sign of the advantage. Pack as `PUBLISHED` says.
 
     Source: arXiv 2511.20347.
     """
@@ -94,7 +94,7 @@ def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, entropy_coef: fl
 
 
 def rloo(entropy_coef: float = 0.0) -> Objective:
-    """RLOO: REINFORCE, -A·logp, on advantages with a leave-one-out baseline; no ratio, so one update per batch.
+    """RLOO: REINFORCE, -A·logp, on advantages with a leave-one-out baseline (`PUBLISHED`); no ratio, so one update per batch.
 
     Source: arXiv 2402.14740.
     """
@@ -104,7 +104,7 @@ def rloo(entropy_coef: float = 0.0) -> Objective:
 def reinforce_pp(
     epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta: float = 0.0, kl: str = "k2", entropy_coef: float = 0.0
 ) -> Objective:
-    """REINFORCE++: PPO's clip on advantages normalised over the whole batch instead of the group.
+    """REINFORCE++: PPO's clip on advantages normalised over the whole batch instead of the group (`PUBLISHED`).
 
     The KL is part of the reward in the plain version; the version with a baseline has it in the loss: `beta` > 0, k2.
 
@@ -117,7 +117,7 @@ def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: fl
     """GSPO: PPO's clip on the sequence ratio s = exp(mean_t log r_t).
 
     Written as GSPO-token, s = sg(s)·π/sg(π), whose gradient is that of GSPO where advantage and weight are constant in a sequence.
-    Pack with `aggregate(mode="sequence_mean")`.
+    Pack as `PUBLISHED` says.
 
     Source: arXiv 2507.18071.
     """
@@ -128,7 +128,7 @@ def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: fl
 def gmpo(clip: float = 0.4, entropy_coef: float = 0.0) -> Objective:
     """GMPO: -A·(Π_t r_t)^(1/|y|), each token's log-ratio first clipped to `clip` nats on the side that its advantage pushes.
 
-    Pack with `aggregate(mode="sequence_mean")`.
+    Pack as `PUBLISHED` says.
 
     Source: arXiv 2507.20673.
     """

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trapo_train.schema import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -43,18 +45,18 @@ class PointerChasingConfig:
 
     def __post_init__(self) -> None:
         if not MIN_NODES <= self.num_nodes <= len(NODE_NAMES):
-            raise ValueError(
+            raise UserError(
                 f"num_nodes must be in [{MIN_NODES}, {len(NODE_NAMES)}], got {self.num_nodes}. "
                 f"Fewer nodes make a random answer right too often; node names end at {NODE_NAMES[-1]!r}."
             )
         deepest = min(MAX_DEPTH, self.num_nodes - 1)
         if not self.depths or any(not 1 <= depth <= deepest for depth in self.depths):
-            raise ValueError(
+            raise UserError(
                 f"depths must be a non-empty list of steps in [1, {deepest}], got {list(self.depths)}. "
                 f"A walk must be shorter than the cycle of num_nodes = {self.num_nodes} nodes."
             )
         if not 0.0 <= self.expert_noise <= 1.0:
-            raise ValueError(f"expert_noise must be a probability in [0, 1], got {self.expert_noise}.")
+            raise UserError(f"expert_noise must be a probability in [0, 1], got {self.expert_noise}.")
 
 
 def generate_rows(config: PointerChasingConfig, *, num_problems: int, split: str = "train", seed: int = 0) -> list[dict[str, Any]]:
@@ -65,9 +67,9 @@ def generate_rows(config: PointerChasingConfig, *, num_problems: int, split: str
     hash of the map says which split it belongs to.
     """
     if split not in SPLITS:
-        raise ValueError(f"split of pointer_chasing must be one of {list(SPLITS)}, got {split!r}.")
+        raise UserError(f"split of pointer_chasing must be one of {list(SPLITS)}, got {split!r}.")
     if num_problems < 1:
-        raise ValueError(f"num_problems must be at least 1, got {num_problems}.")
+        raise UserError(f"num_problems must be at least 1, got {num_problems}.")
     return [_generate_row(config, split, random.Random(f"{seed}/{split}/{i}")) for i in range(num_problems)]
 
 
