@@ -125,12 +125,13 @@ def _unsampled(config: RunConfig) -> str | None:
 def _rendered(config: RunConfig) -> list[str]:
     """A section of held-out problems takes nothing over from that of the training problems."""
     sets = config.eval_data if isinstance(config.eval_data, dict) else {"": config.eval_data} if config.eval_data else {}
-    given = config.data.chat_template_kwargs
     return [
-        f"data.chat_template_kwargs is {given}, that of {f'eval_data {name}'.strip()} {entry.chat_template_kwargs}: the model is "
-        "evaluated on other prompts than it is trained on. Where both are chats, set the same in both"
+        f"data.{setting} is {getattr(config.data, setting)!r}, that of {f'eval_data {name}'.strip()} {getattr(entry, setting)!r}: "
+        "the model is evaluated on other prompts than it is trained on. Set the same in both, unless the data brings it"
         for name, entry in sets.items()
-        if entry.chat_template_kwargs != given
+        for setting in ("chat_template_kwargs", "system_prompt", "as_chat", "response_start")
+        # Messages are a chat whatever as_chat is, and a layout that holds them says nothing of another.
+        if getattr(entry, setting) != getattr(config.data, setting) and (setting != "as_chat" or entry.preset == config.data.preset)
     ]
 
 

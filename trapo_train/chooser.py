@@ -16,15 +16,13 @@ A chooser must draw its decision from these and its own state alone, so that a r
 
 from __future__ import annotations
 
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from trapo_kernels import Objective, objectives
 from trapo_train.schema import UserError
+from trapo_train.user_code import resolve
 
 Chooser = Callable[[int, Mapping[str, Any]], str]
 CHOICES = ("both", "expert", "rollout")
@@ -41,15 +39,7 @@ def load_chooser(path: str) -> Chooser:
 
     Raises: UserError where there is none.
     """
-    if path.count(":") != 1:
-        raise UserError(f"objective.chooser must be a path like my_choosers:Alternate, got {path!r}.")
-    working_directory = str(Path.cwd())
-    if working_directory not in sys.path:
-        sys.path.append(working_directory)
-    try:
-        chooser = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"objective.chooser {path!r} must name a function or class that can be imported: {error}.") from error
+    chooser = resolve("objective.chooser", path, "my_choosers:Alternate")
     chooser = chooser() if isinstance(chooser, type) else chooser
     if not callable(chooser):
         raise UserError(f"objective.chooser {path!r} must be callable with (step, metrics), got {type(chooser).__name__}.")

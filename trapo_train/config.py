@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,15 @@ class RunConfig:
 
     output_dir: str
     """Folder for metrics, plots, checkpoints and the resolved configuration."""
-    steps: int
-    """Rollout steps, at least 1; optimizer steps as well unless updates says otherwise."""
     prompts_per_step: int
     """Problems sampled for each rollout step, at least 1; plan.refill may sample more."""
     data: DataConfig
     """Training problems."""
+    steps: int | None = None
+    """Rollout steps, at least 1; optimizer steps as well unless updates says otherwise. Null where epochs is given."""
+    epochs: float | None = None
+    """Passes over the training problems in place of steps, above 0: epochs · problems / prompts_per_step of these, rounded up. Null
+    where steps is given. The configuration that a run leaves in its output_dir has the steps."""
     eval_data: DataConfig | dict[str, DataConfig] | None = None
     """Held-out problems: one set, or several by name, {aime: {path: aime.parquet}, math: {path: math.parquet}}; null for no
     evaluation."""
@@ -78,13 +82,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            ("steps", self.steps >= 1, "at least 1"),
+            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
+            ("epochs", self.epochs is None or 0 < self.epochs < math.inf, "a finite number above 0"),
             ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
             ("seed", self.seed < 2**63, "below 2^63"),
             ("output_dir", self.output_dir != "", "a text that is not empty"),
             ("reward", self.reward not in ("", []), "a name, a list of at least one reward, or null"),
         )
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither" if self.steps is None else f"both, {self.steps} and {self.epochs:g}. Set steps=null for epochs"
+            raise UserError(f"steps must be set, or epochs in its place, got {given}.")
         if self.updates.mini_batches > self.prompts_per_step:
             raise UserError(
                 f"updates.mini_batches must be at most prompts_per_step, {self.prompts_per_step}, got {self.updates.mini_batches}: "
@@ -116,6 +124,12 @@ class RunConfig:
         if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
             raise UserError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
         self.evaluation.check_names(names)
+
+    def for_problems(self, num_problems: int) -> RunConfig:
+        """With the steps that epochs come to for this many training problems."""
+        if self.epochs is None:
+            return self
+        return replace(self, steps=math.ceil(self.epochs * num_problems / self.prompts_per_step), epochs=None)
 
     def _check_keep_best(self) -> None:
         saved, evaluated = self.checkpoint.every, self.evaluation.every

@@ -54,7 +54,8 @@ class DataConfig:
     A column that is set to another name than its default stays."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth. The same as
-    expert_column for conversations: the last assistant turn is the expert trace, what comes before it the prompt."""
+    expert_column for conversations: the last assistant turn, as the chat template writes it, is the expert trace, what comes before
+    it the prompt. Messages reach the template with all their fields, such as tool_calls, and so does a column tools."""
     solution_column: str | None = "solution"
     """Column with the true answer that the reward compares with; null if the dataset has none."""
     expert_column: str | None = "expert"
@@ -129,11 +130,20 @@ class DataReport:
     dropped_prompts: int
     """Rows dropped because the prompt was too long (`on_long_prompt: drop`)."""
 
+    bare_answers: int = 0
+    """Last turns of conversations that are trained on as their content alone: the chat template does not write them after the
+    rendered prompt."""
+    context_turns: int = 0
+    """Assistant turns before the last, which is what is learned."""
+
     def __str__(self) -> str:
         dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
+        bare = f"; {self.bare_answers} answers are their content alone, which the chat template writes in another way"
+        turns = f"; {self.context_turns} assistant turns before the last are context only"
         return (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
-            f"long prompt), {self.experts} expert traces{dropped}"
+            f"long prompt), {self.experts} expert traces{dropped}{bare if self.bare_answers else ''}"
+            f"{turns if self.context_turns else ''}"
         )
 
 
@@ -180,6 +190,8 @@ def load_problems(
         experts=experts,
         dropped_experts=dropped,
         dropped_prompts=rows - len(entries),
+        bare_answers=reader.bare_answers,
+        context_turns=reader.context_turns,
     )
     # Taken here, so that the first step does not report them as its own.
     counts = {} if verifier is None else take_metrics(verifier)

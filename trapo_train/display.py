@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class Column:
     style: str = ""
     dispensable: int = 0
     """Columns with larger numbers are left out first where a terminal is too narrow; 0 always stays."""
+    also: str = ""  # a metric that is added to it; such a column appears once the sum is not 0
 
     @property
     def width(self) -> int:
@@ -71,6 +73,8 @@ COLUMNS = (
     Column("expert/logprob", "expert logp", _fixed(3)),
     Column("entropy/rollout", "entropy", _fixed(3)),
     Column("entropy/expert", "expert entropy", _fixed(3), dispensable=3),
+    Column("rollout/kl_ref", "KL", _fixed(4), dispensable=2),
+    Column("rollout/clip_low", "clipped", _percent, dispensable=3, also="rollout/clip_high"),
     Column("grad_norm", "grad norm", _fixed(2), "dim", dispensable=1),
     Column("tokens_per_s", "tokens/s", _count, "dim", dispensable=4),
     Column("peak_memory_mib", "peak MiB", _count, "dim", dispensable=5),
@@ -169,13 +173,19 @@ class MetricsLog:
         self._file: Any = None
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row; a torn line left by a killed run is cut off first."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._cut_torn_line()
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        """Add one row; a torn line left by a killed run is cut off first. Raises OSError with the file and a remedy."""
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._cut_torn_line()
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"metrics: {self.path} must take a row for every step, got {error}. Free space or make it writable, then continue "
+                "with checkpoint.resume=true."
+            ) from error
 
     def rewind(self, step: int, evaluated: bool = True) -> int:
         """Drop every row after `step`, and its evaluation unless it was `evaluated`; return how many. The file is replaced in
@@ -198,9 +208,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # of a row that could not be written, which `append` has told
+                file.close()
 
     def _cut_torn_line(self) -> None:
         if self.path.exists():
@@ -332,7 +343,7 @@ class Reporter:
 
     def _choose_columns(self, metrics: dict[str, Any]) -> None:
         """A column for every metric recorded so far, as far as a terminal is wide; a file takes all. Others need a new heading."""
-        self._recorded |= metrics.keys()
+        self._recorded |= {c.metric for c in COLUMNS if c.metric in metrics and not (c.also and _value(c, metrics) == 0)}
         sampled = "finished_share" in self._recorded  # or the loss alone would tell how well the traces are learned
         columns = [c for c in COLUMNS if c.metric in self._recorded and not (sampled and c.metric == "expert/logprob")]
         width = self.console.width if self.console.is_terminal else math.inf
@@ -364,8 +375,13 @@ class Reporter:
 
 
 def _written(column: Column, metrics: dict[str, Any]) -> str:
-    value = metrics.get(column.metric)
+    value = _value(column, metrics)
     return "–" if value is None else column.write(float(value))
+
+
+def _value(column: Column, metrics: dict[str, Any]) -> float | None:
+    value = metrics.get(column.metric)
+    return value if value is None else value + (metrics.get(column.also) or 0)
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ from trapo_train.checkpoint import CheckpointConfig
 from trapo_train.config import RunConfig
 from trapo_train.data import DataConfig
 from trapo_train.display import NullReporter
-from trapo_train.model import ScratchConfig
 from trapo_train.parallel import World
 from trapo_train.rewards import RewardTerm, load_reward
+from trapo_train.scratch import ScratchConfig
 from trapo_train.trackers import TrackingConfig
 from trapo_train.train import RunSummary, run
 
@@ -35,6 +35,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         config,
         output_dir=output_dir,
         steps=1,
+        epochs=None,
         prompts_per_step=prompts,
         data=problems,
         eval_data=dict.fromkeys(config.eval_data, held_out) if named else held_out if config.eval_data else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,6 +23,8 @@ from trapo_train.schema import UserError, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 UNNAMED = ""  # the only set, where eval_data is one data section
 
@@ -246,7 +249,10 @@ def evaluate(
     problems = [problem for answers in found for problem in answers.problems]
     responses = [response for problem in problems for response in problem]
     if config.save_samples and save_to is not None and world.first:
-        write_lines(save_to, (response.record for response in responses))
+        try:
+            write_lines(save_to, (response.record for response in responses))
+        except OSError as error:  # the evaluation is worth more
+            logger.warning("the responses of the evaluation could not be written: %s", error)
     return _accuracies(eval_set, problems, config) | {
         "reward/mean": fmean(response.reward for response in responses),
         "completion_tokens_mean": fmean(response.num_tokens for response in responses),

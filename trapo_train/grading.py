@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trapo_train.workers import Answer, WorkerPool
@@ -15,7 +15,8 @@ MATH_MEMORY_LIMIT_MIB = 8192
 
 
 class WorkerReward:
-    """Calls the function at `path` ("package.module:function") row by row in worker programs.
+    """Calls the function at `path` ("package.module:function") row by row in worker programs; `reward` is that very function, here
+    asked for its parameters alone.
 
     A row that takes longer than `time_limit_s`, crashes the worker or outgrows `memory_limit_mib` earns 0.0 and is counted.
 
@@ -24,8 +25,8 @@ class WorkerReward:
 
     may_overlap = True
 
-    def __init__(self, path: str, *, time_limit_s: float, memory_limit_mib: int) -> None:
-        self.__name__ = path
+    def __init__(self, path: str, reward: Callable[..., Any], *, time_limit_s: float, memory_limit_mib: int) -> None:
+        self.__name__, self.__wrapped__ = path, reward
         self._grader = Grader("trapo_train.reward_worker", [path], time_limit_s, memory_limit_mib)
 
     def __call__(self, **columns: Any) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,17 @@ def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int) -> list[str]:
+    """What loading each set found, and how many of its expert traces are longer than `longest` tokens and not scored."""
+    notes = []
+    for name, entry in eval_sets.items():
+        section = f"eval_data {name}".strip()
+        notes.append(f"{section}: {entry.problems.report}")
+        if dropped := entry.problems.at(entry.members).without_long_experts(longest)[1]:
+            notes.append(f"{section}: left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
+    return notes
+
+
 def responses_file(output_dir: str | Path, name: str, label: str) -> Path:
     """Where an evaluation of the set `name` writes its responses."""
     return Path(output_dir) / SAMPLES_DIR / f"eval_{name}{'_' if name else ''}{label}.jsonl"
@@ -61,11 +72,12 @@ def expert_nll(
 
     Args:
         packing: its max_tokens.
-        rollout: its max_response_tokens and temperature.
+        rollout: its max_response_tokens.
         world: the ranks that call this together, each on its share of the traces; None for a single process.
 
-    Returns: "expert_nll", nats per token, mean over all tokens of the traces with the end-of-sequence token, the same for any
-        number of ranks but for rounding; "expert_traces", how many. Empty for a set without traces.
+    Returns: "expert_nll", nats per token of the model as it is (temperature 1), mean over all tokens of the traces with the
+        end-of-sequence token, the same for any number of ranks but for rounding; "expert_traces", how many. Empty for a set without
+        traces.
     """
     world = world or World.alone()
     total, tokens, count = 0.0, 0, 0
@@ -75,7 +87,7 @@ def expert_nll(
     while chunk := list(islice(traces, _CHUNK)):
         count += len(chunk)
         mine = _share(chunk, packing, rollout, world)
-        for micro_batch, logprob in zip(mine, score_all(model, mine, rollout.temperature), strict=True):
+        for micro_batch, logprob in zip(mine, score_all(model, mine, temperature=1.0), strict=True):
             expert = micro_batch.batch.role == Role.EXPERT
             total -= logprob[expert].double().sum().item()
             tokens += int(expert.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trapo_train.schema import MissingPackage, UserError, check
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class LoraConfig:
     dropout: float = 0.0
     """Share of an adapter's inputs that are dropped in training, in [0, 1)."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the linear layers that get one, such as [q_proj, v_proj]; all-linear for all but the output head."""
+    """Names of the linear layers that get one, such as [q_proj, v_proj]; all-linear for all but the output head, which leaves
+    out layers that are no torch.nn.Linear, such as fused experts, and notes them."""
     rank_stabilised: bool = False
     """Scale by alpha / √rank (arXiv 2312.03732)."""
 
@@ -42,11 +46,14 @@ class LoraConfig:
         )
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], None] = logger.info) -> None:
     """Freeze the model and put a trainable adapter beside each of the configured layers.
 
-    Raises: MissingPackage naming the extra; UserError for a module that the model does not have, its output head, or one that is
-        not linear.
+    Args:
+        tell: which weights all-linear leaves without an adapter is told to it.
+
+    Raises: MissingPackage naming the extra; UserError for a module that the model does not have, its output head, one that is not
+        linear, or a model without linear layers.
     """
     try:
         import peft
@@ -57,11 +64,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
         raise UserError(
             f"model.lora.target_modules must not name the output head {head!r}, which runs inside the fused loss. Leave it out."
         )
+    targets = _linear_layers(model, tell) if config.target_modules == "all-linear" else config.target_modules
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules,
+        target_modules=targets,
         exclude_modules=[head],
         use_rslora=config.rank_stabilised,
         task_type="CAUSAL_LM",
@@ -88,6 +96,35 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
             f"model.lora.target_modules must name linear layers, {name} is of type {kind}, whose adapter could not be merged. "
             "Leave it out."
         )
+
+
+def _linear_layers(model: PreTrainedModel, tell: Callable[[str], None]) -> list[str]:
+    """The names of all linear layers but the output head; what other layers have matrices is told."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    holders = {
+        name: module
+        for name, module in model.named_modules()
+        if module not in (head, embedding) and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+    }
+    found = [name for name, module in holders.items() if type(module) is nn.Linear]
+    others = ", ".join(sorted({type(module).__name__ for module in holders.values() if type(module) is not nn.Linear}))
+    if not found:
+        raise UserError(
+            f"model.lora needs layers of torch.nn.Linear, the adapters of which can be merged; those of {type(model).__name__} are "
+            f"{others or 'none'}. Leave model.lora out, which trains the weights, or choose another model."
+        )
+    if others:
+        tell(f"model.lora: all-linear puts no adapter beside the weights of {others}, which are no torch.nn.Linear")
+    return found
+
+
+def no_adapter(name_or_path: str | None) -> str:
+    """Why a model that comes with an adapter is refused: a run would start from it or replace it, and neither would be seen."""
+    return (
+        f"model.name_or_path must be a whole model, got a LoRA adapter to one, {name_or_path!r}. Give the model with the adapter "
+        "added: `trapo-train export RUN` writes it from a checkpoint, a finished run has it in RUN/model, and an adapter from "
+        "elsewhere is added by PEFT's merge_and_unload. With model.lora a new adapter is then trained on top of it."
+    )
 
 
 def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:

@@ -19,68 +19,22 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, segment_arguments
 from trapo_train.embedding import embed_in_autocasts_type
 from trapo_train.liger import apply_liger
-from trapo_train.lora import LoraConfig, add_lora, hold_frozen
+from trapo_train.lora import LoraConfig, adapted_layers, add_lora, hold_frozen, no_adapter
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
+from trapo_train.scratch import ScratchConfig, scratch_config
 from trapo_train.tokenizer import end_generation_too, load_tokenizer
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ScratchConfig:
-    """The shape of a model that starts from random weights; its vocabulary is the tokenizer's."""
-
-    architecture: Literal["llama", "qwen2", "qwen3"] = "llama"
-    """Hugging Face architecture: llama, qwen2 or qwen3."""
-    hidden_size: int = 128
-    """Width of the residual stream, a multiple of num_heads with an even quotient (rotary embeddings turn pairs)."""
-    num_layers: int = 3
-    """Decoder layers, at least 1."""
-    num_heads: int = 4
-    """Query heads, at least 1."""
-    num_kv_heads: int = 4
-    """Key and value heads, a divisor of num_heads; fewer than num_heads is grouped-query attention."""
-    intermediate_size: int = 384
-    """Width of the MLP, at least 1."""
-    max_position: int = 512
-    """Longest sequence in tokens, prompt and response together, at least 2."""
-    tie_word_embeddings: bool = False
-    """Whether the output head shares the input embedding's weight."""
-    initializer_range: float = 0.02
-    """Standard deviation of the random weights, above 0; narrow models learn sooner with about 1/√hidden_size."""
-
-    def __post_init__(self) -> None:
-        counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
-        check(
-            self,
-            *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
-            ("max_position", self.max_position >= 2, "at least 2"),
-            ("initializer_range", 0 < self.initializer_range <= 1, "above 0 and at most 1"),
-        )
-        if self.hidden_size % (2 * self.num_heads):
-            raise UserError(f"hidden_size must be a multiple of 2 · num_heads = {2 * self.num_heads}, got {self.hidden_size}.")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}.")
 
 
 @dataclass(frozen=True)
@@ -122,22 +76,24 @@ class ModelConfig:
 class PolicyHead(nn.Linear):
     """A model's output head that can run the fused op on its own weight.
 
-    `compute_dtype` is what hidden states are cast to and the op computes in; `softcap` caps the logits inside it.
+    `compute_dtype` is what hidden states are cast to and the op computes in; `softcap` caps the logits inside it; `logit_scale` is
+    what the model multiplies them by after the head (Cohere, Granite), so that an op's temperature is divided by it.
     """
 
     compute_dtype: torch.dtype
     softcap: float | None
+    logit_scale: float
     process_group: ProcessGroup | None = None  # the ranks that the vocabulary is sharded over
     _whole: tuple[Tensor, Tensor | None] | None = None  # weight and bias while they are gathered
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, *, compute_dtype: torch.dtype, softcap: float | None) -> PolicyHead:
+    def adopt(cls, linear: nn.Linear, *, compute_dtype: torch.dtype, softcap: float | None, logit_scale: float = 1.0) -> PolicyHead:
         """A head that holds the very parameters of `linear`, so that tied weights stay tied."""
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         head.weight = linear.weight
         head.bias = linear.bias
-        head.compute_dtype, head.softcap = compute_dtype, softcap
+        head.compute_dtype, head.softcap, head.logit_scale = compute_dtype, softcap, logit_scale
         return head
 
     def shard_over_vocabulary(self, mesh: DeviceMesh) -> None:
@@ -225,6 +181,8 @@ def load_model_and_tokenizer(
     else:
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
+        if adapted_layers(model):  # of a name on the hub; preflight.check_places sees a directory's before anything is loaded
+            raise UserError(no_adapter(config.name_or_path))
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
     model.to(device)
@@ -252,7 +210,7 @@ def prepare(
     apply_liger(model, config.liger, model.device, tell)
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     if config.lora is not None:
-        add_lora(model, config.lora)
+        add_lora(model, config.lora, tell)
         hold_frozen(model, DTYPES[config.dtype])
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -268,7 +226,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, check_logits: bool = True) -> PolicyHead:
     """Replace the model's output head by a `PolicyHead` over the same parameters, and check that the logits stay.
 
-    Raises: UserError where the model's logits are not softcap(head(hidden)), which is all that the fused op knows.
+    Raises: UserError where the model's logits are not logit_scale · softcap(head(hidden)), which is all that the fused op knows.
     """
     linear = model.get_output_embeddings()
     if type(linear) not in (nn.Linear, PolicyHead):
@@ -276,8 +234,10 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
             f"model: the output head must be a torch.nn.Linear, {type(model).__name__} has {type(linear).__name__}. "
             "Load the model without quantisation or adapters on its head."
         )
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap)
+    settings = model.config.get_text_config()
+    softcap = getattr(settings, "final_logit_softcapping", None)
+    scale = getattr(settings, "logit_scale", None) or 1.0 / (getattr(settings, "logits_scaling", None) or 1.0)
+    head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap, logit_scale=scale)
     model.set_output_embeddings(head)
     embed_in_autocasts_type(model, compute_dtype)
     model.run_head = types.MethodType(_run_head, model)  # a method, so that FSDP can gather the weights around it
@@ -297,11 +257,12 @@ def _check_logits(model: PreTrainedModel, head: PolicyHead) -> None:
     model.train(training)
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
+    expected = head.logit_scale * expected
     error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not error < 1e-3:
         raise UserError(
-            f"model: logits must be the output head's, softcapped at most; those of {type(model).__name__} are off by "
-            f"{float(error):.2g} of their maximum. Such an architecture is not supported."
+            f"model: logits must be the output head's, softcapped and times logit_scale or 1 / logits_scaling at most; those of "
+            f"{type(model).__name__} are off by {float(error):.2g} of their maximum. It is not supported: choose another model."
         )
 
 
@@ -325,9 +286,10 @@ def policy_forward(
 
     Returns: what `linear_policy_loss` returns: loss (0-d), logprob and entropy [N], metrics.
     """
+    divisor = temperature / policy_head(model).logit_scale
 
     def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> PolicyLossOutput:
-        return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=temperature, **head_arguments)
+        return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=divisor, **head_arguments)
 
     return model.run_head(micro_batch, loss_fn)
 
@@ -335,9 +297,10 @@ def policy_forward(
 @torch.no_grad()
 def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """Logprob [N] in nats of the tokens of `micro_batch.batch` under the current policy, without gradients."""
+    divisor = temperature / policy_head(model).logit_scale
 
     def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Tensor:
-        return linear_logprob(hidden, weight, micro_batch.batch.target, temperature=temperature, **head_arguments).logprob
+        return linear_logprob(hidden, weight, micro_batch.batch.target, temperature=divisor, **head_arguments).logprob
 
     return model.run_head(micro_batch, score_fn)
 
@@ -375,22 +338,3 @@ def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable
             **segment_arguments(model, micro_batch.segment_lengths, device),
         ).last_hidden_state[0]  # [T, D]
         return policy_head(model)(hidden.index_select(0, micro_batch.loss_positions), loss_fn, micro_batch.rows_per_rank)
-
-
-def scratch_config(scratch: ScratchConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The transformers configuration of a model from scratch for this tokenizer."""
-    return ARCHITECTURES[scratch.architecture](
-        vocab_size=len(tokenizer),
-        hidden_size=scratch.hidden_size,
-        num_hidden_layers=scratch.num_layers,
-        num_attention_heads=scratch.num_heads,
-        num_key_value_heads=scratch.num_kv_heads,
-        head_dim=scratch.hidden_size // scratch.num_heads,
-        intermediate_size=scratch.intermediate_size,
-        max_position_embeddings=scratch.max_position,
-        tie_word_embeddings=scratch.tie_word_embeddings,
-        initializer_range=scratch.initializer_range,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )

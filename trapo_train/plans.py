@@ -64,9 +64,11 @@ class Rung:
             raise UserError(f"expert_index of a rung must be at least 0, got {self.expert_index}.")
 
 
+_PAPER = (Rung(4), Rung(2, 0.2, 0.5), Rung(1, 0.5, 0.7), Rung(1, 1.0, 0.9, expert_index=1))
 # The authors' code compares sums: "sum < 4 of 6" and "sum < 7 of 7" are the means 4/6 and 7/7.
 LADDERS: dict[str, tuple[Rung, ...]] = {
-    "paper": (Rung(4), Rung(2, 0.2, 0.5), Rung(1, 0.5, 0.7), Rung(1, 1.0, 0.9, expert_index=1)),
+    "paper": _PAPER,
+    "trapo": _PAPER,
     "release": (Rung(4), Rung(2, 0.25, 0.5), Rung(1, 0.5, 4 / 6), Rung(1, 1.0, 7 / 7, expert_index=1)),
     "sft": (Rung(1, 1.0),),
 }
@@ -86,13 +88,13 @@ _READERS: dict[str, dict[str, Any]] = {
 class PlanConfig:
     """Which plan draws the samples of each problem; a setting that is null takes the plan's default.
 
-    paper, release: TRAPO's ladder. grpo: unguided. sft: one expert trace. luffy: unguided and one expert trace, SRFT's
-    plan with one sample more. prefix_rft: unguided and one sample after a prefix of random length. uft: all after one
-    random hint. hpt: unguided, replaced by the expert trace where they fail. relift: unguided, failures are kept in a buffer
-    and their traces trained on in steps of their own. ladder: your own rungs.
+    paper (or trapo, which is the same) and release: TRAPO's ladder as published and as in its code. grpo: unguided. sft: one expert
+    trace. luffy: unguided and one expert trace, SRFT's plan with one sample more. prefix_rft: unguided and one sample after a
+    prefix of random length. uft: all after one random hint. hpt: unguided, replaced by the expert trace where they fail. relift:
+    unguided, failures are kept in a buffer and their traces trained on in steps of their own. ladder: your own rungs.
     """
 
-    name: Literal["paper", "release", "grpo", "sft", "luffy", "prefix_rft", "uft", "hpt", "relift", "ladder"] = "paper"
+    name: Literal["paper", "trapo", "release", "grpo", "sft", "luffy", "prefix_rft", "uft", "hpt", "relift", "ladder"] = "paper"
     """Which of these plans."""
     num_samples: int | None = None
     """Samples per problem, at least 1, at least 2 where one of them is guided (luffy, prefix_rft); null for 8. Elsewhere fixed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 from trapo_kernels import Objective
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
+from trapo_train.lora import no_adapter
 from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams, check_prompt_training
-from trapo_train.problems import ProblemSet
+from trapo_train.problems import RESERVED_COLUMNS, ProblemSet
+from trapo_train.reward_checks import check_takes
+from trapo_train.rewards import RewardFn, WeightedSum
 from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer
 
@@ -89,7 +92,7 @@ def _check_nothing_is_compared(config: RunConfig) -> None:
     """Raise UserError for settings of sampled responses where there are none."""
     sections = {
         "advantage": (config.advantage, ("normalise", "baseline", "center")),
-        "rollout": (config.rollout, ("on_truncated",)),
+        "rollout": (config.rollout, ("on_truncated", "temperature")),  # which would divide the logits of the traces, too
     }
     for section, (values, names) in sections.items():
         for name in names:
@@ -122,11 +125,23 @@ def _check_is_judged(config: RunConfig, objective: Objective) -> None:
     )
 
 
-_MODEL_FILES, _TOKENIZER_FILES = ("config.json", "adapter_config.json"), ("tokenizer_config.json", "tokenizer.json", "config.json")
+def check_reward(reward: RewardFn | WeightedSum | None, problems: Mapping[str, ProblemSet]) -> None:
+    """Raise UserError for a reward with an argument that it needs and `problems`, by the section of the data, do not bring."""
+    if reward is None:
+        return
+    name = getattr(reward, "__name__", type(reward).__name__)
+    terms = {name: term for name, term, _ in reward.terms} if isinstance(reward, WeightedSum) else {name: reward}
+    check_takes(terms, {section: [*RESERVED_COLUMNS, *entry[0].columns] for section, entry in problems.items()})
+
+
+_MODEL_FILES, _TOKENIZER_FILES = ("config.json",), ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 
 def check_places(config: ModelConfig) -> None:
-    """Raise UserError for a directory that does not hold what it should; a name on the hub, at most owner/name, passes."""
+    """Raise UserError for a directory that does not hold what it should, or LoRA's adapter in place of a model; a name on the hub,
+    at most owner/name, passes."""
+    if config.name_or_path is not None and (Path(config.name_or_path) / "adapter_config.json").is_file():
+        raise UserError(no_adapter(config.name_or_path))
     places = (("name_or_path", config.name_or_path, _MODEL_FILES), ("tokenizer", config.tokenizer, _TOKENIZER_FILES))
     for key, place, files in places:
         is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")) or Path(place).is_dir())

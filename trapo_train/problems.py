@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rewards import ABOUT_RESPONSES
 from trapo_train.rows import (
+    answer_text,
     cell,
     load_rows,
     prompt_text,
     solution_text,
     split_conversation,
+    tools_of,
     trace_texts,
     wants_chat,
     with_think_tags,
@@ -51,6 +53,15 @@ class Entry(NamedTuple):
     row: int
     prompt_tokens: int
     traces: tuple[Trace, ...]
+
+
+class _Row(NamedTuple):
+    """What a row is read as; `problem` is None for too long a prompt."""
+
+    problem: Problem | None
+    traces: list[str]
+    is_bare: bool = False  # an answer that is its content alone, not what the chat template writes
+    turns: int = 0  # of the assistant before the answer
 
 
 class ProblemSet(Sequence[Problem]):
@@ -94,6 +105,10 @@ class ProblemSet(Sequence[Problem]):
         dropped = sum(len(old.traces) - len(new.traces) for old, new in zip(self._entries, short, strict=True))
         return self._with(short), dropped
 
+    def at(self, places: Iterable[int]) -> ProblemSet:
+        """The problems at these places."""
+        return self._with([self._entries[place] for place in places])
+
     def with_experts(self) -> ProblemSet:
         """The problems that have an expert trace."""
         return self._with([entry for entry in self._entries if entry.traces])
@@ -116,6 +131,8 @@ class RowReader:
         self._tokenizer = tokenizer
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
+        self.bare_answers, self.context_turns = 0, 0  # of the chunks so far, see DataReport
+        self._are_conversations = config.prompt_column == config.expert_column
         self._has_experts = _has(columns, config.expert_column)
         self._has_solutions = config.solution_column is not None and (
             config.preset != "messages" or _has(columns, config.solution_column)
@@ -127,19 +144,22 @@ class RowReader:
         rows = enumerate(self._rows)
         while chunk := list(islice(rows, CHUNK_ROWS)):
             read = [self._read(index, row) for index, row in chunk]
-            named = [(problem.index, text) for problem, traces in read if problem is not None for text in traces]
+            self.bare_answers += sum(row.is_bare for row in read)
+            self.context_turns += sum(row.turns for row in read)
+            named = [(row.problem.index, text) for row in read if row.problem is not None for text in row.traces]
             experts = self._experts(named)  # all of the chunk's, in order
-            yield [problem and replace(problem, experts=tuple(islice(experts, len(traces)))) for problem, traces in read]
+            yield [row.problem and replace(row.problem, experts=tuple(islice(experts, len(row.traces)))) for row in read]
 
     def problem(self, entry: Entry) -> Problem:
         """The problem of an entry, with the traces that are in use."""
-        problem, traces = self._read(entry.row, self._rows[entry.row])
-        return replace(problem, experts=tuple(self._experts([(entry.row, traces[trace.number]) for trace in entry.traces])))
+        read = self._read(entry.row, self._rows[entry.row])
+        named = [(entry.row, read.traces[trace.number]) for trace in entry.traces]
+        return replace(read.problem, experts=tuple(self._experts(named)))
 
-    def _read(self, index: int, row: dict[str, Any]) -> tuple[Problem | None, list[str]]:
+    def _read(self, index: int, row: dict[str, Any]) -> _Row:
         config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, row {index}"
-        value, expert = self._cells(row, at)
-        prompt = prompt_text(value, config, tokenizer, at) + config.response_start
+        value, expert, prompt, is_bare = self._texts(row, at)
+        prompt += config.response_start
         with _encoding(f"{at}: the prompt"):
             prompt_ids, twice = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
         if twice and not self._told:
@@ -149,7 +169,7 @@ class RowReader:
             raise UserError(f"{at}: the prompt is empty. Remove the row.")
         if len(prompt_ids) > config.max_prompt_tokens:
             if config.on_long_prompt == "drop":
-                return None, []
+                return _Row(None, [])
             raise UserError(
                 f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. "
                 "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
@@ -162,15 +182,24 @@ class RowReader:
             text = with_think_tags(text, config.think_tags, prompt, at)
             traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
         columns = {column: row[column] for column in self._further}
-        return Problem(index, prompt, prompt_ids, solution, columns=columns), traces
+        problem = Problem(index, prompt, prompt_ids, solution, columns=columns)
+        turns = sum(message["role"] == "assistant" for message in value) if traces and self._are_conversations else 0
+        return _Row(problem, traces, is_bare, turns)
 
-    def _cells(self, row: dict[str, Any], at: str) -> tuple[Any, Any]:
-        """Prompt and expert traces of a row as they stand in its columns; no traces where there is no column of them."""
-        config = self._config
-        value = cell(row, config.prompt_column, at)
-        if config.prompt_column == config.expert_column:
-            return split_conversation(value, at)
-        return value, cell(row, config.expert_column, at) if self._has_experts else None
+    def _texts(self, row: dict[str, Any], at: str) -> tuple[Any, Any, str, bool]:
+        """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and
+        whether the answer of a conversation is its content alone."""
+        config, tokenizer = self._config, self._tokenizer
+        value, answer = cell(row, config.prompt_column, at), None
+        if self._are_conversations:
+            value, answer = split_conversation(value, at)
+        tools = tools_of(row, at) if wants_chat(value, config) else None
+        prompt = prompt_text(value, config, tokenizer, at, tools)
+        if answer is None:
+            expert = cell(row, config.expert_column, at) if self._has_experts and not self._are_conversations else None
+            return value, expert, prompt, False
+        text, is_written = answer_text(value, answer, prompt, config, tokenizer, at, tools)
+        return value, text, prompt, not is_written
 
     def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
         """Tokenise traces, each given with the row that it is from."""

@@ -8,6 +8,7 @@ import inspect
 import math
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,10 +21,12 @@ from trapo_train.grading import MathVerify, WorkerReward
 from trapo_train.math_grader import load_library
 from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.records import Problem
+from trapo_train.reward_checks import check_is_no_class, takes
 from trapo_train.schema import UserError, check, did_you_mean
 from trapo_train.tasks import pointer_chasing_reward
 
 ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
+SEARCH_S = 5.0  # most seconds that the row is looked for which a reward raised on: each row asked may be a call of a service
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
     reward = getattr(module, attribute, None)
     if not callable(reward):
         raise UserError(f"reward {name!r}: the module {module_name!r} has no function {attribute!r}.")
+    check_is_no_class(name, reward)
     return reward
 
 
@@ -270,7 +274,7 @@ def may_overlap(reward: RewardFn | WeightedSum) -> bool:
 
 def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
     """What the reward returns; one that is async is run to its end. Of ABOUT_RESPONSES it gets what it takes."""
-    taken = {name: values for name, values in arguments.items() if name not in ABOUT_RESPONSES or _takes(reward, name)}
+    taken = {name: values for name, values in arguments.items() if name not in ABOUT_RESPONSES or takes(reward, name)}
     values = reward(**taken)
     if not inspect.isawaitable(values):
         return values
@@ -294,7 +298,7 @@ def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
         # Loaded here, a wrong path shows now, for a worker too.
         reward = term.overlong() if term.name == "overlong" else load_reward(term.name)
         if term.in_worker:
-            reward = WorkerReward(term.name, time_limit_s=term.time_limit_s, memory_limit_mib=term.memory_limit_mib)
+            reward = WorkerReward(term.name, reward, time_limit_s=term.time_limit_s, memory_limit_mib=term.memory_limit_mib)
         loaded.append((term.name, reward, term.weight))
     return WeightedSum(loaded)
 
@@ -312,14 +316,6 @@ async def _awaited(values: Any) -> Any:
     return await values
 
 
-def _takes(reward: RewardFn, name: str) -> bool:
-    try:
-        parameters = inspect.signature(reward).parameters
-    except (TypeError, ValueError):  # of something that is not written in Python
-        return False
-    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
-
-
 def _arguments(problems: Sequence[Problem], texts: Sequence[str], about: Columns | None) -> dict[str, list[Any]]:
     names = problems[0].columns.keys()
     return {
@@ -334,16 +330,22 @@ def _arguments(problems: Sequence[Problem], texts: Sequence[str], about: Columns
 def _describe_exception(
     reward: RewardFn, problems: Sequence[Problem], texts: Sequence[str], about: Columns | None, error: Exception
 ) -> str:
-    """Say which row made the reward raise, found by calling it row by row."""
+    """Say which row made the reward raise, found by calling it row by row for `SEARCH_S` at most; a service that is slow or down
+    (TimeoutError, ConnectionError or another OSError) is no row's fault and is not asked again."""
+    what, until = f"Reward {_name(reward)} raised on", time.monotonic() + SEARCH_S
     for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+        if isinstance(error, OSError) or time.monotonic() > until:
+            return f"{what} a call with {len(texts)} rows: {error!r}."
         try:
             called(reward, _arguments([problem], [text], {name: [values[i]] for name, values in (about or {}).items()}))
         except Exception as single:
-            return f"Reward {_name(reward)} raised on row {problem.index}: {single!r}. Its completion: {text[:200]!r}"
-    return f"Reward {_name(reward)} raised on {len(texts)} rows, though on none of them alone: {error!r}."
+            return f"{what} row {problem.index}: {single!r}. Its completion: {text[:200]!r}"
+    return f"{what} {len(texts)} rows, though on none of them alone: {error!r}."
 
 
 def _check_value(value: Any, name: str, problem: Problem) -> float | None:
+    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch, or a truth value
+        value = value.item()
     if value is None:
         return None
     if not isinstance(value, Real):

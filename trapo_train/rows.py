@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 DEFAULT_TASK_PROBLEMS = 1000
 THINK, END_THINK = "<think>", "</think>"
 RENDERING = {"conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
+Message = dict[str, Any]  # role, content and whatever else the chat template reads
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what else an assistant says in a message
 
 
 def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
@@ -61,8 +65,10 @@ def cell(row: dict[str, Any], column: str, where: str) -> Any:
     return value
 
 
-def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """Return the text of a prompt: as it is, or rendered with the chat template and its generation prompt."""
+def prompt_text(
+    value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, tools: list[Any] | None = None
+) -> str:
+    """Return the text of a prompt: as it is, or rendered with the chat template, with `tools` and its generation prompt."""
     if isinstance(value, str):
         if not wants_chat(value, config):
             if config.chat_template_kwargs:
@@ -80,26 +86,12 @@ def prompt_text(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBa
             "answer out of the prompt; expert_column is the place for it, or the same column for conversations (preset: "
             "messages)."
         )
-    if config.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
-            "of an instruction-tuned model (model.tokenizer), or give the prompt as text without as_chat and system_prompt."
-        )
-    if config.chat_template_kwargs:
-        with refused(f"{where}: the tokenizer has several chat templates and none by default", ValueError):
-            template = tokenizer.get_chat_template()
-        _check_variables(config.chat_template_kwargs, template, where)
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs)
-    except Exception as error:  # a template is the model's own code and may raise anything
-        raise UserError(f"{where}: the chat template refused the prompt: {error}") from error
+    return _rendered(messages, config, tokenizer, where, tools, add_generation_prompt=True)
 
 
-def split_conversation(value: Any, where: str) -> tuple[list[dict[str, str]], str | None]:
-    """Return the prompt of a conversation, all before its last message, and that message's text, which is the expert trace; None
-    where another role than assistant speaks last, and all of it is the prompt."""
+def split_conversation(value: Any, where: str) -> tuple[list[Message], Message | None]:
+    """Return the prompt of a conversation, all before its last message, and that message, which is the expert trace; None where
+    another role than assistant speaks last, and all of it is the prompt."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: a conversation must be a non-empty list of messages with role and content, got {_shown(value)}.")
     messages = _messages(value, f"{where}: a conversation")
@@ -110,7 +102,53 @@ def split_conversation(value: Any, where: str) -> tuple[list[dict[str, str]], st
             f"{where}: a conversation must have a message before the last, which is answered, got an assistant message alone. "
             "Remove the row."
         )
-    return messages[:-1], messages[-1]["content"]
+    return messages[:-1], messages[-1]
+
+
+def answer_text(
+    messages: list[Message],
+    answer: Message,
+    prompt: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    tools: list[Any] | None = None,
+) -> tuple[str, bool]:
+    """Return what the chat template writes of an `answer` behind the rendered `prompt`, thoughts and tool calls included, without
+    the token that ends the turn; and True. Where it does not go on from there, as one whose generation prompt opens thoughts does
+    not for an answer without: the content alone and False."""
+    content = answer.get("content", "")
+    if not content and not any(map(answer.get, BESIDE_CONTENT)):  # nobody answered
+        return "", True
+    whole = _rendered([*messages, answer], config, tokenizer, where, tools, add_generation_prompt=False)
+    if whole.startswith(prompt):
+        text, end, rest = whole.removeprefix(prompt).rpartition(tokenizer.eos_token)
+        if not end:
+            return _without_last_token(rest.rstrip(), tokenizer), True
+        if not rest.strip():
+            return text, True
+    if not content:
+        raise UserError(
+            f"{where}: the chat template must write the last message after the rendered prompt, which {_shown(answer)} is not, and "
+            "it has no content to take in its place. Remove the row, or set model.tokenizer to one with another template."
+        )
+    return content, False
+
+
+def tools_of(row: dict[str, Any], where: str) -> list[Any] | None:
+    """Return what a row has in its column tools, descriptions of functions as a list or as JSON; None where it has none."""
+    value = row.get("tools")
+    if isinstance(value, str):
+        with suppress(ValueError):  # refused below, as any other text
+            value = json.loads(value)
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(
+            f"{where}: the column tools must hold a list of function descriptions for the chat template, got {_shown(value)}. "
+            "Rename the column if it is something else."
+        )
+    return _without_none(value)
 
 
 def wants_chat(prompt: Any, config: DataConfig) -> bool:
@@ -162,6 +200,47 @@ def without_start(trace: str, prompt: str, response_start: str, rendered: bool) 
     gap = prompt[len(prompt.rstrip()) :]
     # White space behind the tag that the prompt has is the prompt's; what it lacks stays for the model to write.
     return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
+
+
+def _rendered(
+    messages: list[Message],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    tools: list[Any] | None,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    if config.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{where}: a chat prompt needs a tokenizer with a chat template, and this one has none. Use the tokenizer "
+            "of an instruction-tuned model (model.tokenizer), or give the prompt as text without as_chat and system_prompt."
+        )
+    variables = config.chat_template_kwargs
+    with refused(f"{where}: the tokenizer has several chat templates and none by default", ValueError):
+        template = tokenizer.get_chat_template(tools=tools) if variables or tools is not None else ""
+    if variables:
+        _check_variables(variables, template, where)
+    if tools is not None:
+        if "tools" not in _variables(template):
+            raise UserError(
+                f"{where}: the tokenizer's chat template must read the tools of the column tools, it does not. Set model.tokenizer "
+                "to one that does, or remove the column."
+            )
+        variables = variables | {"tools": tools}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables)
+    except Exception as error:  # a template is the model's own code and may raise anything
+        raise UserError(f"{where}: the chat template refused the prompt: {error}") from error
+
+
+def _without_last_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Without the special token that ends `text`, as one does that ends a turn in a template, but not a response here."""
+    found = re.search(r"<[^<>\s]+>$", text)
+    token = None if found is None else tokenizer.added_tokens_decoder.get(tokenizer.convert_tokens_to_ids(found.group()))
+    return text.removesuffix(found.group()) if token is not None and token.special else text
 
 
 def _check_variables(given: Iterable[str], template: str, where: str) -> None:
@@ -240,19 +319,35 @@ def _trace_text(item: Any, where: str) -> str:
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
         raise UserError(f"{where}: an expert trace must be one assistant message, got the roles {roles}.")
+    further = sorted(messages[0].keys() & set(BESIDE_CONTENT))
+    if further:
+        raise UserError(
+            f"{where}: an expert trace is the content of a message, got one with {', '.join(further)} as well. Append it to the "
+            "messages of its prompt, in one column (preset: messages), where the chat template writes all of it."
+        )
     return messages[0]["content"]
 
 
-def _messages(value: Any, what: str) -> list[dict[str, str]]:
-    good = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
+def _messages(value: Any, what: str) -> list[Message]:
+    """The messages as they are, without fields that are null: the rows of a dataset all have the fields of any of them."""
+    good = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    messages = _without_none(value) if good else []
+    good = bool(messages) and all(
+        isinstance(message.get("role"), str) and isinstance(message.get("content", "" if message.get("tool_calls") else None), str)
+        for message in messages
     )
-    if not good or not value:
+    if not good:
         raise UserError(
-            f"{what} must be text or a non-empty list of messages with text under 'role' and 'content', got {_shown(value)}."
+            f"{what} must be text or a non-empty list of messages with text under 'role' and 'content' (which one with tool_calls "
+            f"need not have), got {_shown(value)}."
         )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return messages
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _shown(value: Any) -> str:

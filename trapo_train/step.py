@@ -6,8 +6,8 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
-from trapo_kernels import Objective, objectives
+from trapo_kernels import KL, Objective, objectives
 from trapo_train.model import policy_forward
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import World
 from trapo_train.schedules import Schedule, build_schedule, is_schedule
 from trapo_train.schema import UserError, check, did_you_mean, refused
 from trapo_train.tally import Tally
+from trapo_train.user_code import resolve
 
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
 _UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")  # place results of another sharding into a DTensor
@@ -31,16 +32,42 @@ _UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metri
 
 
 @dataclass(frozen=True)
+class KLConfig:
+    """A KL to the model before training, on rollout tokens."""
+
+    beta: float
+    """Its weight, at least 0."""
+    estimator: Literal["k1", "k2", "k3", "k3_corrected"] = "k3"
+    """How a token's KL is estimated, see trapo_kernels.KL: k1, k2, k3 or k3_corrected."""
+    clamp: float | None = None
+    """Nats within which a token's log ratio is held, above 0; null for no limit."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            ("beta", 0 <= self.beta < math.inf, "a finite number of at least 0"),
+            ("clamp", self.clamp is None or self.clamp > 0, "null or above 0"),
+        )
+
+    def term(self) -> KL:
+        """As the objective takes it."""
+        return KL(self.beta, self.estimator, math.inf if self.clamp is None else self.clamp)
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Which policy loss to minimise."""
 
     name: str = "trapo"
-    """A preset of trapo_kernels.objectives, such as trapo, sft, dr_grpo, luffy or chord_mu."""
+    """A preset of trapo_kernels.objectives, such as trapo, sft, dr_grpo, luffy or chord_mu, or a path to your own function that
+    returns a trapo_kernels.Objective: my_objectives:mine."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the preset, such as alpha in (0, 1] of trapo; a number may be a schedule over the rollout steps, such as
-    {schedule: cosine, start: 0.9, end: 0.05, steps: 200}."""
+    """Arguments of the preset or function, such as alpha in (0, 1] of trapo; a number may be a schedule over the rollout steps,
+    such as {schedule: cosine, start: 0.9, end: 0.05, steps: 200}."""
     chooser: str | None = None
     """Path to your own function, my_choosers:choose, that says before every step which terms it trains; null for all."""
+    kl: KLConfig | None = None
+    """A KL to the model before training, {beta: 0.01}, for an objective of rollouts that has none; null for none."""
 
     def __post_init__(self) -> None:
         if self.chooser == "":
@@ -126,7 +153,23 @@ def extreme_objectives(config: ObjectiveConfig) -> list[Objective]:
 def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
     preset = _preset(config)
     with refused(f"{config.name} refuses its options", TypeError, ValueError):
-        return preset(**config.options | scheduled)
+        objective = preset(**config.options | scheduled)
+    if not isinstance(objective, Objective):
+        raise UserError(f"name {config.name!r} must return a trapo_kernels.Objective, got {type(objective).__name__}.")
+    if config.kl is None:
+        return objective
+    if any(layer.kl is not None for layer in objective.layers):
+        raise UserError(f"kl must be null where the objective has one, got {config.kl} with {config.name} {config.options}.")
+    if not any(layer.rollout is not None for layer in objective.layers):
+        raise UserError(f"kl is of rollout tokens, and {config.name} trains on expert tokens alone. Leave it out.")
+    return _with_kl(objective, config.kl.term())
+
+
+def _with_kl(objective: Objective, kl: KL) -> Objective:
+    """With the KL beside the first rollout term."""
+    if objective.rollout is not None:
+        return replace(objective, kl=kl)
+    return replace(objective, plus=_with_kl(objective.plus, kl))
 
 
 def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:
@@ -135,11 +178,18 @@ def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:
 
 def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     preset = objectives.PRESETS.get(config.name)
-    if preset is None:
-        raise UserError(f"name must be one of {', '.join(objectives.PRESETS)}, got {config.name!r}.")
-    allowed = list(inspect.signature(preset).parameters)
+    if preset is None and ":" in config.name:
+        preset = resolve("name", config.name, "my_objectives:mine")
+    if not callable(preset):
+        near = did_you_mean(config.name, objectives.PRESETS)
+        raise UserError(
+            f"name must be one of {', '.join(objectives.PRESETS)} or a path to a function, my_objectives:mine, got "
+            f"{config.name!r}.{near}"
+        )
+    parameters = inspect.signature(preset).parameters
+    allowed = list(parameters)
     for option in config.options:
-        if option not in allowed:
+        if option not in allowed and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
             near = did_you_mean(option, allowed)
             raise UserError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
     return preset

@@ -202,8 +202,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         told = _tell(trainer, reporter, metrics, told)
         samples_every = config.tracking.samples_every
         if trainer.world.first and samples_every and trainer.step % samples_every == 0:
-            judged = trainer.reward is not None
-            write_samples(trainer.last_groups, trainer.tokenizer, config.output_dir, trainer.step, judged=judged)
+            _write_samples(trainer, reporter)
         try:
             _stop_if_broken(trainer, metrics, reporter)
         except NonFiniteError:  # nothing was taken from the updates that were skipped
@@ -211,6 +210,15 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
                 _save(trainer, store, reporter)
             raise
+
+
+def _write_samples(trainer: Trainer, reporter: Reporter) -> None:
+    """Write the samples of the last step; where that fails, it is told, and the run goes on without them."""
+    judged = trainer.reward is not None
+    try:
+        write_samples(trainer.last_groups, trainer.tokenizer, trainer.config.output_dir, trainer.step, judged=judged)
+    except OSError as error:
+        reporter.event(f"the samples of step {trainer.step} could not be written: {error}")
 
 
 def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
@@ -280,7 +288,7 @@ def _check_output_dir(config: RunConfig) -> None:
     if used and not config.checkpoint.resume:
         go_on = "Continue it with checkpoint.resume=true" if saved else "It has no checkpoint to continue from"
         raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on}, delete it, or choose another output_dir.")
-    if saved and saved[-1] > config.steps:
+    if saved and config.steps is not None and saved[-1] > config.steps:
         raise UserError(
             f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {config.steps}. Raise it; "
             f"`trapo-train export {config.output_dir} --step N` writes the model of an earlier checkpoint, {saved}."

@@ -26,14 +26,14 @@ from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluation_score, load_eval_sets
-from trapo_train.held_out import evaluate_sets
+from trapo_train.held_out import evaluate_sets, loading_notes
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, reshard, shard_model
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, named
+from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, named
 from trapo_train.problems import ProblemSet
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
@@ -83,11 +83,13 @@ class Trainer:
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
         self.problems = self._load_problems()
+        self.config = config = config.for_problems(len(self.problems))
         self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
-        self.notes += [f"{f'eval_data {name}'.strip()}: {entry.problems.report}" for name, entry in self.eval_sets.items()]
-        held_out = [entry.problems for entry in self.eval_sets.values()]
-        check_lengths(config, self.model, self.problems if trains else None, held_out)
+        self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens)
+        held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
+        check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
+        check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
         shard_model(self.model, self.world)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):

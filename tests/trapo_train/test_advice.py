@@ -12,7 +12,7 @@ from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_kernels.objectives import PRESETS, PUBLISHED
 from trapo_train.advice import advice
 from trapo_train.config import load_config
-from trapo_train.step import ObjectiveConfig, build_objective
+from trapo_train.step import KLConfig, ObjectiveConfig, build_objective
 
 README = Path(__file__).parents[2] / "README.md"
 ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))
@@ -101,8 +101,8 @@ def test_the_example_of_the_readme_needs_no_advice(tmp_path):
     config = load_config(tmp_path / "my.yaml")
     assert config.updates.per_step > 1
     assert advice(config, build_objective(config.objective, 0), 1000, ALONE) == []
-    (name, beta) = re.search(r"`objective={name: (\w+), options: {beta: ([\d.]+)}}`;\s(?:\w+) and", text).groups()
-    assert build_objective(ObjectiveConfig(name, {"beta": float(beta)})).kl.beta == float(beta)
+    (name, beta) = re.search(r"`objective={name: (\w+), kl: {beta: ([\d.]+)}}`,\sor the option `beta` of", text).groups()
+    assert build_objective(ObjectiveConfig(name, kl=KLConfig(float(beta)))).kl.beta == float(beta)
     takes_beta = {name for name, preset in PRESETS.items() if "beta" in inspect.signature(preset).parameters}
     assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which the README names
 
@@ -141,6 +141,21 @@ def test_held_out_chats_that_are_rendered_otherwise(advised):
     (sentence,) = advised("eval_data={path: a.jsonl, chat_template_kwargs: {think: true}}")
     assert "is {}, that of eval_data {'think': True}" in sentence
     assert advised(trained, f"eval_data={{path: a.jsonl, {think}}}") == advised(trained) == []
+
+
+def test_held_out_prompts_that_are_made_otherwise(advised):
+    """Each of these changes what the model sees."""
+    trained = ("data.system_prompt=Think.", "data.response_start='<think>'", "data.as_chat=true")
+    found = advised(*trained, "eval_data={path: a.jsonl}")
+    assert [sentence.split(", that of")[0] for sentence in found] == [
+        "data.system_prompt is 'Think.'",
+        "data.as_chat is True",
+        "data.response_start is '<think>'",
+    ]
+    same = "eval_data={path: a.jsonl, system_prompt: Think., response_start: '<think>', as_chat: true}"
+    assert advised(*trained, same) == []
+    # Messages are a chat without as_chat.
+    assert advised("data.as_chat=true", "eval_data={path: a.parquet, preset: luffy}") == []
 
 
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):

@@ -28,8 +28,9 @@ from trapo_train.checkpoint import (
     restore_rng_state,
     rng_state,
 )
-from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.model_state import export_model, other_tokenizer
+from trapo_train.scratch import ScratchConfig
 from trapo_train.tasks import build_tokenizer
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}

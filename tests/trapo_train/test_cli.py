@@ -125,7 +125,7 @@ DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
         (["run", "CONFIG", "reward=no_module:reward"], "no_module"),
         (["run", "CONFIG", "model.scratch=null", "model.name_or_path=/no/such/model"], "'/no/such/model', which does not exist"),
         (["run", "CONFIG", "model.tokenizer=./nowhere"], "model.tokenizer must be a hub name"),
-        (["run", "CONFIG", "model.scratch=null", "model.name_or_path=EMPTY"], "config.json or adapter_config.json, got"),
+        (["run", "CONFIG", "model.scratch=null", "model.name_or_path=EMPTY"], "a directory with config.json, got"),
         (["plan-memory", "demo_trapo", "model.name_or_path=runs/nowhere/model"], "which does not exist"),
         (["eval", "CONFIG", "eval_data=null"], "eval_data"),
         (["inspect", "CONFIG", "--problem", "8"], "must be in [0, 7], got 8"),

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.config import RunConfig, load_config, to_yaml
 from trapo_train.data import DataConfig
+from trapo_train.dry_run import dry_config
 from trapo_train.plans import PlanConfig, Rung
 from trapo_train.schema import ConfigError
+from trapo_train.trainer import Trainer
 
 TEXT = """
 output_dir: runs/x
@@ -94,7 +97,7 @@ def test_to_yaml_and_back(tmp_path, file):
             "updates.mini_batches must be at most plan.buffer_size, 1, the problems of a step on traces, got 3",
         ),
         (["reward=''"], "reward must be a name, a list of at least one reward, or null, got ''"),
-        (["plan.name=gropo"], "plan.name must be one of paper, release, grpo"),
+        (["plan.name=gropo"], "plan.name must be one of paper, trapo, release, grpo"),
         (["plan.num_samples=3"], "run.yaml with override 'plan.num_samples=3': plan: num_samples is fixed by the plan"),
         (["plan.num_samples=3", "plan={name: grpo, num_samples: 0}"], "override 'plan={name: grpo, num_samples: 0}': plan:"),
         (["data.path=x"], "run.yaml with override 'data.path=x': data: Give either task or path"),
@@ -127,7 +130,10 @@ def test_mistakes_in_overrides(file, overrides, words):
         ("a: [", "run.yaml: not valid YAML"),
         (TEXT + "steps: 20", "the key steps is given twice"),
         (TEXT + "stepps: 20", "run.yaml: unknown key 'stepps'. Did you mean 'steps'?"),
-        (TEXT.replace("steps: 10", "").replace("reward", "# reward"), "run.yaml: steps must be set."),
+        (
+            TEXT.replace("steps: 10", "").replace("reward", "# reward"),
+            "run.yaml: steps must be set, or epochs in its place, got neither.",
+        ),
         (TEXT.replace("data:", "eval_data:"), "run.yaml: data: Give either task or path"),
     ],
 )
@@ -186,3 +192,16 @@ def test_schedules_survive_the_way_to_yaml_and_back(file, tmp_path):
 def test_a_bad_schedule_names_its_section(file, override, message):
     with pytest.raises(ConfigError, match=message):
         load(file, override)
+
+
+def test_epochs_in_place_of_steps_are_passes_over_the_problems(tmp_path):
+    config = build_config(tmp_path, "run", "steps=null", "epochs=1.5", "prompts_per_step=5")
+    trainer = Trainer(config)  # on 8 problems
+    assert (trainer.config.steps, trainer.config.epochs) == (3, None) and trainer.scheduler is not None
+    assert dry_config(config, "d").steps == 1
+    assert config.for_problems(20).steps == 6 and trainer.config.for_problems(20).steps == 3
+    summary = train_to_end(config)
+    assert summary.steps == 3 and load_config(tmp_path / "run" / "config.yaml").steps == 3
+    for overrides in (["epochs=2"], ["steps=null"], ["steps=null", "epochs=0"]):
+        with pytest.raises(ConfigError, match=r"or epochs in its place, got (both|neither)|epochs must be a finite"):
+            build_config(tmp_path, "run", *overrides)

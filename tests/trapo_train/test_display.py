@@ -187,6 +187,18 @@ def test_null_reporter_answers_every_call_of_the_reporter():
     assert public == {name for name in vars(NullReporter) if not name.startswith("_")}
 
 
+def test_kl_and_clip_shares_are_shown_where_there_are_any(tmp_path):
+    reporter = reporter_to(tmp_path)
+    reporter.start(config_of(tmp_path, steps=3), REPORT)
+    for step, low, high in ((1, 0.0, 0.0), (2, 0.01, 0.02), (3, 0.0, 0.0)):
+        clips = {"rollout/clip_low": low, "rollout/clip_high": high}
+        reporter.step({"step": step, "loss": 0.5, "rollout/kl_ref": 0.00123 * step, **clips})
+    first, one, second, two, three = (line.split() for line in output_of(reporter).splitlines()[-5:])
+    assert first == ["step", "loss", "KL", "ETA"] and one[1:3] == ["0.5000", "0.0012"]
+    assert second == ["step", "loss", "KL", "clipped", "ETA"] and two[1:5] == ["0.5000", "0.0025", "3", "%"]
+    assert three[2:5] == ["0.0037", "0", "%"]
+
+
 def test_a_metric_that_comes_later_gets_its_column_under_a_new_heading(tmp_path):
     reporter = reporter_to(tmp_path, row_seconds=0.0)
     run_steps(reporter, 1, 1)

@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tests.trapo_train.test_train import TINY, build_config, train_to_end
+from tests.trapo_train.test_train import EVALUATED, TINY, build_config, train_to_end
 from trapo_train import preflight
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.display import MetricsLog, read_metrics
 from trapo_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,31 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_it_goes_on_where_there_is_sp
     assert 0 < len(kept) < 12 and not any("unfinished" in name for name in kept)
     assert f"resumed from step {len(kept)}" in second and "second: 0\n" in second
     assert "step_00000012" in second.split("second: 0\n")[1]
+
+
+def test_samples_that_cannot_be_written_cost_no_step(tmp_path, caplog):
+    """They are for looking at; a directory of that name stands for a full disk."""
+    config = build_config(
+        tmp_path, "run", *EVALUATED, "steps=2", "tracking.samples_every=1", "evaluation={every: 2, save_samples: true}"
+    )
+    samples = Path(config.output_dir) / "samples"
+    samples.parent.mkdir()
+    samples.write_text("no directory")
+    assert train_to_end(config).steps == 2
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert sum("the samples of step 2 could not be written: [Errno" in text for text in told) == 1
+    assert "the responses of the evaluation could not be written: [Errno" in caplog.text
+
+
+def test_metrics_that_cannot_be_written_name_the_file_and_the_remedy(tmp_path, file_size_limit):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"kind": "train", "step": 1})
+    file_size_limit(64)
+    message = r"metrics: .*metrics.jsonl must take a row for every step, got .*File too large.*continue with checkpoint.resume=true"
+    with pytest.raises(OSError, match=message):
+        log.append({"kind": "train", "step": 2, "text": "x" * 100})
+    log.close()  # without a second error
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
 def test_a_dataset_edited_between_two_runs_is_refused(tmp_path):

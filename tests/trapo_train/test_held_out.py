@@ -20,11 +20,12 @@ from trapo_train.display import evaluation_line, read_metrics
 from trapo_train.evaluate import EvalConfig, EvalSet
 from trapo_train.held_out import expert_nll
 from trapo_train.lora import LoraConfig
-from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.packing import PackingConfig
 from trapo_train.preflight import check_lengths
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rollout import RolloutConfig
+from trapo_train.scratch import ScratchConfig
 from trapo_train.trainer import Trainer
 
 SHAPE = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16, max_position=64)
@@ -49,11 +50,11 @@ PROBLEMS = [
 ]
 
 
-def by_hand(model, pairs, temperature):
+def by_hand(model, pairs):
     total, tokens = 0.0, 0
     for prompt, trace in pairs:
         row = torch.tensor([[*ids(prompt), *ids(trace)]])
-        logprob = (model(input_ids=row).logits[0, :-1].double() / temperature).log_softmax(-1)
+        logprob = model(input_ids=row).logits[0, :-1].double().log_softmax(-1)
         found = logprob.gather(1, row[0, 1:, None])[-len(ids(trace)) :]
         total, tokens = total - found.sum().item(), tokens + len(found)
     return total / tokens
@@ -69,7 +70,7 @@ def test_nll_is_the_mean_over_all_tokens_of_the_traces(max_tokens, chunk, monkey
     pairs = [("ab?a1:", "#de$"), ("ab?a1:", "#d|e$"), ("ef?e1:", "e$")]
     assert found["expert_traces"] == 3 and model.training
     with torch.no_grad():
-        assert found["expert_nll"] == pytest.approx(by_hand(model, pairs, 0.7), rel=1e-5)
+        assert found["expert_nll"] == pytest.approx(by_hand(model, pairs), rel=1e-5)  # of the model itself
 
 
 def test_a_set_without_traces_reports_nothing_and_num_problems_holds():
@@ -121,6 +122,16 @@ def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, c
     capsys.readouterr()
     assert cli.main(["eval", config.output_dir]) == 0
     assert "dropped_prompts 1" in capsys.readouterr().out
+
+
+def test_held_out_traces_that_are_too_long_are_noted(configure, tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": "ab?a1:", "expert": "#" * n, "solution": "b"}) + "\n" for n in (2, 15, 16, 40))
+    )
+    sets = f"{{all: {{path: {tmp_path}/a.jsonl}}, first: {{path: {tmp_path}/a.jsonl, split: 'train[:2]'}}}}"
+    notes = Trainer(configure("run", f"eval_data={sets}")).notes
+    assert "eval_data all: left out 2 expert traces longer than rollout.max_response_tokens = 16" in notes
+    assert not any("first: left out" in note for note in notes)
 
 
 def test_held_out_prompts_longer_than_those_of_training_are_evaluated_with_shorter_responses(configure, tmp_path, capsys):

@@ -6,20 +6,20 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
-from trapo_train.lora import LoraConfig, add_lora, has_lora, hold_frozen, without_lora
-from trapo_train.model import install_policy_head, precision
+from trapo_train.lora import LoraConfig, adapted_layers, add_lora, has_lora, hold_frozen, without_lora
+from trapo_train.model import install_policy_head, load_model_and_tokenizer, precision
 from trapo_train.model_state import export_model
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
 
-pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
 IDS = torch.tensor([[1, 5, 2, 7]])
 # A reward that an untrained model earns half of the time, and an objective that reads the reference model.
 RUN = (
@@ -160,6 +160,31 @@ def test_bad_settings(settings, message):
         add_lora(make_model(), LoraConfig(**settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [("qwen3_moe", "Qwen3MoeExperts, Qwen3MoeTopKRouter"), ("mixtral", "MixtralExperts, MixtralTopKRouter"), ("qwen2", None)],
+)
+def test_all_linear_takes_the_linear_layers_and_tells_what_has_none(name, without):
+    """Routers and fused experts are no linear layers."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "num_local_experts": 2}
+    config = AutoConfig.for_model(name, vocab_size=8, **shape, **(experts if without else {}))
+    model, told = AutoModelForCausalLM.from_config(config), []
+    add_lora(model, LoraConfig(rank=2), told.append)
+    adapted = {path.split(".")[-1] for path, _ in adapted_layers(model)}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapted == (attention if without else attention | {"gate_proj", "up_proj", "down_proj"})
+    assert told == (
+        [f"model.lora: all-linear puts no adapter beside the weights of {without}, which are no torch.nn.Linear"] if without else []
+    )
+
+
+def test_a_model_without_linear_layers_is_refused_for_what_it_is():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=8))
+    with pytest.raises(ValueError, match=r"needs layers of torch.nn.Linear, .* those of GPT2LMHeadModel are Conv1D"):
+        add_lora(model, LoraConfig())
+
+
 def test_the_seed_decides_the_adapters_whatever_was_drawn_before(configure):
     """Or the replicas of HSDP would train different models."""
     models = []
@@ -177,6 +202,25 @@ def test_dropout_is_refused_where_two_passes_must_agree(configure, updates):
     with pytest.raises(ConfigError, match=r"model.lora.dropout must be 0 .*got 0\.1: ratios would compare"):
         configure("run", *overrides)
     assert configure("run", "model.lora={dropout: 0.1}").model.lora.dropout == 0.1
+
+
+def test_a_model_that_comes_with_an_adapter_is_refused(configure, tmp_path):
+    """It would be trained with the adapter inside, or with another one in its place, and neither would show."""
+    from peft import get_peft_model
+
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    make_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    build_tokenizer().save_pretrained(tmp_path / "adapter")
+    message = (
+        "must be a whole model, got a LoRA adapter to one, .*adapter'. Give the model with the adapter added: `trapo-train export"
+    )
+    config = configure("run", "model.scratch=null", f"model.name_or_path={tmp_path / 'adapter'}")
+    with pytest.raises(ValueError, match=message):
+        Trainer(config)
+    with pytest.raises(ValueError, match=message):  # as for a name on the hub, of which no file can be looked at before
+        load_model_and_tokenizer(config.model)
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -25,7 +27,6 @@ from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.model import (
     ModelConfig,
     PolicyHead,
-    ScratchConfig,
     install_policy_head,
     load_model_and_tokenizer,
     policy_forward,
@@ -35,6 +36,7 @@ from trapo_train.model import (
 )
 from trapo_train.packing import PackingConfig, pack
 from trapo_train.records import Problem, Sample
+from trapo_train.scratch import ScratchConfig
 
 
 def make_samples() -> list[Sample]:
@@ -240,11 +242,35 @@ def test_the_residual_stream_is_in_the_compute_type_from_the_embedding_on(name):
     assert model.base_model(input_ids=ids, use_cache=False).last_hidden_state.dtype == torch.float32  # without autocast
 
 
-def test_logits_scaled_after_the_head_are_refused():
+SCALED = dict(**SHAPE, initializer_range=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CohereConfig(**SCALED, logit_scale=0.1), GraniteConfig(**SCALED, logits_scaling=8.0), LlamaConfig(**SCALED)],
+    ids=lambda config: config.model_type,
+)
+def test_a_constant_that_logits_are_multiplied_by_is_part_of_the_temperature(config):
+    """Of the loss, of scores, and of what the model's own logits are sampled with."""
     torch.manual_seed(0)
-    config = CohereConfig(**SHAPE, logit_scale=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_IMPLEMENTATION)
-    with pytest.raises(ValueError, match="CohereForCausalLM are off by"):
+    install_policy_head(model, compute_dtype=torch.float32)
+    (sample,) = [sample for sample in make_samples() if len(sample.completion_ids) == 9]
+    (micro_batch,) = pack([sample], PackingConfig(1000), objectives.dr_grpo(), max_response_tokens=16)
+    prompt, answer = sample.problem.prompt_ids, sample.completion_ids
+    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    expected = (logits.detach() / 0.8).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(score(model, micro_batch, temperature=0.8), expected, rtol=1e-5, atol=1e-5)
+    out = policy_forward(model, micro_batch, objectives.dr_grpo(), temperature=0.8)
+    torch.testing.assert_close(out.logprob, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_are_no_multiple_of_the_heads_are_refused(monkeypatch):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), attn_implementation=PACKED_IMPLEMENTATION)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: SimpleNamespace(logits=forward(**inputs).logits.sinh() * 1.1))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM are off by .*choose another model"):
         install_policy_head(model, compute_dtype=torch.float32)
 
 

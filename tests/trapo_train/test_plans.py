@@ -93,6 +93,7 @@ def test_a_problem_without_expert_is_never_guided(name):
 
 
 def test_other_plans():
+    assert plan_rungs(PlanConfig("trapo")) == plan_rungs(PlanConfig("paper")) != plan_rungs(PlanConfig("release"))
     assert climb(PlanConfig("grpo"), [0] * 8) == [Request(8)]
     assert climb(PlanConfig("grpo", num_samples=3), [0] * 3) == [Request(3)]
     assert climb(PlanConfig("sft"), [1]) == [Request(1, 1.0)]
@@ -207,7 +208,7 @@ def test_wrong_number_of_rewards():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: PlanConfig("trapo"), "name must be one of paper, release"),
+        (lambda: PlanConfig("trape"), "name must be one of paper, trapo, release"),
         (lambda: PlanConfig("paper", num_samples=4), "fixed by the plan 'paper', got 4"),
         (lambda: PlanConfig("grpo", num_samples=0), "at least 1, got 0"),
         (lambda: PlanConfig("luffy", num_samples=1), "at least 2, got 1"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from trapo_train.records import Problem
 from trapo_train.rewards import (
@@ -103,6 +104,8 @@ def test_numbers_of_any_kind_become_floats():
     assert values == [1.0, 1.0, 0.5, 0.25, 0.125]
     assert all(type(value) is float for value in values)
     assert judge(returning(np.array([0.0, 1.0])), problems(2), ["x"] * 2) == [0.0, 1.0]
+    assert judge(returning([np.bool_(True), torch.tensor(0.5), np.array(2)]), problems(3), ["x"] * 3) == [1.0, 0.5, 2.0]
+    assert judge(returning(torch.tensor([0.0, 1.0])), problems(2), ["x"] * 2) == [0.0, 1.0]
 
 
 def test_none_is_no_opinion():
@@ -142,7 +145,7 @@ def test_an_exception_is_wrapped_with_the_reward_and_the_row():
 def test_an_exception_of_the_whole_batch_only():
     def lonely(prompts, completions, **columns):
         if len(completions) > 1:
-            raise OSError("too many")
+            raise ValueError("too many")
         return [1.0]
 
     with pytest.raises(RewardError, match="raised on 2 rows, though on none of them alone"):

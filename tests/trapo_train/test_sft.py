@@ -44,6 +44,7 @@ def test_without_a_reward_the_weights_are_the_same_and_no_metric_speaks_of_one(c
         ("advantage.normalise=group_std", "advantage.normalise must be none with plan sft and objective sft.* got group_std"),
         ("advantage.baseline=unguided", "advantage.baseline must be all .* got unguided"),
         ("rollout.on_truncated=mask", "rollout.on_truncated must be keep .* got mask: nothing reads it. Leave it out"),
+        ("rollout.temperature=0.5", "rollout.temperature must be 1.0 with plan sft .* got 0.5"),
     ],
 )
 def test_settings_of_sampled_responses_are_refused_where_there_are_none(configure, override, message):

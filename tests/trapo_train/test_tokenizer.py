@@ -15,8 +15,9 @@ from tests.trapo_train.test_train import build_config
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.dry_run import dry_config
 from trapo_train.engine import SamplingParams, stop_ids
-from trapo_train.model import ModelConfig, ScratchConfig, load_model_and_tokenizer
+from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.model_state import export_model
+from trapo_train.scratch import ScratchConfig
 from trapo_train.tokenizer import load_tokenizer, other_endings
 from trapo_train.train import Trainer, _tell
 

@@ -57,7 +57,7 @@ def test_in_the_process_that_trains(tmp_path, lora):
 def test_as_a_server(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from trapo_train.model import ScratchConfig, scratch_config
+    from trapo_train.scratch import ScratchConfig, scratch_config
     from trapo_train.tasks import build_tokenizer
 
     tokenizer = build_tokenizer()

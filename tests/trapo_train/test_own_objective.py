@@ -1,0 +1,74 @@
+"""An objective of one's own, by the path of its function, and a KL for objectives that have none."""
+
+import math
+import sys
+from functools import partial
+
+import pytest
+
+from tests.trapo_train.test_train import build_config
+from trapo_kernels import KL, Objective, objectives
+from trapo_train.step import KLConfig, ObjectiveConfig, build_objective, extreme_objectives
+from trapo_train.trainer import Trainer
+
+MODULE = """
+from trapo_kernels import objectives
+
+def mine(epsilon=0.1):
+    return objectives.ppo(epsilon_low=epsilon, epsilon_high=2 * epsilon)
+
+def none():
+    return 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "odd_objectives.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "odd_objectives"
+    sys.modules.pop("odd_objectives", None)
+
+
+def test_a_function_by_its_path_is_an_objective_with_options_and_schedules(module, tmp_path):
+    ramp = {"schedule": "linear", "start": 0.1, "end": 0.3, "steps": 2}
+    config = ObjectiveConfig(f"{module}:mine", {"epsilon": ramp})
+    assert build_objective(config, 1) == objectives.ppo(epsilon_low=0.2, epsilon_high=0.4)
+    assert extreme_objectives(config)[1] == objectives.ppo(epsilon_low=0.3, epsilon_high=0.6)
+    run = partial(build_config, tmp_path, "run", "plan={name: grpo, num_samples: 2}")
+    assert Trainer(run(f"objective={{name: {module}:mine, kl: {{beta: 0.1}}}}")).train_step()["rollout/kl_ref"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["gspo", "dapo", "cispo", "sapo", "grpo", "trapo", "luffy"])
+def test_a_kl_joins_an_objective_of_rollouts(name):
+    kl = KLConfig(0.02, "k2", 5.0)
+    plain, objective = build_objective(ObjectiveConfig(name)), build_objective(ObjectiveConfig(name, kl=kl))
+    assert isinstance(objective, Objective) and "ref_logprob" in objective.reads() - plain.reads()
+    (layer,) = [layer for layer in objective.layers if layer.kl is not None]
+    assert layer.kl == KL(0.02, "k2", 5.0) and layer.rollout is not None and objective.name == plain.name
+    assert KLConfig(0.02).term().clamp == math.inf
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ObjectiveConfig("grpo", {"beta": 0.04}, kl=KLConfig(0.1)),
+            "kl must be null where the objective has one, got",
+        ),
+        (lambda: ObjectiveConfig("sft", kl=KLConfig(0.1)), "kl is of rollout tokens, and sft trains on expert tokens alone"),
+        (lambda: KLConfig(-1.0), "beta must be a finite number of at least 0, got -1"),
+        (lambda: KLConfig(0.1, clamp=0.0), "clamp must be null or above 0, got 0"),
+        (
+            lambda: ObjectiveConfig("dapoo"),
+            r"or a path to a function, .*got 'dapoo'\. Did you mean 'dapo'",
+        ),
+        (lambda: ObjectiveConfig("odd_objectives:nothing"), "name 'odd_objectives:nothing' must name a function or class"),
+        (lambda: ObjectiveConfig("odd_objectives:none"), r"'odd_objectives:none' must return a trapo_kernels\.Objective, got int"),
+        (lambda: ObjectiveConfig("odd_objectives:mine", {"alpha": 1}), "options of odd_objectives:mine are epsilon, got 'alpha'"),
+    ],
+)
+def test_what_is_no_objective_is_refused(module, make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,94 @@
+"""A reward that cannot be called is refused before anything is sampled; one that failed is not asked again without end."""
+
+import sys
+import time
+from functools import partial
+
+import pytest
+
+from tests.trapo_train.test_rewards import problems
+from tests.trapo_train.test_train import EVALUATED, build_config
+from trapo_train import rewards
+from trapo_train.rewards import RewardError, judge
+from trapo_train.trainer import Trainer
+
+MODULE = """
+class Format:
+    def __call__(self, completions, **columns):
+        return [0.0 for _ in completions]
+
+made = Format()
+
+def of_ids(completion_ids, completions, **columns):
+    return [0.0 for _ in completions]
+
+def of_depth(completions, *, depth):
+    return [0.0 for _ in completions]
+
+def of_all(prompts, completions, solution, completion_tokens, finish_reasons, level=None):
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    (tmp_path / "odd_rewards.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield partial(build_config, tmp_path, "run")
+    sys.modules.pop("odd_rewards", None)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("odd_rewards:Format", r"must be a function or an object that can be called, got the class Format\. Make an instance in"),
+        ("odd_rewards:of_ids", "reward 'of_ids' must take what it is called with, got one that needs completion_ids as well"),
+        ("[{name: odd_rewards:of_ids}]", "reward 'odd_rewards:of_ids' must take .* completion_ids .* no columns of data; there"),
+        ("[{name: odd_rewards:of_ids, in_worker: true}]", "needs completion_ids as well"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_before_anything_is_sampled(configure, reward, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(configure(f"reward={reward}"))
+
+
+def test_a_reward_may_need_what_the_data_brings_in_every_set(configure, tmp_path):
+    for reward in (
+        "odd_rewards:made",
+        "odd_rewards:of_all",
+        "[{name: odd_rewards:of_all, in_worker: true}]",
+        "odd_rewards:of_depth",
+    ):
+        Trainer(configure(f"reward={reward}"))
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "ab?a1:", "solution": "b"}')
+    held_out = (*EVALUATED, "reward=odd_rewards:of_depth", "eval_data={path: held_out.jsonl}")
+    with pytest.raises(ValueError, match=r"needs depth as well, .* no columns of eval_data; there it is called with prompts, "):
+        Trainer(configure(*held_out))
+
+
+def _counted(calls, error, seconds=0.0):
+    def service(completions, **columns):
+        calls.append(len(completions))
+        time.sleep(seconds)
+        if len(completions) > 1:
+            raise error
+        return [0.0]
+
+    return service
+
+
+@pytest.mark.parametrize("error", [TimeoutError("slow"), ConnectionResetError("down")])
+def test_a_service_that_is_slow_or_down_is_not_asked_again_for_every_row(error):
+    calls = []
+    with pytest.raises(RewardError, match=r"'service' raised on a call with 3 rows: \w+Error\('(slow|down)'\)"):
+        judge(_counted(calls, error), problems(3), ["x"] * 3)
+    assert calls == [3]
+
+
+def test_the_search_for_the_row_that_raised_takes_seconds_at_most(monkeypatch):
+    monkeypatch.setattr(rewards, "SEARCH_S", 0.05)
+    calls = []
+    with pytest.raises(RewardError, match=r"'service' raised on a call with 100 rows: KeyError\('busy'\)"):
+        judge(_counted(calls, KeyError("busy"), seconds=0.02), problems(100), ["x"] * 100)
+    assert calls[0] == 100 and 2 <= len(calls) < 10

@@ -1,0 +1,55 @@
+"""What a reward takes, and whether it fits the data: asked before anything is sampled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from trapo_train.schema import UserError
+
+
+def takes(reward: Callable[..., Any], name: str) -> bool:
+    """Whether the reward has an argument of this name."""
+    parameters = _parameters(reward)
+    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
+
+def check_is_no_class(name: str, reward: Callable[..., Any]) -> None:
+    """Raise UserError for a class, whose call makes an instance and judges nothing."""
+    if isinstance(reward, type):
+        raise UserError(
+            f"reward {name!r} must be a function or an object that can be called, got the class {reward.__name__}. Make an "
+            f"instance in the module, my_reward = {reward.__name__}(…), and name that."
+        )
+
+
+def check_takes(rewards: Mapping[str, Callable[..., Any]], columns: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError for a reward with an argument that it must get and does not.
+
+    Args:
+        rewards: by name.
+        columns: what a reward is called with, by the section of the data that it comes from.
+    """
+    for name, reward in rewards.items():
+        needed = [
+            parameter.name
+            for parameter in _parameters(reward).values()
+            if parameter.default is inspect.Parameter.empty
+            and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        ]
+        for section, given in columns.items():
+            missing = [argument for argument in needed if argument not in given]
+            if missing:
+                raise UserError(
+                    f"reward {name!r} must take what it is called with, got one that needs {', '.join(missing)} as well, which are "
+                    f"no columns of {section}; there it is called with {', '.join(given)}. Give these arguments defaults, or take "
+                    "**columns in their place."
+                )
+
+
+def _parameters(reward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # of something that is not written in Python
+        return {}
