@@ -118,7 +118,7 @@ class CheckpointStore:
             state: the first rank's plain Python values and small tensors, in dicts, lists and tuples.
             fingerprint: what a run must have in common with this one to resume it; JSON values.
             tensors: weights and optimizer state by name, no two sharing memory; of sharded ones each rank writes its shards.
-            score: how good the model is, if that is known; higher is better.
+            score: how good the model is, if that is known; higher is better, and one that is not finite is none.
 
         Memory: each rank holds its shards on the CPU, once as tensors and once as the bytes of its file.
 
@@ -139,7 +139,7 @@ class CheckpointStore:
                         no_dist=self._ranks.size == 1,
                     )
             manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
-            manifest["score"] = score if score is not None and math.isfinite(score) else None
+            manifest["score"] = _finite(score)
             self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save turns a full disk into a RuntimeError
             if self._ranks.first:
@@ -158,7 +158,7 @@ class CheckpointStore:
 
         def write() -> None:
             path = self.path(step) / MANIFEST_FILE
-            manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": score}
+            manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": _finite(score)}
             unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
             with unfinished.open("w", encoding="utf-8") as file:
                 json.dump(manifest, file, indent=1)
@@ -363,6 +363,10 @@ def _one_line(error: BaseException) -> str:
     if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
         error = error.__context__
     return (str(error) or type(error).__name__).split("\n", 1)[0].rstrip(".")
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _make_durable(file: Any) -> None:

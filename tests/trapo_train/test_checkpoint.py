@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import pickle
 import random
@@ -105,6 +106,29 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     (store.path(8) / "manifest.json").write_text("torn")
     assert store.best() == 9
     assert CheckpointStore(tmp_path / "none", keep=1).best() is None
+
+
+@pytest.mark.parametrize("rated", [False, True], ids=["saved with its score", "rated later"])
+def test_a_score_that_is_not_finite_is_none(tmp_path, rated):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=True)
+    store.save(1, {}, {}, score=None if rated else math.nan)
+    if rated:
+        store.rate(1, math.nan)
+    store.save(2, {}, {}, score=0.5)
+    store.save(3, {}, {}, score=0.1)
+    assert store.best() == 2 and store.steps() == [2, 3]
+
+
+def test_every_file_and_directory_is_on_disk_before_the_checkpoint_takes_its_name(store, monkeypatch):
+    synced, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda source, target: synced.append("rename") or rename(source, target))
+    path = store.save(1, {}, {}, {"weight": torch.ones(2)})
+    before, after = synced[: synced.index("rename")], synced[synced.index("rename") + 1 :]
+    assert {part.stat().st_ino for part in (path, *path.rglob("*"))} <= set(before)  # a rename changes no inode
+    assert after == [store.directory.stat().st_ino]  # where the new name is
+    store.rate(1, 0.5)
+    assert synced[-1] == (path / "manifest.json").stat().st_ino
 
 
 def test_tied_tensors_stay_tied(store):
