@@ -53,8 +53,9 @@ def _worker(rank, world_size, path, scale, dtype, backend):
         assert ours.dtype == whole.dtype
         assert cases.error(ours, whole) <= tolerance * max(1.0, whole.abs().max().item()), f"output {i} on rank {rank}"
     masked = bias.detach().clone()
-    masked[VOCAB_SIZE // 2 :] = float("-inf")  # a padded tail: some shards have no possible column at all
-    target = b.target % (VOCAB_SIZE // 2)
+    possible = (int(edges[-2]) or VOCAB_SIZE) - 3
+    masked[possible:] = float("-inf")  # a padded tail: of several shards the last has no possible column at all
+    target = b.target % possible
     whole = linear_logprob(hidden, weight, target, bias=masked, with_entropy=True, backend="torch")
     parts = linear_logprob(
         hidden, shard[0], target, bias=masked[mine], with_entropy=True, process_group=dist.group.WORLD, backend="torch"

@@ -305,6 +305,17 @@ def test_deferred_problems_are_named_by_their_place():
     assert [len(group) for group in result.groups] == [2, 2, 2]
 
 
+def test_deferred_problems_of_ranks_are_named_by_their_place_in_the_whole_step():
+    first, second = (run([problem(i) for i in places], "relift", num_samples=2)[0] for places in ((0, 2, 4), (1, 3)))
+    assert merge_results([replace(first, deferred=(1,)), replace(second, deferred=(0,))]).deferred == (1, 2)
+
+
+def test_p95_is_the_shortest_length_that_95_percent_do_not_exceed():
+    script = {"b" * k + "?a1:": "a" * k for k in range(1, 21)}
+    metrics = run([problem(i, prompt) for i, prompt in enumerate(script)], "grpo", script.get, num_samples=1)[0].metrics
+    assert metrics["completion_tokens_p95"] == 19 and metrics["completion_tokens_max"] == 20
+
+
 def test_a_plan_may_end_without_an_outcome():
     def plan(problem):
         yield Request(1)
