@@ -61,6 +61,12 @@ def test_padding_with_a_negative_id_is_no_sequence(mode):
     assert torch.equal(padded[:-3], plain) and (padded[-3:] == 0).all()
 
 
+def test_a_sequence_whose_tokens_are_all_ignored_counts_and_padding_does_not():
+    label = torch.tensor([0, 1, -1])
+    found = loss_totals(torch.tensor([1, 0, 0], dtype=torch.uint8), label, label)
+    assert found == LossTotals(rollout_tokens=1, sequences=2, prompts=2)
+
+
 def test_totals_add_up_with_sum():
     parts = [loss_totals(ROLE, SEQUENCE, PROMPT)] * 2
     assert sum(parts) == parts[0] + parts[1]
@@ -168,6 +174,10 @@ def test_a_batch_whose_tensors_were_written_to_finds_its_active_rows_anew():
     assert b.active_rows.tolist() == [0, 1, 2]
     b.role[0] = Role.IGNORED
     assert b.active_rows.tolist() == [1, 2]
+    bonus = replace(b, weight=torch.zeros(3), entropy_weight=torch.tensor([0.0, 1.0, 0.0]))
+    assert bonus.active_rows.tolist() == [1]
+    bonus.entropy_weight.fill_(1.0)
+    assert bonus.active_rows.tolist() == [1, 2]
     told = b.with_active_rows(torch.tensor([1, 2]))
     told.weight[2] = 0.0
     assert told.active_rows.tolist() == [1]

@@ -47,7 +47,7 @@ def test_sequence_mask_is_zero_or_one_and_can_spare_good_sequences():
     args = (*ARGUMENTS, SEQUENCE)
     assert corrections.sequence_mask(*args, high=1.2).tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert corrections.sequence_mask(*args, low=0.95).tolist() == [1, 0, 1, 1, 1, 0, 1]
-    advantage = torch.where(SEQUENCE == 5, 1.0, -1.0)
+    advantage = torch.where(SEQUENCE == 5, 0.0, -1.0)
     assert corrections.sequence_mask(*args, low=0.95, high=1.2, advantage=advantage).tolist() == [1, 0, 1, 1, 1, 0, 1]
 
 
@@ -88,6 +88,13 @@ def test_copies_of_a_prefix_share_one_weight():
     torch.testing.assert_close(corrections.duplicate_share(prefix, sequence), expected)
     order = torch.randperm(10)
     torch.testing.assert_close(corrections.duplicate_share(prefix[order], sequence[order]), expected[order])
+
+
+def test_a_sequence_that_ends_in_the_prefix_and_one_that_begins_in_it_are_two_copies():
+    prefix, sequence = torch.tensor([5, 5, -1, 5, 5]), torch.tensor([0, 0, 0, 1, 1])
+    assert corrections.duplicate_share(prefix, sequence).tolist() == [0.5, 0.5, 1.0, 0.5, 0.5]
+    prefix = torch.tensor([5, 5, 6, 6])  # side by side in one sequence: each is a prefix of its own
+    assert corrections.duplicate_share(prefix, torch.zeros(4, dtype=torch.int64)).tolist() == [1.0] * 4
 
 
 def test_overlong_rollouts_leave_loss_and_denominator():

@@ -108,3 +108,10 @@ def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_th
 def test_bad_scored_rows(rows, message):
     with pytest.raises(ValueError, match=message):
         replace(_batch_with_a_third_scored(), scored_rows=rows)
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the rows are")
+def test_a_scored_row_needs_a_target():
+    b = _batch_with_a_third_scored()
+    with pytest.raises(ValueError, match="must have a target and no part in the loss.*got row 9"):
+        replace(b, target=b.target.index_fill(0, torch.tensor([9]), -100))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import Objective, Role, Term, TokenBatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import KL, Objective, Role, Term, TokenBatch, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.gates import Clip, One
 from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduction, Sequences, TopEntropy, TrajectoryWeight
 
@@ -83,6 +83,28 @@ def test_gmpo_equals_the_geometric_mean_of_whole_sequences(clip):
         assert cases.error(ours, theirs) < 1e-13
     share = out.metrics["rollout/clip_low"] + out.metrics["rollout/clip_high"]
     assert share.item() == pytest.approx(clipped / 30) and (clipped > 0) == (clip < math.inf)
+
+
+@pytest.mark.parametrize(("sign", "side", "other"), [(1.0, "high", "low"), (-1.0, "low", "high")])
+def test_a_token_that_gmpo_stops_is_held_back_on_the_side_of_its_advantage(sign, side, other):
+    b = _sequence_batch(advantage=torch.full((30,), sign, dtype=torch.float64))
+    logprob = -3 * torch.rand(30, dtype=torch.float64, device=cases.DEVICE)
+    held = (sign * (logprob - b.old_logprob) > 0.4).double().mean().item()
+    metrics = policy_loss(logprob, None, b, objectives.gmpo(clip=0.4)).metrics
+    assert metrics[f"rollout/clip_{side}"].item() == pytest.approx(held) and 0 < held < 1
+    assert metrics[f"rollout/clip_{other}"] == 0
+
+
+def test_an_objective_reads_what_all_of_its_layers_read():
+    def nested(innermost):
+        return Objective(expert=Term(One()), plus=Objective(expert=Term(One()), plus=innermost))
+
+    plain = nested(Objective(rollout=Term(One())))
+    assert plain.reads() == set() and not plain.needs_entropy
+    assert nested(Objective(rollout=Term(One()), kl=KL(0.1))).reads() == {"ref_logprob"}
+    assert nested(Objective(rollout=Term(One()), entropy_coef=0.1)).needs_entropy
+    weighed = nested(Objective(rollout=Term(One(), reduction=EntropyWeight(0.1))))
+    assert weighed.needs_entropy and weighed.reads() == {"sequence_id"}
 
 
 def test_the_ratio_in_the_metrics_is_the_pooled_one():
