@@ -158,7 +158,7 @@ def test_varlen_has_no_dropout():
         packed_attention_forward(torch.nn.Module(), *(torch.ones(1, 1, 3, 8),) * 3, None, **options)
 
 
-@pytest.mark.parametrize("window", [None, 1, 100, 128, 300])
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 130, 300])
 @pytest.mark.parametrize("lengths", [(1,), (128,), (700,), (300, 300, 40), (130, 1, 1, 126, 500), (64,) * 9])
 def test_the_block_mask_of_a_row_is_that_of_its_token_mask(lengths, window):
     mask = packed_block_mask(lengths, window, torch.device("cpu"))
@@ -195,6 +195,14 @@ def test_flex_is_refused_without_a_gpu_and_with_dropout():
         LlamaForCausalLM(model.config).train().model(
             input_ids=torch.arange(8)[None], use_cache=False, **segment_arguments(model, [5, 3], torch.device("cpu"))
         )
+
+
+def test_flash_attention_is_told_the_boundaries_and_the_longest_of_a_row_in_any_order():
+    model = build(CONFIGS["llama"])
+    model.config._attn_implementation_internal = "flash_attention_2"  # set by name, it would ask for the package's version
+    told = segment_arguments(model, [3, 5, 2], torch.device("cpu"))
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 10]
+    assert told["max_length_q"] == told["max_length_k"] == 5
 
 
 def test_unsupported_attention_is_refused():

@@ -64,3 +64,20 @@ def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, 
     assert len(calls) == 4
     assert train_to_end(configure("poisoned", *settings, "checkpoint.resume=true")).steps == 5
     assert len(calls) == 5, "the weights after step 4, which are those after step 2, were saved"
+
+
+def test_steps_skipped_before_a_stop_count_after_it(configure, monkeypatch):
+    real, calls = trainer.optimizer_step, []
+
+    def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
+        calls.append(len(calls))
+        if len(calls) > 1:
+            micro_batches = [replace(m, batch=replace(m.batch, weight=m.batch.weight * 1e38)) for m in micro_batches]
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", poisoned)
+    settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=1")
+    assert train_to_end(configure("run", *settings, "steps=2")).steps == 2
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        train_to_end(configure("run", *settings, "steps=4", "checkpoint.resume=true"))
+    assert len(calls) == 3
