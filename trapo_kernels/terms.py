@@ -27,7 +27,7 @@ SELF = float("inf")  # an anchor that stands for the policy itself; no logprob i
 class Streams:
     """A batch seen through an objective: all that the coefficient of a token needs besides its logprob; tensors are [N].
 
-    `anchor` is what logp is compared with (0 for anchor zero; +inf stands for logp itself: "self", and weight 0), `signal` =
+    `anchor` is what logp is compared with (0 for anchor zero; +inf stands for logp itself: "self"), `signal` =
     weight · scale · (advantage or 1), `advantage` = what chooses the side of a clip (1 where the signal is "one"), `kl_weight` = β
     · the KL's weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
     """
@@ -46,13 +46,10 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
     active = batch.active
     role = torch.where(active, batch.role, Role.IGNORED)
     weight = batch.weight.to(dtype)
-    reads_anchor = weight != 0  # elsewhere d = 0, so that 0 · r stays 0 whatever r would be
     kl_weight = ref_logprob = None
     if objective.kl is not None:
         kl_weight = torch.where(role == Role.ROLLOUT, objective.kl.beta * batch.weight_of_kl.to(dtype), 0.0)
         ref_logprob = batch.ref_logprob.to(dtype)
-        if "old_logprob" in objective.kl.reads:
-            reads_anchor = reads_anchor | (kl_weight != 0)
     advantage = torch.zeros_like(weight)
     if batch.advantage is not None:
         advantage = torch.where(weight == 0, 0.0, batch.advantage.to(dtype))  # unread there, NaN included
@@ -65,7 +62,7 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
             advantage = torch.where(mine, 1.0, advantage)
         signal = torch.where(mine, weight * term.scale * advantage, signal)
         if (compared := _anchor(term, batch, dtype)) is not None:
-            anchor = torch.where(mine & reads_anchor, compared, anchor)
+            anchor = torch.where(mine, compared, anchor)
     grad_entropy = torch.zeros_like(weight)
     if objective.entropy_coef != 0.0:
         grad_entropy = torch.where(active, -objective.entropy_coef * batch.weight_of_entropy.to(dtype), 0.0)
@@ -128,8 +125,7 @@ def _unless_muted(x: Tensor, s: Streams) -> Tensor:
 
 def _kl(estimate: Callable[[Tensor, Tensor], Tensor], logprob: Tensor, d: Tensor, s: Streams) -> Tensor:
     """[N]: β · weight · `estimate`(logp - ref, d) of a KL or its slope, 0 where it has no weight."""
-    read = s.kl_weight != 0
-    return torch.where(read, s.kl_weight * estimate(torch.where(read, logprob - s.ref_logprob, 0.0), d), 0.0)
+    return torch.where(s.kl_weight != 0, s.kl_weight * estimate(logprob - s.ref_logprob, d), 0.0)
 
 
 def reduced(term: Term, code: Role, logprob: Tensor, entropy: Tensor, batch: TokenBatch) -> Reduced:

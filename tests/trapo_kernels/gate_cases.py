@@ -40,3 +40,7 @@ def check_coefficients(compute, gate, kl):
     compiled = compute(logprob, s, objective)
     assert (compiled[b.role == 0] == 0).all() and (compiled[b.role == 1] != 0).any()
     torch.testing.assert_close(compiled, expected, rtol=3e-6, atol=3e-6 * expected.abs().max().item())
+
+    read = (s.signal != 0) & (s.anchor != terms.SELF) & (not isinstance(gate, One))  # whose slope is 1 whatever d is
+    broken = compute(torch.full_like(logprob, torch.nan), s, objective)
+    assert broken[read].isnan().all(), "a NaN must show, though comparisons drop it, and min and max of a GPU"

@@ -15,9 +15,11 @@ PASSES = {"grpo": 1, "gmpo": 2}
 
 
 def _batch(name, estimator, dtype=torch.float64):
-    """A third of the rows without a policy loss, of which the KL term alone is left: what nothing reads is NaN there."""
-    b = cases.batch(23, 57, dtype)
-    muted = torch.arange(23, device=cases.DEVICE) % 3 == 0
+    """A third of the rows without a policy loss, of which the KL term alone is left, and a fifth without a KL term: what nothing
+    reads is NaN there."""
+    b, row = cases.batch(23, 57, dtype), torch.arange(23, device=cases.DEVICE)
+    muted, without_kl = row % 3 == 0, row % 5 == 1
+    assert (without_kl & ~muted & (b.role == 1)).any() and (without_kl & muted).any()
     assert (muted & (b.role == 1)).any() and (~muted & (b.role == 1)).any()
     unread = muted & (PASSES[name] == 1)  # the ratio of a whole sequence reads its silent tokens, too
     weight, nan = torch.where(muted, 0.0, b.weight), torch.where(unread, torch.nan, 0.0).to(dtype)
@@ -25,7 +27,8 @@ def _batch(name, estimator, dtype=torch.float64):
         b,
         weight=weight,
         entropy_weight=weight,
-        kl_weight=b.entropy_weight,
+        kl_weight=torch.where(without_kl, 0.0, b.entropy_weight),
+        ref_logprob=torch.where(without_kl, torch.nan, b.ref_logprob),
         advantage=b.advantage + nan,
         old_logprob=b.old_logprob if estimator == "k3_corrected" else b.old_logprob + nan,
     )
@@ -39,9 +42,9 @@ def _eager(name, estimator, inputs, b):
     """The published loss where it has a weight, and the KL estimate where that has one."""
     hidden, weight, bias = inputs
     logprob, entropy = cases.eager_statistics(hidden, weight, b.target, bias)
-    known = {k: torch.nan_to_num(getattr(b, k), nan=-1.0) for k in ("advantage", "old_logprob")}
+    known = {k: torch.nan_to_num(getattr(b, k), nan=-1.0) for k in ("advantage", "old_logprob", "ref_logprob")}
     loss = cases.eager_loss(name, logprob, entropy, replace(b, **known), entropy_coef=0.03)
-    d, ratio = logprob - b.ref_logprob, (logprob - known["old_logprob"]).exp()
+    d, ratio = logprob - known["ref_logprob"], (logprob - known["old_logprob"]).exp()
     k3 = torch.expm1(-d) + d
     estimate = {"k1": d, "k2": d * d / 2, "k3": k3, "k3_corrected": ratio * k3}[estimator]
     return loss + BETA * (b.kl_weight * estimate)[b.role == 1].sum()
@@ -128,7 +131,7 @@ def test_rows_of_the_kl_alone_are_active_and_stay_known():
 def test_what_the_kl_reads_must_be_finite_where_it_has_a_weight(estimator, name):
     hidden, weight, _ = cases.head(23, 7, 57)
     b = _batch("grpo", estimator)
-    row = int(((b.weight == 0) & (b.role == 1)).nonzero()[0])
+    row = int(((b.weight == 0) & (b.kl_weight != 0) & (b.role == 1)).nonzero()[0])
     broken = getattr(b, name).clone()
     broken[row] = torch.nan
     with pytest.raises(ValueError, match=f"batch.{name} must be finite, got nan at row {row}"):

@@ -349,6 +349,7 @@ def test_the_reference_has_forward_mode_and_torch_func():
     [
         (Sapo(), 2.8),
         (Sapo(), 2.5),
+        (Sapo(), 100.0),  # where r itself is infinite in fp32
         (Sapo(tau_negative=1e-6), 16.67),
         (Shape(), 10.0),
         (Shape(1e-8), 0.0),

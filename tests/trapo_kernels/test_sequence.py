@@ -87,12 +87,15 @@ def test_gmpo_equals_the_geometric_mean_of_whole_sequences(clip):
 
 @pytest.mark.parametrize(("sign", "side", "other"), [(1.0, "high", "low"), (-1.0, "low", "high")])
 def test_a_token_that_gmpo_stops_is_held_back_on_the_side_of_its_advantage(sign, side, other):
-    b = _sequence_batch(advantage=torch.full((30,), sign, dtype=torch.float64))
+    role = torch.tensor([Role.ROLLOUT, Role.EXPERT], dtype=torch.uint8).repeat(15)
+    b = _sequence_batch(advantage=torch.full((30,), sign, dtype=torch.float64), role=role)
     logprob = -3 * torch.rand(30, dtype=torch.float64, device=cases.DEVICE)
-    held = (sign * (logprob - b.old_logprob) > 0.4).double().mean().item()
-    metrics = policy_loss(logprob, None, b, objectives.gmpo(clip=0.4)).metrics
-    assert metrics[f"rollout/clip_{side}"].item() == pytest.approx(held) and 0 < held < 1
-    assert metrics[f"rollout/clip_{other}"] == 0
+    term = Term(Clip(1.0, 1e9), "old", "advantage", reduction=MeanRatio(clip=0.4))
+    metrics = policy_loss(logprob, None, b, Objective(expert=term, rollout=term)).metrics
+    for name, code in (("rollout", Role.ROLLOUT), ("expert", Role.EXPERT)):
+        held = (sign * (logprob - b.old_logprob) > 0.4)[b.role == code].double().mean().item()
+        assert metrics[f"{name}/clip_{side}"].item() == pytest.approx(held) and 0 < held < 1
+        assert metrics[f"{name}/clip_{other}"] == 0
 
 
 def test_an_objective_reads_what_all_of_its_layers_read():
@@ -182,6 +185,13 @@ def test_a_token_without_weight_counts_in_its_sequence():
     assert top.tolist() == [0, 0, -1, 0]  # of the two with the largest entropy one has no weight
     pooled = _slopes(Objective(expert=Term(One(), reduction=EntropyWeight(0.5))), -entropy, entropy, b)
     torch.testing.assert_close(pooled, -0.5 * weight * math.exp(-2.5))
+
+
+def test_a_reduction_of_imitation_reads_no_advantage():
+    entropy = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    b = _expert_batch(entropy, advantage=-torch.ones(3, dtype=torch.float64))  # of a sample that is imitated all the same
+    found = _slopes(Objective(expert=Term(One(), reduction=EntropyWeight(0.5, positive_only=True))), -entropy, entropy, b)
+    torch.testing.assert_close(found, torch.full_like(entropy, -0.5 * math.exp(-2.0)))
 
 
 @pytest.mark.parametrize("backend", [*cases.CHUNKED, "reference"])
