@@ -208,8 +208,13 @@ def test_autograd_through_a_potential_has_the_digits_of_its_slope(log_ratio):
 @pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
 @pytest.mark.parametrize(
     ("objective", "role", "advantage"),
-    [(objectives.sft(), 2, 1.0), (objectives.grpo(), 1, 1.0), (objectives.grpo(beta=0.1, kl="k1"), 1, 0.0)],
-    ids=["sft", "on policy", "k1"],
+    [
+        (objectives.sft(), 2, 1.0),
+        (objectives.grpo(), 1, 1.0),
+        (objectives.grpo(beta=0.1, kl="k1"), 1, 0.0),
+        (objectives.sft(entropy_coef=0.1), 2, 1.0),
+    ],
+    ids=["sft", "on policy", "k1", "entropy"],
 )
 def test_an_impossible_target_has_a_finite_gradient(backend, objective, role, advantage):
     """A target whose column is masked by a bias of -inf: the loss is infinite, dWeight is not, and all backends agree."""
@@ -254,6 +259,7 @@ def test_metrics_by_hand_of_both_sides_of_a_clip_and_of_a_token_without_weight()
     expected = {
         "rollout/count": 7, "rollout/trained_count": 6, "rollout/clip_low": 1 / 6, "rollout/clip_high": 2 / 6,
         "rollout/ratio": 8 / 6, "rollout/ratio_max": 2.0, "rollout/prob": 2.625 / 7,
+        "rollout/kl_old_k1": -math.log(2) / 6, "rollout/kl_old_k3": (8 - 6 - math.log(2)) / 6,
         "rollout/logprob": -(4 * 1 + 2 * 2 + 3) * math.log(2) / 7,
         "expert/count": 2, "expert/trained_count": 1, "expert/prob": 0.375, "expert/logprob": -1.5 * math.log(2),
     }  # fmt: skip
