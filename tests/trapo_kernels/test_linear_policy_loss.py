@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import Objective, TokenBatch, linear_policy_loss, objectives
+from trapo_kernels import Objective, TokenBatch, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import gemm
 from trapo_kernels.gates import Gate
 from trapo_kernels.objective import Term
@@ -292,3 +292,19 @@ def test_a_role_without_a_target_is_refused():
     )
     with pytest.raises(ValueError, match="must have a target in the vocabulary, got -100 at row 1. Set role to Role.IGNORED"):
         linear_policy_loss(hidden, weight, wrong, objectives.trapo())
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_temperature_per_token_in_value_and_gradient(backend):
+    """With rows that are left out, so that a row's temperature is not that of its place in a chunk."""
+    inputs, b = cases.head(20, 6, 40, torch.float32), cases.batch(20, 40, torch.float32)
+    hidden, weight, bias = inputs
+    settings = {"bias": bias, "softcap": 5.0, "temperature": torch.linspace(0.5, 2.0, 20, device=cases.DEVICE)}
+    target, found = torch.where(b.active, b.target, -100), []
+    for which in ("reference", backend):
+        policy = linear_policy_loss(hidden, weight, b, objectives.trapo(entropy_coef=0.1), **settings, backend=which).loss
+        scored = linear_logprob(hidden, weight, target, with_entropy=True, **settings, backend=which)
+        losses = (policy, scored.logprob.sum(), (scored.logprob - scored.entropy).sum())
+        found.append([*losses, *(grad for loss in losses for grad in cases.gradients(loss, inputs))])
+    for reference, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-5, atol=1e-6 * max(1.0, reference.abs().max().item()))

@@ -79,7 +79,8 @@ def test_rows_that_are_only_scored_keep_their_values_where_all_rows_pass_through
     b._note(b._rows()._replace(active=None))
     untold = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
     assert told.logprob[8:16].all() and not told.logprob[16:].any()
-    for ours, expected in ((untold.logprob, told.logprob), (untold.entropy, told.entropy), (untold.loss, told.loss)):
+    results = [[o.logprob, o.entropy, o.loss, *cases.gradients(o.loss, (hidden, weight))] for o in (untold, told)]
+    for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
 
 

@@ -212,3 +212,15 @@ def test_a_clip_share_counts_neither_advantages_of_zero_nor_the_second_bound_of_
     single = policy_loss(logprob, None, b, objectives.ppo()).metrics
     assert "rollout/clip_dual" not in single and single["rollout/clip_high"] == 0.2
     assert single["expert/trained_count"] == 0  # a role without a term trains nothing
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_what_a_head_of_ones_own_gives_for_ignored_tokens_goes_nowhere(backend):
+    b = cases.batch(40, 50, torch.float32)
+    ignored, found = b.role == 0, []
+    for fill in (0.0, float("nan")):
+        inputs = [torch.where(ignored, fill, x).requires_grad_() for x in (b.old_logprob / 2, -b.old_logprob)]
+        out = policy_loss(*inputs, b, objectives.trapo(entropy_coef=0.1), backend=backend)
+        found.append([out.loss, *cases.gradients(out.loss, inputs), *out.metrics.values()])
+    for clean, poisoned in zip(*found, strict=True):
+        assert torch.equal(clean, poisoned)
