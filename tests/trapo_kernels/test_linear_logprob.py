@@ -269,6 +269,20 @@ def test_fused_scoring_equals_the_chunked_path_on_ragged_sizes(dtype, scale):
         assert distance <= (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("programs", [1, 264], ids=["one split of five tiles", "five splits"])
+def test_fused_scoring_whatever_the_tiles_of_a_split(programs, monkeypatch):
+    hidden, weight, bias = (x.detach() for x in cases.head(5, 16, 301, torch.float32, 3.0))
+    target = torch.tensor([0, 70, 150, 300, 301], device=cases.DEVICE)  # the last is in no vocabulary
+    bias[70] = float("-inf")  # an impossible one
+    monkeypatch.setitem(triton_ops.fused_scoring.__globals__, "MIN_PROGRAMS", programs)
+    transposed = (x.t().contiguous().t() for x in (hidden, weight))
+    found = triton_ops.fused_scoring(*transposed, target, LogitTransform(bias))
+    exact = linear_logprob(hidden[:4], weight, target[:4], bias=bias, with_entropy=True, backend="torch")
+    torch.testing.assert_close(found.logprob[:4], exact.logprob, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(found.entropy[:4], exact.entropy, rtol=2e-6, atol=1e-5)
+    assert found.logprob[4].isnan()
+
+
 def test_fused_scoring_keeps_the_digits_of_p_close_to_one():
     hidden, weight = torch.tensor([[20.7]], device=cases.DEVICE), torch.tensor([[1.0], [0.0]], device=cases.DEVICE)
     out = linear_logprob(hidden, weight, torch.tensor([0], device=cases.DEVICE), backend="triton_fused")

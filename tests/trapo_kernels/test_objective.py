@@ -270,6 +270,8 @@ def test_metrics_by_hand_of_both_sides_of_a_clip_and_of_a_token_without_weight()
         (Band(0.8, 1.3), [0, 2], [1, 3, 5, 6]),
     ):
         assert [mask.nonzero().squeeze(1).tolist() for mask in gate.clipped(ratio.log(), advantage)] == [below, above]
+    alone = policy_loss(logprob, torch.ones(9), replace(batch, entropy_weight=None), objective).metrics
+    assert alone["rollout/count"] == 6  # a token that contributes nothing counts in nothing
     batch = replace(batch, old_logprob=logprob - math.log(0.5))  # the ratio of the token without weight is read as 1
     assert policy_loss(logprob, torch.ones(9), batch, objective).metrics["rollout/ratio_max"] == 0.5
 

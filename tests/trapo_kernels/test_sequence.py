@@ -98,6 +98,13 @@ def test_a_token_that_gmpo_stops_is_held_back_on_the_side_of_its_advantage(sign,
         assert metrics[f"{name}/clip_{other}"] == 0
 
 
+def test_gmpo_clips_a_token_without_advantage_as_one_with_a_positive():
+    one = torch.ones(2, dtype=torch.float64)
+    b = TokenBatch(one.long(), one.to(torch.uint8), torch.tensor([0.0, 1.0]).double(), one, one - 3, sequence_id=one.long())
+    metrics = policy_loss(torch.tensor([-1.0, -2.0]).double(), None, b, objectives.gmpo(clip=0.4)).metrics  # log-ratios 1 and 0
+    assert metrics["rollout/ratio"].item() == pytest.approx(math.exp(0.4 / 2))
+
+
 def test_an_objective_reads_what_all_of_its_layers_read():
     def nested(innermost):
         return Objective(expert=Term(One()), plus=Objective(expert=Term(One()), plus=innermost))
