@@ -296,9 +296,10 @@ def test_a_role_without_a_target_is_refused():
 
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_a_temperature_per_token_in_value_and_gradient(backend):
-    """With rows that are left out, so that a row's temperature is not that of its place in a chunk."""
+    """With rows that are left out, so that a row's temperature is not that of its place in a chunk, and a bias with a stride."""
     inputs, b = cases.head(20, 6, 40, torch.float32), cases.batch(20, 40, torch.float32)
     hidden, weight, bias = inputs
+    bias = torch.stack([bias, bias.detach() + 1.0], 1)[:, 0]
     settings = {"bias": bias, "softcap": 5.0, "temperature": torch.linspace(0.5, 2.0, 20, device=cases.DEVICE)}
     target, found = torch.where(b.active, b.target, -100), []
     for which in ("reference", backend):

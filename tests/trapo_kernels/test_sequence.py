@@ -9,7 +9,7 @@ import torch
 from tests.trapo_kernels import cases
 from trapo_kernels import KL, Objective, Role, Term, TokenBatch, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.gates import Clip, One
-from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduction, Sequences, TopEntropy, TrajectoryWeight
+from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduced, Reduction, Sequences, TopEntropy, TrajectoryWeight
 
 REDUCED = [name for name, preset in objectives.PRESETS.items() if preset().why_two_passes(on_policy=False)]
 
@@ -33,6 +33,7 @@ def test_sums_means_and_ranks_equal_a_loop_over_sequences():
     assert sequences.count().tolist() == [3, 1, 3, 1, 1, 3, 1]
     ranks = sequences.rank(x)[counted]
     assert ranks.tolist() == [2, 0, 0, 0, 1]
+    assert sequences.rank(-x)[counted].tolist() == [0, 0, 2, 0, 1]  # behind no token that does not count
     empty = Sequences(labels[:0], counted[:0])
     assert empty.mean(x[:0]).shape == (0,) and empty.rank(x[:0]).shape == (0,)
 
@@ -192,6 +193,21 @@ def test_a_token_without_weight_counts_in_its_sequence():
     assert top.tolist() == [0, 0, -1, 0]  # of the two with the largest entropy one has no weight
     pooled = _slopes(Objective(expert=Term(One(), reduction=EntropyWeight(0.5))), -entropy, entropy, b)
     torch.testing.assert_close(pooled, -0.5 * weight * math.exp(-2.5))
+
+
+def test_a_reduction_of_ones_own_may_return_fp64():
+    class Own(Reduction):
+        def reduce(self, tokens):
+            mean = tokens.sequences.mean(tokens.log_ratio)
+            return Reduced(mean, 2 * torch.ones_like(mean), mean == mean)
+
+    b, logprob = _sequence_batch(torch.float32), torch.full((30,), -2.0, device=cases.DEVICE)
+    loss, half = (
+        policy_loss(logprob, None, b, Objective(rollout=Term(Clip(1.0, 1e9), "old", "advantage", reduction=reduction))).loss
+        for reduction in (Own(), MeanRatio())
+    )
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, 2 * half)
 
 
 def test_a_reduction_of_imitation_reads_no_advantage():
