@@ -124,7 +124,7 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
     old_logprob = _logprob(hidden, weight, target)
     old_logprob += 0.05 * torch.randn(case.num_rows, device=device, generator=generator)
     batch = batch.to(device)
-    batch = replace(batch, old_logprob=old_logprob).with_active_rows(batch.active_rows)
+    batch = replace(batch, old_logprob=old_logprob).with_active_rows(batch.active_rows, batch.silent_rows)
     needs_grad = JOBS[case.job].objective is not None
     hidden, weight = hidden.to(dtype).requires_grad_(needs_grad), weight.requires_grad_(needs_grad)
     return Problem(case, hidden, weight, torch.where(batch.active, target, -100), batch, length)

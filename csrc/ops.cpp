@@ -3,7 +3,8 @@
 // their only caller and says what the arguments mean.
 //
 // Shapes: logits [C, V] with unit stride in a row, bias [V], all other tensors [C]; in place of logits scoring has hidden [C, D] and
-// weight [V, D]; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none. `row_temperature`, where given, replaces `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
+// weight [V, D]; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none. `row_temperature`, where given, replaces
+// `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
 
 #include <torch/csrc/stable/library.h>
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -125,7 +126,8 @@ def linear_policy_loss(
         loss = policy_loss(out.logprob, out.entropy, batch, objective).loss
 
     Args:
-        hidden: [N, D]; rows that `batch` ignores may hold anything, NaN included.
+        hidden: [N, D]; rows that `batch` ignores may hold anything, NaN included, and so may those without a weight unless the
+            objective pools over sequences, to which they belong.
         lm_head_weight: [V, D], the dtype of hidden, or float32 master weights, as in `linear_logprob`.
         batch: `TokenBatch` of N tokens; its weights carry every normaliser, nothing is divided by a count here.
         objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
@@ -148,25 +150,28 @@ def linear_policy_loss(
     hidden, lm_head_weight, *_ = inputs
     batch_checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     batch_checks.streams_fit(where, batch, objective)
-    pooled = objective.pools(batch.on_policy)
-    target = batch.target_to_pool if pooled else batch.target_to_score
+    target = batch.target_to_score(objective.pools)
     settings.check(where, hidden, target)
     chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
+    active, scored = _rows_to_score(batch, objective)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
     if chosen == "reference" or hidden.dtype == torch.float16 or objective.why_two_passes(batch.on_policy):
-        active, scored = _rows_to_score(batch, pooled)
-        out = _linear_logprob(where, inputs, target, active, scored, settings._replace(backend=chosen), with_entropy=True)
+        # Where active rows are not known, all with a target pass through, those to be scored among them.
+        rows = (active, scored) if active is not None else (None, None)
+        out = _linear_logprob(where, inputs, target, *rows, settings._replace(backend=chosen), with_entropy=True)
         return _policy_loss(where, out.logprob, out.entropy, batch, objective, "reference")
     s = terms.streams(batch, objective, statistics_dtype(hidden))
+    # Silent rows that no index names pass through like active ones, with gradients of 0.
+    seen = replace(s, role=batch.role) if objective.pools and active is None else s
     codes, parameters = terms.encode(objective)
     checks.reverse_mode(where, chosen, *inputs, temperature, batch=batch)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
         *inputs,
         target,
-        terms.pack(s),
-        batch.active_rows,
-        batch.scored_rows,
+        terms.pack(seen),
+        active,
+        scored,
         *split_temperature(temperature),
         softcap,
         codes,
@@ -189,7 +194,8 @@ def policy_loss(
     Equivalent to: `Σ weight · (-a·V(d)) + β Σ kl_weight · KL - entropy_coef Σ entropy_weight · entropy` (see `Objective`).
 
     Args:
-        logprob: [N] fp32 or fp64 nats, differentiable. entropy: [N], differentiable; may be None when entropy_coef is 0.
+        logprob: [N] fp32 or fp64 nats, differentiable. entropy: [N], differentiable; may be None when entropy_coef is 0. Both are
+            read on every token with a weight, and on all of a role whose term pools over sequences.
         batch: `TokenBatch` of N tokens; `target` is not read. objective: as in `linear_policy_loss`.
         backend: as there; what has no compiled form or needs whole sequences first is the reference formula on each of them.
 
@@ -368,15 +374,14 @@ def _linear_logprob(
     return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)
 
 
-def _rows_to_score(batch: TokenBatch, pooled: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(rows with a gradient, rows without one whose logprob is wanted); (None, None), all that have a target, where not known."""
-    active, silent = batch.active_rows, batch.silent_rows if pooled else None
-    if active is None or (pooled and silent is None):
-        return None, None
-    scored = [rows for rows in (batch.scored_rows, silent) if rows is not None]
-    if len(scored) == 2 and checks.may_look(scored[0]):
-        return active, torch.cat(scored).unique()  # a GPU scores a row that is in both twice, alike
-    return active, torch.cat(scored) if scored else None
+def _rows_to_score(batch: TokenBatch, objective: Objective) -> tuple[Tensor | None, Tensor | None]:
+    """(rows with a gradient, None where some that matter are not known; rows without one whose logprob is wanted)."""
+    active, silent, scored = batch.active_rows, batch.silent_rows, batch.scored_rows
+    if active is None or not objective.pools:
+        return active, scored
+    if silent is None:
+        return None, scored
+    return active, silent if scored is None else torch.cat([scored, silent])
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

@@ -44,11 +44,11 @@ class TokenBatch:
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
         kl_weight: fp32, weight of the KL term on rollout tokens, read nowhere else; None means `weight`.
 
-    `active_rows`, int64 [M], are the rows that can contribute, ascending, and `silent_rows` those with a role that cannot. They are
-    found when the tensors are on the CPU (no sync),
-    and move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which may have
-    changed a weight; every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`. Compiled code
-    takes them as they were when last read: after an in-place write read them once, or build the batch anew.
+    `active_rows`, int64 [M], are the rows that can contribute, ascending, and `silent_rows` [K] those with a role that cannot, for
+    which an objective that pools over sequences takes the forward GEMM alone. They are found when the tensors are on the CPU (no
+    sync), and move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which
+    may have changed a weight; every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`.
+    Compiled code takes them as they were when last read: after an in-place write read them once, or build the batch anew.
 
     Raises: ValueError or TypeError with rule, actual value and remedy.
     """
@@ -78,7 +78,7 @@ class TokenBatch:
 
     @property
     def silent_rows(self) -> Tensor | None:
-        """[K] int64: the rows with a role that cannot contribute, ascending, or None where they are not known."""
+        """[K] int64: the rows with a role that cannot contribute and are not in `scored_rows`, ascending; None if not known."""
         return self._rows().silent
 
     def _rows(self) -> _Rows:
@@ -93,6 +93,8 @@ class TokenBatch:
             return _Rows(None, None)
         active = self.active
         silent = (self.role != Role.IGNORED) & ~active
+        if self.scored_rows is not None:
+            silent = silent.index_fill(0, self.scored_rows, False)
         return _Rows(active.nonzero().squeeze(1), silent.nonzero().squeeze(1))
 
     def _note(self, rows: _Rows) -> None:
@@ -138,20 +140,13 @@ class TokenBatch:
         """Whether the current policy itself sampled: there is no old_logprob, and ratios to "old" are 1."""
         return self.old_logprob is None
 
-    @property
-    def target_to_score(self) -> Tensor:
-        """[N] int64: the target of every row whose logprob is computed, -100 elsewhere.
+    def target_to_score(self, pools: bool) -> Tensor:
+        """[N] int64: the target of every row whose logprob is computed, -100 elsewhere; `pools`: whether the objective pools over
+        sequences, to which silent rows belong.
 
         Such a row whose own target is -100 has one outside every vocabulary, and so a logprob of NaN; on a CPU it is refused.
         """
-        return self._target_of(self.active)
-
-    @property
-    def target_to_pool(self) -> Tensor:
-        """`target_to_score` for an objective that pools over sequences: silent rows have theirs, too."""
-        return self._target_of(self.role != Role.IGNORED)
-
-    def _target_of(self, wanted: Tensor) -> Tensor:
+        wanted = self.role != Role.IGNORED if pools else self.active
         if self.scored_rows is not None:
             wanted = wanted.index_fill(0, self.scored_rows, True)
         return torch.where(wanted, torch.where(self.target == IGNORE_INDEX, _NO_TOKEN, self.target), IGNORE_INDEX)
@@ -160,7 +155,7 @@ class TokenBatch:
         return self.target.shape[0]
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on `device`; what a CPU knew of `active_rows` moves along, so that no sync follows on a GPU."""
+        """The same batch on `device`; what a CPU knew of active and silent rows moves along, so that no sync follows on a GPU."""
         later = torch.device(device).type != "cpu"  # on a CPU the copy is read at once
         return self._each(lambda tensor: tensor.to(device, non_blocking=later))
 
@@ -172,20 +167,22 @@ class TokenBatch:
         """The same batch, every tensor of which `place` has put elsewhere."""
         streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}
         there = TokenBatch(**{name: None if tensor is None else place(tensor) for name, tensor in streams.items()})
-        there._note(_Rows(*(None if rows is None else place(rows) for rows in self._rows())))
+        pairs = zip(self._rows(), there._rows(), strict=True)  # what was known, and what the CPU has found anew
+        there._note(_Rows(*(found if known is None else place(known) for known, found in pairs)))
         return there
 
-    def with_active_rows(self, rows: Tensor | None) -> TokenBatch:
-        """The same batch, told that `rows`, int64 [M] ascending, are exactly those that can contribute; None tells nothing.
+    def with_active_rows(self, rows: Tensor | None, silent_rows: Tensor | None = None) -> TokenBatch:
+        """The same batch, told that `rows`, int64 [M] ascending, are exactly those that can contribute, and `silent_rows` [K] those
+        that are so called; None tells nothing.
 
-        For what a GPU would have to wait for: `replace(batch, ref_logprob=…).with_active_rows(batch.active_rows)`, where neither
-        role nor weights have changed. Checked on the CPU; on a GPU a row that is missing is left out of loss and gradients.
+        For what a GPU would have to wait for, where neither role nor weights have changed:
+        `replace(batch, ref_logprob=…).with_active_rows(batch.active_rows, batch.silent_rows)`. Checked on the CPU; on a GPU an
+        active row that is missing is left out of loss and gradients, a silent one reads a logprob of 0.
         """
-        if rows is None:
-            return self
-        batch_checks.active_rows(self, rows)
+        batch_checks.told_rows(self, rows, silent_rows)
         told = replace(self)
-        told._note(told._rows()._replace(active=rows))
+        pairs = zip((rows, silent_rows), told._rows(), strict=True)
+        told._note(_Rows(*(found if given is None else given for given, found in pairs)))
         return told
 
 

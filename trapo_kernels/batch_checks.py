@@ -48,20 +48,25 @@ def token_batch(batch: TokenBatch) -> None:
             checks.finite_tensor(where, "kl_weight", read, "Only rows with another role than ROLLOUT may hold anything.")
 
 
-def active_rows(batch: TokenBatch, rows: Tensor) -> None:
-    """rows: int64 [M], exactly those that can contribute; which ones is looked at on the CPU only."""
+def told_rows(batch: TokenBatch, active: Tensor | None, silent: Tensor | None) -> None:
+    """int64 [M] and [K], exactly the rows that are so called, None for neither; which ones is looked at on the CPU only."""
     where, device = "TokenBatch.with_active_rows", batch.target.device
-    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device:
-        raise ValueError(
-            f"{where}: rows must be int64 of shape [M] on {device}, got {_described(rows)}. Pass batch.active_rows of a batch with "
-            "the same role and weights, or None."
-        )
-    if checks.may_look(batch.role) and not torch.equal(rows, found := batch.active_rows):
-        raise ValueError(
-            f"{where}: rows must be those whose role is not IGNORED and whose weight, entropy weight or KL weight is not 0, "
-            f"{found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got {rows[:8].tolist()}"
-            f"{'…' if len(rows) > 8 else ''} ({len(rows)} rows). Leave them out to have them found."
-        )
+    rule = "those whose role is not IGNORED and whose weight, entropy weight or KL weight is not 0"
+    silent_rule = "those with another role than IGNORED, no weight and no place in scored_rows"
+    for name, rows, what in (("rows", active, rule), ("silent_rows", silent, silent_rule)):
+        if rows is None:
+            continue
+        if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device:
+            raise ValueError(
+                f"{where}: {name} must be int64 of shape [M] on {device}, got {_described(rows)}. Pass batch.active_rows and "
+                "batch.silent_rows of a batch with the same role and weights, or None."
+            )
+        found = batch.active_rows if name == "rows" else batch.silent_rows
+        if checks.may_look(batch.role) and not torch.equal(rows, found):
+            raise ValueError(
+                f"{where}: {name} must be {what}, {found[:8].tolist()}{'…' if len(found) > 8 else ''} ({len(found)} rows), got "
+                f"{rows[:8].tolist()}{'…' if len(rows) > 8 else ''} ({len(rows)} rows). Leave them out to have them found."
+            )
 
 
 def _described(rows: object) -> str:
@@ -101,7 +106,7 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
         )
     if checks.may_look(batch.role):
         real = batch.role != Role.IGNORED
-        checks.target(where, torch.where(real, batch.target, batch.target_to_score), num_rows, vocab_size, device)
+        checks.target(where, torch.where(real, batch.target, batch.target_to_score(pools=False)), num_rows, vocab_size, device)
         missing = real & (batch.target == IGNORE_INDEX)
         if missing.any():
             raise ValueError(
@@ -129,14 +134,15 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
         for code, term in ((Role.ROLLOUT, layer.rollout), (Role.EXPERT, layer.expert)):
             names = set() if term is None else term.reads(batch.on_policy) - {"sequence_id"}
             of_kl = layer.kl.reads if layer.kl is not None and code == Role.ROLLOUT else frozenset()
+            of_role = batch.role == code
+            pooled = term is not None and term.reduces(batch.on_policy)  # over silent tokens, too
+            of_term = of_role if pooled else of_role & weighted
             for name in sorted((names | of_kl) - ({"old_logprob"} if batch.on_policy else set())):
-                remedy = _NO_ADVANTAGE if name == "advantage" else "Give a token without one the role IGNORED."
-                mine = (
-                    batch.role == code if term is not None and term.reduces(batch.on_policy) else weighted
-                )  # pooled: all of a role
-                readers = (mine & (name in names)) | (in_kl & (name in of_kl))
-                read = torch.where(readers & (batch.role == code), getattr(batch, name), 0.0)
-                checks.finite_tensor(where, f"batch.{name}", read, remedy)
+                remedy = "Give a token without one the role IGNORED."
+                if name == "advantage":
+                    remedy = f"{_NO_ADVANTAGE} {remedy}" if pooled else _NO_ADVANTAGE
+                read = (of_term & (name in names)) | (of_role & in_kl & (name in of_kl))
+                checks.finite_tensor(where, f"batch.{name}", torch.where(read, getattr(batch, name), 0.0), remedy)
 
 
 def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:

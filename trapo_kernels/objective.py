@@ -185,9 +185,11 @@ class Objective:
                 return f"{type(term.reduction).__name__} needs the logprobs of whole sequences first."
         return "a role has two terms, and the compiled loss has one gate per role." if self.plus else None
 
-    def pools(self, on_policy: bool) -> bool:
-        """Whether a term needs the logprobs of whole sequences."""
-        return any(term.reduces(on_policy) for term in self.terms)
+    @property
+    def pools(self) -> bool:
+        """Whether a term pools over whole sequences, on-policy, where every ratio is 1, as well: the logprobs of silent tokens are
+        then wanted all the same, as the old_logprob of a later pass."""
+        return any(term.reduction is not None for term in self.terms)
 
     def reads(self, on_policy: bool = False) -> set[str]:
         """Names of the optional `TokenBatch` tensors that the objective reads; "old_logprob" may still be absent."""

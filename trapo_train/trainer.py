@@ -371,7 +371,10 @@ class Trainer:
             scored = score_all(self.reference, micro_batches, self.config.rollout.temperature)
         reshard(self.reference)
         return [
-            replace(micro, batch=replace(micro.batch, ref_logprob=logprob).with_active_rows(micro.batch.active_rows))
+            replace(
+                micro,
+                batch=replace(micro.batch, ref_logprob=logprob).with_active_rows(micro.batch.active_rows, micro.batch.silent_rows),
+            )
             for micro, logprob in zip(micro_batches, scored, strict=True)
         ]
 

@@ -97,7 +97,7 @@ struct Transform {
       : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : quotient(1.0f, softcap)),
         inverse_temperature(quotient(1.0f, temperature)), scale(inverse_temperature * kLog2E) {}
   TRAPO_HD float capped(float x) const { return softcap == 0.0f ? x : softcap * tanh_of(x * inverse_softcap); }
-  // dy/dx = 1 - (y / softcap)² from y itself: softcap - y is exact where y comes near it, and 0 where it gets there.
+  // dy/dx = 1 - tanh² from y, which is what a row keeps: softcap - y is exact where y comes near it, and 0 where it gets there.
   TRAPO_HD float slope(float y) const {
     return softcap == 0.0f ? 1.0f : (softcap - y) * inverse_softcap * ((softcap + y) * inverse_softcap);  // y may be -inf without one
   }

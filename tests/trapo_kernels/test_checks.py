@@ -122,6 +122,13 @@ def test_active_rows_that_are_told(rows, message):
         _batch().with_active_rows(rows)
 
 
+def test_silent_rows_that_are_told():
+    b = _batch()
+    assert b.with_active_rows(b.active_rows, b.silent_rows).silent_rows is b.silent_rows
+    with pytest.raises(ValueError, match=r"^TokenBatch.with_active_rows: silent_rows must be those .*no weight.*got \[99\]"):
+        b.with_active_rows(None, torch.tensor([99]))
+
+
 def test_linear_policy_loss_and_policy_loss():
     with pytest.raises(ValueError, match="one token per row, N = 3, got 4"):
         linear_policy_loss(HIDDEN[:3], WEIGHT, _batch(), objectives.trapo())

@@ -15,7 +15,7 @@ def _policy(hidden, weight, b, backend="auto"):
 
 
 def _scored(hidden, weight, b, backend="auto"):
-    out = linear_logprob(hidden, weight, b.target_to_score, with_entropy=True, backend=backend)
+    out = linear_logprob(hidden, weight, b.target_to_score(pools=False), with_entropy=True, backend=backend)
     return (out.logprob - 0.2 * out.entropy).sum()
 
 

@@ -115,7 +115,7 @@ def test_rows_of_the_kl_alone_are_active_and_stay_known():
     zero, role = torch.zeros(4), torch.tensor([0, 1, 1, 2], dtype=torch.uint8)
     kl_weight = torch.tensor([float("nan"), 1.0, 0.0, 1.0])  # unread but on rollout tokens
     b = TokenBatch(torch.zeros(4, dtype=torch.int64), role, None, zero, kl_weight=kl_weight)
-    assert b.active_rows.tolist() == [1] and b.target_to_score.tolist() == [-100, 0, -100, -100]
+    assert b.active_rows.tolist() == [1] and b.target_to_score(pools=False).tolist() == [-100, 0, -100, -100]
     for same in (b.to(cases.DEVICE), pickle.loads(pickle.dumps(b)), b.with_active_rows(torch.tensor([1]))):
         assert same.active_rows.tolist() == [1] and same.kl_weight[1] == 1
     kl_weight[2] = 0.5

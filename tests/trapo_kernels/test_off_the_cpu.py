@@ -121,8 +121,11 @@ def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):
     assert there.active_rows is not None and all(replace(there, **change).active_rows is None for change in changes)
     _close(_policy(*moved, replace(there, **changes[0]), objectives.sft(), backend="torch"), truth, torch.float32)
     gpu.waits.clear()
-    kept = replace(there, **changes[3]).with_active_rows(there.active_rows)
-    assert kept.active_rows is there.active_rows and kept.ref_logprob is not None and gpu.waits == []
+    kept = replace(there, **changes[3]).with_active_rows(there.active_rows, there.silent_rows)
+    assert kept.active_rows is there.active_rows and kept.silent_rows is there.silent_rows
+    assert kept.ref_logprob is not None and gpu.waits == []
+    back = replace(there, **changes[0]).to("cpu")  # where they are found anew
+    assert back.active_rows.tolist() == list(range(6)) and back.silent_rows.tolist() == []
 
 
 def test_loss_of_given_logprobs(gpu):

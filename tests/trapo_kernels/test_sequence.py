@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import KL, Objective, Role, Term, TokenBatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import KL, Objective, Role, Term, TokenBatch, checks, linear_policy_loss, objectives, policy_loss
+from trapo_kernels.backends import sweep
 from trapo_kernels.gates import Clip, One
 from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduced, Reduction, Sequences, TopEntropy, TrajectoryWeight
 
@@ -237,6 +238,56 @@ def test_a_mask_in_the_weights_leaves_the_pooled_ratio_alone(backend):
     torch.testing.assert_close(out[0][0].cpu(), expected)
     for ours, expected in zip(*out, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+POOLING = [name for name in REDUCED if objectives.PRESETS[name]().rollout]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("backend", [*cases.CHUNKED, "reference"])
+@pytest.mark.parametrize("name", POOLING)
+def test_the_logprobs_of_a_pass_are_the_old_ones_of_the_next_in_silent_tokens_too(name, backend, known, monkeypatch):
+    """Without a change of parameters every ratio is 1, whatever a mask took out; `known`: as where a GPU was told the rows."""
+    hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
+    b = _sequence_batch(torch.float32)
+    b = replace(b, weight=torch.where(torch.arange(30) % 3 == 0, 0.0, b.weight), old_logprob=None).to(cases.DEVICE)
+    if not known:
+        monkeypatch.setattr(checks, "may_look", lambda x: False)
+        monkeypatch.setattr(sweep, "_active_rows", lambda active: None)
+        b = replace(b)
+        assert b.active_rows is None is b.silent_rows
+    objective = objectives.PRESETS[name]()
+    logprob = linear_policy_loss(hidden, weight, b, objective, backend=backend).logprob
+    assert logprob.all()
+    again = linear_policy_loss(hidden, weight, replace(b, old_logprob=logprob.detach()), objective, backend=backend)
+    ratio = again.metrics.get("rollout/ratio", torch.ones(()))
+    torch.testing.assert_close(ratio, torch.ones_like(ratio))
+    torch.testing.assert_close(again.logprob, logprob)
+
+
+def test_what_a_pooled_ratio_reads_must_be_finite_in_silent_tokens_too():
+    b = _sequence_batch(torch.float32, old_logprob=torch.full((30,), -4.0))
+    b = replace(b, weight=torch.where(torch.arange(30) == 7, 0.0, b.weight))
+    b.old_logprob[7] = torch.nan
+    logprob = torch.full((30,), -4.0)
+    policy_loss(logprob, None, b, objectives.grpo())
+    with pytest.raises(ValueError, match="batch.old_logprob must be finite, got nan at row 7. Give a token without one the role"):
+        policy_loss(logprob, None, b, objectives.gspo())
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_scored_rows_beside_silent_ones(backend, on_policy):
+    hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
+    b = _sequence_batch(torch.float32, old_logprob=None if on_policy else torch.full((30,), -4.0))
+    role = torch.where(torch.arange(30) < 2, 0, b.role).to(torch.uint8)
+    silent = torch.where(torch.arange(30) < 5, 0.0, b.weight)
+    b = replace(b, role=role, weight=silent, entropy_weight=None, scored_rows=torch.tensor([1, 3])).to(cases.DEVICE)
+    assert b.silent_rows.tolist() == [2, 4]
+    out = linear_policy_loss(hidden, weight, b, objectives.gspo(), backend=backend)
+    expected, _ = cases.eager_statistics(hidden, weight, b.target)
+    assert out.logprob[0] == 0
+    torch.testing.assert_close(out.logprob[1:], expected[1:])
 
 
 @pytest.mark.parametrize(("pool", "log_weight"), [("sum", 3 * 0.7), ("mean", 0.7)])

@@ -32,13 +32,15 @@ def grpo(
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
     The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
-    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. `delta` ≥ 1
-    + `epsilon_high`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291.
+    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. `delta`:
+    cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least 1 + `epsilon_high`, below which TRL's formula caps
+    there, and ours would at `delta`.
 
     Source: arXiv 2402.03300, equation 3.
     """
+    objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, KL(beta, kl, kl_clamp) if beta else None)
     checks.in_range("objectives.grpo", "delta", delta, 1.0 + epsilon_high, math.inf)
-    return clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, KL(beta, kl, kl_clamp) if beta else None)
+    return objective
 
 
 def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
