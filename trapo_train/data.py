@@ -132,7 +132,7 @@ class DataReport:
 
     bare_answers: int = 0
     """Last turns of conversations that are trained on as their content alone: the chat template does not write them after the
-    rendered prompt."""
+    rendered prompt, or not all of their content."""
     context_turns: int = 0
     """Assistant turns before the last, which is what is learned."""
 

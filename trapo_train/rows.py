@@ -116,21 +116,38 @@ def answer_text(
 ) -> tuple[str, bool]:
     """Return what the chat template writes of an `answer` behind the rendered `prompt`, thoughts and tool calls included, without
     the token that ends the turn; and True. Where it does not go on from there, as one whose generation prompt opens thoughts does
-    not for an answer without: the content alone and False."""
+    not for an answer without, or leaves out some of the content, as one that drops thoughts: the content alone and False.
+
+    Raises: UserError for a field of BESIDE_CONTENT that the template does not write, and where content alone would not do.
+    """
     content = answer.get("content", "")
-    if not content and not any(map(answer.get, BESIDE_CONTENT)):  # nobody answered
+    further = [field for field in BESIDE_CONTENT if answer.get(field)]
+    if not content and not further:  # nobody answered
         return "", True
-    whole = _rendered([*messages, answer], config, tokenizer, where, tools, add_generation_prompt=False)
-    if whole.startswith(prompt):
-        text, end, rest = whole.removeprefix(prompt).rpartition(tokenizer.eos_token)
-        if not end:
-            return _without_last_token(rest.rstrip(), tokenizer), True
-        if not rest.strip():
-            return text, True
-    if not content:
+
+    def rendered(answer: Message) -> str:
+        return _rendered([*messages, answer], config, tokenizer, where, tools, add_generation_prompt=False)
+
+    whole = rendered(answer)
+    for field in further:
+        others = {"content": "", **{name: value for name, value in answer.items() if name != field}}
+        without = None
+        with suppress(UserError):  # a template that misses the field reads it
+            without = rendered(others)
+        if without == whole:
+            raise UserError(
+                f"{where}: the chat template must write the field {field} of the last message, it does not. Set model.tokenizer to "
+                "one whose template does, or remove the field from the row."
+            )
+    text = _turn(whole.removeprefix(prompt), tokenizer) if whole.startswith(prompt) else None
+    # The template may move thoughts, which the content has before </think>.
+    parts = [part.strip().removeprefix(THINK).strip() for part in content.split(END_THINK)]
+    if text is not None and text.strip() and all(part in text for part in parts):
+        return text, True
+    if not content.strip() or answer.get("tool_calls"):
         raise UserError(
-            f"{where}: the chat template must write the last message after the rendered prompt, which {_shown(answer)} is not, and "
-            "it has no content to take in its place. Remove the row, or set model.tokenizer to one with another template."
+            f"{where}: the chat template must write all of the last message after the rendered prompt, which {_shown(answer)} is "
+            "not, and its content alone cannot take its place. Remove the row, or set model.tokenizer to one with another template."
         )
     return content, False
 
@@ -236,11 +253,16 @@ def _rendered(
         raise UserError(f"{where}: the chat template refused the prompt: {error}") from error
 
 
-def _without_last_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Without the special token that ends `text`, as one does that ends a turn in a template, but not a response here."""
-    found = re.search(r"<[^<>\s]+>$", text)
-    token = None if found is None else tokenizer.added_tokens_decoder.get(tokenizer.convert_tokens_to_ids(found.group()))
-    return text.removesuffix(found.group()) if token is not None and token.special else text
+def _turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A rendered turn without the token that ends it, be that one EOS or, as a response ends with EOS here, another special token;
+    None where more than special tokens stands behind EOS."""
+    turn, end, rest = text.rpartition(tokenizer.eos_token)
+    if end and not rest.strip():
+        return turn
+    special = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    if not end:
+        return re.sub(f"({special})$", "", rest.rstrip()) if special else rest.rstrip()
+    return turn if re.fullmatch(rf"(\s|{special})*", rest) else None
 
 
 def _check_variables(given: Iterable[str], template: str, where: str) -> None:

@@ -20,10 +20,17 @@ THOUGHTS = (
     "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Writes thoughts that stand in the content in a way of its own.
+MOVES = TEMPLATE.replace(
+    "{{ m.content }}",
+    "{% if '</think>' in m.content %}({{ m.content.split('</think>')[0].split('<think>')[-1] | trim }}) "
+    "{{ m.content.split('</think>')[1] | trim }}{% else %}{{ m.content }}{% endif %}",
+)
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 ASKED = {"role": "user", "content": "Weather?"}
 ANSWER = {"role": "assistant", "content": "Sunny.", "reasoning_content": "It said so."}
+OPENS_THOUGHTS = TEMPLATE.replace("<assistant>{% endif", "<assistant><think>{% endif")  # which no answer has
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,9 @@ ANSWER = {"role": "assistant", "content": "Sunny.", "reasoning_content": "It sai
         (THOUGHTS, {"content": "4", "reasoning_content": "easy"}, "<think>\neasy\n</think>\n\n4</s>"),
         (TEMPLATE.replace("</s>", "<turn>\n"), {"content": "4"}, "4</s>"),  # another token ends turns: a response ends with EOS
         (TEMPLATE.replace("</s>", "\n"), {"content": "4 <b>"}, "4 <b></s>"),
+        (TEMPLATE + "{% if not add_generation_prompt %}\n<turn>{% endif %}", {"content": "4"}, "4</s>"),  # as Phi-3 ends a chat
+        (TEMPLATE.replace("m.content }}", "m.content | trim }}"), {"content": " 4\n"}, "4</s>"),
+        (MOVES, {"content": "<think>\neasy\n</think>\n\n4"}, "(easy) 4</s>"),
     ],
 )
 def test_an_answer_is_what_the_chat_template_writes(template, answer, expected, load, tokenizer):
@@ -63,6 +73,8 @@ def test_tools_and_tool_calls_reach_the_chat_template(load, tokenizer):
     assert whole.prompt.endswith("<tool>sun</s>\n<assistant>")
     assert whole.experts[0].text == "<think>\nIt said so.\n</think>\n\nSunny.</s>"
     assert plain.prompt == "<user>Weather?</s>\n<assistant>"
+    nulls = {"messages": [ASKED, ANSWER], "tools": [{"name": "f", "strict": None, "parameters": {"type": "object", "enum": None}}]}
+    assert load([nulls], preset="messages")[0].prompt.startswith('<tools>[{"name": "f", "parameters": {"type": "object"}}]</s>')
     (prompt,) = load([{"prompt": [ASKED], "tools": '[{"name": "f"}]', "solution": "s"}])  # and so with prompts of messages
     assert prompt.prompt == '<tools>[{"name": "f"}]</s>\n' + plain.prompt
 
@@ -79,16 +91,49 @@ def test_the_report_says_what_is_not_learned_as_the_template_has_it(load, tokeni
     assert str(load([{"messages": CHAT}] * 3, preset="messages").report).endswith(
         "3 expert traces; 3 assistant turns before the last are context only"
     )
-    tokenizer.chat_template = TEMPLATE.replace("<assistant>{% endif", "<assistant><think>{% endif")  # which no answer has
+    tokenizer.chat_template = OPENS_THOUGHTS
     report = load([{"messages": CHAT[:3]}] * 2, preset="messages").report
     assert report.bare_answers == 2 and "2 answers are their content alone" in str(report)
     assert load([{"messages": CHAT[:3]}], preset="messages")[0].experts[0].text == "2</s>"
 
 
 @pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}"), "<think>easy</think>4"),
+        (TEMPLATE.replace("{{ m.content }}", "{{ m.content[:9] }}"), "a long answer"),
+        # More than special tokens behind EOS: another prompt, or words.
+        (TEMPLATE.replace("{% if add_generation_prompt %}<assistant>{% endif %}", "<assistant>"), "4"),
+        (TEMPLATE + "{% if not add_generation_prompt %}<turn> and so on{% endif %}", "4"),
+    ],
+)
+def test_an_answer_that_the_template_does_not_write_whole_is_its_content_and_counted(template, answer, load, tokenizer):
+    tokenizer.chat_template = template
+    problems = load([{"messages": [ASKED, {"role": "assistant", "content": answer}]}], preset="messages")
+    assert problems.report.bare_answers == 1 and problems[0].experts[0].text == f"{answer}</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "message"),
+    [
+        (TEMPLATE, ANSWER, "row 0: the chat template must write the field reasoning_content of the last message, it does not"),
+        (TEMPLATE, CALL, "the field tool_calls of the last message"),
+        (TEMPLATE, CALL | {"content": "Let me see."}, "the field tool_calls of the last message"),
+        (THOUGHTS, ANSWER | {"thinking": "So it said."}, "the field thinking of the last message"),
+        (OPENS_THOUGHTS.replace("</s>", "{{ m.tool_calls }}</s>"), CALL, "row 0: the chat template must write all of the last"),
+        (TEMPLATE.replace("m.content", "m.tool_calls or m.content"), CALL | {"content": "Let me see."}, "must write all of"),
+        (TEMPLATE.replace("m.content", "m.content | trim"), {"role": "assistant", "content": " "}, "must write all of"),
+    ],
+)
+def test_what_the_template_leaves_out_of_an_answer_is_refused(template, answer, message, load, tokenizer):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        load([{"messages": [ASKED, answer]}], preset="messages")
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [ASKED, CALL]}, "row 0: the chat template must write the last message after the rendered prompt"),
         ({"messages": [ASKED, ANSWER], "tools": TOOLS}, "row 0: the tokenizer's chat template must read the tools"),
         ({"messages": [ASKED, ANSWER], "tools": "a hammer"}, "row 0: the column tools must hold a list of function descriptions"),
         ({"messages": [{"role": "user"}, ANSWER]}, r"text under 'role' and 'content' \(which one with tool_calls need not have\)"),
@@ -99,7 +144,7 @@ def test_the_report_says_what_is_not_learned_as_the_template_has_it(load, tokeni
     ],
 )
 def test_what_would_be_lost_is_refused(row, message, load, tokenizer):
-    tokenizer.chat_template = TEMPLATE.replace("<assistant>{% endif", "<assistant><think>{% endif")
+    tokenizer.chat_template = OPENS_THOUGHTS
     options = {"prompt_column": "messages"} if "expert" in row else {"preset": "messages"}
     with pytest.raises(ValueError, match=message):
         load([row], **options)
