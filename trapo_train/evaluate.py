@@ -253,13 +253,15 @@ def evaluate(
             write_lines(save_to, (response.record for response in responses))
         except OSError as error:  # the evaluation is worth more
             logger.warning("the responses of the evaluation could not be written: %s", error)
-    return _accuracies(eval_set, problems, config) | {
+    reward_metrics = merge_metrics(answers.reward_metrics for answers in found)
+    return {
+        **{name: float(value) for name, value in reward_metrics.items()},  # a reward's own: all that follows wins
+        **_accuracies(eval_set, problems, config),
         "reward/mean": fmean(response.reward for response in responses),
         "completion_tokens_mean": fmean(response.num_tokens for response in responses),
         "finished_share": fmean(response.finished for response in responses),
         "num_problems": float(len(problems)),
         "samples_per_problem": len(responses) / len(problems),
-        **{name: float(value) for name, value in merge_metrics(answers.reward_metrics for answers in found).items()},
     }
 
 
@@ -300,7 +302,7 @@ def _answers(
 
     found = [[response(sample) for sample in group] for group in drafts]
     # Taken, or they would show up in the next training step.
-    return _Answers(found, {"reward/none_count": float(none_count), **take_metrics(reward)})
+    return _Answers(found, take_metrics(reward) | {"reward/none_count": float(none_count)})
 
 
 def _accuracies(eval_set: EvalSet, problems: Sequence[Sequence[_Response]], config: EvalConfig) -> dict[str, float]:

@@ -3,7 +3,10 @@
 That is the rule for what a reward of your own reports by `take_metrics`, whatever the names:
 
     def take_metrics(self):
-        return {"api_errors": self.errors, "judge_seconds": Mean(self.seconds / self.calls, self.calls)}
+        errors, self.errors = self.errors, 0
+        seconds, self.seconds = self.seconds, []  # one number per call: a rank that judged nothing has none
+        means = {"judge_seconds": Mean(fmean(seconds), len(seconds))} if seconds else {}
+        return {"api_errors": errors, **means}
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from collections.abc import Iterable, Mapping
 
 
 class Mean(float):
-    """A mean that knows of how many numbers: merged with others it is weighted by that `count`, above 0."""
+    """A mean that knows of how many numbers: merged with others it is weighted by that `count`, at least 1."""
 
     count: int
 
     def __new__(cls, value: float, count: int) -> Mean:
+        if count < 1:
+            raise ValueError(f"Mean: count must be at least 1, got {count}. Leave out a mean of nothing.")
         mean = super().__new__(cls, value)
         mean.count = count
         return mean

@@ -112,7 +112,8 @@ class RewardFn(Protocol):
     that have one of these names are left out, as those called prompts or completions are, with a warning.
 
     An object may have `take_metrics()` besides, which returns what it counted since it was last asked, numbers by their names in
-    metrics.jsonl: they add up over calls, rewards and ranks; a mean is a `metrics.Mean`.
+    metrics.jsonl: they add up over calls, rewards and ranks; a mean is a `metrics.Mean`. What the run itself reports under the same
+    name stays.
 
     Rows are independent of each other: how many come in one call is not fixed. A plain function is called from the thread that
     trains, an async one also several times at once (see `may_overlap`).
@@ -251,8 +252,24 @@ class WeightedSum:
 
 
 def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
-    """What a reward counted besides its values since this was last asked; nothing for a plain function."""
-    return merge_metrics([reward.take_metrics()]) if hasattr(reward, "take_metrics") else {}
+    """What a reward counted besides its values since this was last asked; nothing for a plain function.
+
+    Raises: RewardError where its `take_metrics` raises or returns anything but numbers by their names.
+    """
+    if not hasattr(reward, "take_metrics"):
+        return {}
+    try:
+        found = reward.take_metrics()
+    except RewardError:  # of one of several
+        raise
+    except Exception as error:  # the user's code
+        raise RewardError(f"Reward {_name(reward)} raised in take_metrics: {error!r}.") from error
+    numbers = isinstance(found, Mapping) and all(
+        isinstance(name, str) and (isinstance(value, Real) or getattr(value, "ndim", None) == 0) for name, value in found.items()
+    )
+    if not numbers:
+        raise RewardError(f"take_metrics of reward {_name(reward)} must return numbers by their names, got {repr(found)[:200]}.")
+    return merge_metrics([found])
 
 
 def without_rewards(metrics: dict[str, float]) -> dict[str, float]:

@@ -220,7 +220,7 @@ def run_plans(
     seconds = time.perf_counter() - started
     measured["rollout/tokens_per_s"] = generated / seconds
     deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
-    metrics = _metrics(sampled) | measured | take_metrics(reward)
+    metrics = take_metrics(reward) | _metrics(sampled) | measured
     metrics = without_rewards(metrics) if reward is None else metrics
     return RolloutResult([climb.kept for climb in climbs], metrics, seconds, sampled, deferred)
 

@@ -175,7 +175,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         try:
             if trainer.evaluation_due and not stopping:
                 for name, metrics in trainer.evaluate().items():
-                    reporter.evaluation({"step": trainer.step, **metrics}, name)
+                    reporter.evaluation({**metrics, "step": trainer.step}, name)
                 if saved_at == trainer.step:
                     store.rate(trainer.step, trainer.score)
                 stopping = stop.agree(trainer.world) is not None  # an evaluation may take long

@@ -151,9 +151,9 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if update["skipped_step"] == config.updates.per_step else 0
         self.last_groups = rollout.groups
         self.last_metrics = {
+            **{name: float(value) for name, value in rollout.metrics.items()},  # a reward's own: all that follows wins
             "step": self.step,
             **update,
-            **{name: float(value) for name, value in rollout.metrics.items()},
             **scheduled,
             "epoch": self.order.passes,
             "tokens_per_s": rollout.metrics["response_tokens"] / (ended - started),

@@ -4,8 +4,9 @@ import pickle
 
 import pytest
 
+from tests.trapo_train.test_train import EVALUATED, build_config, rows, train_to_end
 from trapo_train.metrics import Mean, merge_metrics
-from trapo_train.rewards import WeightedSum, take_metrics
+from trapo_train.rewards import RewardError, WeightedSum, take_metrics
 
 
 def test_means_of_several_calls_are_weighted_by_their_counts_whatever_their_names():
@@ -37,3 +38,51 @@ def test_a_plain_number_of_a_reward_adds_up_whatever_its_name_and_a_mean_stays_o
     rewards = take_metrics(WeightedSum([("a", Counting(**first), 1.0), ("b", Counting(**second), 1.0)]))
     assert ranks == rewards == {name: 8.0, "delay": 3.0} and rewards["delay"].count == 3
     assert type(ranks[name]) is float
+
+
+class Faulty(Counting):
+    """One whose own counting is wrong."""
+
+    def take_metrics(self):
+        return {"judge_seconds": 1.0 / len(self.found)}
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (Faulty(), r"Reward 'Faulty' raised in take_metrics: ZeroDivisionError"),
+        (Counting(delay="slow"), r"take_metrics of reward 'Counting' must return numbers by their names, got {'delay': 'slow'}"),
+        (Counting(delay=None), "must return numbers by their names, got {'delay': None}"),
+    ],
+)
+def test_what_take_metrics_gets_wrong_is_an_error_of_the_reward(reward, message):
+    for asked in (reward, WeightedSum([("mine", reward, 1.0)])):
+        with pytest.raises(RewardError, match=message):
+            take_metrics(asked)
+    reward.take_metrics = lambda: [1.0]
+    with pytest.raises(RewardError, match=r"must return numbers by their names, got \[1.0\]"):
+        take_metrics(reward)
+    with pytest.raises(ValueError, match="count must be at least 1, got 0. Leave out a mean of nothing"):
+        Mean(0.0, 0)
+
+
+intruder = Counting(step=7, loss=99.0, accuracy=99.0, num_problems=99.0, judged=1.0, **{"reward/mean": 99.0})
+faulty = Faulty()
+
+
+def test_what_the_run_reports_itself_wins_over_a_rewards_own_numbers(tmp_path):
+    config = build_config(tmp_path, "run", "steps=2", f"reward={__name__}:intruder", *EVALUATED, "evaluation.every=1")
+    train_to_end(config)
+    found = rows(config)
+    assert [row["step"] for row in found if row["kind"] == "train"] == [1, 2]
+    assert [row["step"] for row in found if row["kind"] == "eval"] == [0, 1, 2]
+    assert all(row["judged"] >= 1.0 for row in found)
+    names = {"train": ("loss", "reward/mean"), "eval": ("accuracy", "num_problems", "reward/mean")}
+    assert not [(row, name) for row in found for name in names[row["kind"]] if row[name] == 99.0]
+
+
+def test_a_run_whose_reward_cannot_count_ends_with_a_checkpoint(tmp_path):
+    config = build_config(tmp_path, "run", f"reward={__name__}:faulty")
+    with pytest.raises(RewardError, match="raised in take_metrics"):
+        train_to_end(config)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000000"]
