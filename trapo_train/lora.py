@@ -128,11 +128,19 @@ def no_adapter(name_or_path: str | None) -> str:
 
 
 def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Keep the frozen weights of linear layers and embeddings in `compute_dtype`, which they are computed with in anyway: in
-    bfloat16 half of their memory, and no cast for every pass and every generated token."""
-    for module in model.modules():
+    """Keep frozen matrices, those of fused experts included, and the biases of linear layers in `compute_dtype`, which they are
+    computed with in anyway: in bfloat16 half of their memory, and no cast for every pass and every generated token. What
+    transformers keeps in float32 stays, such as some routers."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.to(compute_dtype)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            # An expert's bias, which no GEMM takes, is added in its own type.
+            is_matrix = parameter.is_floating_point() and parameter.ndim >= 2 and not name.endswith("bias")
+            if is_matrix and not parameter.requires_grad and not any(part in f"{path}.{name}" for part in kept):
+                parameter.data = parameter.data.to(compute_dtype)
 
 
 def adapted_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -154,7 +154,7 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
 
-    Weights are float32; once a LoRA is added, those of frozen linear layers and embeddings are in the compute type.
+    Weights are float32; once a LoRA is added, frozen matrices are in the compute type.
 
     Args:
         config: where the model comes from and how it runs.

@@ -13,7 +13,8 @@ from tests.trapo_train.test_train import build_config, exported, train_to_end
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
 from trapo_train.lora import LoraConfig, adapted_layers, add_lora, has_lora, hold_frozen, without_lora
-from trapo_train.model import install_policy_head, load_model_and_tokenizer, precision
+from trapo_train.memory_trace import weigh
+from trapo_train.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
 from trapo_train.model_state import export_model
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
@@ -43,6 +44,13 @@ def _perturbed(model):
             if "lora_B" in name:
                 parameter.normal_()
     return model
+
+
+def experts_config(name, has_experts=True):
+    """A tiny model of the architecture, with experts."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "num_local_experts": 2}
+    return AutoConfig.for_model(name, vocab_size=8, **shape, **(experts if has_experts else {}))
 
 
 def test_a_new_adapter_changes_nothing_and_is_all_that_trains():
@@ -160,16 +168,38 @@ def test_bad_settings(settings, message):
         add_lora(make_model(), LoraConfig(**settings))
 
 
+def test_frozen_experts_are_held_in_the_type_of_their_gemms_and_give_the_same_bits():
+    config, outputs = experts_config("qwen3_moe"), {}
+    for keeps in (False, True):
+        for hold in (False, True):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            model._keep_in_fp32_modules_strict = {"mlp.gate.weight"} if keeps else set()
+            add_lora(model, LoraConfig(rank=2))
+            install_policy_head(model, compute_dtype=torch.bfloat16, check_logits=False)
+            if hold:
+                hold_frozen(_perturbed(model), torch.bfloat16)
+            with precision(_perturbed(model)):
+                outputs[hold] = model(input_ids=IDS % 8).logits
+        assert torch.equal(outputs[True], outputs[False])
+        dtypes = {
+            name: parameter.dtype for name, parameter in model.named_parameters() if parameter.ndim >= 2 and "lora_" not in name
+        }
+        float32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        assert any("experts" in name for name in dtypes)
+        assert float32 == ({"model.layers.0.mlp.gate.weight"} if keeps else set())
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        planned = weigh(ModelConfig(name_or_path="none", dtype="bfloat16", lora=LoraConfig(rank=2)), config)
+        assert planned.held_bytes == held or keeps
+
+
 @pytest.mark.parametrize(
     ("name", "without"),
     [("qwen3_moe", "Qwen3MoeExperts, Qwen3MoeTopKRouter"), ("mixtral", "MixtralExperts, MixtralTopKRouter"), ("qwen2", None)],
 )
 def test_all_linear_takes_the_linear_layers_and_tells_what_has_none(name, without):
     """Routers and fused experts are no linear layers."""
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "num_local_experts": 2}
-    config = AutoConfig.for_model(name, vocab_size=8, **shape, **(experts if without else {}))
-    model, told = AutoModelForCausalLM.from_config(config), []
+    model, told = AutoModelForCausalLM.from_config(experts_config(name, has_experts=without is not None)), []
     add_lora(model, LoraConfig(rank=2), told.append)
     adapted = {path.split(".")[-1] for path, _ in adapted_layers(model)}
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
