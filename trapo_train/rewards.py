@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import math
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Real
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -24,6 +21,7 @@ from trapo_train.records import Problem
 from trapo_train.reward_checks import check_is_no_class, takes
 from trapo_train.schema import UserError, check, did_you_mean
 from trapo_train.tasks import pointer_chasing_reward
+from trapo_train.user_code import resolve
 
 ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
 SEARCH_S = 5.0  # most seconds that the row is looked for which a reward raised on: each row asked may be a call of a service
@@ -175,22 +173,14 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
         if name == "math_verify":
             load_library()  # a missing extra shows now, not after the first rollout
         return REWARDS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
+    if ":" not in name:
         raise UserError(
             f"reward must be one of {sorted(REWARDS)} or a path like my_rewards:my_reward, got {name!r}."
             f"{did_you_mean(name, REWARDS)}"
         )
-    working_directory = str(Path.cwd())
-    if working_directory not in sys.path:
-        sys.path.append(working_directory)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"reward {name!r}: importing the module {module_name!r} failed: {error}.") from error
-    reward = getattr(module, attribute, None)
+    reward = resolve("reward", name, "my_rewards:my_reward")
     if not callable(reward):
-        raise UserError(f"reward {name!r}: the module {module_name!r} has no function {attribute!r}.")
+        raise UserError(f"reward {name!r} must name a function, got {type(reward).__name__}.")
     check_is_no_class(name, reward)
     return reward
 

@@ -72,7 +72,10 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.chooser == "":
             raise UserError("chooser must be a path like my_choosers:choose, or null, got an empty text.")
-        extreme_objectives(self)
+        if ":" in self.name:  # a function of the user's own is needed where one trains, not to read the configuration
+            _schedules(self)
+        else:
+            extreme_objectives(self)
 
 
 @dataclass(frozen=True)
@@ -152,16 +155,18 @@ def extreme_objectives(config: ObjectiveConfig) -> list[Objective]:
 
 def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
     preset = _preset(config)
-    with refused(f"{config.name} refuses its options", TypeError, ValueError):
+    with refused(f"objective: {config.name} refuses its options", TypeError, ValueError):
         objective = preset(**config.options | scheduled)
     if not isinstance(objective, Objective):
-        raise UserError(f"name {config.name!r} must return a trapo_kernels.Objective, got {type(objective).__name__}.")
+        raise UserError(f"objective.name {config.name!r} must return a trapo_kernels.Objective, got {type(objective).__name__}.")
     if config.kl is None:
         return objective
     if any(layer.kl is not None for layer in objective.layers):
-        raise UserError(f"kl must be null where the objective has one, got {config.kl} with {config.name} {config.options}.")
+        raise UserError(
+            f"objective.kl must be null where the objective has one, got {config.kl} with {config.name} {config.options}."
+        )
     if not any(layer.rollout is not None for layer in objective.layers):
-        raise UserError(f"kl is of rollout tokens, and {config.name} trains on expert tokens alone. Leave it out.")
+        raise UserError(f"objective.kl is of rollout tokens, and {config.name} trains on expert tokens alone. Leave it out.")
     return _with_kl(objective, config.kl.term())
 
 
@@ -179,11 +184,11 @@ def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:
 def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     preset = objectives.PRESETS.get(config.name)
     if preset is None and ":" in config.name:
-        preset = resolve("name", config.name, "my_objectives:mine")
+        preset = resolve("objective.name", config.name, "my_objectives:mine")
     if not callable(preset):
         near = did_you_mean(config.name, objectives.PRESETS)
         raise UserError(
-            f"name must be one of {', '.join(objectives.PRESETS)} or a path to a function, my_objectives:mine, got "
+            f"objective.name must be one of {', '.join(objectives.PRESETS)} or a path to a function, my_objectives:mine, got "
             f"{config.name!r}.{near}"
         )
     parameters = inspect.signature(preset).parameters
@@ -191,7 +196,7 @@ def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
     for option in config.options:
         if option not in allowed and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
             near = did_you_mean(option, allowed)
-            raise UserError(f"options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
+            raise UserError(f"objective: options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
     return preset
 
 

@@ -72,6 +72,7 @@ class Trainer:
         self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
         self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
         self.reward = load_reward(config.reward)
+        extremes = extreme_objectives(config.objective)  # refuses what no schedule may reach before anything is loaded
         check_objective(config, self.objective)
         check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
@@ -92,7 +93,7 @@ class Trainer:
         check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
         shard_model(self.model, self.world)
         self.reference = None
-        if any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
+        if any("ref_logprob" in objective.reads() for objective in extremes):
             self.reference = self.model  # with LoRA: without its adapters the model is its own reference
             if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
                 self.reference = load_model_and_tokenizer(config.model, **placed)[0].requires_grad_(False).eval()

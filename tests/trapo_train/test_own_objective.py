@@ -6,16 +6,22 @@ from functools import partial
 
 import pytest
 
-from tests.trapo_train.test_train import build_config
+from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import KL, Objective, objectives
+from trapo_train.export import export_checkpoint
+from trapo_train.schema import UserError
 from trapo_train.step import KLConfig, ObjectiveConfig, build_objective, extreme_objectives
 from trapo_train.trainer import Trainer
 
 MODULE = """
+from dataclasses import replace
 from trapo_kernels import objectives
 
 def mine(epsilon=0.1):
     return objectives.ppo(epsilon_low=epsilon, epsilon_high=2 * epsilon)
+
+def sum():
+    return replace(objectives.sft(), plus=objectives.dr_grpo())
 
 def none():
     return 3
@@ -50,6 +56,12 @@ def test_a_kl_joins_an_objective_of_rollouts(name):
     assert KLConfig(0.02).term().clamp == math.inf
 
 
+def test_a_kl_joins_the_rollout_term_of_a_sum_whose_first_has_none(module):
+    objective = build_objective(ObjectiveConfig(f"{module}:sum", kl=KLConfig(0.02)))
+    assert [layer.kl for layer in objective.layers] == [None, KL(0.02)]
+    assert [layer.rollout is None for layer in objective.layers] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -64,11 +76,45 @@ def test_a_kl_joins_an_objective_of_rollouts(name):
             lambda: ObjectiveConfig("dapoo"),
             r"or a path to a function, .*got 'dapoo'\. Did you mean 'dapo'",
         ),
-        (lambda: ObjectiveConfig("odd_objectives:nothing"), "name 'odd_objectives:nothing' must name a function or class"),
-        (lambda: ObjectiveConfig("odd_objectives:none"), r"'odd_objectives:none' must return a trapo_kernels\.Objective, got int"),
-        (lambda: ObjectiveConfig("odd_objectives:mine", {"alpha": 1}), "options of odd_objectives:mine are epsilon, got 'alpha'"),
+        (
+            lambda: ObjectiveConfig("mine:", {"epsilon": {"schedule": "linear", "start": 1}}),
+            "needs end, steps as well",
+        ),
     ],
 )
 def test_what_is_no_objective_is_refused(module, make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            "{name: 'odd_objectives:nothing'}",
+            "^objective.name 'odd_objectives:nothing': the module 'odd_objectives' has no function",
+        ),
+        ("{name: 'odd_objectives:none'}", r"^objective.name 'odd_objectives:none' must return a trapo_kernels\.Objective, got int"),
+        (
+            "{name: 'odd_objectives:mine', options: {alpha: 1}}",
+            "^objective: options of odd_objectives:mine are epsilon, got 'alpha'",
+        ),
+        ("{name: 'odd_objectives:mine', options: {epsilon: -1}}", "^objective: odd_objectives:mine refuses its options: "),
+        ("{name: 'broken_objectives:mine'}", "^invalid literal for int"),
+    ],
+)
+def test_an_own_objective_is_asked_for_where_one_trains_and_not_before(objective, message, module, tmp_path):
+    (tmp_path / "broken_objectives.py").write_text("int('x')\n")
+    config = build_config(tmp_path, "run", "plan.name=grpo", f"objective={objective}")
+    with pytest.raises(ValueError, match=message) as error:
+        Trainer(config)
+    assert isinstance(error.value, UserError) == ("broken" not in objective)  # a bug in it shows its traceback
+
+
+def test_a_run_with_an_own_objective_is_exported_where_its_module_is_not(module, tmp_path, monkeypatch):
+    objective = f"objective.name={module}:mine"
+    train_to_end(build_config(tmp_path, "run", "steps=2", "plan={name: grpo, num_samples: 2}", objective))
+    sys.modules.pop(module)
+    (tmp_path / f"{module}.py").unlink()
+    directory, step, _ = export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    assert step == 2 and (directory / "model.safetensors").is_file()

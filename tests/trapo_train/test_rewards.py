@@ -180,8 +180,11 @@ def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
         ("module:", "got 'module:'"),
         ("overlong", "reward overlong needs options: [{name: overlong"),
         ("no_such_module_here:f", "importing the module 'no_such_module_here' failed"),
-        ("trapo_train.rewards:no_such", "has no function 'no_such'"),
-        ("trapo_train.rewards:MATH_TIME_LIMIT_S", "has no function"),
+        ("trapo_train.rewards:no_such", "has no function or class 'no_such'"),
+        ("trapo_train.rewards:SEARCH_S", "must name a function, got float"),
+        ("trapo_train.rewards:f:g", "reward must be a path like my_rewards:my_reward"),
+        (":f", "reward must be a path like"),
+        (".here:f", "reward must be a path like"),
     ],
 )
 def test_rewards_that_cannot_be_loaded(name, words):

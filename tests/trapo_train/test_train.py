@@ -265,7 +265,7 @@ def test_used_output_dir_is_refused(configure):
         (["objective.name=sft", "plan.name=sft", "rollout.max_response_tokens=2"], "none of the 8 problems has an expert"),
         (["objective.name=exgrpo"], "objective exgrpo compares expert tokens with rollout_logprob"),
         (["plan.name=relift", "objective.name=dr_grpo"], "plan relift has steps on expert traces alone"),
-        (["objective.chooser=no_such:thing"], "objective.chooser 'no_such:thing' must name"),
+        (["objective.chooser=no_such:thing"], "objective.chooser 'no_such:thing': importing the module 'no_such' failed"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatch, overrides, message):
