@@ -211,7 +211,10 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _read(path: str) -> tuple[str, str]:
     """Return the name and the text of a configuration file or packaged recipe."""
     if Path(path).is_file():
-        return path, Path(path).read_text(encoding="utf-8")
+        try:
+            return path, Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: a configuration must be text in UTF-8: {error}. Save it in that encoding.") from error
     recipe = resources.files("trapo_train") / "recipes" / f"{path}.yaml"
     if "/" not in path and recipe.is_file():
         return f"recipe {path}", recipe.read_text(encoding="utf-8")

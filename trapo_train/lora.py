@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from trapo_train.schema import MissingPackage, UserError, check
 
@@ -118,9 +119,11 @@ def _linear_layers(model: PreTrainedModel, tell: Callable[[str], None]) -> list[
     return found
 
 
-def no_adapter(name_or_path: str | None) -> str:
-    """Why a model that comes with an adapter is refused: a run would start from it or replace it, and neither would be seen."""
-    return (
+def check_no_adapter(name_or_path: str | None) -> None:
+    """Raise UserError for a model that comes with an adapter: a run would start from it or replace it, and neither be seen."""
+    if name_or_path is None or find_adapter_config_file(name_or_path) is None:
+        return
+    raise UserError(
         f"model.name_or_path must be a whole model, got a LoRA adapter to one, {name_or_path!r}. Give the model with the adapter "
         "added: `trapo-train export RUN` writes it from a checkpoint, a finished run has it in RUN/model, and an adapter from "
         "elsewhere is added by PEFT's merge_and_unload. With model.lora a new adapter is then trained on top of it."

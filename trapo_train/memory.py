@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trapo_kernels import head_memory
 from trapo_train.cache import ROOM, SMALL
 from trapo_train.config import RunConfig
-from trapo_train.lora import LoraConfig
+from trapo_train.lora import LoraConfig, check_no_adapter
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES
 from trapo_train.preflight import check_places, named
@@ -143,6 +143,7 @@ def load_architecture(config: RunConfig) -> PretrainedConfig:
         tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
         return scratch_config(model.scratch, tokenizer)
     with named(model), refused(f"model.name_or_path={model.name_or_path} cannot be loaded", ValueError, ImportError):
+        check_no_adapter(model.name_or_path)
         return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
 
 

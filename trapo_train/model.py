@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, segment_arguments
 from trapo_train.embedding import embed_in_autocasts_type
 from trapo_train.liger import apply_liger
-from trapo_train.lora import LoraConfig, add_lora, hold_frozen, no_adapter
+from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
 from trapo_train.scratch import ScratchConfig, scratch_config
@@ -165,13 +165,12 @@ def load_model_and_tokenizer(
     Raises: UserError for a model that the packed step would train wrongly, with what to use instead.
     """
     device = torch.device(device)
+    check_no_adapter(config.name_or_path)
     tokenizer = load_tokenizer(config, task_tokenizer)
     trust = {"trust_remote_code": config.trust_remote_code}
     if config.scratch is not None:
         architecture = scratch_config(config.scratch, tokenizer)
     else:
-        if find_adapter_config_file(config.name_or_path) is not None:
-            raise UserError(no_adapter(config.name_or_path))
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
             architecture = AutoConfig.from_pretrained(config.name_or_path, **trust)
     implementation = choose_attention(
@@ -182,7 +181,7 @@ def load_model_and_tokenizer(
     if config.scratch is not None:
         model = AutoModelForCausalLM.from_config(architecture, **common)
     else:
-        with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
+        with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trapo_kernels import Objective
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
-from trapo_train.lora import no_adapter
+from trapo_train.lora import check_no_adapter
 from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.problems import RESERVED_COLUMNS, ProblemSet
@@ -140,8 +140,8 @@ _MODEL_FILES, _TOKENIZER_FILES = ("config.json",), ("tokenizer_config.json", "to
 def check_places(config: ModelConfig) -> None:
     """Raise UserError for a directory that does not hold what it should, or LoRA's adapter in place of a model; a name on the hub,
     at most owner/name, passes."""
-    if config.name_or_path is not None and (Path(config.name_or_path) / "adapter_config.json").is_file():
-        raise UserError(no_adapter(config.name_or_path))
+    if config.name_or_path is not None and Path(config.name_or_path).is_dir():
+        check_no_adapter(config.name_or_path)
     places = (("name_or_path", config.name_or_path, _MODEL_FILES), ("tokenizer", config.tokenizer, _TOKENIZER_FILES))
     for key, place, files in places:
         is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")) or Path(place).is_dir())

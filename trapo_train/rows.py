@@ -241,7 +241,7 @@ def _rendered(
     if variables:
         _check_variables(variables, template, where)
     if tools is not None:
-        if "tools" not in _variables(template):
+        if "tools" not in _variables(template, where):
             raise UserError(
                 f"{where}: the tokenizer's chat template must read the tools of the column tools, it does not. Set model.tokenizer "
                 "to one that does, or remove the column."
@@ -266,10 +266,7 @@ def _turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _check_variables(given: Iterable[str], template: str, where: str) -> None:
-    try:
-        read = _variables(template)
-    except TemplateSyntaxError as error:
-        raise UserError(f"{where}: the chat template cannot be read: {error}. Set model.tokenizer to another.") from error
+    read = _variables(template, where)
     unread = [name for name in given if name not in read]
     if unread:
         raise UserError(
@@ -291,8 +288,15 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("unused"), [], [], body).set_lineno(line)
 
 
+def _variables(template: str, where: str) -> frozenset[str]:
+    try:
+        return _read_variables(template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where}: the chat template cannot be read: {error}. Set model.tokenizer to another.") from error
+
+
 @lru_cache
-def _variables(template: str) -> frozenset[str]:
+def _read_variables(template: str) -> frozenset[str]:
     """The variables that a chat template reads and does not set first, without those that transformers gives to every template."""
     environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     found = meta.find_undeclared_variables(environment.parse(template))

@@ -35,6 +35,8 @@ def test_a_template_is_read_as_transformers_reads_it(load, tokenizer):
     assert problem.prompt.endswith("noyes")
     tokenizer.chat_template = "{% if %}"
     with pytest.raises(ValueError, match="row 0: the chat template cannot be read"):
+        load([ROWS[0] | {"tools": [{"name": "f"}]}], as_chat=True)
+    with pytest.raises(ValueError, match="row 0: the chat template cannot be read"):
         load(ROWS[:1], as_chat=True, chat_template_kwargs={"think": "no"})
     tokenizer.chat_template = {"one": TURNS, "other": TURNS}
     with pytest.raises(UserError, match="row 0: the tokenizer has several chat templates and none by default"):

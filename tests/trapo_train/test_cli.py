@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.trapo_train.test_step import make_model
 from trapo_train import cli, dry_run, rows, train
 from trapo_train.display import read_metrics
 from trapo_train.step import OptimizerConfig
+from trapo_train.tasks import build_tokenizer
 
 TINY = """
 output_dir: {output}
@@ -116,6 +118,15 @@ def test_plot_and_compare(finished_run, tmp_path, capsys):
 DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
 
 
+def truncated_model(directory):
+    """A model whose download broke off."""
+    make_model().save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return directory
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -139,6 +150,7 @@ DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
         (["run", "CONFIG", "objective.options={alpha: much}"], "objective: trapo refuses its options: "),
         (["run", "CONFIG", "updates.correction={name: tis, options: {cap: -1}}"], "updates.correction: tis refuses its options: "),
         (["run", "CONFIG", "model.scratch=null", "model.name_or_path=UNKNOWN"], "cannot be loaded: "),
+        (["run", "CONFIG", "model.scratch=null", "model.name_or_path=TRUNCATED"], "cannot be loaded: "),
         (["run", "CONFIG", "eval_data={path: nowhere.jsonl}"], "there is no file 'nowhere.jsonl'"),
         (["run", "CONFIG", "reward=math_verify"], "pip install 'trapo[math]'"),
     ],
@@ -149,6 +161,8 @@ def test_what_the_user_can_correct_is_one_line_and_exit_code_2(arguments, words,
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "config.json").write_text('{"model_type": "no_such_type"}')
     places = {"CONFIG": config, "EMPTY": str(tmp_path / "empty"), "UNKNOWN": str(tmp_path / "unknown"), "DOWN": DOWN}
+    if "model.name_or_path=TRUNCATED" in arguments:
+        places["TRUNCATED"] = str(truncated_model(tmp_path / "truncated"))
     for word, place in places.items():
         arguments = [argument.replace(word, place) for argument in arguments]
     assert cli.main(arguments) == 2

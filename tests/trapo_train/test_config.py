@@ -205,3 +205,9 @@ def test_epochs_in_place_of_steps_are_passes_over_the_problems(tmp_path):
     for overrides in (["epochs=2"], ["steps=null"], ["steps=null", "epochs=0"]):
         with pytest.raises(ConfigError, match=r"or epochs in its place, got (both|neither)|epochs must be a finite"):
             build_config(tmp_path, "run", *overrides)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("output_dir: r\u00e9s\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml: a configuration must be text in UTF-8: .* byte 0xe9 .* Save it in that"):
+        load_config(tmp_path / "latin.yaml")

@@ -10,9 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
+from trapo_train import memory
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
 from trapo_train.lora import LoraConfig, adapted_layers, add_lora, has_lora, hold_frozen, without_lora
+from trapo_train.memory import load_architecture
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
 from trapo_train.model_state import export_model
@@ -234,7 +236,7 @@ def test_dropout_is_refused_where_two_passes_must_agree(configure, updates):
     assert configure("run", "model.lora={dropout: 0.1}").model.lora.dropout == 0.1
 
 
-def test_a_model_that_comes_with_an_adapter_is_refused(configure, tmp_path):
+def test_a_model_that_comes_with_an_adapter_is_refused(configure, tmp_path, monkeypatch):
     """It would be trained with the adapter inside, or with another one in its place, and neither would show."""
     from peft import get_peft_model
 
@@ -242,15 +244,17 @@ def test_a_model_that_comes_with_an_adapter_is_refused(configure, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    build_tokenizer().save_pretrained(tmp_path / "adapter")
     message = (
         "must be a whole model, got a LoRA adapter to one, .*adapter'. Give the model with the adapter added: `trapo-train export"
     )
     config = configure("run", "model.scratch=null", f"model.name_or_path={tmp_path / 'adapter'}")
     with pytest.raises(ValueError, match=message):
         Trainer(config)
-    with pytest.raises(ValueError, match=message):  # as for a name on the hub, of which no file can be looked at before
-        load_model_and_tokenizer(config.model)
+    for load in (lambda: load_model_and_tokenizer(config.model), lambda: load_architecture(config)):
+        # As for a name on the hub, of which no file is looked at before; it need not have a tokenizer.
+        monkeypatch.setattr(memory, "check_places", lambda config: None)
+        with pytest.raises(ValueError, match=message):
+            load()
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
