@@ -6,9 +6,10 @@
 
 A chooser is asked before every step, those of plan relift on deferred problems left out, with the number of steps taken and the
 metrics of the last step (empty before the first), and answers "both", "expert", "rollout", or the name of a preset, which is used
-with its own defaults. A step without a rollout term takes the expert traces of its problems instead of what the plan would sample.
-An answer that the run cannot train, such as a preset with a KL where no reference was loaded, and an exception of the chooser stop
-the run with a `ChooserError`: before anything is sampled, and with a checkpoint.
+with its own defaults, and with objective.kl where it is one of rollouts that has no KL. A step without a rollout term takes the
+expert traces of its problems instead of what the plan would sample. An answer that the run cannot train, such as a preset with a KL
+where no reference was loaded, and an exception of the chooser stop the run with a `ChooserError`: before anything is sampled, and
+with a checkpoint.
 
 A chooser must draw its decision from these and its own state alone, so that a run can be resumed. One with state has
 `state_dict()` and `load_state_dict(state)`, of tensors and plain values, which go into the checkpoint.
@@ -20,8 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from trapo_kernels import Objective, objectives
+from trapo_kernels import KL, Objective, objectives
 from trapo_train.schema import UserError
+from trapo_train.step import with_kl
 from trapo_train.user_code import resolve
 
 Chooser = Callable[[int, Mapping[str, Any]], str]
@@ -48,8 +50,9 @@ def load_chooser(path: str) -> Chooser:
     return chooser
 
 
-def apply_choice(choice: str, objective: Objective) -> Objective:
-    """The objective of a step: `objective` itself, its terms of one role, or a preset.
+def apply_choice(choice: str, objective: Objective, kl: KL | None = None) -> Objective:
+    """The objective of a step: `objective` itself, its terms of one role, or a preset, with `kl` (objective.kl) on its rollouts
+    unless it has a KL of its own.
 
     An entropy bonus stays, on the tokens of the step's samples; a KL goes with the rollout term.
 
@@ -59,7 +62,9 @@ def apply_choice(choice: str, objective: Objective) -> Objective:
         return objective
     named = isinstance(choice, str)
     if named and choice in objectives.PRESETS:
-        return objectives.PRESETS[choice]()
+        preset = objectives.PRESETS[choice]()
+        lacks = any(layer.rollout is not None for layer in preset.layers) and all(layer.kl is None for layer in preset.layers)
+        return with_kl(preset, kl) if kl is not None and lacks else preset
     if not named or choice not in CHOICES:
         raise UserError(
             f"objective.chooser must answer one of {', '.join(CHOICES)} or a preset ({', '.join(objectives.PRESETS)}), "

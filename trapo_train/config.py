@@ -129,7 +129,8 @@ class RunConfig:
         """With the steps that epochs come to for this many training problems."""
         if self.epochs is None:
             return self
-        return replace(self, steps=math.ceil(self.epochs * num_problems / self.prompts_per_step), epochs=None)
+        steps = self.epochs * num_problems / self.prompts_per_step
+        return replace(self, steps=max(1, math.ceil(round(steps, 9))), epochs=None)  # 1.1 · 10 is 11.000000000000002
 
     def _check_keep_best(self) -> None:
         saved, evaluated = self.checkpoint.every, self.evaluation.every

@@ -167,14 +167,14 @@ def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
         )
     if not any(layer.rollout is not None for layer in objective.layers):
         raise UserError(f"objective.kl is of rollout tokens, and {config.name} trains on expert tokens alone. Leave it out.")
-    return _with_kl(objective, config.kl.term())
+    return with_kl(objective, config.kl.term())
 
 
-def _with_kl(objective: Objective, kl: KL) -> Objective:
-    """With the KL beside the first rollout term."""
+def with_kl(objective: Objective, kl: KL) -> Objective:
+    """With the KL beside the first rollout term, which there must be."""
     if objective.rollout is not None:
         return replace(objective, kl=kl)
-    return replace(objective, plus=_with_kl(objective.plus, kl))
+    return replace(objective, plus=with_kl(objective.plus, kl))
 
 
 def _schedules(config: ObjectiveConfig) -> dict[str, Schedule]:

@@ -238,9 +238,13 @@ class Trainer:
             positions = self.order.next(self.config.prompts_per_step)
             if self.chooser is not None:
                 choice = self._agreed()
-        objective = apply_choice(choice, self.objective)
+        objective = self._chosen(choice)
         alone = choice != "both" and objective.rollout is None
         return positions, PlanConfig("sft") if alone else self.config.plan, objective
+
+    def _chosen(self, choice: str) -> Objective:
+        kl = self.config.objective.kl
+        return apply_choice(choice, self.objective, None if kl is None else kl.term())
 
     def _agreed(self) -> str:
         """The first rank's answer, on every rank: each sees other times and has random states of its own."""
@@ -254,7 +258,7 @@ class Trainer:
     def _asked(self) -> str:
         try:
             choice = self.chooser(self.step, self.last_metrics)
-            check_choice(apply_choice(choice, self.objective), self.config, has_reference=self.reference is not None)
+            check_choice(self._chosen(choice), self.config, has_reference=self.reference is not None)
         except Exception as error:  # a chooser is the user's code: whatever it raises must not lose the run
             name = self.config.objective.chooser
             raise ChooserError(f"objective.chooser {name!r} failed at step {self.step}: {error!r}") from error

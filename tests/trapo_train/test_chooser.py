@@ -1,9 +1,13 @@
 """The step chooser: which objective an answer means, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
+from tests.trapo_train.test_train import build_config
 from trapo_kernels import KL, Objective, objectives
 from trapo_train.chooser import apply_choice, load_chooser
+from trapo_train.trainer import Trainer
 
 
 class Alternate:
@@ -18,6 +22,10 @@ class HalfState(Alternate):
 
 def by_reward(step, metrics):
     return "rollout" if metrics.get("reward/mean", 0.0) > 0.5 else "expert"
+
+
+def dapo(step, metrics):
+    return "dapo"
 
 
 not_callable = 3
@@ -52,6 +60,16 @@ def test_every_layer_is_looked_at():
 
 def test_a_preset_by_name():
     assert apply_choice("dft", objectives.trapo()) == objectives.dft()
+
+
+def test_a_preset_has_the_configured_kl_where_it_has_rollouts(tmp_path):
+    kl = KL(0.1)
+    assert apply_choice("dapo", objectives.trapo(), kl) == replace(objectives.dapo(), kl=kl)
+    assert apply_choice("sft", objectives.trapo(), kl) == objectives.sft()
+    assert apply_choice("uft", objectives.trapo(), kl) == objectives.uft()
+    chosen = f"objective={{name: dr_grpo, kl: {{beta: 0.1}}, chooser: '{__name__}:dapo'}}"
+    metrics = Trainer(build_config(tmp_path, "run", "plan={name: grpo, num_samples: 2}", chosen)).train_step()
+    assert metrics["rollout/kl_ref"] == pytest.approx(0)
 
 
 def test_choosers_are_functions_or_classes():

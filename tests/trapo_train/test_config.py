@@ -199,6 +199,8 @@ def test_epochs_in_place_of_steps_are_passes_over_the_problems(tmp_path):
     trainer = Trainer(config)  # on 8 problems
     assert (trainer.config.steps, trainer.config.epochs) == (3, None) and trainer.scheduler is not None
     assert dry_config(config, "d").steps == 1
+    for epochs, steps in ((1.1, 11), (1.11, 12), (0.7, 7), (1e-12, 1)):
+        assert replace(config, epochs=epochs, prompts_per_step=1).for_problems(10).steps == steps
     assert config.for_problems(20).steps == 6 and trainer.config.for_problems(20).steps == 3
     summary = train_to_end(config)
     assert summary.steps == 3 and load_config(tmp_path / "run" / "config.yaml").steps == 3
