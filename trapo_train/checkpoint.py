@@ -173,11 +173,11 @@ class CheckpointStore:
                 "make the directory writable, then resume with checkpoint.resume=true, which evaluates that step again."
             ) from error
 
-    def load(self, fingerprint: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+    def load(self, fingerprint: Mapping[str, Any], about_data: str = "") -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint, on the CPU; None where there is none. Every rank calls it.
 
         Raises: CheckpointError for a damaged checkpoint, with the newest intact one before it, and for one of a run that
-            differs from `fingerprint`, with the differences.
+            differs from `fingerprint`, with the differences, and `about_data` where "data" is one.
         """
         steps = self.steps()
         if not steps:
@@ -193,9 +193,10 @@ class CheckpointStore:
         saved = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["fingerprint"]
         differences = compare_fingerprints(saved, json.loads(json.dumps(fingerprint)))
         if differences:
+            cause = f" {about_data}" if about_data and any(sentence.startswith("data ") for sentence in differences) else ""
             raise CheckpointError(
                 f"checkpoint: {path} belongs to a different run: {'; '.join(differences)}. "
-                "Set these back to resume it, or start a new run in another output_dir."
+                f"Set these back to resume it, or start a new run in another output_dir.{cause}"
             )
         return steps[-1], torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
 

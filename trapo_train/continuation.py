@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch.optim import Optimizer
@@ -10,6 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from trapo_train.checkpoint import compare_fingerprints
 from trapo_train.config import RunConfig, to_yaml
+from trapo_train.data import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Sections that change nothing of what is trained.
 _FREE_SECTIONS = ("output_dir", "checkpoint", "evaluation", "eval_data", "parallel", "tracking")
@@ -44,6 +48,20 @@ def what_changed(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     """A sentence on the settings that a continuation has changed, or None."""
     differences = compare_fingerprints(saved, current)
     return f"{'; '.join(differences)}: from here on not bitwise the run that it continues" if differences else None
+
+
+def about_dates(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """Why the prompts may be others on another day, and what to do: empty where the chat template asks for no date."""
+    template = str(tokenizer.chat_template or "")
+    if "strftime_now" not in template or "date_string" in config.chat_template_kwargs:
+        return ""
+    remedy = (
+        "set data.chat_template_kwargs={date_string: <a day>}" if "date_string" in template else "set model.tokenizer to another"
+    )
+    return (
+        "If the data is the same, its prompts have another date: the chat template writes that of the day (strftime_now), so that "
+        f"this run can be resumed on the day alone on which it started. For a new run, {remedy}."
+    )
 
 
 def set_learning_rate(optimizer: Optimizer, scheduler: LambdaLR, peak: float) -> None:

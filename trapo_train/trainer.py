@@ -21,7 +21,7 @@ from trapo_train.advice import advice
 from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
-from trapo_train.continuation import set_learning_rate, split_settings, what_changed
+from trapo_train.continuation import about_dates, set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
@@ -316,7 +316,7 @@ class Trainer:
 
     def resume(self, store: CheckpointStore) -> bool:
         """Take over the newest checkpoint of `store`, to continue exactly where it was saved; False where there is none."""
-        found = store.load(self.fingerprint)
+        found = store.load(self.fingerprint, about_dates(self.tokenizer, self.config.data))
         if found is None:
             return False
         step, state = found

@@ -17,10 +17,12 @@ from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, row
 from trapo_train import train
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.chooser import ChooserError
-from trapo_train.continuation import set_learning_rate
+from trapo_train.continuation import about_dates, set_learning_rate
+from trapo_train.data import DataConfig
 from trapo_train.display import read_metrics
 from trapo_train.dropout import switch_off_dropout
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
 
 
@@ -186,3 +188,30 @@ def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(
 def test_two_ranks_make_a_dry_run(tmp_path):
     _torchrun(2, tmp_path, "--dry-run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_chat_template_that_writes_the_date_is_named_where_another_day_keeps_a_run_from_going_on(configure, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "ab?a1:", "solution": "b", "expert": "#b$"}\n')
+    data = f"data={{path: {tmp_path / 'train.jsonl'}, as_chat: true}}"
+    overrides = (data, f"model.tokenizer={tmp_path / 'tokenizer'}", "reward=exact_match", "prompts_per_step=1", "plan.name=sft")
+    tokenizer = build_tokenizer()
+
+    def on(day, read=""):
+        tokenizer.chat_template = read + day + "{{ messages[0].content }}"
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        return tokenizer
+
+    on("a")
+    train_to_end(configure("run", *overrides, "objective.name=sft", "steps=2"))
+    again = configure("run", *overrides, "objective.name=sft", "steps=4", "checkpoint.resume=true")
+    for read, words in (
+        ("", r"output_dir\.$"),
+        ("{% if false %}{{ strftime_now('%d') }}{% endif %}", r"its prompts have another date"),
+    ):
+        on("b", read)
+        with pytest.raises(CheckpointError, match=rf"data was '\w+', is '\w+'.* {words}"):
+            train_to_end(again)
+    dated = DataConfig(path="x", chat_template_kwargs={"date_string": "26 Jul 2024"})
+    llama = on("a", "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}")
+    assert about_dates(llama, DataConfig(path="x")).endswith("set data.chat_template_kwargs={date_string: <a day>}.")
+    assert about_dates(llama, dated) == ""
