@@ -252,7 +252,7 @@ def test_bad_settings(settings, message):
 def _overrides(server):
     return (
         "rollout.engine=vllm_server",
-        f"rollout.vllm_server={{base_url: '{server.url}', model: {MODEL}, max_retries: 1, timeout_s: 20}}",
+        f"rollout.vllm_server={{base_url: '{server.url}', model: {MODEL}, max_retries: 1, timeout_s: 20, seed_requests: true}}",
         "reward='tests.trapo_train.test_updates:coin'",
         "objective={name: dapo}",
         "plan.name=grpo",
