@@ -38,8 +38,12 @@ def table(groups: list[list[Row]]) -> str:
         bold = "**" if name.startswith("ours") else ""
         lines.append(f"| {bold}{name}{bold} | {' | '.join(cells)} |")
     lines += ["", *summary.in_short(mine), *_left_out(mine, names, everywhere)]
-    env = mine[-1][-1]["environment"]
-    lines += ["", f"{env['device']}, torch {env['versions']['torch']}, revision {env['revision']}: `{env['command']}`"]
+    env = mine[0][0]["environment"]
+    commands: dict[str, dict[str, None]] = {}  # by revision; a later run measures what one before has left
+    for run in (row["environment"] for group in mine for row in group):
+        commands.setdefault(run["revision"], {})[f"`{run['command']}`"] = None
+    measured = "; ".join(f"revision {revision}: {', then '.join(runs)}" for revision, runs in commands.items())
+    lines += ["", f"{env['device']}, torch {env['versions']['torch']}, {measured}"]
     return "\n".join(lines)
 
 

@@ -98,6 +98,12 @@ def test_the_readme_table_has_no_holes():
         readme.table([])
 
 
+def test_the_readme_names_every_command_that_measured_its_table():
+    later = [group(trapo(2048), RATIOS, PEAKS, environment=ENVIRONMENT | {"command": "python -m benchmarks --budget 3"})]
+    said = readme.table([GROUPS[0], *later]).splitlines()[-1]
+    assert said.endswith(f"revision {ENVIRONMENT['revision']}: `{ENVIRONMENT['command']}`, then `python -m benchmarks --budget 3`")
+
+
 def test_a_step_is_compared_with_the_body_and_the_longest_context_says_where_it_ended():
     step = group(Case("step", "trapo", 512, 896, 32768, "float32", measure="step"), {"body alone": 1.0, NATIVE: 1.4})
     assert "× body alone" in tables.of_case(step)[0]

@@ -127,8 +127,8 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
             )
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return
-    weighted = (batch.weight != 0) & batch.active
-    in_kl = (batch.weight_of_kl != 0) & batch.active
+    active = batch.active
+    weighted, in_kl = active & (batch.weight != 0), active & (batch.weight_of_kl != 0)
     _warn_of_an_idle_loss(where, batch.role[weighted | in_kl], objective)
     for layer in objective.layers:
         for code, term in ((Role.ROLLOUT, layer.rollout), (Role.EXPERT, layer.expert)):

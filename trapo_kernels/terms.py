@@ -32,7 +32,7 @@ class Streams:
     · the KL's weight on rollout tokens, `grad_entropy` = -entropy_coef · entropy weight.
     """
 
-    role: Tensor  # uint8, IGNORED on rows that cannot contribute
+    role: Tensor  # uint8, IGNORED on rows that cannot contribute, but for silent ones that an op must score without knowing them
     anchor: Tensor
     signal: Tensor
     advantage: Tensor
@@ -197,7 +197,7 @@ def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, 
             ratio_max[f"{name}/ratio_max"] = torch.cat([torch.where(trained, of_term["ratio"], 0), d.new_zeros(1)]).max().float()
         if name == "rollout" and objective.kl is not None:
             in_kl = mine & (batch.weight_of_kl != 0)
-            d_ref = torch.where(in_kl, logprob - s.ref_logprob, 0.0)
+            d_ref = logprob - s.ref_logprob
             estimates = {"kl_ref": objective.kl.value(d_ref, d), "kl_ref_k1": d_ref, "kl_ref_k3": k3(d_ref)}
             means.over("rollout/kl_count", in_kl, {f"rollout/{what}": x for what, x in estimates.items()})
     return means.reduced() | ratio_max

@@ -252,7 +252,7 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
         found = reward.take_metrics()
     except RewardError:  # of one of several
         raise
-    except Exception as error:  # the user's code
+    except Exception as error:  # the user's code may raise anything
         raise RewardError(f"Reward {_name(reward)} raised in take_metrics: {error!r}.") from error
     numbers = isinstance(found, Mapping) and all(
         isinstance(name, str) and (isinstance(value, Real) or getattr(value, "ndim", None) == 0) for name, value in found.items()

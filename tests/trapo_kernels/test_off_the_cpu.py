@@ -128,6 +128,14 @@ def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):
     assert back.active_rows.tolist() == list(range(6)) and back.silent_rows.tolist() == []
 
 
+def test_a_pinned_batch_moves_without_a_wait(gpu):
+    b = cases.batch(N, V, torch.float32)
+    there = b.pin_memory().to(DEVICE)
+    assert gpu.waits == [] and len(there.active_rows) == len(b.active_rows) and len(there.silent_rows) == len(b.silent_rows)
+    b.to(DEVICE)
+    assert gpu.waits  # out of pageable memory
+
+
 def test_loss_of_given_logprobs(gpu):
     b = cases.batch(N, V, torch.float32)
     logprob = (-6 * torch.rand(N)).requires_grad_()

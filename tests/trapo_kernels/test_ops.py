@@ -128,14 +128,15 @@ def test_a_temperature_tensor_that_changes_compiles_once():
     ("op", "frozen", "gemms"), [("policy", False, 3), ("policy", True, 2), ("logprob", False, 4), ("logprob", True, 3)]
 )
 def test_flop_are_counted(op, frozen, gemms):
-    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
     weight.requires_grad_(not frozen)
+    assert bias.requires_grad  # and takes no GEMM
     b = cases.batch(6, 20, torch.float32)
     with FlopCounterMode(display=False) as counter:
         if op == "policy":
-            linear_policy_loss(hidden, weight, b, objectives.trapo()).loss.backward()
+            linear_policy_loss(hidden, weight, b, objectives.trapo(), bias=bias).loss.backward()
         else:
-            linear_logprob(hidden, weight, b.target).logprob.sum().backward()
+            linear_logprob(hidden, weight, b.target, bias=bias).logprob.sum().backward()
     assert counter.get_total_flops() == gemms * 2 * 6 * 5 * 20
 
 
