@@ -63,7 +63,7 @@ def test_rows_have_the_same_bits_under_every_interleaving(library, cluster):
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_through_a_softcap(library, temperature):
     cuda_checks.check_softcap(HostGpu(library), temperature)
 

@@ -119,7 +119,7 @@ def _check_unequal_chunks(rank, world_size):
     ("world_size", "scale", "dtype", "backend"),
     [
         (2, 40.0, torch.float64, "torch"),
-        (3, 1.0, torch.float32, "native"),
+        pytest.param(3, 1.0, torch.float32, "native", marks=pytest.mark.slow),
         pytest.param(2, 1.0, torch.bfloat16, "native", marks=pytest.mark.slow),
         pytest.param(1, 1.0, torch.float64, "torch", marks=pytest.mark.slow),
         pytest.param(4, 1.0, torch.float64, "torch", marks=pytest.mark.slow),
