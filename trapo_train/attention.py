@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby, takewhile
 from typing import Any
 
@@ -90,6 +91,18 @@ def check_attention(model: PreTrainedModel) -> None:
             f"model.attention=sdpa_packed, varlen and flex cannot cap attention logits, {name} caps them at "
             f"{config.attn_logit_softcapping}. Use model.attention=flash_attention_2 with model.dtype=bfloat16."
         )
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, attention is transformers' own in plain PyTorch, which runs on every device and in every type: FlashAttention would
+    refuse weights that are still in float32 or in host memory."""
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -50,8 +50,7 @@ class MemoryPlan:
     longest: int
     """The longer of those two, tokens."""
     loading_bytes: int
-    """Held while the weights are loaded: the whole model in float32, of which a rank keeps its shard afterwards; a reference model
-    is loaded when that is done."""
+    """Host memory that each rank takes while it loads: the whole model in float32, from which its GPU gets its shard."""
 
     def total(self, phase: str) -> int:
         """Bytes held in a phase."""
@@ -103,10 +102,8 @@ def plan_memory(
         "weights": weights.held_bytes // shards,
         "optimizer state": state // shards,
     }
-    loading = 4 * weights.total
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
         always["reference model, float32"] = 4 * weights.total // shards
-        loading += always["weights"]
     rollout, sequences, generated = _most_generated(config, architecture, weights, gpus, lengths, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
@@ -120,7 +117,7 @@ def plan_memory(
         held = {phase: size for phase, size in sizes.items() if size}
         if held:
             components[name] = components.get(name, {}) | held
-    return MemoryPlan(components, gpus, context, tokens, sequences, generated, max(lengths), loading)
+    return MemoryPlan(components, gpus, context, tokens, sequences, generated, max(lengths), 4 * weights.total)
 
 
 def _lengths(config: RunConfig, architecture: PretrainedConfig, context: int | None) -> list[int]:

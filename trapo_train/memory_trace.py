@@ -94,7 +94,7 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
         text.layer_types = (text.layer_types + text.layer_types[-1:] * layers)[:layers]
     with unset_fake_temporarily(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shallow, dtype=dtype, attn_implementation=PACKED_IMPLEMENTATION)
-        prepare(model, replace(config, liger=False), check_logits=False)
+        prepare(model, replace(config, liger=False), device=model.device, check_logits=False)
     fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for module in model.modules():
         for held in (module._parameters, module._buffers):

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
-from trapo_train.attention import check_attention, choose_attention, segment_arguments
+from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.embedding import embed_in_autocasts_type
 from trapo_train.liger import apply_liger
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
@@ -152,14 +152,15 @@ def load_model_and_tokenizer(
     device: torch.device | str = "cpu",
     tell: Callable[[str], None] = logger.info,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model on `device`, its output head replaced by a `PolicyHead`, and its tokenizer.
+    """Load the model into host memory, its output head replaced by a `PolicyHead`, and its tokenizer.
 
-    Weights are float32; once a LoRA is added, frozen matrices are in the compute type.
+    Weights are float32; once a LoRA is added, frozen matrices are in the compute type. `parallel.place_model` moves them.
 
     Args:
         config: where the model comes from and how it runs.
         task_tokenizer: the tokenizer of a generated task, used by a model from scratch.
         seed: of the random weights: those of a model from scratch, and LoRA's adapters.
+        device: where the model will run, which decides what `auto` chooses.
         tell: what `auto` chose is told to it.
 
     Raises: UserError for a model that the packed step would train wrongly, with what to use instead.
@@ -185,30 +186,35 @@ def load_model_and_tokenizer(
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
-    model.to(device)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
-    prepare(model, config, tell=tell)
+    prepare(model, config, device=device, tell=tell)
     return model, tokenizer
 
 
 def prepare(
-    model: PreTrainedModel, config: ModelConfig, *, check_logits: bool = True, tell: Callable[[str], None] = logger.info
+    model: PreTrainedModel,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    check_logits: bool = True,
+    tell: Callable[[str], None] = logger.info,
 ) -> None:
-    """Make a model of transformers ready for the packed step: kernels, policy head, adapters, checkpointing as configured.
+    """Make a model of transformers ready for the packed step: policy head, kernels, adapters, checkpointing as configured.
 
     Args:
+        device: where the model will run.
         check_logits: compare the head's logits with the model's, which runs the model.
         tell: what `auto` chose is told to it.
 
     Raises: UserError for a model that the packed step would train wrongly.
     """
     check_attention(model)
-    apply_liger(model, config.liger, model.device, tell)
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
+    apply_liger(model, config.liger, device, tell)
     if config.lora is not None:
         add_lora(model, config.lora, tell)
         hold_frozen(model, DTYPES[config.dtype])
@@ -252,8 +258,9 @@ def _check_logits(model: PreTrainedModel, head: PolicyHead) -> None:
     training = model.training
     model.eval()
     token_ids = torch.tensor([[0, 1]], device=head.weight.device)
-    logits = model(input_ids=token_ids, use_cache=False).logits.float()
-    expected = head(model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state).float()
+    with plain_attention(model):
+        logits = model(input_ids=token_ids, use_cache=False).logits.float()
+        expected = head(model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state).float()
     model.train(training)
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)

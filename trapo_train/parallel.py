@@ -144,8 +144,9 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
     return out
 
 
-def shard_model(model: PreTrainedModel, world: World) -> None:
-    """Shard the parameters over the ranks: each decoder layer is a unit, so is a head that is not the embedding, and the rest.
+def place_model(model: PreTrainedModel, world: World) -> None:
+    """Move a model from host memory to this rank's device; of several ranks, each unit to its shards, so that no GPU ever holds
+    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest.
 
     Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
     inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
@@ -155,6 +156,7 @@ def shard_model(model: PreTrainedModel, world: World) -> None:
     Raises: UserError for a vocabulary-parallel head that is the embedding, too.
     """
     if world.size == 1:
+        model.to(world.device)
         return
     head = policy_head(model)
     if world.vocab_parallel_head and _is_tied(model):

@@ -31,7 +31,7 @@ from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
-from trapo_train.parallel import World, reshard, shard_model
+from trapo_train.parallel import World, place_model, reshard
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, named
 from trapo_train.problems import ProblemSet
@@ -91,13 +91,13 @@ class Trainer:
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
         check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
         check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
-        shard_model(self.model, self.world)
+        place_model(self.model, self.world)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extremes):
             self.reference = self.model  # with LoRA: without its adapters the model is its own reference
             if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
                 self.reference = load_model_and_tokenizer(config.model, **placed)[0].requires_grad_(False).eval()
-                shard_model(self.reference, self.world)
+                place_model(self.reference, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._engine_seed(0))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -264,6 +265,20 @@ def test_a_constant_that_logits_are_multiplied_by_is_part_of_the_temperature(con
     torch.testing.assert_close(score(model, micro_batch, temperature=0.8), expected, rtol=1e-5, atol=1e-5)
     out = policy_forward(model, micro_batch, objectives.dr_grpo(), temperature=0.8)
     torch.testing.assert_close(out.logprob, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_in_16_bits_only_does_not_see_the_float32_weights_of_loading():
+    """As FlashAttention, which refuses a query in float32; passes of the trainer are under autocast."""
+
+    def refuse(module, query, *arguments, **options):
+        raise RuntimeError(f"FlashAttention only support fp16 and bf16 data type, got {query.dtype}")
+
+    AttentionInterface.register("sixteen_bits", refuse)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), attn_implementation="sixteen_bits")
+    install_policy_head(model, compute_dtype=torch.bfloat16)
+    assert model.config._attn_implementation == "sixteen_bits"
+    with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
+        model(input_ids=torch.tensor([[0, 1]]))
 
 
 def test_logits_that_are_no_multiple_of_the_heads_are_refused(monkeypatch):

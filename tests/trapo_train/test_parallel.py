@@ -24,7 +24,7 @@ from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import PackingConfig, pack
-from trapo_train.parallel import ParallelConfig, World, gathered, interleave, shard_model
+from trapo_train.parallel import ParallelConfig, World, gathered, interleave, place_model
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, optimizer_step
 from trapo_train.vocab_parallel import join_micro_batches
 
@@ -38,7 +38,7 @@ def _new(world, tied):
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.double()
     model.get_output_embeddings().compute_dtype = torch.float64
-    shard_model(model, world)
+    place_model(model, world)
     optimizer = build_optimizer(model, SETTINGS)
     return model, optimizer, build_scheduler(optimizer, SETTINGS, steps=4)
 
@@ -187,7 +187,7 @@ def test_a_tied_head_is_not_sharded_over_the_vocabulary():
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     world.size, world.vocab_parallel_head = 2, True
     with pytest.raises(ValueError, match="vocab_parallel_head needs an output head of its own"):
-        shard_model(model, world)
+        place_model(model, world)
 
 
 def _torchrun(size, directory, *overrides, wait=True):
