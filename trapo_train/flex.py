@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from trapo_train.schema import UserError
 from trapo_train.upload import upload
+from trapo_train.varlen import computed_in
 
 BLOCK = 128  # tokens; flex_attention's default
 _MASKS_KEPT = 4  # of the current row: one per window that its layers have, on their device
@@ -81,6 +82,8 @@ def flex_forward(
             f"packed attention: flex has no dropout, {type(module).__name__} asks for {dropout}. Use model.attention=sdpa_packed."
         )
     mask = packed_block_mask(segment_lengths, sliding_window, query.device)
+    dtype = computed_in(query)  # autocast does not know flex_attention; norms of query and key may have left them in fp32
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     attend = _compiled() if query.device.type == "cuda" else flex_attention  # uncompiled it builds all scores, for tests
     out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     return out.transpose(1, 2)

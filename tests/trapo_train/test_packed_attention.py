@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, modeling_flash_atten
 from transformers.utils import is_flash_attn_2_available
 
 from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
-from trapo_train import varlen
+from trapo_train import flex, varlen
 from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, segment_arguments
 from trapo_train.model import enable_gradient_checkpointing
 
@@ -129,14 +129,21 @@ def test_varlen_is_told_the_boundaries_and_windows(name, checkpointing, monkeypa
         assert_close(actual, wanted, 1e-12)
 
 
-def test_varlen_computes_in_autocasts_type_whatever_the_norms_leave(monkeypatch):
+@pytest.mark.parametrize("implementation", [VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION])
+def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementation, monkeypatch):
     seen = []
-    monkeypatch.setattr(varlen, "varlen_attn", lambda *tensors, **options: seen.append(tensors[0].dtype) or tensors[0])
-    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation=VARLEN_IMPLEMENTATION)
+
+    def attend(*tensors, **options):
+        seen.append({tensor.dtype for tensor in tensors[:3]})
+        return tensors[0]
+
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    monkeypatch.setattr(flex, "flex_attention", attend)
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation=implementation)
     packed = segment_arguments(model, [5, 4], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         model.model(input_ids=torch.arange(9)[None], use_cache=False, **packed)
-    assert seen == [torch.bfloat16] * 2
+    assert seen == [{torch.bfloat16}] * 2
 
 
 @pytest.mark.gpu
