@@ -39,7 +39,10 @@ FIRST = ("ops", "equality", "linear_policy_loss", "linear_logprob", "accuracy", 
 NATIVE = TESTS / "test_native_gpu.py"
 AT_ONCE = 16  # processes; compiling kernels keeps a core busy each
 # Files and tests that say nothing of a GPU.
-ON_THE_CPU = ("native_on_host", "native_cuda", "off_the_cpu", "memory", "native", "cpu_gemm", "checks", "corrections", "dispatch")
+ON_THE_CPU = (
+    *("native_on_host", "native_cuda", "off_the_cpu", "gpu_tests"),
+    *("memory", "native", "cpu_gemm", "checks", "corrections", "dispatch"),
+)
 MATCH = "not sharded_equals_whole"
 DOCTOR_SECONDS = 60.0
 RESTARTS = 8  # of a file whose tests take their process along, before the rest of it is given up

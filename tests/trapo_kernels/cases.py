@@ -1,6 +1,7 @@
 """Inputs and an independent eager formula per preset, shared by the kernel tests."""
 
 import math
+import os
 from dataclasses import fields
 
 import torch
@@ -8,7 +9,8 @@ import torch
 from trapo_kernels import Role, TokenBatch
 from trapo_kernels.backends import native
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRETENDED = os.environ.get("TRAPO_TEST_ON") == "a pretended GPU"  # its device is meta, see conftest.py
+DEVICE = "meta" if PRETENDED else "cuda" if torch.cuda.is_available() else "cpu"
 CHUNKED = ["torch", "triton", *([] if native.why_not(DEVICE) else ["native"])]
 COMPILED = CHUNKED[1:]
 
@@ -29,8 +31,8 @@ def head(num_rows, hidden_size, vocab_size, dtype=torch.float64, scale=1.0, seed
     return draw(num_rows, hidden_size, factor=scale), draw(vocab_size, hidden_size, factor=hidden_size**-0.5), draw(vocab_size)
 
 
-def batch(num_rows, vocab_size, dtype=torch.float64, roles=(0, 1, 2), seed=1, with_ref=True, **changes):
-    """A TokenBatch of mixed roles, advantages of both signs, off-policy anchors and its own entropy weights."""
+def batch(num_rows, vocab_size, dtype=torch.float64, roles=(0, 1, 2), seed=1, with_ref=True, device=None, **changes):
+    """A TokenBatch of mixed roles, advantages of both signs, off-policy anchors and its own entropy weights; on DEVICE."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw():
@@ -47,7 +49,7 @@ def batch(num_rows, vocab_size, dtype=torch.float64, roles=(0, 1, 2), seed=1, wi
         "rollout_logprob": (-6 * draw()).to(dtype),
         "sequence_id": 7 * torch.randint(max(1, num_rows // 7), (num_rows,), generator=generator) - 3,
     } | changes
-    return TokenBatch(**{k: v if v is None else v.to(DEVICE) for k, v in streams.items()})
+    return TokenBatch(**{k: v if v is None else v.to(DEVICE if device is None else device) for k, v in streams.items()})
 
 
 def eager_statistics(hidden, weight, target, bias=None, temperature=1.0, softcap=None, grad_dtype=None):

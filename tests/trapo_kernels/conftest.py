@@ -4,7 +4,15 @@ import shutil
 
 import pytest
 
-from tests.trapo_kernels import host_gpu
+from tests import pretended_gpu
+from tests.trapo_kernels import cases, host_gpu
+
+
+@pytest.fixture(autouse=cases.PRETENDED)
+def a_pretended_gpu(monkeypatch):
+    """What every test runs on where TRAPO_TEST_ON asks for it (see test_gpu_tests.py)."""
+    with pretended_gpu.pretend(monkeypatch) as gpu:
+        yield gpu
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,10 @@ def check_rows(kernels, vocab_size, dtype, grad_dtype, aligned, plain):
     exact = given.double().nan_to_num(0.0)
     truth, grad_truth = rows_torch.policy(exact, scored, _exact(t), streams[1], objective, True, torch.float64)
 
-    statistics = kernels.statistics(_copy(given), scored, t, True)
+    read = _copy(given)
+    statistics = kernels.statistics(read, scored, t, True)
+    assert not kernels.statistics_overwrite(given)  # so that nobody copies them first
+    torch.testing.assert_close(read, given, rtol=0, atol=0, equal_nan=True)
     known = RowStatistics(*(part.float() for part in truth))
     slope = terms.coefficients(truth.logprob, streams[1], objective).float()
     gradient = kernels.logprob_gradient(_copy(given), scored, t, known, slope, streams[0].grad_entropy, grad_dtype)

@@ -9,6 +9,7 @@ import torch
 from tests.trapo_kernels import cases, cuda_checks, host_gpu
 from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from tests.trapo_kernels.host_gpu import HostGpu
+from trapo_kernels.backends import rows_torch, sweep
 from trapo_kernels.backends.logits import LogitTransform
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="the kernels run on the GPU itself: test_native_gpu.py")
@@ -76,6 +77,15 @@ def test_a_nan_logit_makes_its_row_nan_and_no_other(library, cluster):
     logprob, entropy, *_, grad = cuda_checks.policy_bits(gpu, 9001, given)
     for result in (logprob, entropy, grad.sum(-1)):
         assert result.isnan().tolist() == [False, False, False, True, False]
+
+
+def test_logits_at_hand_are_not_copied_for_their_statistics(library, monkeypatch):
+    given, target = 4 * torch.randn(5, 700).bfloat16(), torch.arange(5)
+    expected = sweep.score_logits(rows_torch, given.float(), target, LogitTransform(), True)
+    monkeypatch.setattr(sweep, "_own_copy", lambda *arguments: pytest.fail("copied"))
+    ours = sweep.score_logits(HostGpu(library), given, target, LogitTransform(), True)
+    for part, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(part, wanted)
 
 
 def test_a_row_of_more_columns_than_32_bits_count_is_refused(library):

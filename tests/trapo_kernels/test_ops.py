@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trapo_kernels import cases

@@ -42,7 +42,7 @@ def _batch_with_a_third_scored(dtype=torch.float32):
         weight=torch.where(row < 8, 0.1, 0.0).to(dtype),
         entropy_weight=None,
         scored_rows=row[8:16],
-    ).with_active_rows(row[:8])
+    ).with_active_rows(row[:8], silent_rows=row[:0])
 
 
 @pytest.mark.parametrize("name", ["trapo", "gmpo"])  # one pass, two passes
@@ -62,7 +62,7 @@ def test_scored_rows_skip_the_backward_alone(backend, name, rows_through):
     torch.testing.assert_close(out.logprob[:16], scored.logprob)
     torch.testing.assert_close(out.entropy[:16], scored.entropy)
     assert not out.logprob[16:].any()
-    unscored = replace(b, scored_rows=None).with_active_rows(b.active_rows)
+    unscored = replace(b, scored_rows=None).with_active_rows(b.active_rows, silent_rows=b.scored_rows)
     without = linear_policy_loss(poisoned, weight, unscored, objectives.PRESETS[name](entropy_coef=0.1), backend=backend)
     assert torch.equal(out.loss, without.loss)
     for ours, expected in zip(grads, cases.gradients(without.loss, (poisoned, weight)), strict=True):

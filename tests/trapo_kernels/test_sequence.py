@@ -222,7 +222,7 @@ def test_a_reduction_of_imitation_reads_no_advantage():
 def test_a_mask_in_the_weights_leaves_the_pooled_ratio_alone(backend):
     """IcePop beside GSPO: the ratio is of the whole response, the mask is on the loss; a weight that vanishes has no jump at 0."""
     hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
-    b = _sequence_batch(torch.float32, old_logprob=torch.rand(30) - 4.5)
+    b = _sequence_batch(torch.float32, device="cpu", old_logprob=torch.rand(30) - 4.5)
     kept = torch.arange(30) % 3 != 0
     out = []
     for rest in (0.0, 1e-12):
@@ -249,7 +249,7 @@ POOLING = [name for name in REDUCED if objectives.PRESETS[name]().rollout]
 def test_the_logprobs_of_a_pass_are_the_old_ones_of_the_next_in_silent_tokens_too(name, backend, known, monkeypatch):
     """Without a change of parameters every ratio is 1, whatever a mask took out; `known`: as where a GPU was told the rows."""
     hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
-    b = _sequence_batch(torch.float32)
+    b = _sequence_batch(torch.float32, device="cpu")
     b = replace(b, weight=torch.where(torch.arange(30) % 3 == 0, 0.0, b.weight), old_logprob=None).to(cases.DEVICE)
     if not known:
         monkeypatch.setattr(checks, "may_look", lambda x: False)
@@ -266,7 +266,7 @@ def test_the_logprobs_of_a_pass_are_the_old_ones_of_the_next_in_silent_tokens_to
 
 
 def test_what_a_pooled_ratio_reads_must_be_finite_in_silent_tokens_too():
-    b = _sequence_batch(torch.float32, old_logprob=torch.full((30,), -4.0))
+    b = _sequence_batch(torch.float32, device="cpu", old_logprob=torch.full((30,), -4.0))
     b = replace(b, weight=torch.where(torch.arange(30) == 7, 0.0, b.weight))
     b.old_logprob[7] = torch.nan
     logprob = torch.full((30,), -4.0)
@@ -279,7 +279,7 @@ def test_what_a_pooled_ratio_reads_must_be_finite_in_silent_tokens_too():
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_scored_rows_beside_silent_ones(backend, on_policy):
     hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
-    b = _sequence_batch(torch.float32, old_logprob=None if on_policy else torch.full((30,), -4.0))
+    b = _sequence_batch(torch.float32, device="cpu", old_logprob=None if on_policy else torch.full((30,), -4.0))
     role = torch.where(torch.arange(30) < 2, 0, b.role).to(torch.uint8)
     silent = torch.where(torch.arange(30) < 5, 0.0, b.weight)
     b = replace(b, role=role, weight=silent, entropy_weight=None, scored_rows=torch.tensor([1, 3])).to(cases.DEVICE)

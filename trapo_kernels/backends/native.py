@@ -15,7 +15,6 @@ from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, split_temperature
 from trapo_kernels.objective import Objective
 
-STATISTICS_OVERWRITE = True  # whether `statistics` destroys the logits
 _LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 _REASON = Path(__file__).parents[1] / "_native_build.txt"
 _OPS = torch.ops.trapo_native
@@ -66,8 +65,13 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
     _OPS.gemm(a, b, out, beta)
 
 
+def statistics_overwrite(logits: Tensor) -> bool:
+    """Whether `statistics` destroys these logits: on a CPU, which keeps what it has computed of them there."""
+    return not _on_gpu(logits)
+
+
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
-    """logprob, entropy, row_max and log_sum of every row; destroys `logits`."""
+    """logprob, entropy, row_max and log_sum of every row; destroys `logits` where `statistics_overwrite` says so."""
     logits = _operand(logits)
     stats = RowStatistics(*_OPS.row_statistics(logits, target.contiguous(), *_transform(transform)))
     return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.entropy))

@@ -16,7 +16,9 @@ from trapo_kernels.roles import IGNORE_INDEX, Role
 _FLOOR = -1e30  # stands for -inf after the row maximum is subtracted: exp is exactly 0, and 0 · _FLOOR is 0 instead of NaN
 
 
-STATISTICS_OVERWRITE = True  # whether `statistics` destroys the logits
+def statistics_overwrite(logits: Tensor) -> bool:
+    """Whether `statistics` destroys these logits."""
+    return True
 
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:

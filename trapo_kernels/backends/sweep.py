@@ -194,7 +194,7 @@ def _streams_of_rows(streams: terms.Streams, index: Tensor | slice) -> terms.Str
 def _sharded_statistics(
     rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, shard: VocabShard, keep_logits: bool
 ) -> RowStatistics:
-    logits = logits.clone() if keep_logits and rows.STATISTICS_OVERWRITE else logits
+    logits = logits.clone() if keep_logits and rows.statistics_overwrite(logits) else logits
     local = rows.statistics(logits, target_for_statistics(target), transform, True)
     return shard.combine(local, target)
 
@@ -331,7 +331,7 @@ def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: Lo
     dtype = statistics_dtype(logits)
     out = _empty_statistics(logits.shape[0], dtype, logits.device)
     for index in _logit_chunks(logits):
-        readable = not rows.STATISTICS_OVERWRITE and logits.stride(1) == 1
+        readable = not rows.statistics_overwrite(logits) and logits.stride(1) == 1
         chunk = logits[index] if readable else _own_copy(logits[index], dtype)
         _put(out, index, rows.statistics(chunk, target[index], transform.rows(index), with_entropy))
     return out

@@ -46,6 +46,11 @@ def row_statistics_kernel(
     tl.store(log_sum_ptr + row, log_sum)
 
 
+def statistics_overwrite(logits: Tensor) -> bool:
+    """Whether `statistics` destroys these logits."""
+    return False
+
+
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row of logits [C, V]; zeros where target is -100."""
     out = RowStatistics(*row_outputs(4, logits))

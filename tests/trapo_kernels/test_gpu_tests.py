@@ -1,0 +1,34 @@
+"""What `make gpu-test` runs puts its tensors on one device: seen without a GPU, on a pretended one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trapo_kernels import cases
+
+FILES = ("batch", "linear_logprob", "linear_policy_loss", "lora", "presets", "row_selection", "sequence", "traps")
+OTHER_DEVICE = "Expected all tensors to be on the same device"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="the files run on this GPU themselves")
+def test_the_tests_of_a_gpu_keep_to_it():
+    """Only a stray device counts: kernels, compilers and addresses of memory are not pretended."""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    command += ["-k", "not triton and not native and not compil and not sharded"]
+    run = subprocess.run(
+        [*command, *(str(folder / f"test_{name}.py") for name in FILES)],
+        cwd=folder.parents[1],
+        env=os.environ | {"TRAPO_TEST_ON": "a pretended GPU"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 300, run.stdout[-2000:]
+    assert OTHER_DEVICE not in run.stdout, "\n".join(line for line in run.stdout.splitlines() if line.startswith(("E  ", "FAILED")))
