@@ -113,8 +113,8 @@ BOTH = "its kernel has neither bias nor softcap"
         (["native_fused"], {"softcap": 30.0}, f'{BOTH}, got no bias and softcap 30.0; backend="triton_fused" has both.'),
         (
             ["native_fused"],
-            {"hidden_size": 4097},
-            'its kernel needs a hidden size that is a multiple of 8, got 4097; backend="triton_fused" takes any.',
+            {"hidden_size": 4100},
+            'its kernel needs a hidden size that is a multiple of 8, got 4100; backend="triton_fused" takes any.',
         ),
     ],
 )

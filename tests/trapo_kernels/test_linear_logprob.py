@@ -5,8 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, objectives, terms
-from trapo_kernels.backends import cpu_gemm, gemm, native, triton_ops
+from trapo_kernels import linear_logprob, objectives, terms, token_logprob
+from trapo_kernels.backends import cpu_gemm, gemm, native, sweep, triton_ops
 from trapo_kernels.backends.logits import LogitTransform
 
 
@@ -101,6 +101,10 @@ def test_no_rows_and_only_ignored_rows_still_run_backward(backend):
         out = linear_logprob(hidden, weight, torch.full((num_rows,), -100, device=cases.DEVICE), backend=backend)
         grad_hidden, grad_weight = cases.gradients(out.logprob.sum(), (hidden, weight))
         assert grad_hidden.shape == hidden.shape and (grad_weight == 0).all()
+        logits = torch.randn(num_rows, 20, device=cases.DEVICE, requires_grad=True)
+        out = token_logprob(logits, torch.full((num_rows,), -100, device=cases.DEVICE), with_entropy=True, backend=backend)
+        (grad,) = cases.gradients(out.logprob.sum() + out.entropy.sum(), (logits,))
+        assert grad.shape == logits.shape and not grad.any()
 
 
 @pytest.mark.parametrize("backend", cases.CHUNKED)
@@ -139,6 +143,16 @@ def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_o
         narrow = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu", operands=torch.bfloat16)
         assert rows <= narrow <= max(rows, hidden_size // 2), (num_rows, hidden_size)  # beside the rounding of dWeight
     assert gemm.chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
+    of_either = [gemm.chunk_rows(512, 896, 151936, "cpu", operands=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert of_either == [176, 256]  # an eighth of eager's, and half of dWeight
+
+
+@pytest.mark.parametrize("vocab_size", [16, 37, 50257])
+def test_every_row_of_a_chunk_is_aligned_as_the_first(vocab_size):
+    """Or an odd vocabulary would be loaded number by number."""
+    hidden, weight, _ = (x.detach() for x in cases.head(2, 4, vocab_size, torch.float32))
+    buffer = gemm.HeadGemm(gemm.Head(hidden, weight), torch.float32).buffer(3)
+    assert buffer.shape == (3, vocab_size) and buffer.stride() == (-(-vocab_size // 16) * 16, 1)
 
 
 @pytest.mark.parametrize("vocab_size", [40, 32000, 50257, 128256, 151936, 152064, 201088, 256000, 262208])
@@ -160,16 +174,28 @@ def test_chunks_are_as_few_as_they_can_be_and_even(num_rows, size):
     assert all(start % (128 if size % 128 == 0 else 1) == 0 for start, _ in bounds)
 
 
-def test_many_chunks_equal_one(monkeypatch):
-    hidden, weight, _ = cases.head(700, 5, 40)
-    target = torch.randint(40, (700,), device=cases.DEVICE)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_many_chunks_equal_one(dtype, tolerance, monkeypatch):
+    inputs = cases.head(700, 5, 40, dtype)
+    target, upstream = torch.randint(40, (700,), device=cases.DEVICE), torch.randn(700, device=cases.DEVICE)
     results = []
     for rows in (700, 128):
         monkeypatch.setattr("trapo_kernels.backends.sweep.chunk_rows", lambda *_, rows=rows, **__: rows)
-        out = linear_logprob(hidden, weight, target, backend="torch")
-        results.append([out.logprob, *cases.gradients(out.logprob.sum(), (hidden, weight))])
+        out = linear_logprob(*inputs[:2], target, bias=inputs[2], backend="torch")
+        results.append([out.logprob, *cases.gradients((upstream * out.logprob).sum(), inputs)])
     for one, many in zip(*results, strict=True):
-        assert cases.error(many, one) < 1e-12
+        assert cases.error(many, one) <= tolerance * one.abs().max()
+
+
+def test_chunks_are_those_of_what_the_gemms_take(monkeypatch):
+    """Half of dWeight where that is 16 bits, an eighth where it is fp32."""
+    hidden, weight, _ = (x.detach() for x in cases.head(9, 6, 40, torch.bfloat16))
+    target, asked = torch.zeros(9, dtype=torch.int64, device=cases.DEVICE), []
+    monkeypatch.setattr(sweep, "chunk_rows", lambda *given: asked.append(given[-1]) or gemm.chunk_rows(*given))
+    for units in ("", native.BF16_UNITS):
+        monkeypatch.setattr(native, "BF16_UNITS", units)
+        linear_logprob(hidden, weight, target, backend="torch")
+        assert asked.pop() == gemm.operand_dtype(torch.bfloat16, cases.DEVICE)
 
 
 def test_logits_dtype_rounds_logits_as_a_low_precision_sampler_does():
@@ -179,6 +205,16 @@ def test_logits_dtype_rounds_logits_as_a_low_precision_sampler_does():
     for backend in ("reference", *cases.CHUNKED):
         out = linear_logprob(hidden, weight, target, logits_dtype=torch.bfloat16, backend=backend)
         torch.testing.assert_close(out.logprob, rounded, rtol=0, atol=1e-5)
+    master = cases.head(9, 16, 60, torch.float32)[1]
+    hidden = cases.head(9, 16, 60, torch.bfloat16, 10.0)[0]
+    truth, *ours = (
+        cases.gradients(
+            linear_logprob(hidden, master, target, logits_dtype=torch.bfloat16, backend=backend).logprob.sum(), (master,)
+        )
+        for backend in ("reference", *cases.CHUNKED)
+    )
+    for (grad,) in ours:  # of the logits that were rounded, which backward computes again
+        assert (grad - truth[0]).norm() <= 0.01 * truth[0].norm()
 
 
 def test_activation_checkpointing_and_retained_graphs_give_the_same_gradient():

@@ -37,6 +37,13 @@ def test_values_are_those_of_the_rounded_weight_and_its_gradient_is_not_rounded(
     assert not torch.equal(grad_master, grad_rounded.float())  # there were digits to lose
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_scoring_rounds_the_weight_as_well(dtype):
+    hidden, master = cases.head(19, 6, 40, dtype)[0], cases.head(19, 6, 40, torch.float32)[1]
+    logprob, expected = (_logprob(hidden, weight, "triton_fused")[0] for weight in (master, master.detach().to(dtype)))
+    assert torch.equal(logprob, expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
 def test_against_fp64(backend):
     """Rounding the weight moves values by about 2^-9 of their size; the gradient in fp32 adds nothing to that."""

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.memory_plan import allocated_peak
-from trapo_kernels import Role, TokenBatch, head_memory, linear_logprob, linear_policy_loss, objectives
+from tests.trapo_kernels import cases
+from trapo_kernels import Role, TokenBatch, dispatch, head_memory, linear_logprob, linear_policy_loss, objectives, token_logprob
 from trapo_kernels.backends import native
 
 BOTH, SIZES = [True, False], (300, 48, 16001)
@@ -62,6 +63,30 @@ def _compare(backend, dtype, trained, two_phase, sizes, group=None):
     assert (predicted["grad_weight"] > 0) == trained and (predicted["weight"] > 0) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="the group is one of CPU processes")
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_ranks_that_share_a_head_copy_its_logits_only_where_statistics_overwrite_them(one_rank, backend, entropy_coef, monkeypatch):
+    rows, seen = dispatch.rows(backend), []
+    for name in ("statistics", "logprob_gradient"):
+        run = getattr(rows, name)
+        monkeypatch.setattr(rows, name, lambda *given, run=run: seen.append((given[0].data_ptr(), given[5:6])) or run(*given))
+    hidden, weight, _ = cases.head(8, 6, 40, torch.float32)
+    batch, objective = cases.batch(8, 40, torch.float32), objectives.trapo(entropy_coef=entropy_coef)
+    linear_policy_loss(hidden, weight, batch, objective, backend=backend, process_group=one_rank)
+    (first, _), (second, (grad_entropy,)) = seen
+    assert (first != second) == rows.STATISTICS_OVERWRITE
+    assert (grad_entropy is None) == (entropy_coef == 0.0)
+
+
+@pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+def test_logits_at_hand_are_copied_by_the_chunk_and_their_gradient_is_made_in_its_place():
+    logits, target = torch.randn(600, 16001, requires_grad=True), torch.arange(600)
+    assert allocated_peak(lambda: token_logprob(logits.detach(), target)) < 3 * logits.numel()  # of 4 bytes
+    logprob = token_logprob(logits, target).logprob.sum()
+    assert allocated_peak(lambda: torch.autograd.grad(logprob, logits)) == pytest.approx(4 * logits.numel(), rel=0.02)
+
+
 @pytest.mark.parametrize(("rows", "hidden_size"), [(40, 512), (300, 48), (700, 300)])
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -86,10 +111,24 @@ def test_a_narrow_weight_whose_gradient_is_rounded_at_the_end(rows, hidden_size,
     assert sum(predicted.values()) == pytest.approx(allocated_peak(call), rel=0.02)
 
 
+@pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+def test_master_weights_without_instructions_for_16_bits_are_copied(monkeypatch):
+    """Rounded to bf16, then widened again."""
+    monkeypatch.setattr(native, "BF16_UNITS", "")
+    _compare("native", torch.bfloat16, True, False, SIZES)
+
+
+@pytest.mark.skipif(not native.BF16_UNITS, reason="this processor does not multiply bf16")
+def test_operands_of_16_bits_have_larger_chunks():
+    wide, narrow = (head_memory(512, 896, 151936, dtype=dtype, device_type="cpu") for dtype in (torch.float32, torch.bfloat16))
+    assert (wide["logits"], narrow["logits"]) == tuple(4 * rows * 151936 for rows in (176, 256))
+
+
 def test_a_gpu_keeps_its_gemms_in_bf16_and_its_chunk_larger():
     sizes = head_memory(32768, 3584, 152064, weight_dtype=torch.float32)
     assert sizes["logits"] == 4 * 4096 * 152064 and sizes["weight"] == 2 * 152064 * 3584
-    assert head_memory(32768, 3584, 152064)["weight"] == 0
+    assert all(head_memory(32768, 3584, 152064, dtype=dtype)["weight"] == 0 for dtype in (torch.bfloat16, torch.float16))
+    assert head_memory(32768, 3584, 19008, vocab_parallel=True)["logits"] == 4 * 4096 * 19008  # and no copy of them
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,17 @@ def test_logprob(gpu, dtype, frozen):
     assert gpu.waits == []
 
 
+@pytest.mark.parametrize("num_rows", [0, 6])
+def test_a_head_that_no_row_reaches_has_gradients_of_zero(gpu, num_rows, monkeypatch):
+    """Nothing overwrites the room for them then, which on a GPU may hold anything."""
+    hidden, weight, bias = cases.head(num_rows, D, V, torch.float32)
+    there = cases.batch(num_rows, V, torch.float32, weight=torch.zeros(num_rows), entropy_weight=None).to(DEVICE)
+    moved = _moved(hidden, weight, bias)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, float("nan"), **options))
+    loss = linear_policy_loss(*moved[:2], there, objectives.sft(), bias=moved[2], backend="torch").loss
+    assert len(there.active_rows) == 0 and not any(x.values.any() for x in (loss, *torch.autograd.grad(loss, moved)))
+
+
 def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):
     """Six expert tokens, the last three of weight 0 until they are replaced."""
     hidden, weight, _ = cases.head(6, D, V, torch.float32)

@@ -197,6 +197,26 @@ def test_fakes_of_strided_inputs_have_the_strides_of_the_real_outputs():
     torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=("test_faketensor",))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fakes_have_the_dtypes_and_strides_of_the_real_outputs_in_both_directions(dtype):
+    hidden, weight, bias = (x.detach().t().contiguous().t() if x.ndim == 2 else x.detach() for x in cases.head(6, 5, 20, dtype))
+    b, vector = cases.batch(6, 20, torch.float32), torch.rand(6, device=cases.DEVICE)
+    vector = vector.double() if dtype == torch.float64 else vector
+    inputs, mode = (hidden, weight, bias, None, None, b.target), (torch.float32, False, "")
+    needs, logits = [True, True, True, False, False], torch.randn(20, 6, device=cases.DEVICE).to(dtype).t()
+    policy = list(_policy_arguments("torch"))
+    policy[:3], policy[6] = inputs[:3], terms.pack(terms.streams(b, objectives.trapo(), vector.dtype))
+    statistics = [vector] * 4
+    for op, arguments in (
+        (autograd.linear_logprob, (*inputs, None, None, None, 1.0, None, True, *mode, "torch")),
+        (autograd.linear_logprob_backward, (vector, vector, *inputs, None, None, statistics, 1.0, None, *mode, needs, "torch")),
+        (autograd.linear_policy_loss, tuple(policy)),
+        (autograd.token_logprob, (logits, b.target, None, 1.0, None, True, "torch")),
+        (autograd.token_logprob_backward, (vector, vector, logits, b.target, None, statistics, 1.0, None, "torch")),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_faketensor",))
+
+
 def test_triton_launches_where_its_tensors_are(monkeypatch):
     """Triton launches on the current GPU, which need not be that of the tensors: every launch is made in a context that sets it."""
     inside, launched = [], {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import Role, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import Role, dispatch, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import HeadGemm
 
@@ -84,6 +84,17 @@ def test_rows_that_are_only_scored_keep_their_values_where_all_rows_pass_through
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU would have to ask the device which targets are -100")
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_rows_without_a_target_reach_no_gemm_whatever_comes_down_to_them(backend, rows_through):
+    hidden, weight, _ = cases.head(20, 6, 40, torch.float32)
+    target = torch.where(torch.arange(20) % 4 == 0, cases.batch(20, 40).target, -100)
+    for with_entropy in (False, True):
+        out = linear_logprob(hidden, weight, target, with_entropy=with_entropy, backend=backend)
+        cases.gradients(out.logprob.sum() + (out.entropy.sum() if with_entropy else 0.0), (hidden, weight))
+    assert rows_through == {"logits": 4 * 5, "grad_hidden": 2 * 5, "add_grad_factor": 2 * 5}
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU would have to ask the device which gradients are zero")
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_through):
@@ -95,6 +106,25 @@ def test_rows_whose_upstream_gradient_is_zero_skip_the_backward(backend, rows_th
     grad_hidden, _ = cases.gradients(loss, (hidden, weight))
     assert rows_through == {"logits": 24, "grad_hidden": 4, "add_grad_factor": 4}
     assert grad_hidden.abs().sum(1).nonzero().squeeze(1).tolist() == [3, 4, 11, 12]
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_gradient_of_logprobs_alone_takes_the_statistics_that_are_known(backend, monkeypatch):
+    hidden, weight, _ = cases.head(9, 6, 40, torch.float32)
+    out = linear_logprob(hidden, weight, cases.batch(9, 40).target, with_entropy=True, backend=backend)
+    monkeypatch.setattr(dispatch.rows(backend), "policy", None)  # which would find them anew
+    assert all(grad.any() for grad in cases.gradients(out.logprob.sum(), (hidden, weight)))
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_loss_of_which_no_gradient_is_asked_makes_no_gradient_of_logits(backend, rows_through, monkeypatch):
+    hidden, weight, _ = cases.head(24, 6, 40, torch.float32)
+    rows, asked = dispatch.rows(backend), []
+    policy = rows.policy
+    monkeypatch.setattr(rows, "policy", lambda *arguments: asked.append(arguments[-1]) or policy(*arguments))
+    with torch.no_grad():
+        out = linear_policy_loss(hidden, weight, _batch_with_a_third_scored(), objectives.trapo(), backend=backend)
+    assert asked == [None] and out.loss != 0 and rows_through == {"logits": 16, "grad_hidden": 0, "add_grad_factor": 0}
 
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the rows are")

@@ -35,6 +35,7 @@ def test_sums_means_and_ranks_equal_a_loop_over_sequences():
     ranks = sequences.rank(x)[counted]
     assert ranks.tolist() == [2, 0, 0, 0, 1]
     assert sequences.rank(-x)[counted].tolist() == [0, 0, 2, 0, 1]  # behind no token that does not count
+    assert Sequences(labels, counted & (labels != 7)).mean(x).tolist() == [4, 1, 4, 0, 1, 4, 0]  # 7 has no token that counts
     empty = Sequences(labels[:0], counted[:0])
     assert empty.mean(x[:0]).shape == (0,) and empty.rank(x[:0]).shape == (0,)
 
@@ -298,6 +299,9 @@ def test_iw_sft_weighs_a_sequence_by_its_capped_ratio(pool, log_weight):
     torch.testing.assert_close(uncapped, torch.full_like(logprob, -math.exp(log_weight)))
     capped = _slopes(objectives.iw_sft(cap=1.5, pool=pool), logprob, None, b)
     torch.testing.assert_close(capped, torch.full_like(logprob, -1.5))
+    unlikely = torch.full((3,), -11.0, dtype=torch.float64)  # log-ratios of -10
+    small = _slopes(objectives.iw_sft(pool=pool), unlikely, None, b)
+    torch.testing.assert_close(small, torch.full_like(unlikely, -math.exp(log_weight / 0.7 * -10)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", REDUCED)

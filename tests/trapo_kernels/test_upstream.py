@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import autograd, dispatch, linear_policy_loss, objectives
+from trapo_kernels import autograd, dispatch, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.backends import triton_ops
 from trapo_kernels.backends.triton_ops import scale
 
@@ -23,7 +23,7 @@ def test_a_factor_of_one_touches_nothing(num_elements, monkeypatch):
 
 @pytest.mark.parametrize("scaling", [triton_ops.scale_, dispatch.scale_])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("factor", [1.0, 1 / 3, -2.5, 0.0])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, -1.0, 0.0])
 def test_every_element_is_multiplied_in_fp32_and_rounded_once(scaling, dtype, factor, monkeypatch):
     monkeypatch.setattr(scale, "MAX_PROGRAMS", 3)
     grad = torch.randn(5, 3001, device=cases.DEVICE).to(dtype)
@@ -57,3 +57,12 @@ def test_gradients_in_their_dtype_are_handed_out_as_they_are(dtype, monkeypatch)
     loss = linear_policy_loss(hidden, weight, cases.batch(20, 30, torch.float32), objectives.trapo()).loss
     assert all(grad.dtype == dtype for grad in torch.autograd.grad(loss, (hidden, weight)))
     assert handed_out == [True, dtype == torch.float32]
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_a_loss_of_given_logprobs_scales_both_of_its_gradients(backend):
+    inputs = [torch.linspace(low, high, 20, device=cases.DEVICE).requires_grad_() for low, high in ((-6, -1), (1, 3))]
+    loss = policy_loss(*inputs, cases.batch(20, 30, torch.float32), objectives.trapo(entropy_coef=0.1), backend=backend).loss
+    for grad, scaled in zip(cases.gradients(loss, inputs), cases.gradients(-3.0 * loss, inputs), strict=True):
+        assert grad.any()
+        torch.testing.assert_close(scaled, -3.0 * grad)

@@ -38,6 +38,7 @@ def test_the_last_digits_of_a_weighted_sum_are_no_difference(normalise):
     group = [sample(0.1 + 0.2), sample(0.3)]  # 0.30000000000000004 and 0.3
     assert group[0].reward != group[1].reward
     assert advantages(group, normalise=normalise) == [0.0, 0.0]
+    assert advantages([sample(1.0 + 2**-20), sample(1.0)], normalise=normalise)[0] > 0  # which is one
 
 
 def test_unguided_baseline():
@@ -126,6 +127,10 @@ def test_reinforce_pp_with_a_baseline_whitens_what_the_group_mean_leaves():
     values = step_advantages(grouped([0.0, 1.0], [4.0, 6.0]), normalise="batch")
     deviation = stdev([-0.5, 0.5, -1.0, 1.0])
     assert values == pytest.approx([-0.5 / deviation, 0.5 / deviation, -1.0 / deviation, 1.0 / deviation])
+
+
+def test_a_step_of_rewards_that_differ_in_their_last_digits_is_whitened_to_exactly_zero():
+    assert step_advantages(grouped([0.1 + 0.2], [0.3]), center="none", normalise="batch") == [0.0, 0.0]
 
 
 def test_without_centre_the_advantage_is_the_reward():

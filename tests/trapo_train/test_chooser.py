@@ -20,6 +20,11 @@ class HalfState(Alternate):
         return {}
 
 
+class OtherHalf(Alternate):
+    def load_state_dict(self, state):
+        """Of a state that nothing would save."""
+
+
 def by_reward(step, metrics):
     return "rollout" if metrics.get("reward/mean", 0.0) > 0.5 else "expert"
 
@@ -86,6 +91,7 @@ def test_choosers_are_functions_or_classes():
         (f"{__name__}:missing", "has no function or class 'missing'"),
         (f"{__name__}:not_callable", "must be callable .* got int"),
         (f"{__name__}:HalfState", "both state_dict and load_state_dict"),
+        (f"{__name__}:OtherHalf", "both state_dict and load_state_dict"),
     ],
 )
 def test_bad_paths_are_refused(path, message):

@@ -72,6 +72,9 @@ def test_top_k_and_top_p_cut_the_tail():
     assert torch.bincount(draw_token(logprob, uniform, top_k=2, top_p=1.0), minlength=4).tolist() == [0, 572, 428, 0]
     assert torch.bincount(draw_token(logprob, uniform, top_k=0, top_p=0.6), minlength=4).tolist() == [0, 572, 428, 0]
     assert set(draw_token(logprob, uniform, top_k=1, top_p=1.0).tolist()) == {1}
+    assert set(draw_token(logprob, uniform, top_k=2, top_p=0.5).tolist()) == {1}  # 4/7 of what top_k leaves
+    equal = torch.zeros(1000, 4).log_softmax(-1)  # two of which are exactly half
+    assert len(set(draw_token(equal, uniform, top_k=0, top_p=0.5).tolist())) == 2
 
 
 def test_not_a_number_stays_in_range():

@@ -15,9 +15,9 @@ OPTIONS = [
     "steps=2",
     "plan={name: uft, num_samples: 3, guidance: 0.5}",
     "objective={name: uft, options: {beta: 0.1}}",
-    "updates={mini_batches: 2}",
+    "updates={mini_batches: 2, correction: {name: tis}}",
 ]
-COMPARED = ("loss", "grad_norm", "reward/mean", "entropy/rollout", "response_tokens")
+COMPARED = ("loss", "grad_norm", "reward/mean", "entropy/rollout", "response_tokens", "correction/mean")
 
 
 @pytest.fixture

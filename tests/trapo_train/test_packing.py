@@ -9,9 +9,9 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from trapo_kernels import Objective, Role, objectives
+from trapo_kernels import KL, Objective, Role, objectives
 from trapo_kernels.batch import AGGREGATIONS
-from trapo_train.packing import PackingConfig, pack
+from trapo_train.packing import PackingConfig, check_prompt_training, pack
 from trapo_train.records import Problem, Sample
 
 MAX_RESPONSE = 16
@@ -112,6 +112,18 @@ def test_zero_advantage_keeps_its_entropy_bonus():
     torch.testing.assert_close(batch.entropy_weight, torch.full((4,), 1 / MAX_RESPONSE))
 
 
+def test_zero_advantage_keeps_its_kl():
+    for objective in (objectives.grpo(beta=0.1), Objective(expert=objectives.sft().expert, plus=objectives.grpo(beta=0.1))):
+        batch = one([make_sample(completion=4, advantage=0.0)], objective).batch
+        torch.testing.assert_close(batch.weight, torch.full((4,), 1 / MAX_RESPONSE))
+
+
+def test_a_bonus_of_a_second_layer_has_its_weights():
+    added = Objective(expert=objectives.sft().expert, plus=objectives.dr_grpo(entropy_coef=0.1))
+    batch = one([make_sample(prefix=2, completion=3, advantage=0.0)], added).batch
+    torch.testing.assert_close(batch.entropy_weight, torch.full((5,), 1 / MAX_RESPONSE))
+
+
 def test_prefix_without_trsft_is_in_neither_loss():
     sample = make_sample(prefix=3, completion=2, advantage=1.0, weight=0.0)
     assert one([sample], objectives.trapo(entropy_coef=0.0)).batch.role.tolist() == [Role.ROLLOUT] * 2
@@ -132,7 +144,8 @@ def test_a_role_without_a_term_enters_no_loss_and_no_denominator():
 
 def test_demonstration_with_zero_advantage_is_silent_under_luffy_only():
     sample = make_sample(prefix=5, completion=0, advantage=0.0)
-    assert one([sample], objectives.luffy()).batch.weight.tolist() == [0.0]
+    for objective in (objectives.luffy(), replace(objectives.luffy(), kl=KL(0.1))):  # which is of rollouts
+        assert one([sample], objective).batch.weight.tolist() == [0.0]
     assert len(one([sample], objectives.trapo()).batch) == 5
 
 
@@ -180,6 +193,7 @@ def test_every_rank_gets_a_micro_batch():
 def test_bad_samples_are_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"one of problem 7 has 13 \(prompt 3, response 10\).*max_tokens to at least 13"):
         one([make_sample(7, completion=10)], objectives.trapo(), max_tokens=12)
+    assert one([make_sample(7, completion=9)], objectives.trapo(), max_tokens=12).segment_lengths == (11,)
     with pytest.raises(ValueError, match="problem 4 has 0"):
         one([make_sample(4, prompt=0)], objectives.trapo())
 
@@ -236,9 +250,18 @@ def test_sequences_and_prompts_without_a_trained_token_enter_no_denominator(aggr
         assert torch.equal(among.weight.sort().values, alone.weight.sort().values)
     bonus = objectives.dr_grpo(entropy_coef=0.1)  # which is of all response tokens
     batch = one(rollouts + traces, bonus, aggregation).batch
-    assert len(batch) == 18 and (batch.entropy_weight > 0).all()
+    assert len(batch) == 18
     if aggregation in ("sequence_mean", "prompt_mean", "token_mean"):
-        assert float(batch.entropy_weight.sum()) == pytest.approx(1.0) == float(batch.weight.sum())
+        assert float(batch.weight.sum()) == pytest.approx(1.0)
+    every = torch.ones(4)
+    weight = {  # of a token of each sequence: 5 and 2 + 2 tokens of one problem, 6 and 3 of two more
+        "constant": every / (4 * MAX_RESPONSE),
+        "length": every / MAX_RESPONSE,
+        "sequence_mean": 1 / (4 * torch.tensor([5.0, 4.0, 6.0, 3.0])),
+        "sequence_sum": every / 4,
+        "prompt_mean": 1 / (3 * torch.tensor([9.0, 9.0, 6.0, 3.0])),
+    }.get(aggregation, every / 18)
+    torch.testing.assert_close(batch.entropy_weight, weight[batch.sequence_id])
 
 
 def test_a_second_layer_trains_its_roles_too():
@@ -253,18 +276,28 @@ def test_a_second_layer_trains_its_roles_too():
 
 def test_expert_tokens_without_the_logprobs_that_an_objective_needs_are_refused():
     with pytest.raises(ValueError, match="objective exgrpo compares expert tokens with rollout_logprob.*such as luffy"):
-        one([make_sample(prefix=3)], objectives.exgrpo())
+        one([make_sample(), make_sample(prefix=3)], objectives.exgrpo())
+    with pytest.raises(ValueError, match="compares expert tokens with rollout_logprob"):
+        one([make_sample(prefix=3)], Objective(expert=objectives.sft().expert, plus=objectives.exgrpo()))
     assert len(one([make_sample()], objectives.exgrpo()).batch) == 4
 
 
 def test_train_on_prompt_scores_every_token_but_the_first():
-    sample = make_sample(prompt=3, prefix=4, completion=0)
+    sample = make_sample(prompt=3, prefix=4, completion=0, weight=0.5)
     config = PackingConfig(aggregation="token_mean", train_on_prompt=True)
     (micro_batch,) = pack([sample], config, objectives.sft(), max_response_tokens=MAX_RESPONSE)
     tokens = [*sample.problem.prompt_ids, *sample.prefix_ids]
     expert = micro_batch.batch.role == Role.EXPERT
     assert micro_batch.loss_positions[expert].tolist() == list(range(6))
     assert micro_batch.batch.target[expert].tolist() == tokens[1:]
+    torch.testing.assert_close(micro_batch.batch.weight[expert], torch.full((6,), 0.5 / 6))
+
+
+def test_prompts_are_not_trained_beside_a_layer_that_weighs_by_advantages():
+    both = Objective(expert=objectives.sft().expert, plus=Objective(expert=objectives.luffy().expert))
+    with pytest.raises(ValueError, match="weighs expert tokens by the advantage"):
+        check_prompt_training(PackingConfig(train_on_prompt=True), both)
+    check_prompt_training(PackingConfig(), both)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

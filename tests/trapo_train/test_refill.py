@@ -62,6 +62,7 @@ def make_sample(index=0, reward=0.0, prefix=0, completion=3, **fields):
         (True, objectives.luffy(), {"prefix": 3, "completion": 0, "advantage": -0.5}),
         (True, objectives.srft(), {"prefix": 3}),  # a layer of SFT beside it
         (False, objectives.sft(), {"advantage": 0.5}),
+        (True, replace(objectives.sft(), plus=DAPO), {"advantage": 0.5}),
     ],
 )
 def test_what_teaches(expected, objective, fields):
@@ -148,6 +149,13 @@ def test_no_problem_is_sampled_twice_in_a_step_whatever_epoch_ends_in_it(before)
 def test_more_problems_in_a_step_than_there_are_leave_none_to_refill_with():
     sampler, _, result, _ = refilled(set(), problems=3, wanted=5)
     assert len(sampler.rounds) == 1 and result.groups == []
+
+
+def test_what_teaches_is_said_by_the_advantages_of_the_run():
+    """Rewards that are not centred teach where all are equal, too."""
+    order = ProblemOrder(8, seed=0)
+    taken, result = sample_with_refill(order.next(2), Sampler(set()), order, 1, AdvantageConfig(center="none"), DAPO)
+    assert len(taken) == len(result.groups) == 2
 
 
 def test_expert_tokens_teach_without_any_advantage():

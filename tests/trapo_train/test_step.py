@@ -55,11 +55,11 @@ def packed(samples, objective, max_tokens=1000):
     return pack(samples, PackingConfig(max_tokens), objective, max_response_tokens=10)
 
 
-def step(model, micro_batches, objective, config=None, optimizer=None, scheduler=None):
+def step(model, micro_batches, objective, config=None, optimizer=None, scheduler=None, temperature=1.0):
     config = config or OptimizerConfig(learning_rate=1e-2)
     optimizer = optimizer or build_optimizer(model, config)
     scheduler = scheduler or build_scheduler(optimizer, config, steps=10)
-    return optimizer_step(model, optimizer, scheduler, micro_batches, objective, 1.0, config.max_grad_norm)
+    return optimizer_step(model, optimizer, scheduler, micro_batches, objective, temperature, config.max_grad_norm)
 
 
 def with_stream(micro_batch, name, values):
@@ -123,6 +123,8 @@ def test_metrics_describe_the_tokens():
     off = (out.logprob[rollout] + 2.0).abs()
     assert metrics["rollout/mismatch_p95"] == pytest.approx(float(off.quantile(0.95)), rel=1e-5)
     assert metrics["rollout/ratio_max"] == 1.0
+    at_half = policy_forward(make_model(), micro_batch, objective, 0.5).loss.item()
+    assert step(make_model(), [micro_batch], objective, temperature=0.5)["loss"] == pytest.approx(at_half) != metrics["loss"]
 
 
 def test_several_updates_do_not_look_like_a_sampler_that_disagrees():
@@ -224,6 +226,7 @@ def test_a_step_without_any_loss_moves_momentum_only():
 def test_weight_decay_spares_vectors():
     model = make_model()
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.1))
+    assert optimizer.defaults["fused"] is True
     decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {2: 0.1, 1: 0.0}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))

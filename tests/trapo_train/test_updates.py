@@ -28,13 +28,14 @@ def test_groups_stay_whole_and_every_sample_is_in_one_mini_batch():
     assert parts == [groups[0] + groups[2] + groups[4], groups[1] + groups[3]]
 
 
-def test_old_logprobs_are_those_of_the_policy_before_the_updates():
+@pytest.mark.parametrize("updates", [{"epochs": 2}, {"mini_batches": 2}])
+def test_old_logprobs_are_those_of_the_policy_before_the_updates(updates):
     model, objective = make_model(), objectives.dapo()
     micro_batches = packed(make_samples(), objective, max_tokens=20)
     assert len(micro_batches) > 1
-    prepared = with_old_policy(model, micro_batches, objective, UpdateConfig(epochs=2), temperature=1.0)
+    prepared = with_old_policy(model, micro_batches, objective, UpdateConfig(**updates), temperature=0.5)
     for before, after in zip(micro_batches, prepared, strict=True):
-        assert torch.equal(after.batch.old_logprob, score(model, before))
+        assert torch.equal(after.batch.old_logprob, score(model, before, 0.5))
         assert torch.equal(after.batch.weight, before.batch.weight)
 
 
@@ -63,10 +64,12 @@ def test_the_policy_is_scored_only_where_that_is_read(objective, updates, passes
     assert len(ran) == passes and (passes or prepared == micro_batches)
 
 
+@pytest.mark.parametrize("in_second_layer", [False, True])
 @pytest.mark.parametrize("name", ["icepop", "tis"])
-def test_a_correction_leaves_the_kl_term_and_the_entropy_bonus_alone(name):
+def test_a_correction_leaves_the_kl_term_and_the_entropy_bonus_alone(name, in_second_layer):
     """As TRL and verl have it: the importance ratio belongs to the policy loss."""
     model, objective = make_model(), objectives.grpo(beta=0.2, entropy_coef=0.05)
+    objective = replace(objectives.sft(), plus=objective) if in_second_layer else objective
     (micro_batch,) = packed(make_samples(prefixes=(0, 0, 0)), objective)  # all ratios are between 0.6 and 0.8
     batch = replace(micro_batch.batch, ref_logprob=torch.linspace(-4, -1, 15))
     config = UpdateConfig(correction=CorrectionConfig(name, {"high": 0.6} if name == "icepop" else {"cap": 0.5}))
