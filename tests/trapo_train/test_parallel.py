@@ -51,7 +51,7 @@ def _two_steps(world, tied):
     for layer in model.model.layers:
         layer.register_full_backward_pre_hook(lambda *_: sharded.append(isinstance(model.lm_head.weight, DTensor)))
     objective = objectives.trapo(entropy_coef=0.01)
-    for budget in (24, 48):
+    for budget in (12, 48):  # two micro-batches for each of 2 ranks, then one
         config = PackingConfig(max_tokens=budget)
         packed = pack(make_samples(), config, objective, max_response_tokens=16, ranks=world.size)
         joined = world.vocab_parallel_head
