@@ -334,6 +334,7 @@ def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: Lo
         readable = not rows.statistics_overwrite(logits) and logits.stride(1) == 1
         chunk = logits[index] if readable else _own_copy(logits[index], dtype)
         _put(out, index, rows.statistics(chunk, target[index], transform.rows(index), with_entropy))
+        del chunk  # before the next one, not after
     return out
 
 
