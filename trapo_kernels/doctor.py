@@ -21,6 +21,10 @@ def report() -> tuple[list[str], bool]:
     lines += [f"{name:<8} {_version(name)}" for name in _PACKAGES]
     lines.append(f"GPU      {_gpu()}")
     lines.append(f"threads  {torch.get_num_threads()}")
+    if torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32:
+        lines.append(
+            "float32  GEMMs may run in TF32, so fp32 logits have its 11 bits: torch.set_float32_matmul_precision('highest')"
+        )
     healthy = True
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         chosen = dispatch.choose("doctor", "auto", torch.device(device), torch.float32)

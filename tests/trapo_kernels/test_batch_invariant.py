@@ -42,6 +42,24 @@ def test_thin_products_whose_rows_mkl_treats_differently(hidden_size, vocab_size
         assert torch.equal(alone[1], whole[1][row : row + 1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_row_has_the_same_bits_in_any_batch_of_a_7b_model(backend):
+    """At the shapes that users run a GPU has other GEMM kernels than at the small ones above."""
+    hidden = torch.randn(1500, 3584, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(152_064, 3584, device="cuda", dtype=torch.bfloat16) / 60
+    target = torch.randint(152_064, (1500,), device="cuda")
+
+    def run(rows):
+        out = linear_logprob(hidden[rows], weight, target[rows], with_entropy=True, batch_invariant=True, backend=backend)
+        return [*(part.detach() for part in out), cases.gradients((out.logprob + out.entropy).sum(), (hidden,))[0][rows]]
+
+    whole = run(slice(0, 1500))
+    for row in (0, 1, 127, 128, 1023, 1499):
+        for alone, expected in zip(run(slice(row, row + 1)), whole, strict=True):
+            assert torch.equal(alone[0], expected[row])
+
+
 def test_gradients_are_those_of_the_default_path_and_bitwise_repeatable():
     hidden, weight, bias = cases.head(150, 48, 67)
     b, objective = cases.batch(150, 67), objectives.trapo(entropy_coef=0.1)
