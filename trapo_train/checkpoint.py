@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import warnings
@@ -25,7 +24,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -319,28 +317,6 @@ def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], p
         elif old != new:
             differences.append(f"{prefix}{name} was {old!r}, is {new!r}")
     return differences
-
-
-def rng_state() -> dict[str, Any]:
-    """States of the global generators of python, numpy and torch (CPU and this rank's CUDA device), without pickled objects."""
-    kind, keys, position, has_gauss, cached_gaussian = numpy.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached_gaussian),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every global generator back to what `rng_state` returned; that of a CUDA device stays as it is where none was saved."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached_gaussian = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached_gaussian))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager

@@ -115,6 +115,9 @@ class RewardFn(Protocol):
 
     Rows are independent of each other: how many come in one call is not fixed. A plain function is called from the thread that
     trains, an async one also several times at once (see `may_overlap`).
+
+    One that draws at random does so from the global generators of python, numpy or torch: each rank's start from the run's seed and
+    are resumed with it. They are no help where calls overlap, whose order is not fixed, nor in workers, which seed their own.
     """
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float | None]: ...

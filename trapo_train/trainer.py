@@ -18,7 +18,7 @@ import torch
 from trapo_kernels import Objective
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.advice import advice
-from trapo_train.checkpoint import CheckpointStore, restore_rng_state, rng_state
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
 from trapo_train.continuation import about_dates, set_learning_rate, split_settings, what_changed
@@ -35,6 +35,7 @@ from trapo_train.parallel import World, place_model, reshard
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, named
 from trapo_train.problems import ProblemSet
+from trapo_train.random_states import restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
 from trapo_train.rewards import load_reward
@@ -53,7 +54,7 @@ from trapo_train.tokenizer import other_endings
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vocab_parallel import join_micro_batches
 
-_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks' engines
+_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
 
 
 class Trainer:
@@ -67,6 +68,7 @@ class Trainer:
     def __init__(self, config: RunConfig, *, trains: bool = True) -> None:
         self.config = config
         self.world = World(config.parallel)
+        seed_generators(self._rank_seed(0))  # for what draws in rewards and choosers; the model seeds torch's again
         self.step = 0
         self.notes: list[str] = []
         self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
@@ -100,7 +102,7 @@ class Trainer:
                 place_model(self.reference, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
-        self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._engine_seed(0))
+        self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._rank_seed(0))
         self.order = ProblemOrder(len(self.problems), config.seed)
         self.evaluated_at = -1
         self.skipped_in_a_row = 0
@@ -223,8 +225,8 @@ class Trainer:
         with ready_to_generate(self.engine, self.model, self.tokenizer, self.world, step=self.step):
             yield
 
-    def _engine_seed(self, step: int) -> int:
-        """Of this rank's engine; `step` > 0 for a run that resumes on another number of ranks."""
+    def _rank_seed(self, step: int) -> int:
+        """Of this rank's engine and global generators; `step` > 0 for a run that resumes on another number of ranks."""
         return self.config.seed + _RANK_SEED * (self.world.rank + self.world.size * step)
 
     def _next(self) -> tuple[list[int], PlanConfig, Objective]:
@@ -332,7 +334,8 @@ class Trainer:
             self.engine.load_state_dict(own["engine"])
             restore_rng_state(own["rng"])
         else:  # no state fits: every rank draws anew, from seeds that no other step of this run has used
-            self.engine.reseed(self._engine_seed(self.step))
+            self.engine.reseed(self._rank_seed(self.step))
+            seed_generators(self._rank_seed(self.step))
             self.notes.append(f"saved by {len(state['ranks'])} ranks, continued by {self.world.size}: new random states")
         self.notes.append(f"resumed from step {self.step}")
         changed = what_changed(state["settings"], split_settings(self.config)[1])

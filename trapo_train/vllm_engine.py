@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo_train.checkpoint import restore_rng_state, rng_state
 from trapo_train.draws import request_key
 from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
+from trapo_train.random_states import restore_rng_state, rng_state
 from trapo_train.records import Completion
 from trapo_train.schema import check
 

@@ -7,12 +7,10 @@ import json
 import math
 import os
 import pickle
-import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,11 +24,10 @@ from trapo_train.checkpoint import (
     CheckpointError,
     CheckpointStore,
     compare_fingerprints,
-    restore_rng_state,
-    rng_state,
 )
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.model_state import export_model, other_tokenizer
+from trapo_train.random_states import rng_state
 from trapo_train.scratch import ScratchConfig
 from trapo_train.tasks import build_tokenizer
 
@@ -258,52 +255,6 @@ def test_a_step_is_saved_once(store):
     store.save(1, make_state(), FINGERPRINT)
     with pytest.raises(CheckpointError, match="exists already"):
         store.save(1, make_state(), FINGERPRINT)
-
-
-def draw() -> list[float]:
-    return [random.random(), random.gauss(0, 1), numpy.random.normal(), float(torch.rand(1)), float(torch.randn(1))]
-
-
-def test_random_states_survive_a_checkpoint(store):
-    draw()
-    store.save(1, {"rng": rng_state()}, FINGERPRINT)
-    expected = [draw(), draw()]
-    random.seed(5)
-    numpy.random.seed(5)
-    torch.manual_seed(5)
-    restore_rng_state(store.load(FINGERPRINT)[1]["rng"])
-    assert [draw(), draw()] == expected
-
-
-class _Gpus:
-    """torch.cuda's generators of so many devices, of which `current` is in use."""
-
-    def __init__(self, monkeypatch, count, current):
-        self.states = [torch.tensor([device]) for device in range(count)]
-        self.current = current
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: self.states[self.current])
-        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
-
-    def set(self, state):
-        self.states[self.current] = state
-
-
-def test_a_run_moves_to_a_machine_with_another_number_of_gpus(store, monkeypatch):
-    _Gpus(monkeypatch, count=4, current=3)
-    store.save(1, {"rng": rng_state()}, FINGERPRINT)
-    gpus = _Gpus(monkeypatch, count=1, current=0)
-    restore_rng_state(store.load(FINGERPRINT)[1]["rng"])
-    assert gpus.states == [torch.tensor([3])]
-
-
-def test_a_gpu_without_a_saved_state_keeps_its_own(monkeypatch):
-    state = rng_state()
-    gpus = _Gpus(monkeypatch, count=1, current=0)
-    restore_rng_state(state)
-    assert gpus.states == [torch.tensor([0])]
 
 
 def test_export_is_loaded_by_transformers_and_replaced_as_a_whole(tmp_path):

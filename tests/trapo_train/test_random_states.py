@@ -1,0 +1,112 @@
+"""The global generators: a run's seed decides what a reward draws, and a checkpoint keeps where they are."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import numpy
+import pytest
+import torch
+
+from tests.trapo_train.test_train import build_config, exported, train_to_end
+from trapo_train.checkpoint import CheckpointStore
+from trapo_train.random_states import restore_rng_state, rng_state
+from trapo_train.trainer import Trainer
+
+DICE = (f"reward='{__name__}:dice'", "plan.name=grpo", "objective.name=dr_grpo")
+
+
+def dice(prompts, completions, **columns):
+    return [random.random() + numpy.random.random() + float(torch.rand(())) for _ in completions]
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+
+def draw() -> list[float]:
+    return [random.random(), random.gauss(0, 1), numpy.random.normal(), float(torch.rand(1)), float(torch.randn(1))]
+
+
+def test_random_states_survive_a_checkpoint(store):
+    draw()
+    store.save(1, {"rng": rng_state()}, {})
+    expected = [draw(), draw()]
+    random.seed(5)
+    numpy.random.seed(5)
+    torch.manual_seed(5)
+    restore_rng_state(store.load({})[1]["rng"])
+    assert [draw(), draw()] == expected
+
+
+class _Gpus:
+    """torch.cuda's generators of so many devices, of which `current` is in use."""
+
+    def __init__(self, monkeypatch, count, current):
+        self.states = [torch.tensor([device]) for device in range(count)]
+        self.current = current
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: self.states[self.current])
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
+
+    def set(self, state):
+        self.states[self.current] = state
+
+
+def test_a_run_moves_to_a_machine_with_another_number_of_gpus(store, monkeypatch):
+    _Gpus(monkeypatch, count=4, current=3)
+    store.save(1, {"rng": rng_state()}, {})
+    gpus = _Gpus(monkeypatch, count=1, current=0)
+    restore_rng_state(store.load({})[1]["rng"])
+    assert gpus.states == [torch.tensor([3])]
+
+
+def test_a_gpu_without_a_saved_state_keeps_its_own(monkeypatch):
+    state = rng_state()
+    gpus = _Gpus(monkeypatch, count=1, current=0)
+    restore_rng_state(state)
+    assert gpus.states == [torch.tensor([0])]
+
+
+def test_the_seed_decides_what_a_reward_draws(configure):
+    for name, seed in (("first", 2**40), ("second", 2**40), ("other", 1)):
+        random.seed(len(name))  # whatever the process did before must not matter
+        numpy.random.seed(len(name))
+        train_to_end(configure(name, *DICE, "steps=2", f"seed={seed}"))
+    assert exported(configure("first")) == exported(configure("second"))
+    assert exported(configure("first")) != exported(configure("other"))
+
+
+def test_on_another_number_of_ranks_a_reward_draws_anew_and_repeatably(configure, store, monkeypatch):
+    trainer = Trainer(configure("run", *DICE))
+    at_the_start = draw()
+    trainer.train_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.world, "gather", lambda value: [value, value])
+        trainer.save(store)
+    drawn = []
+    for _ in range(2):
+        trainer = Trainer(configure("run", *DICE))
+        assert trainer.resume(store) and any("saved by 2 ranks, continued by 1" in note for note in trainer.notes)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    assert all(new != old for new, old in zip(drawn[0], at_the_start, strict=True))
+
+
+def test_ranks_draw_other_rewards_and_start_from_the_same_weights(configure, monkeypatch):
+    weights, drawn = [], []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        weights.append(Trainer(configure("run", *DICE)).model.state_dict())
+        drawn.append(draw()[:3])  # of python and numpy
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert all(first != second for first, second in zip(*drawn, strict=True))
