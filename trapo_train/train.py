@@ -76,6 +76,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     _check_output_dir(config)
     check_installed(config.tracking)
     trainer = Trainer(config)
+    _check_steps(config, trainer.config.steps)
     with trainer.world.together():
         summary = _run(trainer, reporter if trainer.world.first else NullReporter())
         trainer.close()
@@ -288,9 +289,17 @@ def _check_output_dir(config: RunConfig) -> None:
     if used and not config.checkpoint.resume:
         go_on = "Continue it with checkpoint.resume=true" if saved else "It has no checkpoint to continue from"
         raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on}, delete it, or choose another output_dir.")
-    if saved and config.steps is not None and saved[-1] > config.steps:
+    if config.steps is not None:  # those of epochs are known once the problems are loaded
+        _check_steps(config, config.steps)
+    check_replaceable(exported)
+
+
+def _check_steps(config: RunConfig, steps: int) -> None:
+    """Raise UserError where the run continues a checkpoint of more than `steps`, which are config.steps or those of its epochs."""
+    saved = CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, config.checkpoint.keep).steps()
+    if saved and saved[-1] > steps:
+        given, it = (f"{steps}", "it") if config.epochs is None else (f"{steps}, of epochs = {config.epochs:g}", "epochs")
         raise UserError(
-            f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {config.steps}. Raise it; "
+            f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {given}. Raise {it}; "
             f"`trapo-train export {config.output_dir} --step N` writes the model of an earlier checkpoint, {saved}."
         )
-    check_replaceable(exported)

@@ -190,11 +190,17 @@ def test_of_a_run_of_two_ranks(settings, tmp_path):
     assert step == 2 and equal(weights(directory), weights(tmp_path / "run" / "model"))
 
 
-def test_fewer_steps_than_the_checkpoint_has_are_refused_with_the_way_to_an_earlier_model(finished):
-    config = build_config(finished.parent, "run", "steps=3", "checkpoint.resume=true")
-    before = (finished / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        ValueError, match=r"steps must be at least those of the checkpoint .*, 4, got 3.*trapo-train export .*\[2, 4\]"
-    ):
+@pytest.mark.parametrize(
+    ("fewer", "message"),
+    [
+        (("steps=3",), r"4, got 3\. Raise it; .*trapo-train export .*\[2, 4\]"),
+        # 3 problems of 8 for each step
+        (("steps=null", "epochs=1"), r"4, got 3, of epochs = 1\. Raise epochs; .*trapo-train export .*\[2, 4\]"),
+    ],
+)
+def test_fewer_steps_than_the_checkpoint_has_are_refused_with_the_way_to_an_earlier_model(fewer, message, finished):
+    config = build_config(finished.parent, "run", *fewer, "checkpoint.resume=true")
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"steps must be at least those of the checkpoint .*, {message}"):
         train_to_end(config)
-    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
