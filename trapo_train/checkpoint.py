@@ -78,7 +78,7 @@ class CheckpointStore:
         self.keep, self.keep_best = keep, keep_best
         self._ranks = world or World.alone()
         self.undeleted: str | None = None
-        """What is wrong with an old checkpoint that the last `save` could not delete; known to the first rank."""
+        """What is wrong with an old checkpoint that the last `prune` could not delete; known to the first rank."""
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order; whether they are intact shows when they are loaded."""
@@ -109,8 +109,7 @@ class CheckpointStore:
         tensors: Mapping[str, Tensor] | None = None,
         score: float | None = None,
     ) -> Path:
-        """Write a checkpoint, durable on disk when this returns, and drop those older than the newest `keep`, but not the best with
-        `keep_best`; where that fails `undeleted` says so. Every rank calls it.
+        """Write a checkpoint, durable on disk when this returns, and `prune` the older ones. Every rank calls it.
 
         Args:
             state: the first rank's plain Python values and small tensors, in dicts, lists and tuples.
@@ -148,8 +147,13 @@ class CheckpointStore:
                 f"checkpoint: step {step} could not be saved to {self.directory}: {_reason(error)}. {kept} "
                 f"{remedy}, then resume with checkpoint.resume=true."
             ) from error
-        self._on_first_rank(self._prune)
+        self.prune()
         return self.path(step)
+
+    def prune(self) -> None:
+        """Drop those older than the newest `keep`, but not the best with `keep_best`; where that fails `undeleted` says so.
+        Every rank calls it."""
+        self._on_first_rank(self._prune)
 
     def rate(self, step: int, score: float | None) -> None:
         """Give the checkpoint of `step`, saved before its evaluation, its score; every rank calls it."""

@@ -91,6 +91,8 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     trainer.notes += [note] if note else []
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
+        store.prune()  # a run that was killed may have saved one and not dropped another
+        trainer.notes += [store.undeleted] if store.undeleted is not None else []
         # Without a checkpoint step 0 is recorded again, too, and so is an evaluation that the checkpoint knows nothing of.
         reporter.rewind(trainer.step if resumed else -1, evaluated=trainer.evaluated_at == trainer.step)
         trainer.notes += [] if resumed else [f"there is no checkpoint in {store.directory}: training starts from the beginning"]

@@ -99,6 +99,23 @@ def test_a_disk_too_small_for_the_model_and_a_checkpoint_is_refused_before_the_f
     trainer.close()
 
 
+def test_a_run_killed_between_saving_and_dropping_the_oldest_keeps_no_more_once_it_is_resumed(tmp_path, monkeypatch):
+    overrides = ("steps=3", "checkpoint={every: 1, keep: 2, resume: true}")
+
+    def killed(store):
+        if 3 in store.steps():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_prune", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_to_end(build_config(tmp_path, "run", *overrides))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    assert store.steps() == [1, 2, 3]
+    train_to_end(build_config(tmp_path, "run", *overrides))
+    assert store.steps() == [2, 3]
+
+
 def test_a_model_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
     """Without checkpoints of its own the run saves one then; resuming writes the model."""
     whole = build_config(tmp_path, "whole", "steps=2", "checkpoint.every=0")
