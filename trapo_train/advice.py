@@ -18,6 +18,7 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _unguided(config, objective),
         _unclipped(config, objective),
         _truncated(config),
+        _warmup(config),
         _repeats(config, num_problems),
         _correct(config),
         _unsampled(config),
@@ -92,6 +93,16 @@ def _truncated(config: RunConfig) -> str | None:
         f"rollout.engine={rollout.engine} reports logprobs over the tokens that {' and '.join(cut)} leave, the trainer's are over "
         f"all: every ratio of updates.correction={correction.name} is lower by the share that was cut off. Set rollout.top_p=1 "
         "rollout.top_k=0, or updates.correction=null"
+    )
+
+
+def _warmup(config: RunConfig) -> str | None:
+    warmup, updates = config.optimizer.warmup_steps, config.steps * config.updates.per_step
+    if warmup < updates:
+        return None
+    return (
+        f"optimizer.warmup_steps = {warmup} is not below the {updates} optimizer steps of the run: the learning rate never reaches "
+        "its peak. Lower it, or raise steps"
     )
 
 

@@ -245,13 +245,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LRScheduler:
     """The configured learning-rate schedule over `steps` optimizer steps.
 
-    Raises: UserError for an unknown schedule or an argument that it does not take.
+    Raises: UserError for an unknown schedule, an argument that it does not take, or a polynomial one of nothing but warmup.
     """
     known = [schedule.value for schedule in SchedulerType if schedule.value not in _UNFIT_SCHEDULES]
     if config.schedule not in known:
         raise UserError(f"schedule must be one of {', '.join(known)}, got {config.schedule!r}.")
     if config.schedule.startswith("constant") and config.schedule_options:  # which get_scheduler would drop without a word
         raise UserError(f"schedule {config.schedule} has no schedule_options, got {config.schedule_options}. Leave them out.")
+    if config.schedule == "polynomial" and config.warmup_steps >= steps:  # which divides by the steps after the warmup
+        raise UserError(
+            "optimizer.warmup_steps must be below the optimizer steps with optimizer.schedule=polynomial, got "
+            f"{config.warmup_steps} and {steps}. Lower it, or raise steps."
+        )
     try:
         scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
         factors = [factor(step) for factor in getattr(scheduler, "lr_lambdas", []) for step in range(steps + 1)]

@@ -12,7 +12,7 @@ from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_kernels.objectives import PRESETS, PUBLISHED
 from trapo_train.advice import advice
 from trapo_train.config import load_config
-from trapo_train.step import KLConfig, ObjectiveConfig, build_objective
+from trapo_train.step import KLConfig, ObjectiveConfig, OptimizerConfig, build_objective, build_optimizer, build_scheduler
 
 README = Path(__file__).parents[2] / "README.md"
 ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))
@@ -66,6 +66,21 @@ def test_a_loss_that_is_no_mean_over_tokens(advised):
 def test_traces_alone_with_an_objective_for_rollouts(advised):
     (sentence,) = advised("plan.name=sft")
     assert "objective trapo trains on rollouts too" in sentence
+
+
+def test_a_warmup_that_no_step_follows(advised):
+    assert advised("steps=3", "optimizer.warmup_steps=2") == []
+    assert advised("steps=1", "optimizer.warmup_steps=2", "objective.name=dr_grpo", "plan.name=grpo", "updates.epochs=3") == []
+    for overrides in (("steps=3", "optimizer.warmup_steps=3"), ("steps=1", "optimizer.warmup_steps=3")):
+        (sentence,) = advised(*overrides)
+        assert sentence.startswith(f"optimizer.warmup_steps = 3 is not below the {overrides[0][-1]} optimizer steps of the run")
+
+
+def test_a_warmup_that_no_step_follows_is_refused_where_the_schedule_divides_by_those_steps():
+    config = OptimizerConfig(schedule="polynomial", warmup_steps=2)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_steps must be below the optimizer steps .*, got 2 and 2\. Lower it"):
+        build_scheduler(optimizer, config, steps=2)
 
 
 UNCLIPPED = {"trapo", "luffy", "srft", "relift", "hpt", "rloo"}
