@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -37,3 +38,13 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def keep_generators() -> Iterator[None]:
+    """Whatever is drawn or seeded inside, afterwards every global generator is where it was."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng_state(state)

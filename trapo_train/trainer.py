@@ -35,7 +35,7 @@ from trapo_train.parallel import World, place_model, reshard
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, named
 from trapo_train.problems import ProblemSet
-from trapo_train.random_states import restore_rng_state, rng_state, seed_generators
+from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
 from trapo_train.rewards import load_reward
@@ -132,7 +132,7 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         stateful = [part for part in (self.order, self.deferred, self.chooser, self.engine) if hasattr(part, "state_dict")]
-        before = [copy.deepcopy(part.state_dict()) for part in stateful]
+        before, generators = [copy.deepcopy(part.state_dict()) for part in stateful], rng_state()
         try:
             positions, plan, objective = self._next()
             rounds = config.plan.refill
@@ -141,6 +141,7 @@ class Trainer:
         except SAMPLING_ERRORS:
             for part, state in zip(stateful, before, strict=True):
                 part.load_state_dict(state)
+            restore_rng_state(generators)
             raise
         self.deferred.add(positions[i] for i in rollout.deferred)
         assign_advantages(rollout.groups, config.advantage)
@@ -277,7 +278,8 @@ class Trainer:
     def evaluate(self, label: str | None = None) -> dict[str, dict[str, float]]:
         """The metrics of each set of held-out problems (see `held_out`), by its name; leaves all random states as they are. Every
         rank must call it and gets the same. `label`: in the names of what it writes, by default the step."""
-        self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
+        with keep_generators():  # rewards may draw from them
+            self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
         self.evaluated_at = self.step
         return self.last_evaluation
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_train.draws import request_key
 from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
-from trapo_train.random_states import restore_rng_state, rng_state
+from trapo_train.random_states import keep_generators
 from trapo_train.records import Completion
 from trapo_train.schema import check
 
@@ -96,21 +96,20 @@ class VllmEngine(SeededEngine):
         options: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
         if config.max_model_len is not None:
             options["max_model_len"] = config.max_model_len
-        random_states = rng_state()  # in this process vLLM seeds the global generators
-        self._llm = self._vllm.LLM(
-            str(folder),
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype=dtype,
-            seed=0,
-            logprobs_mode="processed_logprobs",
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_seqs=config.max_num_seqs,
-            enforce_eager=config.enforce_eager,
-            enable_sleep_mode=self._sleeps,
-            **options,
-        )
-        restore_rng_state(random_states)
+        with keep_generators():  # in this process vLLM seeds them
+            self._llm = self._vllm.LLM(
+                str(folder),
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=dtype,
+                seed=0,
+                logprobs_mode="processed_logprobs",
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                max_num_seqs=config.max_num_seqs,
+                enforce_eager=config.enforce_eager,
+                enable_sleep_mode=self._sleeps,
+                **options,
+            )
         if self._sleeps:
             self._llm.sleep(level=2)
 

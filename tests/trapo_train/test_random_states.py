@@ -9,9 +9,10 @@ import numpy
 import pytest
 import torch
 
-from tests.trapo_train.test_train import build_config, exported, train_to_end
+from tests.trapo_train.test_train import EVALUATED, build_config, exported, train_to_end
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.random_states import restore_rng_state, rng_state
+from trapo_train.rewards import RewardError
 from trapo_train.trainer import Trainer
 
 DICE = (f"reward='{__name__}:dice'", "plan.name=grpo", "objective.name=dr_grpo")
@@ -19,6 +20,23 @@ DICE = (f"reward='{__name__}:dice'", "plan.name=grpo", "objective.name=dr_grpo")
 
 def dice(prompts, completions, **columns):
     return [random.random() + numpy.random.random() + float(torch.rand(())) for _ in completions]
+
+
+class Fails:
+    """Draws and then raises, once."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        values = dice(prompts, completions)
+        if self.calls == 2:
+            raise ConnectionError("the judge is away")
+        return values
+
+
+fails = Fails()
 
 
 @pytest.fixture
@@ -110,3 +128,20 @@ def test_ranks_draw_other_rewards_and_start_from_the_same_weights(configure, mon
         drawn.append(draw()[:3])  # of python and numpy
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert all(first != second for first, second in zip(*drawn, strict=True))
+
+
+def test_a_reward_that_fails_once_is_resumed_with_the_draws_it_would_have_had(configure):
+    settings = (*DICE[1:], "steps=3", f"reward='{__name__}:fails'")
+    fails.calls = 10
+    train_to_end(configure("whole", *settings))
+    fails.calls = 0
+    with pytest.raises(RewardError, match="the judge is away"):
+        train_to_end(configure("failed", *settings))
+    train_to_end(configure("failed", *settings, "checkpoint.resume=true"))
+    assert exported(configure("failed")) == exported(configure("whole"))
+
+
+def test_evaluations_leave_to_training_what_it_draws(configure):
+    for name, every in (("rarely", 3), ("often", 1)):
+        train_to_end(configure(name, *DICE, "steps=3", EVALUATED[0], f"evaluation.every={every}"))
+    assert exported(configure("rarely")) == exported(configure("often"))
