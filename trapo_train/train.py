@@ -236,6 +236,9 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
     found = {}
     if "finished_share" in metrics and metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
         found["silent"] = "the reward had no opinion (None) on any sample, and each counts as 0"
+    failed = int(metrics.get("reward/timeouts", 0) + metrics.get("reward/crashes", 0))
+    if failed and failed >= metrics["num_samples"] / 2:
+        found["failed"] = _about_failed_gradings(trainer.config, failed, metrics["num_samples"])
     if metrics.get("finished_share") == 0:
         longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
         found["endless"] = (
@@ -249,7 +252,13 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
     for name, text in found.items():
         if name not in told:
             reporter.event(f"step {trainer.step}: {text}")
-    return (told & {"silent", "endless"}) | set(found)  # a step that trains something ends what is said of those before
+    return (told & {"silent", "failed", "endless"}) | set(found)  # a step that trains something ends what is said of those before
+
+
+def _about_failed_gradings(config: RunConfig, failed: int, samples: float) -> str:
+    own = [term.name for term in config.reward if term.in_worker] if isinstance(config.reward, list) else []
+    remedy = f". Raise time_limit_s or memory_limit_mib of {', '.join(own)}, or try it with in_worker: false" if own else ""
+    return f"{failed} gradings of {samples:.0f} samples timed out or crashed, and each counts as 0{remedy}"
 
 
 def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:

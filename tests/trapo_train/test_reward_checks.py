@@ -7,12 +7,15 @@ from functools import partial
 import pytest
 
 from tests.trapo_train.test_rewards import problems
-from tests.trapo_train.test_train import EVALUATED, build_config
+from tests.trapo_train.test_train import EVALUATED, build_config, train_to_end
 from trapo_train import rewards
+from trapo_train.display import read_metrics
 from trapo_train.rewards import RewardError, judge
 from trapo_train.trainer import Trainer
 
 MODULE = """
+import os
+
 class Format:
     def __call__(self, completions, **columns):
         return [0.0 for _ in completions]
@@ -27,6 +30,9 @@ def of_depth(completions, *, depth):
 
 def of_all(prompts, completions, solution, completion_tokens, finish_reasons, level=None):
     return [0.0 for _ in completions]
+
+def crashes(completions, **columns):
+    os._exit(1)
 """
 
 
@@ -92,3 +98,14 @@ def test_the_search_for_the_row_that_raised_takes_seconds_at_most(monkeypatch):
     with pytest.raises(RewardError, match=r"'service' raised on a call with 100 rows: KeyError\('busy'\)"):
         judge(_counted(calls, KeyError("busy"), seconds=0.02), problems(100), ["x"] * 100)
     assert calls[0] == 100 and 2 <= len(calls) < 10
+
+
+def test_a_reward_that_fails_on_most_rows_is_said_once(configure):
+    reward = "reward=[{name: odd_rewards:crashes, in_worker: true}]"
+    config = configure(reward, "plan={name: grpo, num_samples: 2}", "steps=2", "prompts_per_step=1", "checkpoint.every=0")
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event" and "crashed" in row["text"]]
+    assert told == [
+        "step 1: 2 gradings of 2 samples timed out or crashed, and each counts as 0. Raise time_limit_s or memory_limit_mib of "
+        "odd_rewards:crashes, or try it with in_worker: false"
+    ]
