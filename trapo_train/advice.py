@@ -8,6 +8,9 @@ import os
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
 from trapo_train.parallel import World
+from trapo_train.step import OptimizerConfig
+
+MANY_PASSES = 10
 
 
 def advice(config: RunConfig, objective: Objective, num_problems: int, world: World) -> list[str]:
@@ -19,7 +22,9 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _unclipped(config, objective),
         _truncated(config),
         _warmup(config),
+        _adapters(config),
         _repeats(config, num_problems),
+        _passes(config, objective, num_problems),
         _correct(config),
         _unsampled(config),
         *_rendered(config),
@@ -106,10 +111,32 @@ def _warmup(config: RunConfig) -> str | None:
     )
 
 
+def _adapters(config: RunConfig) -> str | None:
+    rate = config.optimizer.learning_rate
+    if config.model.lora is None or rate != OptimizerConfig.learning_rate:
+        return None
+    return (
+        f"optimizer.learning_rate = {rate:g} is the default, which is for whole weights; LoRA's adapters, which start from zero, "
+        "want more. Set optimizer.learning_rate=1e-4, for example"
+    )
+
+
 def _repeats(config: RunConfig, num_problems: int) -> str | None:
     if config.prompts_per_step <= num_problems:
         return None
     return f"prompts_per_step = {config.prompts_per_step} is more than the {num_problems} problems: steps repeat some of them"
+
+
+def _passes(config: RunConfig, objective: Objective, num_problems: int) -> str | None:
+    """Rollouts differ from pass to pass, and traces do not."""
+    sampled = config.plan.largest_request > 0 or any(layer.rollout is not None for layer in objective.layers)
+    passes = config.steps * config.prompts_per_step / num_problems
+    if sampled or passes <= MANY_PASSES:
+        return None
+    return (
+        f"steps = {config.steps} of prompts_per_step = {config.prompts_per_step} are {passes:.0f} passes over the traces of "
+        f"{num_problems} problems. For three set steps=null epochs=3"
+    )
 
 
 def _correct(config: RunConfig) -> str | None:

@@ -91,7 +91,7 @@ class RunConfig:
             ("reward", self.reward not in ("", []), "a name, a list of at least one reward, or null"),
         )
         if (self.steps is None) == (self.epochs is None):
-            given = "neither" if self.steps is None else f"both, {self.steps} and {self.epochs:g}. Set steps=null for epochs"
+            given = "neither" if self.steps is None else f"both, {self.steps} and {self.epochs:g}. Set steps=null or epochs=null"
             raise UserError(f"steps must be set, or epochs in its place, got {given}.")
         if self.updates.mini_batches > self.prompts_per_step:
             raise UserError(

@@ -127,6 +127,19 @@ def test_more_prompts_in_a_step_than_there_are(advised):
     assert "prompts_per_step = 3 is more than the 2 problems" in sentence
 
 
+def test_many_passes_over_the_same_traces(advised):
+    traces = ("objective.name=sft", "plan.name=sft", "packing.aggregation=token_mean", "prompts_per_step=2")
+    (sentence,) = advised(*traces, "steps=50")
+    assert sentence.startswith("steps = 50 of prompts_per_step = 2 are 12 passes over the traces of 8 problems. For three set ")
+    assert advised(*traces, "steps=40") == advised("steps=50") == []
+
+
+def test_adapters_at_the_learning_rate_of_whole_weights(advised):
+    (sentence,) = advised("model.lora={rank: 2}", "optimizer={}")
+    assert sentence.startswith("optimizer.learning_rate = 1e-06 is the default") and "optimizer.learning_rate=1e-4" in sentence
+    assert advised("optimizer={}") == advised("model.lora={rank: 2}") == []
+
+
 def test_several_rewards_and_none_that_says_what_is_correct(advised):
     both = "reward=[{name: pointer_chasing}, {name: overlong, weight: 0.5, options: {max_tokens: 16, buffer: 4}}]"
     (sentence,) = advised(both, "plan.name=luffy")

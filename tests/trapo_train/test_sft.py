@@ -127,7 +127,7 @@ def test_the_recipe_trains_on_chats(tmp_path, monkeypatch):
         Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in part))
     shape = "{hidden_size: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, intermediate_size: 24, max_position: 6200}"
     model = f"model={{scratch: {shape}, tokenizer: tokenizer}}"
-    overrides = [model, "steps=2", "prompts_per_step=3", "eval_data={path: held_out.jsonl, preset: messages}"]
+    overrides = [model, "epochs=2", "prompts_per_step=3", "eval_data={path: held_out.jsonl, preset: messages}"]
     assert cli.main(["run", "sft", *overrides]) == 0
     metrics = read_metrics("runs/sft")
     assert [row["loss_tokens"] for row in metrics if row["kind"] == "train"] == [9, 9]  # of the answers alone
