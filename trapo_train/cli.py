@@ -152,6 +152,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         metrics = dry_run(config).metrics
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "loss_tokens") if name in metrics)
         console.print(f"dry run passed: {shown}", highlight=False)
+        if not metrics["loss_tokens"]:
+            console.print("no token was in the loss, which these settings leave untried", style="yellow")
         console.print("generated problems and a random model stood in: your data, model and tokenizer were not read", style="dim")
         return EXIT_OK
     if int(os.environ.get("RANK", "0")) > 0:  # the first rank reports

@@ -8,6 +8,7 @@ import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import KL, Objective, objectives
+from trapo_train import cli, dry_run
 from trapo_train.export import export_checkpoint
 from trapo_train.schema import UserError
 from trapo_train.step import KLConfig, ObjectiveConfig, build_objective, extreme_objectives
@@ -15,7 +16,16 @@ from trapo_train.trainer import Trainer
 
 MODULE = """
 from dataclasses import replace
-from trapo_kernels import objectives
+from trapo_kernels import Objective, Term, gates, objectives
+
+class Short(gates.Ratio):
+    code = None
+
+    def value(self, d, advantage):
+        return d[1:].exp()
+
+def short():
+    return Objective(rollout=Term(Short(), signal="advantage", anchor="old"))
 
 def mine(epsilon=0.1):
     return objectives.ppo(epsilon_low=epsilon, epsilon_high=2 * epsilon)
@@ -118,3 +128,14 @@ def test_a_run_with_an_own_objective_is_exported_where_its_module_is_not(module,
     (tmp_path / f"{module}.py").unlink()
     directory, step, _ = export_checkpoint(tmp_path / "run", tmp_path / "exported")
     assert step == 2 and (directory / "model.safetensors").is_file()
+
+
+def test_a_dry_run_computes_the_loss(module, capsys, monkeypatch):
+    """Of a random model, for which no reward would differ within a group."""
+    settings = ("qwen2.5_math_7b_paper", "plan.name=grpo", "objective.options={}", "--dry-run")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        cli.main(["run", *settings, f"objective.name={module}:short"])
+    untried = "no token was in the loss"
+    assert cli.main(["run", *settings, "objective.name=dr_grpo"]) == 0 and untried not in capsys.readouterr().out
+    monkeypatch.setattr(dry_run, "stand_in_reward", lambda completions, **columns: [0.0] * len(completions))
+    assert cli.main(["run", *settings, "objective.name=dr_grpo"]) == 0 and untried in capsys.readouterr().out
