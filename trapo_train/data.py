@@ -135,15 +135,18 @@ class DataReport:
     rendered prompt, or not all of their content."""
     context_turns: int = 0
     """Assistant turns before the last, which is what is learned."""
+    plain_prompts: int = 0
+    """Text prompts that go in as they are although the tokenizer has a chat template."""
 
     def __str__(self) -> str:
         dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
         bare = f"; {self.bare_answers} answers are their content alone, which the chat template writes in another way"
         turns = f"; {self.context_turns} assistant turns before the last are context only"
+        plain = f"; {self.plain_prompts} prompts go in as the texts they are (as_chat: true renders them with the chat template)"
         return (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
             f"long prompt), {self.experts} expert traces{dropped}{bare if self.bare_answers else ''}"
-            f"{turns if self.context_turns else ''}"
+            f"{turns if self.context_turns else ''}{plain if self.plain_prompts else ''}"
         )
 
 
@@ -192,6 +195,7 @@ def load_problems(
         dropped_prompts=rows - len(entries),
         bare_answers=reader.bare_answers,
         context_turns=reader.context_turns,
+        plain_prompts=reader.plain_prompts,
     )
     # Taken here, so that the first step does not report them as its own.
     counts = {} if verifier is None else take_metrics(verifier)

@@ -62,6 +62,7 @@ class _Row(NamedTuple):
     traces: list[str]
     is_bare: bool = False  # an answer that is its content alone, not what the chat template writes
     turns: int = 0  # of the assistant before the answer
+    is_plain: bool = False  # a prompt that the chat template could have rendered
 
 
 class ProblemSet(Sequence[Problem]):
@@ -131,7 +132,7 @@ class RowReader:
         self._tokenizer = tokenizer
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
-        self.bare_answers, self.context_turns = 0, 0  # of the chunks so far, see DataReport
+        self.bare_answers, self.context_turns, self.plain_prompts = 0, 0, 0  # of the chunks so far, see DataReport
         self._are_conversations = config.prompt_column == config.expert_column
         self._has_experts = _has(columns, config.expert_column)
         self._has_solutions = config.solution_column is not None and (
@@ -146,6 +147,7 @@ class RowReader:
             read = [self._read(index, row) for index, row in chunk]
             self.bare_answers += sum(row.is_bare for row in read)
             self.context_turns += sum(row.turns for row in read)
+            self.plain_prompts += sum(row.is_plain for row in read)
             named = [(row.problem.index, text) for row in read if row.problem is not None for text in row.traces]
             experts = self._experts(named)  # all of the chunk's, in order
             yield [row.problem and replace(row.problem, experts=tuple(islice(experts, len(row.traces)))) for row in read]
@@ -184,7 +186,7 @@ class RowReader:
         columns = {column: row[column] for column in self._further}
         problem = Problem(index, prompt, prompt_ids, solution, columns=columns)
         turns = sum(message["role"] == "assistant" for message in value) if traces and self._are_conversations else 0
-        return _Row(problem, traces, is_bare, turns)
+        return _Row(problem, traces, is_bare, turns, bool(tokenizer.chat_template) and not wants_chat(value, config))
 
     def _texts(self, row: dict[str, Any], at: str) -> tuple[Any, Any, str, bool]:
         """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and

@@ -69,3 +69,11 @@ def test_a_continuation_must_share_them(tmp_path):
     assert compare_fingerprints(plain, plain) == []
     (difference,) = compare_fingerprints(plain, switched)
     assert difference.startswith("config.data.chat_template_kwargs")
+
+
+def test_texts_that_the_chat_template_could_render_are_said_to_go_in_as_they_are(load, tokenizer):
+    said = "; 3 prompts go in as the texts they are (as_chat: true renders them with the chat template)"
+    assert str(load(ROWS).report).endswith(said)
+    assert "as_chat" not in str(load(ROWS, as_chat=True).report) + str(load(ROWS, system_prompt="Add.").report)
+    tokenizer.chat_template = None
+    assert "as_chat" not in str(load(ROWS).report)
