@@ -23,6 +23,7 @@ from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
     from trapo_train.config import RunConfig
+    from trapo_train.trainer import Trainer
 
 EXIT_OK, EXIT_NEGATIVE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 CONFIG_HELP = "YAML file, packaged recipe such as demo_trapo, or (not for run) the directory of a finished run"
@@ -180,7 +181,6 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.plans import PlanConfig
     from trapo_train.step import ObjectiveConfig
     from trapo_train.tables import evaluation_table
-    from trapo_train.train import Trainer
     from trapo_train.updates import UpdateConfig
 
     config = _load(args)
@@ -193,7 +193,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)
-    trainer = Trainer(config, trains=False)
+    trainer = _trainer(config, console, trains=False)
     label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
     evaluations = trainer.evaluate(label)
     if trainer.world.first:
@@ -223,13 +223,12 @@ def _export(args: argparse.Namespace, console: Console) -> int:
 
 def _headroom(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.headroom import HeadroomConfig, measure, show_headroom
-    from trapo_train.train import Trainer
 
     config = _load(args)
     if config.reward is None:
         raise UserError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
-    trainer = Trainer(config)
+    trainer = _trainer(config, console)
     report = measure(trainer, settings)
     found = show_headroom(report, Path(config.output_dir), console) if trainer.world.first else report.verdict()[0]
     trainer.close()
@@ -240,11 +239,10 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.advantages import assign_advantages, assign_prefix_weights
     from trapo_train.inspect import render_group
     from trapo_train.rollout import run_plans
-    from trapo_train.train import Trainer
 
     if args.max_tokens < 1:
         raise UserError(f"inspect: --max-tokens must be at least 1, got {args.max_tokens}.")
-    trainer = Trainer(_load(args))
+    trainer = _trainer(_load(args), console)
     if not 0 <= args.problem < len(trainer.problems):
         raise UserError(f"inspect: --problem must be in [0, {len(trainer.problems) - 1}], got {args.problem}.")
     config = trainer.config
@@ -319,6 +317,13 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
     _quiet_libraries()
     learned = run_demo(Path(args.output), seeds=args.seeds, compare=args.compare, console=console)
     return EXIT_OK if learned else EXIT_NEGATIVE
+
+
+def _trainer(config: RunConfig, console: Console, **options: Any) -> Trainer:
+    """One that says what it loads."""
+    from trapo_train.trainer import Trainer
+
+    return Trainer(config, tell=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True), **options)
 
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:

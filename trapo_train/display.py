@@ -11,9 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from trapo_train.columns import COLUMNS, Column, value_of, written
 from trapo_train.schema import UserError
 from trapo_train.trackers import Trackers
 
@@ -34,51 +34,6 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the progress table: the metric it shows, its heading and how a value is written."""
-
-    metric: str
-    heading: str
-    write: Callable[[float], str]
-    style: str = ""
-    dispensable: int = 0
-    """Columns with larger numbers are left out first where a terminal is too narrow; 0 always stays."""
-    also: str = ""  # a metric that is added to it; such a column appears once the sum is not 0
-
-    @property
-    def width(self) -> int:
-        """Characters, including the gap to the column before."""
-        return max(len(self.heading), 6) + 2
-
-
-def _fixed(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{digits}f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-COLUMNS = (
-    Column("reward/mean", "reward", _fixed(3)),
-    Column("reward/unguided", "unguided", _fixed(3), "bold"),
-    Column("guided_share", "guided", _percent),
-    Column("finished_share", "finished", _percent, dispensable=2),
-    Column("loss", "loss", _fixed(4)),
-    Column("expert/logprob", "expert logp", _fixed(3)),
-    Column("entropy/rollout", "entropy", _fixed(3)),
-    Column("entropy/expert", "expert entropy", _fixed(3), dispensable=3),
-    Column("rollout/kl_ref", "KL", _fixed(4), dispensable=2),
-    Column("rollout/clip_low", "clipped", _percent, dispensable=3, also="rollout/clip_high"),
-    Column("grad_norm", "grad norm", _fixed(2), "dim", dispensable=1),
-    Column("tokens_per_s", "tokens/s", _count, "dim", dispensable=4),
-    Column("peak_memory_mib", "peak MiB", _count, "dim", dispensable=5),
-)
 _STEP_WIDTH, _ETA_WIDTH = 6, 9
 ROWS_PER_RUN = 20
 ROWS_PER_HEADER = 25
@@ -89,6 +44,9 @@ class NullReporter:
 
     def start(self, config: RunConfig, report: DataReport) -> None:
         """Ignore the start of a run."""
+
+    def doing(self, text: str) -> None:
+        """Ignore what takes a while."""
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Ignore one step."""
@@ -245,6 +203,7 @@ class Reporter:
         self._columns: list[Column] = []
         self._rows_shown = 0
         self._steps_seen = 0
+        self._live = "starting"  # what stands beside the bar between steps
         self._started = self._last_row = time.monotonic()
         self._progress: Progress | None = None
         self._output_dir = Path(output_dir)
@@ -271,8 +230,15 @@ class Reporter:
                 console=self.console,
                 transient=True,
             )
-            self._progress.add_task("starting", total=self._steps, completed=self._last_step)
+            self._progress.add_task(self._live, total=self._steps, completed=self._last_step)
             self._progress.start()
+
+    def doing(self, text: str) -> None:
+        """Say what takes a while: beside the bar if there is one, else as a line, before the first step, where no rows come."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=text)
+        elif not self._steps_seen:
+            self._say(text, "dim")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record one training step; `metrics` holds at least "step" (counted from 1)."""
@@ -285,8 +251,8 @@ class Reporter:
         if self._wants_row(step):
             self._print_row(step, metrics)
         if self._progress is not None:
-            task = self._progress.task_ids[0]
-            self._progress.update(task, completed=step, description=self._live_line(step, metrics))
+            self._live = self._live_line(step, metrics)
+            self._progress.update(self._progress.task_ids[0], completed=step, description=self._live)
 
     def evaluation(self, metrics: dict[str, Any], name: str = "") -> None:
         """Record one evaluation and print its accuracy, with the standard error, pass@k and each group where they are given.
@@ -298,6 +264,8 @@ class Reporter:
         self.log.append(row)
         self._track(step, metrics, f"eval/{name}/" if name else "eval/")
         self._say(f"{step:>6}  {name or 'held-out'} {evaluation_line(row)}", "cyan")
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=self._live)
 
     def event(self, text: str) -> None:
         """Record something worth reading later: a checkpoint, a skipped step, a resume."""
@@ -343,7 +311,7 @@ class Reporter:
 
     def _choose_columns(self, metrics: dict[str, Any]) -> None:
         """A column for every metric recorded so far, as far as a terminal is wide; a file takes all. Others need a new heading."""
-        self._recorded |= {c.metric for c in COLUMNS if c.metric in metrics and not (c.also and _value(c, metrics) == 0)}
+        self._recorded |= {c.metric for c in COLUMNS if c.metric in metrics and not (c.also and value_of(c, metrics) == 0)}
         sampled = "finished_share" in self._recorded  # or the loss alone would tell how well the traces are learned
         columns = [c for c in COLUMNS if c.metric in self._recorded and not (sampled and c.metric == "expert/logprob")]
         width = self.console.width if self.console.is_terminal else math.inf
@@ -358,7 +326,7 @@ class Reporter:
             self._say(f"{'step':>{_STEP_WIDTH}}{headings}{'ETA':>{_ETA_WIDTH}}", "bold")
         line = Text(f"{step:>{_STEP_WIDTH}}")
         for column in self._columns:
-            line.append(f"{_written(column, metrics):>{column.width}}", style=column.style)
+            line.append(f"{written(column, metrics):>{column.width}}", style=column.style)
         line.append(f"{self._eta(step):>{_ETA_WIDTH}}", style="dim")
         self.console.print(line, soft_wrap=True)
         self._rows_shown += 1
@@ -366,22 +334,12 @@ class Reporter:
 
     def _live_line(self, step: int, metrics: dict[str, Any]) -> str:
         shown = [column for column in self._columns if column.style != "dim"]
-        values = "  ".join(f"{column.heading} {_written(column, metrics)}" for column in shown)
+        values = "  ".join(f"{column.heading} {written(column, metrics)}" for column in shown)
         return f"ETA {self._eta(step)}  {values}"
 
     def _eta(self, step: int) -> str:
         per_step = (time.monotonic() - self._started) / self._steps_seen
         return format_seconds(per_step * (self._steps - step))
-
-
-def _written(column: Column, metrics: dict[str, Any]) -> str:
-    value = _value(column, metrics)
-    return "–" if value is None else column.write(float(value))
-
-
-def _value(column: Column, metrics: dict[str, Any]) -> float | None:
-    value = metrics.get(column.metric)
-    return value if value is None else value + (metrics.get(column.also) or 0)
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     """
     _check_output_dir(config)
     check_installed(config.tracking)
-    trainer = Trainer(config)
+    trainer = Trainer(config, tell=reporter.doing)
     _check_steps(config, trainer.config.steps)
     with trainer.world.together():
         summary = _run(trainer, reporter if trainer.world.first else NullReporter())
@@ -177,6 +177,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
         stopping = stop.agree(trainer.world) is not None  # a signal to one rank stops all of them, at the same step
         try:
             if trainer.evaluation_due and not stopping:
+                reporter.doing("evaluating")
                 for name, metrics in trainer.evaluate().items():
                     reporter.evaluation({**metrics, "step": trainer.step}, name)
                 if saved_at == trainer.step:

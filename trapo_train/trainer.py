@@ -6,7 +6,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -60,14 +60,16 @@ _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
 class Trainer:
     """Everything a run consists of, and its state: model, optimizer, schedule, order of the problems, random states.
 
-    Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken.
+    Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken. `tell` gets
+    a line before what takes a while, on the first rank.
 
     Raises: UserError for what cannot be trained, with rule, actual value and remedy.
     """
 
-    def __init__(self, config: RunConfig, *, trains: bool = True) -> None:
+    def __init__(self, config: RunConfig, *, trains: bool = True, tell: Callable[[str], None] = lambda text: None) -> None:
         self.config = config
         self.world = World(config.parallel)
+        tell = tell if self.world.first else lambda text: None
         seed_generators(self._rank_seed(0))  # for what draws in rewards and choosers; the model seeds torch's again
         self.step = 0
         self.notes: list[str] = []
@@ -79,12 +81,14 @@ class Trainer:
         check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         placed = {"task_tokenizer": task_tokenizer, "seed": config.seed, "device": self.world.device}
+        tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
         with named(config.model):
             self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
         if switch_off_dropout(self.model):
             self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
+        tell(f"reading {config.data.path or config.data.task}{' and the held-out sets' if config.eval_data else ''}")
         self.problems = self._load_problems()
         self.config = config = config.for_problems(len(self.problems))
         self.notes += advice(config, self.objective, len(self.problems), self.world)
@@ -104,8 +108,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._rank_seed(0))
         self.order = ProblemOrder(len(self.problems), config.seed)
-        self.evaluated_at = -1
-        self.skipped_in_a_row = 0
+        self.evaluated_at, self.skipped_in_a_row = -1, 0
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, dict[str, float]] = {}
         self.last_groups: list[list[Sample]] = []

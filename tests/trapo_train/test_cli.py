@@ -68,10 +68,13 @@ def test_run_writes_metrics_plots_and_the_model(finished_run, capsys):
     assert (finished_run / "model" / "model.safetensors").exists()
 
 
-def test_overrides_reach_the_run(config, tmp_path):
+def test_overrides_reach_the_run_which_says_what_it_does_before_its_first_step(config, tmp_path, capsys):
     assert cli.main(["run", config, "steps=1", "plan.name=grpo", "objective.name=dr_grpo"]) == 0
     trained = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert len(trained) == 1 and trained[0]["guided_share"] == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["loading a model from scratch", "reading pointer_chasing and the held-out sets"]
+    assert said.count("evaluating") == 1  # before the first step alone
 
 
 def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, capsys):

@@ -160,6 +160,23 @@ def test_on_a_terminal_the_bar_is_gone_after_close(tmp_path):
     assert output_of(reporter).rstrip().endswith("\x1b[2K")  # the live line erased
 
 
+def test_what_takes_a_while_is_said_before_the_first_step_and_beside_the_bar(tmp_path):
+    reporter = reporter_to(tmp_path)
+    reporter.doing("loading some/model")
+    run_steps(reporter, 1, 1)
+    reporter.doing("evaluating")
+    assert output_of(reporter).splitlines()[0] == "loading some/model" and "evaluating" not in output_of(reporter)
+    assert [row["kind"] for row in read_metrics(tmp_path)] == ["train"]  # nothing to keep
+    with reporter_to(tmp_path / "terminal", terminal=True) as reporter:
+        run_steps(reporter, 1, 1)
+        task = reporter._progress.tasks[0]
+        between = task.description
+        reporter.doing("evaluating")
+        assert task.description == "evaluating"
+        reporter.evaluation({"step": 1, "accuracy": 0.5})
+        assert task.description == between
+
+
 def test_a_named_set_says_its_name_everywhere(tmp_path, monkeypatch):
     reporter = reporter_to(tmp_path)
     tracked = []

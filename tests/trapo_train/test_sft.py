@@ -110,7 +110,7 @@ def test_commands_without_a_reward(configure, tmp_path, capsys):
     assert "expert_nll" in capsys.readouterr().out
     assert cli.main(["inspect", config.output_dir]) == 0
     shown = capsys.readouterr().out
-    assert "micro-group 1" in shown and "reward" not in shown
+    assert "micro-group 1" in shown and "reward" not in shown.replace(str(tmp_path), "")
     assert cli.main(["headroom", config.output_dir]) == 2
     assert "headroom: reward must be set" in capsys.readouterr().err
     assert cli.main(["eval", config.output_dir, "evaluation.sample=true"]) == 2
@@ -135,7 +135,7 @@ def test_the_recipe_trains_on_chats(tmp_path, monkeypatch):
 
 
 def test_the_recipe_is_plain_sft_and_needs_no_advice():
-    config = load_config("sft")
+    config = load_config("sft").for_problems(1000)
     assert config.reward is None and (config.plan.name, config.objective.name) == ("sft", "sft")
     assert config.packing.aggregation == "token_mean"
     assert config.data.max_prompt_tokens + config.rollout.max_response_tokens <= config.packing.max_tokens
