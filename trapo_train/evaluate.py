@@ -36,7 +36,8 @@ class EvalConfig:
     every: int = 0
     """Rollout steps between evaluations, at least 0; 0 evaluates only at the end."""
     samples_per_prompt: int | dict[str, int] = 1
-    """Responses sampled for each problem, at least 1: one number, or one for each set by name; accuracy is their mean (avg@k)."""
+    """Responses sampled for each problem, at least 1: one number, or one for each set by name; accuracy is their mean (avg@k).
+    Equal rows are one problem, which gets so many for each of its rows."""
     pass_at: list[int] | None = None
     """k of every pass@k to report, each at least 1, on the sets with that many samples; null for 2, 4, 8 … as far as they reach."""
     temperature: float = 1.0

@@ -52,10 +52,17 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int) -> list[str]:
     notes = []
     for name, entry in eval_sets.items():
         section = f"eval_data {name}".strip()
-        notes.append(f"{section}: {entry.problems.report}")
+        notes.append(f"{section}: {entry.problems.report}{_repeated(entry)}")
         if dropped := entry.problems.at(entry.members).without_long_experts(longest)[1]:
             notes.append(f"{section}: left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
     return notes
+
+
+def _repeated(entry: EvalSet) -> str:
+    if len(entry.rows) == len(entry.members):
+        return ""
+    sampled = ", with as many times the samples" if max(entry.samples) > 1 else ""
+    return f"; {len(entry.rows)} different ones in {len(entry.members)} rows: equal rows are one problem{sampled}"
 
 
 def responses_file(output_dir: str | Path, name: str, label: str) -> Path:

@@ -32,7 +32,7 @@ def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
     for heading in ("problems", "samples", "accuracy", "± standard error"):
         table.add_column(heading, justify="right")
     for name, row in evaluations.items():
-        counts = f"{row['num_problems']:.0f}", f"{row['samples_per_problem']:g}"
+        counts = f"{row['num_problems']:.0f}", f"{round(row['samples_per_problem'], 1):g}"
         table.add_row(name or "all", *counts, f"{row['accuracy']:.3f}", _error(row["accuracy_stderr"]), style="bold")
         for key, value in row.items():
             kind, _, group = key.partition("/")

@@ -112,16 +112,21 @@ def test_a_run_may_evaluate_without_sampling_and_trains_as_before(configure, cap
 
 def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, capsys):
     path = tmp_path / "held_out.jsonl"
-    path.write_text('{"prompt": "ab?a1:", "solution": "b"}\n{"prompt": "ab|bc|cd|de|ef?a1:", "solution": "b"}\n')
+    prompts = ("ab?a1:", "ab?a1:", "bc?b1:", "cd?c1:", "ab|bc|cd|de|ef?a1:")
+    path.write_text("".join(f'{{"prompt": "{prompt}", "solution": "b"}}\n' for prompt in prompts))
     sets = f"eval_data={{short: {{path: {path}, max_prompt_tokens: 8, on_long_prompt: drop}}}}"
     config = configure("run", "steps=1", *EVALUATED, sets)
     train_to_end(config)
     told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
-    assert "eval_data short: 1 problems (1 without expert; 1 more dropped for a long prompt), 0 expert traces" in told
+    assert (
+        "eval_data short: 4 problems (4 without expert; 1 more dropped for a long prompt), 0 expert traces; 3 different ones in 4 "
+        "rows: equal rows are one problem, with as many times the samples"
+    ) in told
     assert {row["dropped_prompts"] for row in rows(config) if row["kind"] == "eval"} == {1.0}
     capsys.readouterr()
     assert cli.main(["eval", config.output_dir]) == 0
-    assert "dropped_prompts 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "dropped_prompts 1" in shown and "1.3 " in shown and "1.33" not in shown  # samples of a problem, 4 of 3
 
 
 def test_held_out_traces_that_are_too_long_are_noted(configure, tmp_path):
