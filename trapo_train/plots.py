@@ -207,7 +207,7 @@ def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
 
 def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
     """Several runs in one figure: unguided reward in the first panel, then held-out accuracy, a panel for each set; of runs without
-    a reward the loss of held-out expert traces."""
+    a reward the loss of expert traces, held-out ones if there are any."""
     require(list(runs), "any run")
     if not any(_series(rows, "reward/unguided")[0] or _held_out(rows) for rows in runs.values()):
         return _compare_expert_nll(runs, path)
@@ -239,7 +239,8 @@ def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
 def _compare_expert_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
     losses = {name: _held_out(rows, "expert_nll") for name, rows in runs.items()}
     sets = list(dict.fromkeys(which for evaluations in losses.values() for which in evaluations))
-    require(sets, "reward/unguided, accuracy or expert_nll")
+    if not sets:
+        return _compare_training_nll(runs, path)
     figure, axes = new_figure(
         "Runs compared", "loss of held-out expert traces, nats per token", panels=len(sets), columns=min(3, len(sets))
     )
@@ -253,6 +254,20 @@ def _compare_expert_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Pat
         axis.set_title(which if len(sets) > 1 else "", fontsize=12, color=INK, loc="left")
         axis.set_xlabel("rollout step")
     axes[0].set_ylabel("nats per token")
+    return save_figure(figure, path)
+
+
+def _compare_training_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
+    figure, (axis,) = new_figure("Runs compared", "loss of expert traces in training, nats per token · line: running mean")
+    labels = []
+    for (name, rows), colour in zip(runs.items(), run_colours(runs), strict=True):
+        steps, values = _series(rows, "expert/logprob")
+        if steps:
+            labels.append((name, draw_smoothed(axis, steps, [-value for value in values], colour), colour))
+    require(labels, "reward/unguided, accuracy, expert_nll or expert/logprob")
+    axis.set_xlabel("rollout step")
+    axis.set_ylabel("nats per token")
+    label_right(axis, labels)
     return save_figure(figure, path)
 
 
@@ -289,12 +304,12 @@ def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Pat
     return save_figure(figure, path)
 
 
-RUN_PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], Path]]] = {
-    "unguided_reward.png": ("reward/unguided", plot_unguided_reward),
-    "guided_share.png": ("guided_share", plot_guided_share),
-    "expert_nll.png": ("expert_nll", plot_expert_nll),
-    "entropy.png": ("entropy/", plot_entropy),
-    "trsft_weights.png": ("trsft/weight_histogram", plot_trsft_weights),
+RUN_PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row], Path], Path]]] = {  # with the metrics, one of which is needed
+    "unguided_reward.png": (("reward/unguided",), plot_unguided_reward),
+    "guided_share.png": (("guided_share",), plot_guided_share),
+    "expert_nll.png": (("expert_nll", "expert/logprob"), plot_expert_nll),
+    "entropy.png": (("entropy/sampled", "entropy/rollout", "entropy/expert"), plot_entropy),
+    "trsft_weights.png": (("trsft/weight_histogram",), plot_trsft_weights),
 }
 
 
@@ -305,12 +320,10 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     """
     rows = read_metrics(run_dir)
     recorded = {key for row in rows for key, value in row.items() if value not in (None, [])}
+    if set(_series(rows, "guided_share")[1]) in ({0.0}, {1.0}):  # by the plan, which needs no figure
+        recorded.remove("guided_share")
     directory = Path(run_dir) / "plots"
-    paths = [
-        draw(rows, directory / name)
-        for name, (metric, draw) in RUN_PLOTS.items()
-        if any(key == metric or (metric.endswith("/") and key.startswith(metric)) for key in recorded)
-    ]
+    paths = [draw(rows, directory / name) for name, (metrics, draw) in RUN_PLOTS.items() if recorded.intersection(metrics)]
     if not paths:
         raise UserError(f"{run_dir}: none of the {len(rows)} rows holds a metric that can be plotted. Train some steps first.")
     return paths

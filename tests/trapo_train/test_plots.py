@@ -188,5 +188,16 @@ def test_runs_without_a_reward_are_compared_by_their_held_out_loss(drawn, tmp_pa
     plots.plot_comparison(runs, tmp_path / "compare.png")
     aime, math_set = drawn[0].axes
     assert [line.get_ydata()[-1] for line in aime.lines] == [1.0, 1.5] and len(math_set.lines) == 1
-    with pytest.raises(ValueError, match="reward/unguided, accuracy or expert_nll"):
+    with pytest.raises(ValueError, match="reward/unguided, accuracy, expert_nll or expert/logprob"):
         plots.plot_comparison({"none": []}, tmp_path / "none.png")
+
+
+def test_traces_alone_without_held_out_problems_show_their_loss_and_no_share_of_guided_samples(drawn, tmp_path):
+    trained = [row for row in sft_rows() if row["kind"] == "train"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained))
+    assert [path.name for path in plots.plot_run(tmp_path)] == ["expert_nll.png"]
+    (lower, upper) = (line.get_ydata()[-1] for line in drawn[0].axes[0].lines)
+    assert lower == upper == pytest.approx(2 / 6)  # dots and their running mean
+    worse = [{**row, "expert/logprob": -3.0} for row in trained]
+    plots.plot_comparison({"first": trained, "second": worse}, tmp_path / "compare.png")
+    assert {"first", "second"} <= set(texts(drawn[1])) and drawn[1].axes[0].lines[-1].get_ydata()[-1] == 3.0
