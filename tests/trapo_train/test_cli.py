@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from trapo_train.display import read_metrics
 from trapo_train.step import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 
+README = Path(cli.__file__).with_name("README.md").read_text()
 TINY = """
 output_dir: {output}
 steps: 2
@@ -66,6 +68,24 @@ def test_run_writes_metrics_plots_and_the_model(finished_run, capsys):
     assert [row["step"] for row in read_metrics(finished_run) if row["kind"] == "train"] == [1, 2]
     assert (finished_run / "plots" / "unguided_reward.png").exists()
     assert (finished_run / "model" / "model.safetensors").exists()
+
+
+def test_what_a_run_leaves_is_documented(config, tmp_path):
+    assert cli.main(["run", config, "steps=1", "reward=[{name: pointer_chasing}]", "evaluation.samples_per_prompt=2"]) == 0
+    files, steps, evaluations = re.findall(r"\|---\|---\|\n(.*?)\n(?:\n|$)", README.split("What a run leaves")[1], re.S)
+    named = re.findall(r"^\| `([\w.]+)", files, re.M)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= set(named)
+    recorded = {kind: set() for kind in ("train", "eval", "event")}
+    for row in read_metrics(tmp_path / "run"):
+        recorded[row["kind"]] |= set(row)
+    needs = {"reward/timeouts", "reward/crashes", "rollout/kl_ref"}  # a reward in workers, a KL
+    assert metric_names(steps) - recorded["train"] == needs
+    assert {name.replace("@k", "@2") for name in metric_names(evaluations)} <= recorded["eval"]
+
+
+def metric_names(table):
+    """The metrics that the first column names."""
+    return {name for line in table.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
 
 
 def test_overrides_reach_the_run_which_says_what_it_does_before_its_first_step(config, tmp_path, capsys):
