@@ -21,7 +21,7 @@ from trapo_train.records import Problem
 from trapo_train.reward_checks import check_is_no_class, takes
 from trapo_train.schema import UserError, check, did_you_mean
 from trapo_train.tasks import pointer_chasing_reward
-from trapo_train.user_code import resolve
+from trapo_train.user_code import in_words, note_place, resolve
 
 ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
 SEARCH_S = 5.0  # most seconds that the row is looked for which a reward raised on: each row asked may be a call of a service
@@ -283,12 +283,17 @@ def may_overlap(reward: RewardFn | WeightedSum) -> bool:
 
 
 def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
-    """What the reward returns; one that is async is run to its end. Of ABOUT_RESPONSES it gets what it takes."""
+    """What the reward returns; one that is async is run to its end. Of ABOUT_RESPONSES it gets what it takes. What it raises has
+    a note of the line in the reward's module."""
     taken = {name: values for name, values in arguments.items() if name not in ABOUT_RESPONSES or takes(reward, name)}
-    values = reward(**taken)
-    if not inspect.isawaitable(values):
-        return values
-    return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+    try:
+        values = reward(**taken)
+        if not inspect.isawaitable(values):
+            return values
+        return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+    except Exception as error:
+        note_place(error, reward)
+        raise
 
 
 REWARDS: dict[str, RewardFn] = {
@@ -345,12 +350,13 @@ def _describe_exception(
     what, until = f"Reward {_name(reward)} raised on", time.monotonic() + SEARCH_S
     for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
         if isinstance(error, OSError) or time.monotonic() > until:
-            return f"{what} a call with {len(texts)} rows: {error!r}."
+            return f"{what} a call with {len(texts)} rows: {in_words(error)}."
         try:
             called(reward, _arguments([problem], [text], {name: [values[i]] for name, values in (about or {}).items()}))
         except Exception as single:
-            return f"{what} row {problem.index}: {single!r}. Its completion: {text[:200]!r}"
-    return f"{what} {len(texts)} rows, though on none of them alone: {error!r}."
+            more = ". --traceback shows how it got there" if hasattr(single, "__notes__") else ""  # not in a worker
+            return f"{what} row {problem.index}: {in_words(single)}. Its completion: {text[:200]!r}{more}"
+    return f"{what} {len(texts)} rows, though on none of them alone: {in_words(error)}."
 
 
 def _check_value(value: Any, name: str, problem: Problem) -> float | None:
@@ -371,4 +377,6 @@ def _check_value(value: Any, name: str, problem: Problem) -> float | None:
 
 
 def _name(reward: RewardFn) -> str:
-    return repr(getattr(reward, "__name__", type(reward).__name__))
+    name = getattr(reward, "__name__", type(reward).__name__)
+    own = inspect.isfunction(reward) and not reward.__module__.startswith("trapo_train.") and "<locals>" not in reward.__qualname__
+    return repr(f"{reward.__module__}:{name}" if own else name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,17 @@ def resolve(setting: str, path: str, example: str) -> Any:
         return operator.attrgetter(name)(module)
     except AttributeError as error:
         raise UserError(f"{setting} {path!r}: the module {module_name!r} has no function or class {name!r}.") from error
+
+
+def note_place(error: Exception, code: Any) -> None:
+    """Add to `error` where in the module of the user's function or object `code` it was raised, "at my_rewards.py:9"."""
+    file = getattr(sys.modules.get(getattr(inspect.unwrap(code), "__module__", "")), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    note = f"at {Path(file or '').name}:{lines[-1]}" if lines else ""
+    if note and note not in getattr(error, "__notes__", ()):  # one that is raised again has it
+        error.add_note(note)
+
+
+def in_words(error: Exception) -> str:
+    """The error with its notes, in a line."""
+    return " ".join([repr(error), *getattr(error, "__notes__", ())])

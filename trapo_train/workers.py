@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trapo_train.user_code import in_words
+
 START_LIMIT_S = 120  # a cold import on a busy machine
 
 
@@ -182,7 +184,7 @@ def _answer(function: Callable[..., Any], arguments: Sequence[Any]) -> dict[str,
     except MemoryError:
         raise
     except Exception as error:
-        return {"error": repr(error)}
+        return {"error": in_words(error)}
 
 
 def _end_with_parent(parent: int) -> None:

@@ -356,6 +356,9 @@ def risky(prompts, completions, depth, **columns):
 """
 
 
+RAISED_AT = f"risky_rewards.py:{RISKY.split('raise KeyError')[0].count(chr(10)) + 1}"
+
+
 @pytest.fixture
 def risky(tmp_path, monkeypatch):
     (tmp_path / "risky_rewards.py").write_text(RISKY)
@@ -370,7 +373,7 @@ def test_an_own_reward_in_workers_survives_itself(risky):
     metrics = take_metrics(risky)
     assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == (1.0, 3.0)
     assert metrics["reward/risky_rewards:risky"] == pytest.approx(11 / 6)
-    for word, reason in [("bug", "row 11: .*KeyError.*no such key"), ("nan", "finite numbers, got nan on row 11")]:
+    for word, reason in [("bug", f"row 11: .*KeyError.*such key.* at {RAISED_AT}"), ("nan", "finite numbers, got nan on row 11")]:
         with pytest.raises(RewardError, match=f"'risky_rewards:risky' .*{reason}"):
             judge(risky, problems(2), ["a", word])
 
@@ -378,3 +381,13 @@ def test_an_own_reward_in_workers_survives_itself(risky):
 def test_a_reward_in_workers_is_told_about_the_responses_too(risky):
     reward = load_reward([RewardTerm("risky_rewards:tokens", in_worker=True)])
     assert judge(reward, problems(2), ["a", "b"], ABOUT) == [3.0, 9.0]
+
+
+def test_a_reward_that_raises_is_named_by_its_path_with_the_line(risky):
+    reward = load_reward("risky_rewards:risky")
+    with pytest.raises(RewardError) as error:
+        judge(reward, problems(2), ["a", "bug"])
+    assert str(error.value) == (
+        f"Reward 'risky_rewards:risky' raised on row 11: KeyError('no such key') at {RAISED_AT}. Its completion: 'bug'. "
+        "--traceback shows how it got there"
+    )
