@@ -1,14 +1,17 @@
 """A reward that cannot be called is refused before anything is sampled; one that failed is not asked again without end."""
 
+import shutil
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.trapo_train.test_rewards import problems
 from tests.trapo_train.test_train import EVALUATED, build_config, train_to_end
 from trapo_train import rewards
+from trapo_train.checkpoint import CheckpointError
 from trapo_train.display import read_metrics
 from trapo_train.rewards import RewardError, judge
 from trapo_train.trainer import Trainer
@@ -30,6 +33,9 @@ def of_depth(completions, *, depth):
 
 def of_all(prompts, completions, solution, completion_tokens, finish_reasons, level=None):
     return [0.0 for _ in completions]
+
+def raises(completions, **columns):
+    raise KeyError("bug")
 
 def crashes(completions, **columns):
     os._exit(1)
@@ -109,3 +115,14 @@ def test_a_reward_that_fails_on_most_rows_is_said_once(configure):
         "step 1: 2 gradings of 2 samples timed out or crashed, and each counts as 0. Raise time_limit_s or memory_limit_mib of "
         "odd_rewards:crashes, or try it with in_worker: false"
     ]
+
+
+def test_a_run_whose_first_step_failed_begins_with_another_reward(configure):
+    settings = ("plan={name: grpo, num_samples: 2}", "steps=1", "prompts_per_step=1", "checkpoint.resume=true")
+    with pytest.raises(RewardError, match="KeyError"):
+        train_to_end(configure("reward=odd_rewards:raises", *settings))
+    config = configure("reward=odd_rewards:made", *settings)
+    with pytest.raises(CheckpointError, match="a different run: .* Nothing was trained by then: delete it, and this run begins"):
+        train_to_end(config)
+    shutil.rmtree(Path(config.output_dir, "checkpoints", "step_00000000"))
+    assert train_to_end(config).steps == 1
