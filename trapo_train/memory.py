@@ -47,6 +47,8 @@ class MemoryPlan:
     """Responses that a rank generates together, where that takes most."""
     generated: int
     """Prompt and response of one of these together, tokens: `context`, or that of an evaluation."""
+    generated_by: str
+    """Whose responses these are, and the setting that bounds how many."""
     longest: int
     """The longer of those two, tokens."""
     loading_bytes: int
@@ -104,7 +106,7 @@ def plan_memory(
     }
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
         always["reference model, float32"] = 4 * weights.total // shards
-    rollout, sequences, generated = _most_generated(config, architecture, weights, gpus, lengths, device_type)
+    rollout, *responses = _most_generated(config, architecture, weights, gpus, lengths, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [
         *_training(config, architecture, weights, gpus, context, tokens, device_type),
@@ -117,7 +119,7 @@ def plan_memory(
         held = {phase: size for phase, size in sizes.items() if size}
         if held:
             components[name] = components.get(name, {}) | held
-    return MemoryPlan(components, gpus, context, tokens, sequences, generated, max(lengths), 4 * weights.total)
+    return MemoryPlan(components, gpus, context, tokens, *responses, max(lengths), 4 * weights.total)
 
 
 def _lengths(config: RunConfig, architecture: PretrainedConfig, context: int | None) -> list[int]:
@@ -245,17 +247,22 @@ def _gathering(weights: Weights, shards: int, dtype: torch.dtype) -> int:
 
 def _most_generated(
     config: RunConfig, architecture: PretrainedConfig, weights: Weights, gpus: int, lengths: list[int], device_type: str
-) -> tuple[list[tuple[str, dict[str, int]]], int, int]:
+) -> tuple[list[tuple[str, dict[str, int]]], int, int, str]:
     """What `_rollout` yields for a step's problems or for an evaluation, whichever takes more; the responses that a rank generates
-    together then, and the tokens of each with its prompt."""
-    wanted = [(config.rollout, math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request, lengths[0])]
+    together then, the tokens of each with its prompt, and whose they are."""
+    share, of_call = math.ceil(config.prompts_per_step / gpus) * config.plan.largest_request, config.evaluation.responses_per_call
+    wanted = [(config.rollout, share, lengths[0], "a step", f"prompts_per_step={config.prompts_per_step}")]
     for length in lengths[1:]:
-        wanted.append((config.evaluation.sampling(config.rollout), config.evaluation.responses_per_call, length))
+        own, bound = config.evaluation.sampling(config.rollout), f"evaluation.responses_per_call={of_call}"
+        wanted.append((own, of_call, length, "an evaluation call", bound))
     found = []
-    for rollout, responses, length in wanted:
-        sequences = min(responses, max(1, config.rollout.max_batch_tokens // length))
+    for rollout, responses, length, whose, bound in wanted:
+        sequences = max(1, config.rollout.max_batch_tokens // length)
+        if sequences < responses:
+            bound = f"rollout.max_batch_tokens={config.rollout.max_batch_tokens}"
+        sequences = min(responses, sequences)
         parts = list(_rollout(replace(config, rollout=rollout), architecture, weights, gpus, length, sequences, device_type))
-        found.append((parts, sequences, length))
+        found.append((parts, sequences, length, f"{whose}, {bound}"))
     return max(found, key=lambda entry: (sum(size for _, sizes in entry[0] for size in sizes.values()), entry[1]))
 
 
