@@ -138,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a step or best, got {text!r}")
     return text if text == "best" else int(text)
 
 
@@ -168,10 +170,14 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:
+    from rich.table import Table
+
     from trapo_train.config import recipes
 
+    table = Table.grid("", "", padding=(0, 2))
     for name, about in recipes().items():
-        console.print(f"[bold]{name}[/]  {about}", highlight=False)
+        table.add_row(f"[bold]{name}[/]", about)
+    console.print(table)
     return EXIT_OK
 
 
@@ -359,10 +365,11 @@ def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
 
 
 def _quiet_libraries() -> None:
-    """No progress bars of transformers between our own lines."""
+    """No progress bars of transformers and datasets between our own lines."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets, which reads this, is imported where data is read
 
 
 def _print_paths(paths: Sequence[Path], console: Console) -> None:

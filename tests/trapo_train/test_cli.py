@@ -203,6 +203,21 @@ def test_overrides_may_stand_behind_options(config, capsys):
         assert stop.value.code == 2 and f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
+def test_a_step_that_is_none_is_said_to_be(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "runs/my", "--step", "abc"])
+    assert stop.value.code == 2 and "argument --step: must be a step or best, got 'abc'" in capsys.readouterr().err
+
+
+def test_no_progress_bars_of_others_but_where_the_user_wants_them(monkeypatch):
+    for own, expected in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", own or "")  # put back afterwards
+        if own is None:
+            monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS")
+        cli._quiet_libraries()
+        assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == expected
+
+
 def test_traceback_on_request(config, capsys):
     assert cli.main(["run", "--traceback", config, "step=3"]) == 2
     assert "Traceback" in capsys.readouterr().err

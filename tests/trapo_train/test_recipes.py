@@ -30,9 +30,11 @@ def test_a_dry_run_of_every_recipe(name, offline, capsys, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recipes_are_listed_with_a_line_each(capsys):
+def test_recipes_are_listed_with_a_line_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
+    assert {line.split("  ")[0] for line in printed.splitlines()} == {*recipes(), ""}  # what is wrapped is indented
     assert all(name in printed for name in recipes()) and all(about for about in recipes().values())
 
 
