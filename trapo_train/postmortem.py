@@ -1,9 +1,14 @@
 """What is kept of a batch whose loss or gradient is not finite: its samples to read, its micro-batches to run again.
 
+from trapo_train.config import load_config
+from trapo_train.model import policy_forward
 from trapo_train.postmortem import load_batch
+from trapo_train.trainer import Trainer
 
+trainer = Trainer(load_config("runs/my/config.yaml"))  # the model of before training
+temperature = trainer.config.rollout.temperature
 for micro_batch in load_batch("runs/my/non_finite_step_7/rank_0.pt"):
-    print(policy_forward(model, micro_batch, objective).loss)
+    print(policy_forward(trainer.model, micro_batch.to(trainer.world.device), trainer.objective, temperature).loss)
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Steps whose loss or gradient is not finite: skipped, then the run ends with what it had."""
 
 import json
+import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +12,9 @@ import torch
 
 from tests.trapo_train.test_train import build_config, rows, train_to_end
 from trapo_kernels import objectives
-from trapo_train import trainer
+from trapo_train import postmortem, trainer
 from trapo_train.model import policy_forward
-from trapo_train.postmortem import load_batch
 from trapo_train.step import NonFiniteError
-from trapo_train.train import Trainer
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def configure(tmp_path):
     return partial(build_config, tmp_path)
 
 
-def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
+def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch, capsys):
     real, calls = trainer.optimizer_step, []
 
     def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
@@ -38,10 +38,12 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch):
         train_to_end(config)
     kept = Path(config.output_dir) / "non_finite_step_4"
     assert json.loads((kept / "samples.jsonl").read_text().splitlines()[0])["problem"]["prompt"]
-    broken = Trainer(configure("again"))
-    for micro_batch in load_batch(kept / "rank_0.pt"):
-        assert len(micro_batch.batch) > 0
-        assert torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
+    example = postmortem.__doc__.split("\n\n", 1)[1].replace("runs/my/non_finite_step_7", str(kept))
+    found = {}
+    exec(example.replace("runs/my", config.output_dir), found)
+    losses = [float(loss) for loss in re.findall(r"tensor\(([-\d.einfa]+)", capsys.readouterr().out)]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    broken, micro_batch = found["trainer"], found["micro_batch"]
     with torch.no_grad():
         broken.model.lm_head.weight[0, 0] = float("nan")
     assert not torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
