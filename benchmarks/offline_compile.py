@@ -18,18 +18,28 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 24
 TENSOR_CORE = {80: ("mma.sync",), 90: ("wgmma.mma_async",), 100: ("tcgen05.mma",)}  # the PTX a fused GEMM must contain
 
 
-def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
-    """(label, kernel, constexprs) of every compiled variant."""
+class Variant(NamedTuple):
+    """A kernel as a call compiles it; `fp32` names pointers that `_type_of` says are bf16."""
+
+    label: str
+    kernel: object
+    constexprs: dict[str, object]
+    fp32: tuple[str, ...] = ()
+
+
+def variants() -> Iterator[Variant]:
+    """Every compiled variant."""
     from trapo_kernels import objectives, terms
     from trapo_kernels.backends.triton_ops import row_gradient, row_policy, row_statistics, scale, token_coefficient
     from trapo_kernels.backends.triton_ops.fused_scoring import TILE as SCORING_TILE
-    from trapo_kernels.backends.triton_ops.fused_scoring import fused_scoring_kernel
+    from trapo_kernels.backends.triton_ops.fused_scoring import TILE_FP32, fused_scoring_kernel
     from trapo_kernels.backends.triton_ops.launch import TILE
     from trapo_kernels.objective import GATES
 
@@ -38,12 +48,12 @@ def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
     for name, transform in (("plain", plain), ("bias+temperature+softcap", full)):
         for entropy in (False, True):
             label = f"{name}{', entropy' if entropy else ''}"
-            yield f"row_statistics ({label})", row_statistics.row_statistics_kernel, transform | {"WITH_ENTROPY": entropy}
-            yield f"row_gradient ({label})", row_gradient.row_gradient_kernel, transform | {"WITH_ENTROPY": entropy}
-    flags = {"HAS_BIAS": False, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": False}
-    yield "fused_scoring (bf16)", fused_scoring_kernel, flags | SCORING_TILE
-    flags = {"HAS_BIAS": True, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": True}
-    yield "fused_scoring (bf16, bias+temperature+softcap)", fused_scoring_kernel, flags | SCORING_TILE
+            yield Variant(f"row_statistics ({label})", row_statistics.row_statistics_kernel, transform | {"WITH_ENTROPY": entropy})
+            yield Variant(f"row_gradient ({label})", row_gradient.row_gradient_kernel, transform | {"WITH_ENTROPY": entropy})
+    for dtype, tile, fp32 in (("bf16", SCORING_TILE, ()), ("fp32", TILE_FP32, ("hidden_ptr", "weight_ptr", "bias_ptr"))):
+        for more, on in (("", False), (", bias+temperature+softcap", True)):
+            flags = {"HAS_BIAS": on, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": on}
+            yield Variant(f"fused_scoring ({dtype}{more})", fused_scoring_kernel, flags | tile, fp32)
     presets: dict[tuple[int, ...], list[str]] = {}  # presets with the same gates are the same compiled kernel
     for preset in objectives.PRESETS.values():
         objective = preset(entropy_coef=0.001)
@@ -51,16 +61,16 @@ def variants() -> Iterator[tuple[str, object, dict[str, object]]]:
     for codes, names in presets.items():
         gates = dict(zip(("EXPERT_GATE", "ROLLOUT_GATE", "KL_CODE"), codes, strict=True))
         flags = {"WITH_ENTROPY_GRADIENT": True, "WITH_GRADIENT": True}
-        yield f"row_policy ({', '.join(names)})", row_policy.row_policy_kernel, plain | gates | flags
+        yield Variant(f"row_policy ({', '.join(names)})", row_policy.row_policy_kernel, plain | gates | flags)
     heaviest = {"EXPERT_GATE": 9, "ROLLOUT_GATE": 9, "KL_CODE": 4, "WITH_ENTROPY_GRADIENT": True, "WITH_GRADIENT": True}
-    yield "row_policy (sapo/sapo, k3_corrected, bias+temperature+softcap)", row_policy.row_policy_kernel, full | heaviest
+    yield Variant("row_policy (sapo/sapo, k3_corrected, bias+temperature+softcap)", row_policy.row_policy_kernel, full | heaviest)
     for code, gate in GATES.items():
         codes = {"EXPERT_GATE": code, "ROLLOUT_GATE": code, "KL_CODE": 4, "BLOCK_N": token_coefficient.BLOCK_N}
-        yield f"token_coefficient ({gate.__name__.lower()})", token_coefficient.token_coefficient_kernel, codes
-    yield "scale (bf16)", scale.scale_kernel, dict(scale.TILE)
+        yield Variant(f"token_coefficient ({gate.__name__.lower()})", token_coefficient.token_coefficient_kernel, codes)
+    yield Variant("scale (bf16)", scale.scale_kernel, dict(scale.TILE))
 
 
-def compile_one(kernel: object, constexprs: dict[str, object], architecture: int) -> dict[str, object]:
+def compile_one(variant: Variant, architecture: int) -> dict[str, object]:
     """Registers, stack (bytes), spills, shared memory (bytes) and tensor-core instruction of one kernel for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -69,10 +79,11 @@ def compile_one(kernel: object, constexprs: dict[str, object], architecture: int
     from trapo_kernels.backends.triton_ops.launch import TILE
 
     launch = ("num_warps", "num_stages")
+    kernel, constexprs = variant.kernel, variant.constexprs
     options = {k: v for k, v in ({} if "BLOCK_N" in constexprs else TILE).items() if k in launch}
     options |= {k: constexprs[k] for k in launch if k in constexprs}
     constexprs = {k: v for k, v in constexprs.items() if k not in launch}
-    signature = {name: _type_of(name) for name in kernel.arg_names}
+    signature = {name: "*fp32" if name in variant.fp32 else _type_of(name) for name in kernel.arg_names}
     # HeadGemm.buffer pads row strides to 64 bytes, and D of every model is a multiple of 16. V may be odd: it has no such hint.
     aligned = ("row_stride", "grad_row_stride", "hidden_stride", "weight_stride", "hidden_size", "num_elements")
     attributes = {
@@ -117,8 +128,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def table() -> list[dict[str, object]]:
     """One row per kernel variant and architecture."""
     return [
-        {"kernel": label, "sm": architecture} | compile_one(kernel, constexprs, architecture)
-        for label, kernel, constexprs in variants()
+        {"kernel": variant.label, "sm": architecture} | compile_one(variant, architecture)
+        for variant in variants()
         for architecture in ARCHITECTURES
     ]
 

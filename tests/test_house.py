@@ -132,6 +132,8 @@ def test_every_kernel_compiles_for_sm_80_90_100_without_spilling():
     assert result.returncode == 0, result.stderr
     for architecture in ("80", "90", "100"):
         assert f"| {architecture} |" in result.stdout
+    for scoring in ("bf16", "fp32"):
+        assert f"| fused_scoring ({scoring}) |" in result.stdout
     committed = (ROOT / "benchmarks" / "results" / "offline_compile.md").read_text()
     assert len(result.stdout.splitlines()) == len(committed.splitlines())
     if f"triton {version('triton')}," in committed:  # another triton compiles to other figures

@@ -15,8 +15,9 @@ from trapo_kernels.roles import IGNORE_INDEX
 # One tile for every shape: 128 × 128 fp32 accumulators over 8 warps are 64 registers per thread; three stages of two 128 × 64 bf16
 # operands are 96 KiB of shared memory. Chosen by the table in benchmarks/results/offline_compile.md (no spill); speed awaits a GPU.
 TILE = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-# fp32 operands are twice as wide and multiply without tensor cores; a quarter of the tile keeps them in registers.
-TILE_FP32 = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+# fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_90 and sm_100
+# spill (24 and 16 bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
+TILE_FP32 = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
 # Programs that the vocabulary is split for, at least: two for each of an H200's 132 multiprocessors.
 MIN_PROGRAMS = 264
 
