@@ -13,6 +13,7 @@ PRETENDED = os.environ.get("TRAPO_TEST_ON") == "a pretended GPU"  # its device i
 DEVICE = "meta" if PRETENDED else "cuda" if torch.cuda.is_available() else "cpu"
 CHUNKED = ["torch", "triton", *([] if native.why_not(DEVICE) else ["native"])]
 COMPILED = CHUNKED[1:]
+QUICK = [name for name in CHUNKED if name != "triton" or DEVICE == "cuda"]  # where interpreted Triton would take minutes
 
 
 def backends(dtype):

@@ -150,7 +150,8 @@ def test_a_gate_of_your_own_runs_in_two_passes_and_says_so():
         assert cases.error(grad, reference) < 1e-12
 
 
-def test_low_precision_weight_gradient_is_accumulated_in_fp32(monkeypatch):
+@pytest.mark.parametrize("backend", cases.QUICK)
+def test_low_precision_weight_gradient_is_accumulated_in_fp32(backend, monkeypatch):
     """Many small chunks in bf16: the error must not grow with their number, as it does in a bf16 accumulator."""
     hidden, weight, _ = cases.head(2048, 8, 16, torch.bfloat16)
     b = cases.batch(2048, 16, torch.float32)
@@ -158,12 +159,12 @@ def test_low_precision_weight_gradient_is_accumulated_in_fp32(monkeypatch):
     truth_hidden, truth_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     truth = linear_policy_loss(truth_hidden, truth_weight, b, objectives.sft(), backend="reference").loss
     (truth_grad,) = cases.gradients(truth, (truth_weight,))
-    for rows in (2048, 128):
+    for rows in (2048, 16):
         monkeypatch.setattr("trapo_kernels.backends.sweep.chunk_rows", lambda *_, rows=rows, **__: rows)
-        out = linear_policy_loss(hidden, weight, b, objectives.sft(), backend="torch")
-        errors.append(cases.error(cases.gradients(out.loss, (weight,))[0], truth_grad))
-    rounding = torch.finfo(torch.bfloat16).eps * truth_grad.abs().max().item()
-    assert max(errors) <= rounding
+        out = linear_policy_loss(hidden, weight, b, objectives.sft(), backend=backend)
+        errors.append(float((cases.gradients(out.loss, (weight,))[0] - truth_grad).norm() / truth_grad.norm()))
+    one, many = errors
+    assert one <= torch.finfo(torch.bfloat16).eps / 2 and many <= 1.05 * one
 
 
 @pytest.mark.parametrize("backend", SINGLE_PASS)
