@@ -8,20 +8,30 @@ import torch
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 
+# Interpreted, Triton takes seconds for each case.
+POLICY = [pytest.param("policy", name, marks=pytest.mark.slow if name not in cases.QUICK else ()) for name in cases.CHUNKED]
+
 
 @pytest.mark.parametrize(("dtype", "rank"), list(itertools.product([torch.float32, torch.bfloat16], [0, 8])))
-@pytest.mark.parametrize("backend", cases.CHUNKED)
-def test_a_row_has_the_same_bits_in_any_batch(backend, dtype, rank):
+@pytest.mark.parametrize(("call", "backend"), [*(("logprob", name) for name in cases.CHUNKED), *POLICY])
+def test_a_row_has_the_same_bits_in_any_batch(call, backend, dtype, rank):
     hidden, weight, _ = cases.head(150, 48, 67, dtype)
-    target = torch.randint(67, (150,), device=cases.DEVICE)
+    batch, objective = cases.batch(150, 67, torch.float32, roles=(1, 2)), objectives.trapo(entropy_coef=0.1)
     a, b = (torch.randn(*shape, device=cases.DEVICE).to(dtype) for shape in ((rank, 48), (67, rank)))
-    settings = {"lora": LoraHead(a, b, 0.3) if rank else None, "with_entropy": True, "batch_invariant": True, "backend": backend}
-    with torch.no_grad():
-        whole = linear_logprob(hidden, weight, target, **settings)
-        for rows in (slice(149, 150), torch.randperm(150, device=cases.DEVICE)[:99]):
-            part = linear_logprob(hidden[rows], weight, target[rows], **settings)
-            for ours, expected in zip(part, whole, strict=True):
-                assert torch.equal(ours, expected[rows])
+    settings = {"lora": LoraHead(a, b, 0.3) if rank else None, "batch_invariant": True, "backend": backend}
+
+    def run(rows):
+        if call == "logprob":
+            with torch.no_grad():
+                return linear_logprob(hidden[rows], weight, batch.target[rows], with_entropy=True, **settings)
+        out = linear_policy_loss(hidden[rows], weight, cases.subset(batch, rows), objective, **settings)
+        assert out.passes == 1
+        return out.logprob, out.entropy, cases.gradients(out.loss, (hidden,))[0][rows]
+
+    whole = run(slice(0, 150))
+    for rows in (slice(149, 150), torch.randperm(150, device=cases.DEVICE)[:99]):
+        for ours, expected in zip(run(rows), whole, strict=True):
+            assert torch.equal(ours, expected[rows])
 
 
 @pytest.mark.parametrize(("hidden_size", "vocab_size", "rank"), [(770, 500, 8), (33, 7, 0), (39, 3079, 0), (30, 9, 3)])
