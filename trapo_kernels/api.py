@@ -13,9 +13,10 @@ from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
 from trapo_kernels.backends.logits import LogitTransform, split_temperature, statistics_dtype
 from trapo_kernels.batch import TokenBatch
-from trapo_kernels.inputs import Inputs, prepared
+from trapo_kernels.inputs import Inputs, Settings, per_row, prepared
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective
+from trapo_kernels.roles import IGNORE_INDEX
 
 
 class LogprobOutput(NamedTuple):
@@ -51,6 +52,7 @@ def linear_logprob(
     logits_dtype: torch.dtype = torch.float32,
     process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
+    active_rows: Tensor | None = None,
     backend: str = "auto",
 ) -> LogprobOutput:
     """Log-probability of each target token, and the entropy of its distribution, straight from the hidden states.
@@ -79,6 +81,9 @@ def linear_logprob(
             bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows. Not
             promised in float64 on a CPU, where MKL's products of few columns do not allow it.
+        active_rows: [K] int64, ascending, rows with a target; all others are ignored like those of target -100, whatever theirs is,
+            and reach no GEMM. None: every row with a target. A CPU finds those by itself; a GPU, which would have to wait to know
+            them, puts the ignored rows through all four GEMMs as zeros: name the others where they are few.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
             follows the measurements in trapo_kernels/scoring.json. On a CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of
@@ -95,12 +100,16 @@ def linear_logprob(
     where = "linear_logprob"
     checks.is_a(where, "target", target, Tensor, "the token ids [N]")
     inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
-    temperature = _per_row(temperature, target.numel())
+    temperature = per_row(temperature, target.numel())
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     hidden, lm_head_weight, *_ = inputs
+    if active_rows is not None:
+        checks.vector(where, "target", target, hidden.shape[0], hidden.device, (torch.int64,))
+        checks.active_rows(where, active_rows, target)
+        target = torch.full_like(target, IGNORE_INDEX).index_copy(0, active_rows, target[active_rows])
     checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     settings.check(where, hidden, target)
-    return _linear_logprob(where, inputs, target, None, None, settings, with_entropy)
+    return _linear_logprob(where, inputs, target, active_rows, None, settings, with_entropy)
 
 
 def linear_policy_loss(
@@ -145,7 +154,7 @@ def linear_policy_loss(
     checks.is_a(where, "objective", objective, Objective, "objectives.trapo()")
     checks.is_a(where, "batch", batch, TokenBatch, "TokenBatch(target, role, advantage, weight)")
     inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
-    temperature = _per_row(temperature, len(batch))
+    temperature = per_row(temperature, len(batch))
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
     hidden, lm_head_weight, *_ = inputs
     batch_checks.batch_fits(where, batch, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
@@ -179,7 +188,7 @@ def linear_policy_loss(
         objective.entropy_coef != 0.0,
         logits_dtype,
         batch_invariant,
-        _group_name(process_group),
+        settings.group_name,
         needs,
         chosen,
     )
@@ -313,31 +322,6 @@ def _policy_output(
         return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, s, objective, batch), passes)
 
 
-class Settings(NamedTuple):
-    """How a head is evaluated, as the public functions take it."""
-
-    temperature: float | Tensor
-    softcap: float | None
-    logits_dtype: torch.dtype
-    process_group: ProcessGroup | None
-    batch_invariant: bool
-    backend: str
-
-    def check(self, where: str, hidden: Tensor, target: Tensor) -> None:
-        """Raise for a setting that breaks a rule; `target` [N] is -100 on rows that are not read."""
-        checks.temperature(where, self.temperature, target)
-        checks.softcap(where, self.softcap)
-        checks.logits_dtype(where, self.logits_dtype, hidden)
-        checks.mode(where, self.process_group, self.batch_invariant, self.backend)
-
-    def scoring(self, inputs: Inputs) -> dispatch.Scoring:
-        """A scoring call with these settings, as a backend is chosen by."""
-        rank = 0 if inputs.lora_a is None else inputs.lora_a.shape[0]
-        kernel = (inputs.bias is not None, self.softcap, rank, self.logits_dtype)
-        mode = (self.process_group is not None, self.batch_invariant)
-        return dispatch.Scoring(*inputs.hidden.shape, inputs.weight.shape[0], *kernel, *mode)
-
-
 def _linear_logprob(
     where: str,
     inputs: Inputs,
@@ -367,7 +351,7 @@ def _linear_logprob(
             with_entropy,
             settings.logits_dtype,
             settings.batch_invariant,
-            _group_name(settings.process_group),
+            settings.group_name,
             chosen,
         )
         logsumexp = (row_max + log_sum).detach()
@@ -387,13 +371,3 @@ def _rows_to_score(batch: TokenBatch, objective: Objective) -> tuple[Tensor | No
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:
     """V where this process has the whole head; None where only the ranks together know it."""
     return weight.shape[0] if process_group is None else None
-
-
-def _per_row(temperature: float | Tensor, num_rows: int) -> float | Tensor:
-    """A 0-d tensor stands for all rows."""
-    zero_d = isinstance(temperature, Tensor) and temperature.ndim == 0
-    return temperature.expand(num_rows).contiguous() if zero_d else temperature
-
-
-def _group_name(process_group: ProcessGroup | None) -> str:
-    return "" if process_group is None else process_group.group_name

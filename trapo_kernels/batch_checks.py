@@ -58,7 +58,7 @@ def told_rows(batch: TokenBatch, active: Tensor | None, silent: Tensor | None) -
             continue
         if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != device:
             raise ValueError(
-                f"{where}: {name} must be int64 of shape [M] on {device}, got {_described(rows)}. Pass batch.active_rows and "
+                f"{where}: {name} must be int64 of shape [M] on {device}, got {checks.described(rows)}. Pass batch.active_rows and "
                 "batch.silent_rows of a batch with the same role and weights, or None."
             )
         found = batch.active_rows if name == "rows" else batch.silent_rows
@@ -69,17 +69,13 @@ def told_rows(batch: TokenBatch, active: Tensor | None, silent: Tensor | None) -
             )
 
 
-def _described(rows: object) -> str:
-    return f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
-
-
 def scored_rows(batch: TokenBatch) -> None:
     """scored_rows: int64 [K], none of them active, each with a target."""
     rows = batch.scored_rows
     where = "TokenBatch: scored_rows"
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != batch.target.device:
         raise ValueError(
-            f"{where} must be int64 of shape [K] on {batch.target.device}, got {_described(rows)}. Pass indices of rows."
+            f"{where} must be int64 of shape [K] on {batch.target.device}, got {checks.described(rows)}. Pass indices of rows."
         )
     if not checks.may_look(rows) or len(rows) == 0:
         return

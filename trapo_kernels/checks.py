@@ -259,6 +259,25 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
         )
 
 
+def described(rows: object) -> str:
+    """What `rows` is, which should have been indices."""
+    return f"{rows.dtype} {list(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
+
+
+def active_rows(where: str, rows: Tensor, target: Tensor) -> None:
+    """rows [K] int64, ascending, each with a target; what they hold is looked at on the CPU only."""
+    remedy = "Pass (target != -100).nonzero().squeeze(1), found while the targets are on the CPU."
+    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != target.device:
+        raise ValueError(f"{where}: active_rows must be int64 of shape [K] on {target.device}, got {described(rows)}. {remedy}")
+    if not may_look(rows) or len(rows) == 0:
+        return
+    if int(rows.min()) < 0 or int(rows.max()) >= len(target) or bool((rows.diff() <= 0).any()):
+        some = f"{rows[:8].tolist()}{'…' if len(rows) > 8 else ''}"
+        raise ValueError(f"{where}: active_rows must ascend in [0, N) = [0, {len(target)}), got {some}. {remedy}")
+    if bool((without := target[rows] == IGNORE_INDEX).any()):
+        raise ValueError(f"{where}: active_rows must have targets, got -100 at row {int(rows[without][0])}. {remedy}")
+
+
 def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
     """A positive float, or a positive [N] fp32 tensor that needs no gradient, whatever it holds where target [N] is -100."""
     num_rows, device = target.shape[0], target.device

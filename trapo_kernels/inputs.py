@@ -1,4 +1,4 @@
-"""A head's inputs as the public functions take them, checked and in the autocast dtype."""
+"""A head's inputs, checked and in the autocast dtype, and the settings of a call, as the public functions take them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from trapo_kernels import checks, dispatch
 from trapo_kernels.backends.logits import statistics_dtype
@@ -20,6 +21,42 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
+
+
+class Settings(NamedTuple):
+    """How a head is evaluated, as the public functions take it."""
+
+    temperature: float | Tensor
+    softcap: float | None
+    logits_dtype: torch.dtype
+    process_group: ProcessGroup | None
+    batch_invariant: bool
+    backend: str
+
+    def check(self, where: str, hidden: Tensor, target: Tensor) -> None:
+        """Raise for a setting that breaks a rule; `target` [N] is -100 on rows that are not read."""
+        checks.temperature(where, self.temperature, target)
+        checks.softcap(where, self.softcap)
+        checks.logits_dtype(where, self.logits_dtype, hidden)
+        checks.mode(where, self.process_group, self.batch_invariant, self.backend)
+
+    def scoring(self, inputs: Inputs) -> dispatch.Scoring:
+        """A scoring call with these settings, as a backend is chosen by."""
+        rank = 0 if inputs.lora_a is None else inputs.lora_a.shape[0]
+        kernel = (inputs.bias is not None, self.softcap, rank, self.logits_dtype)
+        mode = (self.process_group is not None, self.batch_invariant)
+        return dispatch.Scoring(*inputs.hidden.shape, inputs.weight.shape[0], *kernel, *mode)
+
+    @property
+    def group_name(self) -> str:
+        """The name of the process group as an op takes it; "" for none."""
+        return "" if self.process_group is None else self.process_group.group_name
+
+
+def per_row(temperature: float | Tensor, num_rows: int) -> float | Tensor:
+    """A 0-d tensor stands for all rows."""
+    zero_d = isinstance(temperature, Tensor) and temperature.ndim == 0
+    return temperature.expand(num_rows).contiguous() if zero_d else temperature
 
 
 def prepared(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoraHead | None, backend: str) -> Inputs:

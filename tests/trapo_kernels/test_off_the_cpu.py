@@ -9,6 +9,7 @@ from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, Role, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.backends import rows_torch
+from trapo_kernels.backends.gemm import HeadGemm
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
 N, D, V = 300, 12, 40
@@ -113,6 +114,26 @@ def test_a_head_that_no_row_reaches_has_gradients_of_zero(gpu, num_rows, monkeyp
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, float("nan"), **options))
     loss = linear_policy_loss(*moved[:2], there, objectives.sft(), bias=moved[2], backend="torch").loss
     assert len(there.active_rows) == 0 and not any(x.values.any() for x in (loss, *torch.autograd.grad(loss, moved)))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_logprob_of_named_rows_puts_no_other_through_a_gemm(gpu, monkeypatch, batch_invariant):
+    hidden, weight, _ = cases.head(N, D, V, torch.bfloat16)
+    target, rows = torch.randint(V, (N,)), torch.arange(2, N, 3)
+    ran = []
+    for name in ("logits", "grad_hidden", "add_grad_factor"):
+        method = getattr(HeadGemm, name)
+        monkeypatch.setattr(HeadGemm, name, lambda *a, o=method: ran.append(getattr(a[1], "hidden", a[1]).shape[0]) or o(*a))
+
+    def run(hidden, weight, target, rows, backend, **options):
+        out = linear_logprob(hidden, weight, target, with_entropy=True, active_rows=rows, backend=backend, **options)
+        return [*out, *torch.autograd.grad((out.logprob - 0.1 * out.entropy).sum(), (hidden, weight))]
+
+    reference = run(hidden, weight, target, rows, "reference")
+    there = [*_moved(hidden, weight), target.to(DEVICE), rows.to(DEVICE)]
+    gpu.waits.clear()
+    _close(run(*there, "torch", batch_invariant=batch_invariant), reference, torch.bfloat16)
+    assert gpu.waits == [] and ran == ([1024, 1024, 100, 100] if batch_invariant else [100] * 4)
 
 
 def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):

@@ -73,7 +73,7 @@ def test_compile_fullgraph_gives_the_same_bits(backend):
     b = cases.batch(12, 20, torch.float32)
 
     def step(h, w):
-        scored = linear_logprob(h, w, b.target, with_entropy=True, backend=backend)
+        scored = linear_logprob(h, w, b.target, with_entropy=True, active_rows=b.active_rows, backend=backend)
         loss = linear_policy_loss(h, w, b, objectives.trapo(), backend=backend).loss
         return loss + scored.logprob.sum() + scored.entropy.sum()
 

@@ -127,6 +127,42 @@ def test_a_loss_of_which_no_gradient_is_asked_makes_no_gradient_of_logits(backen
     assert asked == [None] and out.loss != 0 and rows_through == {"logits": 16, "grad_hidden": 0, "add_grad_factor": 0}
 
 
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED, "triton_fused"])
+def test_rows_that_are_not_named_are_ignored_whatever_they_hold(backend):
+    hidden, weight, _ = cases.head(20, 6, 40, torch.float32)
+    rows = torch.tensor([2, 3, 11, 17], device=cases.DEVICE)
+    named = torch.zeros(20, dtype=torch.bool, device=cases.DEVICE).index_fill(0, rows, True)
+    target = torch.randint(40, (20,), device=cases.DEVICE)
+    poisoned = torch.where(named[:, None], hidden.detach(), float("nan")).requires_grad_()
+    temperature = torch.where(named, 0.7, float("nan"))
+    found = []
+    for given, options in ((torch.where(named, target, -100), {}), (torch.where(named, target, 10**6), {"active_rows": rows})):
+        out = linear_logprob(poisoned, weight, given, with_entropy=True, temperature=temperature, backend=backend, **options)
+        found.append([*out, *cases.gradients((out.logprob - out.entropy).sum(), (poisoned, weight))])
+    for ignored, told in zip(*found, strict=True):
+        assert torch.equal(ignored, told) and told.isfinite().all()
+    assert found[1][0].nonzero().squeeze(1).tolist() == rows.tolist()
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the rows are")
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([2, 3], r"must be int64 of shape \[K\] on cpu, got list"),
+        (torch.tensor([2.0]), r"must be int64 of shape \[K\] on cpu, got torch.float32 \[1\] on cpu"),
+        (torch.tensor([3, 2]), r"must ascend in \[0, N\) = \[0, 5\), got \[3, 2\]"),
+        (torch.tensor([2, 2]), r"must ascend in \[0, N\)"),
+        (torch.tensor([2, 5]), r"must ascend in \[0, N\)"),
+        (torch.tensor([-1, 2]), r"must ascend in \[0, N\)"),
+        (torch.tensor([0, 1]), r"must have targets, got -100 at row 1\. Pass \(target != -100\)\.nonzero"),
+    ],
+)
+def test_bad_active_rows(rows, message):
+    hidden, weight, _ = cases.head(5, 6, 40, torch.float32)
+    with pytest.raises(ValueError, match=f"linear_logprob: active_rows {message}"):
+        linear_logprob(hidden, weight, torch.tensor([0, -100, 2, 3, 4]), active_rows=rows)
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the rows are")
 @pytest.mark.parametrize(
     ("rows", "message"),

@@ -26,8 +26,7 @@ def _run(inputs, b, group, backend):
     """Everything that a head computes: scoring, the loss in one pass, the loss in two, each with its gradients."""
     hidden, weight, bias = inputs
     settings = {"bias": bias, "temperature": 0.8, "softcap": 20.0, "process_group": group, "backend": backend}
-    target = torch.where(b.active, b.target, -100)
-    out = linear_logprob(hidden, weight, target, with_entropy=True, **settings)
+    out = linear_logprob(hidden, weight, b.target, with_entropy=True, active_rows=b.active_rows, **settings)
     results = [*out, *cases.gradients((out.logprob - 0.3 * out.entropy).sum(), inputs)]
     for objective, invariant in ((objectives.trapo(entropy_coef=0.1), False), (objectives.gmpo(entropy_coef=0.1), True)):
         policy = linear_policy_loss(hidden, weight, b, objective, batch_invariant=invariant, **settings)
