@@ -146,7 +146,9 @@ def linear_policy_loss(
         ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
         in two, 4 GEMMs, and says so in `passes`; see `Objective.why_two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
-    Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward.
+    Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward, where an upstream
+        gradient other than 1 costs one more read and write of each, on a GPU only of those that are not rounded there; a factor
+        of the loss that is folded into `weight` costs nothing.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """

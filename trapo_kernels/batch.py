@@ -273,7 +273,7 @@ def aggregate(
             token sum; "prompt_mean": the mean over prompts of the token mean over all sequences of a prompt.
         max_tokens: L of "constant" and "length", tokens, > 0.
         totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone. DDP and FSDP
-            average gradients over ranks: multiply the loss by their number before its backward.
+            average gradients over ranks: multiply the weight, or the loss before its backward, by their number.
         share: [N] fp32 factor, such as 1/k for k copies of one expert prefix; it multiplies the weight and is not counted.
         prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
 
