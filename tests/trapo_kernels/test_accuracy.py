@@ -23,6 +23,23 @@ def test_bf16_head_of_a_large_vocabulary(backend, scale):
     assert ((out.logprob - logprob).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("vocab_size", [4096, pytest.param(152_064, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_bf16_head_of_a_large_hidden_size_is_as_exact_as_a_plain_fp32_gemm(backend, vocab_size):
+    """Logits to ±50 that are sums of 3584 products: fp32 itself errs by about 1e-5 there, whoever adds them up."""
+    generator, num_rows = torch.Generator().manual_seed(0), 4 if backend == "triton" else 8
+    weight = torch.cat([torch.randn(rows, 3584, generator=generator).bfloat16() / 60 for rows in vocab_size // 64 * [64]])
+    hidden, weight = (11 * torch.randn(num_rows, 3584, generator=generator)).bfloat16().to(cases.DEVICE), weight.to(cases.DEVICE)
+    parts = [part.t() for part in weight.split(8192)]
+    exact, plain = (torch.cat([hidden.to(x) @ part.to(x) for part in parts], 1) for x in (torch.float64, torch.float32))
+    target = torch.randint(vocab_size, (num_rows,), device=cases.DEVICE)
+    target[::2] = exact[::2].argmax(-1)
+    out = linear_logprob(hidden, weight, target, backend=backend)
+    truth, theirs = (x.double().log_softmax(-1).gather(1, target[:, None])[:, 0] for x in (exact, plain))
+    assert exact.abs().max() > 40
+    assert cases.error(out.logprob, truth) <= 2 * cases.error(theirs, truth) + 1e-5
+
+
 @pytest.mark.parametrize("backend", cases.QUICK)
 def test_weight_gradient_of_many_chunks_is_no_worse_than_of_one(backend, monkeypatch):
     """64k rows; fp32 accumulation over 512 chunks against one GEMM over all rows."""
