@@ -81,6 +81,37 @@ def check_rows(kernels, vocab_size, dtype, grad_dtype, aligned, plain):
         _close(ours, grad_truth, grad_dtype)
 
 
+FAR = 2**30 + 16  # elements; the third of such rows begins beyond 2^31
+
+
+def far_size(vocab_size):
+    """Elements of the memory that `check_far_rows` takes."""
+    return 2 * FAR + vocab_size
+
+
+def check_far_rows(kernels, vocab_size, grad_dtype, directory):
+    """Rows that are `FAR` apart have the bits of neighbours. On a CPU they lie in a mapped file in `directory`, of which only their
+    own pages ever exist."""
+    if cases.DEVICE == "cpu":
+        space = torch.from_file(str(directory / "sparse"), shared=True, size=far_size(vocab_size), dtype=torch.float32)
+    else:
+        space = torch.empty(far_size(vocab_size), device=cases.DEVICE)
+    far, objective = space.as_strided((3, vocab_size), (FAR, 1)), objectives.trapo(entropy_coef=0.1)
+    # As far from a multiple of 16 elements as those, or kernels are compiled to another order of summation.
+    near = torch.randn(3, -(-vocab_size // 16) * 16, device=cases.DEVICE)[:, :vocab_size]
+    b = cases.batch(3, vocab_size, torch.float32, roles=(1, 2))
+    streams, t = terms.streams(b, objective, torch.float32), LogitTransform(temperature=0.7)
+    known = kernels.statistics(_copy(near), b.target, t, True)
+    settings = (known, known.logprob, known.entropy, grad_dtype)
+    for run in (
+        lambda logits: kernels.statistics(logits, b.target, t, True),
+        lambda logits: [kernels.logprob_gradient(logits, b.target, t, *settings)],
+        lambda logits: [*(out := kernels.policy(logits, b.target, t, streams, objective, True, grad_dtype))[0], out[1]],
+    ):
+        for here, there in zip(run(_copy(near)), run(far.copy_(near)), strict=True):
+            assert torch.equal(here, there)
+
+
 def check_softcap(kernels, temperature):
     """Gradients where a softcap of Gemma's size bends have at most twice eager's error, and are 0 where it is saturated."""
     cap, (bins, rows) = 30.0, (2, 100)

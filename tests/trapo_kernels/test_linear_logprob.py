@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.trapo_kernels import cases
-from trapo_kernels import linear_logprob, objectives, terms, token_logprob
+from tests.trapo_kernels import cases, cuda_checks
+from trapo_kernels import linear_logprob, token_logprob
 from trapo_kernels.backends import cpu_gemm, gemm, native, sweep, triton_ops
 from trapo_kernels.backends.logits import LogitTransform
 
@@ -254,35 +254,15 @@ def test_more_than_two_to_the_31_logits(backend):
     torch.testing.assert_close(out.logprob[last], reference.logprob, rtol=0, atol=1e-4)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab_size", [100, 5000, 152_064])
+@pytest.mark.parametrize("vocab_size", [100, 5000, pytest.param(152_064, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("backend", cases.COMPILED)
-def test_rows_more_than_two_to_the_31_elements_apart(backend, vocab_size, grad_dtype):
-    """What no chunk is large enough for; the twin for a CPU is in test_native.py."""
-    stride, objective = 2**30 + 16, objectives.trapo(entropy_coef=0.1)
-    room = 4 * (2 * stride + vocab_size)
+def test_rows_more_than_two_to_the_31_elements_apart(backend, vocab_size, grad_dtype, tmp_path):
+    """What no chunk is large enough for; 32-bit addresses end outside of the process's memory, and so the process."""
+    room = 4 * cuda_checks.far_size(vocab_size)
     if cases.DEVICE == "cuda" and (free := torch.cuda.mem_get_info()[0]) < room + 2**30:
         pytest.skip(f"needs {room / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free")  # beside the tests of other processes
-    rows = {"triton": triton_ops, "native": native}[backend]
-    far = torch.empty(room // 4, device=cases.DEVICE).as_strided((3, vocab_size), (stride, 1))
-    # As far from a multiple of 16 elements as the other rows, or Triton compiles another order of summation for it.
-    near = torch.randn(3, -(-vocab_size // 16) * 16, device=cases.DEVICE)[:, :vocab_size]
-    b = cases.batch(3, vocab_size, torch.float32, roles=(1, 2))
-
-    def copy():
-        return torch.empty_strided(near.shape, near.stride(), device=near.device).copy_(near)
-
-    streams, transform = terms.streams(b, objective, torch.float32), LogitTransform(temperature=0.7)
-    known = rows.statistics(copy(), b.target, transform, True)
-    settings = (known, known.logprob, known.entropy, grad_dtype)
-    for run in (
-        lambda logits: rows.statistics(logits, b.target, transform, True),
-        lambda logits: [rows.logprob_gradient(logits, b.target, transform, *settings)],
-        lambda logits: [*(out := rows.policy(logits, b.target, transform, streams, objective, True, grad_dtype))[0], out[1]],
-    ):
-        for here, there in zip(run(copy()), run(far.copy_(near)), strict=True):
-            assert torch.equal(here, there)
+    cuda_checks.check_far_rows({"triton": triton_ops, "native": native}[backend], vocab_size, grad_dtype, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

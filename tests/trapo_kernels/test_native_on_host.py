@@ -64,6 +64,14 @@ def test_rows_have_the_same_bits_under_every_interleaving(library, cluster):
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab_size", "cluster"), [(100, 0), (4099, 0), (100, 1), (9001, 2)])
+def test_rows_more_than_two_to_the_31_elements_apart(library, vocab_size, cluster, grad_dtype, tmp_path):
+    gpu = _with_clusters_of(cluster, library, vocab_size, torch.float32) if cluster else HostGpu(library, major=8)
+    cuda_checks.check_far_rows(gpu, vocab_size, grad_dtype, tmp_path)
+    assert gpu.largest_cluster == cluster
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_through_a_softcap(library, temperature):
     cuda_checks.check_softcap(HostGpu(library), temperature)
