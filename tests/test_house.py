@@ -37,7 +37,7 @@ ALLOWED = {
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},
     "trapo_kernels/inputs.py": {"checks", "dispatch", "lora", "backends"},
     "trapo_kernels/api.py": {
-        *("autograd", "inputs", "checks", "batch_checks", "dispatch", "terms", "backends", "batch", "lora", "objective"),
+        *("autograd", "inputs", "checks", "batch_checks", "dispatch", "terms", "backends", "batch", "lora", "objective", "roles"),
     },
     "trapo_kernels/__init__.py": {
         *("api", "batch", "corrections", "flops", "gates", "lora", "memory", "objective", "objectives", "roles", "sequence"),

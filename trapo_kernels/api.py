@@ -86,9 +86,9 @@ def linear_logprob(
             them, puts the ignored rows through all four GEMMs as zeros: name the others where they are few.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
-            follows the measurements in trapo_kernels/scoring.json. On a CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of
-            the native extension under every chunked backend, where it is installed; on one with AVX512_BF16 that is not Intel's
-            a float32 head has its GEMM into the logits.
+            follows the measurements in trapo_kernels/scoring.json, compiled too, also in a policy loss that takes two passes. On a
+            CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of the native extension under every chunked backend, where it is
+            installed; on one with AVX512_BF16 that is not Intel's a float32 head has its GEMM into the logits.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
@@ -109,7 +109,8 @@ def linear_logprob(
         target = torch.full_like(target, IGNORE_INDEX).index_copy(0, active_rows, target[active_rows])
     checks.target(where, target, hidden.shape[0], _whole_vocab(lm_head_weight, process_group), hidden.device)
     settings.check(where, hidden, target)
-    return _linear_logprob(where, inputs, target, active_rows, None, settings, with_entropy)
+    chosen = settings.choose(where, inputs, active_rows)
+    return _linear_logprob(where, inputs, target, active_rows, None, settings._replace(backend=chosen), with_entropy)
 
 
 def linear_policy_loss(
@@ -163,14 +164,15 @@ def linear_policy_loss(
     batch_checks.streams_fit(where, batch, objective)
     target = batch.target_to_score(objective.pools)
     settings.check(where, hidden, target)
-    chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     active, scored = _rows_to_score(batch, objective)
     # fp16 waits for the upstream gradient: a gradient scaler must act before dHidden is rounded, or small ones become 0.
-    if chosen == "reference" or hidden.dtype == torch.float16 or objective.why_two_passes(batch.on_policy):
+    if backend == "reference" or hidden.dtype == torch.float16 or objective.why_two_passes(batch.on_policy):
         # Where active rows are not known, all with a target pass through, those to be scored among them.
         rows = (active, scored) if active is not None else (None, None)
-        out = _linear_logprob(where, inputs, target, *rows, settings._replace(backend=chosen), with_entropy=True)
+        settings = settings._replace(backend=settings.choose(where, inputs, *rows))
+        out = _linear_logprob(where, inputs, target, *rows, settings, with_entropy=True)
         return _policy_loss(where, out.logprob, out.entropy, batch, objective, "reference")
+    chosen = dispatch.choose(where, backend, hidden.device, hidden.dtype)
     s = terms.streams(batch, objective, statistics_dtype(hidden))
     # Silent rows that no index names pass through like active ones, with gradients of 0.
     seen = replace(s, role=batch.role) if objective.pools and active is None else s
@@ -333,10 +335,10 @@ def _linear_logprob(
     settings: Settings,
     with_entropy: bool,
 ) -> LogprobOutput:
-    """`linear_logprob` of checked inputs; `active_rows` [M] and `scored_rows` [K], which need no gradient, are together the rows
-    with a target, where the caller knows them."""
+    """`linear_logprob` of checked inputs on a backend that was chosen; `active_rows` [M] and `scored_rows` [K], which need no
+    gradient, are together the rows with a target, where the caller knows them."""
     hidden, weight, bias, *lora = inputs
-    chosen = dispatch.choose(where, settings.backend, hidden.device, hidden.dtype, settings.scoring(inputs))
+    chosen = settings.backend
     if chosen == "reference":
         logits = reference.head_logits(hidden, weight, target, bias, *lora, settings.logits_dtype)
         transform = LogitTransform(None, settings.softcap, settings.temperature)

@@ -91,7 +91,8 @@ def linear_logprob(
     transform = joined_transform(bias, softcap, row_temperature, temperature)
     rows = dispatch.rows(backend)
     if backend in dispatch.FUSED:
-        return tuple(rows.fused_scoring(hidden, weight.to(hidden.dtype), target, transform))
+        weight = weight.to(hidden.dtype)
+        return tuple(sweep.score_on_chip(rows, hidden, weight, target, active_rows, scored_rows, transform))
     mode = sweep.Mode(logits_dtype, batch_invariant, group_name)
     head = Head(hidden, weight, lora_a, lora_b)
     return tuple(sweep.score(rows, head, target, active_rows, scored_rows, transform, with_entropy, mode))

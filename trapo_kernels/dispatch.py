@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -50,9 +49,9 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "native"
         chosen = "torch" if why_not(preferred, device, dtype) else preferred
-        if not torch.compiler.is_compiling():  # which the name of the GPU and a logging call would stop
-            if scoring is not None and chosen == "triton" and _MEASURED:
-                chosen = _fastest(scoring, device, dtype)
+        if scoring is not None and chosen == "triton" and _MEASURED:
+            chosen = _fastest(scoring, device, dtype)
+        if not torch.compiler.is_compiling():  # which a logging call would stop
             _say_once(where, chosen, device.type, str(dtype))
         return chosen
     reason = why_not(backend, device, dtype, scoring)
@@ -117,18 +116,29 @@ def _why_not_fused(backend: str, scoring: Scoring | None) -> str | None:
 
 
 def _fastest(scoring: Scoring, device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest scoring backend at the nearest shape measured; "triton" where none lies within a factor of two in N, D and V."""
+    """The fastest scoring backend at the nearest shape measured; "triton" where none lies within a factor of two in N, D and V.
 
-    def octaves(entry: dict) -> float:
-        return max(abs(math.log2(max(1, mine) / measured)) for mine, measured in zip(scoring[:3], entry["shape"], strict=True))
-
-    name = torch.cuda.get_device_name(device)
-    of_gpu = [entry for entry in _MEASURED if entry["device"] == name and f"torch.{entry['dtype']}" == str(dtype)]
-    nearest = min(of_gpu, key=octaves, default=None)
-    if nearest is None or octaves(nearest) > 1.0:
+    Loops, because torch.compile traces it and knows no `min` with a key: compiled code must choose what eager code does.
+    """
+    gpu, name = _gpu_name(device), str(dtype).removeprefix("torch.")
+    nearest, distance = None, 2.0
+    for entry in _MEASURED:
+        if entry["device"] == gpu and entry["dtype"] == name:
+            factors = [max(1, mine) / measured for mine, measured in zip(scoring[:3], entry["shape"], strict=True)]
+            apart = max([max(factor, 1 / factor) for factor in factors])
+            if apart < distance or (apart == distance and nearest is None):
+                nearest, distance = entry["median_ms"], apart
+    if nearest is None:
         return "triton"
-    able = {name: ms for name, ms in nearest["median_ms"].items() if why_not(name, device, dtype, scoring) is None}
-    return min(able, key=able.get)
+    fastest = "triton"
+    for backend, median_ms in nearest.items():
+        if median_ms < nearest[fastest] and why_not(backend, device, dtype, scoring) is None:
+            fastest = backend
+    return fastest
+
+
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).name  # a constant to torch.compile
 
 
 def rows(backend: str) -> ModuleType:

@@ -40,12 +40,14 @@ class Settings(NamedTuple):
         checks.logits_dtype(where, self.logits_dtype, hidden)
         checks.mode(where, self.process_group, self.batch_invariant, self.backend)
 
-    def scoring(self, inputs: Inputs) -> dispatch.Scoring:
-        """A scoring call with these settings, as a backend is chosen by."""
+    def choose(self, where: str, inputs: Inputs, *rows: Tensor | None) -> str:
+        """The backend that scores: all rows, or those in the first of `rows` and, where there are any, in the others."""
+        num_rows = inputs.hidden.shape[0] if rows[0] is None else sum(len(index) for index in rows if index is not None)
         rank = 0 if inputs.lora_a is None else inputs.lora_a.shape[0]
         kernel = (inputs.bias is not None, self.softcap, rank, self.logits_dtype)
         mode = (self.process_group is not None, self.batch_invariant)
-        return dispatch.Scoring(*inputs.hidden.shape, inputs.weight.shape[0], *kernel, *mode)
+        scoring = dispatch.Scoring(num_rows, *inputs.weight.shape[::-1], *kernel, *mode)
+        return dispatch.choose(where, self.backend, inputs.hidden.device, inputs.hidden.dtype, scoring)
 
     @property
     def group_name(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from benchmarks import scoring_table
 from tests.trapo_kernels import cases
-from trapo_kernels import LoraHead, dispatch, doctor, linear_logprob
-from trapo_kernels.backends import native
+from trapo_kernels import LoraHead, dispatch, doctor, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends import native, triton_ops
 
 GPU, CUDA = "NVIDIA H200", torch.device("cuda")
 
@@ -28,7 +29,7 @@ def measured(monkeypatch):
         _entry((4096, 4096, 128000), dtype="float32", triton=9.0, triton_fused=8.0),
     ]
     monkeypatch.setattr(dispatch, "_MEASURED", table)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(dispatch, "_gpu_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(major=9, minor=0))
     monkeypatch.setitem(native._WHY_NOT, "cuda", None)
     return table
@@ -64,11 +65,25 @@ def test_auto_follows_the_table(measured, call, chosen):
 
 
 def test_another_gpu_or_an_empty_table_leaves_the_chunked_path(measured, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA L4")
+    monkeypatch.setattr(dispatch, "_gpu_name", lambda device: "NVIDIA L4")
     assert _auto(4096) == "triton"
     monkeypatch.setattr(dispatch, "_MEASURED", [])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: pytest.fail("nothing to look up"))
+    monkeypatch.setattr(dispatch, "_gpu_name", lambda device: pytest.fail("nothing to look up"))
     assert _auto(4096) == "triton"
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_follows_the_table_as_eager_code_does(measured, dynamic):
+    measured.append(_entry((65536, 4096, 128000), dtype="float32", triton=7.0, triton_fused=8.0))
+
+    def choice(x):
+        return x + dispatch.BACKENDS.index(_auto(x.shape[0], dtype=torch.float32))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(choice, fullgraph=True, backend="eager", dynamic=dynamic)
+    chosen = [dispatch.BACKENDS[int(compiled(torch.zeros(rows))[0])] for rows in (4096, 2047, 65536, 40000, 8000)]
+    assert chosen == ["triton_fused", "triton", "triton", "triton", "triton_fused"]
+    assert chosen == [_auto(rows, dtype=torch.float32) for rows in (4096, 2047, 65536, 40000, 8000)]
 
 
 def test_a_missing_native_extension_is_passed_over(measured, monkeypatch):
@@ -143,6 +158,28 @@ def test_a_scoring_call_says_what_it_asks_for(monkeypatch, setting):
     refused = {"logits_dtype", "batch_invariant", "lora_rank"} & set(setting)
     with pytest.raises(RuntimeError, match="cannot run: its kernel has") if refused else nullcontext():
         linear_logprob(hidden, weight, target, backend="triton_fused", **given)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_loss_in_two_passes_scores_with_what_was_fastest(monkeypatch, known):
+    """Here with a kernel whose logits stay on the chip, which gets the rows that count alone, where they are known."""
+    asked, scored = [], []
+    kernel = triton_ops.fused_scoring
+    monkeypatch.setattr(triton_ops, "fused_scoring", lambda *given: scored.append(given[0].shape[0]) or kernel(*given))
+    hidden, weight, _ = cases.head(16, 6, 30, torch.float32)
+    b, objective = cases.batch(16, 30, torch.float32, weight=torch.arange(16) % 2 / 8), objectives.gspo()
+    b = replace(b, scored_rows=(b.role == 0).nonzero().squeeze(1)[:1])
+    expected = linear_policy_loss(hidden, weight, b, objective, backend="reference")
+    monkeypatch.setattr(dispatch, "choose", lambda *given: asked.append(given[4]) or "triton_fused")
+    if not known:
+        b._note(b._rows()._replace(active=None))
+    out = linear_policy_loss(hidden, weight, b, objective)
+    count = len(b.active_rows) + len(b.silent_rows) + 1 if known else 16
+    assert out.passes == 2 and asked == [dispatch.Scoring(count, 6, 30)] and scored == [count]
+    torch.testing.assert_close(out.logprob, expected.logprob)
+    torch.testing.assert_close(
+        cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected.loss, (hidden, weight)), rtol=2e-5, atol=1e-6
+    )
 
 
 def _row(contender, num_rows, median_ms, job="score", gpu=True, **changes):

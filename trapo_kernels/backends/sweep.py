@@ -102,6 +102,24 @@ def _score_rows(
         _put(out, index, stats)
 
 
+def score_on_chip(
+    rows: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    active_rows: Tensor | None,
+    scored_rows: Tensor | None,
+    transform: LogitTransform,
+) -> RowStatistics:
+    """`score` of a whole head by a kernel whose logits stay on the chip, in one launch."""
+    if active_rows is None:
+        return rows.fused_scoring(hidden, weight, target, transform)
+    which = active_rows if scored_rows is None else torch.cat([active_rows, scored_rows])
+    out = _empty_statistics(target.shape[0], statistics_dtype(hidden), target.device)
+    _put(out, which, rows.fused_scoring(hidden[which], weight, target[which], transform.rows(which)))
+    return out
+
+
 def score_backward(
     rows: ModuleType,
     head: Head,
