@@ -59,8 +59,9 @@ def linear_logprob(
 
     Equivalent to:
 
-        logits = hidden.float() @ lm_head_weight.to(hidden.dtype).float().T + bias
-        log_p = (softcap * (logits / softcap).tanh() / temperature).log_softmax(-1)
+        logits = hidden.float() @ lm_head_weight.to(hidden.dtype).float().T + (0 if bias is None else bias)
+        capped = logits if softcap is None else softcap * (logits / softcap).tanh()
+        log_p = (capped / torch.as_tensor(temperature).view(-1, 1)).log_softmax(-1)
         logprob = log_p.gather(1, target[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
 
@@ -132,7 +133,7 @@ def linear_policy_loss(
 
     Equivalent to:
 
-        out = linear_logprob(hidden, lm_head_weight, batch.target, with_entropy=True, ...)
+        out = linear_logprob(hidden, lm_head_weight, batch.target, with_entropy=True)
         loss = policy_loss(out.logprob, out.entropy, batch, objective).loss
 
     Args:
@@ -204,7 +205,15 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """The same objective on any logprobs: of another head, of a reduced sequence, of your own kernel.
 
-    Equivalent to: `Σ weight · (-a·V(d)) + β Σ kl_weight · KL - entropy_coef Σ entropy_weight · entropy` (see `Objective`).
+    Equivalent to, for `objectives.trapo(alpha=0.1, entropy_coef=0.001)`:
+
+        expert = torch.where(logprob.exp() < 0.1, logprob.exp() / 0.1, 1 + logprob - math.log(0.1))
+        rollout = batch.advantage * (logprob - batch.old_logprob).exp()
+        value = torch.where(batch.role == Role.EXPERT, expert, rollout)
+        of_token = -batch.weight * value - 0.001 * batch.weight_of_entropy * entropy
+        loss = torch.where(batch.role == Role.IGNORED, 0, of_token).sum()
+
+    and in general to `Σ weight · (-a·V(d)) + β Σ kl_weight · KL - entropy_coef Σ entropy_weight · entropy`; see `Objective`.
 
     Args:
         logprob: [N] fp32 or fp64 nats, differentiable. entropy: [N], differentiable; may be None when entropy_coef is 0. Both are
@@ -250,7 +259,12 @@ def token_logprob(
 ) -> LogprobOutput:
     """logprob and entropy from logits at hand; contiguous ones are not copied whole in the forward pass.
 
-    Equivalent to: `log_p = (logits.float() / temperature).log_softmax(-1)`, then gather and -Σ p log p.
+    Equivalent to:
+
+        capped = logits.float() if softcap is None else softcap * (logits.float() / softcap).tanh()
+        log_p = (capped / torch.as_tensor(temperature)[..., None]).log_softmax(-1)
+        logprob = log_p.gather(-1, target[..., None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64. target: [...] int64 in [0, V), or -100 to ignore.

@@ -214,10 +214,21 @@ class LossTotals:
 
 
 def loss_totals(role: Tensor, sequence_id: Tensor | None = None, prompt_id: Tensor | None = None) -> LossTotals:
-    """Count the loss tokens per role, and the sequences and prompts where their ids are given; all are host tensors [N].
+    """Count the loss tokens per role, and the sequences and prompts where their ids are given.
 
-    Every distinct id counts, also one whose tokens are all ignored: an empty sequence still belongs to the mean. A negative id of
-    ignored tokens is padding, which is in no sequence and of no prompt.
+    Equivalent to, without ids:
+
+        totals = LossTotals(int((role == Role.EXPERT).sum()), int((role == Role.ROLLOUT).sum()))
+
+    Args:
+        role: [N] uint8 `Role`, host tensor.
+        sequence_id, prompt_id: [N] int64, host tensors, or None to count none. Every distinct id counts, also one whose tokens are
+            all ignored: an empty sequence still belongs to the mean. A negative id of ignored tokens is padding, which is in no
+            sequence and of no prompt.
+
+    Returns: `LossTotals`; add those of all micro-batches and ranks of an optimizer step.
+    Raises: TypeError or ValueError for a tensor of another shape or dtype, and for a role that is none.
+    Memory: O(N). Determinism: whole numbers, the same in any order. Source: the denominators of `aggregate`.
     """
     checks.roles("loss_totals", role)
     for name, label in (("sequence_id", sequence_id), ("prompt_id", prompt_id)):
@@ -279,6 +290,9 @@ def aggregate(
 
     Returns: weight [N] fp32, zero on ignored tokens.
     Raises: ValueError for an unknown mode, a tensor of another shape, or what the mode needs and is missing.
+    Memory: O(N). Determinism: bitwise repeatable; every denominator is a whole number until the division.
+    Source: arXiv 2503.20783 ("constant"), 2512.17636 ("length"), 2503.14476 ("token_mean"), 2508.11408 ("role_mean"), 2402.03300
+        ("sequence_mean"); the other two are sums that their descriptions spell out.
     """
     checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
     checks.aggregation(role, {"sequences": sequence_id, "prompts": prompt_id}, mode, _DIVISORS[mode], max_tokens, share)

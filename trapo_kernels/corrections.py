@@ -32,7 +32,7 @@ def tis(
     level: str = "token",
     sequence_id: Tensor | None = None,
 ) -> Tensor:
-    """Truncated importance sampling: min(ρ, cap) on rollout tokens, [N] in the dtype of old_logprob.
+    """Truncated importance sampling: min(ρ, cap) on rollout tokens.
 
     Args:
         role: [N] uint8 `Role`. old_logprob, rollout_logprob: [N] fp32 or fp64 nats; read on rollout tokens only.
@@ -40,6 +40,10 @@ def tis(
         level: "token"; "sequence", the product over the sequence; or "geometric", its length-mean. The last two need sequence_id
             [N] int64, and whole sequences.
 
+    Returns: factors [N] in the dtype of old_logprob, in [0, cap]; 1 on tokens that are no rollout.
+    Raises: TypeError or ValueError for a tensor of another shape or dtype, a cap or level outside its range, a missing
+        sequence_id, and on the host for a logprob of a rollout token that is not finite.
+    Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
     """
     checks.in_range("tis", "cap", cap, 0.0, math.inf, open_low=True)
@@ -57,8 +61,11 @@ def mis(
     level: str = "sequence",
     sequence_id: Tensor | None = None,
 ) -> Tensor:
-    """Masked importance sampling: ρ where low ≤ ρ ≤ high, else 0, [N]; arguments as in `tis`.
+    """Masked importance sampling: ρ where low ≤ ρ ≤ high, else 0; arguments as in `tis`.
 
+    Returns: factors [N] in the dtype of old_logprob, 0 or in [low, high]; 1 on tokens that are no rollout.
+    Raises: as `tis`; ValueError for bounds without low ≤ high, low ≥ 0 and high > 0.
+    Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
     Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference mismatch".
     """
     checks.in_range("mis", "low", low, 0.0, math.inf)
@@ -68,8 +75,11 @@ def mis(
 
 
 def icepop(role: Tensor, old_logprob: Tensor, rollout_logprob: Tensor, *, low: float = 0.5, high: float = 5.0) -> Tensor:
-    """IcePop: `mis` for each token by itself, ρ where low ≤ ρ ≤ high, else 0, [N].
+    """IcePop: `mis` for each token by itself, ρ where low ≤ ρ ≤ high, else 0.
 
+    Returns: factors [N], as `mis` with level "token".
+    Raises: as `mis`.
+    Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
     Source: the IcePop note of the Ling team, 2025, with these bounds.
     """
     return mis(role, old_logprob, rollout_logprob, low=low, high=high, level="token")
@@ -85,10 +95,16 @@ def sequence_mask(
     high: float = math.inf,
     advantage: Tensor | None = None,
 ) -> Tensor:
-    """1 on the rollout tokens of sequences whose geometric-mean ratio lies in [low, high], else 0, [N]; 1 on expert tokens.
+    """1 on the rollout tokens of sequences whose geometric-mean ratio lies in [low, high], else 0.
 
-    advantage: [N]; given, only tokens with a negative advantage are masked, as in DeepSeek-V3.2's off-policy sequence mask.
+    Args:
+        role, old_logprob, rollout_logprob, sequence_id: as in `tis`, whole sequences.
+        low, high: the bounds, 0 ≤ low ≤ high.
+        advantage: [N]; given, only tokens with a negative advantage are masked, as in DeepSeek-V3.2's off-policy sequence mask.
 
+    Returns: 0 or 1, [N] in the dtype of old_logprob; 1 on tokens that are no rollout.
+    Raises: as `mis`.
+    Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
     Source: arXiv 2512.02556 for the one-sided form.
     """
     checks.in_range("sequence_mask", "low", low, 0.0, math.inf)
@@ -102,10 +118,16 @@ def sequence_mask(
 
 
 def duplicate_share(prefix_id: Tensor, sequence_id: Tensor) -> Tensor:
-    """1/k for the tokens of each of k sequences that share one prefix, [N] fp32; pass it to `aggregate(share=...)`.
+    """1/k for the tokens of each of k sequences that share one prefix; pass it to `aggregate(share=...)`.
 
-    prefix_id: [N] int64, equal for tokens of the same prefix in whatever sequence, negative on all other tokens (share 1).
-    sequence_id: [N] int64. A prefix counts once per sequence, however many tokens it has there.
+    Args:
+        prefix_id: [N] int64, equal for tokens of the same prefix in whatever sequence, negative on all other tokens (share 1).
+        sequence_id: [N] int64. A prefix counts once per sequence, however many tokens it has there.
+
+    Returns: the share [N] fp32, in (0, 1].
+    Raises: TypeError or ValueError for a tensor of another shape or dtype.
+    Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
+    Source: the definition; k copies of an expert prefix then weigh as much as one.
     """
     checks.is_a("duplicate_share", "prefix_id", prefix_id, Tensor, "the prefix of every token, -1 for none")
     for name, value in (("prefix_id", prefix_id), ("sequence_id", sequence_id)):
@@ -123,11 +145,17 @@ def duplicate_share(prefix_id: Tensor, sequence_id: Tensor) -> Tensor:
 
 
 def drop_overlong(role: Tensor, sequence_id: Tensor, finished: Tensor) -> Tensor:
-    """The roles [N] uint8 with the rollout tokens of unfinished sequences IGNORED: DAPO's overlong filtering.
+    """The roles with the rollout tokens of unfinished sequences IGNORED: DAPO's overlong filtering.
 
-    finished: [N] bool, true on a token that ends its sequence, such as `target == eos`; a sequence without one was cut off. Call it
-    before `aggregate`, so that the dropped tokens are in no denominator; their sequence still counts as one.
+    Call it before `aggregate`, so that the dropped tokens are in no denominator; their sequence still counts as one.
 
+    Args:
+        role: [N] uint8 `Role`. sequence_id: [N] int64, whole sequences.
+        finished: [N] bool, true on a token that ends its sequence, such as `target == eos`; a sequence without one was cut off.
+
+    Returns: the roles [N] uint8.
+    Raises: TypeError or ValueError for a tensor of another shape or dtype.
+    Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
     Source: arXiv 2503.14476, section 3.4.
     """
     checks.roles("drop_overlong", role)

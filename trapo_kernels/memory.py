@@ -22,7 +22,7 @@ def head_memory(
 ) -> dict[str, int]:
     """Bytes that a forward and backward of `linear_policy_loss` or `linear_logprob` hold at their peak, by what they hold.
 
-    Equivalent to: the peak of allocated memory during the call, above its inputs, up to vectors of [N].
+    Their sum is the peak of allocated memory during the call, above its inputs, up to vectors of [N].
 
     Args:
         num_rows: rows that reach the head, N ≥ 1; with a sharded head those of all ranks.
@@ -38,6 +38,7 @@ def head_memory(
         "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in another) and "rounding" (what
         a gradient takes in a narrow dtype, beyond the room that chunk and copy have left by then).
     Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
+    Memory: none; nothing is allocated.
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
         whose instructions, with the native extension, the dtype of the GEMMs.
     Source: the account of buffers in `backends/sweep.py` and `backends/gemm.py`; tests compare it with measured peaks.

@@ -1,0 +1,72 @@
+"""What the documentation says: equivalents run and are equivalent, and docstrings and kernel comments have their lines."""
+
+import inspect
+import math
+import re
+import textwrap
+
+import pytest
+import torch
+
+import trapo_kernels
+from tests.trapo_kernels import cases
+from trapo_kernels import Role, corrections, objectives
+
+PUBLIC = [f for f in (getattr(trapo_kernels, name) for name in trapo_kernels.__all__) if inspect.isfunction(f)]
+CORRECTIONS = [f for name, f in inspect.getmembers(corrections, inspect.isfunction) if not name.startswith("_")]
+
+
+def _equivalent(function):
+    """The code under "Equivalent to" of a docstring."""
+    return textwrap.dedent(re.search(r"Equivalent to[^\n]*:\n\n((?: {8}.*\n)+)", function.__doc__)[1])
+
+
+def _arguments():
+    """By function, the arguments without a default, and others; every one may also stay as it is."""
+    hidden, weight, bias = (x.detach() for x in cases.head(12, 6, 40, torch.float32))
+    batch = cases.batch(12, 40, torch.float32)
+    temperature = torch.linspace(0.5, 2.0, 12, device=cases.DEVICE)
+    entropy = torch.rand(12, device=cases.DEVICE)
+    policy = {"batch": batch, "objective": objectives.trapo(alpha=0.1, entropy_coef=0.001)}
+    head = {"hidden": hidden, "lm_head_weight": weight}
+    role = torch.tensor([Role.IGNORED, Role.EXPERT, Role.ROLLOUT, Role.ROLLOUT], dtype=torch.uint8)
+    logits = (hidden @ weight.T).view(3, 4, 40)
+    return {
+        "linear_logprob": (
+            head | {"target": batch.target, "with_entropy": True},
+            {"bias": bias, "softcap": 2.0, "temperature": temperature},
+        ),
+        "linear_policy_loss": (head | policy, {}),
+        "policy_loss": ({"logprob": -3 * entropy, "entropy": entropy} | policy, {}),
+        "token_logprob": (
+            {"logits": logits, "target": batch.target.view(3, 4), "with_entropy": True},
+            {"softcap": 2.0, "temperature": temperature.view(3, 4)},
+        ),
+        "aggregate": ({"role": role, "mode": "token_mean"}, {}),
+        "loss_totals": ({"role": role}, {}),
+    }
+
+
+@pytest.mark.parametrize("with_options", [False, True])
+@pytest.mark.parametrize("function", [f for f in PUBLIC if "Equivalent to" in f.__doc__], ids=lambda f: f.__name__)
+def test_what_a_docstring_calls_equivalent_is(function, with_options):
+    needed, options = _arguments()[function.__name__]
+    arguments = needed | (options if with_options else {})
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    names = vars(trapo_kernels) | {"torch": torch, "math": math} | defaults | arguments
+    snippet, result = _equivalent(function), function(**arguments)
+    exec(snippet, names)
+    found = result._asdict() if hasattr(result, "_asdict") else {"weight": result, "totals": result}
+    compared = set(re.findall(r"^(\w+) =", snippet, re.M)) & set(found)
+    assert compared
+    for name in compared:
+        if isinstance(found[name], torch.Tensor):
+            torch.testing.assert_close(found[name], names[name])
+        else:
+            assert found[name] == names[name]
+
+
+@pytest.mark.parametrize("function", [*PUBLIC, *CORRECTIONS], ids=lambda f: f.__name__)
+def test_a_public_function_says_what_it_returns_raises_holds_and_repeats(function):
+    for item in ("Returns", "Raises", "Memory", "Determinism", "Source"):
+        assert re.search(rf"(^ {{4}}|\. ){item}: ", function.__doc__, re.M), f"{function.__name__} says nothing of {item}"
