@@ -291,8 +291,8 @@ def aggregate(
     Returns: weight [N] fp32, zero on ignored tokens.
     Raises: ValueError for an unknown mode, a tensor of another shape, or what the mode needs and is missing.
     Memory: O(N). Determinism: bitwise repeatable; every denominator is a whole number until the division.
-    Source: arXiv 2503.20783 ("constant"), 2512.17636 ("length"), 2503.14476 ("token_mean"), 2508.11408 ("role_mean"), 2402.03300
-        ("sequence_mean"); the other two are sums that their descriptions spell out.
+    Source: arXiv 2503.20783 ("constant"), 2503.14476 ("token_mean"), 2508.11408 ("role_mean"), 2402.03300 ("sequence_mean");
+        TRAPO's release ("length"); of the other two, their descriptions.
     """
     checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
     checks.aggregation(role, {"sequences": sequence_id, "prompts": prompt_id}, mode, _DIVISORS[mode], max_tokens, share)

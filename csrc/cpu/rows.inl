@@ -3,7 +3,11 @@
 //   sweep 1   row ─▶ blocks of 16 KiB, which stay in L1 between their two visits ─▶ max, Σexp, Σexp·z ─▶ logp, H
 //   sweep 2   row ─▶ c (1[y] - p) - e p (log p + H) ─▶ the same memory; a row of 152k logits comes from L2
 //
-// Memory traffic: a logit is read from DRAM once and its gradient written once; no temporary is larger than a block.
+// Work: about 12 FLOP and 2 exp per logit for both sweeps, and one tanh more with a softcap.
+// Reads / writes: a logit is read from DRAM once and its gradient written once.
+// Saved: the gradient, in the logits' place; after sweep 1 that holds the logits as `transform_block` leaves them.
+// On chip: a block in L1, sums in registers; no temporary is larger than a block.
+// Edges: a ragged end is a masked vector; a target outside the vocabulary makes the row NaN; offsets are int64.
 // Order: blocks ascend, lanes are summed in order, and a row is never split between threads: bitwise repeatable.
 
 namespace trapo {

@@ -7,9 +7,11 @@
 // The two blocks of a cluster have neighbouring row tiles and the same weight tiles: each loads half of one into both, so a step of
 // 64 costs a block 32 KiB from L2 instead of 48. With up to 128 rows a cluster is one block.
 // A block takes one tile of rows along a run of vocabulary tiles, so its sums stay in registers until the run ends.
-// Work: 2·N·D·V FLOP on the tensor cores, N·V exp. Reads: the operands, from L2 again for every tile. Writes: 12 bytes per row and
-// split. Registers: 128 accumulators in a consumer thread. Shared memory: 4 · 48 KiB. Order: columns ascend, then lanes, then
-// splits in a fixed order: bitwise repeatable for one number of processors.
+// Work: 2·N·D·V FLOP on the tensor cores, N·V exp.
+// Reads / writes: the operands, from L2 again for every tile; 12 bytes per row and split.
+// Saved: nothing beside the statistics; backward computes the logits again.
+// On chip: 128 accumulators in a consumer thread; 4 · 48 KiB of shared memory.
+// Order: columns ascend, then lanes, then splits in a fixed order: bitwise repeatable for one number of processors.
 // Edges: rows beyond N, columns beyond V and D beyond its end arrive as zeros; columns beyond V are left out of the sums. No bias and no
 // softcap: with either the 128 accumulators no longer fit the registers.
 
@@ -213,7 +215,8 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
 #endif
 }
 
-// One warp per row: every lane takes its splits in order, then the lanes combine, then the target joins.
+// One warp per row: every lane takes its splits in order, then the lanes combine, then the target joins: 12 bytes per row and split in,
+// 16 per row out. A row with target -100 gives zeros, one whose target is in no vocabulary NaN.
 __global__ void combine_splits_kernel(const __grid_constant__ ScoringArguments a, float* logprob, float* entropy, float* row_max,
                                       float* log_sum) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;

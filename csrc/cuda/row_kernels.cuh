@@ -3,12 +3,16 @@
 //   one block     row in HBM ─▶ sums ─▶ c, e ─▶ row in HBM (L2 where it still lies there) ─▶ gradient
 //   a cluster     row in HBM ─▶ slices in the shared memory of K blocks ─▶ sums ─▶ exchanged between the blocks ─▶ gradient
 //
-// Reads / writes per fp32 logit with bf16 gradients: one block 4 + 4 + 2 bytes, a cluster 4 + 2. Order: a thread's columns ascend, those
-// beside the target and at a ragged end come last, then lanes, warps and blocks combine in a fixed order: bitwise repeatable.
-// Addresses are 64-bit.
-// A block of a cluster asks for its whole slice at once, and at least two blocks of different rows share a multiprocessor where they
-// fit: one computes while the other waits for memory.
-// Edges: a row that is ignored is written as zeros and never read; rows whose start is not 16-byte aligned load one by one.
+// Work: about 12 FLOP and 2 exp per logit, half of it for statistics or a gradient alone; a tanh more with a softcap.
+// Reads / writes per fp32 logit with bf16 gradients: one block 4 + 4 + 2 bytes, a cluster 4 + 2.
+// Saved: four statistics per row, and the gradient, in the logits' place.
+// On chip: one block, sums in registers and 12 bytes of shared memory per warp; a cluster, the row in the shared memory of its blocks.
+//     A block of it asks for its whole slice at once, and at least two blocks of different rows share a multiprocessor where they fit:
+//     one computes while the other waits for memory.
+// Order: a thread's columns ascend, those beside the target and at a ragged end come last, then lanes, warps and blocks combine in a
+//     fixed order: bitwise repeatable.
+// Edges: a row that is ignored is written as zeros and never read; rows whose start is not 16-byte aligned load one by one; addresses
+//     are 64-bit.
 
 #pragma once
 
@@ -246,6 +250,7 @@ __device__ void gradient_sweep(const RowArguments& a, const T* logits, G* grad, 
   put_target<G, kWidth>(grad, target, columns, s, t, y_target, c, e);
 }
 
+// One block per row, as sketched above: statistics, coefficient and gradient; statistics alone where `grad` is null.
 template <typename T, typename G, int kWidth>
 __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_constant__ RowArguments a) {
   __shared__ RunningSoftmax per_warp[kWarps];
@@ -272,6 +277,7 @@ __global__ void __launch_bounds__(kThreads) row_policy_kernel(const __grid_const
   gradient_sweep<T, G, kWidth>(a, logits, grad, t, statistics, c, streams.entropy, y_target, target);
 }
 
+// One block per row whose statistics are known: logits are read once, 4 + 2 bytes each; the rest as sketched above.
 template <typename T, typename G, int kWidth>
 __global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_constant__ RowArguments a) {
   const int64_t row = blockIdx.x;

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import trapo_kernels
 from tests.trapo_kernels import cases
 from trapo_kernels import Role, corrections, objectives
 
+ROOT = Path(__file__).parents[2]
 PUBLIC = [f for f in (getattr(trapo_kernels, name) for name in trapo_kernels.__all__) if inspect.isfunction(f)]
 CORRECTIONS = [f for name, f in inspect.getmembers(corrections, inspect.isfunction) if not name.startswith("_")]
 
@@ -70,3 +72,17 @@ def test_what_a_docstring_calls_equivalent_is(function, with_options):
 def test_a_public_function_says_what_it_returns_raises_holds_and_repeats(function):
     for item in ("Returns", "Raises", "Memory", "Determinism", "Source"):
         assert re.search(rf"(^ {{4}}|\. ){item}: ", function.__doc__, re.M), f"{function.__name__} says nothing of {item}"
+
+
+KERNELS = [p for p in (ROOT / "trapo_kernels" / "backends" / "triton_ops").glob("*.py") if "_kernel(" in p.read_text()]
+KERNELS += [ROOT / "csrc" / name for name in ("cpu/rows.inl", "cpu/tiles.cpp", "cuda/row_kernels.cuh", "cuda/hopper_scoring.cuh")]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_a_kernel_says_what_it_works_moves_keeps_and_repeats(path):
+    source = path.read_text()
+    for item in ("Work", "Reads / writes", "Saved", "On chip", "Order", "Edges"):
+        assert re.search(rf"^(#|//).*\b{item}\b.*: ", source, re.M), f"{path.name} says nothing of {item}"
+    above = re.findall(r"(.*)\n@triton\.jit.*\ndef \w+_kernel", source)
+    above += re.findall(r"(.*)\n(?:template.*\n)?__global__", source)
+    assert all(line.startswith(("#", "//")) for line in above), "a kernel without a comment above it"
