@@ -101,6 +101,21 @@ def test_only_dispatch_reads_the_environment():
     assert readers == ["dispatch.py"]
 
 
+def _errors(path):
+    """(line, sentence with {} for what is filled in) of every error with a text that a file raises."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text = node.exc.args[0]
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            yield node.lineno, "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts)
+
+
+def test_errors_of_the_kernels_end_with_a_remedy():
+    for path in (ROOT / "trapo_kernels").rglob("*.py"):
+        for line, text in _errors(path):
+            assert ", got " not in text or re.search(r", got .*\.( \S|\{)", text), f"{path.name}:{line} has no remedy: {text}"
+
+
 def test_files_and_functions_stay_small():
     for path in [*(ROOT / "trapo_kernels").rglob("*.py"), *(ROOT / "trapo_train").rglob("*.py")]:
         text = path.read_text()

@@ -285,7 +285,9 @@ def token_logprob(
             f"{list(target.shape)}. Shift with logits[:, :-1] and target[:, 1:]."
         )
     if logits.dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"{where}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
+        raise TypeError(
+            f"{where}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}. Convert them with logits.float()."
+        )
     flat, flat_target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if isinstance(temperature, Tensor):
         temperature = temperature.expand_as(target) if temperature.ndim == 0 else temperature

@@ -80,7 +80,10 @@ def scored_rows(batch: TokenBatch) -> None:
     if not checks.may_look(rows) or len(rows) == 0:
         return
     if int(rows.min()) < 0 or int(rows.max()) >= len(batch):
-        raise ValueError(f"{where} must lie in [0, N) = [0, {len(batch)}), got {int(rows.min())} to {int(rows.max())}.")
+        raise ValueError(
+            f"{where} must lie in [0, N) = [0, {len(batch)}), got {int(rows.min())} to {int(rows.max())}. "
+            "Count rows from the start of this batch."
+        )
     wrong = rows[batch.active[rows] | (batch.target[rows] < 0)]
     if len(wrong):
         raise ValueError(

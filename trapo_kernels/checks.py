@@ -78,7 +78,10 @@ def finite_tensor(where: str, name: str, value: Tensor, remedy: str) -> None:
 def vector(where: str, name: str, value: Tensor, length: int, device: torch.device, dtypes: tuple) -> None:
     """`value` must be a tensor of shape [N] on `device` with one of `dtypes`."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: {name} must be a tensor of shape [N] = [{length}], got {type(value).__name__}.")
+        raise TypeError(
+            f"{where}: {name} must be a tensor of shape [N] = [{length}], got {type(value).__name__}. "
+            "Pass torch.as_tensor(...) of it."
+        )
     whole(where, name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(
@@ -106,7 +109,10 @@ def roles(where: str, role: Tensor) -> None:
 def role_values(where: str, role: Tensor) -> None:
     """A uint8 `role` must hold `Role` values; looked at on the CPU only."""
     if may_look(role) and role.numel() and int(role.max()) > Role.EXPERT:
-        raise ValueError(f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(role.max())}.")
+        raise ValueError(
+            f"{where}: role must be Role.IGNORED, ROLLOUT or EXPERT (0, 1, 2), got {int(role.max())}. "
+            "Map labels of your own to these."
+        )
 
 
 def label(where: str, name: str, value: Tensor, role: Tensor) -> None:
@@ -193,9 +199,15 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             f"hidden states, got hidden {hidden.dtype} and lm_head_weight {weight.dtype}. Cast one of them."
         )
     if hidden.device != weight.device:
-        raise ValueError(f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}.")
+        raise ValueError(
+            f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}. "
+            "Move one of them with .to(...)."
+        )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"{where}: lm_head_weight [V, D] must not be empty, got {list(weight.shape)}.")
+        raise ValueError(
+            f"{where}: lm_head_weight [V, D] must not be empty, got {list(weight.shape)}. "
+            "Call where the weight is whole: ZeRO-3 and FSDP leave an empty one elsewhere."
+        )
     if bias is not None:
         whole(where, "bias", bias, _WHOLE_HEAD)
         if not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.shape[0],):
@@ -307,7 +319,10 @@ def softcap(where: str, value: float | None) -> None:
 def logits_dtype(where: str, value: torch.dtype, hidden: Tensor) -> None:
     """The dtype that logits are rounded to: float32, or that of the hidden states."""
     if value not in (torch.float32, hidden.dtype):
-        raise TypeError(f"{where}: logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {value}.")
+        raise TypeError(
+            f"{where}: logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {value}. "
+            "Pass the dtype that the sampler has its logits in, or leave it out."
+        )
 
 
 def mode(where: str, process_group: object, batch_invariant: object, backend: str) -> None:
@@ -318,7 +333,7 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
             f"None, got {type(process_group).__name__}. Pass torch.distributed.group.WORLD, new_group(...) or mesh.get_group()."
         )
     if not isinstance(batch_invariant, bool):
-        raise TypeError(f"{where}: batch_invariant must be True or False, got {batch_invariant!r}.")
+        raise TypeError(f"{where}: batch_invariant must be True or False, got {batch_invariant!r}. Pass bool(...) of it.")
     if backend == "reference" and (process_group is not None or batch_invariant):
         raise ValueError(
             f'{where}: backend "reference" has the whole head and one GEMM, got process_group={process_group}, batch_invariant='
