@@ -69,6 +69,23 @@ def test_compile_fullgraph_gives_the_same_bits(backend):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trapo", "gspo"])  # one pass, two passes
+def test_inductor_gives_the_same_loss_and_gradients(name):
+    """The promise of bits is the ops': what surrounds them, the arithmetic on tokens of two passes too, Inductor may reorder."""
+    hidden, weight, _ = cases.head(12, 5, 20, torch.float32)
+    b, objective = cases.batch(12, 20, torch.float32), objectives.PRESETS[name](entropy_coef=0.1)
+
+    def step(h, w):
+        return linear_policy_loss(h, w, b, objective).loss
+
+    torch._dynamo.reset()
+    ours, eager = torch.compile(step, fullgraph=True)(hidden, weight), step(hidden, weight)
+    assert torch.equal(ours, eager) if name == "trapo" else cases.error(ours, eager) <= 1e-6 * abs(eager.item())
+    for found, expected in zip(cases.gradients(ours, (hidden, weight)), cases.gradients(eager, (hidden, weight)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_double_backward_raises_a_clear_error():
     hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
     b = cases.batch(6, 20, torch.float32)
