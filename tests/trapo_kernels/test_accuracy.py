@@ -81,6 +81,29 @@ def test_bf16_gradients_are_never_worse_than_those_of_eager_bf16(backend, scale)
         assert (mine.double() - exactly).norm() <= 1.05 * (other.double() - exactly).norm()
 
 
+@pytest.mark.parametrize("in_policy", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("backend", cases.QUICK)
+def test_bf16_gradients_have_at_most_twice_the_error_of_eager_with_fp32_logits(backend, scale, in_policy):
+    """Of eager that rounds nothing but its results, though our GEMMs may take dLogits in bf16; by the L2 norm."""
+    hidden, weight, _ = cases.head(128, 64, 4096, torch.bfloat16, scale)
+    b, exact_b = (cases.batch(128, 4096, dtype) for dtype in (torch.float32, torch.float64))
+
+    def eager(h, w, batch):
+        return cases.eager_loss("trapo", *cases.eager_statistics(h, w, batch.target), batch, entropy_coef=0.1)
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = cases.gradients(eager(*exact, exact_b), exact)
+    theirs = cases.gradients(eager(hidden.float(), weight.float(), b), (hidden, weight))
+    if in_policy:
+        loss = linear_policy_loss(hidden, weight, b, objectives.trapo(entropy_coef=0.1), backend=backend).loss
+    else:
+        out = linear_logprob(hidden, weight, b.target, with_entropy=True, backend=backend)
+        loss = cases.eager_loss("trapo", out.logprob, out.entropy, b, entropy_coef=0.1)
+    for mine, other, exactly in zip(cases.gradients(loss, (hidden, weight)), theirs, truth, strict=True):
+        assert (mine.double() - exactly).norm() <= 2 * (other.double() - exactly).norm()
+
+
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 @pytest.mark.parametrize("in_policy", [False, True])
 def test_the_entropy_gradient_of_a_peaked_row_whose_neighbours_have_none(backend, in_policy):
