@@ -18,6 +18,10 @@ SEVERAL_CHUNKS = ("native", torch.float32, True, False, (2100, 48, 16001))
 MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torch", torch.bfloat16, True, True, (600, 16001, 48))
 
 
+def test_a_head_of_8b_on_a_gpu_takes_at_most_5_gib():
+    assert sum(head_memory(8192, 4096, 151_936).values()) <= 5.0 * 2**30  # a chunk of logits, and 2.3 GiB of dWeight
+
+
 @pytest.fixture(scope="module")
 def one_rank():
     """A group of this process alone."""
