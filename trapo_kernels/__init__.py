@@ -9,7 +9,7 @@ from trapo_kernels.api import (
     policy_loss,
     token_logprob,
 )
-from trapo_kernels.batch import LossTotals, TokenBatch, aggregate, loss_totals
+from trapo_kernels.batch import LossTotals, TokenBatch, aggregate, loss_totals, silenced_weight
 from trapo_kernels.gates import Gate
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import head_memory
@@ -38,5 +38,6 @@ __all__ = [
     "objectives",
     "policy_loss",
     "sequence",
+    "silenced_weight",
     "token_logprob",
 ]

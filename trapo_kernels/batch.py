@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trapo_kernels import batch_checks, checks
 from trapo_kernels.roles import IGNORE_INDEX, Role
+
+if TYPE_CHECKING:
+    from trapo_kernels.objective import Objective
 
 _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
 
@@ -316,6 +319,35 @@ def aggregate(
     denominator = torch.as_tensor(denominator, dtype=torch.float64, device=role.device).expand(role.shape)
     weight = torch.where(counted, 1.0 / denominator.clamp(min=1.0), 0.0).float()
     return weight if share is None else torch.where(counted, weight * share, 0.0).float()
+
+
+def silenced_weight(role: Tensor, weight: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+    """The weight without that of tokens whose gradient is exactly zero under `objective`, because their advantage is; they are then
+    skipped like all rows that cannot contribute.
+
+    Equivalent to, for `objectives.grpo()`:
+
+        weight = torch.where((role == Role.ROLLOUT) & (advantage == 0), 0.0, weight)
+
+    Args:
+        role: [N] uint8 `Role`. weight: [N] as `aggregate` returns it, whose denominators still count these tokens.
+        advantage: [N] fp32.
+        objective: what will train the batch; a KL term keeps all rollout tokens, a term with signal "one" all tokens of its role.
+
+    Returns: weight [N]. Give the `TokenBatch` an entropy_weight of its own where there is an entropy bonus, which would follow it;
+        tokens with such a weight are not skipped.
+    Raises: TypeError or ValueError for a tensor of another shape or dtype.
+    Memory: O(N). Determinism: elementwise. Source: d(a·V)/dlogp = a·G.
+    """
+    where, floats = "silenced_weight", (torch.float32, torch.float64)
+    checks.roles(where, role)
+    for name, value in (("weight", weight), ("advantage", advantage)):
+        checks.vector(where, name, value, len(role), role.device, floats)
+    silent = torch.zeros_like(role, dtype=torch.bool)
+    for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
+        if objective.lives_by_advantage(name):
+            silent |= (role == code) & (advantage == 0)
+    return torch.where(silent, 0.0, weight)
 
 
 def _tokens_per_group(group_id: Tensor, counted: Tensor) -> Tensor:

@@ -198,6 +198,12 @@ class Objective:
             needed |= layer.kl.reads if layer.kl else set()
         return needed
 
+    def lives_by_advantage(self, role: str) -> bool:
+        """Whether all that trains tokens of `role`, "expert" or "rollout", is times their advantage, but for an entropy bonus."""
+        terms = [term for layer in self.layers if (term := getattr(layer, role))]
+        has_kl = role == "rollout" and any(layer.kl for layer in self.layers)
+        return bool(terms) and not has_kl and all(term.signal == "advantage" for term in terms)
+
     @property
     def needs_entropy(self) -> bool:
         """Whether the loss reads the entropy: for the bonus, or in a reduction."""

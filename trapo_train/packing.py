@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trapo_kernels import Objective, Role, TokenBatch, aggregate
+from trapo_kernels import Objective, Role, TokenBatch, aggregate, silenced_weight
 from trapo_train.records import Sample
 from trapo_train.schema import UserError, check
 from trapo_train.upload import upload, upload_batch
@@ -196,14 +196,9 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
     normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens}
 
     trained = torch.zeros_like(kind, dtype=torch.bool)
-    silent = torch.zeros_like(trained)  # in the loss and its denominators, but with a gradient of exactly zero
     for role, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
-        terms = [getattr(layer, name) for layer in objective.layers if getattr(layer, name) is not None]
-        has_kl = role == Role.ROLLOUT and any(layer.kl is not None for layer in objective.layers)
-        if terms:
+        if any(getattr(layer, name) is not None for layer in objective.layers):
             trained |= kind == role
-            if not has_kl and all(term.signal == "advantage" for term in terms):
-                silent |= (kind == role) & (advantage == 0)
     trained &= share != 0
     # What is not trained is of no sequence and of no prompt, or one without a trained token would count in the denominators.
     sequence_id, prompt_id = (torch.where(trained, label, -1) for label in (sample, prompt))
@@ -217,7 +212,7 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
         target=torch.tensor([t for s in samples for t in (*s.prefix_ids, *s.completion_ids)], dtype=torch.int64),
         role=kind,
         advantage=advantage,
-        weight=torch.where(silent, 0.0, weight),
+        weight=silenced_weight(kind, weight, advantage, objective),  # after the denominators, in which all tokens count
         entropy_weight=entropy_weight,
         rollout_logprob=torch.tensor(
             [x for s in samples for x in (*(0.0,) * len(s.prefix_ids), *s.completion_logprobs)], dtype=torch.float32

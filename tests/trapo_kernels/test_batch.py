@@ -9,7 +9,7 @@ import torch
 from torch.distributed.utils import _apply_to_tensors  # what FSDP2 casts inputs with
 
 from tests.trapo_kernels import cases
-from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, loss_totals
+from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, linear_policy_loss, loss_totals, objectives, silenced_weight
 from trapo_kernels.batch import _DIVISORS, AGGREGATIONS
 
 # Sequences 0: 1 ignored, 2 expert, 2 rollout · 1: 3 rollout · 2: 1 expert, 1 rollout
@@ -208,3 +208,35 @@ def test_a_mode_divides_by_the_totals_that_it_asks_for_and_no_other(mode):
         changed = not torch.equal(aggregate(ROLE, SEQUENCE, **arguments, totals=more), aggregate(ROLE, SEQUENCE, **arguments))
         counts = {field.name, "tokens"} if field.name.endswith("tokens") else {field.name}
         assert changed == bool(counts & set(_DIVISORS[mode])), field.name
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_a_silenced_weight_changes_no_gradient(name):
+    hidden, weight, _ = cases.head(62, 6, 40)
+    b = cases.batch(62, 40, kl_weight=torch.rand(62, dtype=torch.float64))
+    b = replace(b, advantage=torch.where(b.advantage.abs() < 1, 0.0, b.advantage))
+    for objective in (objectives.PRESETS[name](entropy_coef=0.1), objectives.PRESETS[name](entropy_coef=0.0)):
+        silenced = replace(b, weight=silenced_weight(b.role, b.weight, b.advantage, objective))
+        grads = [
+            cases.gradients(linear_policy_loss(hidden, weight, batch, objective).loss, (hidden, weight)) for batch in (b, silenced)
+        ]
+        for ours, expected in zip(*grads, strict=True):
+            assert cases.error(ours, expected) < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("objective", "kept"),
+    [
+        (objectives.trapo(), [1, 3, 4]),
+        (objectives.luffy(), [1, 4]),
+        (objectives.grpo(), [1, 3, 4]),
+        (objectives.grpo(beta=0.1), [0, 1, 3, 4]),
+        (objectives.sft(), [0, 1, 3, 4]),
+    ],
+    ids=["trapo", "luffy", "grpo", "grpo with a KL", "sft"],
+)
+def test_tokens_without_advantage_are_silenced_where_nothing_else_trains_them(objective, kept):
+    role = torch.tensor([1, 1, 0, 2, 2], dtype=torch.uint8, device=cases.DEVICE)
+    advantage = torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0], device=cases.DEVICE)
+    weight = silenced_weight(role, (role > 0).float(), advantage, objective)
+    assert weight.nonzero().squeeze(1).tolist() == kept

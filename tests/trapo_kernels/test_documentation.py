@@ -44,6 +44,10 @@ def _arguments():
             {"logits": logits, "target": batch.target.view(3, 4), "with_entropy": True},
             {"softcap": 2.0, "temperature": temperature.view(3, 4)},
         ),
+        "silenced_weight": (
+            {"role": batch.role, "weight": batch.weight, "advantage": batch.advantage.round(), "objective": objectives.grpo()},
+            {},
+        ),
         "aggregate": ({"role": role, "mode": "token_mean"}, {}),
         "loss_totals": ({"role": role}, {}),
     }
