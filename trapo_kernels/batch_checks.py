@@ -148,11 +148,11 @@ def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> Non
     """Say that nothing will train, as with ROLLOUT on every token of an SFT; a part of a batch may be so rightly."""
     named = {
         "ROLLOUT": (Role.ROLLOUT, [layer.rollout or layer.kl for layer in objective.layers]),
-        "EXPERT": (Role.EXPERT, [layer.expert for layer in objective.layers]),
+        "EXPERT": (Role.EXPERT, objective.expert_terms),
     }
     trained = {name: code for name, (code, parts) in named.items() if any(parts)}
     idle = len(role) > 0 and not any(bool((role == code).any()) for code in trained.values())
-    if idle and not any(layer.entropy_coef for layer in objective.layers):
+    if idle and not objective.has_entropy_bonus:
         warnings.warn(
             f"{where}: objective {objective.name!r} trains tokens of role {' and '.join(trained)}, of which this batch has none: "
             "its loss and its gradients are 0. Set TokenBatch.role, or use another objective.",

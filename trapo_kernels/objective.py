@@ -172,9 +172,29 @@ class Objective:
         return (self, *(self.plus.layers if self.plus else ()))
 
     @property
+    def expert_terms(self) -> list[Term]:
+        """The terms on expert tokens, of every layer."""
+        return [layer.expert for layer in self.layers if layer.expert]
+
+    @property
+    def rollout_terms(self) -> list[Term]:
+        """The terms on rollout tokens, of every layer."""
+        return [layer.rollout for layer in self.layers if layer.rollout]
+
+    @property
     def terms(self) -> list[Term]:
         """Every term of every layer."""
-        return [term for layer in self.layers for term in (layer.expert, layer.rollout) if term]
+        return self.expert_terms + self.rollout_terms
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether a layer has a KL term."""
+        return any(layer.kl for layer in self.layers)
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether a layer has an entropy bonus."""
+        return any(layer.entropy_coef for layer in self.layers)
 
     def why_two_passes(self, on_policy: bool) -> str | None:
         """Why a batch cannot go through the single pass, or None when it can; `on_policy`: the batch has no old_logprob."""
@@ -183,7 +203,9 @@ class Objective:
                 return f"the gate {type(term.gate).__name__} has no compiled form and runs on the reference formula."
             if term.reduces(on_policy):
                 return f"{type(term.reduction).__name__} needs the logprobs of whole sequences first."
-        return "a role has two terms, and the compiled loss has one gate per role." if self.plus else None
+        if max(len(self.expert_terms), len(self.rollout_terms)) > 1:
+            return "a role has two terms, and the compiled loss has one gate per role."
+        return "it adds an objective as `plus`, and the compiled loss takes one: give its terms to one." if self.plus else None
 
     @property
     def pools(self) -> bool:
@@ -207,9 +229,7 @@ class Objective:
     @property
     def needs_entropy(self) -> bool:
         """Whether the loss reads the entropy: for the bonus, or in a reduction."""
-        return any(layer.entropy_coef for layer in self.layers) or any(
-            term.reduction.needs_entropy for term in self.terms if term.reduction
-        )
+        return self.has_entropy_bonus or any(term.reduction.needs_entropy for term in self.terms if term.reduction)
 
 
 def _has_code(gate: Gate) -> bool:

@@ -56,7 +56,7 @@ def _method(config: RunConfig) -> str | None:
 
 def _scale(config: RunConfig, objective: Objective) -> str | None:
     aggregation, longest = config.packing.aggregation, config.rollout.max_response_tokens
-    if objective.rollout is not None or aggregation not in ("constant", "length"):
+    if objective.rollout_terms or aggregation not in ("constant", "length"):
         return None
     return (
         f"packing.aggregation={aggregation} divides the loss by max_response_tokens = {longest} for each sequence, whatever its "
@@ -65,7 +65,7 @@ def _scale(config: RunConfig, objective: Objective) -> str | None:
 
 
 def _unguided(config: RunConfig, objective: Objective) -> str | None:
-    if config.plan.name != "sft" or objective.rollout is None:
+    if config.plan.name != "sft" or not objective.rollout_terms:
         return None
     return (
         f"objective {objective.name} trains on rollouts too, so plan sft samples the problems that have no expert trace. Leave "
@@ -75,9 +75,12 @@ def _unguided(config: RunConfig, objective: Objective) -> str | None:
 
 def _unclipped(config: RunConfig, objective: Objective) -> str | None:
     """Every update moves the policy away from the one that sampled, and an unbounded ratio goes along however far."""
-    terms = [layer.rollout for layer in objective.layers if layer.rollout is not None]
-    bounded = [math.isfinite(getattr(term.reduction, "clip", math.inf)) for term in terms]  # which GMPO's is
-    free = [term for term, held in zip(terms, bounded, strict=True) if isinstance(term.gate, gates.Ratio | gates.One) and not held]
+    free = [
+        term
+        for term in objective.rollout_terms
+        if isinstance(term.gate, gates.Ratio | gates.One)
+        and not math.isfinite(getattr(term.reduction, "clip", math.inf))  # GMPO's is
+    ]
     updates = config.updates.per_step
     if updates == 1 or not free:
         return None
@@ -129,7 +132,7 @@ def _repeats(config: RunConfig, num_problems: int) -> str | None:
 
 def _passes(config: RunConfig, objective: Objective, num_problems: int) -> str | None:
     """Rollouts differ from pass to pass, and traces do not."""
-    sampled = config.plan.largest_request > 0 or any(layer.rollout is not None for layer in objective.layers)
+    sampled = config.plan.largest_request > 0 or bool(objective.rollout_terms)
     passes = config.steps * config.prompts_per_step / num_problems
     if sampled or passes <= MANY_PASSES:
         return None

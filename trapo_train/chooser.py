@@ -63,7 +63,7 @@ def apply_choice(choice: str, objective: Objective, kl: KL | None = None) -> Obj
     named = isinstance(choice, str)
     if named and choice in objectives.PRESETS:
         preset = objectives.PRESETS[choice]()
-        lacks = any(layer.rollout is not None for layer in preset.layers) and all(layer.kl is None for layer in preset.layers)
+        lacks = preset.rollout_terms and not preset.has_kl
         return with_kl(preset, kl) if kl is not None and lacks else preset
     if not named or choice not in CHOICES:
         raise UserError(

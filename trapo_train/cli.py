@@ -261,7 +261,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     assign_prefix_weights(group)
     color = console.color_system is not None
     if trainer.world.first:
-        trains_prefix = any(layer.expert is not None for layer in trainer.objective.layers)
+        trains_prefix = bool(trainer.objective.expert_terms)
         view = {"max_tokens": args.max_tokens, "color": color, "trains_prefix": trains_prefix}
         shown = render_group(group, trainer.tokenizer, **view, judged=trainer.reward is not None)
         console.print(shown)

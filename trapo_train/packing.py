@@ -91,7 +91,7 @@ class _LossTokens:
 
 def check_expert_streams(objective: Objective) -> None:
     """Raise UserError for an objective that needs more of expert tokens than an expert trace of a dataset brings."""
-    if any(layer.expert is not None and layer.expert.anchor == "rollout" for layer in objective.layers):
+    if any(term.anchor == "rollout" for term in objective.expert_terms):
         raise UserError(
             f"objective {objective.name} compares expert tokens with rollout_logprob, the logprobs of the policy that sampled "
             "them, and the expert traces of a dataset have none. Use an objective whose expert tokens need none, such as luffy, "
@@ -103,9 +103,9 @@ def check_prompt_training(config: PackingConfig, objective: Objective) -> None:
     """Raise UserError for `train_on_prompt` with an objective that would weigh prompts by what was sampled after them."""
     if not config.train_on_prompt:
         return
-    terms = [layer.expert for layer in objective.layers if layer.expert is not None]
-    reader = "trains on rollouts" if any(layer.rollout is not None for layer in objective.layers) else None
-    reader = "weighs expert tokens by the advantage" if any(term.signal == "advantage" for term in terms) else reader
+    reader = "trains on rollouts" if objective.rollout_terms else None
+    if any(term.signal == "advantage" for term in objective.expert_terms):
+        reader = "weighs expert tokens by the advantage"
     if reader is not None:
         raise UserError(
             f"packing.train_on_prompt needs an objective of expert tokens alone, without advantages, got {objective.name}, which "
@@ -196,8 +196,8 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
     normalise = {"mode": config.aggregation, "max_tokens": max_response_tokens}
 
     trained = torch.zeros_like(kind, dtype=torch.bool)
-    for role, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
-        if any(getattr(layer, name) is not None for layer in objective.layers):
+    for role, terms in ((Role.EXPERT, objective.expert_terms), (Role.ROLLOUT, objective.rollout_terms)):
+        if terms:
             trained |= kind == role
     trained &= share != 0
     # What is not trained is of no sequence and of no prompt, or one without a trained token would count in the denominators.
@@ -205,7 +205,7 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
     role = torch.where(trained, kind, Role.IGNORED)
     weight = aggregate(role, sequence_id, share=share, prompt_id=prompt_id, **normalise)
     entropy_weight = torch.zeros_like(weight)
-    if any(layer.entropy_coef for layer in objective.layers):
+    if objective.has_entropy_bonus:
         # One bonus for all response tokens: expert and rollout tokens share its denominator.
         entropy_weight = aggregate(torch.full_like(kind, Role.ROLLOUT), sample, prompt_id=prompt, **normalise)
     return _LossTokens(

@@ -28,7 +28,7 @@ from trapo_train.step import OptimizerConfig, build_optimizer
 def check_objective(config: RunConfig, objective: Objective) -> None:
     """Raise UserError for an objective that the samples of the configured plan cannot train, and for a reward that is missing."""
     plan = config.plan
-    if objective.rollout is None and not plan.guides:
+    if not objective.rollout_terms and not plan.guides:
         raise UserError(
             f"objective {objective.name} trains on expert tokens alone, and plan {plan.name} has none. "
             "Use plan.name=sft, or an objective for rollouts such as dr_grpo."
@@ -36,17 +36,17 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
     _check_is_trained(config, objective)
     drawn = sum(rung.samples for rung in plan.rungs) if plan.name == "ladder" else plan.setting("num_samples")
     single = drawn == 1 and plan.name in ("grpo", "ladder")
-    if single and objective.expert is None and config.advantage.center != "none":
+    if single and not objective.expert_terms and config.advantage.center != "none":
         raise UserError(
             "plan must draw at least 2 samples of a problem for a baseline among them, got 1, whose advantage is always 0. "
             "Raise plan.num_samples, add rungs, or set advantage.center=none."
         )
-    if plan.setting("buffer_size") is not None and objective.expert is None:
+    if plan.setting("buffer_size") is not None and not objective.expert_terms:
         raise UserError(
             f"plan {plan.name} has steps on expert traces alone, and objective {objective.name} does not train on them. "
             "Use an objective with an expert term such as relift, or plan.name=grpo."
         )
-    if config.updates.correction is not None and objective.rollout is None and config.objective.chooser is None:
+    if config.updates.correction is not None and not objective.rollout_terms and config.objective.chooser is None:
         raise UserError(
             f"updates.correction corrects rollout tokens for their sampler, got {config.updates.correction.name} with objective "
             f"{objective.name}, which trains on expert tokens alone. Set updates.correction=null, or use an objective for rollouts."
@@ -59,7 +59,7 @@ def check_objective(config: RunConfig, objective: Objective) -> None:
             f"packing.train_on_prompt needs a plan that samples nothing, got {plan.name}, each of whose samples would train its "
             "prompt once more. Set packing.train_on_prompt=false, or plan.name=sft."
         )
-    if objective.rollout is None and plan.largest_request == 0 and config.objective.chooser is None:
+    if not objective.rollout_terms and plan.largest_request == 0 and config.objective.chooser is None:
         _check_nothing_is_compared(config)
     _check_is_judged(config, objective)
 
@@ -72,7 +72,7 @@ def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool
             f"only for an objective.name that reads them too, got {config.objective.name}. Choose another, or set such an "
             "objective.name."
         )
-    if config.plan.guides or objective.rollout is None:  # which takes the traces
+    if config.plan.guides or not objective.rollout_terms:  # which takes the traces
         check_expert_streams(objective)
     check_prompt_training(config.packing, objective)
     _check_is_trained(config, objective)
@@ -81,7 +81,7 @@ def check_choice(objective: Objective, config: RunConfig, *, has_reference: bool
 
 def _check_is_trained(config: RunConfig, objective: Objective) -> None:
     """Raise UserError for an objective of rollouts alone where the plan samples none."""
-    if objective.expert is None and config.plan.largest_request == 0:
+    if not objective.expert_terms and config.plan.largest_request == 0:
         raise UserError(
             f"plan {config.plan.name} samples nothing, and objective {objective.name} does not train on expert tokens. "
             "Use an objective with an expert term such as sft, or a plan with rollouts such as grpo."
@@ -111,7 +111,7 @@ def _check_is_judged(config: RunConfig, objective: Objective) -> None:
         return
     if plan.largest_request:
         reader = f"plan {plan.name} samples responses"
-    elif objective.rollout is not None:
+    elif objective.rollout_terms:
         reader = f"objective {objective.name} trains on rollouts too, which plan {plan.name} draws for problems without a trace"
     elif config.data.on_rejected_expert == "drop":
         reader, remedy = "data.on_rejected_expert=drop asks it about traces", ", or data.on_rejected_expert=keep"

@@ -20,13 +20,12 @@ def teaches(group: Sequence[Sample], objective: Objective) -> bool:
 
     An entropy bonus and a KL do not count: they teach nothing about the problem.
     """
-    for layer in objective.layers:
-        for sample in group:
-            imitated = sample.guided and sample.prefix_weight != 0
-            own = len(sample.completion_ids) > 0 and not sample.masked
-            for term, present in ((layer.expert, imitated), (layer.rollout, own)):
-                if term is not None and present and (term.signal != "advantage" or sample.advantage != 0):
-                    return True
+    for sample in group:
+        imitated = sample.guided and sample.prefix_weight != 0
+        own = len(sample.completion_ids) > 0 and not sample.masked
+        terms = [*(objective.expert_terms if imitated else ()), *(objective.rollout_terms if own else ())]
+        if any(term.signal != "advantage" or sample.advantage != 0 for term in terms):
+            return True
     return False
 
 

@@ -161,11 +161,11 @@ def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
         raise UserError(f"objective.name {config.name!r} must return a trapo_kernels.Objective, got {type(objective).__name__}.")
     if config.kl is None:
         return objective
-    if any(layer.kl is not None for layer in objective.layers):
+    if objective.has_kl:
         raise UserError(
             f"objective.kl must be null where the objective has one, got {config.kl} with {config.name} {config.options}."
         )
-    if not any(layer.rollout is not None for layer in objective.layers):
+    if not objective.rollout_terms:
         raise UserError(f"objective.kl is of rollout tokens, and {config.name} trains on expert tokens alone. Leave it out.")
     return with_kl(objective, config.kl.term())
 

@@ -245,7 +245,7 @@ class Trainer:
             if self.chooser is not None:
                 choice = self._agreed()
         objective = self._chosen(choice)
-        alone = choice != "both" and objective.rollout is None
+        alone = choice != "both" and not objective.rollout_terms
         return positions, PlanConfig("sft") if alone else self.config.plan, objective
 
     def _chosen(self, choice: str) -> Objective:
@@ -369,7 +369,7 @@ class Trainer:
                 f"no step will train on expert traces: it waits for {self.deferred.size} unsolved problems (buffer_size of plan "
                 f"{self.config.plan.name}), and {experts} have a trace"
             )
-        if self.objective.rollout is None:
+        if not self.objective.rollout_terms:
             kept = problems.with_experts()
             if len(kept) < len(problems):
                 self.notes.append(f"left out {len(problems) - len(kept)} problems without an expert trace")

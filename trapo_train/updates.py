@@ -95,7 +95,7 @@ def with_old_policy(
     the correction's factor in the weights of the policy loss, not in those of its KL term and entropy bonus. Both come from the
     trainer's own forward pass, with the packing of the updates that follow; where nothing reads them there is none.
     """
-    rollouts = any(layer.rollout is not None for layer in objective.layers)
+    rollouts = bool(objective.rollout_terms)
     read = rollouts or "old_logprob" in objective.reads()
     if not (config.per_step > 1 and read) and not (config.correction is not None and rollouts):
         return list(micro_batches)
@@ -115,7 +115,7 @@ def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, objective: Objecti
         return replace(micro_batch, batch=replace(batch, **changes).with_active_rows(batch.active_rows, batch.silent_rows))
     factor, capped = config.correction.factor(batch, old)
     changes["weight"] = batch.weight * factor
-    if any(layer.kl is not None for layer in objective.layers):
+    if objective.has_kl:
         changes["kl_weight"] = batch.weight
     counted = (batch.role == Role.ROLLOUT) & (batch.weight != 0)  # before a mask takes some out
     found = {"log_ratio": logprob.float() - batch.rollout_logprob, "factor": factor, "capped": capped.float(), "counted": counted}

@@ -1,4 +1,4 @@
-"""The presets as a list: documented, registered, and in step with the README's table."""
+"""The presets as a list: documented, registered, and in step with the README's table; sums of objectives."""
 
 import inspect
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trapo_kernels import Objective, aggregate, objectives
+from trapo_kernels import KL, Objective, Term, aggregate, gates, objectives
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -47,3 +47,13 @@ def test_the_table_has_a_row_per_preset_and_says_how_many_passes():
 def test_the_readme_has_the_table_of_the_presets():
     (block,) = re.findall(r"<!-- objectives -->\n(.*?)<!-- /objectives -->", README.read_text(), re.S)
     assert block.strip() == objectives.table().strip(), "paste objectives.table() between the marks"
+
+
+def test_a_sum_says_why_it_takes_two_passes_and_lists_the_terms_of_all_its_layers():
+    expert, rollout, kl = Term(gates.One()), Term(gates.Ratio(), anchor="old", signal="advantage"), KL(0.1)
+    apart = Objective(expert=expert, plus=Objective(rollout=rollout, kl=kl, entropy_coef=0.1))
+    assert (apart.expert_terms, apart.rollout_terms) == ([expert], [rollout]) and apart.has_kl and apart.has_entropy_bonus
+    assert apart.why_two_passes(on_policy=True).startswith("it adds an objective as `plus`")
+    twice = Objective(expert=expert, plus=Objective(expert=expert))
+    assert twice.why_two_passes(on_policy=True).startswith("a role has two terms") and not twice.has_kl
+    assert Objective(expert=expert, rollout=rollout, kl=kl).why_two_passes(on_policy=True) is None

@@ -1,5 +1,6 @@
 """An objective of one's own, by the path of its function, and a KL for objectives that have none."""
 
+import json
 import math
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from trapo_train import cli, dry_run
 from trapo_train.export import export_checkpoint
 from trapo_train.schema import UserError
 from trapo_train.step import KLConfig, ObjectiveConfig, build_objective, extreme_objectives
+from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer
 
 MODULE = """
@@ -32,6 +34,10 @@ def mine(epsilon=0.1):
 
 def sum():
     return replace(objectives.sft(), plus=objectives.dr_grpo())
+
+def apart():
+    rollout = Term(gates.Ratio(), anchor="old", signal="advantage")
+    return Objective(expert=Term(gates.One()), plus=Objective(rollout=rollout))
 
 def none():
     return 3
@@ -119,6 +125,20 @@ def test_an_own_objective_is_asked_for_where_one_trains_and_not_before(objective
     with pytest.raises(ValueError, match=message) as error:
         Trainer(config)
     assert isinstance(error.value, UserError) == ("broken" not in objective)  # a bug in it shows its traceback
+
+
+@pytest.mark.parametrize(("plan", "guided"), [("grpo", False), ("luffy", True)])
+def test_a_rollout_term_trains_wherever_in_the_sum_it_stands(plan, guided, module, tmp_path):
+    rows = [{"prompt": "ab?a1:", "solution": "b", "expert": "b"}, {"prompt": "ab?a2:", "solution": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = (f"data={{path: {tmp_path / 'rows.jsonl'}, expert_column: expert}}", f"model.tokenizer={tmp_path / 'tokenizer'}")
+    settings = (*data, "reward=exact_match", f"plan={{name: {plan}, num_samples: 2}}", f"objective.name={module}:apart")
+    built = Trainer(build_config(tmp_path, "run", *settings))
+    assert len(built.problems) == 2
+    assert "left out" not in " ".join(built.notes) and "are no means over tokens" not in " ".join(built.notes)
+    built.train_step()
+    assert any(sample.guided for group in built.last_groups for sample in group) == guided
 
 
 def test_a_run_with_an_own_objective_is_exported_where_its_module_is_not(module, tmp_path, monkeypatch):
