@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,21 +36,24 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 KIB = 1024
 
 
-@pytest.fixture
-def file_size_limit():
-    """A function that limits the size of files this process writes, bytes, until the test ends."""
+@contextmanager
+def file_size_limit(size):
+    """Inside, no file that this process writes grows beyond `size` bytes; a log of pytest's is such a file, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("where", ["state", "tensors"])
-def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(where, tmp_path, file_size_limit):
+def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(where, tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     small, large = torch.arange(8.0), torch.zeros(64 * KIB)
     store.save(1, {"x": small}, {}, {"w": small})
-    file_size_limit(128 * KIB)
-    with pytest.raises(CheckpointError, match=r"step 2 could not be saved.*File too large.*The last one is .*step_00000001"):
+    error = pytest.raises(CheckpointError, match=r"step 2 could not be saved.*File too large.*The last one is .*step_00000001")
+    with error, file_size_limit(128 * KIB):
         store.save(2, {"x": large if where == "state" else small}, {}, {"w": large if where == "tensors" else small})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert torch.equal(store.load({})[1]["x"], small)
@@ -171,14 +175,14 @@ def test_samples_that_cannot_be_written_cost_no_step(tmp_path, caplog):
     assert "the responses of the evaluation could not be written: [Errno" in caplog.text
 
 
-def test_metrics_that_cannot_be_written_name_the_file_and_the_remedy(tmp_path, file_size_limit):
+def test_metrics_that_cannot_be_written_name_the_file_and_the_remedy(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"kind": "train", "step": 1})
-    file_size_limit(64)
     message = r"metrics: .*metrics.jsonl must take a row for every step, got .*File too large.*continue with checkpoint.resume=true"
-    with pytest.raises(OSError, match=message):
-        log.append({"kind": "train", "step": 2, "text": "x" * 100})
-    log.close()  # without a second error
+    with file_size_limit(64):
+        with pytest.raises(OSError, match=message):
+            log.append({"kind": "train", "step": 2, "text": "x" * 100})
+        log.close()  # without a second error
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
