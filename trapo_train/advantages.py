@@ -91,7 +91,7 @@ def _centred(peers: list[Sample], config: AdvantageConfig) -> list[float]:
     rewards = [sample.reward for sample in peers]
     if config.center == "none":
         return rewards
-    if _equal(rewards):
+    if equal_rewards(rewards):
         return [0.0] * len(peers)
     inside = [config.baseline != "unguided" or not sample.guided for sample in peers]
     baseline = [reward for reward, counts in zip(rewards, inside, strict=True) if counts]
@@ -110,16 +110,17 @@ def _whiten(samples: list[Sample]) -> None:
     if not values:
         return
     mean, scale = fmean(values), _deviation(values)
-    equal = _equal(values)
+    equal = equal_rewards(values)
     for sample in samples:
         sample.advantage = 0.0 if equal else (sample.advantage - mean) / scale
 
 
 def _deviation(values: Sequence[float]) -> float:
     """Standard deviation (n - 1); 1 where there is none, because what is divided by it is 0 there."""
-    return 1.0 if len(values) < 2 or _equal(values) else stdev(values)
+    return 1.0 if len(values) < 2 or equal_rewards(values) else stdev(values)
 
 
-def _equal(values: Sequence[float]) -> bool:
-    """Whether there is nothing to compare: sums of the same weights in another order differ in their last digits."""
+def equal_rewards(values: Sequence[float]) -> bool:
+    """Whether `values`, at least one, leave nothing to compare: sums of the same weights in another order differ in their last
+    digits."""
     return max(values) - min(values) <= 1e-9 * max(map(abs, values))

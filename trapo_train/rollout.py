@@ -10,6 +10,7 @@ from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Literal
 
+from trapo_train.advantages import equal_rewards
 from trapo_train.chooser import ChooserError
 from trapo_train.engine import Engine, EngineError, SamplingParams, Stream
 from trapo_train.judging import Judging
@@ -362,7 +363,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     completed = [sample for sample in samples if sample.finish_reason != "expert"]
     means = {
         "reward/mean": [sample.reward for sample in samples],
-        "reward/equal_share": [len({sample.reward for sample in group}) == 1 for group in groups if group],
+        "reward/equal_share": [equal_rewards([sample.reward for sample in group]) for group in groups if group],
         "reward/all_correct_share": [all(sample.correct for sample in group) for group in groups if group],
         "reward/none_correct_share": [not any(sample.correct for sample in group) for group in groups if group],
         "reward/unguided": [sample.reward for sample in first],

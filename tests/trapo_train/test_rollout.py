@@ -170,6 +170,14 @@ def test_masking_takes_what_was_cut_off_out_of_the_loss_and_leaves_its_reward_in
         assert all(len(s.completion_ids) == 20 for s in group[:4])  # metrics and files show it
 
 
+def test_rewards_that_differ_in_their_last_digits_are_equal_for_metrics_as_for_advantages():
+    reward = lambda prompts, completions, **columns: [0.1 + 0.2, 0.3]  # noqa: E731
+    result, _ = run([problem()], "grpo", reward=reward, num_samples=2)
+    assign_advantages(result.groups, AdvantageConfig())
+    assert {sample.reward for sample in result.groups[0]} == {0.1 + 0.2, 0.3} and result.metrics["reward/equal_share"] == 1
+    assert [sample.advantage for sample in result.groups[0]] == [0, 0]
+
+
 def test_metrics():
     script = lambda text: RIGHT if text.startswith("ab?a1:") else "aaaaaaaaaaaaaaaaaaaaaaaa"  # noqa: E731
     result, _ = run([problem(0, "ab?a1:"), problem(1, "ab?a2:")], script=script)
