@@ -29,12 +29,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trapo_train.files import UNFINISHED, replace_text
 from trapo_train.parallel import World
 from trapo_train.schema import UserError
 
 FORMAT = 7
 STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
-_UNFINISHED = ".unfinished_"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class CheckpointStore:
     def unfinished_bytes(self) -> int:
         """What was left behind by a save that was killed, and goes with the next one."""
         return sum(
-            file.stat().st_size for place in self.directory.glob(f"{_UNFINISHED}*") for file in place.rglob("*") if file.is_file()
+            file.stat().st_size for place in self.directory.glob(f"{UNFINISHED}*") for file in place.rglob("*") if file.is_file()
         )
 
     def path(self, step: int) -> Path:
@@ -122,7 +122,7 @@ class CheckpointStore:
         Raises: CheckpointError, on every rank, when the disk is full or not writable, or the step has a checkpoint; earlier ones
             stay.
         """
-        unfinished = self.directory / f"{_UNFINISHED}{step:08d}"
+        unfinished = self.directory / f"{UNFINISHED}{step:08d}"
         if any(self._ranks.gather(self.path(step).exists())):
             raise CheckpointError(f"checkpoint: {self.path(step)} exists already. Save each step once.")
         try:
@@ -161,11 +161,7 @@ class CheckpointStore:
         def write() -> None:
             path = self.path(step) / MANIFEST_FILE
             manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": _finite(score)}
-            unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
-            with unfinished.open("w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=1)
-                _make_durable(file)
-            unfinished.replace(path)
+            replace_text(path, json.dumps(manifest, indent=1))
 
         try:
             self._on_first_rank(write)
@@ -226,7 +222,7 @@ class CheckpointStore:
             ) from error
 
     def _begin(self, unfinished: Path, state: Mapping[str, Any]) -> None:
-        for leftover in self.directory.glob(f"{_UNFINISHED}*"):
+        for leftover in self.directory.glob(f"{UNFINISHED}*"):
             shutil.rmtree(leftover)
         (unfinished / TENSOR_DIR).mkdir(parents=True)
         with (unfinished / STATE_FILE).open("wb") as file:

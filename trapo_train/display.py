@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from trapo_train.columns import COLUMNS, Column, value_of, written
+from trapo_train.files import replace_text
 from trapo_train.schema import UserError
 from trapo_train.trackers import Trackers
 
@@ -156,12 +157,7 @@ class MetricsLog:
             with self.path.with_name(f"{self.path.name}.old").open("a", encoding="utf-8") as old:
                 old.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and (evaluated or row["kind"] != "eval"))]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
         return len(rows) - len(kept)
 
     def close(self) -> None:

@@ -13,30 +13,31 @@ for micro_batch in load_batch("runs/my/non_finite_step_7/rank_0.pt"):
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trapo_kernels import TokenBatch
 from trapo_train.packing import MicroBatch
-from trapo_train.records import Sample
+from trapo_train.samples import sample_record, write_lines
+
+if TYPE_CHECKING:
+    from trapo_train.trainer import Trainer
 
 SAMPLES_FILE = "samples.jsonl"
 
 
-def save_batch(directory: str | Path, rank: int, groups: Sequence[Sequence[Sample]], micro_batches: Sequence[MicroBatch]) -> Path:
-    """Write this rank's micro-batches to rank_<r>.pt in `directory`, and on the first rank all samples; returns `directory`."""
-    directory = Path(directory)
+def save_batch(directory: Path, trainer: Trainer) -> None:
+    """Write the micro-batches of this rank's last step to rank_<r>.pt in `directory`, and on the first rank the samples of all to
+    samples.jsonl, one per line (see `samples.sample_record`)."""
     directory.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        samples = [json.dumps(asdict(sample), default=str) for group in groups for sample in group]
-        (directory / SAMPLES_FILE).write_text("".join(line + "\n" for line in samples), encoding="utf-8")
-    torch.save([_plain(micro_batch) for micro_batch in micro_batches], directory / f"rank_{rank}.pt")
-    return directory
+    if trainer.world.first:
+        samples = (sample for group in trainer.last_groups for sample in group)
+        judged = trainer.reward is not None
+        write_lines(directory / SAMPLES_FILE, (sample_record(sample, trainer.tokenizer, judged=judged) for sample in samples))
+    torch.save([_plain(micro_batch) for micro_batch in trainer.last_micro_batches], directory / f"rank_{trainer.world.rank}.pt")
 
 
 def load_batch(path: str | Path) -> list[MicroBatch]:

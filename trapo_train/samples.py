@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trapo_train.files import replace_text
 from trapo_train.records import Sample
 from trapo_train.tokenizer import decode
 
@@ -32,7 +32,7 @@ def write_samples(
     (see `sample_record`). A step that a resumed run takes again replaces its files. `judged`: whether there is a reward."""
     path = Path(output_dir) / SAMPLES_DIR / f"step_{step:08d}.md"
     table = f"# Samples of step {step}\n" + "".join(_table(group, tokenizer, judged) for group in groups if group)
-    _write(path, table)
+    replace_text(path, table)
     write_lines(
         path.with_suffix(".jsonl"),
         ({"step": step, **sample_record(sample, tokenizer, judged=judged)} for group in groups for sample in group),
@@ -42,7 +42,7 @@ def write_samples(
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, the whole file or none."""
-    _write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def sample_record(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, judged: bool = True) -> dict[str, Any]:
@@ -70,13 +70,6 @@ def sample_record(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, judged:
         "answer_in_prefix": sample.answer_in_prefix,
         "logprob_mean": logprob if math.isfinite(logprob) else None,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished_{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _table(group: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, judged: bool) -> str:

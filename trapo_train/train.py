@@ -18,6 +18,7 @@ from typing import Any
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
+from trapo_train.files import replace_text
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
@@ -98,8 +99,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         trainer.notes += [] if resumed else [f"there is no checkpoint in {store.directory}: training starts from the beginning"]
     trainer.world.barrier()  # all ranks have looked at output_dir
     if trainer.world.first:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        replace_text(output_dir / CONFIG_FILE, to_yaml(config))
     _check_shared(trainer)
     reporter.start(config, trainer.data_report)
     for note in trainer.notes:
@@ -276,7 +276,7 @@ def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporte
     if trainer.skipped_in_a_row <= config.optimizer.max_skipped_steps:
         return
     directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
-    save_batch(directory, trainer.world.rank, trainer.last_groups, trainer.last_micro_batches)
+    save_batch(directory, trainer)
     raise NonFiniteError(
         f"train: {trainer.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
         f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "

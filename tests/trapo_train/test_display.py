@@ -99,7 +99,7 @@ def test_rewind_drops_what_came_after_and_continues(tmp_path):
     run_steps(reporter, 4, 4)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert "dropped 3 rows after step 3" in output_of(reporter)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".unfinished_*"))
 
 
 def test_a_run_that_left_no_checkpoint_starts_anew_and_its_metrics_are_kept(tmp_path):

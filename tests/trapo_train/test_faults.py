@@ -186,6 +186,23 @@ def test_metrics_that_cannot_be_written_name_the_file_and_the_remedy(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
+def test_the_configuration_of_a_run_is_whole_or_what_it_was(tmp_path, monkeypatch):
+    config = build_config(tmp_path, "run", "steps=1", "checkpoint.every=1")
+    train_to_end(config)
+    file, replace_file = Path(config.output_dir) / "config.yaml", Path.replace
+    before = file.read_text()
+
+    def killed(path, target):
+        if Path(target) == file:
+            raise OSError("killed here")
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(OSError, match="killed here"):
+        train_to_end(build_config(tmp_path, "run", "steps=2", "checkpoint={every: 1, resume: true}"))
+    assert file.read_text() == before
+
+
 def test_a_dataset_edited_between_two_runs_is_refused(tmp_path):
     rows = [{"prompt": f"ab?a{depth}:", "solution": "de", "expert": "#de$", "depth": depth} for depth in (1, 2, 3)]
     data = tmp_path / "train.jsonl"

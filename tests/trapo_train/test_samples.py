@@ -48,7 +48,7 @@ def test_a_line_holds_the_whole_texts_with_special_tokens(tmp_path):
 def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "samples" / "lines.jsonl"
     samples.write_lines(path, [{"text": "é\u2028"}])
-    monkeypatch.setattr(samples.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("killed here")))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(OSError("killed here")))
     with pytest.raises(OSError, match="killed here"):
         samples.write_lines(path, [{"text": "other"}])
     assert lines(path) == [{"text": "é\u2028"}]
