@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -25,47 +24,28 @@ if TYPE_CHECKING:
     from trapo_train.trainer import Trainer
 
 ALL = "all"
+FRACTIONS = (0.0, 0.25, 0.5, 0.75)  # of the expert trace, to start from
+MIN_GAIN = 0.10  # smallest rise of the pass rate that counts as headroom
+UNGUIDED = (0.05, 0.60)  # below it samples without a prefix teach nothing, above it there is little left to learn
+SEED = 0  # of the samples, so that models are compared on equal draws
 
 
 @dataclass(frozen=True)
 class HeadroomConfig:
-    """What to measure, and what counts as headroom."""
+    """What to measure."""
 
-    fractions: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
-    """Shares of the expert trace to start from, rising from 0 and below 1; at least two."""
     samples_per_prompt: int = 4
     """Responses sampled for each problem and fraction, at least 1."""
-    temperature: float = 1.0
-    """Sampling temperature, above 0."""
     num_problems: int | None = 128
     """The first so many problems that have an accepted expert trace, at least 2; null takes all."""
     group_by: str | None = None
     """Dataset column whose values get a pass rate each, such as depth; null for none."""
-    min_gain: float = 0.10
-    """Smallest rise of the pass rate that counts as headroom, in (0, 1)."""
-    min_unguided: float = 0.05
-    """Smallest unguided pass rate, in [0, 1): below it, samples without a prefix teach nothing."""
-    max_unguided: float = 0.60
-    """Largest unguided pass rate, in (min_unguided, 1]: above it, there is little left to learn."""
-    seed: int = 0
-    """Seed of the samples, so that models are compared on equal draws."""
 
     def __post_init__(self) -> None:
-        fractions = self.fractions
-        rising = all(low < high for low, high in pairwise(fractions))
         check(
             self,
-            (
-                "fractions",
-                len(fractions) >= 2 and fractions[0] == 0 and rising and fractions[-1] < 1,
-                "at least two shares, rising from 0 and below 1",
-            ),
             ("samples_per_prompt", self.samples_per_prompt >= 1, "at least 1"),
-            ("temperature", 0 < self.temperature < float("inf"), "a finite number above 0"),
             ("num_problems", self.num_problems is None or self.num_problems >= 2, "null or at least 2"),
-            ("min_gain", 0 < self.min_gain < 1, "in (0, 1)"),
-            ("min_unguided", 0 <= self.min_unguided < 1, "in [0, 1)"),
-            ("max_unguided", self.min_unguided < self.max_unguided <= 1, "in (min_unguided, 1]"),
         )
 
 
@@ -89,7 +69,6 @@ class HeadroomRow:
 class HeadroomReport:
     """Pass rates by fraction and group, and the gain: the best guided pass rate minus the unguided one."""
 
-    config: HeadroomConfig
     rows: tuple[HeadroomRow, ...]
     gain: float
     gain_standard_error: float
@@ -103,20 +82,20 @@ class HeadroomReport:
 
     def verdict(self) -> tuple[bool, str]:
         """Return whether there is headroom for guided training, and a sentence with rule, actual value and remedy."""
-        config, unguided, best = self.config, self.overall()[0], self._best()
+        (low, high), unguided, best = UNGUIDED, self.overall()[0], self._best()
         found = (
             f"got {unguided.pass_rate:.1%} without and {best.pass_rate:.1%} after {best.fraction:.0%} of the expert trace "
             f"({100 * self.gain:+.1f} ± {100 * self.gain_standard_error:.1f} points, {unguided.n} problems)"
         )
-        window = f"{config.min_unguided:.0%} to {config.max_unguided:.0%}"
-        if unguided.pass_rate < config.min_unguided:
+        window = f"{low:.0%} to {high:.0%}"
+        if unguided.pass_rate < low:
             remedy = "Take easier problems or a stronger model, or train it longer before."
             return False, f"No headroom: the unguided pass rate must be {window}, {found}. {remedy}"
-        if unguided.pass_rate > config.max_unguided:
+        if unguided.pass_rate > high:
             return False, f"No headroom: the unguided pass rate must be {window}, {found}. Take harder problems."
-        if self.gain < config.min_gain:
+        if self.gain < MIN_GAIN:
             remedy = "The model cannot continue from these traces: first train it on some, or take traces closer to it."
-            rule = f"an expert prefix must raise the pass rate by at least {100 * config.min_gain:.0f} points"
+            rule = f"an expert prefix must raise the pass rate by at least {100 * MIN_GAIN:.0f} points"
             return False, f"No headroom: {rule}, {found}. {remedy}"
         return True, f"Headroom: an expert prefix raises the pass rate, {found}."
 
@@ -139,8 +118,7 @@ def measure_headroom(
 
     Args:
         problems: with expert traces of at most rollout.max_response_tokens tokens.
-        rollout: its max_response_tokens, top_p, top_k, verify, correct_at, correct_by and how traces are cut; the
-            temperature is the config's.
+        rollout: its temperature, max_response_tokens, top_p, top_k, verify, correct_at, correct_by and how traces are cut.
 
     Raises:
         UserError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
@@ -154,21 +132,21 @@ def measure_headroom(
     groups = {**group_problems(chosen, config.group_by), ALL: list(range(len(chosen)))}
     drafts = [
         [draft(problem, Request(config.samples_per_prompt, fraction), 1, tokenizer, rollout) for problem in chosen]
-        for fraction in config.fractions
+        for fraction in FRACTIONS
     ]
     samples = [sample for per_fraction in drafts for group in per_fraction for sample in group]
-    complete(samples, engine, rollout, temperature=config.temperature, seed=config.seed)
+    complete(samples, engine, rollout, temperature=rollout.temperature, seed=SEED)
     judge_samples(samples, reward, tokenizer, rollout)
 
     rows, overall_rates = [], []
-    for fraction, per_problem in zip(config.fractions, drafts, strict=True):
+    for fraction, per_problem in zip(FRACTIONS, drafts, strict=True):
         rates = [fmean(sample.correct for sample in group) for group in per_problem]
         for name, positions in groups.items():
             rows.append(_row(fraction, name, [rates[i] for i in positions], [per_problem[i][0] for i in positions]))
         overall_rates.append(rates)
     best = max(overall_rates[1:], key=fmean)
     gains = [guided - unguided for guided, unguided in zip(best, overall_rates[0], strict=True)]
-    return HeadroomReport(config, tuple(rows), fmean(gains), standard_error(gains), num_rejected)
+    return HeadroomReport(tuple(rows), fmean(gains), standard_error(gains), num_rejected)
 
 
 def _accepted(

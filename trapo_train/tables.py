@@ -90,7 +90,7 @@ def _gib(size: int) -> str:
 
 def headroom_table(report: HeadroomReport) -> Table:
     """Pass rates by group and by share of the expert trace, ± 1 standard error."""
-    table = Table("pass rate after …", *(f"{fraction:.0%}" for fraction in report.config.fractions))
+    table = Table("pass rate after …", *(f"{row.fraction:.0%}" for row in report.overall()))
     for group in dict.fromkeys(row.group for row in report.rows):
         rows = [row for row in report.rows if row.group == group]
         table.add_row(group_label(group), *(accuracy_cell(row.pass_rate, row.standard_error) for row in rows))

@@ -18,7 +18,7 @@ from trapo_train.trainer import Trainer
 TOKENIZER = build_tokenizer()
 ROLLOUT = RolloutConfig(max_response_tokens=20, paragraph_break="|", snap_window=0.0)
 EXPERT = "ab|bc|cd|de#de$"
-CONFIG = HeadroomConfig(fractions=(0.0, 0.25, 0.75), samples_per_prompt=4, group_by="depth", seed=3)
+CONFIG = HeadroomConfig(samples_per_prompt=4, group_by="depth")
 
 
 def ids(text):
@@ -71,25 +71,26 @@ def test_a_length_penalty_beside_the_verifier_changes_no_pass_rate():
 
 
 def test_rows_and_gain():
-    report, engine = measure(lambda depth, prefix: min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3))
+    num_right = lambda depth, prefix: min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3)  # noqa: E731
+    report, engine = measure(num_right, rollout=replace(ROLLOUT, temperature=0.7))
     assert [(row.fraction, row.group) for row in report.rows] == [
-        (fraction, group) for fraction in (0.0, 0.25, 0.75) for group in ("depth_4", "depth_6", "all")
+        (fraction, group) for fraction in (0.0, 0.25, 0.5, 0.75) for group in ("depth_4", "depth_6", "all")
     ]
-    assert [row.pass_rate for row in report.rows] == [0.25, 0, 0.125, 0.5, 0.25, 0.375, 1.0, 0.75, 0.875]
-    assert [row.n for row in report.rows] == [1, 1, 2] * 3
+    assert [row.pass_rate for row in report.rows] == [0.25, 0, 0.125, 0.5, 0.25, 0.375, 0.75, 0.5, 0.625, 1.0, 0.75, 0.875]
+    assert [row.n for row in report.rows] == [1, 1, 2] * 4
     assert report.overall()[0].standard_error == pytest.approx(standard_error([0.25, 0.0]))
     assert report.gain == 0.75
     assert report.gain_standard_error == 0.0  # paired: both problems gain the same
     [params] = engine.calls
-    assert (params.temperature, params.seed) == (1.0, 3)
-    assert params.budgets(24) == [20] * 8 + [17] * 8 + [10] * 8
+    assert (params.temperature, params.seed) == (0.7, 0)
+    assert params.budgets(32) == [20] * 8 + [17] * 8 + [13] * 8 + [10] * 8
     good, sentence = report.verdict()
     assert good
     assert re.search(r"got 12\.5% without and 87\.5% after 75% .*\+75\.0 ± 0\.0 points, 2 problems", sentence)
 
 
 def test_gain_is_that_of_the_best_fraction():
-    report, _ = measure(lambda depth, prefix: {0: 1, 3: 3, 10: 2}[len(prefix)])
+    report, _ = measure(lambda depth, prefix: {0: 1, 3: 3, 7: 2, 10: 2}[len(prefix)])
     assert report.gain == 0.5
     assert "after 25% of the expert trace" in report.verdict()[1]
 
@@ -109,12 +110,6 @@ def test_verdict_refuses_with_rule_actual_and_remedy(rights, message):
     assert re.search(message, sentence)
 
 
-def test_the_limits_of_the_verdict_are_the_configs():
-    lax = replace(CONFIG, min_gain=0.2, min_unguided=0.0, max_unguided=0.3)
-    assert measure(lambda depth, prefix: 1 + bool(prefix), config=lax)[0].verdict()[0]
-    assert not measure(lambda depth, prefix: 1 + bool(prefix), config=replace(lax, min_gain=0.3))[0].verdict()[0]
-
-
 def test_only_problems_with_an_accepted_expert_are_measured_each_with_its_first_accepted_one():
     problems = [
         problem(0, experts=()),
@@ -128,7 +123,7 @@ def test_only_problems_with_an_accepted_expert_are_measured_each_with_its_first_
     report, _ = measure(lambda depth, prefix: seen.append(prefix) or 4, problems, config)
     assert report.overall()[0].n == 2
     assert report.num_rejected == 2
-    assert set(seen) == {"", EXPERT[:3], EXPERT[:10]}
+    assert set(seen) == {"", EXPERT[:3], EXPERT[:7], EXPERT[:10]}
 
 
 def test_traces_longer_than_a_response_may_be_are_left_out(tmp_path):
@@ -142,8 +137,9 @@ def test_traces_longer_than_a_response_may_be_are_left_out(tmp_path):
 
 
 def test_answers_that_the_prefix_already_states_are_reported():
-    report, _ = measure(lambda depth, prefix: 4, config=replace(CONFIG, fractions=(0.0, 0.25, 0.9)))
-    assert [row.answer_in_prefix for row in report.overall()] == [0.0, 0.0, 1.0]
+    early = [problem(index, experts=("ab|de#de$",)) for index in (0, 1)]
+    report, _ = measure(lambda depth, prefix: 4, early)
+    assert [row.answer_in_prefix for row in report.overall()] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_too_few_accepted_experts_is_an_error():
@@ -154,16 +150,8 @@ def test_too_few_accepted_experts_is_an_error():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"fractions": (0.25, 0.5)},
-        {"fractions": (0.0,)},
-        {"fractions": (0.0, 0.5, 0.5)},
-        {"fractions": (0.0, 1.0)},
         {"samples_per_prompt": 0},
-        {"temperature": 0.0},
         {"num_problems": 1},
-        {"min_gain": 0.0},
-        {"min_unguided": 1.0},
-        {"max_unguided": 0.05},
     ],
 )
 def test_config_refuses_values_out_of_range(fields):
