@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
-from trapo_train.embedding import embed_in_autocasts_type
 from trapo_train.liger import apply_liger
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
 from trapo_train.scratch import ScratchConfig, scratch_config
 from trapo_train.tokenizer import end_generation_too, load_tokenizer
+from trapo_train.varlen import computed_in
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -203,16 +204,18 @@ def prepare(
     check_logits: bool = True,
     tell: Callable[[str], None] = logger.info,
 ) -> None:
-    """Make a model of transformers ready for the packed step: policy head, kernels, adapters, checkpointing as configured.
+    """Make a model of transformers ready for the packed step: no dropout of its own, policy head, kernels, adapters, checkpointing.
 
     Args:
         device: where the model will run.
         check_logits: compare the head's logits with the model's, which runs the model.
-        tell: what `auto` chose is told to it.
+        tell: what `auto` chose is told to it, and what is changed in the model.
 
     Raises: UserError for a model that the packed step would train wrongly.
     """
     check_attention(model)
+    if switch_off_dropout(model):
+        tell("the model's own dropout is switched off: sampler, old policy and update must be one policy")
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     apply_liger(model, config.liger, device, tell)
     if config.lora is not None:
@@ -220,6 +223,37 @@ def prepare(
         hold_frozen(model, DTYPES[config.dtype])
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+
+
+def switch_off_dropout(model: nn.Module) -> bool:
+    """Set every dropout of the model to 0; returns whether there was any.
+
+    Sampler, old policy and update are separate passes: with other masks each, ratios and the sampler's mismatch are noise.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            module.p, found = 0.0, True
+        for attribute, value in vars(module).items():  # such as attention_dropout, which transformers hands to attention functions
+            if "dropout" in attribute and isinstance(value, float) and value > 0:
+                setattr(module, attribute, 0.0)
+                found = True
+    return found
+
+
+def embed_in_autocasts_type(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Have every embedding, of tokens or positions, give autocast's type where that is on; a factor inside one (Gemma 3) is rounded
+    to `compute_dtype`, as transformers does with weights in that type.
+
+    Autocast leaves embeddings in the type of their weight, FSDP and a sampler in 16 bits do not. Left in float32 they would make
+    the residual stream of a single process float32: other numbers than on several ranks, and activations of twice the size.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda module, inputs, output: output.to(computed_in(output)))
+            factor = getattr(module, "embed_scale", None)
+            if isinstance(factor, Tensor):
+                factor.copy_(factor.to(compute_dtype))
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

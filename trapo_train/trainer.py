@@ -23,7 +23,6 @@ from trapo_train.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.config import RunConfig
 from trapo_train.continuation import about_dates, set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
-from trapo_train.dropout import switch_off_dropout
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluation_score, load_eval_sets
 from trapo_train.held_out import evaluate_sets, loading_notes
@@ -84,8 +83,6 @@ class Trainer:
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
         with named(config.model):
             self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
-        if switch_off_dropout(self.model):
-            self.notes.append("the model's own dropout is switched off: sampler, old policy and update must be one policy")
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
         tell(f"reading {config.data.path or config.data.task}{' and the held-out sets' if config.eval_data else ''}")

@@ -11,16 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
 
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
 from trapo_train import train
+from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.chooser import ChooserError
 from trapo_train.continuation import about_dates, set_learning_rate
 from trapo_train.data import DataConfig
 from trapo_train.display import read_metrics
-from trapo_train.dropout import switch_off_dropout
+from trapo_train.lora import LoraConfig
+from trapo_train.model import ModelConfig, prepare
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
@@ -168,12 +171,18 @@ def test_an_evaluation_is_recorded_once_however_often_the_run_was_stopped(config
     assert train_to_end(resumed).evaluation == summary.evaluation != {}
 
 
-def test_dropout_of_the_model_is_switched_off_and_that_of_adapters_left():
-    model = nn.ModuleDict({"drop": nn.Dropout(0.1), "attention": nn.Linear(2, 2), "lora_dropout": nn.Dropout(0.2)})
-    model["attention"].attention_dropout = 0.1
-    assert switch_off_dropout(model)
-    assert (model["drop"].p, model["attention"].attention_dropout, model["lora_dropout"].p) == (0.0, 0.0, 0.2)
-    assert not switch_off_dropout(model)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2)], ids=["whole", "lora"])
+def test_dropout_of_the_model_is_switched_off_and_that_of_adapters_left(lora):
+    if lora is not None:
+        pytest.importorskip("peft")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 20}
+    model = PhiForCausalLM(PhiConfig(**sizes, resid_pdrop=0.1, attention_dropout=0.1, attn_implementation=PACKED_IMPLEMENTATION))
+    told = []
+    prepare(model, ModelConfig(name_or_path="none", lora=lora), device=torch.device("cpu"), tell=told.append)
+    left = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0}
+    assert all("lora_dropout" in name for name in left) and set(left.values()) == ({0.2} if lora else set())
+    assert model.base_model.layers[0].self_attn.attention_dropout == 0.0
+    assert [text for text in told if "own dropout is switched off" in text]
 
 
 def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(configure, monkeypatch):

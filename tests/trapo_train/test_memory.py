@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from transformers import Qwen2Config
+from transformers import PhiConfig, Qwen2Config
 
 from benchmarks.memory_plan import TOLERANCE, Run, compare
 from trapo_train import cli, memory_trace
@@ -60,6 +60,15 @@ def test_a_training_pass_keeps_no_second_copy_of_the_weights():
     residuals = 2 * 8 * 64 * 2  # what two layers more keep: their input
     assert deep.activations - shallow.activations == residuals
     assert deep.forward_peak - shallow.forward_peak == residuals
+
+
+def test_dropout_is_planned_as_it_runs_switched_off():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 500}
+    without, with_masks = (
+        trace_pass(ModelConfig(name_or_path="none"), PhiConfig(**sizes, resid_pdrop=p), (40, 24), HeadSizes(64, 500), cast=True)
+        for p in (0.0, 0.1)
+    )
+    assert without == with_masks
 
 
 @pytest.mark.parametrize(
