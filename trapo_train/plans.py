@@ -64,11 +64,9 @@ class Rung:
             raise UserError(f"expert_index of a rung must be at least 0, got {self.expert_index}.")
 
 
-_PAPER = (Rung(4), Rung(2, 0.2, 0.5), Rung(1, 0.5, 0.7), Rung(1, 1.0, 0.9, expert_index=1))
 # The authors' code compares sums: "sum < 4 of 6" and "sum < 7 of 7" are the means 4/6 and 7/7.
 LADDERS: dict[str, tuple[Rung, ...]] = {
-    "paper": _PAPER,
-    "trapo": _PAPER,
+    "paper": (Rung(4), Rung(2, 0.2, 0.5), Rung(1, 0.5, 0.7), Rung(1, 1.0, 0.9, expert_index=1)),
     "release": (Rung(4), Rung(2, 0.25, 0.5), Rung(1, 0.5, 4 / 6), Rung(1, 1.0, 7 / 7, expert_index=1)),
     "sft": (Rung(1, 1.0),),
 }
@@ -88,13 +86,13 @@ _READERS: dict[str, dict[str, Any]] = {
 class PlanConfig:
     """Which plan draws the samples of each problem; a setting that is null takes the plan's default.
 
-    paper (or trapo, which is the same) and release: TRAPO's ladder as published and as in its code. grpo: unguided. sft: one expert
+    paper and release: TRAPO's ladder as published and as in its code. grpo: unguided. sft: one expert
     trace. luffy: unguided and one expert trace, SRFT's plan with one sample more. prefix_rft: unguided and one sample after a
     prefix of random length. uft: all after one random hint. hpt: unguided, replaced by the expert trace where they fail. relift:
     unguided, failures are kept in a buffer and their traces trained on in steps of their own. ladder: your own rungs.
     """
 
-    name: Literal["paper", "trapo", "release", "grpo", "sft", "luffy", "prefix_rft", "uft", "hpt", "relift", "ladder"] = "paper"
+    name: Literal["paper", "release", "grpo", "sft", "luffy", "prefix_rft", "uft", "hpt", "relift", "ladder"] = "paper"
     """Which of these plans."""
     num_samples: int | None = None
     """Samples per problem, at least 1, at least 2 where one of them is guided (luffy, prefix_rft); null for 8. Elsewhere fixed."""
@@ -168,36 +166,29 @@ class PlanConfig:
     @property
     def largest_request(self) -> int:
         """The most samples of a problem that the plan generates at once; 0 where it never generates."""
-        if self.name in ("ladder", *LADDERS):
-            return max((rung.samples for rung in plan_rungs(self) if rung.prefix_ratio < 1), default=0)
-        return self.setting("num_samples") - (self.name == "luffy")
+        rungs = plan_rungs(self)
+        return self.setting("num_samples") if rungs is None else max((r.samples for r in rungs if r.prefix_ratio < 1), default=0)
 
     @property
     def has_thresholds(self) -> bool:
         """Whether the plan compares rewards with a number: rungs with a threshold, or unsolved_at."""
-        if self.name not in ("ladder", *LADDERS):
-            return self.name in _READERS["unsolved_at"]
-        return any(rung.threshold is not None for rung in plan_rungs(self))
+        return self.name in _READERS["unsolved_at"] or any(rung.threshold is not None for rung in plan_rungs(self) or ())
 
     @property
     def guides(self) -> bool:
         """Whether the plan may use expert traces."""
-        return self.name != "grpo" and (self.name != "ladder" or any(rung.prefix_ratio > 0 for rung in self.rungs))
+        rungs = plan_rungs(self)
+        return rungs is None or any(rung.prefix_ratio > 0 for rung in rungs)
 
 
-def plan_rungs(config: PlanConfig) -> tuple[Rung, ...]:
-    """Return the rungs of a plan that is a ladder; their samples add up to the samples per problem.
-
-    Raises: ValueError for a plan that draws at random or drops samples, which no fixed ladder can express.
-    """
+def plan_rungs(config: PlanConfig) -> tuple[Rung, ...] | None:
+    """The rungs of a plan that is a ladder; None for one that draws at random or drops samples, which no fixed ladder does."""
     num_samples = config.setting("num_samples")
     if config.name == "grpo":
         return (Rung(num_samples),)
     if config.name == "luffy":
         return (Rung(num_samples - 1), Rung(1, 1.0))
-    if config.name not in ("ladder", *LADDERS):
-        raise ValueError(f"plan_rungs: the plan must be a ladder, got {config.name!r}. Use build_plan.")
-    return config.rungs or LADDERS[config.name]
+    return config.rungs or LADDERS.get(config.name)
 
 
 def build_plan(config: PlanConfig, *, step: int = 0, seed: int = 0) -> Plan:

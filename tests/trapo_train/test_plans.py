@@ -93,7 +93,6 @@ def test_a_problem_without_expert_is_never_guided(name):
 
 
 def test_other_plans():
-    assert plan_rungs(PlanConfig("trapo")) == plan_rungs(PlanConfig("paper")) != plan_rungs(PlanConfig("release"))
     assert climb(PlanConfig("grpo"), [0] * 8) == [Request(8)]
     assert climb(PlanConfig("grpo", num_samples=3), [0] * 3) == [Request(3)]
     assert climb(PlanConfig("sft"), [1]) == [Request(1, 1.0)]
@@ -191,6 +190,24 @@ def test_deferred_problems_wait_in_order_each_once():
     assert none.take() == []
 
 
+@pytest.mark.parametrize(
+    ("config", "largest", "thresholds"),
+    [
+        (PlanConfig("paper"), 4, True),
+        (PlanConfig("sft"), 0, False),
+        (PlanConfig("grpo", num_samples=3), 3, False),
+        (PlanConfig("luffy"), 7, False),
+        (PlanConfig("uft", guidance=0.5), 8, False),
+        (PlanConfig("hpt"), 8, True),
+        (PlanConfig("ladder", rungs=(Rung(2), Rung(5, 1.0))), 2, False),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_how_many_samples_a_plan_asks_for_at_once_and_whether_it_compares_rewards(config, largest, thresholds):
+    assert (config.largest_request, config.has_thresholds) == (largest, thresholds)
+    assert (plan_rungs(config) is None) == (config.name in ("uft", "hpt"))
+
+
 def test_which_plans_use_experts():
     assert not PlanConfig("grpo").guides
     assert not PlanConfig("ladder", rungs=(Rung(2),)).guides
@@ -208,7 +225,7 @@ def test_wrong_number_of_rewards():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: PlanConfig("trape"), "name must be one of paper, trapo, release"),
+        (lambda: PlanConfig("trape"), "name must be one of paper, release"),
         (lambda: PlanConfig("paper", num_samples=4), "fixed by the plan 'paper', got 4"),
         (lambda: PlanConfig("grpo", num_samples=0), "at least 1, got 0"),
         (lambda: PlanConfig("luffy", num_samples=1), "at least 2, got 1"),
@@ -224,7 +241,6 @@ def test_wrong_number_of_rewards():
         (lambda: PlanConfig("hpt", buffer_size=3), "buffer_size belongs to relift, got 3"),
         (lambda: PlanConfig("relift", buffer_size=0), "at least 1, got 0"),
         (lambda: PlanConfig("uft", guidance=0.5, chunks=0), "at least 1, got 0"),
-        (lambda: plan_rungs(PlanConfig("hpt")), "must be a ladder, got 'hpt'"),
         (lambda: Rung(0), "at least 1, got 0"),
         (lambda: Rung(1, 1.5), "in [0, 1], got 1.5"),
         (lambda: Rung(1, 0.5, float("nan")), "got NaN"),
