@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trapo_train.attention import PACKED_IMPLEMENTATION
-from trapo_train.live import LiveTensors
 from trapo_train.model import DTYPES, ModelConfig, policy_head, precision, prepare
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError
@@ -224,3 +225,44 @@ class _AnyScalar(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 0.5 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+class LiveTensors(TorchDispatchMode):
+    """While it is entered, counts the bytes of what operations allocate until it is freed; views and known tensors do not count.
+
+    Memory that an operation takes inside itself is not seen.
+
+    Args:
+        known: tensors that are not to count.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now_bytes = 0
+        self.peak_bytes = 0
+        self._known = [tensor.untyped_storage() for tensor in known]  # held, or another storage might take one's address
+        self._live = {storage._cdata for storage in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._count(value)
+        return result
+
+    def restart_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak_bytes = self.now_bytes
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            self._live.add(key)
+            self.now_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.now_bytes -= size

@@ -14,10 +14,9 @@ from transformers import PhiConfig, Qwen2Config
 from benchmarks.memory_plan import TOLERANCE, Run, compare
 from trapo_train import cli, memory_trace
 from trapo_train.config import load_config
-from trapo_train.live import LiveTensors
 from trapo_train.lora import LoraConfig
 from trapo_train.memory import _candidates, changes, plan_memory
-from trapo_train.memory_trace import HeadSizes, trace_optimizer, trace_pass, weigh
+from trapo_train.memory_trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
 from trapo_train.model import ModelConfig
 from trapo_train.step import OptimizerConfig
 
