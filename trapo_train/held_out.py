@@ -17,7 +17,7 @@ from trapo_train.parallel import World, reshard
 from trapo_train.records import Sample
 from trapo_train.rollout import RolloutConfig
 from trapo_train.samples import SAMPLES_DIR
-from trapo_train.vocab_parallel import join_micro_batches
+from trapo_train.vocab_parallel import own_micro_batches
 
 if TYPE_CHECKING:
     from trapo_train.trainer import Trainer
@@ -111,7 +111,7 @@ def _share(chunk: list[Sample], packing: PackingConfig, rollout: RolloutConfig, 
     """The micro-batches of this rank, as many as those of any other."""
     settings = PackingConfig(packing.max_tokens, "token_mean")
     packed = pack(chunk, settings, objectives.sft(), max_response_tokens=rollout.max_response_tokens, ranks=world.size)
-    return join_micro_batches(packed, world.size, world.rank) if world.vocab_parallel_head else world.share(packed)
+    return own_micro_batches(packed, world)
 
 
 def _traces(eval_set: EvalSet, longest: int) -> Iterator[Sample]:

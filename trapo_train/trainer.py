@@ -51,7 +51,7 @@ from trapo_train.step import (
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import other_endings
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
-from trapo_train.vocab_parallel import join_micro_batches
+from trapo_train.vocab_parallel import own_micro_batches
 
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
 
@@ -178,7 +178,7 @@ class Trainer:
         for samples in split_groups(groups, config.updates.mini_batches):
             longest = config.rollout.max_response_tokens
             packed = pack(samples, config.packing, objective, max_response_tokens=longest, ranks=self.world.size)
-            mine = self._my_micro_batches(packed)
+            mine = own_micro_batches(packed, self.world)
             mine = with_old_policy(self.model, mine, objective, config.updates, config.rollout.temperature)
             mini_batches.append(self._with_reference(mine, objective))
         self.last_micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch]
@@ -198,11 +198,6 @@ class Trainer:
                 for micro_batches in mini_batches
             ]
         )
-
-    def _my_micro_batches(self, packed: list[MicroBatch]) -> list[MicroBatch]:
-        if self.world.vocab_parallel_head:
-            return join_micro_batches(packed, self.world.size, self.world.rank)
-        return self.world.share(packed)
 
     def _sample(self, plan: PlanConfig, positions: list[int]) -> RolloutResult:
         """The samples of the problems at `positions`; each rank generates for its share and hands its samples to the others.
@@ -381,10 +376,7 @@ class Trainer:
             scored = score_all(self.reference, micro_batches, self.config.rollout.temperature)
         reshard(self.reference)
         return [
-            replace(
-                micro,
-                batch=replace(micro.batch, ref_logprob=logprob).with_active_rows(micro.batch.active_rows, micro.batch.silent_rows),
-            )
+            replace(micro, batch=replace(micro.batch, ref_logprob=logprob))
             for micro, logprob in zip(micro_batches, scored, strict=True)
         ]
 

@@ -112,7 +112,7 @@ def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, objective: Objecti
     old = torch.where(logprob.isfinite(), logprob, sampled_with)
     changes: dict[str, Any] = {"old_logprob": old} if config.per_step > 1 else {}
     if config.correction is None:
-        return replace(micro_batch, batch=replace(batch, **changes).with_active_rows(batch.active_rows, batch.silent_rows))
+        return replace(micro_batch, batch=replace(batch, **changes))
     factor, capped = config.correction.factor(batch, old)
     changes["weight"] = batch.weight * factor
     if objective.has_kl:

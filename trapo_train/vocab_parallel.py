@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from trapo_kernels import TokenBatch
 from trapo_train.packing import MicroBatch
+
+if TYPE_CHECKING:
+    from trapo_train.parallel import World
 
 
 def shard_over_vocabulary(head: nn.Linear, mesh: DeviceMesh) -> None:
@@ -43,6 +46,12 @@ def join_micro_batches(micro_batches: Sequence[MicroBatch], world_size: int, ran
         batches = [micro_batch.batch for micro_batch in together]
         joined.append(replace(together[rank], batch=_concatenated(batches), rows_per_rank=tuple(len(batch) for batch in batches)))
     return joined
+
+
+def own_micro_batches(micro_batches: Sequence[MicroBatch], world: World) -> list[MicroBatch]:
+    """This rank's share of the micro-batches of all ranks, a multiple of their number; with a vocabulary-parallel head each
+    with the loss rows of all ranks."""
+    return join_micro_batches(micro_batches, world.size, world.rank) if world.vocab_parallel_head else world.share(micro_batches)
 
 
 def _concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
