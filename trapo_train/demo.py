@@ -22,7 +22,7 @@ from rich.table import Table
 
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics
-from trapo_train.figures import group_label, group_order
+from trapo_train.figures import group_accuracies, group_label, group_order
 from trapo_train.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.inspect import render_group
 from trapo_train.plots import plot_accuracy_by_group, plot_comparison, plot_run
@@ -165,12 +165,11 @@ def _gather(output: Path, seed: int, methods: Sequence[str]) -> SeedResult:
 def result_table(result: SeedResult) -> Table:
     """Held-out accuracy ± 1 standard error by group, a column per model."""
     table = Table("held-out accuracy", *(LABELS.get(name, name) for name in result.evaluations))
-    keys = {key for row in result.evaluations.values() for key in row if key.startswith("accuracy/")}
-    for key in [*sorted(keys, key=group_order), "accuracy"]:
-        _, _, group = key.partition("/")
-        stderr = f"accuracy_stderr/{group}" if group else "accuracy_stderr"
-        cells = [accuracy_cell(row[key], row.get(stderr)) if key in row else "–" for row in result.evaluations.values()]
-        table.add_row(group_label(group) or "all", *cells, style="" if group else "bold")
+    found = [group_accuracies(row) for row in result.evaluations.values()]
+    for group in sorted({group for groups in found for group in groups}, key=group_order):
+        table.add_row(group_label(group), *(accuracy_cell(*groups[group]) if group in groups else "–" for groups in found))
+    cells = [accuracy_cell(row["accuracy"], row.get("accuracy_stderr")) for row in result.evaluations.values()]
+    table.add_row("all", *cells, style="bold")
     return table
 
 

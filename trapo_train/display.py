@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from trapo_train.columns import COLUMNS, Column, value_of, written
+from trapo_train.figures import group_accuracies, group_label
 from trapo_train.files import replace_text
 from trapo_train.schema import UserError
 from trapo_train.trackers import Trackers
@@ -341,14 +342,12 @@ class Reporter:
 def evaluation_line(row: dict[str, Any]) -> str:
     """`accuracy 0.450 ± 0.031  pass@8 0.600  depth 3 0.470  expert nll 0.9120` from an evaluation's metrics; of pass@k the last."""
     parts, pass_at = [], [key for key, value in row.items() if key.startswith("pass@") and value is not None]
-    for key, value in row.items():
-        name, _, group = key.partition("/")
-        if name == "accuracy" and value is not None:
-            error = row.get("accuracy_stderr" if not group else f"accuracy_stderr/{group}")
-            spread = f" ± {error:.3f}" if error is not None and not group else ""
-            parts.append(f"{group.replace('_', ' ') or 'accuracy'} {value:.3f}{spread}")
-            if not group and pass_at:
-                parts.append(f"{pass_at[-1]} {row[pass_at[-1]]:.3f}")
+    if row.get("accuracy") is not None:
+        error = row.get("accuracy_stderr")
+        parts.append(f"accuracy {row['accuracy']:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+        if pass_at:
+            parts.append(f"{pass_at[-1]} {row[pass_at[-1]]:.3f}")
+    parts += [f"{group_label(group)} {value:.3f}" for group, (value, _) in group_accuracies(row).items()]
     if row.get("expert_nll") is not None:
         parts.append(f"expert nll {row['expert_nll']:.4f}")
     return "  ".join(parts) or "no accuracy reported"

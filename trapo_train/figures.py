@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,12 @@ def percent_axis(axis: Any, low: float = 0.0, high: float = 1.0) -> None:
 
     axis.set_ylim(low, high)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def group_accuracies(row: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """Accuracy and its standard error by group, such as depth_3, of an evaluation's metrics; those that are null are left out."""
+    groups = {key.partition("/")[2]: value for key, value in row.items() if key.startswith("accuracy/")}
+    return {name: (value, row.get(f"accuracy_stderr/{name}")) for name, value in groups.items() if value is not None}
 
 
 def group_label(group: str) -> str:

@@ -13,6 +13,7 @@ from trapo_train.figures import (
     INK,
     PALETTE,
     draw_smoothed,
+    group_accuracies,
     group_label,
     group_order,
     label_right,
@@ -284,18 +285,17 @@ def _label_runs(axes: Sequence[Any], labels: Sequence[list[tuple[str, float, Any
 
 def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Path:
     """Held-out accuracy by group, one line per evaluation, for example a base model and what training made of it."""
-    names = sorted(
-        {key.partition("/")[2] for row in evaluations.values() for key in row if key.startswith("accuracy/")},
-        key=group_order,
-    )
+    found = {name: group_accuracies(row) for name, row in evaluations.items()}
+    names = sorted({group for groups in found.values() for group in groups}, key=group_order)
     require(names, "accuracy by group")
     figure, (axis,) = new_figure("Held-out accuracy", "bars: ± 1 standard error")
     labels = []
-    for (name, row), colour in zip(evaluations.items(), run_colours(evaluations), strict=True):
-        known = [(i, row[f"accuracy/{group}"], row.get(f"accuracy_stderr/{group}") or 0.0)
-                 for i, group in enumerate(names) if row.get(f"accuracy/{group}") is not None]  # fmt: skip
-        x, y, error = zip(*known, strict=True)
-        axis.errorbar(x, y, error, color=colour, marker="o", markersize=7, linewidth=1.8, elinewidth=1.6)
+    for (name, groups), colour in zip(found.items(), run_colours(evaluations), strict=True):
+        x = [i for i, group in enumerate(names) if group in groups]
+        y, error = zip(*(groups[names[i]] for i in x), strict=True)
+        axis.errorbar(
+            x, y, [value or 0.0 for value in error], color=colour, marker="o", markersize=7, linewidth=1.8, elinewidth=1.6
+        )
         labels.append((name, y[-1], colour))
     percent_axis(axis, 0, 1.02)
     axis.set_xticks(range(len(names)), [group_label(group) for group in names])

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from trapo_train.figures import group_label
+from trapo_train.figures import group_accuracies, group_label
 from trapo_train.memory import GIB, PHASES, MemoryPlan
 
 if TYPE_CHECKING:
@@ -34,11 +34,9 @@ def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
     for name, row in evaluations.items():
         counts = f"{row['num_problems']:.0f}", f"{round(row['samples_per_problem'], 1):g}"
         table.add_row(name or "all", *counts, f"{row['accuracy']:.3f}", _error(row["accuracy_stderr"]), style="bold")
-        for key, value in row.items():
-            kind, _, group = key.partition("/")
-            if kind == "accuracy" and group:
-                label = f"{name} {group}".strip().replace("_", " ")
-                table.add_row(label, "", "", f"{value:.3f}", _error(row[f"accuracy_stderr/{group}"]))
+        for group, (value, error) in group_accuracies(row).items():
+            label = group_label(f"{name} {group}".strip())
+            table.add_row(label, "", "", f"{value:.3f}", _error(error))
     if len(evaluations) > 1:
         mean = fmean(row["accuracy"] for row in evaluations.values())
         table.add_row("mean of the sets", "", "", f"{mean:.3f}", style="bold")
@@ -52,8 +50,8 @@ def _line(name: str, row: Mapping[str, Any]) -> Text:
     return Text("  ".join([name, *rest] if name else rest))
 
 
-def _error(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
+def _error(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def memory_table(plan: MemoryPlan) -> Table:

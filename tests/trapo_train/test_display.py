@@ -11,6 +11,7 @@ from rich.console import Console
 from trapo_train.config import RunConfig
 from trapo_train.data import DataConfig, DataReport
 from trapo_train.display import MetricsLog, NullReporter, Reporter, evaluation_line, format_seconds, read_metrics
+from trapo_train.figures import group_accuracies
 from trapo_train.model import ModelConfig
 
 REPORT = DataReport(problems=4, without_expert=0, experts=4, dropped_experts=0, dropped_prompts=0)
@@ -192,6 +193,8 @@ def test_a_named_set_says_its_name_everywhere(tmp_path, monkeypatch):
 def test_evaluation_line_shows_groups_and_the_standard_error():
     row = {"kind": "eval", "step": 3, "accuracy": 0.5, "accuracy_stderr": 0.03, "accuracy/depth_3": 0.25}
     assert evaluation_line(row) == "accuracy 0.500 ± 0.030  depth 3 0.250"
+    row |= {"accuracy_stderr/depth_3": 0.1, "accuracy/depth_4": None, "accuracy/a_b/c": 1.0}
+    assert group_accuracies(row) == {"depth_3": (0.25, 0.1), "a_b/c": (1.0, None)}
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75, "1:15"), (3700, "1:01:40"), (-1, "0:00")])
