@@ -51,7 +51,7 @@ class DataConfig:
     preset: Literal["luffy", "messages"] | None = None
     """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth) and the
     evaluation sets beside it; messages for conversations, a list of {role, content} under messages, where solution may be missing.
-    A column that is set to another name than its default stays."""
+    A column you set explicitly overrides the preset."""
     prompt_column: str = "prompt"
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth. The same as
     expert_column for conversations: the last assistant turn, as the chat template writes it, is the expert trace, what comes before
@@ -105,7 +105,7 @@ class DataConfig:
 
     @property
     def expert_column_is_default(self) -> bool:
-        """Whether the name of `expert_column` is nobody's choice, so that a dataset without it simply has no expert traces."""
+        """Whether `expert_column` was left at its default, so that a dataset without it simply has no expert traces."""
         default = DataConfig.__dataclass_fields__["expert_column"].default
         return self.expert_column == PRESETS.get(self.preset, {}).get("expert_column", default)
 

@@ -54,7 +54,7 @@ class EvalConfig:
     """Dataset column whose values get an accuracy each, such as depth, on the sets that have it; null for none."""
     responses_per_call: int = 256
     """Most responses that one engine call samples, at least 1, or those of one problem where these are more. Ranks share the calls,
-    which are smaller where some would have none. What a response draws depends neither on the call nor on the rank."""
+    which are made smaller if some ranks would otherwise get none. Samples do not depend on the call size or the rank."""
     sample: bool = True
     """Whether responses are sampled and judged; false reports expert_nll alone, of sets with expert traces, and needs no reward.
     Nothing reads the settings of responses then, and the run notes those that are set."""

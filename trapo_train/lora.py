@@ -131,9 +131,9 @@ def check_no_adapter(name_or_path: str | None) -> None:
 
 
 def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Keep frozen matrices, those of fused experts included, and the biases of linear layers in `compute_dtype`, which they are
-    computed with in anyway: in bfloat16 half of their memory, and no cast for every pass and every generated token. What
-    transformers keeps in float32 stays, such as some routers."""
+    """Store frozen matrices, those of fused experts included, and the biases of linear layers in `compute_dtype`, which they are
+    computed in anyway: half the memory in bfloat16, and no cast per pass and generated token. What transformers keeps in float32
+    stays, such as some routers."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:

@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +219,11 @@ def test_results_without_a_gpu_make_no_table(tmp_path, capsys):
     results.write_text(json.dumps(_row("ours (triton)", 64, 1.0)) + "\n")
     assert scoring_table.main([str(results), "--table", str(tmp_path / "none.json")]) == 1
     assert "no GPU timings" in capsys.readouterr().err
+
+
+def test_the_docs_of_auto_say_whether_its_table_holds_a_measurement():
+    table = json.loads((Path(dispatch.__file__).parent / "scoring.json").read_text())
+    assert ("scoring.json, which holds no measurement yet" in " ".join(linear_logprob.__doc__.split())) == (not table["entries"])
 
 
 def test_every_pinned_entry_was_measured():
