@@ -223,11 +223,6 @@ def test_traceback_on_request(config, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_used_output_dir_is_refused(finished_run, config, capsys):
-    assert cli.main(["run", config]) == 2
-    assert "already holds a run" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("bug", [ZeroDivisionError, ValueError, TypeError, ImportError, RuntimeError, KeyError])
 def test_a_bug_keeps_its_traceback(bug, config, monkeypatch):
     def run(*arguments):

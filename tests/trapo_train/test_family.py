@@ -14,9 +14,9 @@ from trapo_train.chooser import ChooserError
 from trapo_train.train import Trainer, run
 
 COSINE = "{schedule: cosine, start: 0.8, end: 0.2, steps: 6}"
-RESUMED = {
+PATHS = ("sft", "trapo", "gspo", "srft", "prefix_rft", "iw_sft", "uft")  # each takes another way through the trainer
+RUNS = {
     "prefix_rft": ["plan={name: prefix_rft, num_samples: 3, guidance: " + COSINE + "}", "objective.name=prefix_rft"],
-    "uft": ["plan={name: uft, num_samples: 3, guidance: " + COSINE + "}", "objective.name=uft"],
     "hpt": ["plan={name: hpt, num_samples: 3}", "objective.name=hpt"],
     "relift": ["plan={name: relift, num_samples: 2, buffer_size: 4}", "objective.name=relift"],
     "schedule": ["objective={name: chord_mu, options: {mu: " + COSINE + "}}", "packing.aggregation=role_mean"],
@@ -57,7 +57,10 @@ def configure(tmp_path):
     return partial(build_config, tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(objectives.PRESETS) - {"exgrpo"}))
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(objectives.PRESETS) - {"exgrpo", *PATHS})]
+
+
+@pytest.mark.parametrize("name", [*PATHS, *OTHERS])
 def test_every_preset_trains_from_start_to_end(configure, name):
     trainer = Trainer(configure(name, "plan={name: luffy, num_samples: 3}", f"objective.name={name}", "steps=2"))
     for _ in range(2):
@@ -65,20 +68,20 @@ def test_every_preset_trains_from_start_to_end(configure, name):
         assert metrics["skipped_step"] == 0
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", ["prefix_rft", "relift", "chooser", pytest.param("schedule", marks=pytest.mark.slow)])
 def test_a_stopped_run_continues_to_the_same_bits(configure, name):
-    whole = configure("whole", *RESUMED[name])
+    whole = configure("whole", *RUNS[name])
     train_to_end(whole)
-    stopped = configure("stopped", *RESUMED[name])
+    stopped = configure("stopped", *RUNS[name])
     run(stopped, StopAfter(stopped.output_dir, 3))
-    resumed = configure("stopped", *RESUMED[name], "checkpoint.resume=true")
+    resumed = configure("stopped", *RUNS[name], "checkpoint.resume=true")
     train_to_end(resumed)
     assert exported(resumed) == exported(whole)
     assert rows(resumed) == rows(whole)
 
 
 def test_relift_trains_on_traces_when_enough_problems_wait(configure):
-    trainer = Trainer(configure("relift", *RESUMED["relift"], "model.attention=sdpa_packed"))
+    trainer = Trainer(configure("relift", *RUNS["relift"], "model.attention=sdpa_packed"))
     assert not trainer.notes
     history = [trainer.train_step() for _ in range(5)]
     traces = [metrics["guided_share"] == 1.0 for metrics in history]
@@ -101,7 +104,7 @@ def test_relift_says_so_where_too_few_problems_can_wait(configure):
 
 
 def test_hpt_trains_on_rollouts_or_on_the_trace_of_each_problem(configure):
-    trainer = Trainer(configure("hpt", *RESUMED["hpt"]))
+    trainer = Trainer(configure("hpt", *RUNS["hpt"]))
     for _ in range(4):
         trainer.train_step()
         for group in trainer.last_groups:
@@ -109,7 +112,7 @@ def test_hpt_trains_on_rollouts_or_on_the_trace_of_each_problem(configure):
 
 
 def test_schedules_reach_the_objective_of_each_step(configure):
-    trainer = Trainer(configure("mu", *RESUMED["schedule"]))
+    trainer = Trainer(configure("mu", *RUNS["schedule"]))
     history = [trainer.train_step()["objective/mu"] for _ in range(3)]
     assert history == [trainer.config.objective.options["mu"]["start"], pytest.approx(0.76, abs=0.01), pytest.approx(0.65)]
     assert trainer.objective.expert.scale == pytest.approx(0.5)

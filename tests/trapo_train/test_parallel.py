@@ -300,20 +300,6 @@ def test_what_cannot_be_sampled_on_one_rank_ends_all_of_them_with_everything_bef
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-@pytest.mark.slow
-def test_a_dying_rank_ends_the_run_with_an_error(tmp_path):
-    process = _torchrun(2, tmp_path, "steps=100000", "parallel.timeout_s=20", wait=False)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "SIGKILL" in output
-    last = max(CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps())
-    assert last >= 2  # the checkpoints before it are intact: a run goes on from there
-    _torchrun(2, tmp_path, f"steps={last + 2}", "checkpoint.resume=true")
-
-
 def _wait_for(condition):
     end = time.monotonic() + 120
     while not condition():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.test_evaluate import ROLLOUT, CyclingEngine, problem
-from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, train_to_end
+from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, train_to_end
 from trapo_train import cli, samples
 from trapo_train.evaluate import EvalConfig, EvalSet, evaluate
 from trapo_train.records import Problem, Sample
@@ -54,13 +54,16 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     assert lines(path) == [{"text": "é\u2028"}]
 
 
-def test_a_sum_leaves_its_parts_in_the_samples_and_a_resumed_run_the_same_lines(configure):
+def test_a_sum_leaves_its_parts_in_samples_and_metrics_and_a_resumed_run_the_same_lines_and_bits(configure):
     terms = "reward=[{name: pointer_chasing}, {name: 'tests.trapo_train.test_updates:coin', weight: 0.5}]"
-    settings = (terms, "tracking.samples_every=1", "steps=3")
+    settings = (*EVALUATED, terms, "tracking.samples_every=1", "steps=3")
     whole, stopped = (configure(name, *settings) for name in ("whole", "stopped"))
-    train_to_end(whole)
+    once = train_to_end(whole)
     assert run(stopped, StopAfter(stopped.output_dir, 1)).interrupted
-    train_to_end(configure("stopped", *settings, "checkpoint.resume=true"))
+    again = train_to_end(configure("stopped", *settings, "checkpoint.resume=true"))
+    for name in ("reward/pointer_chasing", "reward/tests.trapo_train.test_updates:coin"):
+        assert again.metrics[name] == once.metrics[name] and name in next(iter(once.evaluation.values()))
+    assert exported(stopped) == exported(whole)
     found = [[lines(path) for path in sorted(Path(c.output_dir, "samples").glob("*.jsonl"))] for c in (whole, stopped)]
     assert found[0] == found[1] and len(found[0]) == 3
     for line in (line for step in found[0] for line in step):

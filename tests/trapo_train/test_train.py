@@ -330,19 +330,6 @@ def test_kl_term_compares_with_the_model_before_training(configure):
     assert divergence[-1] > 0.0
 
 
-def test_a_run_with_several_rewards_resumes_to_the_same_bits(configure):
-    rewards = "reward=[{name: pointer_chasing}, {name: exact_match, weight: 0.5}]"
-    whole_config = configure("whole", *EVALUATED, rewards, "checkpoint.every=1")
-    whole = train_to_end(whole_config)
-    config = configure("stopped", *EVALUATED, rewards, "checkpoint.every=1")
-    run(config, StopAfter(config.output_dir, 2))
-    resumed_config = configure("stopped", *EVALUATED, rewards, "checkpoint={every: 1, resume: true}")
-    resumed = train_to_end(resumed_config)
-    for name in ("reward/pointer_chasing", "reward/exact_match"):
-        assert resumed.metrics[name] == whole.metrics[name] and name in next(iter(whole.evaluation.values()))
-    assert exported(resumed_config) == exported(whole_config)
-
-
 def test_bfloat16_runs_end_to_end(configure):
     summary = train_to_end(configure("bf16", "model.dtype=bfloat16", "steps=2", "model.gradient_checkpointing=true"))
     assert summary.steps == 2
