@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trapo_train.problems import Digest, Entry, ProblemSet, RowReader, Trace
+from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint
 from trapo_train.records import Problem
 from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
 from trapo_train.rows import RENDERING
@@ -170,7 +171,7 @@ def load_problems(
     reader = RowReader(config, tokenizer)
     entries: list[Entry] = []
     verifier = reward if config.on_rejected_expert == "drop" else None
-    digest, rows, experts, dropped = Digest(), 0, 0, 0
+    digest, rows, experts, dropped = hashlib.sha256(), 0, 0, 0
     for chunk in reader.chunks():
         rows += len(chunk)
         problems = [problem for problem in chunk if problem is not None]
@@ -179,7 +180,7 @@ def load_problems(
         dropped += len(wrong)
         for problem in problems:
             numbers = [i for i in range(len(problem.experts)) if (problem.index, i) not in wrong]
-            digest.update(replace(problem, experts=tuple(problem.experts[i] for i in numbers)))
+            digest.update(fingerprint(replace(problem, experts=tuple(problem.experts[i] for i in numbers))))
             traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
             entries.append(Entry(problem.index, len(problem.prompt_ids), traces))
     if not entries:

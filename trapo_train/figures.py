@@ -15,6 +15,7 @@ from typing import Any
 
 from trapo_train.schema import MissingPackage, UserError
 
+LABEL_SIZE = 11.5  # points, of the names beside lines
 INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B07C00", "#2E91C9", "#7A5C46", "#5B5B5B")
 STYLE = {
@@ -100,17 +101,17 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def label_right(axis: Any, labels: list[tuple[str, float, str]], fontsize: float = 11.5) -> None:
+def label_right(axis: Any, labels: list[tuple[str, float, str]]) -> None:
     """Write (text, y, colour) labels in the margin right of `axis`, moved apart where they would overlap."""
     low, high = axis.get_ylim()
     axis_inches = axis.get_position().height * axis.figure.get_figheight()
-    gap = (high - low) * 1.25 * fontsize / 72 / axis_inches
+    gap = (high - low) * 1.25 * LABEL_SIZE / 72 / axis_inches
     labels = [(text, min(max(y, low), high), colour) for text, y, colour in labels]
     for (text, y, colour), placed in zip(labels, spread([y for _, y, _ in labels], gap), strict=True):
         anchor = dict(xycoords=axis.get_yaxis_transform(), textcoords=axis.get_yaxis_transform())
         leader = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
         arrow = leader if abs(placed - y) > 0.15 * gap else None
-        axis.annotate(text, (1.0, y), (1.035, placed), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
+        axis.annotate(text, (1.0, y), (1.035, placed), color=colour, fontsize=LABEL_SIZE, va="center", arrowprops=arrow, **anchor)
 
 
 def ramp(count: int) -> list[Any]:
@@ -153,11 +154,11 @@ def require(points: Sequence[Any], what: str) -> None:
         raise UserError(f"plots: {what} is not in these metrics. Plot a run that records it.")
 
 
-def percent_axis(axis: Any, low: float = 0.0, high: float = 1.0) -> None:
-    """Write the y axis as percentages of [low, high]."""
+def percent_axis(axis: Any) -> None:
+    """Write the y axis as percentages from 0 to 100, with room for a line at 100."""
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_ylim(low, high)
+    axis.set_ylim(0, 1.02)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 

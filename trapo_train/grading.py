@@ -14,65 +14,10 @@ MATH_TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usuall
 MATH_MEMORY_LIMIT_MIB = 8192
 
 
-class WorkerReward:
-    """Calls the function at `path` ("package.module:function") row by row in worker programs; `reward` is that very function, here
-    asked for its parameters alone.
-
-    A row that takes longer than `time_limit_s`, crashes the worker or outgrows `memory_limit_mib` earns 0.0 and is counted.
-
-    Raises: RuntimeError for an exception of the function; TypeError for a column that is not plain JSON values.
-    """
-
-    may_overlap = True
-
-    def __init__(self, path: str, reward: Callable[..., Any], *, time_limit_s: float, memory_limit_mib: int) -> None:
-        self.__name__, self.__wrapped__ = path, reward
-        self._grader = Grader("trapo_train.reward_worker", [path], time_limit_s, memory_limit_mib)
-
-    def __call__(self, **columns: Any) -> list[float | None]:
-        rows = len(columns["completions"])
-        requests = [({name: [values[i]] for name, values in columns.items()},) for i in range(rows)]
-        answers = self._grader.ask(requests)
-        for answer in answers:
-            if answer.outcome == "error":
-                raise RuntimeError(answer.value)
-        return [answer.value if answer.outcome == "ok" else 0.0 for answer in answers]
-
-    def take_metrics(self) -> dict[str, float]:
-        """Rows that took too long and that crashed since this was last asked."""
-        return self._grader.take_metrics()
-
-
-class MathVerify:
-    """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
-
-    None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
-    than `MATH_TIME_LIMIT_S` or crashes the grader earns 0.0 and is counted, and training goes on.
-    """
-
-    may_overlap = True
-
-    def __init__(self) -> None:
-        self.__name__ = "math_verify"
-        self._grader = Grader("trapo_train.math_grader", (), MATH_TIME_LIMIT_S, MATH_MEMORY_LIMIT_MIB)
-
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
-    ) -> list[float | None]:
-        asked = [i for i, truth in enumerate(solution) if truth is not None]
-        answers = self._grader.ask([(completions[i], solution[i]) for i in asked])
-        values: list[float | None] = [None] * len(completions)
-        for i, answer in zip(asked, answers, strict=True):
-            values[i] = answer.value if answer.outcome == "ok" else 0.0
-        return values
-
-    def take_metrics(self) -> dict[str, float]:
-        """Gradings that took too long and that crashed since this was last asked."""
-        return self._grader.take_metrics()
-
-
 class Grader:
     """A worker pool that starts when it is first asked, and counts what goes wrong in it. Threads may ask at once."""
+
+    may_overlap = True
 
     def __init__(self, module: str, arguments: Sequence[str], time_limit_s: float, memory_limit_mib: int) -> None:
         self._module, self._arguments = module, arguments
@@ -98,6 +43,51 @@ class Grader:
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return {"reward/timeouts": float(counts["timeout"]), "reward/crashes": float(counts["crash"] + counts["error"])}
+
+
+class WorkerReward(Grader):
+    """Calls the function at `path` ("package.module:function") row by row in worker programs; `reward` is that very function, here
+    asked for its parameters alone.
+
+    A row that takes longer than `time_limit_s`, crashes the worker or outgrows `memory_limit_mib` earns 0.0 and is counted.
+
+    Raises: RuntimeError for an exception of the function; TypeError for a column that is not plain JSON values.
+    """
+
+    def __init__(self, path: str, reward: Callable[..., Any], *, time_limit_s: float, memory_limit_mib: int) -> None:
+        super().__init__("trapo_train.reward_worker", [path], time_limit_s, memory_limit_mib)
+        self.__name__, self.__wrapped__ = path, reward
+
+    def __call__(self, **columns: Any) -> list[float | None]:
+        rows = len(columns["completions"])
+        requests = [({name: [values[i]] for name, values in columns.items()},) for i in range(rows)]
+        answers = self.ask(requests)
+        for answer in answers:
+            if answer.outcome == "error":
+                raise RuntimeError(answer.value)
+        return [answer.value if answer.outcome == "ok" else 0.0 for answer in answers]
+
+
+class MathVerify(Grader):
+    """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
+
+    None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
+    than `MATH_TIME_LIMIT_S` or crashes the grader earns 0.0 and is counted, and training goes on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("trapo_train.math_grader", (), MATH_TIME_LIMIT_S, MATH_MEMORY_LIMIT_MIB)
+        self.__name__ = "math_verify"
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
+    ) -> list[float | None]:
+        asked = [i for i, truth in enumerate(solution) if truth is not None]
+        answers = self.ask([(completions[i], solution[i]) for i in asked])
+        values: list[float | None] = [None] * len(completions)
+        for i, answer in zip(asked, answers, strict=True):
+            values[i] = answer.value if answer.outcome == "ok" else 0.0
+        return values
 
 
 def _num_workers() -> int:

@@ -35,8 +35,8 @@ Row = dict[str, Any]
 HELD_OUT = "held-out"  # the set of a run that evaluates one without a name
 
 
-def _series(rows: Iterable[Row], metric: str, kind: str = "train") -> tuple[list[int], list[float]]:
-    points = [(row["step"], row[metric]) for row in rows if row["kind"] == kind and row.get(metric) is not None]
+def _series(rows: Iterable[Row], metric: str) -> tuple[list[int], list[float]]:
+    points = [(row["step"], row[metric]) for row in rows if row["kind"] == "train" and row.get(metric) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -81,7 +81,7 @@ def plot_headroom(report: HeadroomReport, path: str | Path) -> Path:
             elinewidth=1.6 if whole else 0.7, zorder=4 if whole else 3,
         )  # fmt: skip
         labels.append(("all problems" if whole else group_label(name), y[-1], colours[name]))
-    percent_axis(axis, 0, 1.02)
+    percent_axis(axis)
     axis.set_xlabel("expert prefix given, % of the trace")
     axis.set_ylabel("pass rate")
     axis.set_xticks(sorted({100 * row.fraction for row in report.rows}))
@@ -140,7 +140,7 @@ def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
     steps, values = _series(rows, "guided_share")
     require(steps, "guided_share")
     labels.append(("all samples", draw_smoothed(axis, steps, values, INK, linewidth=3), INK))
-    percent_axis(axis, 0, 1.02)
+    percent_axis(axis)
     axis.set_xlabel("rollout step")
     axis.set_ylabel("guided samples")
     label_right(axis, labels)
@@ -297,7 +297,7 @@ def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Pat
             x, y, [value or 0.0 for value in error], color=colour, marker="o", markersize=7, linewidth=1.8, elinewidth=1.6
         )
         labels.append((name, y[-1], colour))
-    percent_axis(axis, 0, 1.02)
+    percent_axis(axis)
     axis.set_xticks(range(len(names)), [group_label(group) for group in names])
     axis.set_ylabel("accuracy")
     label_right(axis, labels)

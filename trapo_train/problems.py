@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -220,20 +219,10 @@ class RowReader:
             yield ExpertTrace(text + end, (*token_ids, end_id))
 
 
-class Digest:
-    """The fingerprint of the problems that it was shown, in their order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, problem: Problem) -> None:
-        """Add a problem, the columns that its reward reads included."""
-        traces, columns = [expert.token_ids for expert in problem.experts], sorted(problem.columns.items())
-        self._hash.update(repr((problem.index, problem.prompt_ids, problem.solution, traces, columns)).encode())
-
-    def hexdigest(self) -> str:
-        """The fingerprint so far."""
-        return self._hash.hexdigest()
+def fingerprint(problem: Problem) -> bytes:
+    """What two equal problems have in common and no others, the columns that a reward reads included."""
+    traces, columns = [expert.token_ids for expert in problem.experts], sorted(problem.columns.items())
+    return repr((problem.index, problem.prompt_ids, problem.solution, traces, columns)).encode()
 
 
 def _further_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:

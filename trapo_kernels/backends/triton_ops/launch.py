@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trapo_kernels.backends.logits import LogitTransform, split_temperature
+from trapo_kernels.backends.logits import LogitTransform, RowStatistics, split_temperature
 
 # One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. On sm_90 the
 # policy kernel takes 40 registers: 6 rows are on a multiprocessor at once, with 48 KiB of them on the way.
@@ -14,9 +14,8 @@ from trapo_kernels.backends.logits import LogitTransform, split_temperature
 TILE = {"BLOCK_V": 2048, "num_warps": 8}
 
 
-def on_device_of(x: Tensor) -> torch.cuda.device_of:
-    """A context in which the GPU that holds `x` is the current one, because that is where Triton launches; nothing on a CPU."""
-    return torch.cuda.device_of(x)
+# A context in which the GPU that holds a tensor is the current one, because that is where Triton launches; nothing on a CPU.
+on_device_of = torch.cuda.device_of
 
 
 def tile(vocab_size: int) -> dict[str, int]:
@@ -38,10 +37,12 @@ def transform_arguments(transform: LogitTransform, logits: Tensor) -> dict[str, 
     }
 
 
-def row_outputs(count: int, logits: Tensor) -> tuple[Tensor, ...]:
-    """`count` vectors [C] in fp32, each 16-byte aligned whatever C is, or Triton would compile anew for each way they are not."""
+def row_outputs(logits: Tensor) -> RowStatistics:
+    """Room for the statistics [C] in fp32, each 16-byte aligned whatever C is, or Triton would compile anew for each way they are
+    not."""
     rows = logits.shape[0]
-    return torch.empty(count, -(-rows // 4) * 4, dtype=torch.float32, device=logits.device)[:, :rows].unbind()
+    aligned = torch.empty(len(RowStatistics._fields), -(-rows // 4) * 4, dtype=torch.float32, device=logits.device)
+    return RowStatistics(*aligned[:, :rows].unbind())
 
 
 def gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,7 @@ def policy(
     grad_dtype: torch.dtype | None,
 ) -> tuple[RowStatistics, Tensor | None]:
     """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss, over the memory of `logits`."""
-    out = RowStatistics(*row_outputs(4, logits))
+    out = row_outputs(logits)
     grad = None if grad_dtype is None else gradient_buffer(logits, grad_dtype)
     grad_argument = logits if grad is None else grad
     unused = streams.anchor

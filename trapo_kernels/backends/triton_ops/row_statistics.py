@@ -53,7 +53,7 @@ def statistics_overwrite(logits: Tensor) -> bool:
 
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row of logits [C, V]; zeros where target is -100."""
-    out = RowStatistics(*row_outputs(4, logits))
+    out = row_outputs(logits)
     with on_device_of(logits):
         row_statistics_kernel[(logits.shape[0],)](
             logits, logits.stride(0), target.contiguous(), logits.shape[1], *out,
