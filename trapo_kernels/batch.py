@@ -182,7 +182,7 @@ class TokenBatch:
         `replace(batch, ref_logprob=…).with_active_rows(batch.active_rows, batch.silent_rows)`. Checked on the CPU; on a GPU an
         active row that is missing is left out of loss and gradients, a silent one reads a logprob of 0.
         """
-        batch_checks.told_rows(self, rows, silent_rows)
+        batch_checks.row_hints(self, rows, silent_rows)
         told = replace(self)
         pairs = zip((rows, silent_rows), told._rows(), strict=True)
         told._note(_Rows(*(found if given is None else given for given, found in pairs)))

@@ -48,7 +48,7 @@ def token_batch(batch: TokenBatch) -> None:
             checks.finite_tensor(where, "kl_weight", read, "Only rows with another role than ROLLOUT may hold anything.")
 
 
-def told_rows(batch: TokenBatch, active: Tensor | None, silent: Tensor | None) -> None:
+def row_hints(batch: TokenBatch, active: Tensor | None, silent: Tensor | None) -> None:
     """int64 [M] and [K], exactly the rows that are so called, None for neither; which ones is looked at on the CPU only."""
     where, device = "TokenBatch.with_active_rows", batch.target.device
     rule = "those whose role is not IGNORED and whose weight, entropy weight or KL weight is not 0"

@@ -69,7 +69,7 @@ def streams(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.
     return Streams(role, anchor, signal, advantage, kl_weight, ref_logprob, grad_entropy)
 
 
-def given_gradients(grad_logprob: Tensor | None, grad_entropy: Tensor, counted: Tensor) -> tuple[Streams, Objective]:
+def streams_from_gradients(grad_logprob: Tensor | None, grad_entropy: Tensor, counted: Tensor) -> tuple[Streams, Objective]:
     """Streams and an objective whose dL/dlogp and dL/dH are these [N], on the rows `counted` [N] bool."""
     grad_entropy = grad_entropy.contiguous()  # that of a sum is one number, expanded
     zero = torch.zeros_like(grad_entropy)
@@ -95,7 +95,7 @@ def coefficients(logprob: Tensor, s: Streams, objective: Objective) -> Tensor:
     """dL/dlogp [N] from explicit slopes; rows with role IGNORED are exact zeros whatever they hold."""
     d = log_ratio(logprob, s)
     slope = _of_own_term(s, objective, lambda term: term.gate.slope(d, s.advantage))
-    grad = _unless_muted(-s.signal * slope, s)
+    grad = _zero_where_signal_is_zero(-s.signal * slope, s)
     return grad if objective.kl is None else grad + _kl(objective.kl.slope, logprob, d, s)
 
 
@@ -103,7 +103,7 @@ def total_loss(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objectiv
     """0-d: Σ token loss + Σ dL/dH · H, summed in fp64 so that the order of tokens does not show."""
     d = log_ratio(logprob, s)
     value = _of_own_term(s, objective, lambda term: term.gate.value(d, s.advantage))
-    loss = _unless_muted(-s.signal * value, s)
+    loss = _zero_where_signal_is_zero(-s.signal * value, s)
     if objective.kl is not None:
         loss = loss + _kl(objective.kl.value, logprob, d, s)
     bonus = torch.where(s.grad_entropy == 0, 0.0, s.grad_entropy * entropy)
@@ -118,7 +118,7 @@ def _of_own_term(s: Streams, objective: Objective, of_term: Callable[[Term], Ten
     return values[0] if values else torch.zeros_like(s.signal)
 
 
-def _unless_muted(x: Tensor, s: Streams) -> Tensor:
+def _zero_where_signal_is_zero(x: Tensor, s: Streams) -> Tensor:
     """x [N], 0 where the signal is: an advantage of 0 silences a token however large its ratio is."""
     return torch.where(s.signal == 0, 0.0, x)
 
@@ -146,7 +146,7 @@ def reduced(term: Term, code: Role, logprob: Tensor, entropy: Tensor, batch: Tok
         return term.reduction.applied(Tokens(*map(own, seen), Sequences(batch.sequence_id, mine)))
 
 
-def seen_by_gates(
+def gate_inputs(
     logprob: Tensor, entropy: Tensor, s: Streams, batch: TokenBatch, objective: Objective
 ) -> tuple[Tensor, Tensor | None]:
     """(d [N] of the objective's first layer, reductions applied; [N] bool: where the gradient flows, None where no reduction
@@ -184,7 +184,7 @@ def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, 
         rollout/kl_ref                  the estimate in the loss
         rollout/kl_ref_k1, rollout/kl_ref_k3            of KL(π ‖ π_ref)
     """
-    d, flows = seen_by_gates(logprob, entropy, s, batch, objective)
+    d, flows = gate_inputs(logprob, entropy, s, batch, objective)
     weighted, prob = batch.weight != 0, logprob.exp()
     means, ratio_max = _Means(), {}
     for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):

@@ -9,7 +9,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, load_config
 from trapo_train.model import DTYPES, load_model_and_tokenizer
 from trapo_train.model_state import check_replaceable, export_adapter, export_model, load_trained_weights, other_tokenizer
-from trapo_train.preflight import check_places, named
+from trapo_train.preflight import check_places, name_model_in_hub_errors
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import CHECKPOINT_DIR, MODEL_DIR
@@ -57,7 +57,7 @@ def export_checkpoint(
     check_places(config.model)
     task_tokenizer = build_tokenizer() if config.data.task is not None else None
     anywhere = replace(config.model, attention="auto", liger=False)  # nothing runs: the weights are all that counts
-    with named(config.model):
+    with name_model_in_hub_errors(config.model):
         model, tokenizer = load_model_and_tokenizer(anywhere, task_tokenizer=task_tokenizer, seed=config.seed)
     load_trained_weights(model, store, step)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from trapo_train.config import RunConfig
 from trapo_train.lora import LoraConfig, check_no_adapter
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES
-from trapo_train.preflight import check_places, named
+from trapo_train.preflight import check_places, name_model_in_hub_errors
 from trapo_train.schema import UserError, refused
 from trapo_train.scratch import scratch_config
 from trapo_train.step import extreme_objectives
@@ -141,7 +141,10 @@ def load_architecture(config: RunConfig) -> PretrainedConfig:
     if model.scratch is not None:
         tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
         return scratch_config(model.scratch, tokenizer)
-    with named(model), refused(f"model.name_or_path={model.name_or_path} cannot be loaded", ValueError, ImportError):
+    with (
+        name_model_in_hub_errors(model),
+        refused(f"model.name_or_path={model.name_or_path} cannot be loaded", ValueError, ImportError),
+    ):
         check_no_adapter(model.name_or_path)
         return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
 

@@ -154,7 +154,7 @@ def check_places(config: ModelConfig) -> None:
 
 
 @contextmanager
-def named(config: ModelConfig) -> Iterator[None]:
+def name_model_in_hub_errors(config: ModelConfig) -> Iterator[None]:
     """Say which model it was that could not be read: the hub's own errors do not."""
     try:
         yield

@@ -98,7 +98,7 @@ class RolloutResult:
 
 
 @dataclass
-class _Climb:
+class _ProblemProgress:
     """One problem on its way through its plan; `request` is what the plan waits for, None when it is done, `group` the samples for
     it, of which `missing` are being generated, and `samples` those of earlier requests."""
 
@@ -127,50 +127,50 @@ class _Climb:
         return [sample for sample in self.samples if sample.micro_group not in self.outcome.dropped]
 
 
-class _Ascent:
+class _RolloutLoop:
     """All problems of a step on their way, one stream between them."""
 
     def __init__(self, stream: Stream, judging: Judging, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> None:
         self.stream, self.judging, self.tokenizer, self.config = stream, judging, tokenizer, config
-        self.open: dict[int, tuple[_Climb, Sample]] = {}  # by the stream's ticket
+        self.open: dict[int, tuple[_ProblemProgress, Sample]] = {}  # by the stream's ticket
 
-    def run(self, climbs: Sequence[_Climb]) -> float:
+    def run(self, under_way: Sequence[_ProblemProgress]) -> float:
         """Until every plan has ended; returns the seconds that plans waited for rewards and nothing was handed in."""
         waited_s = 0.0
-        for climb in climbs:
-            self.go_on(climb, None)
+        for progress in under_way:
+            self.go_on(progress, None)
         while self.open or self.judging:
             if self.judging and self.stream.hungry:
                 since = time.perf_counter()
                 judged = self.judging.take(wait=self.stream.in_order)
                 waited_s += time.perf_counter() - since
-                for climb in sorted(judged, key=lambda climb: climb.position):
-                    climb.samples.extend(climb.group)
-                    self.go_on(climb, [sample.verdict for sample in climb.group])
+                for progress in sorted(judged, key=lambda progress: progress.position):
+                    progress.samples.extend(progress.group)
+                    self.go_on(progress, [sample.verdict for sample in progress.group])
                 if judged:
                     continue
             for ticket, completion in self.stream.advance(self.judging.futures):
-                climb, sample = self.open.pop(ticket)
+                progress, sample = self.open.pop(ticket)
                 _fill(sample, completion, self.config)
-                climb.missing -= 1
-                if climb.missing == 0:
-                    self.judging.start(climb, climb.group)
+                progress.missing -= 1
+                if progress.missing == 0:
+                    self.judging.start(progress, progress.group)
         return waited_s
 
-    def go_on(self, climb: _Climb, verdicts: list[float] | None) -> None:
+    def go_on(self, progress: _ProblemProgress, verdicts: list[float] | None) -> None:
         """Take the plan's next request and hand it in."""
-        climb.advance(verdicts)
-        if climb.request is None:
+        progress.advance(verdicts)
+        if progress.request is None:
             return
-        climb.group = draft(climb.problem, climb.request, climb.micro_group, self.tokenizer, self.config)
-        if climb.request.prefix_ratio == 1.0:
-            self.judging.start(climb, climb.group)
+        progress.group = draft(progress.problem, progress.request, progress.micro_group, self.tokenizer, self.config)
+        if progress.request.prefix_ratio == 1.0:
+            self.judging.start(progress, progress.group)
             return
-        climb.missing = len(climb.group)
-        for number, sample in enumerate(climb.group, start=len(climb.samples)):
+        progress.missing = len(progress.group)
+        for number, sample in enumerate(progress.group, start=len(progress.samples)):
             budget = self.config.max_response_tokens - len(sample.prefix_ids)
-            ticket = self.stream.submit(_prompt(sample), budget, key=climb.position * _MOST_SAMPLES + number)
-            self.open[ticket] = climb, sample
+            ticket = self.stream.submit(_prompt(sample), budget, key=progress.position * _MOST_SAMPLES + number)
+            self.open[ticket] = progress, sample
 
 
 def run_plans(
@@ -208,22 +208,22 @@ def run_plans(
         EngineError: see `vllm_server`.
     """
     _check_experts_fit(problems, config)
-    climbs = [_Climb(problem, plan(problem), position) for position, problem in enumerate(problems)]
+    under_way = [_ProblemProgress(problem, plan(problem), position) for position, problem in enumerate(problems)]
     params = SamplingParams(config.max_response_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
     started = time.perf_counter()
     with engine.stream(params) as stream, Judging(reward, tokenizer, config) as judging:
-        reward_s = _Ascent(stream, judging, tokenizer, config).run(climbs)
+        reward_s = _RolloutLoop(stream, judging, tokenizer, config).run(under_way)
         # Counts and speeds add up over ranks; what each has of the same time is averaged.
         shared = {"time/reward_s": reward_s, **stream.metrics()}
         measured = {"reward/none_count": float(judging.none_count), **{name: Mean(value, 1) for name, value in shared.items()}}
-    sampled = [climb.samples for climb in climbs]
+    sampled = [progress.samples for progress in under_way]
     generated = sum(len(sample.completion_ids) for group in sampled for sample in group)
     seconds = time.perf_counter() - started
     measured["rollout/tokens_per_s"] = generated / seconds
-    deferred = tuple(i for i, climb in enumerate(climbs) if climb.outcome.deferred)
+    deferred = tuple(i for i, progress in enumerate(under_way) if progress.outcome.deferred)
     metrics = take_metrics(reward) | _metrics(sampled) | measured
     metrics = without_rewards(metrics) if reward is None else metrics
-    return RolloutResult([climb.kept for climb in climbs], metrics, seconds, sampled, deferred)
+    return RolloutResult([progress.kept for progress in under_way], metrics, seconds, sampled, deferred)
 
 
 def merge_results(parts: Sequence[RolloutResult]) -> RolloutResult:

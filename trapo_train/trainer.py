@@ -32,7 +32,7 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, place_model, reshard
 from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, named
+from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, name_model_in_hub_errors
 from trapo_train.problems import ProblemSet
 from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
@@ -81,7 +81,7 @@ class Trainer:
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         placed = {"task_tokenizer": task_tokenizer, "seed": config.seed, "device": self.world.device}
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
-        with named(config.model):
+        with name_model_in_hub_errors(config.model):
             self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
@@ -235,7 +235,7 @@ class Trainer:
         if not positions:
             positions = self.order.next(self.config.prompts_per_step)
             if self.chooser is not None:
-                choice = self._agreed()
+                choice = self._chooser_answer_on_all_ranks()
         objective = self._chosen(choice)
         alone = choice != "both" and not objective.rollout_terms
         return positions, PlanConfig("sft") if alone else self.config.plan, objective
@@ -244,16 +244,16 @@ class Trainer:
         kl = self.config.objective.kl
         return apply_choice(choice, self.objective, None if kl is None else kl.term())
 
-    def _agreed(self) -> str:
+    def _chooser_answer_on_all_ranks(self) -> str:
         """The first rank's answer, on every rank: each sees other times and has random states of its own."""
         choice, error = None, None
         try:
-            choice = self._asked()
+            choice = self._ask_chooser()
         except ChooserError as raised:
             error = raised
         return self.world.gather_or_raise(choice, error)[0]
 
-    def _asked(self) -> str:
+    def _ask_chooser(self) -> str:
         try:
             choice = self.chooser(self.step, self.last_metrics)
             check_choice(self._chosen(choice), self.config, has_reference=self.reference is not None)

@@ -19,7 +19,7 @@ from trapo_kernels import objectives
 from trapo_train import trainer
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import Reporter, read_metrics
-from trapo_train.preflight import named
+from trapo_train.preflight import name_model_in_hub_errors
 from trapo_train.records import Sample
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
@@ -380,5 +380,8 @@ def test_a_reward_without_an_opinion_is_said_once_and_a_start_without_a_checkpoi
 def test_a_model_that_is_nowhere_is_named(configure, tmp_path):
     for place, missing in (("no/such-model", ", and there is no such directory"), (str(tmp_path), "")):
         config = replace(configure("nowhere").model, name_or_path=place, scratch=None)
-        with pytest.raises(OSError, match=rf"model.name_or_path must be .*got '{place}'{missing}\. no connection"), named(config):
+        with (
+            pytest.raises(OSError, match=rf"model.name_or_path must be .*got '{place}'{missing}\. no connection"),
+            name_model_in_hub_errors(config),
+        ):
             raise OSError("no connection")

@@ -51,7 +51,7 @@ def tuning() -> Tuning:
 # with AVX512_BF16: csrc/cpu/tiles.cpp.
 
 
-def takes(dtype: torch.dtype) -> bool:
+def supports(dtype: torch.dtype) -> bool:
     """Whether GEMMs take operands of this 16-bit dtype as they are: bf16 where there are AMX or AVX512_BF16, sums in fp32."""
     return dtype == torch.bfloat16 and bool(native.BF16_UNITS)
 

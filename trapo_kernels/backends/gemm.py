@@ -65,7 +65,7 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     fp32 ones, they are converted to fp32.
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow and device_type == "cpu" and not cpu_gemm.takes(dtype) else dtype
+    return torch.float32 if narrow and device_type == "cpu" and not cpu_gemm.supports(dtype) else dtype
 
 
 def _invariant_rows(device_type: str) -> int:
@@ -148,7 +148,7 @@ class HeadGemm:
             return Operands(hidden, None)
         padded = self._padded(hidden)
         with self._exact():
-            room = self._room(padded.shape[0], self.lora_a.shape[0], self._is_thin(self.lora_a.shape[0]))
+            room = self._empty_out(padded.shape[0], self.lora_a.shape[0], self._is_thin(self.lora_a.shape[0]))
             low_rank = _sum_of(self.num_a_parts, self._multiply(padded, self.lora_a.t(), room)[: hidden.shape[0]])
         parts = _parts(low_rank, self.operand_dtype)
         return Operands(hidden, torch.cat([parts[i] for i in self.low_rank_order], 1))
@@ -175,7 +175,7 @@ class HeadGemm:
         thin = self.batch_invariant and self._is_thin(out.shape[1])
         apart = thin or (out.dtype != self.operand_dtype and not self.mixed)  # bf16 logits of fp32 operands are rounded late
         multiply = cpu_gemm.product if self.logits_in_tiles else self._multiply
-        exact = multiply(hidden, weight, self._room(*out.shape, in_columns=thin) if apart else out)
+        exact = multiply(hidden, weight, self._empty_out(*out.shape, in_columns=thin) if apart else out)
         if low_rank is not None:
             self._add_product(exact, low_rank, self.b_beside_low_rank[tokens].t(), beta=1)
         if apart:
@@ -184,7 +184,7 @@ class HeadGemm:
     def _is_thin(self, columns: int) -> bool:
         return self.on_cpu and not self.mixed and columns < _THIN
 
-    def _room(self, rows: int, columns: int, in_columns: bool) -> Tensor:
+    def _empty_out(self, rows: int, columns: int, in_columns: bool) -> Tensor:
         """[rows, columns] in fp32 (fp64), one column after the other or one row."""
         out = torch.empty(rows * columns, dtype=self.statistics_dtype, device=self.weight.device)
         return out.view(columns, rows).t() if in_columns else out.view(rows, columns)
@@ -229,7 +229,7 @@ class HeadGemm:
         padded = self._padded(grad_logits)
         shape = padded.shape[0], factor.shape[1]
         with self._exact():
-            grad = self._multiply(padded, factor, self._room(*shape, self.gradient_in_columns or self._is_thin(shape[1])))
+            grad = self._multiply(padded, factor, self._empty_out(*shape, self.gradient_in_columns or self._is_thin(shape[1])))
         return grad[: grad_logits.shape[0]]
 
     def add_grad_factor(self, grad_out: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:

@@ -145,7 +145,7 @@ def score_backward(
         active_rows = _active_rows((target != IGNORE_INDEX) & torch.stack(wanted).any(0))
     grads = _empty_gradients(head, gemm, needs, shard, active_rows)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    given = None if grad_entropy is None else terms.given_gradients(grad_logprob, grad_entropy, target != IGNORE_INDEX)
+    given = None if grad_entropy is None else terms.streams_from_gradients(grad_logprob, grad_entropy, target != IGNORE_INDEX)
     for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
         operands = _operands(gemm, head, index, target[index] != IGNORE_INDEX)
         logits = gemm.logits(operands, buffer)
