@@ -97,7 +97,7 @@ def test_to_yaml_and_back(tmp_path, file):
             "updates.mini_batches must be at most plan.buffer_size, 1, the problems of a step on traces, got 3",
         ),
         (["reward=''"], "reward must be a name, a list of at least one reward, or null, got ''"),
-        (["plan.name=gropo"], "plan.name must be one of paper, trapo, release, grpo"),
+        (["plan.name=gropo"], "plan.name must be one of paper, release, grpo"),
         (["plan.num_samples=3"], "run.yaml with override 'plan.num_samples=3': plan: num_samples is fixed by the plan"),
         (["plan.num_samples=3", "plan={name: grpo, num_samples: 0}"], "override 'plan={name: grpo, num_samples: 0}': plan:"),
         (["data.path=x"], "run.yaml with override 'data.path=x': data: Give either task or path"),

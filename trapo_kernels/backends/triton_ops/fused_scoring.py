@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.backends.triton_ops.launch import on_device_of, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import tanh
 from trapo_kernels.roles import IGNORE_INDEX
 
@@ -112,7 +112,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
     tiles_per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(MIN_PROGRAMS, row_blocks)))
     splits = triton.cdiv(tiles, tiles_per_split)
     partial = torch.empty(4, splits, num_rows, device=hidden.device)  # row_max, others, moment, z_target
-    with on_device_of(hidden):
+    with torch.cuda.device_of(hidden):  # where Triton launches; nothing on a CPU
         fused_scoring_kernel[(row_blocks * splits,)](
             hidden, hidden.stride(0), weight, weight.stride(0), target.contiguous(), *partial.unbind(),
             num_rows, hidden_size, vocab_size, tiles_per_split, **transform_arguments(transform, partial), **tile,

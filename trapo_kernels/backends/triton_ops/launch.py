@@ -1,4 +1,4 @@
-"""What the launchers share: the device, the pinned row tile, the transform's arguments, the buffers of what comes out."""
+"""What the launchers share: the pinned row tile, the transform's arguments, the buffers of what comes out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from trapo_kernels.backends.logits import LogitTransform, RowStatistics, split_t
 # policy kernel takes 40 registers: 6 rows are on a multiprocessor at once, with 48 KiB of them on the way.
 # Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
 TILE = {"BLOCK_V": 2048, "num_warps": 8}
-
-
-# A context in which the GPU that holds a tensor is the current one, because that is where Triton launches; nothing on a CPU.
-on_device_of = torch.cuda.device_of
 
 
 def tile(vocab_size: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.backends.triton_ops.launch import gradient_buffer, on_device_of, tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import gradient_buffer, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import gradient_sweep, zero_row
 
 
@@ -60,7 +60,7 @@ def logprob_gradient(
     """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; overwrites `logits` where the dtype allows."""
     grad = gradient_buffer(logits, grad_dtype)
     grad_logprob = torch.zeros_like(stats.logprob) if grad_logprob is None else grad_logprob.contiguous()
-    with on_device_of(logits):
+    with torch.cuda.device_of(logits):  # where Triton launches; nothing on a CPU
         row_gradient_kernel[(logits.shape[0],)](
             logits, logits.stride(0), grad, grad.stride(0), target.contiguous(), logits.shape[1],
             *(part.contiguous() for part in stats), grad_logprob,

@@ -10,7 +10,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.backends.triton_ops.gates import coefficient, gate_arguments
-from trapo_kernels.backends.triton_ops.launch import gradient_buffer, on_device_of, row_outputs, tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import gradient_buffer, row_outputs, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import gradient_sweep, row_sweep, zero_row
 from trapo_kernels.objective import Objective
 
@@ -85,7 +85,7 @@ def policy(
     grad = None if grad_dtype is None else gradient_buffer(logits, grad_dtype)
     grad_argument = logits if grad is None else grad
     unused = streams.anchor
-    with on_device_of(logits):
+    with torch.cuda.device_of(logits):  # where Triton launches; nothing on a CPU
         row_policy_kernel[(logits.shape[0],)](
             logits, logits.stride(0), grad_argument, grad_argument.stride(0), target.contiguous(), logits.shape[1], *out,
             streams.role, streams.anchor, streams.signal, streams.advantage,

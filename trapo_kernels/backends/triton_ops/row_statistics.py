@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.backends.triton_ops.launch import on_device_of, row_outputs, tile, transform_arguments
+from trapo_kernels.backends.triton_ops.launch import row_outputs, tile, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import row_sweep
 
 
@@ -54,7 +55,7 @@ def statistics_overwrite(logits: Tensor) -> bool:
 def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:
     """logprob, entropy, row_max and log_sum of every row of logits [C, V]; zeros where target is -100."""
     out = row_outputs(logits)
-    with on_device_of(logits):
+    with torch.cuda.device_of(logits):  # where Triton launches; nothing on a CPU
         row_statistics_kernel[(logits.shape[0],)](
             logits, logits.stride(0), target.contiguous(), logits.shape[1], *out,
             **transform_arguments(transform, logits), WITH_ENTROPY=with_entropy, **tile(logits.shape[1]),

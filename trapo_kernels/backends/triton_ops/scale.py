@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from trapo_kernels.backends.triton_ops.launch import on_device_of
 
 # 16 elements per thread. The speed of this tile awaits a GPU.
 TILE = {"BLOCK_N": 4096, "num_warps": 8}
@@ -35,5 +34,5 @@ def scale_kernel(grad_ptr, factor_ptr, num_elements, BLOCK_N: tl.constexpr):
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """Multiply a dense `grad` in place, in fp32, by a 0-d `factor`."""
     programs = min(triton.cdiv(max(1, grad.numel()), TILE["BLOCK_N"]), MAX_PROGRAMS)
-    with on_device_of(grad):
+    with torch.cuda.device_of(grad):  # where Triton launches; nothing on a CPU
         scale_kernel[(programs,)](grad, factor, grad.numel(), **TILE)

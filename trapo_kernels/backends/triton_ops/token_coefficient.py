@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trapo_kernels import terms
 from trapo_kernels.backends.triton_ops.gates import coefficient, gate_arguments
-from trapo_kernels.backends.triton_ops.launch import on_device_of
 from trapo_kernels.objective import Objective
 
 BLOCK_N = 256
@@ -49,7 +48,7 @@ def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) 
     """dL/dlogp [N] fp32 of every token; exact zeros for IGNORED ones."""
     out = torch.empty_like(logprob)
     unused = streams.anchor
-    with on_device_of(logprob):
+    with torch.cuda.device_of(logprob):  # where Triton launches; nothing on a CPU
         token_coefficient_kernel[(triton.cdiv(max(1, logprob.shape[0]), BLOCK_N),)](
             logprob.contiguous(), out, logprob.shape[0],
             streams.role, streams.anchor, streams.signal, streams.advantage,
