@@ -87,9 +87,9 @@ def linear_logprob(
             them, puts the ignored rows through all four GEMMs as zeros: name the others where they are few.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
-            is triton on a GPU, native on a CPU, and torch where those cannot run; a faster one on a GPU is looked up in
-            trapo_kernels/scoring.json, which holds no measurement yet, compiled too, also in a policy loss that takes two passes. On a
-            CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of the native extension under every chunked backend, where it is
+            is triton on a GPU, native on a CPU, and torch where those cannot run. Eager or compiled, also in a policy loss of
+            two passes, a faster one on a GPU is looked up in trapo_kernels/scoring.json, which holds no measurement yet. On a CPU
+            with AMX or AVX512_BF16 a bf16 head has the GEMMs of the native extension under every chunked backend, where it is
             installed; on one with AVX512_BF16 that is not Intel's a float32 head has its GEMM into the logits.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.

@@ -222,8 +222,7 @@ class Objective:
 
     def lives_by_advantage(self, role: str) -> bool:
         """Whether all that trains tokens of `role`, "expert" or "rollout", is times their advantage, but for an entropy bonus."""
-        terms = [term for layer in self.layers if (term := getattr(layer, role))]
-        has_kl = role == "rollout" and any(layer.kl for layer in self.layers)
+        terms, has_kl = (self.rollout_terms, self.has_kl) if role == "rollout" else (self.expert_terms, False)
         return bool(terms) and not has_kl and all(term.signal == "advantage" for term in terms)
 
     @property
