@@ -45,6 +45,7 @@ def small_run(tmp_path_factory):
     return _results(out)
 
 
+@pytest.mark.slow
 def test_every_question_answers_and_every_contender_is_checked_or_excused(small_run):
     rows = store.read(small_run)
     assert {row["case"]["question"] for row in rows} == set(questions.NAMES) - set(SLOW)
@@ -62,12 +63,14 @@ def test_every_question_answers_and_every_contender_is_checked_or_excused(small_
             assert row["environment"][name]
 
 
+@pytest.mark.slow
 def test_memory_was_measured_in_a_process_of_its_own(small_run):
     rows = [row for row in store.read(small_run) if row["case"]["question"] == "trapo" and row["status"] == "ok"]
     measured = {row["contender"] for row in rows if "peak_mib" in row}
     assert {"eager", "ours (torch)"} <= measured, [row.get("note") for row in rows]
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_again(small_run, capsys):
     before = small_run.read_text()
     assert run(small_run.parents[1], "grpo") == 0
@@ -75,6 +78,7 @@ def test_a_second_run_measures_nothing_again(small_run, capsys):
     assert "0 cases to measure" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_report_has_a_table_per_case_and_plots(small_run):
     text = (small_run.parent / "report.md").read_text()
     for name in set(questions.NAMES) - set(SLOW):
@@ -87,6 +91,7 @@ def test_the_report_has_a_table_per_case_and_plots(small_run):
     assert str(ROOT) not in text
 
 
+@pytest.mark.slow
 def test_the_readme_table_and_its_markers(small_run):
     table = readme.table(store.latest(store.read(small_run)))
     assert "| **ours (torch)** |" in table and "Not in the table: " in table
@@ -249,6 +254,7 @@ def test_a_call_that_fails_leaves_the_rounds_and_says_why():
     assert turns == ["good", "bad", "good", "good"]
 
 
+@pytest.mark.slow
 def test_regressions_between_two_result_sets_are_printed(small_run):
     old = store.latest(store.read(small_run))
     assert "No ratio" in regressions.compare(old, old)

@@ -106,8 +106,8 @@ def test_a_backend_that_crashes_twice_is_left_out_and_comes_last(tmp_path):
     ("text", "match", "said"),
     [
         ("import no_such_module_anywhere\n", "native", "No module named 'no_such_module_anywhere'"),
-        (TESTS, "no_such_test", "6 deselected"),
-        (TESTS, "not (", "Wrong expression"),
+        pytest.param(TESTS, "no_such_test", "6 deselected", marks=pytest.mark.slow),
+        pytest.param(TESTS, "not (", "Wrong expression", marks=pytest.mark.slow),
     ],
     ids=["a file that cannot be imported", "nothing selected", "usage"],
 )

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import fields
 
+import pytest
 import torch
 
 from trapo_kernels import Role, TokenBatch
@@ -13,6 +14,8 @@ PRETENDED = os.environ.get("TRAPO_TEST_ON") == "a pretended GPU"  # its device i
 DEVICE = "meta" if PRETENDED else "cuda" if torch.cuda.is_available() else "cpu"
 CHUNKED = ["torch", "triton", *([] if native.why_not(DEVICE) else ["native"])]
 COMPILED = CHUNKED[1:]
+# What takes seconds where Triton is interpreted runs by default on a GPU alone.
+SLOW_INTERPRETED = () if DEVICE == "cuda" else pytest.mark.slow
 QUICK = [name for name in CHUNKED if name != "triton" or DEVICE == "cuda"]  # where interpreted Triton would take minutes
 
 

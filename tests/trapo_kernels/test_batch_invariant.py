@@ -8,12 +8,14 @@ import torch
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 
-# Interpreted, Triton takes seconds for each case.
-POLICY = [pytest.param("policy", name, marks=pytest.mark.slow if name not in cases.QUICK else ()) for name in cases.CHUNKED]
+CALLS = [
+    pytest.param(call, name, marks=() if name in cases.QUICK else cases.SLOW_INTERPRETED)
+    for call, name in itertools.product(["logprob", "policy"], cases.CHUNKED)
+]
 
 
 @pytest.mark.parametrize(("dtype", "rank"), list(itertools.product([torch.float32, torch.bfloat16], [0, 8])))
-@pytest.mark.parametrize(("call", "backend"), [*(("logprob", name) for name in cases.CHUNKED), *POLICY])
+@pytest.mark.parametrize(("call", "backend"), CALLS)
 def test_a_row_has_the_same_bits_in_any_batch(call, backend, dtype, rank):
     hidden, weight, _ = cases.head(150, 48, 67, dtype)
     batch, objective = cases.batch(150, 67, torch.float32, roles=(1, 2)), objectives.trapo(entropy_coef=0.1)

@@ -189,7 +189,7 @@ REFILL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("stop_step", [1, 4])
+@pytest.mark.parametrize("stop_step", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_refilled_run_resumes_to_the_same_bits(configure, stop_step):
     whole = configure("whole", *REFILL)
     train_to_end(whole)

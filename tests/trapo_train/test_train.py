@@ -156,7 +156,10 @@ def test_sft_learns_the_traces(configure):
     assert summary.metrics["guided_share"] == 1.0
 
 
-@pytest.mark.parametrize(("stop_step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)])
+SLOW_STOPS = [pytest.param(step, signal.SIGTERM, marks=pytest.mark.slow) for step in (1, 4)]
+
+
+@pytest.mark.parametrize(("stop_step", "number"), [(3, signal.SIGINT), *SLOW_STOPS])
 def test_a_signal_saves_and_the_resumed_run_is_bitwise_the_same(configure, whole, stop_step, number, capfd, default_sigint):
     stopped = configure("stopped", *EVALUATED)
     summary = run(stopped, StopAfter(stopped.output_dir, stop_step, number=number))

@@ -201,7 +201,10 @@ def test_bad_settings(field, value):
         VllmConfig(**{field: value})
 
 
-@pytest.mark.parametrize("more", [(), ("model.lora={rank: 2}",), ("model.scratch.tie_word_embeddings=true",)])
+TIED = pytest.param(("model.scratch.tie_word_embeddings=true",), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [(), ("model.lora={rank: 2}",), TIED])
 def test_a_run_samples_from_the_weights_that_it_has_just_trained(vllm, tmp_path, more):
     config = build_config(tmp_path, "run", "rollout.engine=vllm", "rollout.vllm.max_model_len=80", "steps=4", *more)
     train_to_end(config)
