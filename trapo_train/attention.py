@@ -45,10 +45,13 @@ def choose_attention(
     architecture: PretrainedConfig,
     tell: Callable[[str], None] = logger.info,
 ) -> str:
-    """The `attn_implementation` for transformers; a named backend is honoured or refused, what "auto" chose is told.
+    """The `attn_implementation` for transformers; a named backend is honoured or refused, what "auto" chose is told. On CUDA it
+    takes cuDNN's kernels from this process's SDPA.
 
     Raises: UserError when flash_attention_2, varlen or flex is asked for and cannot run.
     """
+    if device.type == "cuda":  # cuDNN builds a plan for every shape and keeps it for ever; of ours hardly any comes twice
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if attention == "flex" and device.type != "cuda":
         raise UserError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
     package = None if is_flash_attn_2_available() else "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"

@@ -31,7 +31,9 @@ class RoomyLayer(DynamicLayer):
     _first = _end = 0  # columns in use
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the states; returns all of them."""
+        """Append the states; returns all of them. Keys that a norm in fp32 has widened (Qwen3) are held in the type of the values,
+        which autocast computes attention in."""
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states

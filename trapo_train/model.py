@@ -151,6 +151,7 @@ def load_model_and_tokenizer(
     task_tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    check_logits: bool = True,
     tell: Callable[[str], None] = logger.info,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model into host memory, its output head replaced by a `PolicyHead`, and its tokenizer.
@@ -162,6 +163,8 @@ def load_model_and_tokenizer(
         task_tokenizer: the tokenizer of a generated task, used by a model from scratch.
         seed: of the random weights: those of a model from scratch, and LoRA's adapters.
         device: where the model will run, which decides what `auto` chooses.
+        check_logits: compare the head's logits with the model's. False for a second one of the same architecture, whose layers
+            Liger has made its own by then, so that they would not run in host memory.
         tell: what `auto` chose is told to it.
 
     Raises: UserError for a model that the packed step would train wrongly, with what to use instead.
@@ -192,7 +195,7 @@ def load_model_and_tokenizer(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
             f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
         )
-    prepare(model, config, device=device, tell=tell)
+    prepare(model, config, device=device, check_logits=check_logits, tell=tell)
     return model, tokenizer
 
 

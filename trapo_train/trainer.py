@@ -99,7 +99,8 @@ class Trainer:
         if any("ref_logprob" in objective.reads() for objective in extremes):
             self.reference = self.model  # with LoRA: without its adapters the model is its own reference
             if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
-                self.reference = load_model_and_tokenizer(config.model, **placed)[0].requires_grad_(False).eval()
+                self.reference = load_model_and_tokenizer(config.model, check_logits=False, **placed)[0]
+                self.reference.requires_grad_(False).eval()
                 place_model(self.reference, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)

@@ -72,6 +72,18 @@ def test_flash_attention_runs_or_is_refused():
     assert choose("auto", torch.device("cpu"), torch.float32) == PACKED_IMPLEMENTATION
 
 
+def test_cudnn_which_keeps_a_plan_for_every_shape_is_taken_from_sdpa():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        choose("sdpa_packed", torch.device("cpu"), torch.float32)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        choose("sdpa_packed")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(monkeypatch):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
     told = []

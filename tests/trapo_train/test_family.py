@@ -125,12 +125,19 @@ def test_schedules_reach_the_plan_of_each_step(configure):
 
 
 def test_the_reference_is_the_same_model_and_is_loaded_when_the_first_is_sharded(configure, monkeypatch):
-    done = []
+    done, checked = [], []
     for name in ("load_model_and_tokenizer", "place_model"):
         inner = getattr(trainer, name)
-        monkeypatch.setattr(trainer, name, lambda *a, name=name, inner=inner, **k: (done.append(name), inner(*a, **k))[1])
+
+        def call(*arguments, name=name, inner=inner, **options):
+            done.append(name)
+            checked.append(options.get("check_logits", True))
+            return inner(*arguments, **options)
+
+        monkeypatch.setattr(trainer, name, call)
     built = Trainer(configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: 0.1}}"))
     assert done == ["load_model_and_tokenizer", "place_model"] * 2  # no rank holds two whole models
+    assert checked[0] and not checked[2]  # once is enough, and Liger's layers would not run where the second one is loaded
     trained, kept = built.model.state_dict(), built.reference.state_dict()
     assert trained.keys() == kept.keys() and all(torch.equal(trained[name], value) for name, value in kept.items())
     assert not any(parameter.requires_grad for parameter in built.reference.parameters()) and not built.reference.training

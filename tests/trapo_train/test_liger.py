@@ -15,6 +15,7 @@ from trapo_kernels import objectives
 from trapo_train.liger import apply_liger
 from trapo_train.model import ModelConfig, PolicyHead, load_model_and_tokenizer, policy_forward, policy_head
 from trapo_train.packing import PackingConfig, pack
+from trapo_train.parallel import World, place_model
 from trapo_train.scratch import ScratchConfig
 from trapo_train.tasks import build_tokenizer
 
@@ -22,9 +23,9 @@ SCRATCH = ScratchConfig("qwen2", hidden_size=32, num_layers=2, num_heads=4, num_
 CUDA = torch.device("cuda")
 
 
-def build(device="cpu", **fields):
+def build(device="cpu", check_logits=True, **fields):
     config = ModelConfig(scratch=SCRATCH, **fields)
-    return load_model_and_tokenizer(config, task_tokenizer=build_tokenizer(), device=device)[0]
+    return load_model_and_tokenizer(config, task_tokenizer=build_tokenizer(), device=device, check_logits=check_logits)[0]
 
 
 @pytest.fixture
@@ -115,6 +116,13 @@ def test_the_installed_package_patches_this_model_and_leaves_its_head(restored):
     assert model.forward == forward and isinstance(policy_head(model), PolicyHead)
 
 
+def test_a_second_model_has_its_layers_and_is_not_run_in_host_memory(restored):
+    liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed (extra [liger])")
+    build(CUDA, liger=True)
+    reference = build(CUDA, liger=True, check_logits=False)
+    assert isinstance(reference.model.norm, liger.LigerRMSNorm) and isinstance(policy_head(reference), PolicyHead)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loss_and_gradients_are_those_without_liger(dtype, restored):
@@ -124,6 +132,7 @@ def test_loss_and_gradients_are_those_without_liger(dtype, restored):
     results = []
     for liger in (False, True):
         model = build("cuda", dtype=dtype, liger=liger)
+        place_model(model, World.alone())
         loss = policy_forward(model, micro_batch.to("cuda"), objective).loss
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])

@@ -104,7 +104,7 @@ def _free_port():
     [
         (2, {}, False),
         pytest.param(3, {}, True, marks=pytest.mark.slow),
-        pytest.param(2, {"replicate": 2}, False, marks=pytest.mark.slow),
+        pytest.param(4, {"replicate": 2}, False, marks=pytest.mark.slow),
         pytest.param(2, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
         pytest.param(3, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
     ],

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from tests.trapo_train.test_engine import EOS, RAGGED, VOCAB, engine_of, full_logprobs, tiny_model
 from trapo_train import cache
@@ -124,6 +133,22 @@ def test_padding_that_no_row_needs_is_cut_off(monkeypatch):
     monkeypatch.setattr(model, "forward", recording)
     engine_of(model).generate([[5] * 30, [6] * 4], SamplingParams((2, 4), stop_token_ids=()))
     assert columns == [(0, True), (30, True), (5, False), (6, False)]
+
+
+def test_keys_that_a_norm_has_widened_are_held_in_the_type_of_the_values(monkeypatch):
+    held = []
+    update = cache.RoomyLayer.update
+
+    def watched(layer, *states, **options):
+        out = update(layer, *states, **options)
+        held.append((states[0].dtype, *(part.dtype for part in out)))
+        return out
+
+    monkeypatch.setattr(cache.RoomyLayer, "update", watched)
+    model = tiny_model(Qwen3ForCausalLM, Qwen3Config, num_key_value_heads=2, head_dim=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine_of(model).generate(RAGGED, SamplingParams(4))
+    assert set(held) == {(torch.float32, torch.bfloat16, torch.bfloat16)}
 
 
 def test_recurrent_states_take_no_joins_but_the_same_samples():
