@@ -117,7 +117,7 @@ class CheckpointStore:
             tensors: weights and optimizer state by name, no two sharing memory; of sharded ones each rank writes its shards.
             score: how good the model is, if that is known; higher is better, and one that is not finite is none.
 
-        Memory: each rank holds its shards on the CPU, once as tensors and once as the bytes of its file.
+        Memory: each rank holds its shards on the CPU, unpinned, once as tensors and once as the bytes of its file.
 
         Raises: CheckpointError, on every rank, when the disk is full or not writable, or the step has a checkpoint; earlier ones
             stay.
@@ -129,6 +129,9 @@ class CheckpointStore:
             self._on_first_rank(lambda: self._begin(unfinished, state))
             if tensors:
                 writer = dcp.HuggingFaceStorageWriter(str(unfinished / TENSOR_DIR), save_distributed=True)
+                # Copying ahead goes through pinned memory, where CUDA is: the whole state, each tensor rounded up to a power of two
+                # and kept by torch for good. Without, the copies are pageable and freed.
+                writer.per_thread_copy_ahead = 0
                 with _quiet():
                     dcp.save(
                         {name: tensor.contiguous() for name, tensor in tensors.items()},

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,6 +67,15 @@ def test_tensors_come_back_in_place(store):
     store.load_tensors(5, live)
     for name, tensor in saved.items():
         assert torch.equal(views[name], tensor), name
+
+
+def test_tensors_are_saved_without_pinned_memory_where_cuda_is(store, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the loader that copies ahead, into pinned memory")
+
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    store.save(1, {}, FINGERPRINT, {"weight": torch.ones(2)})
 
 
 @pytest.mark.parametrize(
