@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,23 +46,32 @@ def ready_to_generate(
 ) -> Iterator[None]:
     """Inside, the engine samples from the weights as they are at rollout step `step`; every rank must enter.
 
-    Raises: EngineError on every rank, where a server does not take them.
+    Raises: EngineError on every rank, where vLLM does not take them on one, or does not sleep afterwards.
     """
     if isinstance(engine, TransformersEngine):
         with gathered(model), precision(model):
             yield
     elif isinstance(engine, VllmEngine):
-        with engine.awake(whole_weights(model, policy_head(model).compute_dtype)):
+        _on_every_rank(world, engine.wake)  # before the weights, which all ranks put together
+        _on_every_rank(world, lambda: engine.load(whole_weights(model, policy_head(model).compute_dtype)))
+        try:
             yield
+        finally:
+            _on_every_rank(world, engine.sleep)
     else:
         if engine.loaded_step != step:
             export_model(model, tokenizer, engine.sync_dir, world, policy_head(model).compute_dtype)
-        error = None
-        if world.first:
-            try:
-                engine.load_weights()  # also where they are unchanged: the server may have started anew since
-            except EngineError as raised:
-                error = raised
-        world.gather_or_raise(None, error)
+        # also where they are unchanged: the server may have started anew since
+        _on_every_rank(world, engine.load_weights if world.first else lambda: None)
         engine.loaded_step = step
         yield
+
+
+def _on_every_rank(world: World, action: Callable[[], None]) -> None:
+    """Do `action`; an EngineError on one rank is raised on all, so that none goes on to wait for it."""
+    error = None
+    try:
+        action()
+    except EngineError as raised:
+        error = raised
+    world.gather_or_raise(None, error)

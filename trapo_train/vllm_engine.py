@@ -57,7 +57,7 @@ class VllmConfig:
 
 
 class VllmEngine(SeededEngine):
-    """Samples from a `vllm.LLM` in this process, whose weights are those handed over by `awake`.
+    """Samples from a `vllm.LLM` in this process, whose weights are those handed over by `load`, between `wake` and `sleep`.
 
     `Completion.logprobs` are those at the sampling temperature; unlike the embedded engine's they are taken after top_k and top_p.
 
@@ -110,23 +110,37 @@ class VllmEngine(SeededEngine):
                 enable_sleep_mode=self._sleeps,
                 **options,
             )
-        if self._sleeps:
-            self._llm.sleep(level=2)
+        self.sleep()
 
-    @contextmanager
-    def awake(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
-        """Inside, the engine samples from `weights`: whole tensors under the names of the checkpoint, taken one after the other."""
+    def wake(self) -> None:
+        """Take the memory for weights, those of before sleep are lost; raises EngineError where there is too little."""
         if self._sleeps:
             torch.cuda.empty_cache()  # what the trainer's allocator holds in reserve, vLLM cannot have
-            self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            with _vllm_errors("wake_up"):
+                self._llm.wake_up(tags=["weights"])
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take `weights`: whole tensors under the names of the checkpoint, one after the other; then sample from them.
+
+        Raises: EngineError for what vLLM raises, when the last of `weights` was asked for: ranks put each together in turn.
+        """
+        weights = iter(weights)
+        with _vllm_errors("reload_weights"):
+            try:
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            finally:
+                for _ in weights:  # the other ranks wait at each of them for this one
+                    pass
         if self._sleeps:
-            self._llm.wake_up(tags=["kv_cache"])
-        self._llm.reset_prefix_cache()
-        try:
-            yield
-        finally:
-            if self._sleeps:
+            with _vllm_errors("wake_up"):
+                self._llm.wake_up(tags=["kv_cache"])
+        with _vllm_errors("reset_prefix_cache"):
+            self._llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Give weights and cache up; raises EngineError for what vLLM raises."""
+        if self._sleeps:
+            with _vllm_errors("sleep"):
                 self._llm.sleep(level=2)
 
     def close(self) -> None:
@@ -225,7 +239,8 @@ def _vllm_errors(call: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # vLLM's errors have no class in common, and all of them must leave the step untrained
-        raise EngineError(f"vllm: {call} failed with {type(error).__name__}: {error}") from error
+        remedy = ". Lower rollout.vllm.gpu_memory_utilization." if "out of memory" in str(error) else ""
+        raise EngineError(f"vllm: {call} failed with {type(error).__name__}: {error}{remedy}") from error
 
 
 def _import_vllm() -> Any:

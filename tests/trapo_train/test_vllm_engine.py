@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from dataclasses import replace
 
@@ -10,12 +11,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.trapo_train.fake_vllm import FakeVllm
+from tests.trapo_train.fake_vllm import FakeLLM, FakeVllm
 from tests.trapo_train.scripted import Rounds
 from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, problem
 from tests.trapo_train.test_train import build_config, train_to_end
+from trapo_train import trainer
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.engine import EngineError, SamplingParams
+from trapo_train.engines import build_engine, ready_to_generate
+from trapo_train.model import install_policy_head
+from trapo_train.parallel import World
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.rollout import run_plans
 from trapo_train.tasks import pointer_chasing_reward
@@ -35,15 +41,17 @@ def vllm(monkeypatch):
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **(shape | options)))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **(shape | options)))
+    install_policy_head(model, compute_dtype=torch.float32)
+    return model
 
 
 def build(model, tmp_path, *, seed=3, ranks=1, **config):
     return VllmEngine(VllmConfig(**config), model, tmp_path / "config", TOKENIZER, seed=seed, dtype="float32", ranks=ranks)
 
 
-def weights(model):
-    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+def ready(engine, model, world=None):
+    return ready_to_generate(engine, model, TOKENIZER, world or World.alone(), step=0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -52,7 +60,7 @@ def test_completions_are_those_of_the_weights_handed_over(vllm, tmp_path, tied):
     engine, params, budgets = build(first, tmp_path), SamplingParams((4, 9, 1, 30), temperature=0.7, seed=1), (4, 9, 1, 30)
     found = []
     for model in (first, second, first):
-        with engine.awake(weights(model)):
+        with ready(engine, model):
             found.append(engine.generate(PROMPTS, params))
         for prompt, completion, budget in zip(PROMPTS, found[-1], budgets, strict=True):
             assert completion.finish_reason == "stop" or len(completion.token_ids) == budget
@@ -71,14 +79,14 @@ def test_it_sleeps_while_training_and_wakes_in_the_right_order(vllm, tmp_path, m
     (llm,) = vllm.built
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: llm.log.append("empty cache"))
     assert llm.log == ["sleep"] and llm.sleep_mode and llm.memory == set()
-    with engine.awake(weights(model)):
+    with ready(engine, model):
         assert llm.log[1:] == ["empty cache", "wake weights", "load", "wake kv_cache", "reset"]
         engine.generate(PROMPTS, SamplingParams(3))
     assert llm.log[6:] == ["sleep"] and llm.memory == set()
-    with pytest.raises(ZeroDivisionError), engine.awake(weights(model)):
+    with pytest.raises(ZeroDivisionError), ready(engine, model):
         raise ZeroDivisionError
     assert llm.log[-1] == "sleep"
-    with engine.awake(weights(model)):
+    with ready(engine, model):
         assert engine.generate(PROMPTS, SamplingParams(3, seed=1))[0].token_ids  # from weights, not from what sleep left
 
 
@@ -106,7 +114,7 @@ def test_equal_states_ask_for_equal_samples_and_leave_the_trainers_generator_alo
     model = tiny()
     engine = build(model, tmp_path, seed_requests=seed_requests)
     before = torch.get_rng_state()
-    with engine.awake(weights(model)):
+    with ready(engine, model):
         first, state = engine.generate(PROMPTS, SamplingParams(8)), engine.state_dict()
         second = engine.generate(PROMPTS, SamplingParams(8))
         assert first != second
@@ -124,7 +132,7 @@ def test_a_request_has_a_seed_where_that_is_asked_for(vllm, tmp_path, monkeypatc
     monkeypatch.setattr(vllm, "SamplingParams", lambda **options: asked.append(options["seed"] is not None) or make(**options))
     for seed_requests in (False, True):
         engine = build(model, tmp_path, seed_requests=seed_requests)
-        with engine.awake(weights(model)):
+        with ready(engine, model):
             for params in (SamplingParams(3), SamplingParams(3, seed=1)):  # an evaluation brings its own
                 engine.generate(PROMPTS[:1], params)
     assert asked == [False, True, True, True]
@@ -136,7 +144,7 @@ def test_plans_go_on_one_by_one(vllm, tmp_path):
     results = []
     for kind in (Rounds, lambda engine: engine):
         engine = build(model, tmp_path, max_model_len=300, seed_requests=True)
-        with engine.awake(weights(model)):
+        with ready(engine, model):
             results.append(run_plans(problems, plan, kind(engine), pointer_chasing_reward, TOKENIZER, config))
     rounds, free = results
     samples = [[[s.completion_ids for s in group] for group in result.groups] for result in results]
@@ -149,7 +157,7 @@ def test_errors_of_vllm_are_engine_errors_and_what_is_unfinished_is_called_off(v
     model = tiny()
     engine = build(model, tmp_path)
     (llm,) = vllm.built
-    with engine.awake(weights(model)):
+    with ready(engine, model):
         with pytest.raises(EngineError, match="add_request failed with ValueError: The prompt is longer"):
             engine.generate([[5, 6], [5] * 64], SamplingParams(4))
         assert llm.aborted == ["1"] and not llm.requests
@@ -157,6 +165,77 @@ def test_errors_of_vllm_are_engine_errors_and_what_is_unfinished_is_called_off(v
         with pytest.raises(EngineError, match="step failed with RuntimeError: CUDA out of memory"):
             engine.generate(PROMPTS, SamplingParams(4))
         assert not llm.requests
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "name"),
+    [
+        ("wake_up", 3, "wake_up"),
+        ("collective_rpc", 2, "reload_weights"),
+        ("wake_up", 4, "wake_up"),
+        ("reset_prefix_cache", 2, "reset_prefix_cache"),
+        ("sleep", 3, "sleep"),
+    ],
+    ids=["weights", "reload", "kv_cache", "prefixes", "sleep"],
+)
+def test_a_run_whose_vllm_runs_out_of_memory_in_its_second_step_keeps_the_first(vllm, tmp_path, monkeypatch, method, call, name):
+    inner, calls = getattr(FakeLLM, method), itertools.count(1)
+
+    def fail(*arguments, **options):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return inner(*arguments, **options)
+
+    def build_as_on_a_gpu(*arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaForCausalLM, "device", property(lambda model: torch.device("cuda")))
+            return build_engine(*arguments, **options)
+
+    monkeypatch.setattr(FakeLLM, method, fail)
+    monkeypatch.setattr(trainer, "build_engine", build_as_on_a_gpu)
+    config = build_config(tmp_path, "run", "rollout.engine=vllm", "rollout.vllm.max_model_len=80", "steps=3", "checkpoint.every=0")
+    with pytest.raises(EngineError) as raised:
+        train_to_end(config)
+    assert str(raised.value) == (
+        f"vllm: {name} failed with OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB. "
+        "Lower rollout.vllm.gpu_memory_utilization."
+    )
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=1).steps() == [1]
+
+
+def test_ranks_agree_before_they_put_weights_together_before_they_sample_and_after(vllm, tmp_path):
+    class Ranks:
+        def __init__(self, fails_at=None):
+            self.fails_at = fails_at
+
+        def gather_or_raise(self, value, error):
+            llm.log.append("agree")
+            if len(llm.log) == self.fails_at:
+                raise EngineError("of another rank")
+
+    model = tiny()
+    engine = build(model, tmp_path)
+    (llm,) = vllm.built
+    with ready(engine, model, Ranks()):
+        llm.log.append("sample")
+    assert llm.log == ["agree", "load", "reset", "agree", "sample", "agree"]
+    for fails_at, expected in ((1, ["agree"]), (4, ["agree", "load", "reset", "agree"])):
+        llm.log.clear()
+        with pytest.raises(EngineError, match="of another rank"), ready(engine, model, Ranks(fails_at)):
+            llm.log.append("sample")
+        assert llm.log == expected
+
+
+def test_where_vllm_fails_to_load_a_weight_the_others_are_put_together_all_the_same(vllm, tmp_path, monkeypatch):
+    def fail(llm, method, kwargs):
+        next(kwargs["weights_iterator"])
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(FakeLLM, "collective_rpc", fail)
+    engine, weights = build(tiny(), tmp_path), iter([("first", torch.ones(1)), ("second", torch.ones(1))])
+    with pytest.raises(EngineError, match="vllm: reload_weights failed with RuntimeError: no room$"):
+        engine.load(weights)
+    assert list(weights) == []
 
 
 @pytest.mark.parametrize(
@@ -181,7 +260,7 @@ def test_outputs_that_cannot_be_used_are_errors(vllm, tmp_path, spoil, message):
         return outputs
 
     llm.step = spoiled
-    with engine.awake(weights(model)), pytest.raises(EngineError, match=message):
+    with ready(engine, model), pytest.raises(EngineError, match=message):
         engine.generate([[5, 6]], SamplingParams(2, stop_token_ids=()))
 
 
@@ -239,6 +318,6 @@ def test_with_nothing_to_generate_it_waits_for_the_reward(vllm, tmp_path):
 
     model = tiny()
     engine = build(model, tmp_path)
-    with engine.awake(weights(model)):
+    with ready(engine, model):
         result = run_plans([problem()], build_plan(PlanConfig("paper")), engine, reward, TOKENIZER, CONFIG)
     assert [len(group) for group in result.groups] == [8]
