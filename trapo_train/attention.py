@@ -5,6 +5,10 @@ A packed row holds several sequences one after the other, [1, T]. The backend "s
 Python ints, so nothing waits for the device. The packer sorts a row by length, so that there are few runs.
 "flex" runs the whole row through one flex_attention kernel that skips what no query sees (see `flex`);
 "varlen" hands the boundaries to torch's own FlashAttention (see `varlen`), "flash_attention_2" to that of the package flash-attn.
+
+The embedded engine's padded batches run through SDPA whatever the backend: in transformers' own flash_attention_2 the host waits
+to know the padding, and all keys and values are copied, in every layer for every token. Left to it are models that cap attention
+logits, which SDPA cannot, and those whose values are of another width than keys.
 """
 
 from __future__ import annotations
@@ -22,18 +26,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, lazy_import_flash_attention
 from transformers.utils import is_flash_attn_2_available
 
 from trapo_train.flex import flex_forward
 from trapo_train.schema import UserError
 from trapo_train.upload import upload
-from trapo_train.varlen import WIDEST_HEAD, computed_in, varlen_forward, varlen_obstacle
+from trapo_train.varlen import WIDEST_HEAD, computed_in, head_widths, varlen_forward, varlen_obstacle
 
 logger = logging.getLogger(__name__)
 
-# The names that transformers knows our functions by.
+# The names that transformers knows our functions by. What has "flash" in its name it takes for one of its own.
 PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION = "trapo_packed", "trapo_varlen", "trapo_flex"
-_OURS = {"sdpa_packed": PACKED_IMPLEMENTATION, "varlen": VARLEN_IMPLEMENTATION, "flex": FLEX_IMPLEMENTATION}
+FA2_IMPLEMENTATION = "trapo_fa2"
+_OURS = {
+    "sdpa_packed": PACKED_IMPLEMENTATION,
+    "varlen": VARLEN_IMPLEMENTATION,
+    "flex": FLEX_IMPLEMENTATION,
+    "flash_attention_2": FA2_IMPLEMENTATION,
+}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -54,8 +65,8 @@ def choose_attention(
         torch.backends.cuda.enable_cudnn_sdp(False)
     if attention == "flex" and device.type != "cuda":
         raise UserError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
-    package = None if is_flash_attn_2_available() else "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
-    obstacles = {"flash_attention_2": package, "varlen": varlen_obstacle(architecture.get_text_config())}
+    config = architecture.get_text_config()
+    obstacles = {"flash_attention_2": _flash_obstacle(config), "varlen": varlen_obstacle(config)}
     if device.type != "cuda":
         obstacles = dict.fromkeys(obstacles, f"it needs a CUDA device, got {device}")
     elif compute_dtype != torch.bfloat16:
@@ -67,7 +78,20 @@ def choose_attention(
         refused = dict(takewhile(lambda entry: entry[1], obstacles.items()))
         attention = next((name for name in obstacles if name not in refused), "sdpa_packed")
         tell("; ".join([f"model.attention=auto: {attention}", *(f"{name} cannot run: {why}" for name, why in refused.items())]))
-    return _OURS.get(attention, attention)
+    theirs = getattr(config, "attn_logit_softcapping", None) or getattr(config, "v_head_dim", None)
+    return attention if attention == "flash_attention_2" and theirs else _OURS[attention]
+
+
+def _flash_obstacle(config: PretrainedConfig) -> str | None:
+    """Why the package flash-attn cannot run the layers of this (text) model; None where it can."""
+    if not is_flash_attn_2_available():
+        return "the package flash-attn is not installed (pip install 'trapo[flash-attn]')"
+    try:
+        lazy_import_flash_attention("flash_attention_2")
+    except ImportError as error:  # as of one that was built for another torch
+        return f"the package flash-attn does not load ({error})"
+    widest = max(head_widths(config))
+    return f"it needs heads of at most {WIDEST_HEAD} numbers, the model has {widest}" if widest > WIDEST_HEAD else None
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -113,7 +137,7 @@ def segment_arguments(model: PreTrainedModel, segment_lengths: Sequence[int], de
     if model.config._attn_implementation in _OURS.values():
         # transformers hands a 4-d mask through unread, so no mask is built and no position is compared.
         ours = {"segment_lengths": tuple(segment_lengths), "attention_mask": torch.empty(1, 1, 0, 0, device=device)}
-        if model.config._attn_implementation != VARLEN_IMPLEMENTATION:
+        if model.config._attn_implementation not in (VARLEN_IMPLEMENTATION, FA2_IMPLEMENTATION):
             return ours
         return ours | {"boundaries": _boundaries(segment_lengths, device)}
     boundaries = _boundaries(segment_lengths, device)
@@ -144,6 +168,7 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     boundaries: Tensor | None = None,
     flex: bool = False,
+    flash: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment of a packed row; without `segment_lengths`, transformers' own SDPA.
@@ -155,6 +180,7 @@ def packed_attention_forward(
         boundaries: int32 [segments + 1], where segments start, and T; with them one varlen kernel runs in place of an SDPA call
             per run of equal lengths.
         flex: so does one flex_attention kernel.
+        flash: with boundaries, the varlen kernel is that of the package flash-attn.
 
     Returns: [1, T, heads, head_dim] and no attention weights.
     """
@@ -169,12 +195,12 @@ def packed_attention_forward(
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise UserError(
-                f"packed attention: {type(module).__name__} asks for {unsupported}, which sdpa_packed, varlen and flex cannot do. "
-                "Use model.attention=flash_attention_2 or another model."
+                f"packed attention: {type(module).__name__} asks for {unsupported}, which it cannot do. Use another model."
             )
     if boundaries is not None:
         row = (boundaries, max(segment_lengths))
-        return varlen_forward(module, query, key, value, *row, sliding_window, dropout, scaling), None
+        varlen = _flash_forward if flash else varlen_forward
+        return varlen(module, query, key, value, *row, sliding_window, dropout, scaling), None
     if flex:
         return flex_forward(module, query, key, value, tuple(segment_lengths), sliding_window, dropout, scaling), None
     runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
@@ -186,6 +212,35 @@ def packed_attention_forward(
         for (length, count), *qkv in zip(runs, *parts, strict=True)
     ]
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _flash_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    sliding_window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """`varlen_forward` with the kernel of the package flash-attn, as transformers calls it for rows that it knows to be packed."""
+    return _flash_attention_forward(
+        *(x.transpose(1, 2) for x in (query, key, value)),  # [1, T, heads, head_dim]
+        attention_mask=None,
+        query_length=query.shape[2],
+        is_causal=True,
+        dropout=dropout,
+        softmax_scale=scaling,
+        sliding_window=sliding_window,
+        cu_seq_lens_q=boundaries,
+        cu_seq_lens_k=boundaries,
+        max_length_q=longest,
+        max_length_k=longest,
+        target_dtype=computed_in(query),  # of what norms have left in fp32
+        attn_implementation="flash_attention_2",
+    )
 
 
 def _attend_run(
@@ -227,5 +282,6 @@ def _flash_runs(q: Tensor, mask: Tensor | None) -> bool:
 AttentionInterface.register(PACKED_IMPLEMENTATION, packed_attention_forward)
 AttentionInterface.register(VARLEN_IMPLEMENTATION, packed_attention_forward)
 AttentionInterface.register(FLEX_IMPLEMENTATION, functools.partial(packed_attention_forward, flex=True))
+AttentionInterface.register(FA2_IMPLEMENTATION, functools.partial(packed_attention_forward, flash=True))
 for _name in _OURS.values():
     AttentionMaskInterface.register(_name, sdpa_mask)  # generate() runs padded batches through SDPA's mask

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from trapo_train.schema import UserError
 
-WIDEST_HEAD = 256  # of torch's FlashAttention kernels
+WIDEST_HEAD = 256  # of FlashAttention's kernels, be it torch's or the package's
 
 
 def varlen_obstacle(config: PretrainedConfig) -> str | None:
@@ -23,10 +23,14 @@ def varlen_obstacle(config: PretrainedConfig) -> str | None:
         return f"it cannot cap attention logits, the model caps them at {config.attn_logit_softcapping}"
     if getattr(config, "v_head_dim", None):
         return "it needs values as wide as keys, the model has some of another width (v_head_dim)"
-    widths = {getattr(config, name, None) for name in ("head_dim", "global_head_dim")} - {None}
-    widths = widths or {config.hidden_size // config.num_attention_heads}
-    unfit = [width for width in widths if width > WIDEST_HEAD or width % 8]
+    unfit = [width for width in head_widths(config) if width > WIDEST_HEAD or width % 8]
     return f"it needs heads of a multiple of 8 up to {WIDEST_HEAD} numbers, the model has {unfit[0]}" if unfit else None
+
+
+def head_widths(config: PretrainedConfig) -> set[int]:
+    """Numbers in a head, of each kind of layer."""
+    widths = {getattr(config, name, None) for name in ("head_dim", "global_head_dim")} - {None}
+    return widths or {config.hidden_size // config.num_attention_heads}
 
 
 def varlen_forward(

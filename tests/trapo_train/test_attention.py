@@ -14,6 +14,7 @@ from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_train.small_models import CONFIGS, SHAPE
 from trapo_train import attention, varlen
 from trapo_train.attention import (
+    FA2_IMPLEMENTATION,
     FLEX_IMPLEMENTATION,
     PACKED_IMPLEMENTATION,
     VARLEN_IMPLEMENTATION,
@@ -42,11 +43,12 @@ def test_no_mask_is_built_for_a_packed_row(monkeypatch):
     model.model(input_ids=torch.arange(8)[None], use_cache=False, **packed)
 
 
-def test_generate_is_that_of_sdpa():
+@pytest.mark.parametrize("implementation", [PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
+def test_generate_is_that_of_sdpa(implementation):
     token_ids = torch.tensor([[0, 0, 3, 5], [1, 2, 3, 4]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     arguments = dict(input_ids=token_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    ours = build(CONFIGS["llama"]).eval().generate(**arguments)
+    ours = build(CONFIGS["llama"], implementation).eval().generate(**arguments)
     theirs = build(CONFIGS["llama"], "sdpa").eval().generate(**arguments)
     assert torch.equal(ours, theirs)
 
@@ -84,16 +86,37 @@ def test_cudnn_which_keeps_a_plan_for_every_shape_is_taken_from_sdpa():
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(monkeypatch):
+@pytest.fixture
+def flash_attn_installed(monkeypatch):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda implementation: None)
+
+
+def test_flash_attention_where_installed_still_needs_cuda_and_bfloat16(flash_attn_installed):
     told = []
-    assert choose("auto", tell=told.append) == "flash_attention_2"
+    assert choose("auto", tell=told.append) == choose("flash_attention_2") == FA2_IMPLEMENTATION
     assert told == ["model.attention=auto: flash_attention_2"]
     for name in ("flash_attention_2", "varlen"):
         with pytest.raises(ValueError, match=f"{name} cannot run: it needs a CUDA device, got cpu"):
             choose(name, torch.device("cpu"))
         with pytest.raises(ValueError, match=f"{name} cannot run: it needs model.dtype=bfloat16, got float32"):
             choose(name, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("config", [Gemma2Config(**SHAPE), DeepseekV3Config()], ids=["softcap", "latent"])
+def test_what_sdpa_cannot_generate_is_left_to_transformers_flash_attention(config, flash_attn_installed):
+    assert choose("flash_attention_2", config=config) == choose("auto", config=config) == "flash_attention_2"
+
+
+def test_flash_attention_of_another_torch_or_for_narrower_heads_is_refused(flash_attn_installed, monkeypatch):
+    def fail(implementation):
+        raise ImportError("undefined symbol")
+
+    with pytest.raises(ValueError, match="flash_attention_2 cannot run: it needs heads of at most 256 numbers, the model has 512"):
+        choose("flash_attention_2", config=LlamaConfig(**SHAPE | {"head_dim": 512}))
+    monkeypatch.setattr(attention, "lazy_import_flash_attention", fail)
+    with pytest.raises(ValueError, match=r"flash_attention_2 cannot run: .* flash-attn does not load \(undefined symbol\)"):
+        choose("flash_attention_2")
 
 
 def varlen_of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):

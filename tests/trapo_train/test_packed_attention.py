@@ -14,7 +14,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
 from trapo_train import flex, varlen
-from trapo_train.attention import FLEX_IMPLEMENTATION, PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, segment_arguments
+from trapo_train.attention import (
+    FA2_IMPLEMENTATION,
+    FLEX_IMPLEMENTATION,
+    PACKED_IMPLEMENTATION,
+    VARLEN_IMPLEMENTATION,
+    segment_arguments,
+)
 from trapo_train.model import enable_gradient_checkpointing
 
 OLDER_VARLEN = varlen.varlen_obstacle(Qwen2Config(**SHAPE | {"head_dim": 16})) or ""
@@ -81,8 +87,9 @@ def varlen_attention(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_flash_attention_is_told_the_boundaries_by_transformers(name, monkeypatch):
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in for the package, which transformers then finds."""
     package = types.ModuleType("flash_attn")
     package.flash_attn_func = package.flash_attn_with_kvcache = None
     package.flash_attn_varlen_func = varlen_attention
@@ -93,6 +100,27 @@ def test_flash_attention_is_told_the_boundaries_by_transformers(name, monkeypatc
     monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
     for found_before in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn"):
         monkeypatch.setattr(modeling_flash_attention_utils, found_before, None, raising=False)
+    return package
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_flash_attention_is_told_the_boundaries_and_windows(name, checkpointing, flash_attn, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("positions were compared, for which the host waits")
+
+    expected = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
+    model = build(name, FA2_IMPLEMENTATION)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", refuse)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+        model.train()
+    for actual, wanted in zip(hidden_and_gradient(model, [make_sequences()]), expected, strict=True):
+        assert_close(actual, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_own_flash_attention_is_told_the_boundaries(name, flash_attn):
     expected = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
     model = build(name)
     model.config._attn_implementation_internal = "flash_attention_2"  # set by name, it would ask for the package's version
@@ -129,8 +157,8 @@ def test_varlen_is_told_the_boundaries_and_windows(name, checkpointing, monkeypa
         assert_close(actual, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("implementation", [VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION])
-def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementation, monkeypatch):
+@pytest.mark.parametrize("implementation", [VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
+def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementation, flash_attn, monkeypatch):
     seen = []
 
     def attend(*tensors, **options):
@@ -139,6 +167,7 @@ def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementati
 
     monkeypatch.setattr(varlen, "varlen_attn", attend)
     monkeypatch.setattr(flex, "flex_attention", attend)
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend)
     model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation=implementation)
     packed = segment_arguments(model, [5, 4], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,7 +188,7 @@ def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementati
             marks=pytest.mark.skipif(bool(OLDER_VARLEN), reason=f"torch's varlen_attn: {OLDER_VARLEN}"),
         ),
         pytest.param(
-            "flash_attention_2",
+            FA2_IMPLEMENTATION,
             torch.bfloat16,
             5e-2,
             marks=pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed (extra [flash-attn])"),
