@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,8 +56,11 @@ def ready_to_generate(
         _on_every_rank(world, lambda: engine.load(whole_weights(model, policy_head(model).compute_dtype)))
         try:
             yield
-        finally:
-            _on_every_rank(world, engine.sleep)
+        except BaseException:  # perhaps of this rank alone, while the others are elsewhere
+            with suppress(EngineError):
+                engine.sleep()
+            raise
+        _on_every_rank(world, engine.sleep)
     else:
         if engine.loaded_step != step:
             export_model(model, tokenizer, engine.sync_dir, world, policy_head(model).compute_dtype)

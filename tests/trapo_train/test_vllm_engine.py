@@ -224,6 +224,10 @@ def test_ranks_agree_before_they_put_weights_together_before_they_sample_and_aft
         with pytest.raises(EngineError, match="of another rank"), ready(engine, model, Ranks(fails_at)):
             llm.log.append("sample")
         assert llm.log == expected
+    llm.log.clear()
+    with pytest.raises(ZeroDivisionError), ready(engine, model, Ranks()):
+        raise ZeroDivisionError  # of this rank alone: the others are elsewhere
+    assert llm.log == ["agree", "load", "reset", "agree"]
 
 
 def test_where_vllm_fails_to_load_a_weight_the_others_are_put_together_all_the_same(vllm, tmp_path, monkeypatch):
