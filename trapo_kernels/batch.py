@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trapo_kernels import batch_checks, checks
+from trapo_kernels.objective import Objective
 from trapo_kernels.roles import IGNORE_INDEX, Role
-
-if TYPE_CHECKING:
-    from trapo_kernels.objective import Objective
 
 _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
 
@@ -321,9 +319,9 @@ def aggregate(
     return weight if share is None else torch.where(counted, weight * share, 0.0).float()
 
 
-def silenced_weight(role: Tensor, weight: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
-    """The weight without that of tokens whose gradient is exactly zero under `objective`, because their advantage is; they are then
-    skipped like all rows that cannot contribute.
+def silenced_weight(role: Tensor, weight: Tensor, advantage: Tensor | None, objective: Objective) -> Tensor:
+    """`weight` with 0 for the tokens whose gradient under `objective` is exactly 0 because their advantage is 0; rows of weight 0
+    are skipped and left out of the metrics.
 
     Equivalent to, for `objectives.grpo()`:
 
@@ -331,21 +329,23 @@ def silenced_weight(role: Tensor, weight: Tensor, advantage: Tensor, objective: 
 
     Args:
         role: [N] uint8 `Role`. weight: [N] as `aggregate` returns it, whose denominators still count these tokens.
-        advantage: [N] fp32.
+        advantage: [N] fp32; None where the objective reads none, as in SFT, and no weight changes.
         objective: what will train the batch; a KL term keeps all rollout tokens, a term with signal "one" all tokens of its role.
 
-    Returns: weight [N]. Give the `TokenBatch` an entropy_weight of its own where there is an entropy bonus, which would follow it;
-        tokens with such a weight are not skipped.
+    Returns: weight [N]. With an entropy bonus pass the old weight as `entropy_weight` to the `TokenBatch`, or these tokens lose
+        their bonus; those that keep one are not skipped.
     Raises: TypeError or ValueError for a tensor of another shape or dtype.
     Memory: O(N). Determinism: elementwise. Source: d(a·V)/dlogp = a·G.
     """
     where, floats = "silenced_weight", (torch.float32, torch.float64)
+    checks.is_a(where, "objective", objective, Objective, "objectives.grpo()")
     checks.roles(where, role)
-    for name, value in (("weight", weight), ("advantage", advantage)):
-        checks.vector(where, name, value, len(role), role.device, floats)
+    checks.vector(where, "weight", weight, len(role), role.device, floats)
+    if advantage is not None or "advantage" in objective.reads():
+        checks.vector(where, "advantage", advantage, len(role), role.device, floats)
     silent = torch.zeros_like(role, dtype=torch.bool)
-    for code, name in ((Role.EXPERT, "expert"), (Role.ROLLOUT, "rollout")):
-        if objective.lives_by_advantage(name):
+    for code in (Role.EXPERT, Role.ROLLOUT):
+        if objective.lives_by_advantage(code):
             silent |= (role == code) & (advantage == 0)
     return torch.where(silent, 0.0, weight)
 

@@ -78,10 +78,8 @@ def finite_tensor(where: str, name: str, value: Tensor, remedy: str) -> None:
 def vector(where: str, name: str, value: Tensor, length: int, device: torch.device, dtypes: tuple) -> None:
     """`value` must be a tensor of shape [N] on `device` with one of `dtypes`."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{where}: {name} must be a tensor of shape [N] = [{length}], got {type(value).__name__}. "
-            "Pass torch.as_tensor(...) of it."
-        )
+        remedy = "Pass one value per token." if value is None else "Pass torch.as_tensor(...) of it."
+        raise TypeError(f"{where}: {name} must be a tensor of shape [N] = [{length}], got {type(value).__name__}. {remedy}")
     whole(where, name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trapo_kernels import checks
 from trapo_kernels.gates import GATES, Gate
+from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduction
 
 ANCHORS = ("zero", "self", "old", "rollout", "ref")
@@ -220,9 +221,10 @@ class Objective:
             needed |= layer.kl.reads if layer.kl else set()
         return needed
 
-    def lives_by_advantage(self, role: str) -> bool:
-        """Whether all that trains tokens of `role`, "expert" or "rollout", is times their advantage, but for an entropy bonus."""
-        terms, has_kl = (self.rollout_terms, self.has_kl) if role == "rollout" else (self.expert_terms, False)
+    def lives_by_advantage(self, role: int) -> bool:
+        """Whether all that trains tokens of Role.ROLLOUT or Role.EXPERT is times their advantage, but for an entropy bonus."""
+        checks.one_of("lives_by_advantage", "role", role, (Role.ROLLOUT, Role.EXPERT))
+        terms, has_kl = (self.rollout_terms, self.has_kl) if role == Role.ROLLOUT else (self.expert_terms, False)
         return bool(terms) and not has_kl and all(term.signal == "advantage" for term in terms)
 
     @property

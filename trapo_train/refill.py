@@ -18,7 +18,8 @@ from trapo_train.rollout import RolloutResult, chain_results
 def teaches(group: Sequence[Sample], objective: Objective) -> bool:
     """Whether a policy term of the objective has a gradient on one of the samples, whose advantages and prefix weights are set.
 
-    An entropy bonus and a KL do not count: they teach nothing about the problem.
+    An entropy bonus and a KL do not count: they teach nothing about the problem. `Objective.lives_by_advantage` is the same rule
+    for a role, where a KL counts.
     """
     for sample in group:
         imitated = sample.guided and sample.prefix_weight != 0

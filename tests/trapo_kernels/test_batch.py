@@ -240,3 +240,24 @@ def test_tokens_without_advantage_are_silenced_where_nothing_else_trains_them(ob
     advantage = torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0], device=cases.DEVICE)
     weight = silenced_weight(role, (role > 0).float(), advantage, objective)
     assert weight.nonzero().squeeze(1).tolist() == kept
+
+
+def test_what_reads_no_advantage_silences_nothing_without_one_and_what_reads_it_says_so():
+    role, weight = torch.tensor([1, 0, 2], dtype=torch.uint8, device=cases.DEVICE), torch.ones(3, device=cases.DEVICE)
+    assert torch.equal(silenced_weight(role, weight, None, objectives.sft()), weight)
+    with pytest.raises(TypeError, match=r"advantage must be a tensor .*, got NoneType\. Pass one value per token\.$"):
+        silenced_weight(role, weight, None, objectives.grpo())
+
+
+@pytest.mark.parametrize(("given", "kind"), [("grpo", "str"), (objectives.grpo, "function")])
+def test_what_is_no_objective_is_refused_by_its_kind(given, kind):
+    role, weight = torch.tensor([1], dtype=torch.uint8), torch.ones(1)
+    with pytest.raises(TypeError, match=rf"objective must be an Objective, got {kind}\. Pass objectives\.grpo\(\)\.$"):
+        silenced_weight(role, weight, weight, given)
+
+
+@pytest.mark.parametrize("role", ["Rollout", "rollout", Role.IGNORED])
+def test_only_roles_that_train_live_by_something(role):
+    assert objectives.grpo().lives_by_advantage(Role.ROLLOUT) and not objectives.grpo().lives_by_advantage(Role.EXPERT)
+    with pytest.raises(ValueError, match=r"role must be one of 1, 2, got "):
+        objectives.grpo().lives_by_advantage(role)
