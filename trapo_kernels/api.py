@@ -84,13 +84,15 @@ def linear_logprob(
             promised in float64 on a CPU, where MKL's products of few columns do not allow it.
         active_rows: [K] int64, ascending, rows with a target; all others are ignored like those of target -100, whatever theirs is,
             and reach no GEMM. None: every row with a target. A CPU finds those by itself; a GPU, which would have to wait to know
-            them, puts the ignored rows through all four GEMMs as zeros: name the others where they are few.
+            them, puts the ignored rows through all four GEMMs as zeros: name the others where they are few. Checked on a CPU; on a
+            GPU a row named twice counts twice in the head's gradients, and a missing one is ignored.
         backend: "auto", "reference", "torch" (chunked PyTorch), "triton", "native" (compiled C++ and CUDA), or "triton_fused" and
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
-            is triton on a GPU, native on a CPU, and torch where those cannot run. Eager or compiled, also in a policy loss of
-            two passes, a faster one on a GPU is looked up in trapo_kernels/scoring.json, which holds no measurement yet. On a CPU
-            with AMX or AVX512_BF16 a bf16 head has the GEMMs of the native extension under every chunked backend, where it is
-            installed; on one with AVX512_BF16 that is not Intel's a float32 head has its GEMM into the logits.
+            is triton on a GPU, native on a CPU, torch where those cannot run. On a GPU, scoring (this function, and the first pass
+            of a two-pass loss; eager or compiled) takes the backend that trapo_kernels/scoring.json has as fastest at the nearest
+            shape; it holds no measurement yet. On a CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of the native extension
+            under every chunked backend, where it is installed; on one with AVX512_BF16 that is not Intel's a float32 head has its
+            GEMM into the logits.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
@@ -149,9 +151,8 @@ def linear_policy_loss(
         ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
         in two, 4 GEMMs, and says so in `passes`; see `Objective.why_two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
-    Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward, where an upstream
-        gradient other than 1 costs one more read and write of each, on a GPU only of those that are not rounded there; a factor
-        of the loss that is folded into `weight` costs nothing.
+    Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward. A factor on the
+        loss costs one more read and write of each (on a GPU only of those that keep fp32); folded into `weight` it costs nothing.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """

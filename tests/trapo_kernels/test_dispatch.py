@@ -161,6 +161,15 @@ def test_a_scoring_call_says_what_it_asks_for(monkeypatch, setting):
         linear_logprob(hidden, weight, target, backend="triton_fused", **given)
 
 
+def test_named_rows_are_scored_with_what_was_fastest_for_their_number(monkeypatch):
+    asked, choose = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *arguments: asked.append(arguments[4]) or choose(*arguments))
+    hidden, weight, _ = cases.head(16, 6, 30, torch.float32)
+    target, rows = (torch.arange(n, device=cases.DEVICE) for n in (16, 5))
+    linear_logprob(hidden, weight, target, active_rows=rows)
+    assert asked == [dispatch.Scoring(5, 6, 30)]
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what the rows are")
 @pytest.mark.parametrize("known", [True, False])
 def test_a_loss_in_two_passes_scores_with_what_was_fastest(monkeypatch, known):
@@ -223,7 +232,7 @@ def test_results_without_a_gpu_make_no_table(tmp_path, capsys):
 
 def test_the_docs_of_auto_say_whether_its_table_holds_a_measurement():
     table = json.loads((Path(dispatch.__file__).parent / "scoring.json").read_text())
-    assert ("scoring.json, which holds no measurement yet" in " ".join(linear_logprob.__doc__.split())) == (not table["entries"])
+    assert ("; it holds no measurement yet" in " ".join(linear_logprob.__doc__.split())) == (not table["entries"])
 
 
 def test_every_pinned_entry_was_measured():
