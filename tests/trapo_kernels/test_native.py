@@ -297,3 +297,13 @@ def test_the_doctor_tells_a_wrong_backend(monkeypatch):
     monkeypatch.setattr(doctor, "_self_test", lambda backend, device: 0.5 if backend == "torch" else 0.0)
     lines, healthy = doctor.report()
     assert not healthy and any("WRONG" in line and "5.0e-01" in line for line in lines)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_doctor_tells_that_float32_logits_are_tf32(monkeypatch, allowed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_gpu", lambda: "1 x pretended")
+    monkeypatch.setattr(doctor, "_verdict", lambda backend, device: ("runs", True))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+    lines, _ = doctor.report()
+    assert any("TF32" in line and "set_float32_matmul_precision('highest')" in line for line in lines) == allowed
