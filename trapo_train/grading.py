@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trapo_train.metrics import Mean
 from trapo_train.workers import Answer, WorkerPool
 
 MATH_TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usually end it earlier
 MATH_MEMORY_LIMIT_MIB = 8192
+FAILED_SHARE = "reward/failed_share/"  # and the name of the reward
 
 
 class Grader:
@@ -39,10 +41,12 @@ class Grader:
         return answers
 
     def take_metrics(self) -> dict[str, float]:
-        """Counts since this was last asked; an exception of the grader counts as a crash."""
+        """Counts since this was last asked, and their share of the gradings; an exception of the grader counts as a crash."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
-        return {"reward/timeouts": float(counts["timeout"]), "reward/crashes": float(counts["crash"] + counts["error"])}
+        timeouts, crashes, gradings = counts["timeout"], counts["crash"] + counts["error"], counts.total()
+        share = {f"{FAILED_SHARE}{self.__name__}": Mean((timeouts + crashes) / gradings, gradings)} if gradings else {}
+        return {"reward/timeouts": float(timeouts), "reward/crashes": float(crashes), **share}
 
 
 class WorkerReward(Grader):

@@ -19,6 +19,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.files import replace_text
+from trapo_train.grading import FAILED_SHARE, MATH_TIME_LIMIT_S
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
@@ -237,9 +238,9 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
     found = {}
     if "finished_share" in metrics and metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
         found["silent"] = "the reward had no opinion (None) on any sample, and each counts as 0"
-    failed = int(metrics.get("reward/timeouts", 0) + metrics.get("reward/crashes", 0))
-    if failed and failed >= metrics["num_samples"] / 2:
-        found["failed"] = _about_failed_gradings(trainer.config, failed, metrics["num_samples"])
+    for key, share in metrics.items():
+        if key.startswith(FAILED_SHARE) and share >= 0.5:
+            found[key] = _about_failed_gradings(key.removeprefix(FAILED_SHARE), share)
     if metrics.get("finished_share") == 0:
         longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
         found["endless"] = (
@@ -253,13 +254,14 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
     for name, text in found.items():
         if name not in told:
             reporter.event(f"step {trainer.step}: {text}")
-    return (told & {"silent", "failed", "endless"}) | set(found)  # a step that trains something ends what is said of those before
+    return (told - {"nothing"}) | set(found)  # a step that trains something ends what is said of those before
 
 
-def _about_failed_gradings(config: RunConfig, failed: int, samples: float) -> str:
-    own = [term.name for term in config.reward if term.in_worker] if isinstance(config.reward, list) else []
-    remedy = f". Raise time_limit_s or memory_limit_mib of {', '.join(own)}, or try it with in_worker: false" if own else ""
-    return f"{failed} gradings of {samples:.0f} samples timed out or crashed, and each counts as 0{remedy}"
+def _about_failed_gradings(reward: str, share: float) -> str:
+    remedy = "Raise its time_limit_s or memory_limit_mib, or try it with in_worker: false"
+    if reward == "math_verify":
+        remedy = f"Its time limit is {MATH_TIME_LIMIT_S:g} s: look at the responses in samples/ (tracking.samples_every=1)"
+    return f"{share:.0%} of the gradings of {reward} timed out or crashed, and each counts as 0. {remedy}"
 
 
 def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:

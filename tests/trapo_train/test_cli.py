@@ -78,7 +78,7 @@ def test_what_a_run_leaves_is_documented(config, tmp_path):
     recorded = {kind: set() for kind in ("train", "eval", "event")}
     for row in read_metrics(tmp_path / "run"):
         recorded[row["kind"]] |= set(row)
-    needs = {"reward/timeouts", "reward/crashes", "rollout/kl_ref"}  # a reward in workers, a KL
+    needs = {"reward/timeouts", "reward/crashes", "reward/failed_share/<reward>", "rollout/kl_ref"}  # a reward in workers, a KL
     assert metric_names(steps) - recorded["train"] == needs
     assert {name.replace("@k", "@2") for name in metric_names(evaluations)} <= recorded["eval"]
 

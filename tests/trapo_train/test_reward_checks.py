@@ -5,6 +5,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,10 @@ from tests.trapo_train.test_train import EVALUATED, build_config, train_to_end
 from trapo_train import rewards
 from trapo_train.checkpoint import CheckpointError
 from trapo_train.display import read_metrics
+from trapo_train.grading import FAILED_SHARE, MathVerify
+from trapo_train.metrics import merge_metrics
 from trapo_train.rewards import RewardError, judge
+from trapo_train.train import _tell
 from trapo_train.trainer import Trainer
 
 MODULE = """
@@ -112,9 +116,33 @@ def test_a_reward_that_fails_on_most_rows_is_said_once(configure):
     train_to_end(config)
     told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event" and "crashed" in row["text"]]
     assert told == [
-        "step 1: 2 gradings of 2 samples timed out or crashed, and each counts as 0. Raise time_limit_s or memory_limit_mib of "
-        "odd_rewards:crashes, or try it with in_worker: false"
+        "step 1: 100% of the gradings of odd_rewards:crashes timed out or crashed, and each counts as 0. Raise its time_limit_s or "
+        "memory_limit_mib, or try it with in_worker: false"
     ]
+
+
+def test_each_reward_of_which_half_the_gradings_fail_is_named_and_no_other():
+    said, told, trainer = [], set(), SimpleNamespace(step=1)
+    mine, math = f"{FAILED_SHARE}mine:reward", f"{FAILED_SHARE}math_verify"
+    failed = {"reward/timeouts": 9.0, "reward/crashes": 9.0, "num_samples": 4}
+    for shares in ({mine: 0.49, math: 0.0}, {mine: 0.5, math: 0.49}, {mine: 0.75, math: 0.5}):
+        told = _tell(trainer, SimpleNamespace(event=said.append), {"loss_tokens": 7, **failed, **shares}, told)
+    assert said == [
+        "step 1: 50% of the gradings of mine:reward timed out or crashed, and each counts as 0. Raise its time_limit_s or "
+        "memory_limit_mib, or try it with in_worker: false",
+        "step 1: 50% of the gradings of math_verify timed out or crashed, and each counts as 0. Its time limit is 20 s: look at "
+        "the responses in samples/ (tracking.samples_every=1)",
+    ]
+
+
+def test_the_share_of_failed_gradings_is_that_of_all_ranks_and_calls():
+    grader = MathVerify()
+    parts = []
+    for outcomes in (["ok", "timeout", "ok"], [], ["crash"]):
+        grader._counts.update(outcomes)
+        parts.append(grader.take_metrics())
+    assert f"{FAILED_SHARE}math_verify" not in parts[1]
+    assert merge_metrics(parts) == {"reward/timeouts": 1.0, "reward/crashes": 1.0, f"{FAILED_SHARE}math_verify": 0.5}
 
 
 def test_a_run_whose_first_step_failed_begins_with_another_reward(configure):

@@ -372,6 +372,7 @@ def test_an_own_reward_in_workers_survives_itself(risky):
     assert judge(risky, problems(7), texts) == [2.0, 0.0, 0.0, None, 0.0, 0.0, 9.0]
     metrics = take_metrics(risky)
     assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == (1.0, 3.0)
+    assert metrics["reward/failed_share/risky_rewards:risky"] == 4 / 7
     assert metrics["reward/risky_rewards:risky"] == pytest.approx(11 / 6)
     for word, reason in [("bug", f"row 11: .*KeyError.*such key.* at {RAISED_AT}"), ("nan", "finite numbers, got nan on row 11")]:
         with pytest.raises(RewardError, match=f"'risky_rewards:risky' .*{reason}"):
