@@ -137,8 +137,8 @@ def _passes(config: RunConfig, objective: Objective, num_problems: int) -> str |
     if sampled or passes <= MANY_PASSES:
         return None
     return (
-        f"steps = {config.steps} of prompts_per_step = {config.prompts_per_step} are {passes:.0f} passes over the traces of "
-        f"{num_problems} problems. For three set steps=null epochs=3"
+        f"the run makes {passes:.0f} passes over the traces of {num_problems} problems (steps · prompts_per_step / problems). For "
+        "three set epochs=3"
     )
 
 

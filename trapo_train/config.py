@@ -147,7 +147,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a YAML file, or a recipe of the package by its name, and apply overrides such as "plan.name=grpo".
 
     An override's value is YAML too: 3, 1e-6, true, null, [1, 2]. It replaces the value at its key; missing sections on the
-    way are created.
+    way are created. One of steps and epochs, overridden alone, takes the place of the other.
 
     Raises:
         ConfigError: naming the key, the rule, the value and where it was set, for anything that is not a valid
@@ -160,6 +160,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     applied: list[tuple[KeyPath, str]] = []
     for override in overrides:
         applied.append((_apply_override(values, override), override))
+    overridden = [name for name in ("steps", "epochs") if any(key == (name,) for key, _ in applied)]
+    if len(overridden) == 1 and values[overridden[0]] is not None:
+        values.pop("epochs" if overridden == ["steps"] else "steps", None)
 
     def origin(key: KeyPath) -> str:
         for target, override in reversed(applied):

@@ -130,7 +130,9 @@ def test_more_prompts_in_a_step_than_there_are(advised):
 def test_many_passes_over_the_same_traces(advised):
     traces = ("objective.name=sft", "plan.name=sft", "packing.aggregation=token_mean", "prompts_per_step=2")
     (sentence,) = advised(*traces, "steps=50")
-    assert sentence.startswith("steps = 50 of prompts_per_step = 2 are 12 passes over the traces of 8 problems. For three set ")
+    assert sentence == (
+        "the run makes 12 passes over the traces of 8 problems (steps · prompts_per_step / problems). For three set epochs=3"
+    )
     assert advised(*traces, "steps=40") == advised("steps=50") == []
 
 
