@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 KeyPath = tuple[str, ...]
+_CALLED_HERE = {"trapo": "paper"}  # what is spelt quite differently: the plan of the TRAPO paper
 
 
 class UserError(ValueError):
@@ -182,10 +183,11 @@ def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
     """ " Did you mean …?" of the choice that is closest in spelling, or whose words start with these letters, lr for
-    learning_rate; "" where none is near."""
+    learning_rate, or that has another name here; "" where none is near."""
     choices = list(choices)
+    renamed = [choice for choice in choices if choice == _CALLED_HERE.get(word)]
     abbreviated = [choice for choice in choices if word == "".join(part[:1] for part in choice.split("_"))]
-    near = abbreviated or difflib.get_close_matches(word, choices, n=1)
+    near = renamed or abbreviated or difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {prefix + near[0]!r}?" if near else ""
 
 

@@ -98,6 +98,7 @@ def test_to_yaml_and_back(tmp_path, file):
         ),
         (["reward=''"], "reward must be a name, a list of at least one reward, or null, got ''"),
         (["plan.name=gropo"], "plan.name must be one of paper, release, grpo"),
+        (["plan.name=trapo"], "got 'trapo'. Did you mean 'paper'?"),
         (["plan.num_samples=3"], "run.yaml with override 'plan.num_samples=3': plan: num_samples is fixed by the plan"),
         (["plan.num_samples=3", "plan={name: grpo, num_samples: 0}"], "override 'plan={name: grpo, num_samples: 0}': plan:"),
         (["data.path=x"], "run.yaml with override 'data.path=x': data: Give either task or path"),
@@ -204,9 +205,33 @@ def test_epochs_in_place_of_steps_are_passes_over_the_problems(tmp_path):
     assert config.for_problems(20).steps == 6 and trainer.config.for_problems(20).steps == 3
     summary = train_to_end(config)
     assert summary.steps == 3 and load_config(tmp_path / "run" / "config.yaml").steps == 3
-    for overrides in (["epochs=2"], ["steps=null"], ["steps=null", "epochs=0"]):
+    for overrides in (["epochs=2", "steps=3"], ["steps=null"], ["steps=null", "epochs=0"]):
         with pytest.raises(ConfigError, match=r"or epochs in its place, got (both|neither)|epochs must be a finite"):
             build_config(tmp_path, "run", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["steps=500"], (500, None)),
+        (["epochs=2"], (None, 2)),
+        (["epochs=null", "steps=500"], (500, None)),
+        (["steps=null"], (None, 3)),
+    ],
+)
+def test_steps_or_epochs_of_the_command_line_take_the_place_of_the_other_in_a_recipe(overrides, expected):
+    config = load_config("sft", overrides)
+    assert (config.steps, config.epochs) == expected
+
+
+def test_steps_and_epochs_are_refused_together(file):
+    assert (load(file, "epochs=2").steps, load(file, "epochs=2").epochs) == (None, 2)
+    file.write_text(TEXT + "epochs: 3\n")
+    for overrides in ((), ("epochs=2", "steps=3")):
+        with pytest.raises(ConfigError, match=r"got both, .* Set steps=null or epochs=null"):
+            load(file, *overrides)
+    with pytest.raises(ConfigError, match="got neither"):
+        load(file, "steps=null", "epochs=null")
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
