@@ -45,4 +45,4 @@ def note_place(error: Exception, code: Any) -> None:
 
 def in_words(error: Exception) -> str:
     """The error with its notes, in a line."""
-    return " ".join([repr(error), *getattr(error, "__notes__", ())])
+    return " ".join(" ".join([repr(error), *getattr(error, "__notes__", ())]).split())

@@ -1,6 +1,7 @@
 """The files of samples: whole texts as JSON lines, of training steps and of evaluations, replaced as a whole."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.trapo_train.test_evaluate import ROLLOUT, CyclingEngine, problem
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, train_to_end
 from trapo_train import cli, samples
 from trapo_train.evaluate import EvalConfig, EvalSet, evaluate
+from trapo_train.files import replace_text
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards import RewardTerm, load_reward
 from trapo_train.samples import write_samples
@@ -99,3 +101,17 @@ def test_a_run_and_the_command_write_a_file_per_set_and_step(configure, capsys):
 def test_responses_that_nobody_samples_cannot_be_kept():
     with pytest.raises(ValueError, match="save_samples must not be set where sample is false, got True"):
         EvalConfig(sample=False, save_samples=True)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_text_that_cannot_be_written_leaves_nothing_but_what_was_there(tmp_path, monkeypatch, failing):
+    path = tmp_path / "table.md"
+    replace_text(path, "first")
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), full)
+    with pytest.raises(OSError, match="no space left"):
+        replace_text(path, "second")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"] and path.read_text() == "first"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trapo_train.user_code import in_words
 from trapo_train.workers import Answer, WorkerError, WorkerPool
 
 WORKER = """
@@ -144,3 +145,9 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_an_error_is_told_in_a_line():
+    error = ValueError("no\nnumber")
+    error.add_note("at mine.py:3\n  while grading")
+    assert in_words(error) == "ValueError('no\\nnumber') at mine.py:3 while grading"
