@@ -85,7 +85,8 @@ class Trainer:
             self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
-        tell(f"reading {config.data.path or config.data.task}{' and the held-out sets' if config.eval_data else ''}")
+        read = [str(config.data.path or config.data.task)] * trains + ["the held-out sets"] * (config.eval_data is not None)
+        tell(f"reading {' and '.join(read)}")
         self.problems = self._load_problems()
         self.config = config = config.for_problems(len(self.problems))
         self.notes += advice(config, self.objective, len(self.problems), self.world)

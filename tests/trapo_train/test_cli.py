@@ -100,7 +100,9 @@ def test_overrides_reach_the_run_which_says_what_it_does_before_its_first_step(c
 def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, capsys):
     assert cli.main(["eval", str(finished_run)]) == 0
     last = [row for row in read_metrics(finished_run) if row["kind"] == "eval"][-1]
-    shown = next(line for line in capsys.readouterr().out.splitlines() if " all " in line)
+    said = capsys.readouterr().out.splitlines()
+    assert "reading the held-out sets" in said
+    shown = next(line for line in said if " all " in line)
     assert f"{last['accuracy']:.3f}" in shown
 
 
