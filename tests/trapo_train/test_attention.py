@@ -21,6 +21,7 @@ from trapo_train.attention import (
     check_attention,
     choose_attention,
     packed_attention_forward,
+    plain_attention,
     segment_arguments,
 )
 from trapo_train.flex import BLOCK, packed_block_mask
@@ -252,3 +253,11 @@ def test_unsupported_attention_is_refused():
     old._supports_attention_backend = False
     with pytest.raises(ValueError, match="does not"):
         check_attention(old)
+
+
+def test_plain_attention_gives_the_chosen_one_back_after_an_exception_too():
+    model = build(CONFIGS["llama"])
+    with pytest.raises(KeyError), plain_attention(model):
+        assert model.config._attn_implementation == "eager"
+        raise KeyError("inside")
+    assert model.config._attn_implementation == PACKED_IMPLEMENTATION

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.trapo_train.test_step import make_model, make_samples
-from tests.trapo_train.test_train import TINY
+from tests.trapo_train.test_train import TINY, build_config
 from trapo_kernels import objectives
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
@@ -26,6 +26,7 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import PackingConfig, pack
 from trapo_train.parallel import ParallelConfig, World, gathered, interleave, place_model
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, optimizer_step
+from trapo_train.trainer import Trainer
 from trapo_train.vocab_parallel import join_micro_batches
 
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
@@ -305,3 +306,11 @@ def _wait_for(condition):
     while not condition():
         assert time.monotonic() < end, "nothing happened within two minutes"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_rank_alone_tells_what_takes_a_while(tmp_path, monkeypatch, first):
+    told = []
+    monkeypatch.setattr(World, "first", first)
+    Trainer(build_config(tmp_path, "run"), tell=told.append)
+    assert told == (["loading a model from scratch", "reading pointer_chasing"] if first else [])
