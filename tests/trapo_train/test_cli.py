@@ -71,7 +71,8 @@ def test_run_writes_metrics_plots_and_the_model(finished_run, capsys):
 
 
 def test_what_a_run_leaves_is_documented(config, tmp_path):
-    assert cli.main(["run", config, "steps=1", "reward=[{name: pointer_chasing}]", "evaluation.samples_per_prompt=2"]) == 0
+    settings = ["reward=[{name: pointer_chasing}]", "evaluation.samples_per_prompt=2", "updates.correction={name: tis}"]
+    assert cli.main(["run", config, "steps=1", *settings]) == 0
     files, steps, evaluations = re.findall(r"\|---\|---\|\n(.*?)\n(?:\n|$)", README.split("What a run leaves")[1], re.S)
     named = re.findall(r"^\| `([\w.]+)", files, re.M)
     assert {path.name for path in (tmp_path / "run").iterdir()} <= set(named)
