@@ -195,10 +195,10 @@ class CheckpointStore:
         differences = compare_fingerprints(saved, json.loads(json.dumps(fingerprint)))
         if differences:
             cause = f" {about_data}" if about_data and any(sentence.startswith("data ") for sentence in differences) else ""
-            untrained = " Nothing was trained by then: delete it, and this run begins there." if steps[-1] == 0 else ""
+            begin = " That checkpoint is of step 0, before any training: delete it, and the run starts from the beginning."
             raise CheckpointError(
                 f"checkpoint: {path} belongs to a different run: {'; '.join(differences)}. "
-                f"Set these back to resume it, or start a new run in another output_dir.{untrained}{cause}"
+                f"Set these back to resume it, or start a new run in another output_dir.{'' if steps[-1] else begin}{cause}"
             )
         return steps[-1], torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
 

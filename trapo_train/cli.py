@@ -283,8 +283,9 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     console.print(
         f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
         f"{plan.micro_batch_tokens} tokens, {plan.sequences} responses of at most {plan.generated} tokens, prompt included, "
-        f"generated together on a rank (of {plan.generated_by}). Before that, each rank takes {plan.loading_bytes / GIB:.2f} GiB "
-        "of host memory to load the model in float32. Not counted: the CUDA context, the allocator's fragmentation.",
+        f"generated together on a rank (those of {plan.generated_by}). Before that, each rank takes "
+        f"{plan.loading_bytes / GIB:.2f} GiB of host memory to load the model in float32. Not counted: the "
+        "CUDA context, the allocator's fragmentation.",
         highlight=False,
     )
     if args.memory_gib is None:

@@ -31,8 +31,8 @@ STAND_IN = "trapo_train.dry_run:stand_in_reward"
 
 
 def stand_in_reward(completions: Sequence[str], **columns: Any) -> list[float]:
-    """Below 1, which counts as correct, and different for different completions: a random model solves nothing, and equal rewards
-    would leave no token in the loss."""
+    """Values below 1, because 1 would count as correct, and different for different completions: a random model solves nothing, and
+    equal rewards would leave no token in the loss."""
     return [zlib.crc32(completion.encode()) / 2**32 for completion in completions]
 
 

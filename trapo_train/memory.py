@@ -265,7 +265,7 @@ def _most_generated(
             bound = f"rollout.max_batch_tokens={config.rollout.max_batch_tokens}"
         sequences = min(responses, sequences)
         parts = list(_rollout(replace(config, rollout=rollout), architecture, weights, gpus, length, sequences, device_type))
-        found.append((parts, sequences, length, f"{whose}, {bound}"))
+        found.append((parts, sequences, length, f"{whose}; {bound} bounds them"))
     return max(found, key=lambda entry: (sum(size for _, sizes in entry[0] for size in sizes.values()), entry[1]))
 
 

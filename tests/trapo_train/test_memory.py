@@ -145,9 +145,9 @@ def test_an_evaluation_of_longer_responses_counts(recipe):
     same = plan_memory(load_config(recipe, held_out))
     longer = plan_memory(load_config(recipe, [*held_out, "evaluation.max_response_tokens=1984"]))
     assert (same.sequences, same.generated) == (32, 512) and (longer.sequences, longer.generated) == (16, 2048)
-    assert same.generated_by == "a step, prompts_per_step=8"
-    assert longer.generated_by == "an evaluation call, evaluation.responses_per_call=16"
-    assert plan_memory(load_config(recipe)).generated_by == "a step, rollout.max_batch_tokens=4096"
+    assert same.generated_by == "a step; prompts_per_step=8 bounds them"
+    assert longer.generated_by == "an evaluation call; evaluation.responses_per_call=16 bounds them"
+    assert plan_memory(load_config(recipe)).generated_by == "a step; rollout.max_batch_tokens=4096 bounds them"
     assert longer.total("loss") == same.total("loss") and longer.total("rollout") > same.total("rollout")
     assert plan_memory(load_config(recipe, [*held_out, "evaluation.max_response_tokens=9999"])).generated == 4096  # the positions
 

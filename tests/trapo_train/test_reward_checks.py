@@ -150,7 +150,7 @@ def test_a_run_whose_first_step_failed_begins_with_another_reward(configure):
     with pytest.raises(RewardError, match="KeyError"):
         train_to_end(configure("reward=odd_rewards:raises", *settings))
     config = configure("reward=odd_rewards:made", *settings)
-    with pytest.raises(CheckpointError, match="a different run: .* Nothing was trained by then: delete it, and this run begins"):
+    with pytest.raises(CheckpointError, match="a different run: .* of step 0, before any training: delete it, and the run starts"):
         train_to_end(config)
     shutil.rmtree(Path(config.output_dir, "checkpoints", "step_00000000"))
     assert train_to_end(config).steps == 1
