@@ -197,10 +197,12 @@ def packed_attention_forward(
             raise UserError(
                 f"packed attention: {type(module).__name__} asks for {unsupported}, which it cannot do. Use another model."
             )
+    if flash:
+        options = {"dropout": dropout, "softmax_scale": scaling, "sliding_window": sliding_window}
+        return _flash_forward((query, key, value), boundaries, max(segment_lengths), **options), None
     if boundaries is not None:
         row = (boundaries, max(segment_lengths))
-        varlen = _flash_forward if flash else varlen_forward
-        return varlen(module, query, key, value, *row, sliding_window, dropout, scaling), None
+        return varlen_forward(module, query, key, value, *row, sliding_window, dropout, scaling), None
     if flex:
         return flex_forward(module, query, key, value, tuple(segment_lengths), sliding_window, dropout, scaling), None
     runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
@@ -214,26 +216,16 @@ def packed_attention_forward(
     return torch.cat(outputs).unsqueeze(0), None
 
 
-def _flash_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    longest: int,
-    sliding_window: int | None,
-    dropout: float,
-    scaling: float | None,
-) -> Tensor:
-    """`varlen_forward` with the kernel of the package flash-attn, as transformers calls it for rows that it knows to be packed."""
+def _flash_forward(qkv: Sequence[Tensor], boundaries: Tensor, longest: int, **options: Any) -> Tensor:
+    """`varlen_forward` with the kernel of the package flash-attn, as transformers calls it for rows that it knows to be packed; it
+    takes the `options`."""
+    query = qkv[0]
     return _flash_attention_forward(
-        *(x.transpose(1, 2) for x in (query, key, value)),  # [1, T, heads, head_dim]
+        *(x.transpose(1, 2) for x in qkv),  # [1, T, heads, head_dim]
         attention_mask=None,
         query_length=query.shape[2],
         is_causal=True,
-        dropout=dropout,
-        softmax_scale=scaling,
-        sliding_window=sliding_window,
+        **options,
         cu_seq_lens_q=boundaries,
         cu_seq_lens_k=boundaries,
         max_length_q=longest,

@@ -150,7 +150,7 @@ def judge(
         return reward.judge(problems, texts, about)
     try:
         values = called(reward, _arguments(problems, texts, about))
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         raise RewardError(_describe_exception(reward, problems, texts, about, error)) from error
     name = _name(reward)
     if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
@@ -291,7 +291,7 @@ def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None
         if not inspect.isawaitable(values):
             return values
         return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything, and nothing is kept from the caller
         note_place(error, reward)
         raise
 

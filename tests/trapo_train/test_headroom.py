@@ -71,7 +71,9 @@ def test_a_length_penalty_beside_the_verifier_changes_no_pass_rate():
 
 
 def test_rows_and_gain():
-    num_right = lambda depth, prefix: min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3)  # noqa: E731
+    def num_right(depth, prefix):
+        return min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3)
+
     report, engine = measure(num_right, rollout=replace(ROLLOUT, temperature=0.7))
     assert [(row.fraction, row.group) for row in report.rows] == [
         (fraction, group) for fraction in (0.0, 0.25, 0.5, 0.75) for group in ("depth_4", "depth_6", "all")

@@ -171,7 +171,9 @@ def test_masking_takes_what_was_cut_off_out_of_the_loss_and_leaves_its_reward_in
 
 
 def test_rewards_that_differ_in_their_last_digits_are_equal_for_metrics_as_for_advantages():
-    reward = lambda prompts, completions, **columns: [0.1 + 0.2, 0.3]  # noqa: E731
+    def reward(prompts, completions, **columns):
+        return [0.1 + 0.2, 0.3]
+
     result, _ = run([problem()], "grpo", reward=reward, num_samples=2)
     assign_advantages(result.groups, AdvantageConfig())
     assert {sample.reward for sample in result.groups[0]} == {0.1 + 0.2, 0.3} and result.metrics["reward/equal_share"] == 1
