@@ -57,6 +57,10 @@ class DataConfig:
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth. The same as
     expert_column for conversations: the last assistant turn, as the chat template writes it, is the expert trace, what comes before
     it the prompt. Messages reach the template with all their fields, such as tool_calls, and so does a column tools."""
+    learned_turns: Literal["last", "all"] = "last"
+    """Which assistant turns of a conversation are expert traces: the last, with the others as context, or all, each as a problem of
+    its own whose prompt is what comes before it, as the chat template writes that for a model that is to answer. Each problem
+    computes its prompt again, so long chats of many turns cost more than their tokens."""
     solution_column: str | None = "solution"
     """Column with the true answer that the reward compares with; null if the dataset has none."""
     expert_column: str | None = "expert"
@@ -100,6 +104,11 @@ class DataConfig:
             raise UserError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
         if self.preset is not None:
             self._apply_preset()
+        if self.learned_turns == "all" and self.prompt_column != self.expert_column:
+            raise UserError(
+                f"learned_turns: all needs conversations, prompts and expert traces in one column, got prompt_column = "
+                f"{self.prompt_column} and expert_column = {self.expert_column}. Set preset: messages, or leave it out."
+            )
         taken = sorted(RENDERING & set(self.chat_template_kwargs))
         if taken:
             raise UserError(f"chat_template_kwargs must be variables of the template, got {', '.join(taken)}. Leave that out.")
@@ -135,14 +144,14 @@ class DataReport:
     """Last turns of conversations that are trained on as their content alone: the chat template does not write them after the
     rendered prompt, or not all of their content."""
     context_turns: int = 0
-    """Assistant turns before the last, which is what is learned."""
+    """Assistant turns before the last, where that alone is learned."""
     plain_prompts: int = 0
     """Text prompts that go in as they are although the tokenizer has a chat template."""
 
     def __str__(self) -> str:
         dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
         bare = f"; {self.bare_answers} answers are their content alone, which the chat template writes in another way"
-        turns = f"; {self.context_turns} assistant turns before the last are context only"
+        turns = f"; {self.context_turns} assistant turns before the last are context only (learned_turns: all)"
         plain = f"; {self.plain_prompts} prompts go in as the texts they are (as_chat: true renders them with the chat template)"
         return (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trapo_train.conversations import answer_text, examples, split_conversation
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rewards import ABOUT_RESPONSES
 from trapo_train.rows import (
-    answer_text,
     cell,
     load_rows,
     prompt_text,
     solution_text,
-    split_conversation,
     tools_of,
     trace_texts,
     wants_chat,
@@ -49,7 +48,7 @@ class Trace(NamedTuple):
 class Entry(NamedTuple):
     """What is kept in memory of a problem."""
 
-    row: int
+    index: int  # Problem.index
     prompt_tokens: int
     traces: tuple[Trace, ...]
 
@@ -138,10 +137,12 @@ class RowReader:
             config.preset != "messages" or _has(columns, config.solution_column)
         )
         self._further = _further_columns(config, columns, self.where)
+        self._examples = examples(self._rows, config, self.where)
 
     def chunks(self) -> Iterator[list[Problem | None]]:
-        """All rows in order, some at a time, as problems; None for one with too long a prompt."""
-        rows = enumerate(self._rows)
+        """All examples in order, some at a time, as problems; None for one with too long a prompt."""
+        by_row = groupby(enumerate(self._examples), key=lambda numbered: numbered[1].row)
+        rows = ((index, row) for row, (_, of_row) in zip(self._rows, by_row, strict=True) for index, _ in of_row)
         while chunk := list(islice(rows, CHUNK_ROWS)):
             read = [self._read(index, row) for index, row in chunk]
             self.bare_answers += sum(row.is_bare for row in read)
@@ -153,13 +154,13 @@ class RowReader:
 
     def problem(self, entry: Entry) -> Problem:
         """The problem of an entry, with the traces that are in use."""
-        read = self._read(entry.row, self._rows[entry.row])
-        named = [(entry.row, read.traces[trace.number]) for trace in entry.traces]
+        read = self._read(entry.index, self._rows[self._examples[entry.index].row])
+        named = [(entry.index, read.traces[trace.number]) for trace in entry.traces]
         return replace(read.problem, experts=tuple(self._experts(named)))
 
     def _read(self, index: int, row: dict[str, Any]) -> _Row:
-        config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, row {index}"
-        value, expert, prompt, is_bare = self._texts(row, at)
+        config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, {self._examples[index]}"
+        value, expert, prompt, is_bare = self._texts(row, self._examples[index].messages, at)
         prompt += config.response_start
         with _encoding(f"{at}: the prompt"):
             prompt_ids, twice = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
@@ -184,16 +185,18 @@ class RowReader:
             traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
         columns = {column: row[column] for column in self._further}
         problem = Problem(index, prompt, prompt_ids, solution, columns=columns)
-        turns = sum(message["role"] == "assistant" for message in value) if traces and self._are_conversations else 0
+        turns = 0
+        if traces and self._are_conversations and config.learned_turns == "last":
+            turns = sum(message["role"] == "assistant" for message in value)
         return _Row(problem, traces, is_bare, turns, bool(tokenizer.chat_template) and not wants_chat(value, config))
 
-    def _texts(self, row: dict[str, Any], at: str) -> tuple[Any, Any, str, bool]:
+    def _texts(self, row: dict[str, Any], messages: int | None, at: str) -> tuple[Any, Any, str, bool]:
         """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and
-        whether the answer of a conversation is its content alone."""
+        whether the answer of a conversation, of which the first `messages` count, is its content alone."""
         config, tokenizer = self._config, self._tokenizer
         value, answer = cell(row, config.prompt_column, at), None
         if self._are_conversations:
-            value, answer = split_conversation(value, at)
+            value, answer = split_conversation(value, messages, at)
         tools = tools_of(row, at) if wants_chat(value, config) else None
         prompt = prompt_text(value, config, tokenizer, at, tools)
         if answer is None:
@@ -203,18 +206,19 @@ class RowReader:
         return value, text, prompt, not is_written
 
     def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
-        """Tokenise traces, each given with the row that it is from."""
+        """Tokenise traces, each given with the index of its example."""
         if not named:
             return
         end, end_id = self._tokenizer.eos_token, self._tokenizer.eos_token_id
         texts = [text.removesuffix(end) for _, text in named]
-        with _encoding(f"{self.where}, rows {named[0][0]} to {named[-1][0]}: an expert trace"):
+        first, last = (self._examples[index] for index in (named[0][0], named[-1][0]))
+        with _encoding(f"{self.where}, from {first} to {last}: an expert trace"):
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for (row, _), text, token_ids in zip(named, texts, encoded, strict=True):
+        for (index, _), text, token_ids in zip(named, texts, encoded, strict=True):
             if end_id in token_ids:
                 raise UserError(
-                    f"{self.where}, row {row}: an expert trace has the end-of-sequence token {end!r} before its end. Remove it "
-                    "from the text."
+                    f"{self.where}, {self._examples[index]}: an expert trace has the end-of-sequence token {end!r} before its end. "
+                    "Remove it from the text."
                 )
             yield ExpertTrace(text + end, (*token_ids, end_id))
 

@@ -19,9 +19,9 @@ class ExpertTrace:
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the dataset, tokenised.
+    """One row of the dataset, or a conversation in it up to one of the assistant's turns, tokenised.
 
-    `index` is the row's position in its dataset and identifies the problem's advantage group. `columns` holds every further
+    `index` is its position among all of these and identifies the problem's advantage group. `columns` holds every further
     column of the dataset; the reward function receives them by name.
     """
 

@@ -79,147 +79,17 @@ def prompt_text(
             return value
         messages = [{"role": "user", "content": value}]
     else:
-        messages = _messages(value, f"{where}: a prompt")
+        messages = checked_messages(value, f"{where}: a prompt")
     if messages[-1]["role"] == "assistant":
         raise UserError(
             f"{where}: a chat prompt must end with what the model is to answer, got an assistant message at its end. Leave the "
             "answer out of the prompt; expert_column is the place for it, or the same column for conversations (preset: "
             "messages)."
         )
-    return _rendered(messages, config, tokenizer, where, tools, add_generation_prompt=True)
+    return rendered_chat(messages, config, tokenizer, where, tools, add_generation_prompt=True)
 
 
-def split_conversation(value: Any, where: str) -> tuple[list[Message], Message | None]:
-    """Return the prompt of a conversation, all before its last message, and that message, which is the expert trace; None where
-    another role than assistant speaks last, and all of it is the prompt."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: a conversation must be a non-empty list of messages with role and content, got {_shown(value)}.")
-    messages = _messages(value, f"{where}: a conversation")
-    if messages[-1]["role"] != "assistant":
-        return messages, None
-    if len(messages) == 1:
-        raise UserError(
-            f"{where}: a conversation must have a message before the last, which is answered, got an assistant message alone. "
-            "Remove the row."
-        )
-    return messages[:-1], messages[-1]
-
-
-def answer_text(
-    messages: list[Message],
-    answer: Message,
-    prompt: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    tools: list[Any] | None = None,
-) -> tuple[str, bool]:
-    """Return what the chat template writes of an `answer` behind the rendered `prompt`, thoughts and tool calls included, without
-    the token that ends the turn; and True. Where it does not go on from there, as one whose generation prompt opens thoughts does
-    not for an answer without, or leaves out some of the content, as one that drops thoughts: the content alone and False.
-
-    Raises: UserError for a field of BESIDE_CONTENT that the template does not write, and where content alone would not do.
-    """
-    content = answer.get("content", "")
-    further = [field for field in BESIDE_CONTENT if answer.get(field)]
-    if not content and not further:  # nobody answered
-        return "", True
-
-    def rendered(answer: Message) -> str:
-        return _rendered([*messages, answer], config, tokenizer, where, tools, add_generation_prompt=False)
-
-    whole = rendered(answer)
-    for field in further:
-        others = {"content": "", **{name: value for name, value in answer.items() if name != field}}
-        without = None
-        with suppress(UserError):  # a template that misses the field reads it
-            without = rendered(others)
-        if without == whole:
-            raise UserError(
-                f"{where}: the chat template must write the field {field} of the last message, it does not. Set model.tokenizer to "
-                "one whose template does, or remove the field from the row."
-            )
-    text = _turn(whole.removeprefix(prompt), tokenizer) if whole.startswith(prompt) else None
-    # The template may move thoughts, which the content has before </think>.
-    parts = [part.strip().removeprefix(THINK).strip() for part in content.split(END_THINK)]
-    if text is not None and text.strip() and all(part in text for part in parts):
-        return text, True
-    if not content.strip() or answer.get("tool_calls"):
-        raise UserError(
-            f"{where}: the chat template must write all of the last message after the rendered prompt, which {_shown(answer)} is "
-            "not, and its content alone cannot take its place. Remove the row, or set model.tokenizer to one with another template."
-        )
-    return content, False
-
-
-def tools_of(row: dict[str, Any], where: str) -> list[Any] | None:
-    """Return what a row has in its column tools, descriptions of functions as a list or as JSON; None where it has none."""
-    value = row.get("tools")
-    if isinstance(value, str):
-        with suppress(ValueError):  # refused below, as any other text
-            value = json.loads(value)
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise UserError(
-            f"{where}: the column tools must hold a list of function descriptions for the chat template, got {_shown(value)}. "
-            "Rename the column if it is something else."
-        )
-    return _without_none(value)
-
-
-def wants_chat(prompt: Any, config: DataConfig) -> bool:
-    """Return whether a prompt is rendered with the chat template."""
-    return config.as_chat or config.system_prompt is not None or not isinstance(prompt, str)
-
-
-def solution_text(value: Any, where: str) -> str | None:
-    """Return a solution as text; whole numbers are spelled, None stays."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if value is None or isinstance(value, str):
-        return value
-    raise UserError(f"{where}: a solution must be text, a whole number or null, got {_shown(value)}. Convert the column.")
-
-
-def trace_texts(value: Any, where: str) -> list[str]:
-    """Return the expert traces of a cell: text, an assistant message, or a list of these; empty ones are left out."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        value = [value]
-    return [text for text in (_trace_text(item, where) for item in value) if text]
-
-
-def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
-    """The expert trace with its <think> tags treated as `DataConfig.think_tags` says; the prompt may have opened them."""
-    opened = trace.lstrip().startswith(THINK) or prompt.rstrip().endswith(THINK)
-    if mode == "strip":
-        return re.sub(f"^{THINK}\\s*|{THINK}|{END_THINK}", "", trace.lstrip())
-    if mode == "add" and not opened:
-        return f"{THINK}\n{trace}"
-    if mode == "require" and not (opened and END_THINK in trace):
-        raise UserError(
-            f"{where}: an expert trace must open with {THINK} and have {END_THINK} (think_tags: require), got {_shown(trace)}. "
-            "Remove the row, or set think_tags: keep or add."
-        )
-    return trace
-
-
-def without_start(trace: str, prompt: str, response_start: str, rendered: bool) -> str:
-    """The expert trace without what the prompt ends with already: response_start, <think>, or whatever tag a chat template opened,
-    or the empty thoughts that it wrote, where the prompt was `rendered` with one."""
-    tag = re.search(rf"({THINK}\s*{END_THINK}|<[A-Za-z_|]+>)\s*$" if rendered else f"{THINK}\\s*$", prompt)
-    opening = response_start.strip() or (tag.group().strip() if tag else "")
-    if not opening or not trace.lstrip().startswith(opening):
-        return trace
-    rest = trace.lstrip().removeprefix(opening)
-    gap = prompt[len(prompt.rstrip()) :]
-    # White space behind the tag that the prompt has is the prompt's; what it lacks stays for the model to write.
-    return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
-
-
-def _rendered(
+def rendered_chat(
     messages: list[Message],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,6 +98,7 @@ def _rendered(
     *,
     add_generation_prompt: bool,
 ) -> str:
+    """Return what the tokenizer's chat template writes of `messages`, behind the configured system prompt where they have none."""
     if config.system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     if not tokenizer.chat_template:
@@ -253,16 +124,92 @@ def _rendered(
         raise UserError(f"{where}: the chat template refused the prompt: {error}") from error
 
 
-def _turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A rendered turn without the token that ends it, be that one EOS or, as a response ends with EOS here, another special token;
-    None where more than special tokens stands behind EOS."""
-    turn, end, rest = text.rpartition(tokenizer.eos_token)
-    if end and not rest.strip():
-        return turn
-    special = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    if not end:
-        return re.sub(f"({special})$", "", rest.rstrip()) if special else rest.rstrip()
-    return turn if re.fullmatch(rf"(\s|{special})*", rest) else None
+def tools_of(row: dict[str, Any], where: str) -> list[Any] | None:
+    """Return what a row has in its column tools, descriptions of functions as a list or as JSON; None where it has none."""
+    value = row.get("tools")
+    if isinstance(value, str):
+        with suppress(ValueError):  # refused below, as any other text
+            value = json.loads(value)
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(
+            f"{where}: the column tools must hold a list of function descriptions for the chat template, got {shown(value)}. "
+            "Rename the column if it is something else."
+        )
+    return _without_none(value)
+
+
+def wants_chat(prompt: Any, config: DataConfig) -> bool:
+    """Return whether a prompt is rendered with the chat template."""
+    return config.as_chat or config.system_prompt is not None or not isinstance(prompt, str)
+
+
+def solution_text(value: Any, where: str) -> str | None:
+    """Return a solution as text; whole numbers are spelled, None stays."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise UserError(f"{where}: a solution must be text, a whole number or null, got {shown(value)}. Convert the column.")
+
+
+def trace_texts(value: Any, where: str) -> list[str]:
+    """Return the expert traces of a cell: text, an assistant message, or a list of these; empty ones are left out."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        value = [value]
+    return [text for text in (_trace_text(item, where) for item in value) if text]
+
+
+def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
+    """The expert trace with its <think> tags treated as `DataConfig.think_tags` says; the prompt may have opened them."""
+    opened = trace.lstrip().startswith(THINK) or prompt.rstrip().endswith(THINK)
+    if mode == "strip":
+        return re.sub(f"^{THINK}\\s*|{THINK}|{END_THINK}", "", trace.lstrip())
+    if mode == "add" and not opened:
+        return f"{THINK}\n{trace}"
+    if mode == "require" and not (opened and END_THINK in trace):
+        raise UserError(
+            f"{where}: an expert trace must open with {THINK} and have {END_THINK} (think_tags: require), got {shown(trace)}. "
+            "Remove the row, or set think_tags: keep or add."
+        )
+    return trace
+
+
+def without_start(trace: str, prompt: str, response_start: str, rendered: bool) -> str:
+    """The expert trace without what the prompt ends with already: response_start, <think>, or whatever tag a chat template opened,
+    or the empty thoughts that it wrote, where the prompt was `rendered` with one."""
+    tag = re.search(rf"({THINK}\s*{END_THINK}|<[A-Za-z_|]+>)\s*$" if rendered else f"{THINK}\\s*$", prompt)
+    opening = response_start.strip() or (tag.group().strip() if tag else "")
+    if not opening or not trace.lstrip().startswith(opening):
+        return trace
+    rest = trace.lstrip().removeprefix(opening)
+    gap = prompt[len(prompt.rstrip()) :]
+    # White space behind the tag that the prompt has is the prompt's; what it lacks stays for the model to write.
+    return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
+
+
+def checked_messages(value: Any, what: str) -> list[Message]:
+    """The messages as they are, without fields that are null: the rows of a dataset all have the fields of any of them."""
+    good = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    messages = _without_none(value) if good else []
+    good = bool(messages) and all(
+        isinstance(message.get("role"), str) and isinstance(message.get("content", "" if message.get("tool_calls") else None), str)
+        for message in messages
+    )
+    if not good:
+        raise UserError(
+            f"{what} must be text or a non-empty list of messages with text under 'role' and 'content' (which one with tool_calls "
+            f"need not have), got {shown(value)}."
+        )
+    return messages
+
+
+def shown(value: Any) -> str:
+    """Return how an error shows a value: its beginning and its type."""
+    return f"{repr(value)[:100]} ({type(value).__name__})"
 
 
 def _check_variables(given: Iterable[str], template: str, where: str) -> None:
@@ -341,7 +288,7 @@ def _from_file(reader: Callable[..., Any], files: dict[str, str], split: str) ->
 def _trace_text(item: Any, where: str) -> str:
     if item is None or isinstance(item, str):
         return item or ""
-    messages = _messages(item if isinstance(item, list) else [item], f"{where}: an expert trace")
+    messages = checked_messages(item if isinstance(item, list) else [item], f"{where}: an expert trace")
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
         raise UserError(f"{where}: an expert trace must be one assistant message, got the roles {roles}.")
@@ -354,27 +301,7 @@ def _trace_text(item: Any, where: str) -> str:
     return messages[0]["content"]
 
 
-def _messages(value: Any, what: str) -> list[Message]:
-    """The messages as they are, without fields that are null: the rows of a dataset all have the fields of any of them."""
-    good = isinstance(value, list) and all(isinstance(message, dict) for message in value)
-    messages = _without_none(value) if good else []
-    good = bool(messages) and all(
-        isinstance(message.get("role"), str) and isinstance(message.get("content", "" if message.get("tool_calls") else None), str)
-        for message in messages
-    )
-    if not good:
-        raise UserError(
-            f"{what} must be text or a non-empty list of messages with text under 'role' and 'content' (which one with tool_calls "
-            f"need not have), got {_shown(value)}."
-        )
-    return messages
-
-
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _shown(value: Any) -> str:
-    return f"{repr(value)[:100]} ({type(value).__name__})"

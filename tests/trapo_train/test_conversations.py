@@ -89,7 +89,7 @@ def test_an_answer_that_is_a_tool_call_is_learned(load, tokenizer):
 
 def test_the_report_says_what_is_not_learned_as_the_template_has_it(load, tokenizer):
     assert str(load([{"messages": CHAT}] * 3, preset="messages").report).endswith(
-        "3 expert traces; 3 assistant turns before the last are context only"
+        "3 expert traces; 3 assistant turns before the last are context only (learned_turns: all)"
     )
     tokenizer.chat_template = OPENS_THOUGHTS
     report = load([{"messages": CHAT[:3]}] * 2, preset="messages").report
@@ -148,3 +148,40 @@ def test_what_would_be_lost_is_refused(row, message, load, tokenizer):
     options = {"prompt_column": "messages"} if "expert" in row else {"preset": "messages"}
     with pytest.raises(ValueError, match=message):
         load([row], **options)
+
+
+def test_each_turn_of_the_assistant_can_be_learned(load, tokenizer):
+    tokenizer.chat_template = THOUGHTS
+    greeting = {"role": "assistant", "content": "Hello."}  # answers nothing
+    other = ANSWER | {"reasoning_content": "So."}
+    long = {"messages": [greeting, ASKED, CALL, {"role": "tool", "content": "sun"}, ANSWER, ASKED, other]}
+    rows = [long, {"messages": [ASKED, ANSWER, ASKED]}, {"messages": [ASKED, ANSWER]}]
+    problems = load(rows, preset="messages", learned_turns="all")
+    assert [problem.index for problem in problems] == list(range(6)) and problems.report.context_turns == 0
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+    said = "<think>\nIt said so.\n</think>\n\nSunny.</s>"
+    learned = [[trace.text for trace in problem.experts] for problem in problems]
+    assert learned == [[f"<think>\n\n</think>\n\n{call}</s>"], [said], [said.replace("It said so", "So")], [said], [], [said]]
+    # Each is what it is as the last turn of a shorter conversation: this template leaves earlier thoughts out of a prompt.
+    cuts = [(0, 3), (0, 5), (0, 7), (1, 2), (1, 3), (2, 2)]
+    alone = load([{"messages": rows[row]["messages"][:end]} for row, end in cuts], preset="messages")
+    assert list(problems) == list(alone) and "It said so" not in problems[2].prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([ASKED, ANSWER, ASKED], "split train, row 1 up to message 2: the chat template must write the field reasoning_content"),
+        ([ASKED, {"role": "assistant", "content": "</s>."}, ASKED], "row 1 up to message 2: an expert trace has the end-of-seq"),
+        ([{"role": "assistant", "content": "Hi."}], "row 1 up to message 1: a conversation must have a message before the last"),
+        ([], "row 1: a conversation must be a non-empty list"),
+    ],
+)
+def test_a_turn_that_cannot_be_learned_is_named(messages, message, load):
+    with pytest.raises(ValueError, match=message):
+        load([{"messages": [ASKED, ASKED]}, {"messages": messages}], preset="messages", learned_turns="all")
+
+
+def test_learned_turns_are_those_of_conversations(load):
+    with pytest.raises(ValueError, match=r"learned_turns: all needs conversations, .* expert_column = expert\. Set preset"):
+        load([{"prompt": [ASKED]}], learned_turns="all")

@@ -38,7 +38,7 @@ def load(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "what"),
-    [({"prompt": "Hello"}, "row 1: the prompt"), ({"prompt": "a", "expert": "Hello"}, "rows 0 to 1: an expert trace")],
+    [({"prompt": "Hello"}, "row 1: the prompt"), ({"prompt": "a", "expert": "Hello"}, "from row 0 to row 1: an expert trace")],
 )
 def test_a_text_that_the_tokenizer_cannot_encode_is_named(load, row, what):
     with pytest.raises(ValueError, match=f"{what} must be text that the tokenizer knows: .*Set model.tokenizer"):
