@@ -181,8 +181,11 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
         **model_limit,
     }
     longest = rollout.max_response_tokens
-    if problems is not None:
+    if problems is not None and config.plan.largest_request:
         _check_fits("prompt and", "rollout.max_response_tokens", (problems.longest_prompt_tokens, longest), packing | engine)
+    elif problems is not None:  # nothing is sampled
+        traces = "prompt and its expert trace of at most"
+        _check_fits(traces, "rollout.max_response_tokens", problems.longest_with_expert(longest), packing | model_limit)
     for entry in held_out:
         if config.evaluation.sample:
             setting = f"{'rollout' if own is None else 'evaluation'}.max_response_tokens"

@@ -200,7 +200,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 return None
             metrics = trainer.train_step()
         except SAMPLING_ERRORS:  # they leave the state as it was
-            if saved_at != trainer.step:
+            if trainer.step > 0 and saved_at != trainer.step:
                 _save(trainer, store, reporter)
             raise
         reporter.step(metrics)

@@ -27,7 +27,9 @@ def resolve(setting: str, path: str, example: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"{setting} {path!r}: importing the module {module_name!r} failed: {error}.") from error
+        where = f" Modules are looked for where Python looks, and in {working_directory}."
+        where = " Leave out the ending .py." if module_name.endswith(".py") else where if error.name == module_name else ""
+        raise UserError(f"{setting} {path!r}: importing the module {module_name!r} failed: {error}.{where}") from error
     try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:

@@ -202,6 +202,19 @@ def test_a_held_out_prompt_needs_room_for_what_an_evaluation_makes_of_it(setting
         check_lengths(config, model, problems, [entry])
 
 
+def test_where_nothing_is_sampled_the_longest_trace_counts_not_the_longest_response(configure):
+    model = SimpleNamespace(config=Qwen2Config(max_position_embeddings=512))
+    problems = SimpleNamespace(longest_prompt_tokens=400, longest_with_expert=lambda longest: (47, 465))
+    lengths = ["rollout.max_response_tokens=4096", "packing.max_tokens=16384"]
+    sft = configure("run", *lengths, "plan.name=sft", "objective.name=sft", "reward=null", "packing.aggregation=token_mean")
+    check_lengths(sft, model, problems, [])
+    problems.longest_with_expert = lambda longest: (47, 466)
+    with pytest.raises(ValueError, match=r"prompt and its expert trace of at most .* model's .* = 512, got 47 \+ 466 = 513"):
+        check_lengths(sft, model, problems, [])
+    with pytest.raises(ValueError, match=r"longest prompt and rollout\.max_response_tokens .* model's .* = 512, got 400 \+ 4096"):
+        check_lengths(configure("run", *lengths), model, problems, [])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), ("parallel.vocab_parallel_head=true",), ("model.lora={rank: 2, dropout: 0.5}",)])
 def test_ranks_find_what_one_process_does(settings, tmp_path):

@@ -81,8 +81,10 @@ def test_what_the_run_reports_itself_wins_over_a_rewards_own_numbers(tmp_path):
     assert not [(row, name) for row in found for name in names[row["kind"]] if row[name] == 99.0]
 
 
-def test_a_run_whose_reward_cannot_count_ends_with_a_checkpoint(tmp_path):
+def test_a_run_whose_reward_cannot_count_any_more_ends_with_a_checkpoint(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(faulty, "take_metrics", lambda: {} if calls.append(1) or len(calls) < 3 else {"a": "b"})
     config = build_config(tmp_path, "run", f"reward={__name__}:faulty")
-    with pytest.raises(RewardError, match="raised in take_metrics"):
+    with pytest.raises(RewardError, match="must return numbers"):
         train_to_end(config)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000000"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]

@@ -1,10 +1,8 @@
 """A reward that cannot be called is refused before anything is sampled; one that failed is not asked again without end."""
 
-import shutil
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +38,10 @@ def of_all(prompts, completions, solution, completion_tokens, finish_reasons, le
 
 def raises(completions, **columns):
     raise KeyError("bug")
+
+def interrupts(completions, **columns):
+    os.kill(os.getpid(), 2)
+    return [0.0 for _ in completions]
 
 def crashes(completions, **columns):
     os._exit(1)
@@ -149,8 +151,12 @@ def test_a_run_whose_first_step_failed_begins_with_another_reward(configure):
     settings = ("plan={name: grpo, num_samples: 2}", "steps=1", "prompts_per_step=1", "checkpoint.resume=true")
     with pytest.raises(RewardError, match="KeyError"):
         train_to_end(configure("reward=odd_rewards:raises", *settings))
-    config = configure("reward=odd_rewards:made", *settings)
+    assert train_to_end(configure("reward=odd_rewards:made", *settings)).steps == 1
+
+
+def test_what_was_saved_before_any_training_belongs_to_its_reward(configure):
+    settings = ("steps=1", *EVALUATED, "checkpoint.resume=true")
+    summary = train_to_end(configure("reward=odd_rewards:interrupts", *settings))
+    assert (summary.steps, summary.stopped_by) == (0, "SIGINT")
     with pytest.raises(CheckpointError, match="a different run: .* of step 0, before any training: delete it, and the run starts"):
-        train_to_end(config)
-    shutil.rmtree(Path(config.output_dir, "checkpoints", "step_00000000"))
-    assert train_to_end(config).steps == 1
+        train_to_end(configure("reward=odd_rewards:made", *settings))
