@@ -55,8 +55,9 @@ def may_look(x: Tensor) -> bool:
 
 
 _WHOLE_HEAD = (
-    'Call inside the forward of the FSDP unit that has it; or pass .full_tensor(grad_placements=[Partial("avg")]), which averages '
-    "as FSDP does; or .to_local() of vocabulary shards, with process_group=mesh.get_group()."
+    "Call inside the forward of the FSDP unit that has it; or pass "
+    '.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim), which averages as FSDP does; or .to_local() of '
+    "vocabulary shards, with process_group=mesh.get_group(), where all its ranks pass the same rows (tensor parallel, not FSDP)."
 )
 _WHOLE_HIDDEN = "Pass hidden.full_tensor()."
 
