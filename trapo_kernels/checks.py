@@ -198,9 +198,11 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             f"hidden states, got hidden {hidden.dtype} and lm_head_weight {weight.dtype}. Cast one of them."
         )
     if hidden.device != weight.device:
+        remedy = "Move one of them with .to(...)."
+        if weight.device.type == "meta":  # as accelerate leaves it
+            remedy = "It is offloaded: call inside the forward whose hook loads it, or keep lm_head out of the offload."
         raise ValueError(
-            f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}. "
-            "Move one of them with .to(...)."
+            f"{where}: hidden and lm_head_weight must be on one device, got {hidden.device} and {weight.device}. {remedy}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(

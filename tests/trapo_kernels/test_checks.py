@@ -54,6 +54,11 @@ def _batch(**changes):
             r"must have shape \[V, D\], got \[0\].*ZeRO-3 or FSDP1 has partitioned must be gathered",
         ),
         ((HIDDEN, WEIGHT.char(), TARGET), {}, "got torch.int8. Dequantise what is quantised."),
+        (
+            (HIDDEN, WEIGHT.to("meta"), TARGET),
+            {},
+            "got cpu and meta. It is offloaded: .* keep lm_head out",
+        ),
         ((HIDDEN, WEIGHT, TARGET.int()), {}, "target must be torch.int64, got torch.int32"),
         ((HIDDEN, WEIGHT, TARGET + 5), {}, r"target must lie in \[0, V\) = \[0, 7\).*got 7 at row 2"),
         ((HIDDEN, WEIGHT, TARGET - 1), {}, "got -1 at row 0"),
