@@ -31,7 +31,7 @@ ALLOWED = {
     "trapo_kernels/objectives": {"checks", "gates", "objective", "sequence", "objectives"},
     "trapo_kernels/terms.py": {"batch", "gates", "objective", "roles", "sequence"},
     "trapo_kernels/dispatch.py": {"checks", "backends"},
-    "trapo_kernels/backends": {"terms", "objective", "batch", "roles", "backends"},
+    "trapo_kernels/backends": {"terms", "objective", "batch", "checks", "roles", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/flops.py": {"autograd"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},

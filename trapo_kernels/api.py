@@ -79,7 +79,9 @@ def linear_logprob(
         logits_dtype: what hidden · lm_head_weightᵀ is rounded to, before bias and softmax: float32, or the dtype of hidden to match
             a sampler that does.
         process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
-            bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden is summed over them.
+            bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden and the gradient of `lora.a`
+            arrive summed over them: do not all-reduce these again. Targets that differ between the ranks raise on a CPU and make
+            every result NaN on a GPU.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows. Not
             promised in float64 on a CPU, where MKL's products of few columns do not allow it.
         active_rows: [K] int64, ascending, rows with a target; all others are ignored like those of target -100, whatever theirs is,

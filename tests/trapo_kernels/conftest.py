@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch.distributed as dist
 
 from tests import pretended_gpu
 from tests.trapo_kernels import cases, host_gpu
@@ -21,3 +22,11 @@ def host_gpu_library(tmp_path_factory):
     if shutil.which("g++") is None:  # trapo installs and works without one, and so do its other tests
         pytest.skip("no C++ compiler on this machine")
     return host_gpu.build(tmp_path_factory.mktemp("host_gpu"))
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks.memory_plan import allocated_peak
 from tests.trapo_kernels import cases
@@ -20,14 +19,6 @@ MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torc
 
 def test_a_head_of_8b_on_a_gpu_takes_at_most_5_gib():
     assert sum(head_memory(8192, 4096, 151_936).values()) <= 5.0 * 2**30  # a chunk of logits, and 2.3 GiB of dWeight
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("backend", "dtype", "trained", "two_phase", "sizes"), [*CASES, SEVERAL_CHUNKS, *MOSTLY_HIDDEN])

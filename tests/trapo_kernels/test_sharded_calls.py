@@ -1,4 +1,4 @@
-"""What a caller with several ranks can get wrong: a distributed weight."""
+"""What a caller with several ranks can get wrong: a distributed weight, rows of its own, a target that no rank has."""
 
 import os
 import re
@@ -13,10 +13,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
 from tests.trapo_kernels import cases
-from trapo_kernels import Role, TokenBatch, linear_policy_loss, objectives
+from trapo_kernels import Role, TokenBatch, checks, linear_logprob, linear_policy_loss, objectives
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="the group is one of CPU processes")
 N, D, V = 10, 16, 97
+BAD = [2, 4]  # rows
+ON_POLICY = [objectives.grpo(), objectives.dapo(), objectives.cispo(), objectives.gspo(), objectives.sapo(), objectives.trapo()]
 
 
 def _batch(target):
@@ -72,3 +74,57 @@ def _check_remedies(rank):
 
 def test_the_remedies_for_a_distributed_weight_give_the_gradients_of_the_whole(tmp_path):
     _in_two_ranks(_check_remedies, tmp_path)
+
+
+def _check_rows_that_differ(rank):
+    hidden, weight, target = _inputs()
+    mine, b = weight[:50] if rank == 0 else weight[50:], _batch(target)
+    group, half = dist.group.WORLD, slice(5 * rank, 5 * rank + 5)
+    unequal = slice(0, 4 + rank)
+    for rows, sizes in ((half, r"\[5, 5\]"), (unequal, r"\[4, 5\]")):
+        said = rf"all ranks of process_group must pass the same hidden and target, .* N = {sizes} rows .* pass the whole weight"
+        with pytest.raises(ValueError, match=f"linear_logprob: {said}"):
+            linear_logprob(hidden[rows], mine, target[rows], process_group=group)
+        with pytest.raises(ValueError, match=f"linear_policy_loss: {said}"):
+            linear_policy_loss(hidden[rows], mine, _rows(b, rows), objectives.sft(), process_group=group)
+    checks.may_look = lambda x: False  # as of a GPU's tensors, in this process
+    x = hidden[half].clone().requires_grad_()
+    out = linear_logprob(x, mine, target[half], with_entropy=True, process_group=group)
+    assert all(values.isnan().all() for values in out)
+    policy = linear_policy_loss(x, mine, _rows(b, half), objectives.grpo(), process_group=group)
+    policy.loss.backward()
+    assert policy.logprob.isnan().all() and policy.entropy.isnan().all() and x.grad.isnan().all()
+
+
+def test_ranks_that_share_a_vocabulary_and_have_rows_of_their_own_are_refused_and_on_a_gpu_get_nan(tmp_path):
+    _in_two_ranks(_check_rows_that_differ, tmp_path)
+
+
+def _with_bad_targets(target):
+    return target.index_put((torch.tensor(BAD),), torch.tensor([V + 5, -7]))
+
+
+def test_a_target_that_no_rank_has_is_refused(one_rank):
+    hidden, weight, target = _inputs()
+    bad = _with_bad_targets(target)
+    said = r"target must lie in \[0, V\) = \[0, 97\), or be -100 to ignore a row, got 102 at row 2"
+    with pytest.raises(ValueError, match=f"linear_logprob: {said}"):
+        linear_logprob(hidden, weight, bad, process_group=one_rank)
+    with pytest.raises(ValueError, match=f"linear_policy_loss: {said}"):
+        linear_policy_loss(hidden, weight, _batch(bad), objectives.grpo(), process_group=one_rank)
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("objective", [*ON_POLICY, None], ids=[*(x.name for x in ON_POLICY), "linear_logprob"])
+def test_a_target_that_no_rank_has_makes_its_gradients_nan_where_nobody_looks(one_rank, monkeypatch, objective, backend):
+    """Strictly on-policy the coefficient does not depend on the logprob, whose NaN alone would be lost."""
+    monkeypatch.setattr(checks, "may_look", lambda x: False)  # as of a GPU's tensors
+    hidden, weight, target = _inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    bad, settings = _with_bad_targets(target), {"process_group": one_rank, "backend": backend}
+    if objective is None:
+        linear_logprob(hidden, weight, bad, **settings).logprob.sum().backward()
+    else:
+        linear_policy_loss(hidden, weight, _batch(bad), objective, **settings).loss.backward()
+    assert hidden.grad.isnan().any(1).nonzero().squeeze(1).tolist() == BAD
+    assert weight.grad.isnan().any()

@@ -22,7 +22,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
-from trapo_kernels.backends.vocab_parallel import VocabShard, target_for_statistics
+from trapo_kernels.backends.vocab_parallel import VocabShard, nan_where_unknown, target_for_statistics
 from trapo_kernels.objective import Objective
 from trapo_kernels.roles import IGNORE_INDEX, Role
 
@@ -44,9 +44,9 @@ class Mode(NamedTuple):
     batch_invariant: bool
     group_name: str  # of the process group that the vocabulary is sharded over; "" for a whole head
 
-    def shard(self, weight: Tensor) -> VocabShard | None:
+    def shard(self, where: str, weight: Tensor, target: Tensor) -> VocabShard | None:
         """This rank's shard of the vocabulary, or None."""
-        return VocabShard(self.group_name, weight.shape[0], weight.device) if self.group_name else None
+        return VocabShard(where, self.group_name, weight.shape[0], target) if self.group_name else None
 
 
 class Gradients(NamedTuple):
@@ -72,7 +72,7 @@ def score(
     """logprob, entropy and the parts of logsumexp [N]; zeros where target is -100, and outside `active_rows` and `scored_rows`
     where given; only the former take part in `score_backward`."""
     gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard(head.weight)
+    shard = mode.shard("linear_logprob", head.weight, target)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active_rows = _active_rows(target != IGNORE_INDEX) if active_rows is None else active_rows
@@ -138,7 +138,7 @@ def score_backward(
     Rows whose both gradients are zero are left out: on a CPU they are found here, on a GPU `active_rows` names the others.
     """
     gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard(head.weight)
+    shard = mode.shard("linear_logprob", head.weight, target)
     target = target if shard is None else shard.local_target(target)
     if target.device.type == "cpu":
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
@@ -151,6 +151,7 @@ def score_backward(
         logits = gemm.logits(operands, buffer)
         if given is None:
             c, known = grad_logprob[index], RowStatistics(*(part[index] for part in stats))
+            c = c if shard is None else nan_where_unknown(c, known)
             grad_logits = rows.logprob_gradient(logits, target[index], transform.rows(index), known, c, None, gemm.operand_dtype)
         else:  # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
             streams, objective = _streams_of_rows(given[0], index), given[1]
@@ -176,7 +177,7 @@ def policy(
 ) -> tuple[RowStatistics, Gradients]:
     """Statistics and the gradients of a policy loss from one sweep: three GEMMs, no recomputation; one GEMM for `scored_rows`."""
     gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard(head.weight)
+    shard = mode.shard("linear_policy_loss", head.weight, target)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active_rows = _active_rows(streams.role != Role.IGNORED) if active_rows is None else active_rows
@@ -232,7 +233,7 @@ def _sharded_policy(
     stats = _sharded_statistics(rows, logits, target, transform, shard, keep_logits=grad_dtype is not None)
     if grad_dtype is None:
         return stats, None
-    c = terms.coefficients(stats.logprob, streams, objective)
+    c = nan_where_unknown(terms.coefficients(stats.logprob, streams, objective), stats)
     e = streams.grad_entropy if with_entropy_gradient else None
     return stats, rows.logprob_gradient(logits, target, transform, stats, c, e, grad_dtype)
 
