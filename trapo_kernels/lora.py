@@ -16,11 +16,13 @@ class LoraHead:
 
     Args:
         a: [R, D], the dtype of hidden, or float32 beside 16-bit hidden states; PEFT's `lora_A.weight`.
-        b: [V, R], as a; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard.
+        b: [V, R], as a; PEFT's `lora_B.weight`. Over a process group each rank passes the rows of its own shard, and the whole
+            `a`, whose gradient arrives summed over the ranks: do not all-reduce it again.
         scaling: lora_alpha / R, or lora_alpha / √R for rank-stabilised LoRA.
 
     Of a PEFT layer `head` with adapter `name` pass `head.base_layer.weight` as the head's weight, and here
-    `head.lora_A[name].weight`, `head.lora_B[name].weight` and `head.scaling[name]`; its `weight` is the base's alone.
+    `head.lora_A[name].weight`, `head.lora_B[name].weight` and `head.scaling[name]`; its `weight` is the base's alone. This is plain
+    LoRA: what DoRA (`use_dora`), `lora_bias` and `lora_dropout` add is not in these tensors and would be left out without a word.
 
     Memory: [C, R] beside what a chunk of C rows needs; backward adds both gradients in fp32. Source: arXiv 2106.09685.
     """
