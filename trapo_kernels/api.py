@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
-from trapo_kernels.backends.logits import LogitTransform, split_temperature, statistics_dtype
+from trapo_kernels.backends.logits import LogitTransform, savable, split_temperature, statistics_dtype
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.inputs import Inputs, Settings, per_row, prepared
 from trapo_kernels.lora import LoraHead
@@ -308,7 +308,7 @@ def token_logprob(
     checks.reverse_mode(where, chosen, logits, temperature)
     if chosen == "reference":
         exact = flat.to(statistics_dtype(flat))
-        transform = LogitTransform(None, softcap, temperature)
+        transform = LogitTransform(None, softcap, savable(temperature))
         logprob, entropy, logsumexp = reference.logprob_and_entropy(exact, flat_target, transform)
     else:
         logprob, entropy, row_max, log_sum = autograd.token_logprob(
@@ -361,7 +361,7 @@ def _linear_logprob(
     chosen = settings.backend
     if chosen == "reference":
         logits = reference.head_logits(hidden, weight, target, bias, *lora, settings.logits_dtype)
-        transform = LogitTransform(None, settings.softcap, settings.temperature)
+        transform = LogitTransform(None, settings.softcap, savable(settings.temperature))
         logprob, entropy, logsumexp = reference.logprob_and_entropy(logits, target, transform)
     else:
         checks.reverse_mode(where, chosen, *inputs, settings.temperature)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import Head
-from trapo_kernels.backends.logits import RowStatistics, joined_transform, statistics_dtype
+from trapo_kernels.backends.logits import RowStatistics, joined_transform, savable, statistics_dtype
 
 
 def _refuse_double_backward(op: str) -> None:
@@ -159,7 +159,8 @@ def _(*args):
 
 def _linear_logprob_setup(ctx, inputs, output):
     given = LinearLogprob(*inputs)
-    ctx.save_for_backward(*_head(given), given.target, given.active_rows, given.row_temperature, *output)
+    of_rows = (given.target, given.active_rows, given.row_temperature)
+    ctx.save_for_backward(*_head(given), *map(savable, of_rows), *output)
     ctx.transform = (given.temperature, given.softcap)
     ctx.with_entropy, ctx.backend = given.with_entropy, given.backend
     ctx.mode = (given.logits_dtype, given.batch_invariant, given.group_name)
@@ -369,7 +370,7 @@ def _(grad_logprob, grad_entropy, logits, *args):
 
 def _token_logprob_setup(ctx, inputs, output):
     given = TokenLogprob(*inputs)
-    ctx.save_for_backward(given.logits, given.target, given.row_temperature, *output)
+    ctx.save_for_backward(given.logits, savable(given.target), savable(given.row_temperature), *output)
     ctx.transform = (given.temperature, given.softcap)
     ctx.with_entropy, ctx.backend = given.with_entropy, given.backend
     ctx.set_materialize_grads(False)

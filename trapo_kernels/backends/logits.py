@@ -13,6 +13,12 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def savable(x: Tensor | float | None) -> Tensor | float | None:
+    """`x`, copied where it was made under torch.inference_mode(), as samplers do: autograd refuses to save such a tensor. While
+    compiling it is not seen, and torch.compile raises for it."""
+    return x.clone() if isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.is_inference() else x
+
+
 class LogitTransform(NamedTuple):
     """z = softcap · tanh((x + bias) / softcap) / temperature, for raw logits x [N, V]; every part may be absent."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
-from trapo_kernels.backends.logits import LogitTransform, statistics_dtype
+from trapo_kernels.backends.logits import LogitTransform, savable, statistics_dtype
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.objective import Objective, Term
 from trapo_kernels.roles import IGNORE_INDEX, Role
@@ -57,21 +57,21 @@ def logprob_and_entropy(logits: Tensor, target: Tensor, transform: LogitTransfor
 def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective) -> Tensor:
     """0-d: Σ w (-a V(d)) + β Σ w_K KL - entropy_coef Σ w_H H, differentiable in logprob and entropy through the potentials."""
     loss = logprob.new_zeros(())
-    entropy, weight, active = entropy.to(logprob.dtype), batch.weight.to(logprob.dtype), batch.active
+    entropy, weight, active = entropy.to(logprob.dtype), savable(batch.weight).to(logprob.dtype), batch.active
     for layer in objective.layers:
         for code, term in ((Role.EXPERT, layer.expert), (Role.ROLLOUT, layer.rollout)):
             if term is not None:
                 mine = active & (batch.role == code) & (weight != 0)
                 loss = loss + term_loss(logprob, entropy, batch, term, code, mine)
         if layer.kl is not None and layer.kl.beta:
-            kl_weight = batch.weight_of_kl.to(logprob.dtype)
+            kl_weight = savable(batch.weight_of_kl).to(logprob.dtype)
             mine = active & (batch.role == Role.ROLLOUT) & (kl_weight != 0)
             logp = torch.where(mine, logprob, 0.0)
             ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
             kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob.to(logp.dtype), 0.0), torch.where(mine, ratio_d, 0.0))
             loss = loss + layer.kl.beta * torch.where(mine, kl_weight * kl, 0.0).sum()
         if layer.entropy_coef:
-            entropy_weight = batch.weight_of_entropy.to(logprob.dtype)
+            entropy_weight = savable(batch.weight_of_entropy).to(logprob.dtype)
             loss = loss - layer.entropy_coef * (torch.where(active, entropy_weight, 0.0) * torch.where(active, entropy, 0.0)).sum()
     return loss
 
@@ -80,8 +80,8 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, c
     """0-d: Σ -weight · scale · signal · V(d) over the tokens `mine` [N] bool, those with role `code` and a weight."""
     logp = torch.where(mine, logprob, 0.0)
     d = torch.where(mine, log_ratio(logp, batch, term), 0.0)
-    signal = batch.advantage.to(logp.dtype) if term.signal == "advantage" else torch.ones_like(logp)
-    amount = batch.weight.to(logp.dtype) * term.scale * signal
+    signal = savable(batch.advantage).to(logp.dtype) if term.signal == "advantage" else torch.ones_like(logp)
+    amount = savable(batch.weight).to(logp.dtype) * term.scale * signal
     if term.reduces(batch.on_policy):
         pooled = terms.reduced(term, code, logprob, entropy, batch)
         d = pooled.log_ratio + torch.where(pooled.flows, _nothing(logp), 0.0)  # pooled in value, logp's in gradient
