@@ -10,6 +10,7 @@ from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, Role, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.backends import rows_torch
 from trapo_kernels.backends.gemm import HeadGemm
+from trapo_kernels.backends.vocab_parallel import VocabShard
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
 N, D, V = 300, 12, 40
@@ -102,6 +103,26 @@ def test_logprob(gpu, dtype, frozen):
     there = [*_moved(hidden, weight, bias), target.to(DEVICE)]
     gpu.waits.clear()
     _close(run(*there, "torch"), reference, dtype)
+    assert gpu.waits == []
+
+
+def test_a_head_that_ranks_share_makes_the_host_wait_for_nothing(gpu, one_rank, monkeypatch):
+    """Of one rank here: the pretended GPU has no collectives, whose part of the work is then nothing."""
+    monkeypatch.setattr(VocabShard, "_gather", lambda self, value: value[None])
+    monkeypatch.setattr(VocabShard, "sum_over_ranks", lambda self, grad: None)
+    hidden, weight, _ = cases.head(N, D, V, torch.float32)
+    b = cases.batch(N, V, torch.float32)
+    reference = _policy(hidden, weight, b, objectives.trapo(), backend="reference")
+    moved, there = _moved(hidden, weight), b.to(DEVICE)
+    gpu.waits.clear()
+    _close(_policy(*moved, there, objectives.trapo(), backend="torch", process_group=one_rank), reference, torch.float32)
+    outside = replace(there, target=torch.full_like(there.target, V))
+    logprob = linear_logprob(*moved, outside.target, backend="torch", process_group=one_rank).logprob.sum()
+    on_policy = linear_policy_loss(
+        *moved, replace(outside, old_logprob=None), objectives.grpo(), process_group=one_rank, backend="torch"
+    )
+    for loss in (logprob, on_policy.loss):
+        assert torch.autograd.grad(loss, moved[1])[0].values.isnan().all()
     assert gpu.waits == []
 
 
