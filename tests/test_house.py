@@ -25,6 +25,7 @@ ALLOWED = {
     "trapo_kernels/gates.py": {"checks"},
     "trapo_kernels/lora.py": {"checks"},
     "trapo_kernels/memory.py": {"backends", "checks"},
+    "trapo_kernels/metrics.py": {"checks"},
     "trapo_kernels/sequence.py": {"checks"},
     "trapo_kernels/corrections.py": {"checks", "roles", "sequence"},
     "trapo_kernels/objective.py": {"checks", "gates", "roles", "sequence"},
@@ -40,7 +41,8 @@ ALLOWED = {
         *("autograd", "inputs", "checks", "batch_checks", "dispatch", "terms", "backends", "batch", "lora", "objective", "roles"),
     },
     "trapo_kernels/__init__.py": {
-        *("api", "batch", "corrections", "flops", "gates", "lora", "memory", "objective", "objectives", "roles", "sequence"),
+        *("api", "batch", "corrections", "flops", "gates", "lora", "memory", "metrics", "objective", "objectives", "roles"),
+        "sequence",
     },
 }
 

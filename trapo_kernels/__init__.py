@@ -13,6 +13,7 @@ from trapo_kernels.batch import LossTotals, TokenBatch, aggregate, loss_totals, 
 from trapo_kernels.gates import Gate
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import head_memory
+from trapo_kernels.metrics import merged_metrics, metric_count
 from trapo_kernels.objective import KL, Objective, Term
 from trapo_kernels.roles import IGNORE_INDEX, Role
 
@@ -35,6 +36,8 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "loss_totals",
+    "merged_metrics",
+    "metric_count",
     "objectives",
     "policy_loss",
     "sequence",

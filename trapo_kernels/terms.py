@@ -163,7 +163,8 @@ def gate_inputs(
 
 
 def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:
-    """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens.
+    """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens. Those of
+    several calls become one by `merged_metrics`.
 
     For each role, expert and rollout:
 

@@ -8,38 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trapo_kernels import Objective, PolicyLossOutput, Role
+from trapo_kernels import Objective, PolicyLossOutput, Role, merged_metrics, metric_count
 from trapo_train.packing import MicroBatch
 
 HISTOGRAM_BINS = 10
 
 
 class Tally:
-    """Metrics of one step over its micro-batches, kept on the device: sums, means weighted by their role's count, maxima."""
+    """Metrics of one step over its micro-batches, kept on the device: the kernel's of each, and sums of what the trainer adds."""
 
     def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
-        self._maxima: dict[str, Tensor] = {}
         self._mismatches: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, out: PolicyLossOutput, micro_batch: MicroBatch, objective: Objective) -> None:
         """Take in one micro-batch."""
         batch = micro_batch.batch
-        metrics = dict(out.metrics)
+        self._parts.append(out.metrics)
+        self._add("loss", out.loss.detach().double())
         if batch.rollout_logprob is not None:
             log_ratio, counted = _log_ratio(out, micro_batch)
-            metrics |= _mismatch(log_ratio, counted) | _corrected(micro_batch)
+            for name, value in (_mismatch(log_ratio, counted) | _corrected(micro_batch)).items():
+                self._add(name, value)
             self._mismatches.append(torch.where(counted, log_ratio.abs(), torch.nan))
-        self._add("loss", out.loss.detach().double())
-        for name, value in metrics.items():
-            if name.endswith("_max"):
-                self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
-            elif name.endswith("count"):
-                self._add(name, value.double())
-            else:
-                self._add(name, value.double() * metrics[_counted_by(name)])
-        if "expert/trsft_weight" in metrics:  # DFT's too, which is TrSFT with alpha = 1
+        if "expert/trsft_weight" in out.metrics:  # DFT's too, which is TrSFT with alpha = 1
             weight = objective.expert.gate.slope(out.logprob, batch.advantage).clamp(max=1.0)
             trained = (batch.role == Role.EXPERT) & (batch.weight != 0)
             self._add("histogram", torch.histc(torch.where(trained, weight, -1.0), HISTOGRAM_BINS, 0.0, 1.0).double())
@@ -47,8 +41,8 @@ class Tally:
     def on_cpu(self) -> Tally:
         """A copy that can travel between processes."""
         copy = Tally()
+        copy._parts = [{name: value.cpu() for name, value in merged_metrics(self._parts).items()}]
         copy._sums = {name: value.cpu() for name, value in self._sums.items()}
-        copy._maxima = {name: value.cpu() for name, value in self._maxima.items()}
         copy._mismatches = [value.cpu() for value in self._mismatches]
         return copy
 
@@ -59,15 +53,14 @@ class Tally:
         for tally in tallies:
             for name, value in tally._sums.items():
                 whole._add(name, value)
-            for name, value in tally._maxima.items():
-                whole._maxima[name] = torch.maximum(whole._maxima.get(name, value), value)
+            whole._parts += tally._parts
             whole._mismatches += tally._mismatches
         return whole
 
     def result(self, extra: dict[str, Tensor]) -> dict[str, Any]:
         """All metrics as Python numbers, `extra` included, after one transfer."""
         histogram = self._sums.pop("histogram", None)
-        whole = dict(self._maxima)  # of the step as it is, not sums to be divided by a count
+        whole = merged_metrics(self._parts)  # of the step as it is, not sums to be divided by a count
         if self._mismatches:
             whole["rollout/mismatch_p95"] = quantile(torch.cat(self._mismatches), 0.95)
         scalars = self._sums | whole | extra
@@ -77,7 +70,7 @@ class Tally:
         counts = {name: values.pop(name) for name in list(values) if name.endswith("count")}
         metrics: dict[str, Any] = {"loss_tokens": int(sum(count for name, count in counts.items() if name.endswith("/count")))}
         for name, value in values.items():
-            count = counts.get(_counted_by(name))
+            count = counts.get(_counted_by(name)) if "/" in name else None
             if count is None:
                 metrics[name] = value
             elif count:
@@ -92,12 +85,8 @@ class Tally:
 
 def _counted_by(name: str) -> str:
     """The count of tokens that a metric is a mean over."""
-    role, _, what = name.partition("/")
-    if role == "correction" or what.startswith("mismatch"):
-        return "rollout/sampled_count"
-    if what.startswith("kl_ref"):
-        return "rollout/kl_count"
-    return f"{role}/count" if what in ("logprob", "prob", "entropy") else f"{role}/trained_count"
+    of_the_sampler = name.startswith(("correction/", "rollout/mismatch"))
+    return "rollout/sampled_count" if of_the_sampler else metric_count(name)
 
 
 _RENAMED = {
@@ -130,26 +119,26 @@ def _log_ratio(out: PolicyLossOutput, micro_batch: MicroBatch) -> tuple[Tensor, 
 
 
 def _mismatch(log_ratio: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """How far the trainer is from the sampler on the sampler's own tokens: KL estimate in nats, share off by over 10 %."""
+    """How far the trainer is from the sampler on the sampler's own tokens, summed: KL estimate in nats, tokens off by over 10 %."""
     return {
-        "rollout/sampled_count": counted.sum(),
-        "rollout/mismatch_kl": _mean(-log_ratio, counted),
-        "rollout/mismatch_above_10_percent": _mean((log_ratio.expm1().abs() > 0.1).float(), counted),
+        "rollout/sampled_count": counted.sum().double(),
+        "rollout/mismatch_kl": _sum(-log_ratio, counted),
+        "rollout/mismatch_above_10_percent": _sum((log_ratio.expm1().abs() > 0.1).float(), counted),
     }
 
 
 def _corrected(micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """What updates.correction did: mean factor, share of tokens that it masked, and share whose factor a cap held back."""
+    """What updates.correction did, summed: its factors, tokens that it masked, and those whose factor a cap held back."""
     if micro_batch.correction is None:
         return {}
     factor, counted = micro_batch.correction["factor"], micro_batch.correction["counted"]
     return {
-        "correction/mean": _mean(factor, counted),
-        "correction/masked_share": _mean((factor == 0).float(), counted),
-        "correction/capped_share": _mean(micro_batch.correction["capped"], counted),
+        "correction/mean": _sum(factor, counted),
+        "correction/masked_share": _sum((factor == 0).float(), counted),
+        "correction/capped_share": _sum(micro_batch.correction["capped"], counted),
     }
 
 
-def _mean(x: Tensor, over: Tensor) -> Tensor:
-    """0-d: the mean of x [N] over the tokens `over` [N] bool, 0 of none."""
-    return torch.where(over, x, 0.0).sum() / over.sum().clamp(min=1)
+def _sum(x: Tensor, over: Tensor) -> Tensor:
+    """0-d fp64: the sum of x [N] over the tokens `over` [N] bool."""
+    return torch.where(over, x, 0.0).sum(dtype=torch.float64)

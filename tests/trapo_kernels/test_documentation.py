@@ -50,7 +50,12 @@ def _arguments():
         ),
         "aggregate": ({"role": role, "mode": "token_mean"}, {}),
         "loss_totals": ({"role": role}, {}),
+        "merged_metrics": ({"parts": [_metrics(-3 * entropy, batch), _metrics(-4 * entropy, batch)]}, {}),
     }
+
+
+def _metrics(logprob, batch):
+    return trapo_kernels.policy_loss(logprob, None, batch, objectives.grpo()).metrics
 
 
 @pytest.mark.parametrize("with_options", [False, True])
@@ -63,6 +68,8 @@ def test_what_a_docstring_calls_equivalent_is(function, with_options):
     snippet, result = _equivalent(function), function(**arguments)
     exec(snippet, names)
     found = result._asdict() if hasattr(result, "_asdict") else {"weight": result, "totals": result}
+    if isinstance(result, dict):
+        found = {name.replace("/", "_"): value for name, value in result.items()}
     compared = set(re.findall(r"^(\w+) =", snippet, re.M)) & set(found)
     assert compared
     for name in compared:

@@ -7,7 +7,16 @@ import torch
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
-from trapo_kernels import LoraHead, Role, TokenBatch, linear_logprob, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import (
+    LoraHead,
+    Role,
+    TokenBatch,
+    linear_logprob,
+    linear_policy_loss,
+    merged_metrics,
+    objectives,
+    policy_loss,
+)
 from trapo_kernels.backends import rows_torch
 from trapo_kernels.backends.gemm import HeadGemm
 from trapo_kernels.backends.vocab_parallel import VocabShard
@@ -200,6 +209,18 @@ def test_loss_of_given_logprobs(gpu):
         results.append([out.loss, *torch.autograd.grad(out.loss, x)])
     _close(results[1], results[0], torch.float32)
     assert gpu.waits == []
+
+
+def test_metrics_merge_without_a_wait(gpu):
+    batches = [cases.batch(N, V, torch.float32, seed=seed) for seed in range(3)]
+    logprob, objective = -6 * torch.rand(N), objectives.grpo(beta=0.1)
+    expected = merged_metrics([policy_loss(logprob, None, b, objective).metrics for b in batches])
+    there = [b.to(DEVICE) for b in batches]
+    (moved,) = _moved(logprob)
+    gpu.waits.clear()
+    found = merged_metrics([policy_loss(moved, None, b, objective, backend="torch").metrics for b in there])
+    assert gpu.waits == [] and list(found) == list(expected)
+    _close(found.values(), expected.values(), torch.float32)
 
 
 X = torch.arange(3.0)
