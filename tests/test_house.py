@@ -21,7 +21,8 @@ ALLOWED = {
     "trapo_kernels/roles.py": set(),
     "trapo_kernels/checks.py": {"roles"},
     "trapo_kernels/batch_checks.py": {"checks", "roles"},
-    "trapo_kernels/batch.py": {"batch_checks", "checks", "objective", "roles"},
+    "trapo_kernels/batch.py": {"batch_checks", "checks", "roles", "weights"},
+    "trapo_kernels/weights.py": {"batch_checks", "checks", "objective", "roles", "sequence"},
     "trapo_kernels/gates.py": {"checks"},
     "trapo_kernels/lora.py": {"checks"},
     "trapo_kernels/memory.py": {"backends", "checks"},
@@ -42,7 +43,7 @@ ALLOWED = {
     },
     "trapo_kernels/__init__.py": {
         *("api", "batch", "corrections", "flops", "gates", "lora", "memory", "metrics", "objective", "objectives", "roles"),
-        "sequence",
+        *("sequence", "weights"),
     },
 }
 

@@ -9,13 +9,14 @@ from trapo_kernels.api import (
     policy_loss,
     token_logprob,
 )
-from trapo_kernels.batch import LossTotals, TokenBatch, aggregate, loss_totals, silenced_weight
+from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import Gate
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import head_memory
 from trapo_kernels.metrics import merged_metrics, metric_count
 from trapo_kernels.objective import KL, Objective, Term
 from trapo_kernels.roles import IGNORE_INDEX, Role
+from trapo_kernels.weights import LossTotals, aggregate, loss_totals, silenced_weight
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,4 +1,4 @@
-"""TokenBatch, the per-token inputs of a policy loss, and the packer's arithmetic that folds every normaliser into `weight`."""
+"""TokenBatch, the per-token inputs of a policy loss; `weights` has the arithmetic that folds every normaliser into one of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import batch_checks, checks
-from trapo_kernels.objective import Objective
 from trapo_kernels.roles import IGNORE_INDEX, Role
+from trapo_kernels.weights import AGGREGATIONS, LossTotals, aggregate
 
 _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
 
@@ -71,6 +71,66 @@ class TokenBatch:
         if self.scored_rows is not None:
             batch_checks.scored_rows(self)
         self._note(self._found())
+
+    @classmethod
+    def from_padded(
+        cls,
+        target: Tensor,
+        mask: Tensor,
+        *,
+        aggregation: str,
+        role: int | Tensor = Role.ROLLOUT,
+        advantage: Tensor | None = None,
+        old_logprob: Tensor | None = None,
+        ref_logprob: Tensor | None = None,
+        rollout_logprob: Tensor | None = None,
+        max_tokens: int | None = None,
+        totals: LossTotals | None = None,
+        share: Tensor | None = None,
+        prompt_id: Tensor | None = None,
+    ) -> TokenBatch:
+        """A batch of N = B·T tokens from padded tensors [B, T], a sequence per row; sequence b has tokens b·T to (b + 1)·T - 1.
+
+        Equivalent to, for rollouts whose tensors are all [B, T]:
+
+            role = torch.where(mask != 0, Role.ROLLOUT, Role.IGNORED).to(torch.uint8).flatten()
+            sequence_id = torch.arange(len(target)).repeat_interleave(target.shape[1])
+            weight = aggregate(role, sequence_id, mode=aggregation)
+            streams = {"old_logprob": old_logprob.flatten(), "sequence_id": sequence_id}
+            batch = TokenBatch(target.flatten(), role, advantage.flatten(), weight, **streams)
+
+        Args:
+            target: [B, T] int64, the token that follows each hidden state: of a model's `hidden` [B, T + 1, D] and `input_ids`
+                [B, T + 1] pass `input_ids[:, 1:]`, and `hidden[:, :-1].flatten(0, 1)` to the loss. Where they begin with the
+                prompts, T completion tokens at the end go with `hidden[:, -T - 1 : -1].flatten(0, 1)`.
+            mask: [B, T] bool, or 0 and 1 of any dtype: the loss tokens. All else is IGNORED, and may hold anything in any tensor.
+                A row without one still counts as a sequence.
+            aggregation, max_tokens, totals: mode, max_tokens and totals of `aggregate`; a method's own is in `PUBLISHED`.
+            role: Role.ROLLOUT or Role.EXPERT of all loss tokens, or [B, T] uint8.
+            advantage: [B] fp32, or [B, T].
+            old_logprob, ref_logprob, rollout_logprob: [B, T] fp32 nats, as in the class.
+            share: [B] or [B, T] fp32 factor of the weight, such as an importance correction; it is not counted.
+            prompt_id: [B] int64, which prompt a sequence answers, for "prompt_mean".
+
+        Returns: the batch, on the device of target, without a host sync. Built on the CPU and then moved, it lets the GPU skip
+            padding.
+        Raises: ValueError or TypeError with rule, actual value and remedy.
+        """
+        where = "TokenBatch.from_padded"
+        checks.one_of(where, "aggregation", aggregation, AGGREGATIONS)
+        of_tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+        of_either = {"advantage": advantage, "share": share}
+        batch_checks.padded(where, target, mask, role, of_tokens, of_either, {"prompt_id": prompt_id})
+
+        def flat(x: Tensor | None) -> Tensor | None:  # [B·T] of [B] or [B, T]
+            return None if x is None else (x if x.ndim == 2 else x[:, None]).expand(target.shape).reshape(-1)
+
+        role = flat(torch.where(mask != 0, role, Role.IGNORED).to(torch.uint8))
+        sequence_id = flat(torch.arange(len(target), device=target.device))
+        counted = {"max_tokens": max_tokens, "totals": totals, "share": flat(share), "prompt_id": flat(prompt_id)}
+        weight = aggregate(role, sequence_id, mode=aggregation, **counted)
+        streams = {name: flat(x) for name, x in of_tokens.items()}
+        return cls(flat(target), role, flat(advantage), weight, sequence_id=sequence_id, **streams)
 
     @property
     def active_rows(self) -> Tensor | None:
@@ -155,9 +215,27 @@ class TokenBatch:
     def __len__(self) -> int:
         return self.target.shape[0]
 
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on `device`; what a CPU knew of active and silent rows moves along, so that no sync follows on a GPU."""
-        later = torch.device(device).type != "cpu"  # on a CPU the copy is read at once
+    def rows(self, index: slice | Tensor) -> TokenBatch:
+        """The tokens of some rows as a batch, such as a micro-batch; `index` is a slice, or int64 [M] on the device of the batch.
+
+        Weights stay as they are, normalised over the whole optimizer step, so that losses, and gradients, of parts that cover the
+        batch add up to its own. An objective that pools over sequences needs whole ones. Split on the CPU, before `to`: what a
+        batch on a GPU knows of active and silent rows does not reach its parts, and one with `scored_rows` is refused.
+        """
+        batch_checks.row_index(self, index)
+        streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}
+        part = {name: x if x is None else x[index] for name, x in streams.items() if name != "scored_rows"}
+        if self.scored_rows is None:
+            return TokenBatch(**part)
+        scored = torch.zeros_like(self.role, dtype=torch.bool).index_fill(0, self.scored_rows, True)
+        return TokenBatch(**part, scored_rows=scored[index].nonzero().squeeze(1))
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenBatch:
+        """The same batch on `device`; what a CPU knew of active and silent rows moves along, so that no sync follows on a GPU.
+
+        `non_blocking`: the host may go on before a copy to a GPU is done; to a CPU it always waits, where the copy is read at once.
+        """
+        later = non_blocking and torch.device(device).type != "cpu"
         return self._each(lambda tensor: tensor.to(device, non_blocking=later))
 
     def pin_memory(self) -> TokenBatch:
@@ -185,173 +263,3 @@ class TokenBatch:
         pairs = zip((rows, silent_rows), told._rows(), strict=True)
         told._note(_Rows(*(found if given is None else given for given, found in pairs)))
         return told
-
-
-@dataclass(frozen=True)
-class LossTotals:
-    """Denominators of one optimizer step, summed over all micro-batches and ranks; sequences and prompts only where they were
-    counted. A count that you have already is as good: `LossTotals(expert_tokens=num_items_in_batch)`."""
-
-    expert_tokens: int = 0
-    rollout_tokens: int = 0
-    sequences: int = 0
-    prompts: int = 0
-
-    def __add__(self, other: LossTotals) -> LossTotals:
-        return LossTotals(
-            self.expert_tokens + other.expert_tokens,
-            self.rollout_tokens + other.rollout_tokens,
-            self.sequences + other.sequences,
-            self.prompts + other.prompts,
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Loss tokens of either role."""
-        return self.expert_tokens + self.rollout_tokens
-
-    def __radd__(self, other: int) -> LossTotals:
-        return self if other == 0 else NotImplemented  # the start of Python's sum
-
-
-def loss_totals(role: Tensor, sequence_id: Tensor | None = None, prompt_id: Tensor | None = None) -> LossTotals:
-    """Count the loss tokens per role, and the sequences and prompts where their ids are given.
-
-    Equivalent to, without ids:
-
-        totals = LossTotals(int((role == Role.EXPERT).sum()), int((role == Role.ROLLOUT).sum()))
-
-    Args:
-        role: [N] uint8 `Role`, host tensor.
-        sequence_id, prompt_id: [N] int64, host tensors, or None to count none. Every distinct id counts, also one whose tokens are
-            all ignored: an empty sequence still belongs to the mean. A negative id of ignored tokens is padding, which is in no
-            sequence and of no prompt.
-
-    Returns: `LossTotals`; add those of all micro-batches and ranks of an optimizer step.
-    Raises: TypeError or ValueError for a tensor of another shape or dtype, and for a role that is none.
-    Memory: O(N). Determinism: whole numbers, the same in any order. Source: the denominators of `aggregate`.
-    """
-    checks.roles("loss_totals", role)
-    for name, label in (("sequence_id", sequence_id), ("prompt_id", prompt_id)):
-        if label is not None:
-            checks.label("loss_totals", name, label, role)
-    real = role != Role.IGNORED
-    return LossTotals(
-        expert_tokens=int((role == Role.EXPERT).sum()),
-        rollout_tokens=int((role == Role.ROLLOUT).sum()),
-        **{
-            name: 0 if label is None else int(label[real | (label >= 0)].unique().numel())
-            for name, label in (("sequences", sequence_id), ("prompts", prompt_id))
-        },
-    )
-
-
-# The counts of `LossTotals` that a mode divides by.
-_DIVISORS = {
-    "constant": ("sequences",),
-    "length": (),
-    "token_mean": ("tokens",),
-    "role_mean": ("expert_tokens", "rollout_tokens"),
-    "sequence_mean": ("sequences",),
-    "sequence_sum": ("sequences",),
-    "prompt_mean": ("prompts",),
-}
-AGGREGATIONS = tuple(_DIVISORS)
-
-
-def aggregate(
-    role: Tensor,
-    sequence_id: Tensor | None = None,
-    *,
-    mode: str,
-    max_tokens: int | None = None,
-    totals: LossTotals | None = None,
-    share: Tensor | None = None,
-    prompt_id: Tensor | None = None,
-) -> Tensor:
-    """Fold the normaliser of the loss into a weight per token, so that no later sum ever divides by a count.
-
-    Equivalent to, for mode "token_mean":
-
-        weight = (role != Role.IGNORED).float() / (role != Role.IGNORED).sum()
-
-    Args:
-        role: [N] uint8 `Role`, host tensor.
-        sequence_id: [N] int64, which sequence a token belongs to, negative for padding; a sequence is never split over calls.
-            Needed by the modes that divide by sequences.
-        mode: "constant": 1 / (sequences · max_tokens), the unbiased form of Dr.GRPO; "length": 1 / max_tokens, as TRAPO's release
-            does; "token_mean": 1 / loss tokens, DAPO; "role_mean": 1 / loss tokens of the same role, CHORD; "sequence_mean": the
-            mean over sequences of each sequence's token mean, GRPO; "sequence_sum": the mean over sequences of each sequence's
-            token sum; "prompt_mean": the mean over prompts of the token mean over all sequences of a prompt.
-        max_tokens: L of "constant" and "length", tokens, > 0.
-        totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone. DDP and FSDP
-            average gradients over ranks: multiply the weight, or the loss before its backward, by their number.
-        share: [N] fp32 factor, such as 1/k for k copies of one expert prefix; it multiplies the weight and is not counted.
-        prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
-
-    Returns: weight [N] fp32, zero on ignored tokens.
-    Raises: ValueError for an unknown mode, a tensor of another shape, or what the mode needs and is missing.
-    Memory: O(N). Determinism: bitwise repeatable; every denominator is a whole number until the division.
-    Source: arXiv 2503.20783 ("constant"), 2503.14476 ("token_mean"), 2508.11408 ("role_mean"), 2402.03300 ("sequence_mean");
-        TRAPO's release ("length"); of the other two, their descriptions.
-    """
-    checks.one_of("aggregate", "mode", mode, AGGREGATIONS)
-    checks.aggregation(role, {"sequences": sequence_id, "prompts": prompt_id}, mode, _DIVISORS[mode], max_tokens, share)
-    longest = checks.whole_number(max_tokens)
-    counted_here = loss_totals(role, sequence_id, prompt_id)
-    totals = counted_here if totals is None else totals
-    checks.totals(totals, counted_here, _DIVISORS[mode])
-    counted = role != Role.IGNORED
-    if mode == "token_mean":
-        denominator = float(totals.tokens)
-    elif mode == "role_mean":
-        expert = (role == Role.EXPERT).double()
-        denominator = expert * totals.expert_tokens + (1.0 - expert) * totals.rollout_tokens
-    elif mode == "sequence_mean":
-        denominator = _tokens_per_group(sequence_id, counted) * float(totals.sequences)
-    elif mode == "prompt_mean":
-        denominator = _tokens_per_group(prompt_id, counted) * float(totals.prompts)
-    else:
-        sequences = 1 if mode == "length" else totals.sequences
-        denominator = float(sequences * (1 if mode == "sequence_sum" else longest))
-    denominator = torch.as_tensor(denominator, dtype=torch.float64, device=role.device).expand(role.shape)
-    weight = torch.where(counted, 1.0 / denominator.clamp(min=1.0), 0.0).float()
-    return weight if share is None else torch.where(counted, weight * share, 0.0).float()
-
-
-def silenced_weight(role: Tensor, weight: Tensor, advantage: Tensor | None, objective: Objective) -> Tensor:
-    """`weight` with 0 for the tokens whose gradient under `objective` is exactly 0 because their advantage is 0; rows of weight 0
-    are skipped and left out of the metrics.
-
-    Equivalent to, for `objectives.grpo()`:
-
-        weight = torch.where((role == Role.ROLLOUT) & (advantage == 0), 0.0, weight)
-
-    Args:
-        role: [N] uint8 `Role`. weight: [N] as `aggregate` returns it, whose denominators still count these tokens.
-        advantage: [N] fp32; None where the objective reads none, as in SFT, and no weight changes.
-        objective: what will train the batch; a KL term keeps all rollout tokens, a term with signal "one" all tokens of its role.
-
-    Returns: weight [N]. With an entropy bonus pass the old weight as `entropy_weight` to the `TokenBatch`, or these tokens lose
-        their bonus; those that keep one are not skipped.
-    Raises: TypeError or ValueError for a tensor of another shape or dtype.
-    Memory: O(N). Determinism: elementwise. Source: d(a·V)/dlogp = a·G.
-    """
-    where, floats = "silenced_weight", (torch.float32, torch.float64)
-    checks.is_a(where, "objective", objective, Objective, "objectives.grpo()")
-    checks.roles(where, role)
-    checks.vector(where, "weight", weight, len(role), role.device, floats)
-    if advantage is not None or "advantage" in objective.reads():
-        checks.vector(where, "advantage", advantage, len(role), role.device, floats)
-    silent = torch.zeros_like(role, dtype=torch.bool)
-    for code in (Role.EXPERT, Role.ROLLOUT):
-        if objective.lives_by_advantage(code):
-            silent |= (role == code) & (advantage == 0)
-    return torch.where(silent, 0.0, weight)
-
-
-def _tokens_per_group(group_id: Tensor, counted: Tensor) -> Tensor:
-    """[N] fp64: counted tokens in the group of each token."""
-    _, compact_id = group_id.unique(return_inverse=True)
-    tokens = torch.bincount(compact_id[counted], minlength=int(compact_id.max()) + 1 if len(compact_id) else 0)
-    return tokens[compact_id].double()

@@ -1,7 +1,8 @@
-"""The input rules of a `TokenBatch`, by itself and beside hidden states and an objective."""
+"""The input rules of a `TokenBatch`, by itself and beside hidden states and an objective, and of the counts in its weights."""
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from trapo_kernels.roles import IGNORE_INDEX, Role
 if TYPE_CHECKING:
     from trapo_kernels.batch import TokenBatch
     from trapo_kernels.objective import Objective
+    from trapo_kernels.weights import LossTotals
 
 _NO_ADVANTAGE = "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
 
@@ -46,6 +48,76 @@ def token_batch(batch: TokenBatch) -> None:
         if batch.kl_weight is not None:
             read = torch.where(batch.role == Role.ROLLOUT, batch.kl_weight, 0.0)
             checks.finite_tensor(where, "kl_weight", read, "Only rows with another role than ROLLOUT may hold anything.")
+
+
+def padded(
+    where: str,
+    target: object,
+    mask: object,
+    role: object,
+    of_tokens: dict[str, object],
+    of_either: dict[str, object],
+    of_sequences: dict[str, object],
+) -> None:
+    """Tensors of B padded sequences: [B, T] `of_tokens`, [B] `of_sequences`, either; all but target and mask may be None. Dtypes of
+    what goes into the batch as it is are left to `token_batch` and `aggregate`."""
+    if not isinstance(target, Tensor) or target.ndim != 2:
+        raise ValueError(
+            f"{where}: target must be a tensor of shape [B, T], got {checks.described(target)}. Pass the token after each hidden "
+            "state, such as input_ids[:, 1:]; for tokens in one row call TokenBatch(...)."
+        )
+    if isinstance(role, Tensor):
+        of_tokens = of_tokens | {"role": role}
+        if role.dtype != torch.uint8:
+            raise TypeError(f"{where}: role must be torch.uint8, got {role.dtype}. Convert it with role.to(torch.uint8).")
+    else:
+        checks.one_of(where, "role", role, (Role.ROLLOUT, Role.EXPERT))
+    tokens, sequences = tuple(target.shape), tuple(target.shape[:1])
+    for streams, shapes in (({"mask": mask} | of_tokens, [tokens]), (of_either, [sequences, tokens]), (of_sequences, [sequences])):
+        rule = " or ".join(f"{'[B, T]' if len(shape) == 2 else '[B]'} = {list(shape)}" for shape in shapes)
+        for name, value in streams.items():
+            if value is None and name != "mask":
+                continue
+            if not isinstance(value, Tensor) or tuple(value.shape) not in shapes or value.device != target.device:
+                raise ValueError(
+                    f"{where}: {name} must be a tensor of shape {rule} on {target.device}, as target is, got "
+                    f"{checks.described(value)}. Cut it to the tokens that are scored, and move it with .to(target.device)."
+                )
+    if checks.may_look(mask) and bool((odd := (mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            f"{where}: mask must hold 0 and 1, got {mask[odd][0].item()}. Pass mask != 0; a factor of the weight is share=."
+        )
+
+
+def row_index(batch: TokenBatch, index: object) -> None:
+    """A slice, or int64 [M] on the device of the batch, which must be the CPU where it has scored rows."""
+    where, device = "TokenBatch.rows", batch.target.device
+    if not isinstance(index, slice) and not (
+        isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64 and index.device == device
+    ):
+        raise TypeError(
+            f"{where}: index must be a slice or int64 of shape [M] on {device}, got {checks.described(index)}. Pass "
+            "slice(i, i + 1) for one row, mask.nonzero().squeeze(1) for those of a mask."
+        )
+    if batch.scored_rows is not None and device.type != "cpu":
+        raise ValueError(
+            f"{where}: a batch with scored_rows must be on the CPU, where those of a part are found without a wait, got {device}. "
+            "Split it before batch.to(...)."
+        )
+
+
+def loss_totals(totals: LossTotals) -> None:
+    """Every count is a whole number ≥ 0 of any kind, or a tensor of one, which is looked at on a CPU only."""
+    for name, value in vars(totals).items():
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        if one and not checks.may_look(value):
+            continue
+        number = value.item() if one else value
+        if not (isinstance(number, numbers.Real) and number >= 0 and float(number).is_integer()):
+            raise ValueError(
+                f"LossTotals: {name} must be a whole number ≥ 0, got {value!r}. Pass the count over all micro-batches and ranks, "
+                "or totals=None to aggregate where there is none."
+            )
 
 
 def row_hints(batch: TokenBatch, active: Tensor | None, silent: Tensor | None) -> None:

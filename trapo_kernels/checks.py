@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from trapo_kernels.roles import IGNORE_INDEX, Role
 
 if TYPE_CHECKING:
-    from trapo_kernels.batch import LossTotals, TokenBatch
+    from trapo_kernels.batch import TokenBatch
+    from trapo_kernels.weights import LossTotals
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # what the softmax computes in

@@ -2,15 +2,17 @@
 
 import copy
 import pickle
+import re
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.utils import _apply_to_tensors  # what FSDP2 casts inputs with
 
 from tests.trapo_kernels import cases
 from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, linear_policy_loss, loss_totals, objectives, silenced_weight
-from trapo_kernels.batch import _DIVISORS, AGGREGATIONS
+from trapo_kernels.weights import _DIVISORS, AGGREGATIONS
 
 # Sequences 0: 1 ignored, 2 expert, 2 rollout · 1: 3 rollout · 2: 1 expert, 1 rollout
 ROLE = torch.tensor([0, 2, 2, 1, 1, 1, 1, 1, 2, 1], dtype=torch.uint8)
@@ -106,6 +108,24 @@ def test_a_count_of_tokens_at_hand_is_a_total():
     torch.testing.assert_close(weight, (ROLE != 0) / 100)
 
 
+@pytest.mark.parametrize("count", [100, 100.0, np.int64(100), np.float32(100), torch.tensor(100), torch.tensor([100.0])])
+def test_a_count_is_a_whole_number_of_any_kind(count):
+    weight = aggregate(ROLE, mode="token_mean", totals=LossTotals(rollout_tokens=count) + LossTotals(expert_tokens=0))
+    torch.testing.assert_close(weight, (ROLE != 0) / 100)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(LossTotals)])
+@pytest.mark.parametrize(
+    "count", [None, 30.5, -1, float("nan"), float("inf"), "30", torch.tensor(30.5), torch.tensor(-1), torch.tensor([1, 2])], ids=str
+)
+def test_a_count_that_is_none_is_refused(count, field):
+    got = re.escape(repr(count))
+    with pytest.raises(
+        ValueError, match=rf"^LossTotals: {field} must be a whole number ≥ 0, got {got}\. Pass the count .*totals=None"
+    ):
+        LossTotals(**{field: count})
+
+
 def test_unknown_mode_and_missing_length_are_refused():
     with pytest.raises(ValueError, match="mode must be one of .*got 'mean'"):
         aggregate(ROLE, SEQUENCE, mode="mean")
@@ -197,6 +217,48 @@ def test_a_copy_of_a_batch_notices_writes_as_well(copied):
     assert again.active_rows.tolist() == [1, 2]
     again.weight.fill_(1.0)
     assert again.active_rows.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cut", ["slices", "indices"])
+@pytest.mark.parametrize("name", ["trapo", "grpo", "gspo"])  # one pass, and two that pool over sequences
+def test_losses_and_gradients_of_rows_add_up_to_those_of_the_whole(name, cut):
+    hidden, weight, _ = cases.head(60, 6, 40)
+    objective, sequence = objectives.PRESETS[name](entropy_coef=0.1), torch.arange(60, device=cases.DEVICE) // 12
+    b = cases.batch(60, 40, sequence_id=sequence, kl_weight=torch.rand(60, dtype=torch.float64))
+    b = replace(b, weight=torch.where(sequence == 2, 0.0, b.weight))
+    parts = [slice(0, 24), slice(24, 24), slice(24, 60)] if cut == "slices" else cases.whole_sequences(b, 3)
+    whole = linear_policy_loss(hidden, weight, b, objective).loss
+    loss = sum(linear_policy_loss(hidden[part], weight, b.rows(part), objective).loss for part in parts)
+    for ours, expected in zip(
+        [loss, *cases.gradients(loss, (hidden, weight))], [whole, *cases.gradients(whole, (hidden, weight))], strict=True
+    ):
+        assert cases.error(ours, expected) < 1e-14
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which rows are active")
+@pytest.mark.parametrize("index", [slice(2, 8), slice(None, None, 3), torch.tensor([9, 0, 4, 5])], ids=str)
+def test_rows_find_what_is_active_and_scored_among_them(index):
+    row = torch.arange(10)
+    b = cases.batch(10, 40, roles=(1, 2), weight=(row % 2).double(), entropy_weight=None, scored_rows=torch.tensor([8, 0, 4]))
+    part, old = b.rows(index), row[index]
+    assert torch.equal(part.target, b.target[index]) and torch.equal(part.old_logprob, b.old_logprob[index])
+    assert old[part.active_rows].tolist() == [i for i in old.tolist() if i % 2]
+    assert old[part.scored_rows].tolist() == [i for i in old.tolist() if i in (0, 4, 8)]
+    assert old[part.silent_rows].tolist() == [i for i in old.tolist() if i in (2, 6)]
+    assert part.entropy_weight is None
+
+
+@pytest.mark.parametrize("index", [3, [3], torch.tensor([True] * 10), torch.tensor([[3]]), torch.tensor([3.0])], ids=str)
+def test_rows_are_a_slice_or_indices(index):
+    with pytest.raises(TypeError, match=r"^TokenBatch.rows: index must be a slice or int64 of shape \[M\] on .*, got .*Pass slice"):
+        cases.batch(10, 40).rows(index)
+
+
+@pytest.mark.parametrize("non_blocking", [True, False])
+def test_a_batch_moves_as_a_tensor_does(non_blocking):
+    b = cases.batch(10, 40, device="cpu")
+    there = b.to(cases.DEVICE, non_blocking=non_blocking)
+    assert there.target.device.type == cases.DEVICE and torch.equal(there.to("cpu", non_blocking=True).target, b.target)
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)

@@ -9,6 +9,7 @@ from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
 from trapo_kernels import (
     LoraHead,
+    LossTotals,
     Role,
     TokenBatch,
     linear_logprob,
@@ -20,6 +21,7 @@ from trapo_kernels import (
 from trapo_kernels.backends import rows_torch
 from trapo_kernels.backends.gemm import HeadGemm
 from trapo_kernels.backends.vocab_parallel import VocabShard
+from trapo_kernels.weights import AGGREGATIONS
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="runs on the GPU itself, in all other files")
 N, D, V = 300, 12, 40
@@ -209,6 +211,38 @@ def test_loss_of_given_logprobs(gpu):
         results.append([out.loss, *torch.autograd.grad(out.loss, x)])
     _close(results[1], results[0], torch.float32)
     assert gpu.waits == []
+
+
+@pytest.mark.parametrize("counted", ["counted here", "of the step"])
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_a_batch_of_padded_tensors_is_built_without_a_wait(gpu, mode, counted):
+    """As on a GPU that sampled: there a wait would stand between two micro-batches."""
+    mask = torch.arange(7) < torch.tensor([7, 3, 0, 5])[:, None]
+    given = {"target": torch.randint(V, (4, 7)), "mask": mask, "advantage": torch.randn(4), "old_logprob": -torch.rand(4, 7)}
+    given["prompt_id"] = torch.tensor([5, 5, -2, 6])
+    totals = {} if counted == "counted here" else {"rollout_tokens": torch.tensor(40), "sequences": torch.tensor(9), "prompts": 5}
+    there = {name: x.to(DEVICE) for name, x in given.items()}
+    totals_there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in totals.items()}
+    gpu.waits.clear()
+    found = TokenBatch.from_padded(**there, aggregation=mode, max_tokens=9, totals=LossTotals(**totals_there) if totals else None)
+    assert gpu.waits == [] and found.active_rows is None
+    expected = TokenBatch.from_padded(**given, aggregation=mode, max_tokens=9, totals=LossTotals(**totals) if totals else None)
+    assert torch.equal(found.weight.values, expected.weight) and torch.equal(found.sequence_id.values, expected.sequence_id)
+
+
+def test_rows_of_a_batch_on_a_gpu_are_taken_without_a_wait(gpu):
+    hidden, weight, _ = cases.head(N, D, V, torch.float32)
+    b, index = cases.batch(N, V, torch.float32), torch.arange(N // 2)
+    expected = _policy(hidden[: N // 2].detach().requires_grad_(), weight, b.rows(index), objectives.trapo(), backend="reference")
+    there, moved, index = b.to(DEVICE), _moved(hidden[: N // 2], weight), index.to(DEVICE)
+    gpu.waits.clear()
+    for part in (there.rows(index), there.rows(slice(N // 2))):
+        assert part.active_rows is None
+        _close(_policy(*moved, part, objectives.trapo(), backend="torch"), expected, torch.float32)
+    assert gpu.waits == []
+    scored = replace(b, weight=torch.zeros(N), entropy_weight=None, scored_rows=torch.tensor([0])).to(DEVICE)
+    with pytest.raises(ValueError, match=r"a batch with scored_rows must be on the CPU.*got .*\. Split it before batch\.to"):
+        scored.rows(index)
 
 
 def test_metrics_merge_without_a_wait(gpu):

@@ -23,7 +23,7 @@ from transformers import (
 
 from tests.trapo_train.small_models import SHAPE, assert_close, build
 from trapo_kernels import objectives
-from trapo_kernels.batch import AGGREGATIONS
+from trapo_kernels.weights import AGGREGATIONS
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.model import (
     ModelConfig,

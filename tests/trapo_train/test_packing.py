@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trapo_kernels import KL, Objective, Role, objectives
-from trapo_kernels.batch import AGGREGATIONS
+from trapo_kernels.weights import AGGREGATIONS
 from trapo_train.packing import PackingConfig, check_prompt_training, pack
 from trapo_train.records import Problem, Sample
 

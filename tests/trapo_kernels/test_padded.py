@@ -1,0 +1,154 @@
+"""Batches from the padded tensors [B, T] of RL frameworks: what a hand would have flattened, and the losses that they write."""
+
+import inspect
+import re
+import textwrap
+from dataclasses import fields
+
+import pytest
+import torch
+
+import trapo_kernels
+from tests.trapo_kernels import cases
+from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, linear_policy_loss, objectives
+from trapo_kernels.weights import AGGREGATIONS
+
+B, T, D, V = 5, 7, 6, 40
+
+
+def _padded():
+    """Sequences of 7, 3, 0, 5 and 1 loss tokens, the fourth with a hole; padding holds NaN, and -100 for a target."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(T) < torch.tensor([7, 3, 0, 6, 1])[:, None]
+    mask[3, 2] = False
+
+    def draw():
+        return torch.where(mask, -4 * torch.rand(B, T, generator=generator), torch.nan)
+
+    target = torch.where(mask, torch.randint(V, (B, T), generator=generator), -100)
+    streams = {name: draw() for name in ("old_logprob", "ref_logprob", "rollout_logprob")}
+    streams["advantage"] = torch.tensor([1.0, -0.5, 2.0, -1.5, 0.25])
+    return {name: x.to(cases.DEVICE) for name, x in {"target": target, "mask": mask, **streams}.items()}
+
+
+def _same(one, other):
+    for field in fields(TokenBatch):
+        x, y = getattr(one, field.name), getattr(other, field.name)
+        assert (x is None) == (y is None), field.name
+        assert x is None or (x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num())), field.name
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_it_is_the_batch_flattened_by_hand(mode):
+    given, prompt, share = _padded(), torch.tensor([3, 3, 3, 8, 8], device=cases.DEVICE), torch.rand(B, T, device=cases.DEVICE)
+    b = TokenBatch.from_padded(**given, aggregation=mode, max_tokens=9, prompt_id=prompt, share=share)
+    role = given["mask"].to(torch.uint8).flatten()
+    sequence, answered = (x.repeat_interleave(T) for x in (torch.arange(B, device=cases.DEVICE), prompt))
+    weight = aggregate(role, sequence, mode=mode, max_tokens=9, prompt_id=answered, share=share.flatten())
+    logprobs = {name: given[name].flatten() for name in ("old_logprob", "ref_logprob", "rollout_logprob")}
+    advantage = given["advantage"].repeat_interleave(T)
+    _same(b, TokenBatch(given["target"].flatten(), role, advantage, weight, **logprobs, sequence_id=sequence))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.uint8])
+def test_what_the_docstring_calls_equivalent_is(dtype):
+    given = _padded()
+    given = {name: given[name] for name in ("target", "mask", "old_logprob")} | {"aggregation": "sequence_mean"}
+    given |= {"advantage": torch.rand(B, T, device=cases.DEVICE), "mask": given["mask"].to(dtype)}
+    text = inspect.cleandoc(TokenBatch.from_padded.__doc__)
+    snippet = textwrap.dedent(re.search(r"Equivalent to[^\n]*:\n\n((?: {4}.*\n)+)", text)[1])
+    names = vars(trapo_kernels) | {"torch": torch} | given
+    with torch.device(cases.DEVICE):
+        exec(snippet, names)
+    _same(TokenBatch.from_padded(**given), names["batch"])
+
+
+def _head():
+    hidden, weight, _ = cases.head(B * (T + 1), D, V)
+    return hidden.detach().view(B, T + 1, D).requires_grad_(), weight
+
+
+def _plain_grpo(hidden, weight, target, mask, old_logprob, ref_logprob, advantage, beta=0.04, epsilon=0.2):
+    """As TRL writes it: the mean over sequences of their token means."""
+    log_p = (hidden[:, :-1] @ weight.T).log_softmax(-1)
+    logprob = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    ratio = torch.exp(logprob - old_logprob.nan_to_num())
+    of_token = -torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - epsilon, 1 + epsilon) * advantage[:, None])
+    d = ref_logprob.nan_to_num() - logprob
+    of_token = of_token + beta * (d.exp() - d - 1)
+    return ((of_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def _close(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)  # weights are fp32
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("how", ["at once", "with totals", "by rows"])
+def test_grpo_over_padded_tensors_however_they_are_split(how, backend):
+    given, (hidden, weight) = _padded(), _head()
+    given.pop("rollout_logprob")
+    expected = _plain_grpo(hidden, weight, **given)
+    totals = LossTotals(rollout_tokens=given["mask"].sum(), sequences=B)
+    parts = [slice(0, B)] if how == "at once" else [slice(0, 2), slice(2, 3), slice(3, B)]
+    whole = TokenBatch.from_padded(**given, aggregation="sequence_mean")
+    loss = 0.0
+    for part in parts:
+        if how == "by rows":
+            batch = whole.rows(slice(part.start * T, part.stop * T))
+        else:
+            some = {name: x[part] for name, x in given.items()}
+            batch = TokenBatch.from_padded(**some, aggregation="sequence_mean", totals=None if how == "at once" else totals)
+        flat = hidden[part, :-1].flatten(0, 1)
+        loss = loss + linear_policy_loss(flat, weight, batch, objectives.grpo(beta=0.04), backend=backend).loss
+    _close([loss, *cases.gradients(loss, (hidden, weight))], [expected, *cases.gradients(expected, (hidden, weight))])
+
+
+def test_expert_tokens_are_trained_as_cross_entropy_does():
+    given, (hidden, weight) = _padded(), _head()
+    b = TokenBatch.from_padded(given["target"], given["mask"], aggregation="token_mean", role=Role.EXPERT)
+    out = linear_policy_loss(hidden[:, :-1].flatten(0, 1), weight, b, objectives.sft())
+    logits = (hidden[:, :-1] @ weight.T).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, given["target"].flatten())
+    _close([out.loss, *cases.gradients(out.loss, (hidden, weight))], [expected, *cases.gradients(expected, (hidden, weight))])
+
+
+def test_roles_may_differ_from_token_to_token():
+    given = _padded()
+    role = (1 + torch.arange(B * T, device=cases.DEVICE).view(B, T) % 2).to(torch.uint8)
+    b = TokenBatch.from_padded(given["target"], given["mask"], aggregation="role_mean", role=role)
+    assert torch.equal(b.role.view(B, T), torch.where(given["mask"], role, Role.IGNORED))
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked what a mask holds")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target": torch.zeros(T, dtype=torch.int64)},
+            r"target must be a tensor of shape \[B, T\], got torch\.int64 \[7\]",
+        ),
+        ({"mask": None}, r"mask must be a tensor of shape \[B, T\] = \[5, 7\] on cpu, as target is, got NoneType\. Cut it"),
+        ({"mask": torch.ones(B, T + 1)}, r"mask must be .*, got torch\.float32 \[5, 8\] on cpu\. Cut it to the tokens"),
+        ({"mask": torch.full((B, T), 2)}, r"mask must hold 0 and 1, got 2\. Pass mask != 0; a factor"),
+        ({"mask": torch.full((B, T), torch.nan)}, r"mask must hold 0 and 1, got nan"),
+        (
+            {"advantage": torch.ones(T)},
+            r"advantage must be .* \[B\] = \[5\] or \[B, T\] = \[5, 7\] on cpu.*got .*\[7\]",
+        ),
+        ({"advantage": [1.0] * B}, r"advantage must be a tensor of .* got list\."),
+        ({"old_logprob": torch.ones(B)}, r"old_logprob must be a tensor of shape \[B, T\] = \[5, 7\] on cpu"),
+        ({"prompt_id": torch.zeros(B, T, dtype=torch.int64)}, r"prompt_id must be a tensor of shape \[B\] = \[5\] on cpu"),
+        ({"role": Role.IGNORED}, r"role must be one of 1, 2, got 0"),
+        ({"role": torch.ones(B, dtype=torch.uint8)}, r"role must be a tensor of shape \[B, T\] = \[5, 7\]"),
+        ({"role": torch.ones(B, T, dtype=torch.int64)}, r"role must be torch\.uint8, got torch\.int64\. Convert it"),
+        ({"aggregation": "mean"}, r"aggregation must be one of 'constant', .*, got 'mean'"),
+        ({"aggregation": "constant"}, r'aggregate: mode "constant" needs an integer max_tokens > 0, got None'),
+        ({"old_logprob": torch.ones(B, T, requires_grad=True)}, r"old_logprob is a constant of the loss.*Detach it"),
+        ({"advantage": torch.ones(B, dtype=torch.int64)}, r"advantage must be torch\.float32 .*got torch\.int64\. Convert it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        TokenBatch.from_padded(**({**_padded(), "aggregation": "token_mean"} | changes))
