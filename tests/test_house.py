@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,17 +130,63 @@ def test_files_and_functions_stay_small():
                 assert length <= 60, f"{path.name}:{node.name} has {length} lines"
 
 
-def test_readme_python_runs(tmp_path):
+def _readme_python():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 2, "the README has lost an example"
-    result = subprocess.run([sys.executable, "-c", blocks[0]], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
+    assert len(blocks) == 3, "the README has lost an example"
+    return blocks
+
+
+def _model():
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
-    model, input_ids = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, **shape)), torch.randint(50, (2, 9))
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=50, **shape))
+
+
+def test_readme_python_runs(tmp_path):
+    first, in_a_model, _ = _readme_python()
+    result = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    model, input_ids = _model(), torch.randint(50, (2, 9))
     labels = torch.where(torch.arange(9) < 3, -100, input_ids)
     names = vars(trapo_kernels) | {"torch": torch, "model": model, "input_ids": input_ids, "labels": labels}
-    exec(blocks[1], names)  # in place of a Hugging Face model's own loss
+    exec(in_a_model, names)  # in place of a Hugging Face model's own loss
     torch.testing.assert_close(names["loss"], model(input_ids, labels=labels).loss)
+
+
+def test_readme_grpo_of_two_ranks_is_that_of_all_sequences():
+    """Prompts of 4 tokens, padded on the left, completions of 6, on the right; ranks of 3 and 2 sequences in micro-batches of 2."""
+    model = _model()
+    prompt, response = torch.tensor([4, 2, 3, 4, 1]), torch.tensor([6, 3, 0, 5, 2])
+    mask = (torch.arange(6) < response[:, None]).long()
+    given = {
+        "input_ids": torch.randint(50, (5, 10)),
+        "attention_mask": torch.cat([(torch.arange(4) >= 4 - prompt[:, None]).long(), mask], 1),
+        "mask": mask,
+        "old_logprob": -3.9 + 0.3 * torch.randn(5, 6),
+        "ref_logprob": -3.9 + 0.3 * torch.randn(5, 6),
+        "advantage": torch.randn(5),
+    }
+    weights = list(model.parameters())
+    hidden = model.model(given["input_ids"], given["attention_mask"]).last_hidden_state[:, 3:-1]
+    logprob = model.lm_head(hidden).log_softmax(-1).gather(-1, given["input_ids"][:, 4:, None])[..., 0]
+    ratio, advantage = (logprob - given["old_logprob"]).exp(), given["advantage"][:, None]
+    d = given["ref_logprob"] - logprob
+    of_token = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + 0.04 * (d.exp() - d - 1)
+    expected = torch.autograd.grad(((of_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean(), weights)
+
+    def all_reduce(counts):
+        counts.copy_(torch.stack([mask.sum(), torch.tensor(len(mask))]))
+
+    merged = []
+    for rank in (slice(0, 3), slice(3, 5)):
+        names = {"torch": torch, "model": model, "dist": SimpleNamespace(all_reduce=all_reduce), "world_size": 2}
+        names |= vars(trapo_kernels) | {name: x[rank] for name, x in given.items()}
+        exec(_readme_python()[2], names)
+        merged.append(names["metrics"])
+    for weight, exact in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad / 2, exact, rtol=1e-4, atol=1e-7)  # the mean over ranks, as DDP takes it
+    whole = trapo_kernels.merged_metrics(merged)
+    assert whole["rollout/count"] == mask.sum()
+    torch.testing.assert_close(whole["rollout/ratio"].float(), ratio[mask > 0].mean().detach())
 
 
 @pytest.mark.slow

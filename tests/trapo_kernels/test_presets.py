@@ -1,5 +1,7 @@
 """The presets as a list: documented, registered, and in step with the README's table; sums of objectives."""
 
+import dataclasses
+import doctest
 import inspect
 import re
 from pathlib import Path
@@ -47,6 +49,16 @@ def test_the_table_has_a_row_per_preset_and_says_how_many_passes():
 def test_the_readme_has_the_table_of_the_presets():
     (block,) = re.findall(r"<!-- objectives -->\n(.*?)<!-- /objectives -->", README.read_text(), re.S)
     assert block.strip() == objectives.table().strip(), "paste objectives.table() between the marks"
+
+
+def test_any_preset_takes_a_kl_as_the_documentation_says():
+    names = {"dataclasses": dataclasses, "KL": KL, "objectives": objectives}
+    (example,) = doctest.DocTestFinder(recurse=False).find(objectives, globs=names)
+    assert doctest.DocTestRunner().run(example) == (0, 1)
+    (code,) = re.findall(r"`(dataclasses\.replace\(.*?\))`", README.read_text())
+    assert eval(code, names) == Objective(rollout=objectives.gspo().rollout, kl=KL(0.1))
+    takes_beta = {name for name, preset in objectives.PRESETS.items() if "beta" in inspect.signature(preset).parameters}
+    assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which both name
 
 
 def test_a_sum_says_why_it_takes_two_passes_and_lists_the_terms_of_all_its_layers():

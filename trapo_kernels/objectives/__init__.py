@@ -1,4 +1,12 @@
-"""Presets: each method of the field as data for the same kernels. `print(objectives.trapo())` shows its formula."""
+"""Presets: each method of the field as data for the same kernels. `print(objectives.trapo())` shows its formula.
+
+`beta` of grpo, reinforce_pp and uft is the KL of their methods. It is a field of every objective, and any other takes one so:
+
+    >>> print(dataclasses.replace(objectives.dapo(), kl=KL(0.01)))
+    dapo:
+      rollout  Σ w · (-min(A·r, A·clip(r, 1-0.2, 1+0.28)), r = π/π_old)
+      KL       0.01 · Σ w_K · k3(π ‖ π_ref) on rollout tokens
+"""
 
 from __future__ import annotations
 
