@@ -25,7 +25,8 @@ def token_batch(batch: TokenBatch) -> None:
     where = "TokenBatch"
     if not isinstance(batch.target, Tensor) or batch.target.ndim != 1:
         shape = list(batch.target.shape) if isinstance(batch.target, Tensor) else type(batch.target).__name__
-        raise ValueError(f"{where}: target must be a tensor of shape [N], got {shape}. Flatten it with target.reshape(-1).")
+        remedy = "Flatten it with target.reshape(-1), or call TokenBatch.from_padded for [batch, sequence] tensors."
+        raise ValueError(f"{where}: target must be a tensor of shape [N], got {shape}. {remedy}")
     length, device = batch.target.shape[0], batch.target.device
     floats = (torch.float32, torch.float64)
     checks.vector(where, "target", batch.target, length, device, (torch.int64,))

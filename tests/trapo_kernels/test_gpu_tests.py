@@ -10,7 +10,18 @@ import pytest
 
 from tests.trapo_kernels import cases
 
-FILES = ("batch", "linear_logprob", "linear_policy_loss", "lora", "presets", "row_selection", "sequence", "traps")
+FILES = (
+    "batch",
+    "linear_logprob",
+    "linear_policy_loss",
+    "lora",
+    "metrics",
+    "padded",
+    "presets",
+    "row_selection",
+    "sequence",
+    "traps",
+)
 OTHER_DEVICE = "Expected all tensors to be on the same device"
 
 
