@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trapo_train.checkpoint import CheckpointError
 from trapo_train.config import RunConfig
 from trapo_train.engine import EngineError, TransformersEngine
 from trapo_train.model import policy_head, precision
@@ -46,7 +47,7 @@ def ready_to_generate(
 ) -> Iterator[None]:
     """Inside, the engine samples from the weights as they are at rollout step `step`; every rank must enter.
 
-    Raises: EngineError on every rank, where vLLM does not take them on one, or does not sleep afterwards.
+    Raises: EngineError on every rank, where they cannot be written or vLLM does not take them on one, or does not sleep afterwards.
     """
     if isinstance(engine, TransformersEngine):
         with gathered(model), precision(model):
@@ -63,11 +64,18 @@ def ready_to_generate(
         _on_every_rank(world, engine.sleep)
     else:
         if engine.loaded_step != step:
-            export_model(model, tokenizer, engine.sync_dir, world, policy_head(model).compute_dtype)
+            _on_every_rank(world, lambda: _write_for(engine, model, tokenizer, world))
         # also where they are unchanged: the server may have started anew since
         _on_every_rank(world, engine.load_weights if world.first else lambda: None)
         engine.loaded_step = step
         yield
+
+
+def _write_for(engine: VllmServerEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
+    try:
+        export_model(model, tokenizer, engine.sync_dir, world, policy_head(model).compute_dtype)
+    except CheckpointError as error:  # the step is not trained, and what was trained before it can be saved
+        raise EngineError(f"vllm_server: the weights cannot be handed over. {error} Mend that, or set sync_dir.") from error
 
 
 def _on_every_rank(world: World, action: Callable[[], None]) -> None:

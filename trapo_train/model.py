@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.liger import apply_liger
+from trapo_train.loading import make_savable
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
@@ -190,6 +191,7 @@ def load_model_and_tokenizer(
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
+    make_savable(model, tell)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "

@@ -124,8 +124,8 @@ def export_model(
 
     Every rank of `world` must call this; the first one keeps the weights that all gather, and writes.
 
-    Raises: CheckpointError, on the first rank, when the disk is full or not writable, or for a directory that holds anything but an
-        older export; what was there stays.
+    Raises: CheckpointError, on the first rank, when the disk is full or not writable or transformers refuses to save the model, or
+        for a directory that holds anything but an older export; what was there stays.
     """
     directory = Path(directory).resolve()  # a link to a larger disk stays one
     sharded = world is not None and world.size > 1
@@ -179,9 +179,12 @@ def _in_place_of(directory: Path) -> Iterator[Path]:
     try:
         yield unfinished
         (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
-    except (OSError, SafetensorError) as error:
+    except (
+        Exception
+    ) as error:  # of whatever kind, as transformers checks when it saves: what was trained must be saved all the same
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"model: could not be written to {directory}: {error}.") from error
+        kind = "" if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"model: could not be written to {directory}: {kind}{str(error).rstrip('.')}.") from error
     finally:
         if progress_bar:
             enable_progress_bar()

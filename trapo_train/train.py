@@ -149,6 +149,8 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
         export_model(trainer.model, trainer.tokenizer, directory, trainer.world)
     except CheckpointError as raised:
         error = raised
+    except Exception as raised:  # whatever gathering the weights raises, such as for too little memory, must not lose the run
+        error = CheckpointError(f"model: could not be written to {directory}: {type(raised).__name__}: {raised}.")
     failed = next((found for found in trainer.world.gather(error) if found is not None), None)
     config = trainer.config
     if trainer.world.first and error is None and config.data.task is None:  # a generated task brings its tokenizer, too
@@ -163,8 +165,8 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
         raise CheckpointError(f"{failed} Nor could a checkpoint: {unsaved}") from failed
     saved = store.path(trainer.step) if trainer.step in store.steps() else trainer.save(store)
     raise CheckpointError(
-        f"{failed} What was trained is in {saved}. Free space or make the directory writable, then resume with "
-        "checkpoint.resume=true, which writes the model."
+        f"{failed} What was trained is in {saved}. Free space, make the directory writable or mend what else it names, then resume "
+        "with checkpoint.resume=true, which writes the model."
     ) from failed
 
 

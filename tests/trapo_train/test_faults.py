@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config, train_to_end
-from trapo_train import preflight
+from trapo_train import preflight, train
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.display import MetricsLog, read_metrics
 from trapo_train.trainer import Trainer
@@ -120,18 +120,35 @@ def test_a_run_killed_between_saving_and_dropping_the_oldest_keeps_no_more_once_
     assert store.steps() == [2, 3]
 
 
-def test_a_model_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "error", "words"),
+    [
+        (
+            (PreTrainedModel, "save_pretrained"),
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "No space left",
+        ),
+        ((PreTrainedModel, "save_pretrained"), ValueError("`top_p` is set.\n\nFix this."), "ValueError: `top_p` is set."),
+        ((train, "export_model"), torch.OutOfMemoryError("out of memory"), "OutOfMemoryError: out of memory"),
+    ],
+    ids=["full disk", "refused by transformers", "while weights are gathered"],
+)
+def test_a_model_that_cannot_be_written_is_not_lost(where, error, words, tmp_path, monkeypatch):
     """Without checkpoints of its own the run saves one then; resuming writes the model."""
     whole = build_config(tmp_path, "whole", "steps=2", "checkpoint.every=0")
     train_to_end(whole)
 
-    def full_disk(model, directory, **options):
-        Path(directory).mkdir()
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def fails(model, *arguments, **options):
+        if where[0] is PreTrainedModel:
+            Path(arguments[0]).mkdir()
+        raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(PreTrainedModel, "save_pretrained", full_disk)
-        with pytest.raises(CheckpointError, match=r"No space left.*What was trained is in .*step_00000002.*checkpoint.resume=true"):
+        patched.setattr(*where, fails)
+        message = (
+            rf"(?s)could not be written to .*{re.escape(words)}.*What was trained is in .*step_00000002.*checkpoint.resume=true"
+        )
+        with pytest.raises(CheckpointError, match=message):
             train_to_end(build_config(tmp_path, "run", "steps=2", "checkpoint.every=0"))
     assert not any("model" in path.name for path in (tmp_path / "run").iterdir())
     train_to_end(build_config(tmp_path, "run", "steps=2", "checkpoint={every: 0, resume: true}"))

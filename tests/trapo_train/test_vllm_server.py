@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from tests.trapo_train.fake_vllm import MODEL, FakeServer
 from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, iter_requests, problem
@@ -289,6 +290,21 @@ def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch, where):
     train_to_end(build_config(tmp_path, "run", *overrides, "checkpoint.resume=true"))
     model = "model/model.safetensors"
     assert (tmp_path / "run" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+
+
+def test_weights_that_cannot_be_written_for_the_server_lose_nothing(server, tmp_path, monkeypatch):
+    config, writes = build_config(tmp_path, "run", *_overrides(server), "checkpoint.every=0"), []
+
+    def refuses(model, *arguments, inner=PreTrainedModel.save_pretrained, **options):
+        writes.append(model)
+        if len(writes) == 3:
+            raise ValueError("transformers does not save this")
+        inner(model, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuses)
+    with pytest.raises(EngineError, match="weights cannot be handed over.*ValueError: transformers does not save this"):
+        train_to_end(config)
+    assert [path.name for path in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def dies_after(server, complete, calls):
