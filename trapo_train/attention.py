@@ -120,6 +120,18 @@ def check_attention(model: PreTrainedModel) -> None:
         )
 
 
+def longrope_limit(architecture: PretrainedConfig) -> int | None:
+    """Tokens of the longest sequence that leaves the others beside it as they are; None for a model without LongRoPE (Phi 3 and 4).
+
+    LongRoPE has short and long factors, and transformers takes those that the longest sequence of a whole pass needs, for all of
+    its rows and packed sequences. "dynamic" RoPE depends on it, too, but only beyond the model's positions.
+    """
+    ropes = getattr(architecture.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+    limits = [rope["original_max_position_embeddings"] for rope in by_layer if rope.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, attention is transformers' own in plain PyTorch, which runs on every device and in every type: FlashAttention would

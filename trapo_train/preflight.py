@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective
+from trapo_train.attention import longrope_limit
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
 from trapo_train.lora import check_no_adapter
@@ -21,6 +22,7 @@ from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.problems import RESERVED_COLUMNS, ProblemSet
 from trapo_train.reward_checks import check_takes
 from trapo_train.rewards import RewardFn, WeightedSum
+from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer
 
@@ -173,8 +175,12 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
     and model, and what the model scores of them into micro-batch and model. `problems`: None where nothing is trained."""
     rollout, own = config.rollout, config.evaluation.max_response_tokens
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    packing = {"packing.max_tokens": config.packing.max_tokens}
-    model_limit = {"the model's positions (of one from scratch model.scratch.max_position)": positions}
+    packing, short = {"packing.max_tokens": config.packing.max_tokens}, longrope_limit(model.config)
+    model_limit = {
+        "the model's positions (of one from scratch model.scratch.max_position)": positions,
+        "the short factors of the model's LongRoPE (a longer sequence gives those beside it the long ones)": short,
+    }
+    _check_vllm_takes_short_factors(rollout, short)
     engine = {
         "rollout.max_batch_tokens": rollout.max_batch_tokens if rollout.engine == "transformers" else None,
         "rollout.vllm.max_model_len": rollout.vllm.max_model_len if rollout.engine == "vllm" else None,
@@ -192,6 +198,17 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
             _check_fits("held-out prompt and", setting, (entry.longest_prompt_tokens, own or longest), engine)
         traces = "held-out prompt and its expert trace of at most"
         _check_fits(traces, "rollout.max_response_tokens", entry.longest_with_expert(longest), packing | model_limit)
+
+
+def _check_vllm_takes_short_factors(rollout: RolloutConfig, short: int | None) -> None:
+    """Raise UserError where vLLM would sample from a model with LongRoPE's long factors, which it takes for all or no sequences."""
+    longest = rollout.vllm.max_model_len
+    if rollout.engine == "vllm" and short is not None and (longest is None or longest > short):
+        given = "null" if longest is None else longest
+        raise UserError(
+            f"rollout.vllm.max_model_len must be at most {short} for this model, got {given}: beyond that vLLM samples with the "
+            f"long factors of its LongRoPE, and training has the short ones. Set it to {short} or less."
+        )
 
 
 def _check_fits(what: str, setting: str, sizes: tuple[int, int], limits: dict[str, int | None]) -> None:
