@@ -30,7 +30,7 @@ from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
 
-_TRAINED = StateDictOptions(ignore_frozen_params=True)
+_TRAINED, _INCOMPLETE = StateDictOptions(ignore_frozen_params=True), StateDictOptions(strict=False)
 _MARKER = ".exported_by_trapo"
 # What changes in an optimizer's groups during a run; the rest is configured, or chosen for how the parameters are held (fused).
 _SCHEDULED = ("lr", "initial_lr")
@@ -43,13 +43,17 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
     """
     tensors = _trained_weights(model)
     values: dict[str, Any] = {}
+    stateless: list[str] = []
     if optimizer.state:  # before the first step there is none, and asking for it would take one
-        for name, entries in get_optimizer_state_dict(model, optimizer)["state"].items():
+        states = get_optimizer_state_dict(model, optimizer)["state"]
+        for name, entries in states.items():
             for key, value in entries.items():
                 home = tensors if isinstance(value, Tensor) else values
                 home[f"optimizer.{name}.{key}"] = value
+        # What never had a gradient, as an expert that no token was routed to, has none.
+        stateless = [name for name, p in model.named_parameters() if p.requires_grad and name not in states]
     groups = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
-    return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state)}
+    return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state), "stateless": stateless}
 
 
 def _trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -70,7 +74,10 @@ def load_training_state(
     Raises: CheckpointError for a checkpoint of another model.
     """
     if state["stateful"]:
-        nested = get_optimizer_state_dict(model, optimizer)  # makes the optimizer's state, for the checkpoint to overwrite
+        get_optimizer_state_dict(model, optimizer)  # makes the optimizer's state, for the checkpoint to overwrite
+        for name in state.get("stateless", ()):
+            optimizer.state.pop(model.get_parameter(name), None)
+        nested = get_optimizer_state_dict(model, optimizer)
     tensors, _ = training_state(model, optimizer)
     store.load_tensors(step, tensors)
     if state["stateful"]:
@@ -78,7 +85,7 @@ def load_training_state(
         nested["state"] = {
             name: {key: loaded[f"optimizer.{name}.{key}"] for key in entries} for name, entries in nested["state"].items()
         }
-        set_optimizer_state_dict(model, optimizer, nested)
+        set_optimizer_state_dict(model, optimizer, nested, options=_INCOMPLETE)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update({key: saved[key] for key in _SCHEDULED if key in saved})
 

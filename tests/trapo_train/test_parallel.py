@@ -151,6 +151,48 @@ def test_a_state_before_and_after_the_first_step_moves_to_a_fresh_model(settings
             assert torch.equal(again[name], value), name
 
 
+def _new_with_idle_weights(world):
+    """A model with a matrix that no token reaches, as those of an expert may be, its optimizer and its schedule."""
+    model = make_model()
+    model.model.layers[0].idle = torch.nn.Linear(16, 16)
+    place_model(model, world)
+    optimizer = build_optimizer(model, SETTINGS)
+    return model, optimizer, build_scheduler(optimizer, SETTINGS, steps=4)
+
+
+def _resume_with_idle_weights(rank, size, directory, port):
+    """A step, a checkpoint and another step, and that step out of the checkpoint: the same bits, and no state where no gradient
+    was."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world, objective = World(ParallelConfig(timeout_s=60)), objectives.trapo()
+    packed = pack(make_samples(), PackingConfig(12), objective, max_response_tokens=16, ranks=size)
+
+    def step(run):
+        optimizer_step(*run, world.share(packed), objective, 1.0, 1.0, world)
+
+    first, again, store = _new_with_idle_weights(world), _new_with_idle_weights(world), CheckpointStore(directory, 1, world)
+    step(first)
+    _save(store, *first[:2])
+    _load(store, *again[:2])
+    again[2].load_state_dict(first[2].state_dict())
+    step(first)
+    step(again)
+    expected, values = training_state(*first[:2])
+    found, _ = training_state(*again[:2])
+    assert values["stateless"] == ["model.layers.0.idle.weight", "model.layers.0.idle.bias"]
+    assert found.keys() == expected.keys() and "optimizer.model.embed_tokens.weight.exp_avg" in found
+    for name, value in expected.items():
+        assert torch.equal(*(x.to_local() if isinstance(x, DTensor) else x for x in (found[name], value))), name
+    world.close()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_that_never_had_a_gradient_have_no_state_after_resuming_either(size, tmp_path):
+    arguments = (size, tmp_path, _free_port())
+    mp.start_processes(_resume_with_idle_weights, args=arguments, nprocs=size, start_method="spawn")
+
+
 def test_a_loaded_state_leaves_the_implementation_that_was_chosen_for_these_parameters(tmp_path):
     model, saved = make_model(), OptimizerConfig(name="SGD", learning_rate=0.1, options={"momentum": 0.9})
     optimizer = build_optimizer(model, saved)
