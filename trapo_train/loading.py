@@ -1,13 +1,18 @@
-"""What published models need before they are trained, so that nothing of it shows only when the trained model is written."""
+"""What published models need before they are trained: configurations that can be saved, and of multimodal ones the text alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from trapo_train.schema import refused
+from trapo_train.schema import UserError, refused
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def make_savable(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
@@ -33,3 +38,50 @@ def make_savable(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
             model.config.save_pretrained(folder)
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether the model has parts beside its text model, such as a vision tower (Gemma 3 from 4b on)."""
+    return model.config.get_text_config() is not model.config
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the text model.
+
+    Raises: UserError for a model that does not hold them as `layers`.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"model: several ranks and plan-memory need a decoder with its blocks in `layers`, that of {type(model).__name__} has "
+            "none. Train it in one process, or choose another model."
+        )
+    return layers
+
+
+def train_text_alone(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Freeze what of a multimodal model is neither decoder nor head: the text that is trained on never reaches it."""
+    if not is_multimodal(model):
+        return
+    text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    frozen = {name: parameter for name, parameter in model.named_parameters() if parameter not in text}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    if frozen:
+        parts = sorted({".".join(name.split(".")[:2]) for name in frozen})
+        tell(f"the model is trained on text alone: {', '.join(parts)} stay as they are")
+
+
+def keep_processor(model: PreTrainedModel, name_or_path: str) -> None:
+    """Take over what a multimodal model's processor is made of, for `write_processor`; the hub may be away by then."""
+    model.processor_files = {}
+    for name in _PROCESSOR_FILES if is_multimodal(model) else ():
+        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            model.processor_files[name] = Path(found).read_text(encoding="utf-8")
+
+
+def write_processor(model: PreTrainedModel, directory: Path) -> None:
+    """Write the files of the model's processor beside it."""
+    for name, text in getattr(model, "processor_files", {}).items():
+        (directory / name).write_text(text, encoding="utf-8")

@@ -65,13 +65,15 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], N
         raise UserError(
             f"model.lora.target_modules must not name the output head {head!r}, which runs inside the fused loss. Leave it out."
         )
+    # what is frozen by now: parts of a multimodal model that no text reaches
+    beside_text = [name for name, module in model.named_modules() if any(not p.requires_grad for p in module.parameters(False))]
     targets = _linear_layers(model, tell) if config.target_modules == "all-linear" else config.target_modules
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        exclude_modules=[head],
+        exclude_modules=[head, *beside_text],
         use_rslora=config.rank_stabilised,
         task_type="CAUSAL_LM",
     )
@@ -105,7 +107,7 @@ def _linear_layers(model: PreTrainedModel, tell: Callable[[str], None]) -> list[
     holders = {
         name: module
         for name, module in model.named_modules()
-        if module not in (head, embedding) and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        if module not in (head, embedding) and any(p.ndim >= 2 and p.requires_grad for p in module.parameters(recurse=False))
     }
     found = [name for name, module in holders.items() if type(module) is nn.Linear]
     others = ", ".join(sorted({type(module).__name__ for module in holders.values() if type(module) is not nn.Linear}))

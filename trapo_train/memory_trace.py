@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trapo_train.attention import PACKED_IMPLEMENTATION
+from trapo_train.loading import decoder_layers
 from trapo_train.model import DTYPES, ModelConfig, policy_head, precision, prepare
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError
@@ -42,7 +43,7 @@ class Weights:
     head_dtype: torch.dtype
     """As it is stored."""
     outside_layers: int
-    """Embedding, last norm and head."""
+    """Embedding, last norm and head, and what a multimodal model has beside its text model."""
     cast: int
     """Trained matrices that autocast keeps in the compute type while a model generates."""
 
@@ -108,7 +109,10 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
 
 
 def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
-    """The sizes of the whole model's parameters."""
+    """The sizes of the whole model's parameters.
+
+    Raises: UserError for a model without a list of layers.
+    """
     with fake_tensors():
         model = skeleton(config, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
     parameters = list(model.parameters())
@@ -120,7 +124,7 @@ def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
         head=0 if head is embedding else sum(p.numel() for p in policy_head(model).parameters()),
         head_trained=head.requires_grad,
         head_dtype=head.dtype,
-        outside_layers=sum(p.numel() for p in parameters) - sum(p.numel() for p in model.base_model.layers.parameters()),
+        outside_layers=sum(p.numel() for p in parameters) - sum(p.numel() for p in decoder_layers(model).parameters()),
         cast=sum(p.numel() for p in parameters if p.requires_grad and p.ndim == 2 and (p is not embedding or p is head)),
     )
 

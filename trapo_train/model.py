@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.liger import apply_liger
-from trapo_train.loading import make_savable
+from trapo_train.loading import keep_processor, make_savable, train_text_alone
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
@@ -189,6 +189,7 @@ def load_model_and_tokenizer(
     else:
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
+        keep_processor(model, config.name_or_path)
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
     make_savable(model, tell)
@@ -222,6 +223,7 @@ def prepare(
     if switch_off_dropout(model):
         tell("the model's own dropout is switched off: sampler, old policy and update must be one policy")
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
+    train_text_alone(model, tell)
     apply_liger(model, config.liger, device, tell)
     if config.lora is not None:
         add_lora(model, config.lora, tell)

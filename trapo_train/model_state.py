@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.loading import write_processor
 from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
 
@@ -147,6 +148,7 @@ def export_model(
         model.save_pretrained(unfinished, state_dict=weights)
         _name_dtype(unfinished / "config.json", dtype if weights is not None else torch.float32)
         tokenizer.save_pretrained(unfinished)
+        write_processor(model, unfinished)
     return directory
 
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from trapo_train.loading import decoder_layers
 from trapo_train.model import policy_head
 from trapo_train.schema import UserError, check
 
@@ -153,7 +154,7 @@ def place_model(model: PreTrainedModel, world: World) -> None:
     With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
     Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
 
-    Raises: UserError for a vocabulary-parallel head that is the embedding, too.
+    Raises: UserError for a vocabulary-parallel head that is the embedding, too, or a model without a list of layers.
     """
     if world.size == 1:
         model.to(world.device)
@@ -173,7 +174,7 @@ def place_model(model: PreTrainedModel, world: World) -> None:
     policy = MixedPrecisionPolicy(
         head.compute_dtype, reduce_dtype=torch.promote_types(head.compute_dtype, torch.float32), cast_forward_inputs=False
     )
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if not _is_tied(model) and not world.vocab_parallel_head:
         fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once

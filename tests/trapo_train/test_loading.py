@@ -6,11 +6,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
+from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.attention import longrope_limit, segment_arguments
 from trapo_train.display import read_metrics
+from trapo_train.lora import LoraConfig
+from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer
@@ -112,3 +116,70 @@ def test_other_models_have_no_such_limit():
     assert longrope_limit(LlamaConfig(**SMALL)) is None
     assert longrope_limit(Gemma3TextConfig(**SMALL)) is None  # with parameters for each type of layer
     assert longrope_limit(LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})) is None
+
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+PROCESSOR = '{"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}}'
+
+
+def gemma(**options):
+    text = SMALL | {"head_dim": 8, "sliding_window": 4, "vocab_size": len(build_tokenizer()), "pad_token_id": 0} | options
+    return Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+
+
+@pytest.fixture
+def multimodal(tmp_path):
+    """A Gemma 3 that sees."""
+    directory = publish(tmp_path / "gemma", gemma())
+    (directory / "preprocessor_config.json").write_text(PROCESSOR)
+    return directory
+
+
+def of_vision(weights):
+    return {name: value for name, value in weights.items() if "vision_tower" in name or "projector" in name}
+
+
+def test_of_a_multimodal_model_the_text_is_trained_and_the_rest_exported_as_it_was(multimodal, tmp_path):
+    model = f"model={{name_or_path: {multimodal}}}"
+    config = build_config(tmp_path, "run", model, "steps=2", "checkpoint.every=1", "optimizer.warmup_steps=0")
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert "the model is trained on text alone: model.multi_modal_projector, model.vision_tower stay as they are" in told
+    mismatches = [row["rollout/mismatch_p95"] for row in read_metrics(config.output_dir) if row["kind"] == "train"]
+    assert max(mismatches) < 1e-5
+    exported = tmp_path / "run" / "model"
+    assert (exported / "preprocessor_config.json").read_text() == PROCESSOR
+    before, after = (load_file(directory / "model.safetensors") for directory in (multimodal, exported))
+    assert before.keys() == after.keys() and of_vision(before)
+    assert {name for name in before if torch.equal(before[name], after[name])} == of_vision(before).keys()
+    build = build_config(tmp_path, "run", model, "steps=3", "checkpoint={every: 1, resume: true}", "optimizer.warmup_steps=0")
+    assert train_to_end(build).steps == 3
+
+
+def test_what_no_text_reaches_has_no_adapter(multimodal):
+    pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    for targets in ("all-linear", ["q_proj", "fc1"]):
+        lora = LoraConfig(rank=2, target_modules=targets)
+        model, _ = load_model_and_tokenizer(ModelConfig(name_or_path=str(multimodal), lora=lora))
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained and all(name.startswith("model.language_model.layers") for name in trained)
+
+
+def test_the_memory_of_a_multimodal_model_is_planned_and_a_decoder_without_layers_refused():
+    config = ModelConfig(name_or_path="none")
+    whole, text = weigh(config, gemma()), weigh(config, gemma().text_config)
+    assert whole.trained == text.trained == text.total < whole.total
+    assert whole.outside_layers - text.outside_layers == whole.total - text.total
+    learned = GPT2Config(vocab_size=20, n_embd=16, n_head=2, n_layer=2, n_positions=16)
+    with pytest.raises(ValueError, match=r"need a decoder with its blocks in `layers`, that of GPT2LMHeadModel has none\. Train"):
+        weigh(config, learned)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_multimodal_model(multimodal, tmp_path):
+    _torchrun(2, tmp_path, f"model={{name_or_path: {multimodal}}}", "steps=1", "optimizer.warmup_steps=0")
+    before, after = (load_file(directory / "model.safetensors") for directory in (multimodal, tmp_path / "run" / "model"))
+    assert {name for name in before if torch.equal(before[name], after[name])} == of_vision(before).keys()
