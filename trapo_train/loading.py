@@ -1,16 +1,21 @@
-"""What published models need before they are trained: configurations that can be saved, and of multimodal ones the text alone."""
+"""What published models need before they are trained: configurations that can be saved, tokens that have an embedding, and of
+multimodal ones the text alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from trapo_train.schema import UserError, refused
+
+if TYPE_CHECKING:
+    from trapo_train.problems import ProblemSet
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -38,6 +43,43 @@ def make_savable(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
             model.config.save_pretrained(folder)
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
+
+
+def tell_of_tokens_without_embedding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+) -> None:
+    """Tell which tokens of the tokenizer the model has no embedding for, as Gemma 3 1b for <image_soft_token>.
+
+    It has no logits for them either, so that it samples none; those in data are refused by `check_token_ids`.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    found = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= embeddings)
+    if found:
+        shown = ", ".join(token for _, token in found[:3]) + (", …" if len(found) > 3 else "")
+        tell(
+            f"the model has no embedding for {shown} ({len(found)} of the tokenizer): it samples none of them, and data must have none"
+        )
+
+
+def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Mapping[str, ProblemSet]) -> None:
+    """Raise UserError for a token in `problems`, by the section of the data, that the model has no embedding for.
+
+    All of them are tokenised once more for that, but only where the tokenizer has such tokens.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) < embeddings:
+        return
+    remedy = "Remove it from the data, or set model.tokenizer to the one the model was trained with."
+    for section, entry in problems.items():
+        for problem in entry:
+            texts = {"prompt": problem.prompt_ids} | {"expert trace": [i for expert in problem.experts for i in expert.token_ids]}
+            for what, token_ids in texts.items():
+                found = next((token_id for token_id in token_ids if token_id >= embeddings), None)
+                if found is not None:
+                    raise UserError(
+                        f"{section}: the model must have an embedding for every token, it has {embeddings}; the {what} of problem "
+                        f"{problem.index} has {tokenizer.convert_ids_to_tokens(found)!r}, token {found}. {remedy}"
+                    )
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:

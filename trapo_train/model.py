@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.liger import apply_liger
-from trapo_train.loading import keep_processor, make_savable, train_text_alone
+from trapo_train.loading import keep_processor, make_savable, tell_of_tokens_without_embedding, train_text_alone
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
@@ -193,11 +193,7 @@ def load_model_and_tokenizer(
     if config.eos_token is not None:
         end_generation_too(model, tokenizer)
     make_savable(model, tell)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"model: the tokenizer must not have more tokens than the model has embeddings, got {len(tokenizer)} and "
-            f"{model.get_input_embeddings().num_embeddings}. Set model.tokenizer to the one the model was trained with."
-        )
+    tell_of_tokens_without_embedding(model, tokenizer, tell)
     prepare(model, config, device=device, check_logits=check_logits, tell=tell)
     return model, tokenizer
 

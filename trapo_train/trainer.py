@@ -26,6 +26,7 @@ from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluation_score, load_eval_sets
 from trapo_train.held_out import evaluate_sets, loading_notes
+from trapo_train.loading import check_token_ids
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
@@ -94,6 +95,7 @@ class Trainer:
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens)
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
         check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
+        check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
         check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
         place_model(self.model, self.world)
         self.reference = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -183,3 +184,25 @@ def test_two_ranks_train_a_multimodal_model(multimodal, tmp_path):
     _torchrun(2, tmp_path, f"model={{name_or_path: {multimodal}}}", "steps=1", "optimizer.warmup_steps=0")
     before, after = (load_file(directory / "model.safetensors") for directory in (multimodal, tmp_path / "run" / "model"))
     assert {name for name in before if torch.equal(before[name], after[name])} == of_vision(before).keys()
+
+
+@pytest.mark.parametrize(("where", "what"), [("prompt", "prompt"), ("expert", "expert trace"), (None, None)])
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_where_data_has_it(where, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = build_tokenizer()
+    small = LlamaConfig(vocab_size=len(tokenizer), **SMALL)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    directory = publish(tmp_path / "published", small, tokenizer)
+    rows = [{"prompt": "ab?", "solution": "b", "expert": "b"} for _ in range(3)]
+    if where is not None:
+        rows[1][where] += "<image>"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = f"data={{path: {tmp_path / 'rows.jsonl'}, expert_column: expert}}"
+    config = build_config(tmp_path, "run", f"model={{name_or_path: {directory}}}", data, "reward=exact_match")
+    if where is None:
+        notes = Trainer(config).notes
+        assert sum("the model has no embedding for <image> (1 of the tokenizer): it samples none" in note for note in notes) == 1
+        return
+    message = rf"data: .* embedding for every token, it has {len(tokenizer) - 1}; the {what} of problem 1 has '<image>', token"
+    with pytest.raises(ValueError, match=message):
+        Trainer(config)
