@@ -12,7 +12,7 @@ from trapo_train.checkpoint import CheckpointError
 from trapo_train.config import RunConfig
 from trapo_train.engine import EngineError, TransformersEngine
 from trapo_train.model import policy_head, precision
-from trapo_train.model_state import check_replaceable, export_model, whole_weights
+from trapo_train.model_state import check_replaceable, export_model, weights_as_saved
 from trapo_train.parallel import World, gathered
 from trapo_train.vllm_engine import VllmEngine
 from trapo_train.vllm_server import VllmServerEngine
@@ -54,7 +54,7 @@ def ready_to_generate(
             yield
     elif isinstance(engine, VllmEngine):
         _on_every_rank(world, engine.wake)  # before the weights, which all ranks put together
-        _on_every_rank(world, lambda: engine.load(whole_weights(model, policy_head(model).compute_dtype)))
+        _on_every_rank(world, lambda: engine.load(weights_as_saved(model, policy_head(model).compute_dtype)))
         try:
             yield
         except BaseException:  # perhaps of this rank alone, while the others are elsewhere

@@ -56,9 +56,7 @@ def tell_of_tokens_without_embedding(
     found = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= embeddings)
     if found:
         shown = ", ".join(token for _, token in found[:3]) + (", …" if len(found) > 3 else "")
-        tell(
-            f"the model has no embedding for {shown} ({len(found)} of the tokenizer): it samples none of them, and data must have none"
-        )
+        tell(f"the model has no embedding for {shown} ({len(found)} of the tokenizer): it samples none, and data must have none")
 
 
 def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Mapping[str, ProblemSet]) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
@@ -106,8 +107,8 @@ def has_finite_weights(model: PreTrainedModel, world: World) -> bool:
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint of the model has, as it is now: whole, rounded to `dtype` and with LoRA's adapters added, under the names
-    of the plain model; a tied weight once. Every rank must go through all of them: a sharded weight is put together when its turn
+    """The weights of the plain model under its names, as they are now: whole, rounded to `dtype` and with LoRA's adapters added; a
+    tied weight once. Every rank must go through all of them: a sharded weight is put together when its turn
     comes, from shards that were rounded before they travel."""
     names = _names(model)
     tensors = {name: value for name, value in model.state_dict().items() if name in names}
@@ -118,6 +119,13 @@ def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
         return value.full_tensor() if isinstance(value, DTensor) else value
 
     return merged_weights(model, tensors, whole, dtype)
+
+
+def weights_as_saved(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """`whole_weights` under the names and in the shapes of the model's files, which is what vLLM reads: transformers holds the
+    experts of a layer as one tensor, files have one for each."""
+    for name, weight in whole_weights(model, dtype):
+        yield from revert_weight_conversion(model, {name: weight}).items()
 
 
 def export_model(

@@ -6,12 +6,14 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trapo_train.engine import SamplingParams, TransformersEngine
@@ -210,7 +212,7 @@ class FakeLLM:
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         torch.manual_seed(seed)  # as vLLM does where it shares the process
         config = AutoConfig.from_pretrained(model)
-        assert config.architectures == ["LlamaForCausalLM"], "vLLM knows no other name"
+        assert config.architectures[0] in ("LlamaForCausalLM", "Qwen3MoeForCausalLM"), "vLLM knows no other name"
         self.dtype, self.backend, self.sleep_mode = dtype, distributed_executor_backend, enable_sleep_mode
         self.memory = {"weights", "kv_cache"}
         self.log = []
@@ -237,8 +239,13 @@ class FakeLLM:
     def collective_rpc(self, method, kwargs):
         assert method == "reload_weights" and "weights" in self.memory
         self.log.append("load")
-        missing, unexpected = self.model.load_state_dict(dict(kwargs["weights_iterator"]), strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)  # a tied head has no weight of its own
+        self.handed = {name: weight.clone() for name, weight in kwargs["weights_iterator"]}
+        with tempfile.TemporaryDirectory() as folder:  # names and shapes are those of a model's files
+            self.model.config.save_pretrained(folder)
+            save_file(self.handed, f"{folder}/model.safetensors", metadata={"format": "pt"})
+            loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        self.model.load_state_dict(loaded.state_dict())
         return [None]
 
     def reset_prefix_cache(self):

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.trapo_train.fake_vllm import FakeLLM, FakeVllm
 from tests.trapo_train.scripted import Rounds
@@ -20,7 +21,9 @@ from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.engine import EngineError, SamplingParams
 from trapo_train.engines import build_engine, ready_to_generate
+from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.model import install_policy_head
+from trapo_train.model_state import export_model
 from trapo_train.parallel import World
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.rollout import run_plans
@@ -68,6 +71,35 @@ def test_completions_are_those_of_the_weights_handed_over(vllm, tmp_path, tied):
             expected = torch.log_softmax(logits.detach(), -1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-5)
     assert found[0] == found[2] != found[1]
+
+
+MOE = Qwen3MoeConfig(
+    vocab_size=len(TOKENIZER), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dense", "tied", "lora", "mixture of experts", "mixture of experts, loaded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_handed_over_under_the_names_and_with_the_values_of_an_export(vllm, tmp_path, kind, dtype):
+    if kind == "lora":
+        pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    model = Qwen3MoeForCausalLM(MOE) if kind.startswith("mixture") else tiny(tie_word_embeddings=kind == "tied")
+    if kind.endswith("loaded"):  # which remembers how its files were read
+        model.save_pretrained(tmp_path / "published")
+        model = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "published")
+    install_policy_head(model, compute_dtype=dtype)
+    if kind == "lora":
+        add_lora(model, LoraConfig(rank=2))
+        for name, parameter in model.named_parameters():
+            parameter.data += 0.1 if "lora_B" in name else 0.0
+    with ready(build(model, tmp_path), model):
+        pass
+    exported = load_file(export_model(model, TOKENIZER, tmp_path / "exported", dtype=dtype) / "model.safetensors")
+    (llm,) = vllm.built
+    assert llm.handed.keys() == exported.keys()
+    assert all(torch.equal(llm.handed[name], weight) for name, weight in exported.items())
+    assert kind.startswith("mixture") == any("experts.3.gate_proj.weight" in name for name in exported)
 
 
 def test_it_sleeps_while_training_and_wakes_in_the_right_order(vllm, tmp_path, monkeypatch):
