@@ -172,7 +172,7 @@ def load_model_and_tokenizer(
     """
     device = torch.device(device)
     check_no_adapter(config.name_or_path)
-    tokenizer = load_tokenizer(config, task_tokenizer)
+    tokenizer = load_tokenizer(config, task_tokenizer, tell)
     trust = {"trust_remote_code": config.trust_remote_code}
     if config.scratch is not None:
         architecture = scratch_config(config.scratch, tokenizer)

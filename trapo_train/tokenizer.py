@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from trapo_train.schema import UserError, did_you_mean, refused
 
 if TYPE_CHECKING:
     from trapo_train.model import ModelConfig
 
+logger = logging.getLogger(__name__)
 
-def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+# In which tokenizers differ: digits, spaces and line breaks, letters of all kinds, code, apostrophes.
+_PROBES = (
+    "so x = 12345 and y = 1,234.5",
+    "one\n\ntwo\n   three\t four \r\n",
+    "  two  spaces before",
+    "中文と한국어 Straße Ünïcödé 🙂 ١٢٣",
+    "def f(x):\n    return x['a'] != -1  # \\boxed{y_2^{10}}\n",
+    "it's I'm THEY'LL don’t",
+)
+
+
+def load_tokenizer(
+    config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase | None, tell: Callable[[str], None] = logger.warning
+) -> PreTrainedTokenizerBase:
     """The configured tokenizer, the model's own, or the task's, whose end-of-sequence token ends a response.
+
+    Args:
+        tell: that the tokens are those of tokenizer.json, and not of the class that transformers chooses, is told to it.
 
     Raises: UserError for no tokenizer, or a model.eos_token that is none of its tokens.
     """
@@ -33,9 +53,41 @@ def load_tokenizer(config: ModelConfig, task_tokenizer: PreTrainedTokenizerBase 
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
         with refused(f"The tokenizer of {source} cannot be loaded", ValueError, ImportError):
             tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            tokenizer = tokenizer if plain else _as_published(tokenizer, source, tell)
     if config.eos_token is not None:
         _end_with(tokenizer, config.eos_token)
     return tokenizer
+
+
+def _as_published(tokenizer: PreTrainedTokenizerBase, source: str, tell: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    """`tokenizer`, or in its place the one of the tokenizer.json in `source` where that makes other tokens of a text.
+
+    For some types of models transformers 5 keeps the vocabulary of the file alone: what splits the text before is the class's own.
+    """
+    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) if tokenizer.is_fast else None
+    if file is None:
+        return tokenizer
+    published = Tokenizer.from_file(file)
+    published.no_truncation()
+    published.no_padding()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    differing = next((text for text in _PROBES if encode(text) != published.encode(text, add_special_tokens=False).ids), None)
+    if differing is None:
+        return tokenizer
+    as_file = PreTrainedTokenizerFast.from_pretrained(source)  # with the settings of tokenizer_config.json, which may explain it
+    theirs = {text: as_file(text, add_special_tokens=False)["input_ids"] for text in _PROBES}
+    differing = next((text for text in _PROBES if encode(text) != theirs[text]), None)
+    if differing is None:
+        return tokenizer
+    tell(
+        f"the tokenizer of {source} is what its tokenizer.json says, with the tokens {theirs[differing]} for {differing!r}; as a "
+        f"{type(tokenizer).__name__}, which transformers would make of it, it has {encode(differing)}. If these are right, save "
+        "that one by AutoTokenizer.from_pretrained(…).save_pretrained(DIRECTORY) and set model.tokenizer=DIRECTORY"
+    )
+    return as_file
 
 
 def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:

@@ -8,7 +8,8 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import build_config, train_to_end
@@ -18,6 +19,7 @@ from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.tasks import build_tokenizer
+from trapo_train.tokenizer import load_tokenizer
 from trapo_train.trainer import Trainer
 
 SMALL = {
@@ -206,3 +208,67 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused_where_data_has_i
     message = rf"data: .* embedding for every token, it has {len(tokenizer) - 1}; the {what} of problem 1 has '<image>', token"
     with pytest.raises(ValueError, match=message):
         Trainer(config)
+
+
+LLAMA_3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SENTENCE = "so x = 12345 and y = 98765, it's one\n\ntwo"
+
+
+def tokenizer_files(directory, model_type, *, cut=False, **settings):
+    """A directory with a tokenizer.json that splits numbers by three digits, beside the configuration of a `model_type`."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator([SENTENCE] * 50, trainer)
+    expected = inner.encode(SENTENCE).ids
+    if cut:
+        inner.enable_truncation(3)
+        inner.enable_padding(length=50)
+    directory.mkdir()
+    inner.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 400}))
+    named = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": "{{ messages }}",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(named | {"chat_template": "{{ messages }}"} | settings))
+    return str(directory), expected
+
+
+def load_and_note(directory):
+    told = []
+    return load_tokenizer(ModelConfig(name_or_path=directory), None, told.append), told
+
+
+def test_tokens_are_those_of_the_published_file_whatever_class_transformers_makes_of_it(tmp_path):
+    directory, expected = tokenizer_files(tmp_path / "files", "qwen2")
+    tokenizer, (note,) = load_and_note(directory)
+    assert tokenizer(SENTENCE)["input_ids"] == expected and tokenizer.decode(expected) == SENTENCE
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template) == ("<s>", "</s>", "{{ messages }}")
+    assert "is what its tokenizer.json says" in note and "as a Qwen2Tokenizer" in note and "'so x = 12345" in note
+    tokenizer.save_pretrained(tmp_path / "exported")  # which is read again as it is
+    again, told = load_and_note(str(tmp_path / "exported"))
+    assert again(SENTENCE)["input_ids"] == expected and not told
+    theirs = AutoTokenizer.from_pretrained(directory)  # what the note names for those who want it
+    assert theirs(SENTENCE)["input_ids"] != expected
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, told = load_and_note(str(tmp_path / "theirs"))
+    assert again(SENTENCE)["input_ids"] == theirs(SENTENCE)["input_ids"] and not told
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("mistral", {}), ("mistral", {"cut": True}), ("llama", {"add_prefix_space": True}), ("qwen2", {"model_max_length": 8})],
+)
+def test_a_tokenizer_that_transformers_reads_as_it_was_published_is_left_alone(model_type, settings, tmp_path):
+    directory, _ = tokenizer_files(tmp_path / "files", model_type, **settings)
+    if model_type == "qwen2":
+        AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    tokenizer, told = load_and_note(directory)
+    assert type(tokenizer) is type(AutoTokenizer.from_pretrained(directory)) and not told
