@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +25,14 @@ from trapo_train.draws import request_key
 from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
 from trapo_train.random_states import keep_generators
 from trapo_train.records import Completion
-from trapo_train.schema import check
+from trapo_train.schema import UserError, check
+
+# Arguments of vllm.LLM that are not free: the fields of VllmConfig, and what sampling in the trainer's process needs.
+_SET_HERE = {
+    *("gpu_memory_utilization", "max_num_seqs", "max_model_len", "enforce_eager", "enable_sleep_mode"),
+    *("model", "tokenizer", "skip_tokenizer_init", "load_format", "dtype", "seed", "logprobs_mode"),
+    *("distributed_executor_backend", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,13 @@ class VllmConfig:
     seed_requests: bool = False
     """A seed for every request, for which vLLM draws row by row; else one for each round of sampling. What is sampled with a seed
     of its own, as an evaluation, has one for every request either way."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`, such as {max_num_batched_tokens: 8192}; not what the trainer or a field above sets."""
 
     def __post_init__(self) -> None:
+        for name in self.options:
+            if name in _SET_HERE:
+                raise UserError(f"options must not set {name}, which rollout.vllm or the trainer itself sets. Leave it out.")
         check(
             self,
             ("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]"),
@@ -72,7 +84,7 @@ class VllmEngine(SeededEngine):
         dtype: what vLLM computes in: "bfloat16", "float16" or "float32".
         ranks: how many processes run an engine each, all at once.
 
-    Raises: EngineError where vLLM is not installed.
+    Raises: EngineError where vLLM is not installed, and for what it raises.
     """
 
     def __init__(
@@ -93,10 +105,12 @@ class VllmEngine(SeededEngine):
         self._sleeps = config.sleep and model.device.type == "cuda"
         architecture = type(model).__name__.removeprefix("FSDP")  # of which sharding makes a subclass
         type(model.config).from_dict(model.config.to_dict() | {"architectures": [architecture]}).save_pretrained(folder)
-        options: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+        options = dict(config.options)
+        if ranks > 1:
+            options["distributed_executor_backend"] = "external_launcher"
         if config.max_model_len is not None:
             options["max_model_len"] = config.max_model_len
-        with keep_generators():  # in this process vLLM seeds them
+        with keep_generators(), _vllm_errors("LLM"):  # in this process vLLM seeds them
             self._llm = self._vllm.LLM(
                 str(folder),
                 skip_tokenizer_init=True,

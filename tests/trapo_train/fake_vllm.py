@@ -206,7 +206,7 @@ class FakeLLM:
 
     def __init__(
         self, model, *, skip_tokenizer_init, load_format, dtype, seed, logprobs_mode, gpu_memory_utilization, max_num_seqs,
-        enforce_eager, enable_sleep_mode, max_model_len=64, distributed_executor_backend=None,
+        enforce_eager, enable_sleep_mode, max_model_len=64, distributed_executor_backend=None, max_num_batched_tokens=None,
     ):  # fmt: skip
         assert skip_tokenizer_init and load_format == "dummy" and logprobs_mode == "processed_logprobs"
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
@@ -216,7 +216,7 @@ class FakeLLM:
         self.dtype, self.backend, self.sleep_mode = dtype, distributed_executor_backend, enable_sleep_mode
         self.memory = {"weights", "kv_cache"}
         self.log = []
-        self.max_model_len = max_model_len
+        self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
         self.model = AutoModelForCausalLM.from_config(config)
         self.engine = TransformersEngine(self.model, build_tokenizer(), seed=0, max_batch_tokens=4096)
         self.requests, self.aborted, self.fault = {}, [], None

@@ -141,6 +141,16 @@ def test_building_it_leaves_the_random_states_alone_and_passes_the_settings_on(v
     assert (llm.backend, llm.max_model_len, llm.dtype) == ("external_launcher", 33, "float32")
 
 
+def test_further_arguments_reach_vllm_and_those_that_are_not_free_are_refused(vllm, tmp_path):
+    build(tiny(), tmp_path, options={"max_num_batched_tokens": 99})
+    assert vllm.built[0].max_num_batched_tokens == 99
+    with pytest.raises(EngineError, match="LLM failed with TypeError: .*max_num_batch_tokens"):
+        build(tiny(), tmp_path, options={"max_num_batch_tokens": 99})
+    for name in ("tensor_parallel_size", "max_model_len", "logprobs_mode"):
+        with pytest.raises(ValueError, match=f"options must not set {name}, which .*Leave it out"):
+            VllmConfig(options={name: 2})
+
+
 @pytest.mark.parametrize("seed_requests", [False, True])
 def test_equal_states_ask_for_equal_samples_and_leave_the_trainers_generator_alone(vllm, tmp_path, seed_requests):
     model = tiny()
