@@ -25,6 +25,7 @@ from trapo_train.rows import (
     without_start,
 )
 from trapo_train.schema import UserError, did_you_mean
+from trapo_train.tokenizer import continuations, line_break_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,6 +129,7 @@ class RowReader:
             raise UserError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
         self._config = config
         self._tokenizer = tokenizer
+        self._line_break = line_break_behind(tokenizer)
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
         self.bare_answers, self.context_turns, self.plain_prompts = 0, 0, 0  # of the chunks so far, see DataReport
@@ -213,7 +215,7 @@ class RowReader:
         texts = [text.removesuffix(end) for _, text in named]
         first, last = (self._examples[index] for index in (named[0][0], named[-1][0]))
         with _encoding(f"{self.where}, from {first} to {last}: an expert trace"):
-            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = continuations(texts, tokenizer=self._tokenizer, line_break=self._line_break)
         for (index, _), text, token_ids in zip(named, texts, encoded, strict=True):
             if end_id in token_ids:
                 raise UserError(

@@ -1,4 +1,5 @@
-"""Loading a tokenizer, and the token that ends a response: its end-of-sequence token, or the one that model.eos_token names."""
+"""Loading a tokenizer, the token that ends a response (its end-of-sequence token, or the one that model.eos_token names), and texts
+as tokens and back."""
 
 from __future__ import annotations
 
@@ -103,6 +104,32 @@ def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
         tokenizer.eos_token = token  # adding it again would drop its lstrip and rstrip, and prompts would have other tokens
     else:  # or decoding would leave it in the text that the reward sees
         tokenizer.add_special_tokens({"eos_token": token})
+
+
+def line_break_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a line break, for `continuations`, where the tokenizer encodes a text otherwise behind one than alone, as
+    SentencePiece with a dummy prefix does, which begins each with a space; else []."""
+    try:
+        line_break, alone, behind = _encoded(["\n", "a", "\na"], tokenizer)
+    except Exception:  # tokenizers' own, for a vocabulary without them, which has no such space to add either
+        return []
+    return line_break if behind[: len(line_break)] == line_break and behind[len(line_break) :] != alone else []
+
+
+def continuations(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, line_break: Sequence[int]) -> list[list[int]]:
+    """Token ids of texts that go on from another, as an expert trace does from its prompt: without a space that a tokenizer with a
+    `line_break_behind` would begin them with."""
+    if not line_break:
+        return _encoded(texts, tokenizer)
+    behind, length = _encoded([f"\n{text}" for text in texts], tokenizer), len(line_break)
+    return [
+        token_ids[length:] if token_ids[:length] == line_break else _encoded([text], tokenizer)[0]  # one that swallows the break
+        for text, token_ids in zip(texts, behind, strict=True)
+    ]
+
+
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool) -> str:

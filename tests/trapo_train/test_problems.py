@@ -5,12 +5,15 @@ import tracemalloc
 
 import datasets
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.problems import CACHED_PROBLEMS, CHUNK_ROWS
 from trapo_train.rewards import exact_match
 from trapo_train.rows import with_think_tags, without_start
 from trapo_train.tasks import build_tokenizer
+from trapo_train.tokenizer import continuations, decode, line_break_behind
 
 TOKENIZER = build_tokenizer()
 ROWS = [
@@ -181,3 +184,33 @@ def test_failed_gradings_while_loading_are_told_and_not_left_to_the_first_step(l
     assert load(ROWS, reward, on_rejected_expert="drop").report.dropped_experts == 3
     assert "2 gradings ran out of time and 1 crashed" in caplog.text
     assert reward.counts == {}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_trace_begins_without_the_space_that_sentencepiece_puts_before_a_text(tmp_path, legacy):
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if legacy:  # as Llama-2's file has it
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(spaces)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts = ["Question: what is it? Answer: First we think so it is 5"] * 20
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<t>", lstrip=True, special=True)]})
+    prompt, traces = "Question: what is it?\n", ["First we think", "5", " 5", "\nso"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("5", add_special_tokens=False)["input_ids"])[0].startswith("▁")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "solution": "5", "expert": traces}))
+    (problem,) = load_problems(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, None)
+    for trace, expert in zip(traces, problem.experts, strict=True):
+        joint = tokenizer(prompt + trace, add_special_tokens=False)["input_ids"]
+        written = [*problem.prompt_ids, *expert.token_ids]
+        assert expert.text == f"{trace}</s>" and decode(tokenizer, written, special=True) == f"{prompt}{trace}</s>"
+        assert written == [*joint, tokenizer.eos_token_id]
+    # A token that takes the white space before it would leave no line break to drop.
+    line_break = line_break_behind(tokenizer)
+    assert line_break and continuations(["<t>5"], tokenizer, line_break) == [
+        tokenizer("<t>5", add_special_tokens=False)["input_ids"]
+    ]
