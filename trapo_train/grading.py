@@ -11,7 +11,7 @@ from typing import Any
 from trapo_train.metrics import Mean
 from trapo_train.workers import Answer, WorkerPool
 
-MATH_TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usually end it earlier
+MATH_TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usually end it earlier, which counts as a timeout, too
 MATH_MEMORY_LIMIT_MIB = 8192
 FAILED_SHARE = "reward/failed_share/"  # and the name of the reward
 
@@ -76,7 +76,7 @@ class MathVerify(Grader):
     """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
 
     None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
-    than `MATH_TIME_LIMIT_S` or crashes the grader earns 0.0 and is counted, and training goes on.
+    than `MATH_TIME_LIMIT_S`, or than math-verify's own limit, or crashes the grader earns 0.0 and is counted, and training goes on.
     """
 
     def __init__(self) -> None:

@@ -1,23 +1,31 @@
 r"""Grading of mathematical answers by math-verify; as a program, a worker for `trapo_train.workers`.
 
-The answer is what stands in \boxed{} or after words such as "the final answer is"; a bare number is none, so that a response cut
-off in mid-reasoning earns nothing.
+The answer is what stands in \boxed{}, after words such as "the final answer is" or, as in GSM8K, in a last line "#### 72"; a bare
+number is none, so that a response cut off in mid-reasoning earns nothing.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from itertools import product
 from typing import Any
 
 from trapo_train.schema import MissingPackage
+from trapo_train.workers import OutOfTime
 
 TIME_LIMIT_S = 5  # of each parse and each comparison
+BOLD_ANSWER = re.compile(  # Answer: **34**, **Answer:** **34** and **Answer: 34**; bounded, for a response may repeat itself
+    r"(answer(?: is)?:?(?:\*\*)?[ \t]{0,4}\*\*|\*\*[^*\n]{0,60}answer(?: is:?|:)[ \t]{1,4})([^*\n]{1,300})\*\*", re.IGNORECASE
+)
+GSM8K_LINE = re.compile(r"^####[ \t]*(\S+)\s*\Z", re.MULTILINE)  # no heading of several words
 
 
 def load_library() -> Any:
     """The package math_verify, or a MissingPackage that names its extra."""
     try:
         import math_verify
+        import math_verify.errors
     except ImportError as error:
         raise MissingPackage("reward 'math_verify' needs math-verify: pip install 'trapo[math]'.") from error
     return math_verify
@@ -27,17 +35,52 @@ def grade(completion: str, solution: str) -> float | None:
     """1.0 where the completion's answer equals the solution, else 0.0; None where math-verify cannot parse the solution.
 
     Must run in the main thread: math-verify measures time with a signal.
+
+    Raises: OutOfTime where a parse or a comparison took more than TIME_LIMIT_S, unless another comparison says that they are equal.
     """
     library = load_library()
-    gold = library.parse(f"\\boxed{{{solution}}}", parsing_timeout=TIME_LIMIT_S)
+    gold = _parse(f"\\boxed{{{solution}}}", library)
     if not gold:
         return None
     anchored = [
         library.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),
         library.ExprExtractionConfig(try_extract_without_anchor=False),
     ]
-    answer = library.parse(completion, extraction_config=anchored, parsing_timeout=TIME_LIMIT_S)
-    return float(library.verify(gold, answer, timeout_seconds=TIME_LIMIT_S))
+    answer = _parse(anchored_answer(completion), library, extraction_config=anchored)
+    late = False
+    for pair in product(gold, answer):  # as verify does with lists, where an exception of one pair would hide the others
+        try:
+            if library.verify(*pair, timeout_seconds=TIME_LIMIT_S, raise_on_error=True):
+                return 1.0
+        except library.errors.TimeoutException:
+            late = True
+        except Exception:  # sympy's, of any class, for what cannot be compared: not equal
+            continue
+    if late:
+        raise OutOfTime
+    return 0.0
+
+
+def anchored_answer(completion: str) -> str:
+    """The completion as math-verify finds the answer in it: a bold one behind "Answer:" as a formula, as in a text its first number
+    counts; and where nothing is boxed and the last line is "#### 72", as GSM8K ends its answers, the 72 in \\boxed{}."""
+    text = BOLD_ANSWER.sub(_plain, completion)
+    last = GSM8K_LINE.search(text)
+    return text if last is None or "\\boxed" in text else f"{text[: last.start()]}\\boxed{{{last[1]}}}"
+
+
+def _plain(found: re.Match[str]) -> str:
+    anchor, answer = found[1].replace("**", ""), found[2]
+    return anchor + (answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
+
+
+def _parse(text: str, library: Any, **options: Any) -> list[Any]:
+    try:
+        return library.parse(text, parsing_timeout=TIME_LIMIT_S, raise_on_error=True, **options)
+    except library.errors.TimeoutException:
+        raise OutOfTime from None
+    except Exception:  # sympy's, of any class, for what is no formula
+        return []
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A pool of worker programs for code that may hang, crash or eat memory: none of it reaches the process that trains.
 
 A worker is `python -m <module>` and speaks JSON lines: it says "ready" once, then answers each request, a list of arguments, with a
-value or with the exception that it raised. A worker that is late is killed and replaced, one that dies is replaced; the caller
-learns which. Programs of their own, not forks: nothing of this process's threads, locks or GPU is copied into them.
+value, with the exception that it raised, or that it ran out of time. A worker that is late is killed and replaced, one that dies is
+replaced; the caller learns which. Programs of their own, not forks: nothing of this process's threads, locks or GPU is copied into
+them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Answer:
 
     outcome: Literal["ok", "error", "timeout", "crash"]
     value: Any = None
+
+
+class OutOfTime(Exception):
+    """What a function of a worker raises when a limit of its own ended it: the outcome is "timeout", and the worker stays."""
 
 
 class WorkerError(RuntimeError):
@@ -89,7 +94,7 @@ class WorkerPool:
                 with self._lock:
                     self._all.add(worker)
             answer = worker.ask(request, self._time_limit_s)
-            if answer.outcome in ("timeout", "crash"):
+            if worker.is_lost:
                 worker.kill()
                 with self._lock:
                     self._all.discard(worker)
@@ -101,6 +106,9 @@ class WorkerPool:
 
 class _Worker:
     """One worker process."""
+
+    is_lost = False
+    """Whether it was late or died, so that another must take its place."""
 
     def __init__(self, command: list[str]) -> None:
         # A session of its own: Ctrl-C in the terminal is for the process that trains, and what a worker starts ends with it.
@@ -124,9 +132,13 @@ class _Worker:
         """Send one request and wait for its answer."""
         reply, late = self._exchange(json.dumps(list(request)).encode() + b"\n", time_limit_s)
         if late:
+            self.is_lost = True
             return Answer("timeout")
         if not isinstance(reply, dict):
+            self.is_lost = True
             return Answer("crash")
+        if "out of time" in reply:
+            return Answer("timeout")
         return Answer("error", reply["error"]) if "error" in reply else Answer("ok", reply["value"])
 
     def kill(self) -> None:
@@ -163,8 +175,8 @@ class _Worker:
 def serve(function: Callable[..., Any]) -> int:
     """Answer requests from standard input with `function(*arguments)` until it ends.
 
-    An exception is the answer, but running out of memory ends the worker. The first command-line argument is the limit on the
-    address space in MiB.
+    An exception is the answer, `OutOfTime` the outcome "timeout", but running out of memory ends the worker. The first command-line
+    argument is the limit on the address space in MiB.
     """
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -183,6 +195,8 @@ def _answer(function: Callable[..., Any], arguments: Sequence[Any]) -> dict[str,
         return {"value": function(*arguments)}
     except MemoryError:
         raise
+    except OutOfTime:
+        return {"out of time": True}
     except Exception as error:
         return {"error": in_words(error)}
 

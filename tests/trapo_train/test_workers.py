@@ -15,7 +15,7 @@ from trapo_train.workers import Answer, WorkerError, WorkerPool
 WORKER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from trapo_train.workers import serve
+from trapo_train.workers import OutOfTime, serve
 
 def work(what, value):
     print("noise on standard output")
@@ -25,6 +25,8 @@ def work(what, value):
         os._exit(3)
     if what == "raise":
         raise ValueError("no")
+    if what == "out of time":
+        raise OutOfTime
     if what == "memory":
         bytearray(64 * 2**30)
     if what == "c output":
@@ -90,6 +92,12 @@ def test_an_exception_is_an_answer_and_costs_no_worker(pool):
     answers = pool.map([("echo", 0), ("raise", 0), ("echo", 1)] * 3)
     assert [answer.outcome for answer in answers] == ["ok", "error", "ok"] * 3
     assert answers[1].value == "ValueError('no')"
+    assert len({answer.value[1] for answer in answers if answer.outcome == "ok"}) <= 2
+
+
+def test_a_limit_of_its_own_is_a_timeout_and_costs_no_worker(pool):
+    answers = pool.map([("echo", 0), ("out of time", 0), ("echo", 1)] * 3)
+    assert [answer.outcome for answer in answers] == ["ok", "timeout", "ok"] * 3
     assert len({answer.value[1] for answer in answers if answer.outcome == "ok"}) <= 2
 
 

@@ -1,0 +1,104 @@
+"""How answers are found in responses as models and datasets write them, and when grading them takes too long."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from trapo_train import math_grader
+from trapo_train.math_grader import anchored_answer, grade
+from trapo_train.workers import OutOfTime
+
+GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 in April and May.\n#### 72"
+
+MATH_EVAL = Path(__file__).parents[3] / "shared" / "data" / "math_eval"
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "expected"),
+    [
+        (GSM8K, "72", 1.0),
+        (GSM8K, GSM8K, 1.0),
+        (GSM8K, "24", 0.0),
+        ("It is\n#### 1,234\n", "1234", 1.0),
+        ("#### $\\frac{1}{2}$", "0.5", 1.0),
+        ("So \\boxed{71}.\n#### 72", "72", 0.0),  # what is boxed is the answer
+        ("#### 72\nThat was it.", "72", 0.0),
+        ("We go on.\n#### 2. The second case", "2", 0.0),
+        ("##### 72", "72", 0.0),
+        ("Answer: **34**", "34", 1.0),
+        ("**Answer:** **34**", "34", 1.0),
+        ("The final answer is **$x = 34$**.", "34", 1.0),
+        ("the answer is **34**.", "34", 1.0),
+        ("**Answer: 34**", "34", 1.0),
+        ("**So the answer is $34$.**", "34", 1.0),
+        ("**Answer: \\boxed{34}**", "34", 1.0),
+        ("**Answer: 34 and 5**", "34", 0.0),
+        ("Answer: **34**", "3", 0.0),
+        ("Answer: **-2 + 7i**", "-2", 0.0),
+        ("so **34** it is", "34", 0.0),  # bold, and no answer
+        ("The answer is $2**3$", "23", 0.0),
+    ],
+)
+def test_answers_as_they_are_written(completion, solution, expected):
+    assert grade(completion, solution) == expected
+
+
+@pytest.mark.parametrize("text", ["2**3**2", "Answer: 2**3**2", "Answer: **a\nb**", "**Answer:** 2", "**2**", "answers **two**"])
+def test_what_is_no_bold_answer_stays(text):
+    assert anchored_answer(text) == text
+
+
+@pytest.mark.parametrize("text", ["**answer is" + " " * 50_000, "**" + "answer: " * 30_000, "**a " * 50_000, "** answer " * 30_000])
+def test_a_response_that_repeats_itself_is_read_at_once(text):
+    started = time.monotonic()
+    anchored_answer(text)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(("completion", "solution"), [("\\boxed{9^{9^{9^{9}}}}", "5"), ("\\boxed{5}", "9^{9^{9^{9}}}")])
+def test_a_limit_of_math_verify_is_a_timeout(monkeypatch, completion, solution):
+    monkeypatch.setattr(math_grader, "TIME_LIMIT_S", 1)
+    started = time.monotonic()
+    with pytest.raises(OutOfTime):
+        grade(completion, solution)
+    assert time.monotonic() - started < 10
+
+
+def test_a_pair_that_fails_does_not_hide_an_equal_one(monkeypatch):
+    library = math_grader.load_library()
+
+    def verify(gold, answer, **options):
+        if answer == 1:
+            raise library.errors.TimeoutException
+        if answer == 2:
+            raise TypeError
+        return gold == answer
+
+    monkeypatch.setattr(library, "verify", verify)
+    answers = {"\\boxed{3}": [3], "right": [1, 2, 3], "late": [2, 1], "wrong": [2, 4]}
+    monkeypatch.setattr(library, "parse", lambda text, **options: answers[text])
+    assert [grade(text, "3") for text in ("right", "wrong")] == [1.0, 0.0]
+    with pytest.raises(OutOfTime):
+        grade("late", "3")
+
+
+@pytest.mark.parametrize("name", ["aime", "amc", "math"])
+def test_no_answer_is_right_because_of_how_it_is_written(name):
+    file = MATH_EVAL / f"{name}.parquet"
+    if not file.is_file():
+        pytest.skip(f"{file.name} is not there: real answers are checked where shared/data/math_eval is")
+    import pyarrow.parquet
+
+    cells = pyarrow.parquet.read_table(file, columns=["reward_model"]).column("reward_model").to_pylist()
+    answers = sorted({cell["ground_truth"] for cell in cells})[:60]
+    others = answers[1:] + answers[:1]
+    for written in ("Answer: **{}**", "So it is\n#### {}"):
+        assert sum(grade(written.format(answer), answer) for answer in answers) > 0.5 * len(answers)  # those without LaTeX
+        for other, answer in zip(others, answers, strict=True):
+            assert grade(written.format(other), answer) <= grade(f"\\boxed{{{other}}}", answer), (written, other, answer)
