@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint
+from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint, identity
 from trapo_train.records import Problem
 from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
 from trapo_train.rows import RENDERING
@@ -85,6 +85,9 @@ class DataConfig:
     on_rejected_expert: Literal["keep", "drop"] = "keep"
     """What happens to an expert trace that the reward gives 0 or less: keep trusts all traces and never asks; drop asks about every
     trace at every start, which takes long where rewards do, and counts what it drops."""
+    on_duplicate: Literal["keep", "drop"] = "keep"
+    """What happens to a row that equals an earlier one in prompt, solution and expert traces: keep makes it a problem of its own,
+    visited as often in an epoch; drop leaves it out and counts it. Evaluation makes equal rows one problem in any case."""
     num_problems: int | None = None
     """Read at most this many rows, at least 1; null for all. A task generates so many, 1000 if null."""
     seed: int = 0
@@ -140,6 +143,10 @@ class DataReport:
     dropped_prompts: int
     """Rows dropped because the prompt was too long (`on_long_prompt: drop`)."""
 
+    duplicates: int = 0
+    """Problems among them that equal an earlier one in prompt, solution and expert traces."""
+    dropped_duplicates: int = 0
+    """Rows dropped because they do (`on_duplicate: drop`)."""
     bare_answers: int = 0
     """Last turns of conversations that are trained on as their content alone: the chat template does not write them after the
     rendered prompt, or not all of their content."""
@@ -150,13 +157,18 @@ class DataReport:
 
     def __str__(self) -> str:
         dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
+        again = f"; {self.dropped_duplicates} more dropped as equal to an earlier one" if self.dropped_duplicates else ""
+        equal = (
+            f"; {self.duplicates} problems equal an earlier one in prompt, solution and expert traces: a pass visits that several "
+            "times, and a step may (on_duplicate: drop leaves them out)"
+        )
         bare = f"; {self.bare_answers} answers are their content alone, which the chat template writes in another way"
         turns = f"; {self.context_turns} assistant turns before the last are context only (learned_turns: all)"
         plain = f"; {self.plain_prompts} prompts go in as the texts they are (as_chat: true renders them with the chat template)"
         return (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
-            f"long prompt), {self.experts} expert traces{dropped}{bare if self.bare_answers else ''}"
-            f"{turns if self.context_turns else ''}{plain if self.plain_prompts else ''}"
+            f"long prompt{again}), {self.experts} expert traces{dropped}{equal if self.duplicates else ''}"
+            f"{bare if self.bare_answers else ''}{turns if self.context_turns else ''}{plain if self.plain_prompts else ''}"
         )
 
 
@@ -180,10 +192,16 @@ def load_problems(
     reader = RowReader(config, tokenizer)
     entries: list[Entry] = []
     verifier = reward if config.on_rejected_expert == "drop" else None
-    digest, rows, experts, dropped = hashlib.sha256(), 0, 0, 0
+    digest, rows, long, duplicates, experts, dropped = hashlib.sha256(), 0, 0, 0, 0, 0
+    seen: set[int] = set()
     for chunk in reader.chunks():
         rows += len(chunk)
         problems = [problem for problem in chunk if problem is not None]
+        long += len(chunk) - len(problems)
+        repeated = [_is_repeated(problem, seen) for problem in problems]
+        duplicates += sum(repeated)
+        if config.on_duplicate == "drop":
+            problems = [problem for problem, again in zip(problems, repeated, strict=True) if not again]
         wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier, correct_by)
         experts += sum(len(problem.experts) for problem in problems)
         dropped += len(wrong)
@@ -202,7 +220,9 @@ def load_problems(
         without_expert=sum(not entry.traces for entry in entries),
         experts=experts,
         dropped_experts=dropped,
-        dropped_prompts=rows - len(entries),
+        dropped_prompts=long,
+        duplicates=duplicates if config.on_duplicate == "keep" else 0,
+        dropped_duplicates=duplicates if config.on_duplicate == "drop" else 0,
         bare_answers=reader.bare_answers,
         context_turns=reader.context_turns,
         plain_prompts=reader.plain_prompts,
@@ -277,6 +297,16 @@ class ProblemOrder:
         # Problems that this step has taken from the old epoch come last in the new one (a stable sort by False < True).
         self._remaining = sorted(order, key=avoid.__contains__)
         self.epoch += 1
+
+
+def _is_repeated(problem: Problem, seen: set[int]) -> bool:
+    """Whether a row equal to this one was `seen`; it is from now on. Their hashes have 64 bits, so that of a million different rows
+    two are taken for equal with a chance of 3e-8."""
+    key = hash((identity(problem), tuple(expert.token_ids for expert in problem.experts)))
+    if key in seen:
+        return True
+    seen.add(key)
+    return False
 
 
 def _rejected_experts(

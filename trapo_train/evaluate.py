@@ -15,6 +15,7 @@ from trapo_train.engine import Engine
 from trapo_train.judging import judge_samples
 from trapo_train.metrics import merge_metrics
 from trapo_train.parallel import World, interleave
+from trapo_train.problems import identity
 from trapo_train.records import Problem, Request, Sample
 from trapo_train.rewards import RewardFn, take_metrics
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
@@ -137,8 +138,7 @@ class EvalSet:
         values: list[Any] = []
         members: list[int] = []
         for row, problem in enumerate(problems):
-            answer = problem.solution if problem.solution is not None else repr(problem.columns)  # then the columns hold it
-            key = (problem.prompt_ids, answer)
+            key = identity(problem)
             if key not in rows and len(rows) != config.num_problems:
                 rows[key], repeats[key] = row, 0
                 values.append(problem.columns.get(config.group_by))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,8 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int) -> list[str]:
     notes = []
     for name, entry in eval_sets.items():
         section = f"eval_data {name}".strip()
-        notes.append(f"{section}: {entry.problems.report}{_repeated(entry)}")
+        report = replace(entry.problems.report, duplicates=0)  # of which there is more to say here
+        notes.append(f"{section}: {report}{_repeated(entry)}")
         if dropped := entry.problems.at(entry.members).without_long_experts(longest)[1]:
             notes.append(f"{section}: left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
     return notes

@@ -231,6 +231,12 @@ def fingerprint(problem: Problem) -> bytes:
     return repr((problem.index, problem.prompt_ids, problem.solution, traces, columns)).encode()
 
 
+def identity(problem: Problem) -> tuple[Any, ...]:
+    """What rows that are one problem have in common, whatever their expert traces: prompt and solution, or the columns, which hold
+    the answer where there is no solution."""
+    return problem.prompt_ids, problem.solution if problem.solution is not None else repr(problem.columns)
+
+
 def _further_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
     """Check that the configured columns exist; return the others, which go to the reward."""
     named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}

@@ -146,12 +146,18 @@ def wants_chat(prompt: Any, config: DataConfig) -> bool:
 
 
 def solution_text(value: Any, where: str) -> str | None:
-    """Return a solution as text; whole numbers are spelled, None stays."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    """Return a solution as text, which may be the only item of a list; whole numbers, such as 27.0, are spelled, None stays."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
     if value is None or isinstance(value, str):
         return value
-    raise UserError(f"{where}: a solution must be text, a whole number or null, got {shown(value)}. Convert the column.")
+    raise UserError(
+        f"{where}: a solution must be text, a whole number, a list of one of these, or null, got {shown(value)}. "
+        "Convert the column."
+    )
 
 
 def trace_texts(value: Any, where: str) -> list[str]:

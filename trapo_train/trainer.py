@@ -136,7 +136,9 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         stateful = [part for part in (self.order, self.deferred, self.chooser, self.engine) if hasattr(part, "state_dict")]
-        before, generators = [copy.deepcopy(part.state_dict()) for part in stateful], rng_state()
+        # The order's is a copy, which it takes long to copy again: it has all problems that are left of an epoch.
+        before = [part.state_dict() if part is self.order else copy.deepcopy(part.state_dict()) for part in stateful]
+        generators = rng_state()
         try:
             positions, plan, objective = self._next()
             rounds = config.plan.refill

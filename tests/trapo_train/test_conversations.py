@@ -88,7 +88,7 @@ def test_an_answer_that_is_a_tool_call_is_learned(load, tokenizer):
 
 
 def test_the_report_says_what_is_not_learned_as_the_template_has_it(load, tokenizer):
-    assert str(load([{"messages": CHAT}] * 3, preset="messages").report).endswith(
+    assert str(load([{"messages": CHAT, "solution": n} for n in range(3)], preset="messages").report).endswith(
         "3 expert traces; 3 assistant turns before the last are context only (learned_turns: all)"
     )
     tokenizer.chat_template = OPENS_THOUGHTS

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from tests.trapo_train.test_train import build_config
 from trapo_train.data import ProblemOrder
+from trapo_train.train import Trainer
 
 
 def test_order_visits_every_problem_once_per_epoch():
@@ -62,3 +64,14 @@ def test_bad_orders():
         ProblemOrder(4, seed=0).load_state_dict(ProblemOrder(3, seed=0).state_dict())
     with pytest.raises(ValueError, match="seed = 1, the saved run had 0"):
         ProblemOrder(3, seed=1).load_state_dict(ProblemOrder(3, seed=0).state_dict())
+
+
+def test_a_step_does_not_copy_the_problems_that_are_left_one_by_one(tmp_path):
+    class Position(int):
+        def __deepcopy__(self, memo):
+            raise AssertionError("of millions of rows this takes longer than some steps")
+
+    trainer = Trainer(build_config(tmp_path, "run"))
+    trainer.order.next(1)
+    trainer.order._remaining = [Position(i) for i in trainer.order._remaining]
+    trainer.train_step()

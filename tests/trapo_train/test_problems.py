@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.problems import CACHED_PROBLEMS, CHUNK_ROWS
 from trapo_train.rewards import exact_match
-from trapo_train.rows import with_think_tags, without_start
+from trapo_train.rows import solution_text, with_think_tags, without_start
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import continuations, decode, line_break_behind
 
@@ -214,3 +214,34 @@ def test_a_trace_begins_without_the_space_that_sentencepiece_puts_before_a_text(
     assert line_break and continuations(["<t>5"], tokenizer, line_break) == [
         tokenizer("<t>5", add_special_tokens=False)["input_ids"]
     ]
+
+
+def test_equal_rows_are_told_and_may_be_left_out(load):
+    other_traces = ROWS[0] | {"expert": ["ab#ab"]}
+    rows = [ROWS[0], other_traces, ROWS[1], ROWS[0], ROWS[1] | {"solution": "ce"}, ROWS[0]]
+    kept, dropped = load(rows), load(rows, on_duplicate="drop")
+    assert [problem.index for problem in kept] == list(range(6)) and kept.report.duplicates == 2
+    assert "2 problems equal an earlier one in prompt, solution and expert traces" in str(kept.report)
+    assert "(on_duplicate: drop leaves them out)" in str(kept.report)
+    assert [problem.index for problem in dropped] == [0, 1, 2, 4]
+    assert (dropped.report.problems, dropped.report.duplicates, dropped.report.dropped_duplicates) == (4, 0, 2)
+    assert dropped.report.dropped_prompts == 0 and dropped.report.experts == 3
+    assert "2 more dropped as equal to an earlier one" in str(dropped.report) and "on_duplicate" not in str(dropped.report)
+    assert dropped.fingerprint != kept.fingerprint
+    assert "equal" not in str(load(rows[:3]).report)
+
+
+def test_without_a_solution_the_columns_say_what_is_equal(load):
+    rows = [{"prompt": "ab", "level": level} for level in (1, 2, 1)]
+    assert len(load(rows, solution_column=None, on_duplicate="drop")) == 2
+
+
+@pytest.mark.parametrize(("value", "text"), [(27.0, "27"), (-3, "-3"), (["$5$"], "$5$"), ([7.0], "7"), ([None], None)])
+def test_a_solution_may_be_a_float_without_a_fraction_or_the_only_item_of_a_list(value, text):
+    assert solution_text(value, "here") == text
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf"), True, ["5", "6"], [], [[5]], [True]])
+def test_other_solutions_are_refused(value):
+    with pytest.raises(ValueError, match="here: a solution must be text, a whole number, a list of one of these, or null, got"):
+        solution_text(value, "here")
