@@ -227,15 +227,8 @@ def load_problems(
         context_turns=reader.context_turns,
         plain_prompts=reader.plain_prompts,
     )
-    # Taken here, so that the first step does not report them as its own.
-    counts = {} if verifier is None else take_metrics(verifier)
-    if counts.get("reward/timeouts") or counts.get("reward/crashes"):
-        logger.warning(
-            "%s: verifying the expert traces, %d gradings ran out of time and %d crashed: reward 0",
-            reader.where,
-            counts["reward/timeouts"],
-            counts["reward/crashes"],
-        )
+    if verifier is not None:
+        _tell_failed_gradings(verifier, reader.where)
     return ProblemSet(reader, entries, report, digest.hexdigest())
 
 
@@ -297,6 +290,18 @@ class ProblemOrder:
         # Problems that this step has taken from the old epoch come last in the new one (a stable sort by False < True).
         self._remaining = sorted(order, key=avoid.__contains__)
         self.epoch += 1
+
+
+def _tell_failed_gradings(reward: RewardFn | WeightedSum, where: str) -> None:
+    """Take the counts of gradings here, so that the first step does not report them as its own."""
+    counts = take_metrics(reward)
+    if counts.get("reward/timeouts") or counts.get("reward/crashes"):
+        logger.warning(
+            "%s: verifying the expert traces, %d gradings ran out of time and %d crashed: reward 0",
+            where,
+            counts["reward/timeouts"],
+            counts["reward/crashes"],
+        )
 
 
 def _is_repeated(problem: Problem, seen: set[int]) -> bool:

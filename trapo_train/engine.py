@@ -37,7 +37,7 @@ class SamplingParams:
     """How to sample; the same for every prompt of a call, except the budget."""
 
     max_new_tokens: int | tuple[int, ...]
-    """Most tokens to generate, end-of-sequence token included, at least 1: one number, or one per prompt."""
+    """Most tokens to generate, the one that ends it included, at least 1: one number, or one per prompt."""
     temperature: float = 1.0
     """Divides the logits, at least 0; 0 takes the most likely token (greedy)."""
     top_p: float = 1.0
@@ -45,7 +45,7 @@ class SamplingParams:
     top_k: int = 0
     """Samples from the k most likely tokens, at least 0; 0 keeps all. Applied before top_p."""
     stop_token_ids: tuple[int, ...] | None = None
-    """Token ids that end a completion; None means the tokenizer's end-of-sequence token, () means none."""
+    """Token ids that end a completion; None means the engine's, () means none."""
     seed: int | None = None
     """Draws from this seed and leaves the engine's random state untouched; None uses the engine's own."""
     first_key: int = 0
@@ -142,6 +142,9 @@ class Engine(Protocol):
 class SeededEngine:
     """What all engines have in common: the random state, a seed and the number of streams so far, and `generate` by a stream."""
 
+    end_ids: tuple[int, ...] = ()
+    """Token ids that end a completion unless the call says otherwise; () for the tokenizer's end-of-sequence token alone."""
+
     def __init__(self, seed: int) -> None:
         self._seed, self._streams = seed, 0
 
@@ -185,10 +188,11 @@ class SeededEngine:
         return request_key(self._seed, self._streams)
 
 
-def stop_ids(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a completion; raises where there are none and the call did not say so."""
-    if params.stop_token_ids is not None:
-        return params.stop_token_ids
+def stop_ids(params: SamplingParams, tokenizer: PreTrainedTokenizerBase, end_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Token ids that end a completion: those of the call, else `end_ids`, else the tokenizer's; raises where there are none and the
+    call did not say so."""
+    if params.stop_token_ids is not None or end_ids:
+        return end_ids if params.stop_token_ids is None else params.stop_token_ids
     # Not the model's generation_config: that of a fresh LlamaConfig names token 2, whatever the tokenizer has there
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -214,7 +218,7 @@ class TransformersEngine(SeededEngine):
 
     Args:
         model: a causal language model of transformers with a key-value cache; its training mode is left as found.
-        tokenizer: its `eos_token_id` ends a completion unless the call says otherwise.
+        tokenizer: its `eos_token_id` ends a completion unless `end_ids` are set or the call says otherwise.
         seed: of the engine's own draws; the global generators are never used.
         max_batch_tokens: most tokens, prompts and budgets of all rows with padding, held at once; bounds the cache.
 
@@ -243,7 +247,7 @@ class TransformersEngine(SeededEngine):
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
-            stop_ids=stop_ids(params, self._tokenizer),
+            stop_ids=stop_ids(params, self._tokenizer, self.end_ids),
         )
         return TransformersStream(self._model, batch, self._next_key(params), self._max_batch_tokens)
 

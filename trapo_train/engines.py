@@ -14,6 +14,7 @@ from trapo_train.engine import EngineError, TransformersEngine
 from trapo_train.model import policy_head, precision
 from trapo_train.model_state import check_replaceable, export_model, weights_as_saved
 from trapo_train.parallel import World, gathered
+from trapo_train.tokenizer import end_ids
 from trapo_train.vllm_engine import VllmEngine
 from trapo_train.vllm_server import VllmServerEngine
 
@@ -23,11 +24,17 @@ AnyEngine = TransformersEngine | VllmServerEngine | VllmEngine
 def build_engine(
     config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, *, seed: int
 ) -> AnyEngine:
-    """The engine of `rollout.engine` for this rank.
+    """The engine of `rollout.engine` for this rank; all that ends a response ends one there.
 
     Raises: EngineError for a server that does not answer, or vLLM that is not installed; CheckpointError for a sync_dir that holds
         what is not the trainer's to replace.
     """
+    engine = _engine(config, model, tokenizer, world, seed)
+    engine.end_ids = end_ids(config.model.eos_token, model, tokenizer)
+    return engine
+
+
+def _engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, seed: int) -> AnyEngine:
     rollout = config.rollout
     if rollout.engine == "transformers":
         return TransformersEngine(model, tokenizer, seed=seed, max_batch_tokens=rollout.max_batch_tokens)

@@ -31,7 +31,7 @@ from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
 from trapo_train.scratch import ScratchConfig, scratch_config
-from trapo_train.tokenizer import end_generation_too, load_tokenizer
+from trapo_train.tokenizer import end_generation_too, end_ids, load_tokenizer
 from trapo_train.varlen import computed_in
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
@@ -50,8 +50,9 @@ class ModelConfig:
     """Shape of a model with random weights, in place of `name_or_path`."""
     tokenizer: str | None = None
     """Name or directory of the tokenizer; by default the model's own, or the task's for a model from scratch."""
-    eos_token: str | None = None
-    """Token that ends a response, such as <|im_end|> or <end_of_turn>; null: the tokenizer's own."""
+    eos_token: str | list[str] | None = None
+    """Token that ends a response, such as <|im_end|> or <end_of_turn>, or several, of which the first ends expert traces; null: the
+    tokenizer's own, and with it the special tokens that the model's generation_config names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type, float32 or bfloat16; trained weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False
@@ -73,7 +74,7 @@ class ModelConfig:
                 f"Give exactly one of name_or_path and scratch, got {given}. "
                 "Set model.name_or_path=<name or directory>, or model.scratch.hidden_size=128 for random weights."
             )
-        check(self)
+        check(self, ("eos_token", self.eos_token != [], "null, a token or a list of at least one"))
 
 
 class PolicyHead(nn.Linear):
@@ -190,8 +191,8 @@ def load_model_and_tokenizer(
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
         keep_processor(model, config.name_or_path)
-    if config.eos_token is not None:
-        end_generation_too(model, tokenizer)
+    if tokenizer.eos_token_id is not None:
+        end_generation_too(model, end_ids(config.eos_token, model, tokenizer))
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)
     prepare(model, config, device=device, check_logits=check_logits, tell=tell)

@@ -353,7 +353,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     num_samples             all samples
     response_tokens         sum over all samples, prefixes included
     completion_tokens_mean  per completion, _p95 and _max likewise
-    finished_share          completions that end with the end-of-sequence token
+    finished_share          completions that end with a token that ends a response (model.eos_token)
     entropy/sampled         mean of -logprob over all completion tokens, nats, as the sampler reported them: with top_p = 1 and
                             top_k = 0 an unbiased estimate of the policy's entropy at rollout.temperature where these tokens stand,
                             those without a gradient included, which entropy/rollout leaves out

@@ -1,5 +1,5 @@
-"""Loading a tokenizer, the token that ends a response (its end-of-sequence token, or the one that model.eos_token names), and texts
-as tokens and back."""
+"""Loading a tokenizer, the tokens that end a response (its end-of-sequence token and the model's own, or those that model.eos_token
+names), and texts as tokens and back."""
 
 from __future__ import annotations
 
@@ -91,19 +91,28 @@ def _as_published(tokenizer: PreTrainedTokenizerBase, source: str, tell: Callabl
     return as_file
 
 
-def _end_with(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+def _end_with(tokenizer: PreTrainedTokenizerBase, eos_token: str | list[str]) -> None:
+    tokens = [eos_token] if isinstance(eos_token, str) else eos_token
     vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
-        raise UserError(
-            f"model.eos_token must be one of the tokenizer's {len(vocabulary)} tokens, got {token!r}."
-            f"{did_you_mean(token, vocabulary)} Name the token that ends the model's turns, as its chat template writes it, "
-            "or null for the tokenizer's own."
-        )
-    added = tokenizer.added_tokens_decoder.get(vocabulary[token])
-    if added is not None and added.special:
-        tokenizer.eos_token = token  # adding it again would drop its lstrip and rstrip, and prompts would have other tokens
-    else:  # or decoding would leave it in the text that the reward sees
-        tokenizer.add_special_tokens({"eos_token": token})
+    for token in tokens:
+        if token not in vocabulary:
+            raise UserError(
+                f"model.eos_token must be one of the tokenizer's {len(vocabulary)} tokens, or a list of these, got {token!r}."
+                f"{did_you_mean(token, vocabulary)} Name the token that ends the model's turns, as its chat template writes it, "
+                "or null for the tokenizer's own."
+            )
+    special = _special_ids(tokenizer)
+    # Adding one again would drop its lstrip and rstrip, and prompts would have other tokens; decoding would leave one that is not
+    # special in the text that the reward sees.
+    if vocabulary[tokens[0]] in special:
+        tokenizer.eos_token = tokens[0]
+    else:
+        tokenizer.add_special_tokens({"eos_token": tokens[0]})
+    tokenizer.add_tokens([token for token in tokens[1:] if vocabulary[token] not in special], special_tokens=True)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def line_break_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,27 +146,62 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, spec
     return tokenizer.decode(list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
+def end_ids(eos_token: str | list[str] | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a response: those of `model.eos_token`; for null the tokenizer's own, and what the model's
+    generation_config names of its special tokens, so that sampling ends where the model's own `generate` does."""
+    if eos_token is not None:
+        return tuple(tokenizer.convert_tokens_to_ids([eos_token] if isinstance(eos_token, str) else eos_token))
+    own, special = [tokenizer.eos_token_id], _special_ids(tokenizer)
+    return tuple(dict.fromkeys([*own, *(token_id for token_id in ending_ids(model) if token_id in special)]))
+
+
 def ending_ids(model: PreTrainedModel) -> list[int]:
     """Token ids that end what the model's own `generate` writes."""
     token_ids = model.generation_config.eos_token_id
     return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
-def end_generation_too(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the tokenizer's end-of-sequence token end what `generate` writes as well, of the exported model, too."""
-    token_ids = ending_ids(model)
-    if tokenizer.eos_token_id not in token_ids:
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *token_ids]
+def end_generation_too(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Have tokens end what `generate` writes as well, of the exported model, too."""
+    known = ending_ids(model)
+    if not set(token_ids) <= set(known):
+        model.generation_config.eos_token_id = list(dict.fromkeys([*token_ids, *known]))
 
 
 def other_endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A sentence where the model's generation_config names further tokens that end a response, which here do not; None where it
-    does not, or where the tokenizer's own is the one that its chat template ends turns with."""
-    token_ids = [i for i in ending_ids(model) if i != tokenizer.eos_token_id and 0 <= i < len(tokenizer)]
-    if not token_ids or (tokenizer.eos_token or "") in str(tokenizer.chat_template or ""):
+    """A sentence, where model.eos_token is null, on a special token other than the tokenizer's end-of-sequence token that the chat
+    template ends turns with, or else on what the model's generation_config names and is no special token; None for neither."""
+    ends = end_ids(None, model, tokenizer)
+    own, turn = tokenizer.eos_token, _turn_end(tokenizer)
+    others = [token_id for token_id in ending_ids(model) if token_id not in ends and 0 <= token_id < len(tokenizer)]
+    if turn not in (None, own):
+        names = tokenizer.convert_ids_to_tokens(ends)
+        through = "" if turn in names else f", and a response goes on behind {turn}"
+        choice = [turn, *(name for name in names if name != turn)]
+        said = f"expert traces end with {own}, the chat template ends turns with {turn}{through}. If prompts are rendered with it"
+    elif others:
+        names = tokenizer.convert_ids_to_tokens(others)
+        choice = [*tokenizer.convert_ids_to_tokens(ends), *names]
+        said = (
+            f"a response goes on behind {', '.join(names)}, no special token, which the model's generation_config names as an end. "
+        )
+        said += "If it is one"
+    else:
         return None
-    tokens = tokenizer.convert_ids_to_tokens(token_ids)
-    return (
-        f"a response ends with {tokenizer.eos_token} alone; the model's generation_config names {', '.join(tokens)}, too. If that "
-        f"is what ends its turns, set 'model.eos_token={tokens[-1]}'"
-    )
+    return f"{said}, set 'model.eos_token=[{', '.join(choice)}]'"
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The first special token that the chat template writes behind what the assistant said; None where there is none."""
+    said = "4"  # which no template writes itself behind it
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is the model's own code and may raise anything; a prompt that it refuses says so
+        return None
+    behind = text.rpartition(said)[2] if said in text else ""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = sorted((behind.find(token), -len(token), token) for token in special if token in behind)
+    return found[0][2] if found else None

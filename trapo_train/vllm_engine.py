@@ -80,7 +80,7 @@ class VllmEngine(SeededEngine):
         config: how vLLM runs.
         model: gives configuration and type; its weights are not taken yet.
         folder: where the model's configuration is written for vLLM to read.
-        tokenizer: its `eos_token_id` ends a completion unless the call says otherwise.
+        tokenizer: its `eos_token_id` ends a completion unless `end_ids` are set or the call says otherwise.
         dtype: what vLLM computes in: "bfloat16", "float16" or "float32".
         ranks: how many processes run an engine each, all at once.
 
@@ -168,7 +168,7 @@ class VllmEngine(SeededEngine):
             "top_p": params.top_p,
             "top_k": params.top_k,
             # Not the model's own list, which may name further tokens: what ends a completion is decided here.
-            "stop_token_ids": list(stop_ids(params, self._tokenizer)),
+            "stop_token_ids": list(stop_ids(params, self._tokenizer, self.end_ids)),
             "ignore_eos": True,
             "logprobs": 0,
             "detokenize": False,

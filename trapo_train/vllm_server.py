@@ -132,7 +132,7 @@ class VllmServerEngine(SeededEngine):
             "top_k": params.top_k or -1,
             **_NEUTRAL,
             # Not the model's own list, which may name further tokens: what ends a completion is decided here.
-            "stop_token_ids": list(stop_ids(params, self._tokenizer)),
+            "stop_token_ids": list(stop_ids(params, self._tokenizer, self.end_ids)),
             "ignore_eos": True,
             "logprobs": 0,
             "return_token_ids": True,

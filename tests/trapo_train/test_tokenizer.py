@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -15,10 +16,12 @@ from tests.trapo_train.test_train import build_config
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.dry_run import dry_config
 from trapo_train.engine import SamplingParams, stop_ids
+from trapo_train.engines import build_engine
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.model_state import export_model
+from trapo_train.parallel import World
 from trapo_train.scratch import ScratchConfig
-from trapo_train.tokenizer import load_tokenizer, other_endings
+from trapo_train.tokenizer import end_ids, load_tokenizer, other_endings
 from trapo_train.train import Trainer, _tell
 
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=80)
@@ -67,33 +70,74 @@ def test_engine_traces_and_export_agree(directory, tmp_path, monkeypatch):
 
 
 def test_a_token_that_is_none_is_refused(directory, tmp_path):
-    with pytest.raises(ValueError, match=r"eos_token must be one of the tokenizer's 259 tokens, got '<end>'.*'<\|end\|>'\? Name"):
+    with pytest.raises(
+        ValueError,
+        match=r"eos_token must be one of the tokenizer's 259 tokens, or a list of these, got '<end>'.*'<\|end\|>'\? Name",
+    ):
         load_tokenizer(ModelConfig(str(directory), eos_token="<end>"), None)
     config = build_config(tmp_path, "run", f"model={{name_or_path: '{directory}', eos_token: '<|end|>'}}")
     assert dry_config(config, str(tmp_path)).model.eos_token is None  # whose tokenizer is another
 
 
+def test_what_the_generation_config_names_of_the_special_tokens_ends_a_response_too(directory):
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(str(directory)))
+    plain, end, user = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>", "<|user|>"])
+    for named, expected in (([plain, end], (plain, end)), ([user, end, 999], (plain, end)), (plain, (plain,)), (None, (plain,))):
+        model.generation_config.eos_token_id = named
+        assert end_ids(None, model, tokenizer) == expected
+    model.generation_config.eos_token_id = [plain, end]
+    assert end_ids("<|user|>", model, tokenizer) == (user,) and end_ids(["<|end|>", "!"], model, tokenizer)[0] == end
+
+
+def test_several_tokens_end_a_response_and_the_first_ends_traces(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    plain = load_tokenizer(ModelConfig(str(directory)), None)
+    config = build_config(tmp_path, "run", f"model={{name_or_path: '{directory}'}}", "model.eos_token=[<|end|>, <|user|>, '!']")
+    assert config.model.eos_token == ["<|end|>", "<|user|>", "!"]
+    model, tokenizer = load_model_and_tokenizer(config.model)
+    ends = tokenizer.convert_tokens_to_ids(config.model.eos_token)
+    assert tokenizer.eos_token == "<|end|>" and len(tokenizer) == len(plain)
+    for text in ("a<|end|> b", "<|user|>a</s>", "a! b"):
+        assert tokenizer(text)["input_ids"] == plain(text)["input_ids"], text
+    for token_id in ends:  # none of them is text that the reward sees
+        assert tokenizer.decode([*plain("a b")["input_ids"], token_id], skip_special_tokens=True) == "a b"
+    engine = build_engine(config, model, tokenizer, World.alone(), seed=0)
+    for token_id in ends:
+        with torch.no_grad():  # whatever came before, the model says this token
+            bias = torch.zeros(model.get_output_embeddings().weight.shape[0])
+            bias[token_id] = 1e4
+            model.get_output_embeddings().bias = torch.nn.Parameter(bias)
+        (completion,) = engine.generate([plain("ab")["input_ids"]], SamplingParams(5))
+        assert (completion.token_ids, completion.finish_reason) == ((token_id,), "stop")
+    model.get_output_embeddings().bias = None
+    exported = export_model(model, tokenizer, tmp_path / "trained")
+    named = AutoModelForCausalLM.from_pretrained(exported).generation_config.eos_token_id
+    assert named == [*ends, plain.eos_token_id]  # which the model had
+    assert AutoTokenizer.from_pretrained(exported).decode([*plain("a")["input_ids"], ends[2]], skip_special_tokens=True) == "a"
+    with pytest.raises(ValueError, match="model: eos_token must be null, a token or a list of at least one, got"):
+        build_config(tmp_path, "run", "model.eos_token=[]")
+
+
 @pytest.mark.parametrize(
-    ("own", "ends", "template", "named"),
+    ("own", "ends", "template", "words", "choice"),
     [
-        ("</s>", [0, 257], TEMPLATE, "<|end|>"),
-        ("</s>", [257, 258, 0], TEMPLATE, "<|end|>, <|user|>"),
-        ("</s>", 257, None, "<|end|>"),
-        ("<|end|>", [0, 257], TEMPLATE, None),  # which the template writes: the other ends documents, not turns
-        ("</s>", 0, TEMPLATE, None),
-        ("</s>", None, TEMPLATE, None),
-        ("</s>", [0, 999], TEMPLATE, None),  # not in the vocabulary
+        ("</s>", [0], TEMPLATE, ", and a response goes on behind <|end|>. If", "<|end|>, </s>"),
+        ("</s>", [0, 257], TEMPLATE, "turns with <|end|>. If", "<|end|>, </s>"),
+        ("</s>", [257, 258, 0], None, "goes on behind <|user|>, no special token", "</s>, <|end|>, <|user|>"),
+        ("</s>", [257, 0], None, None, None),
+        ("<|end|>", [0, 257], TEMPLATE, None, None),
+        ("</s>", [0, 999], TEMPLATE.replace("<|end|>", ""), None, None),
+        ("</s>", None, "{{ raise_exception('no') }}", None, None),
     ],
 )
-def test_further_tokens_that_end_a_response_are_named(directory, own, ends, template, named):
+def test_an_end_that_the_template_or_the_model_has_otherwise_is_named(directory, own, ends, template, words, choice):
     tokenizer = load_tokenizer(ModelConfig(str(directory), eos_token=own), None)
     tokenizer.chat_template = template
     said = other_endings(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends)), tokenizer)
-    if named is None:
+    if words is None:
         assert said is None
     else:
-        assert said.startswith(f"a response ends with {own} alone; the model's generation_config names {named}, too.")
-        assert said.endswith(f"set 'model.eos_token={named.split(', ')[-1]}'")
+        assert words in said and said.endswith(f"set 'model.eos_token=[{choice}]'")
 
 
 @pytest.mark.parametrize(("own", "count"), [("", 1), (", eos_token: '<|end|>'", 0)])
@@ -104,7 +148,7 @@ def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, monkeypat
     config = build_config(tmp_path, "run", model, "plan.name=grpo", "objective.name=dr_grpo", "reward=exact_match")
     data = DataConfig(path=str(tmp_path / "rows.jsonl"))
     trainer = Trainer(replace(config, data=data))
-    assert sum("set 'model.eos_token=<|end|>'" in note for note in trainer.notes) == count
+    assert sum("set 'model.eos_token=[<|end|>, </s>]'" in note for note in trainer.notes) == count
 
 
 def test_a_step_without_an_end_is_told_once():

@@ -102,6 +102,17 @@ def test_weights_are_handed_over_under_the_names_and_with_the_values_of_an_expor
     assert kind.startswith("mixture") == any("experts.3.gate_proj.weight" in name for name in exported)
 
 
+def test_each_of_several_tokens_ends_a_completion(vllm, tmp_path):
+    model = tiny()
+    engine = build(model, tmp_path)
+    with ready(engine, model):
+        (free,) = engine.generate([[5, 6]], SamplingParams(9, temperature=0.0, stop_token_ids=()))
+        engine.end_ids = (TOKENIZER.eos_token_id, free.token_ids[2])
+        (stopped,) = engine.generate([[5, 6]], SamplingParams(9, temperature=0.0))
+    length = next(i for i, token_id in enumerate(free.token_ids, start=1) if token_id in engine.end_ids)
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[:length], "stop")
+
+
 def test_it_sleeps_while_training_and_wakes_in_the_right_order(vllm, tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "device", property(lambda model: torch.device("cuda")))
     model = tiny()

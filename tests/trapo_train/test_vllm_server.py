@@ -59,6 +59,14 @@ def engine(server, weights, monkeypatch):
     return engine
 
 
+def test_each_of_several_tokens_ends_a_completion(engine):
+    (free,) = engine.generate([[5, 6]], SamplingParams(9, temperature=0.0, stop_token_ids=()))
+    engine.end_ids = (build_tokenizer().eos_token_id, free.token_ids[2])
+    (stopped,) = engine.generate([[5, 6]], SamplingParams(9, temperature=0.0))
+    length = next(i for i, token_id in enumerate(free.token_ids, start=1) if token_id in engine.end_ids)
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[:length], "stop")
+
+
 def test_completions_are_those_of_the_model_with_its_logprobs(engine, server):
     engine.check()
     prompts, params = [[5, 6, 7], [8, 9], [5]], SamplingParams((4, 9, 1), temperature=0.7)
