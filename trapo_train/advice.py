@@ -20,7 +20,8 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _scale(config, objective),
         _unguided(config, objective),
         _unclipped(config, objective),
-        _truncated(config),
+        _uncorrected(config, objective),
+        _truncated(config, objective),
         _warmup(config),
         _adapters(config),
         _repeats(config, num_problems),
@@ -91,16 +92,29 @@ def _unclipped(config: RunConfig, objective: Objective) -> str | None:
     )
 
 
-def _truncated(config: RunConfig) -> str | None:
+def _uncorrected(config: RunConfig, objective: Objective) -> str | None:
+    """The embedded engine computes with the trainer's own model."""
+    if config.rollout.engine == "transformers" or not objective.rollout_terms or config.updates.correction is not None:
+        return None
+    return (
+        f"rollout.engine={config.rollout.engine} computes logprobs in another arithmetic than the trainer, and the loss takes its "
+        "samples as the trainer's own (rollout/mismatch_kl says how far they are). Set updates.correction={name: tis} to correct it"
+    )
+
+
+def _truncated(config: RunConfig, objective: Objective) -> str | None:
     """vLLM's processed logprobs are taken after top_k and top_p (its TopKTopPSampler); those of the embedded engine before."""
     rollout, correction = config.rollout, config.updates.correction
     cut = [f"top_p={rollout.top_p:g}"] * (rollout.top_p < 1) + [f"top_k={rollout.top_k}"] * (rollout.top_k > 0)
-    if correction is None or rollout.engine == "transformers" or not cut:
+    if not objective.rollout_terms or rollout.engine == "transformers" or not cut:
         return None
+    wrong, remedy = "rollout/mismatch_kl holds the share that was cut off, too", ""
+    if correction is not None:
+        wrong = f"every ratio of updates.correction={correction.name} is lower by the share that was cut off"
+        remedy = ", or updates.correction=null"
     return (
         f"rollout.engine={rollout.engine} reports logprobs over the tokens that {' and '.join(cut)} leave, the trainer's are over "
-        f"all: every ratio of updates.correction={correction.name} is lower by the share that was cut off. Set rollout.top_p=1 "
-        "rollout.top_k=0, or updates.correction=null"
+        f"all: {wrong}. Set rollout.top_p=1 rollout.top_k=0{remedy}"
     )
 
 

@@ -51,7 +51,7 @@ class Completion:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish_reason: str  # "stop" (end-of-sequence token generated, included in token_ids) or "length"
+    finish_reason: str  # "stop" (a token that ends a response generated, included in token_ids) or "length"
 
 
 @dataclass

@@ -105,8 +105,22 @@ def test_a_correction_with_logprobs_over_the_tokens_that_were_kept(advised, engi
         cut = [f"rollout.{setting}" for setting in cut]
         (sentence,) = advised(sampled, corrected, *cut)
         assert f"over the tokens that {named} leave" in sentence and "updates.correction=mis is lower" in sentence
-        assert advised(sampled, *cut) == advised(corrected, *cut) == []  # no correction; logprobs over all tokens
+        assert sentence.endswith("Set rollout.top_p=1 rollout.top_k=0, or updates.correction=null")
+        uncorrected, sentence = advised(sampled, *cut)
+        assert uncorrected.startswith(f"rollout.engine={engine} computes logprobs in another arithmetic than the trainer")
+        assert f"over the tokens that {named} leave" in sentence and "rollout/mismatch_kl holds the share" in sentence
+        assert sentence.endswith("Set rollout.top_p=1 rollout.top_k=0")
+        assert advised(corrected, *cut) == []  # logprobs over all tokens
     assert advised(sampled, corrected) == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+def test_samples_of_another_arithmetic_that_nothing_corrects(advised, engine):
+    (sentence,) = advised(f"rollout.engine={engine}")
+    assert "(rollout/mismatch_kl says how far they are). Set updates.correction={name: tis}" in sentence
+    traces = ("plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
+    assert advised(f"rollout.engine={engine}", "rollout.top_p=0.9", *traces) == []  # no sample is in the loss
+    assert advised(f"rollout.engine={engine}", "updates.correction={name: tis}") == []
 
 
 def test_the_example_of_the_readme_needs_no_advice(tmp_path):
@@ -199,7 +213,7 @@ def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
 
 def test_full_float32_on_a_gpu(advised):
     on_gpu = SimpleNamespace(size=1, device=torch.device("cuda"))
-    pretrained = ("model={name_or_path: some/model}", "rollout.engine=vllm")
+    pretrained = ("model={name_or_path: some/model}", "rollout.engine=vllm", "updates.correction={name: tis}")
     (sentence,) = advised(*pretrained, world=on_gpu)
     assert sentence.startswith("model.dtype=float32 computes") and "Set model.dtype=bfloat16" in sentence
     assert advised(*pretrained, "model.dtype=bfloat16", world=on_gpu) == advised(*pretrained) == advised(world=on_gpu) == []
