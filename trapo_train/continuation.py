@@ -35,8 +35,8 @@ def split_settings(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     fixed = yaml.safe_load(to_yaml(config))
     for name in _FREE_SECTIONS:
         del fixed[name]
-    if config.optimizer.schedule.startswith("constant"):
-        del fixed["steps"]  # other schedules depend on it
+    if config.optimizer.schedule.startswith("constant") and not config.optimizer.warmup_ratio:
+        del fixed["steps"]  # other schedules, and a share of the steps, depend on it
     changeable = {}
     for name in _CHANGEABLE:
         section, key = name.split(".")

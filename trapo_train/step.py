@@ -96,6 +96,8 @@ class OptimizerConfig:
     """Learning-rate schedule of transformers.get_scheduler, such as constant_with_warmup, linear or cosine."""
     warmup_steps: int = 0
     """Optimizer steps from 0 to the peak learning rate, at least 0."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all optimizer steps of the run, rounded down, in [0, 1); in place of warmup_steps."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the schedule, such as min_lr of cosine_with_min_lr."""
     max_grad_norm: float = 1.0
@@ -111,16 +113,24 @@ class OptimizerConfig:
             ("betas", self.betas is None or _are_betas(self.betas), "two numbers in [0, 1), or null"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"),
             ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
             ("max_skipped_steps", self.max_skipped_steps >= 0, "at least 0"),
         )
-        if self.schedule == "constant" and self.warmup_steps:
+        if self.warmup_steps and self.warmup_ratio:
             raise UserError(
-                f"warmup_steps must be 0 with the schedule constant, got {self.warmup_steps}. Use constant_with_warmup."
+                f"warmup_steps and warmup_ratio say the same, got {self.warmup_steps} and {self.warmup_ratio:g}. Set either to 0."
             )
+        if self.schedule == "constant" and (self.warmup_steps or self.warmup_ratio):
+            name = "warmup_steps" if self.warmup_steps else "warmup_ratio"
+            raise UserError(f"{name} must be 0 with the schedule constant, got {getattr(self, name):g}. Use constant_with_warmup.")
         # Building both on one tiny matrix finds every argument that they refuse, before a model is loaded.
         optimizer = build_optimizer(nn.Linear(1, 1, bias=False), self)
         build_scheduler(optimizer, self, steps=max(2, self.warmup_steps + 1))
+
+    def warmup(self, steps: int) -> int:
+        """Optimizer steps of warmup in a run of `steps`."""
+        return self.warmup_steps or math.floor(self.warmup_ratio * steps + 1e-9)  # 0.29 · 100 is 28.999…
 
 
 def _are_betas(betas: Sequence[float]) -> bool:
@@ -258,7 +268,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int
             f"{config.warmup_steps} and {steps}. Lower it, or raise steps."
         )
     try:
-        scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, steps, config.schedule_options or None)
+        scheduler = get_scheduler(config.schedule, optimizer, config.warmup(steps), steps, config.schedule_options or None)
         factors = [factor(step) for factor in getattr(scheduler, "lr_lambdas", []) for step in range(steps + 1)]
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"schedule {config.schedule} refuses its arguments: {error}. See schedule_options.") from error

@@ -3,8 +3,12 @@
 import math
 
 import pytest
+import torch
 
+from tests.trapo_train.test_train import build_config
+from trapo_train.continuation import split_settings
 from trapo_train.schedules import Constant, Cosine, Linear, Staircase, WarmUp, build_schedule, is_schedule
+from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
 
 
 def test_constant():
@@ -89,3 +93,31 @@ def test_which_values_are_schedules():
 def test_bad_schedules_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
         build_schedule(value)
+
+
+@pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.25, 8, 2), (0.25, 7, 1), (0.29, 100, 29), (0.9, 1, 0), (0.0, 8, 0)])
+def test_a_warmup_may_be_a_share_of_the_steps(ratio, steps, warmup):
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=ratio)
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), config)
+    scheduler = build_scheduler(optimizer, config, steps=steps)
+    (factor, *_) = scheduler.lr_lambdas
+    assert [factor(step) for step in range(steps)] == [min(1.0, step / warmup) if warmup else 1.0 for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 3}, "say the same, got 3 and 0.1. Set either to 0"),
+        ({"warmup_ratio": 0.1, "schedule": "constant"}, "warmup_ratio must be 0 with the schedule constant, got 0.1"),
+    ],
+)
+def test_a_share_that_is_none_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize(("optimizer", "kept"), [("{warmup_ratio: 0.1}", True), ("{warmup_steps: 1}", False)])
+def test_a_continuation_keeps_the_steps_that_the_warmup_is_a_share_of(tmp_path, optimizer, kept):
+    fixed, _ = split_settings(build_config(tmp_path, "run", f"optimizer={optimizer}"))
+    assert ("steps" in fixed) == kept
