@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
@@ -13,8 +14,14 @@ from trapo_train.step import OptimizerConfig
 MANY_PASSES = 10
 
 
-def advice(config: RunConfig, objective: Objective, num_problems: int, world: World) -> list[str]:
-    """Sentences on what may surprise in this configuration, each with the setting that changes it."""
+def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world: World) -> list[str]:
+    """Sentences on what may surprise in this configuration, each with the setting that changes it.
+
+    Args:
+        traces: how many expert traces each of the training problems has.
+    """
+    num_problems = len(traces)
+    given_epochs, config = config.epochs is not None, config.for_problems(num_problems)
     found = [
         _method(config),
         _scale(config, objective),
@@ -25,7 +32,8 @@ def advice(config: RunConfig, objective: Objective, num_problems: int, world: Wo
         _warmup(config),
         _adapters(config),
         _repeats(config, num_problems),
-        _passes(config, objective, num_problems),
+        None if given_epochs else _passes(config, objective, num_problems),
+        _unused_traces(config, traces),
         _correct(config),
         _unsampled(config),
         *_rendered(config),
@@ -153,6 +161,16 @@ def _passes(config: RunConfig, objective: Objective, num_problems: int) -> str |
     return (
         f"the run makes {passes:.0f} passes over the traces of {num_problems} problems (steps · prompts_per_step / problems). For "
         "three set epochs=3"
+    )
+
+
+def _unused_traces(config: RunConfig, traces: Sequence[int]) -> str | None:
+    used = [len(config.plan.traces_used(count)) if count else 0 for count in traces]
+    if not config.plan.guides or sum(used) == sum(traces):
+        return None
+    return (
+        f"plan {config.plan.name} never uses {sum(traces) - sum(used)} of the {sum(traces)} expert traces: it takes at most "
+        f"{max(used)} of a problem. Plan sft trains on every one, and rungs of the plan ladder name theirs (expert_index)"
     )
 
 

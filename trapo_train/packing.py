@@ -34,7 +34,8 @@ class PackingConfig:
     then of the sequences), sequence_sum (sequences) or prompt_mean (mean over each problem's tokens, then of the problems)."""
     train_on_prompt: bool = False
     """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining; with expert traces
-    alone: a plan that samples nothing, and an objective without rollout term whose expert term reads no advantage."""
+    alone: a plan that samples nothing, and an objective without rollout term whose expert term reads no advantage. Each of
+    several traces of a problem brings its prompt."""
 
     def __post_init__(self) -> None:
         check(self, ("max_tokens", self.max_tokens >= 1, "at least 1"))

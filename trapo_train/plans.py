@@ -64,11 +64,12 @@ class Rung:
             raise UserError(f"expert_index of a rung must be at least 0, got {self.expert_index}.")
 
 
+ONE_TRACE = (Rung(1, 1.0),)
 # The authors' code compares sums: "sum < 4 of 6" and "sum < 7 of 7" are the means 4/6 and 7/7.
 LADDERS: dict[str, tuple[Rung, ...]] = {
     "paper": (Rung(4), Rung(2, 0.2, 0.5), Rung(1, 0.5, 0.7), Rung(1, 1.0, 0.9, expert_index=1)),
     "release": (Rung(4), Rung(2, 0.25, 0.5), Rung(1, 0.5, 4 / 6), Rung(1, 1.0, 7 / 7, expert_index=1)),
-    "sft": (Rung(1, 1.0),),
+    "sft": ONE_TRACE,  # for each trace of the problem
 }
 DEFAULT_NUM_SAMPLES = 8
 # Which plans read which of the optional settings, and what they use where it is null.
@@ -86,7 +87,7 @@ _READERS: dict[str, dict[str, Any]] = {
 class PlanConfig:
     """Which plan draws the samples of each problem; a setting that is null takes the plan's default.
 
-    paper and release: TRAPO's ladder as published and as in its code. grpo: unguided. sft: one expert
+    paper and release: TRAPO's ladder as published and as in its code. grpo: unguided. sft: every expert
     trace. luffy: unguided and one expert trace, SRFT's plan with one sample more. prefix_rft: unguided and one sample after a
     prefix of random length. uft: all after one random hint. hpt: unguided, replaced by the expert trace where they fail. relift:
     unguided, failures are kept in a buffer and their traces trained on in steps of their own. ladder: your own rungs.
@@ -180,9 +181,19 @@ class PlanConfig:
         rungs = plan_rungs(self)
         return rungs is None or any(rung.prefix_ratio > 0 for rung in rungs)
 
+    def traces_used(self, num_traces: int) -> set[int]:
+        """Which of the `num_traces` expert traces of a problem, at least 1, the plan may ever use, counted from 0."""
+        if self.name == "sft":
+            return set(range(num_traces))
+        rungs = plan_rungs(self)
+        if rungs is None:
+            return {0}
+        return {min(rung.expert_index, num_traces - 1) for rung in rungs if rung.prefix_ratio > 0}
+
 
 def plan_rungs(config: PlanConfig) -> tuple[Rung, ...] | None:
-    """The rungs of a plan that is a ladder; None for one that draws at random or drops samples, which no fixed ladder does."""
+    """The rungs of a plan that is a ladder, of sft those for one trace; None for one that draws at random or drops samples, which
+    no fixed ladder does."""
     num_samples = config.setting("num_samples")
     if config.name == "grpo":
         return (Rung(num_samples),)
@@ -205,6 +216,8 @@ def build_plan(config: PlanConfig, *, step: int = 0, seed: int = 0) -> Plan:
         return partial(_hpt, config)
     if config.name == "relift":
         return partial(_relift, config)
+    if config.name == "sft":
+        return _sft
     return partial(_climb, plan_rungs(config))
 
 
@@ -216,6 +229,15 @@ def _climb(rungs: tuple[Rung, ...], problem: Problem) -> PlanSteps:
         if len(rewards) != rung.samples:
             raise ValueError(f"The plan asked for {rung.samples} samples, got {len(rewards)} rewards. Send one each.")
         earlier.extend(rewards)
+    return Outcome()
+
+
+def _sft(problem: Problem) -> PlanSteps:
+    """Every expert trace of the problem, whole, in a request of its own."""
+    if not problem.experts:
+        yield Request(1)
+    for number in range(len(problem.experts)):
+        yield Request(1, 1.0, number)
     return Outcome()
 
 

@@ -88,6 +88,11 @@ class ProblemSet(Sequence[Problem]):
         """Tokens of the longest prompt."""
         return max((entry.prompt_tokens for entry in self._entries), default=0)
 
+    @property
+    def traces(self) -> list[int]:
+        """How many expert traces each problem has."""
+        return [len(entry.traces) for entry in self._entries]
+
     def longest_with_expert(self, max_tokens: int) -> tuple[int, int]:
         """Tokens of prompt and expert trace where these are longest together, of the traces of at most `max_tokens` tokens."""
         pairs = [(entry.prompt_tokens, trace.num_tokens) for entry in self._entries for trace in entry.traces]

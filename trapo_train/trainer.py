@@ -32,7 +32,7 @@ from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, place_model, reshard
-from trapo_train.plans import DeferredProblems, Plan, PlanConfig, build_plan
+from trapo_train.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, name_model_in_hub_errors
 from trapo_train.problems import ProblemSet
 from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
@@ -89,8 +89,8 @@ class Trainer:
         read = [str(config.data.path or config.data.task)] * trains + ["the held-out sets"] * (config.eval_data is not None)
         tell(f"reading {' and '.join(read)}")
         self.problems = self._load_problems()
+        self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
-        self.notes += advice(config, self.objective, len(self.problems), self.world)
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens)
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
@@ -234,7 +234,8 @@ class Trainer:
     def _next(self) -> tuple[list[int], PlanConfig, Objective]:
         """Positions of the problems of the next step, how they are sampled, and the loss.
 
-        A step that trains expert terms alone, be it for enough deferred problems or by the chooser, takes the expert traces.
+        A step that trains expert terms alone, be it for enough deferred problems or by the chooser, samples nothing: in place of a
+        plan that does it takes an expert trace of each problem.
         """
         positions = self.deferred.take()
         choice = "expert" if positions else "both"
@@ -244,7 +245,8 @@ class Trainer:
                 choice = self._chooser_answer_on_all_ranks()
         objective = self._chosen(choice)
         alone = choice != "both" and not objective.rollout_terms
-        return positions, PlanConfig("sft") if alone else self.config.plan, objective
+        traces = alone and self.config.plan.largest_request > 0
+        return positions, PlanConfig("ladder", rungs=ONE_TRACE) if traces else self.config.plan, objective
 
     def _chosen(self, choice: str) -> Objective:
         kl = self.config.objective.kl

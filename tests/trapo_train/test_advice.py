@@ -20,9 +20,9 @@ ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))
 
 @pytest.fixture
 def advised(tmp_path):
-    def said(*overrides, num_problems=8, world=ALONE):
+    def said(*overrides, num_problems=8, traces=None, world=ALONE):
         config = build_config(tmp_path, "run", *overrides)
-        return advice(config, build_objective(config.objective, 0), num_problems, world)
+        return advice(config, build_objective(config.objective, 0), traces or [1] * num_problems, world)
 
     return said
 
@@ -129,7 +129,7 @@ def test_the_example_of_the_readme_needs_no_advice(tmp_path):
     (tmp_path / "my.yaml").write_text(example)
     config = load_config(tmp_path / "my.yaml")
     assert config.updates.per_step > 1
-    assert advice(config, build_objective(config.objective, 0), 1000, ALONE) == []
+    assert advice(config, build_objective(config.objective, 0), [1] * 1000, ALONE) == []
     (name, beta) = re.search(r"`objective={name: (\w+), kl: {beta: ([\d.]+)}}`,\sor the option `beta` of", text).groups()
     assert build_objective(ObjectiveConfig(name, kl=KLConfig(float(beta)))).kl.beta == float(beta)
     takes_beta = {name for name, preset in PRESETS.items() if "beta" in inspect.signature(preset).parameters}
@@ -148,6 +148,18 @@ def test_many_passes_over_the_same_traces(advised):
         "the run makes 12 passes over the traces of 8 problems (steps · prompts_per_step / problems). For three set epochs=3"
     )
     assert advised(*traces, "steps=40") == advised("steps=50") == []
+    assert advised(*traces, "steps=null", "epochs=25") == []  # as many as were asked for
+
+
+def test_expert_traces_that_the_plan_never_uses(advised):
+    several = {"traces": [1, 3, 0, 2]}
+    (sentence,) = advised("plan.name=paper", **several)
+    assert sentence.startswith("plan paper never uses 1 of the 6 expert traces: it takes at most 2 of a problem. Plan sft")
+    (sentence,) = advised("plan.name=hpt", **several)
+    assert "plan hpt never uses 3 of the 6 expert traces: it takes at most 1 of a problem" in sentence
+    sft = ("plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
+    assert advised("plan.name=paper", traces=[1, 2, 0]) == advised(*sft, **several) == []
+    assert advised("plan.name=grpo", "objective.name=dr_grpo", **several) == []  # unguided by its name
 
 
 def test_adapters_at_the_learning_rate_of_whole_weights(advised):

@@ -96,6 +96,7 @@ def test_other_plans():
     assert climb(PlanConfig("grpo"), [0] * 8) == [Request(8)]
     assert climb(PlanConfig("grpo", num_samples=3), [0] * 3) == [Request(3)]
     assert climb(PlanConfig("sft"), [1]) == [Request(1, 1.0)]
+    assert climb(PlanConfig("sft"), [1, 0, 1], num_experts=3) == [Request(1, 1.0, i) for i in range(3)]
     assert climb(PlanConfig("luffy"), [1] * 8, num_experts=2) == [Request(7), Request(1, 1.0, 0)]
     assert climb(PlanConfig("luffy", num_samples=2), [1, 1]) == [Request(1), Request(1, 1.0)]
 
@@ -103,6 +104,17 @@ def test_other_plans():
 @pytest.mark.parametrize("name", ["paper", "release", "grpo", "luffy"])
 def test_eight_samples_per_problem(name):
     assert sum(rung.samples for rung in plan_rungs(PlanConfig(name))) == 8
+
+
+@pytest.mark.parametrize("name", ["paper", "release", "sft", "luffy", "prefix_rft", "uft", "hpt", "ladder"])
+@pytest.mark.parametrize("num_experts", [1, 2, 3])
+def test_a_plan_says_which_traces_it_uses(name, num_experts):
+    guidance = 0.5 if name in ("prefix_rft", "uft") else None
+    rungs = (Rung(1), Rung(1, 0.5, expert_index=2), Rung(1, 0.5, expert_index=7)) if name == "ladder" else ()
+    config = PlanConfig(name, guidance=guidance, rungs=rungs)
+    requests = [request for index in range(20) for request in finish(config, 0.0, num_experts, index)[0]]
+    assert {request.expert_index for request in requests if request.prefix_ratio} == config.traces_used(num_experts)
+    assert PlanConfig("grpo").traces_used(num_experts) == set()
 
 
 def test_a_plan_has_no_memory_between_problems():

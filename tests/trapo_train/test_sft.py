@@ -139,7 +139,40 @@ def test_the_recipe_is_plain_sft_and_needs_no_advice():
     assert config.reward is None and (config.plan.name, config.objective.name) == ("sft", "sft")
     assert config.packing.aggregation == "token_mean"
     assert config.data.max_prompt_tokens + config.rollout.max_response_tokens <= config.packing.max_tokens
-    assert advice(config, build_objective(config.objective), 1000, World.alone()) == []
+    assert advice(config, build_objective(config.objective), [1] * 1000, World.alone()) == []
+
+
+def _several_traces(tmp_path):
+    """Overrides for three problems with six expert traces between them."""
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    experts = (["a#a$"], ["b#b$", "bc#c$"], ["a#b$", "ab#c$", "abc#a$"])
+    rows = [{"prompt": f"ab?a{i}:", "solution": "a", "expert": traces} for i, traces in enumerate(experts, start=1)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"{{path: {tmp_path / 'train.jsonl'}}}"
+    return f"data={data}", f"eval_data={data}", f"model.tokenizer={tmp_path / 'tokenizer'}", "evaluation.every=1"
+
+
+def test_every_trace_of_a_problem_is_trained_and_the_loss_is_that_of_the_evaluation(configure, tmp_path):
+    config = configure("run", *SFT, *_several_traces(tmp_path), "evaluation.sample=false", "steps=2", "optimizer.warmup_steps=0")
+    summary = train_to_end(config)
+    found = rows(config)
+    evaluated = [row["expert_nll"] for row in read_metrics(config.output_dir) if row["kind"] == "eval"]
+    assert [row["num_samples"] for row in found if row["kind"] == "train"] == [6, 6]
+    assert [len(group) for group in sorted(summary.groups, key=len)] == [1, 2, 3]
+    for row, before in zip((row for row in found if row["kind"] == "train"), evaluated, strict=False):
+        assert row["loss"] == pytest.approx(before, rel=1e-5)
+
+
+def test_a_step_on_unsolved_problems_takes_one_trace_of_each(configure, tmp_path):
+    relift = ("plan={name: relift, num_samples: 2, buffer_size: 3}", "objective.name=relift", "reward=exact_match", "steps=2")
+    summary = train_to_end(configure("run", *_several_traces(tmp_path)[::2], *relift))
+    assert summary.metrics["num_samples"] == 3 and summary.metrics["guided_share"] == 1
+    assert {sample.prefix_ids == sample.problem.experts[0].token_ids for group in summary.groups for sample in group} == {True}
+
+
+def test_a_run_says_how_many_traces_its_plan_never_uses(configure, tmp_path):
+    trainer = Trainer(configure("run", *_several_traces(tmp_path), "reward=exact_match", "steps=1"))
+    assert any("plan paper never uses 1 of the 6 expert traces" in note for note in trainer.notes)
 
 
 @pytest.mark.slow
