@@ -183,7 +183,7 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.advantages import AdvantageConfig
-    from trapo_train.held_out import responses_file
+    from trapo_train.held_out import model_label, responses_file
     from trapo_train.plans import PlanConfig
     from trapo_train.step import ObjectiveConfig
     from trapo_train.tables import evaluation_table
@@ -200,7 +200,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)
     trainer = _trainer(config, console, trains=False)
-    label = f"of_{Path(config.model.name_or_path or 'scratch').name}"
+    label = f"of_{model_label(config.model.name_or_path)}"
     evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -70,6 +71,18 @@ def _repeated(entry: EvalSet) -> str:
 def responses_file(output_dir: str | Path, name: str, label: str) -> Path:
     """Where an evaluation of the set `name` writes its responses."""
     return Path(output_dir) / SAMPLES_DIR / f"eval_{name}{'_' if name else ''}{label}.jsonl"
+
+
+def model_label(name_or_path: str | None) -> str:
+    """What a model is called in the names of files, no two alike: owner--name of one on the hub; of a directory run--model and six
+    digits that stand for its whole path, as every trained model's directory is called model."""
+    if name_or_path is None:
+        return "scratch"
+    path = Path(name_or_path)
+    if not path.is_dir():
+        return name_or_path.replace("/", "--")
+    path = path.resolve()
+    return f"{'--'.join(path.parts[1:][-2:])}--{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 def expert_nll(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.trapo_train.test_step import make_model
 from trapo_train import cli, dry_run, rows, train
 from trapo_train.display import read_metrics
+from trapo_train.held_out import model_label
 from trapo_train.step import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 
@@ -105,6 +107,26 @@ def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, ca
     assert "reading the held-out sets" in said
     shown = next(line for line in said if " all " in line)
     assert f"{last['accuracy']:.3f}" in shown
+
+
+def test_evaluations_of_two_models_leave_two_files(finished_run, tmp_path, capsys):
+    other = tmp_path / "base" / "model"
+    shutil.copytree(finished_run / "model", other)
+    for overrides in ([], [f"model.name_or_path={other}"]):
+        assert cli.main(["eval", str(finished_run), *overrides, "evaluation.save_samples=true"]) == 0
+    files = {path.name for path in (finished_run / "samples").iterdir()}
+    assert files == {f"eval_of_{model_label(str(path))}.jsonl" for path in (finished_run / "model", other)} and len(files) == 2
+
+
+def test_no_two_models_have_one_label(tmp_path, monkeypatch):
+    places = [tmp_path / "a" / "run" / "model", tmp_path / "b" / "run" / "model", tmp_path / "a" / "run" / "model_step_3"]
+    for place in places:
+        place.mkdir(parents=True)
+    labels = [model_label(str(place)) for place in places]
+    assert [label[:-6] for label in labels] == ["run--model--", "run--model--", "run--model_step_3--"] and len(set(labels)) == 3
+    monkeypatch.chdir(tmp_path / "a")
+    assert model_label("run/model") == labels[0]
+    assert model_label("Qwen/Qwen2.5-0.5B") == "Qwen--Qwen2.5-0.5B" and model_label(None) == "scratch"
 
 
 def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
