@@ -48,7 +48,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep, at least 1."""
     keep_best: bool = False
     """Whether the checkpoint of the best evaluation is kept as well: of the highest mean accuracy of the sets, or the lowest
-    expert_nll without sampling. evaluation.every must be a multiple of `every`."""
+    expert_nll without sampling. evaluation.every must be a multiple of `every`. The model before training has no checkpoint: where
+    its evaluation was better, the run and `trapo-train export --step best` say so."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir, or start where there is none; false refuses a used output_dir."""
 
@@ -101,6 +102,18 @@ class CheckpointStore:
         known = [step for step, score in scores.items() if score is not None]
         return max(known, key=lambda step: (scores[step], step), default=None)
 
+    def score_before(self) -> float | None:
+        """What the newest checkpoint knows of the score of the model before training; None where it was not evaluated."""
+        return self._score(self.steps()[-1], "score_before") if self.steps() else None
+
+    def better_before(self) -> str | None:
+        """A sentence where the model before training, which has no checkpoint, scored higher than the best one; else None."""
+        step, before = self.best(), self.score_before()
+        if step is None or before is None or before <= (score := self._score(step)):
+            return None
+        of = "minus expert_nll, " if before < 0 else ""
+        return f"the model before training scored higher: {of}{before:.3f} against {score:.3f} of step {step}, the best checkpoint"
+
     def save(
         self,
         step: int,
@@ -108,6 +121,7 @@ class CheckpointStore:
         fingerprint: Mapping[str, Any],
         tensors: Mapping[str, Tensor] | None = None,
         score: float | None = None,
+        score_before: float | None = None,
     ) -> Path:
         """Write a checkpoint, durable on disk when this returns, and `prune` the older ones. Every rank calls it.
 
@@ -116,6 +130,7 @@ class CheckpointStore:
             fingerprint: what a run must have in common with this one to resume it; JSON values.
             tensors: weights and optimizer state by name, no two sharing memory; of sharded ones each rank writes its shards.
             score: how good the model is, if that is known; higher is better, and one that is not finite is none.
+            score_before: how good it was before training.
 
         Memory: each rank holds its shards on the CPU, unpinned, once as tensors and once as the bytes of its file.
 
@@ -139,7 +154,7 @@ class CheckpointStore:
                         no_dist=self._ranks.size == 1,
                     )
             manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
-            manifest["score"] = _finite(score)
+            manifest |= {"score": _finite(score), "score_before": _finite(score_before)}
             self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save turns a full disk into a RuntimeError
             if self._ranks.first:
@@ -259,9 +274,9 @@ class CheckpointStore:
             except OSError as error:
                 self.undeleted = f"{self.path(old)} could not be deleted, and takes space until it is: {_one_line(error)}"
 
-    def _score(self, step: int) -> float | None:
+    def _score(self, step: int, which: str = "score") -> float | None:
         try:
-            return json.loads((self.path(step) / MANIFEST_FILE).read_text(encoding="utf-8")).get("score")
+            return json.loads((self.path(step) / MANIFEST_FILE).read_text(encoding="utf-8")).get(which)
         except (OSError, ValueError, AttributeError):  # a damaged one is no best one
             return None
 

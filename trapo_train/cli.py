@@ -217,10 +217,10 @@ def _export(args: argparse.Namespace, console: Console) -> int:
         raise UserError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
     _quiet_libraries()
     how = {"step": args.step, "dtype": args.dtype, "adapter": args.adapter}
-    directory, step, note = export_checkpoint(args.run_dir, args.directory, **how)
+    directory, step, notes = export_checkpoint(args.run_dir, args.directory, **how)
     console.print(f"step {step}: wrote {directory}", highlight=False, soft_wrap=True)
-    if note is not None:
-        console.print(note, style="dim", highlight=False)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
     if args.adapter:
         return EXIT_OK
     console.print(f"trapo-train eval {args.run_dir} model.name_or_path={directory}", style="dim", highlight=False, soft_wrap=True)

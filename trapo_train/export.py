@@ -22,7 +22,7 @@ def export_checkpoint(
     step: int | str | None = None,
     dtype: str = "float32",
     adapter: bool = False,
-) -> tuple[Path, int, str | None]:
+) -> tuple[Path, int, list[str]]:
     """Write the model of a checkpoint, LoRA's adapters added, in one process, whatever number of ranks saved it.
 
     Args:
@@ -32,7 +32,8 @@ def export_checkpoint(
         dtype: float32 or bfloat16.
         adapter: write LoRA's adapter alone, in PEFT's format, to be loaded beside the model that the run started from.
 
-    Returns: the directory, the step, and what `other_tokenizer` says of it.
+    Returns: the directory, the step, and what there is to say: of "best" what `better_before` says, of the directory what
+        `other_tokenizer` does.
     Memory: the whole model in float32 on the CPU, once more in `dtype` where that is another or adapters are added.
     Raises: FileNotFoundError, CheckpointError or UserError for what is not there, damaged, of another model or not to be replaced.
     """
@@ -47,6 +48,7 @@ def export_checkpoint(
             "--adapter out."
         )
     store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep)
+    notes = [store.better_before()] if step == "best" else []
     step = _existing(store, step, run_dir)
     directory = Path(directory) if directory is not None else run_dir / f"{'adapter' if adapter else MODEL_DIR}_step_{step}"
     check_replaceable(directory)
@@ -62,11 +64,12 @@ def export_checkpoint(
     load_trained_weights(model, store, step)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     if adapter:
-        return export_adapter(model, tokenizer, directory, DTYPES[dtype]), step, None
+        return export_adapter(model, tokenizer, directory, DTYPES[dtype]), step, [note for note in notes if note is not None]
     export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
     # A generated task brings its tokenizer, too.
-    note = None if config.data.task is not None else other_tokenizer(directory, tokenizer, config.model.trust_remote_code)
-    return directory, step, note
+    if config.data.task is None:
+        notes.append(other_tokenizer(directory, tokenizer, config.model.trust_remote_code))
+    return directory, step, [note for note in notes if note is not None]
 
 
 def _existing(store: CheckpointStore, step: int | str | None, run_dir: Path) -> int:

@@ -111,6 +111,9 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         stopped_by = stop.received if left else None
         if stopped_by is None:
             _export(trainer, store, reporter, failed)
+            better = store.better_before() if config.checkpoint.keep_best else None
+            if better is not None:
+                reporter.event(better)
     summary = RunSummary(trainer.step, stopped_by, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
@@ -303,8 +306,8 @@ def _check_output_dir(config: RunConfig) -> None:
     saved = CheckpointStore(checkpoints, config.checkpoint.keep).steps()
     used = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if used and not config.checkpoint.resume:
-        go_on = "Continue it with checkpoint.resume=true" if saved else "It has no checkpoint to continue from"
-        raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on}, delete it, or choose another output_dir.")
+        go_on = "Continue it with checkpoint.resume=true, delete" if saved else "It has no checkpoint to continue from: delete"
+        raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on} it, or choose another output_dir.")
     if config.steps is not None:  # those of epochs are known once the problems are loaded
         _check_steps(config, config.steps)
     check_replaceable(exported)

@@ -110,6 +110,7 @@ class Trainer:
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._rank_seed(0))
         self.order = ProblemOrder(len(self.problems), config.seed)
         self.evaluated_at, self.skipped_in_a_row = -1, 0
+        self.score_before: float | None = None  # what the evaluation of step 0 found
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, dict[str, float]] = {}
         self.last_groups: list[list[Sample]] = []
@@ -284,6 +285,7 @@ class Trainer:
         with keep_generators():  # rewards may draw from them
             self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
         self.evaluated_at = self.step
+        self.score_before = self.score if self.step == 0 else self.score_before
         return self.last_evaluation
 
     def close(self) -> None:
@@ -314,7 +316,7 @@ class Trainer:
             "settings": split_settings(self.config)[1],
             "ranks": self.world.gather({"engine": self.engine.state_dict(), "rng": rng_state()}),
         }
-        return store.save(self.step, state, self.fingerprint, tensors, self.score)
+        return store.save(self.step, state, self.fingerprint, tensors, self.score, self.score_before)
 
     @property
     def score(self) -> float | None:
@@ -327,6 +329,7 @@ class Trainer:
         if found is None:
             return False
         step, state = found
+        self.score_before = store.score_before()
         for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics", "last_evaluation"):
             setattr(self, name, state[name])
         load_training_state(self.model, self.optimizer, state["training"], store, step)

@@ -72,6 +72,24 @@ def test_the_best_evaluation_is_kept_and_exported(configure, tmp_path):
     assert step == best and directory.name == f"model_step_{best}"
 
 
+@pytest.mark.parametrize(("learning_rate", "worse"), [(5.0, True), (1e-3, False)])
+def test_a_model_that_was_better_before_training_is_told_by_the_run_and_by_an_export_of_the_best(configure, learning_rate, worse):
+    sft = ("plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
+    settings = (*EVALUATED, *sft, f"optimizer={{learning_rate: {learning_rate}}}")
+    often = ("evaluation={every: 1, sample: false}", "checkpoint={every: 1, keep_best: true}", "steps=4")
+    config = configure("run", *settings, *often)
+    run(config, StopAfter(config.output_dir, 2))
+    train_to_end(configure("run", *settings, *often, "checkpoint.resume=true"))  # which knows of step 0, too
+    found = read_metrics(config.output_dir)
+    before, *after = (row["expert_nll"] for row in found if row["kind"] == "eval")
+    said = [row["text"] for row in found if row["kind"] == "event" and "before training" in row["text"]]
+    notes = export_checkpoint(config.output_dir, step="best")[2]
+    assert said == notes and len(notes) == worse == (before < min(after))
+    if worse:
+        assert f"scored higher: minus expert_nll, {-before:.3f} against {-min(after):.3f} of step" in notes[0]
+    assert export_checkpoint(config.output_dir)[2] == []  # of the newest, as asked for
+
+
 def test_an_interrupted_run_is_exported_then_evaluated(configure, capsys):
     config = configure("run", *EVALUATED)
     assert run(config, StopAfter(config.output_dir, 3)).interrupted

@@ -239,9 +239,9 @@ def test_an_output_dir_that_is_a_file_is_refused(configure, tmp_path):
 
 
 def test_used_output_dir_is_refused(configure):
-    for every, remedy in ((0, "It has no checkpoint to continue from"), (1, r"Continue it with checkpoint\.resume=true")):
+    for every, remedy in ((0, "It has no checkpoint to continue from:"), (1, r"Continue it with checkpoint\.resume=true,")):
         train_to_end(configure(f"run{every}", "steps=1", f"checkpoint.every={every}"))
-        with pytest.raises(ValueError, match=f"already holds a run. {remedy}, delete it"):
+        with pytest.raises(ValueError, match=f"already holds a run. {remedy} delete it, or choose another"):
             train_to_end(configure(f"run{every}"))
         with pytest.raises(ConfigError, match=r"is the directory of a run. Continue it with .*config.yaml checkpoint.resume=true"):
             load_config(str(configure(f"run{every}").output_dir))
