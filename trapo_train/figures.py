@@ -1,8 +1,8 @@
 """What the plots are drawn with: figures that say how to read them, colours, labels beside lines, axes and running means.
 
-Every figure is 9 inches wide at 200 dots per inch, so that its text stays readable at 900 pixels. Lines carry their
-name at their right end, in their own colour; the colours can be told apart by the colour-blind, and ordered groups run
-from light to dark.
+Every figure is 9 inches wide at 200 dots per inch, so that its text stays readable at 900 pixels; only long names make it
+wider. Lines carry their name at their right end, in their own colour; the colours can be told apart by the colour-blind, and
+ordered groups run from light to dark.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def new_figure(
         axes = list(grid.flat)
         for axis in axes:
             axis.grid(axis="x", visible=False)
+            axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[panels:]:
         axis.remove()
     inch = 1 / height
@@ -73,10 +74,13 @@ def new_figure(
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write the figure and return its path."""
+    """Write the figure, wider by what its labels reach beyond its right edge, and return its path."""
+    from matplotlib.transforms import Bbox
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    (width, height), reached = figure.get_size_inches(), figure.get_tightbbox().x1
+    figure.savefig(path, bbox_inches=Bbox([[0, 0], [reached + 0.1, height]]) if reached > width else None)
     return path
 
 
@@ -101,16 +105,21 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def label_right(axis: Any, labels: list[tuple[str, float, str]]) -> None:
-    """Write (text, y, colour) labels in the margin right of `axis`, moved apart where they would overlap."""
+def label_right(axis: Any, labels: Sequence[tuple[str, float, str]], absent: Sequence[tuple[str, str]] = ()) -> None:
+    """Write (text, y, colour) labels, of one line each, in the margin right of `axis`, moved apart where they would overlap.
+
+    Args:
+        absent: texts and colours of what has no line here; they stand at the bottom.
+    """
     low, high = axis.get_ylim()
     axis_inches = axis.get_position().height * axis.figure.get_figheight()
     gap = (high - low) * 1.25 * LABEL_SIZE / 72 / axis_inches
-    labels = [(text, min(max(y, low), high), colour) for text, y, colour in labels]
-    for (text, y, colour), placed in zip(labels, spread([y for _, y, _ in labels], gap), strict=True):
+    there = [(text, min(max(y, low), high), colour) for text, y, colour in labels]
+    labels = [*there, *((text, low, colour) for text, colour in absent)]
+    for number, ((text, y, colour), placed) in enumerate(zip(labels, spread([y for _, y, _ in labels], gap), strict=True)):
         anchor = dict(xycoords=axis.get_yaxis_transform(), textcoords=axis.get_yaxis_transform())
         leader = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
-        arrow = leader if abs(placed - y) > 0.15 * gap else None
+        arrow = leader if abs(placed - y) > 0.15 * gap and number < len(there) else None
         axis.annotate(text, (1.0, y), (1.035, placed), color=colour, fontsize=LABEL_SIZE, va="center", arrowprops=arrow, **anchor)
 
 

@@ -1,10 +1,11 @@
-"""PNG plots of a run: headroom, unguided reward, guided share, loss of expert traces, entropy, TrSFT weights, and several runs in
-one figure."""
+"""PNG plots of a run: headroom, unguided accuracy and reward, guided share, loss of expert traces, entropy, TrSFT weights, and
+several runs in one figure."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+UNGUIDED, UNGUIDED_REWARD = "accuracy/unguided", "reward/unguided"
 HELD_OUT = "held-out"  # the set of a run that evaluates one without a name
 
 
@@ -89,38 +91,46 @@ def plot_headroom(report: HeadroomReport, path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-def plot_unguided_reward(rows: Sequence[Row], path: str | Path) -> Path:
-    """Reward of unguided samples (of micro-group 1) over steps, and held-out accuracy where the run evaluated."""
-    steps, values = _series(rows, "reward/unguided")
-    require(steps, "reward/unguided")
-    figure, (axis,) = new_figure(
-        "Reward without guidance",
-        f"training: micro-group 1, line is the mean over {window_of(len(steps))} steps · held-out: ± 1 standard error",
+def plot_unguided(rows: Sequence[Row], path: str | Path) -> Path:
+    """Accuracy of unguided samples (of micro-group 1) and held-out accuracy over steps, and in a panel of its own the reward where
+    that is another number, as a weighted sum is."""
+    accuracy, reward, held_out = _series(rows, UNGUIDED), _series(rows, UNGUIDED_REWARD), _held_out(rows)
+    require(accuracy[0] or reward[0], f"{UNGUIDED} or {UNGUIDED_REWARD}")
+    panels = [name for name, shown in (("accuracy", accuracy[0] or held_out), ("reward", reward != accuracy)) if shown]
+    window = window_of(len(accuracy[0] or reward[0]))
+    explained = ["training: micro-group 1" + (f", line is the mean over {window} steps" if window > 1 else "")]
+    figure, axes = new_figure(
+        f"{' and '.join(panels).capitalize()} without guidance",
+        " · ".join(explained + ["held-out: ± 1 standard error"] * bool(held_out)),
+        panels=len(panels),
+        columns=1,
     )
-    labels = [("training", draw_smoothed(axis, steps, values, PALETTE[0]), PALETTE[0])]
-    for (name, evaluations), colour in zip(_held_out(rows).items(), itertools.cycle(PALETTE[1:])):
-        labels.append((name, _draw_held_out(axis, evaluations, colour), colour))
-    axis.set_ylim(min(0.0, *values), None)
-    axis.set_xlabel("rollout step")
-    axis.set_ylabel("mean reward, accuracy")
-    label_right(axis, labels)
+    for axis, name in zip(axes, panels, strict=True):
+        steps, values = accuracy if name == "accuracy" else reward
+        labels = [("training", draw_smoothed(axis, steps, values, PALETTE[0]), PALETTE[0])] if steps else []
+        for (which, evaluations), colour in zip(held_out.items() if name == "accuracy" else (), itertools.cycle(PALETTE[1:])):
+            labels.append((which, _draw_held_out(axis, evaluations, colour), colour))
+        if min(values, default=0.0) >= 0:
+            axis.set_ylim(0.0, None)
+        axis.set_ylabel(f"mean {name}" if name == "reward" else name)
+        label_right(axis, labels)
+    axes[-1].set_xlim(axes[0].get_xlim())
+    axes[-1].set_xlabel("step")
     return save_figure(figure, path)
 
 
 def plot_expert_nll(rows: Sequence[Row], path: str | Path) -> Path:
     """Negative log-likelihood of expert tokens over steps: of those that training saw, and of held-out traces."""
-    figure, (axis,) = new_figure(
-        "Loss of expert traces",
-        "negative log-likelihood, nats per token · training: tokens of the step, running mean · held-out: dots",
-    )
+    (steps, values), held_out = _series(rows, "expert/logprob"), _held_out(rows, "expert_nll")
+    explained = ["training: tokens of the step, running mean"] * bool(steps) + ["held-out: dots"] * bool(held_out)
+    figure, (axis,) = new_figure("Loss of expert traces", " · ".join(["negative log-likelihood, nats per token", *explained]))
     labels = []
-    steps, values = _series(rows, "expert/logprob")
     if steps:
         labels.append(("training", draw_smoothed(axis, steps, [-value for value in values], PALETTE[0]), PALETTE[0]))
-    for (name, evaluations), colour in zip(_held_out(rows, "expert_nll").items(), itertools.cycle(PALETTE[1:])):
+    for (name, evaluations), colour in zip(held_out.items(), itertools.cycle(PALETTE[1:])):
         labels.append((name, _draw_held_out(axis, evaluations, colour, "expert_nll"), colour))
     require(labels, "expert_nll")
-    axis.set_xlabel("rollout step")
+    axis.set_xlabel("step")
     axis.set_ylabel("nats per token")
     label_right(axis, labels)
     return save_figure(figure, path)
@@ -141,7 +151,7 @@ def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
     require(steps, "guided_share")
     labels.append(("all samples", draw_smoothed(axis, steps, values, INK, linewidth=3), INK))
     percent_axis(axis)
-    axis.set_xlabel("rollout step")
+    axis.set_xlabel("step")
     axis.set_ylabel("guided samples")
     label_right(axis, labels)
     return save_figure(figure, path)
@@ -165,7 +175,7 @@ def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
             labels.append((name, draw_smoothed(axis, steps, values, colour), colour))
     require(labels, "entropy/sampled, entropy/rollout or entropy/expert")
     axis.set_ylim(0, None)
-    axis.set_xlabel("rollout step")
+    axis.set_xlabel("step")
     axis.set_ylabel("entropy, nats per token")
     label_right(axis, labels)
     return save_figure(figure, path)
@@ -206,81 +216,86 @@ def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """One axis of a comparison."""
+
+    heading: str
+    what: str
+    """What it shows of a run, and what a run that is not in it has none of."""
+    note: str
+    """How to read it, below the title of the figure."""
+    draw: dict[str, Callable[[Any, Any], float]]
+    """By the name of each run that has it: draws it onto an axis in a colour, and returns where its line ends."""
+
+
 def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
-    """Several runs in one figure: unguided reward in the first panel, then held-out accuracy, a panel for each set; of runs without
-    a reward the loss of expert traces, held-out ones if there are any."""
+    """Several runs in one figure: accuracy without guidance, in training and held-out, a panel for each set; the reward where that
+    is another number; the loss of held-out expert traces where two runs have it, or there is nothing else, or that in training."""
     require(list(runs), "any run")
-    if not any(_series(rows, "reward/unguided")[0] or _held_out(rows) for rows in runs.values()):
-        return _compare_expert_nll(runs, path)
-    held_out = {name: _held_out(rows) for name, rows in runs.items()}
-    sets = list(dict.fromkeys(which for evaluations in held_out.values() for which in evaluations))
+    panels = _panels(runs)
+    require(panels, f"{UNGUIDED}, {UNGUIDED_REWARD}, accuracy, expert_nll or expert/logprob")
     figure, axes = new_figure(
         "Runs compared",
-        "reward of training prompts: micro-group 1, running mean · held-out accuracy: ± 1 standard error",
-        panels=1 + len(sets),
-        columns=2 if len(sets) in (1, 3) else 3,
-        share_y=len(sets) == 1,  # several sets differ more in difficulty than the runs do on one of them
+        " · ".join(dict.fromkeys(panel.note for panel in panels)),
+        panels=len(panels),
+        columns=2 if len(panels) in (2, 4) else 3,
+        share_y=False,  # several sets differ more in difficulty than the runs do on one of them
     )
-    labels: list[list[tuple[str, float, Any]]] = [[] for _ in axes]
-    for (name, rows), colour in zip(runs.items(), run_colours(runs), strict=True):
-        steps, values = _series(rows, "reward/unguided")
-        labels[0].append((name, draw_smoothed(axes[0], steps, values, colour) if steps else 0.0, colour))
-        for axis, which, found in zip(axes[1:], sets, labels[1:], strict=True):
-            evaluations = held_out[name].get(which)
-            if evaluations:
-                found.append((name, _draw_held_out(axis, evaluations, colour), colour))
-    for axis, heading in zip(axes, ("reward without guidance", *(f"{which} accuracy" for which in sets)), strict=True):
-        axis.set_title(heading, fontsize=12, color=INK, loc="left")
-        axis.set_xlabel("rollout step")
-    axes[0].set_ylim(min(0.0, axes[0].get_ylim()[0]), None)
-    _label_runs(axes, labels)
-    return save_figure(figure, path)
-
-
-def _compare_expert_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
-    losses = {name: _held_out(rows, "expert_nll") for name, rows in runs.items()}
-    sets = list(dict.fromkeys(which for evaluations in losses.values() for which in evaluations))
-    if not sets:
-        return _compare_training_nll(runs, path)
-    figure, axes = new_figure(
-        "Runs compared", "loss of held-out expert traces, nats per token", panels=len(sets), columns=min(3, len(sets))
-    )
-    for axis, which in zip(axes, sets, strict=False):
-        found = [
-            (name, losses[name][which], colour)
-            for name, colour in zip(runs, run_colours(runs), strict=True)
-            if which in losses[name]
-        ]
-        label_right(axis, [(name, _draw_held_out(axis, rows, colour, "expert_nll"), colour) for name, rows, colour in found])
-        axis.set_title(which if len(sets) > 1 else "", fontsize=12, color=INK, loc="left")
-        axis.set_xlabel("rollout step")
-    axes[0].set_ylabel("nats per token")
-    return save_figure(figure, path)
-
-
-def _compare_training_nll(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
-    figure, (axis,) = new_figure("Runs compared", "loss of expert traces in training, nats per token · line: running mean")
-    labels = []
-    for (name, rows), colour in zip(runs.items(), run_colours(runs), strict=True):
-        steps, values = _series(rows, "expert/logprob")
-        if steps:
-            labels.append((name, draw_smoothed(axis, steps, [-value for value in values], colour), colour))
-    require(labels, "reward/unguided, accuracy, expert_nll or expert/logprob")
-    axis.set_xlabel("rollout step")
-    axis.set_ylabel("nats per token")
-    label_right(axis, labels)
-    return save_figure(figure, path)
-
-
-def _label_runs(axes: Sequence[Any], labels: Sequence[list[tuple[str, float, Any]]]) -> None:
-    """Name the runs right of the last panel of each row; one that is not in it says so."""
-    for number, axis in enumerate(axes):
-        last_of_row = number + 1 == len(axes) or axes[number + 1].get_position().x0 < axis.get_position().x0
+    colours = dict(zip(runs, run_colours(runs), strict=True))
+    ends = []
+    for axis, panel in zip(axes, panels, strict=True):
+        ends.append([(name, draw(axis, colours[name]), colours[name]) for name, draw in panel.draw.items()])
+        axis.set_title(panel.heading if len(panels) > 1 else "", fontsize=12, color=INK, loc="left")
+        axis.set_xlabel("step")
         if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("mean reward, accuracy" if number == 0 else "accuracy")
-        if last_of_row:
-            missing = [label for label in labels[0] if label[0] not in {name for name, _, _ in labels[number]}]
-            label_right(axis, labels[number] + [(f"{name}\n(not evaluated)", end, colour) for name, end, colour in missing])
+            axis.set_ylabel("nats per token" if panel.what == "expert_nll" else panel.what)
+    accuracies = [axis for axis, panel in zip(axes, panels, strict=True) if panel.what == "accuracy"]
+    if len(accuracies) == 2:  # training and the one held-out set
+        highest = max(axis.get_ylim()[1] for axis in accuracies)
+        for axis in accuracies:
+            axis.set_ylim(0.0, highest)
+    for number, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+        # The runs are named right of the last panel of each row.
+        if number + 1 == len(axes) or axes[number + 1].get_position().x0 < axis.get_position().x0:
+            absent = [(f"{name} (no {panel.what})", colours[name]) for name in runs if name not in panel.draw]
+            label_right(axis, ends[number], absent)
+    return save_figure(figure, path)
+
+
+def _panels(runs: dict[str, Sequence[Row]]) -> list[_Panel]:
+    found = [_training_panel(runs, UNGUIDED, "accuracy"), *_held_out_panels(runs, "accuracy")]
+    if any(_series(rows, UNGUIDED_REWARD) != _series(rows, UNGUIDED) for rows in runs.values()):
+        found.append(_training_panel(runs, UNGUIDED_REWARD, "reward"))
+    found = [panel for panel in found if panel.draw]
+    losses = _held_out_panels(runs, "expert_nll")
+    found += [panel for panel in losses if len(panel.draw) > 1 or not found]
+    trained = _training_panel(runs, "expert/logprob", "expert_nll")
+    return found or [trained] * bool(trained.draw)
+
+
+def _training_panel(runs: dict[str, Sequence[Row]], metric: str, what: str) -> _Panel:
+    traces = what == "expert_nll"
+
+    def drawer(steps: list[int], values: list[float]) -> Callable[[Any, Any], float]:
+        return lambda axis, colour: draw_smoothed(axis, steps, [-value if traces else value for value in values], colour)
+
+    series = {name: _series(rows, metric) for name, rows in runs.items()}
+    note = f"training: {'expert tokens' if traces else 'unguided'}, running mean"
+    return _Panel(f"training {what}", what, note, {name: drawer(*points) for name, points in series.items() if points[0]})
+
+
+def _held_out_panels(runs: dict[str, Sequence[Row]], metric: str) -> list[_Panel]:
+    """A panel for each set that any run was evaluated on."""
+
+    def drawer(evaluations: list[Row]) -> Callable[[Any, Any], float]:
+        return lambda axis, colour: _draw_held_out(axis, evaluations, colour, metric)
+
+    held_out = {name: _held_out(rows, metric) for name, rows in runs.items()}
+    sets = dict.fromkeys(which for evaluations in held_out.values() for which in evaluations)
+    note = "held-out: ± 1 standard error" if metric == "accuracy" else "held-out expert_nll: nats per token"
+    draws = {which: {name: drawer(found[which]) for name, found in held_out.items() if which in found} for which in sets}
+    return [_Panel(f"{which} {metric}", metric, note, draw) for which, draw in draws.items()]
 
 
 def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Path:
@@ -305,7 +320,7 @@ def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Pat
 
 
 RUN_PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row], Path], Path]]] = {  # with the metrics, one of which is needed
-    "unguided_reward.png": (("reward/unguided",), plot_unguided_reward),
+    "unguided_reward.png": ((UNGUIDED, UNGUIDED_REWARD), plot_unguided),
     "guided_share.png": (("guided_share",), plot_guided_share),
     "expert_nll.png": (("expert_nll", "expert/logprob"), plot_expert_nll),
     "entropy.png": (("entropy/sampled", "entropy/rollout", "entropy/expert"), plot_entropy),

@@ -267,7 +267,8 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
 
 def without_rewards(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics that say something where there is no reward."""
-    return {name: value for name, value in metrics.items() if not name.startswith("reward/") and name != "time/reward_s"}
+    of_rewards = ("reward/", "accuracy/", "time/reward_s")
+    return {name: value for name, value in metrics.items() if not name.startswith(of_rewards)}
 
 
 def may_overlap(reward: RewardFn | WeightedSum) -> bool:

@@ -83,6 +83,7 @@ def test_what_a_run_leaves_is_documented(config, tmp_path):
         recorded[row["kind"]] |= set(row)
     needs = {"reward/timeouts", "reward/crashes", "reward/failed_share/<reward>", "rollout/kl_ref"}  # a reward in workers, a KL
     assert metric_names(steps) - recorded["train"] == needs
+    assert {"epoch", "micro_batches", "loss_passes", "num_samples", "accuracy/unguided"} <= metric_names(steps)
     assert {name.replace("@k", "@2") for name in metric_names(evaluations)} <= recorded["eval"]
 
 

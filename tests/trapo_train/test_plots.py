@@ -15,6 +15,7 @@ matplotlib = pytest.importorskip("matplotlib")
 
 def train_row(step, reward=0.3):
     row = {"kind": "train", "step": step, "reward/unguided": reward + 0.01 * (step % 3), "guided_share": 0.4}
+    row["accuracy/unguided"] = row["reward/unguided"]
     row |= {f"guided_share/micro_group_{i}": 0.2 * i for i in (1, 2, 3, 4)}
     row |= {"entropy/rollout": 0.5, "entropy/expert": 0.7, "trsft/weight_histogram": [3.0] + [0.0] * 8 + [1.0]}
     return row
@@ -75,8 +76,8 @@ def test_plot_run_with_nothing_to_plot_is_refused(tmp_path):
 
 
 def test_a_missing_metric_is_named(tmp_path):
-    with pytest.raises(ValueError, match="reward/unguided is not in these metrics"):
-        plots.plot_unguided_reward([eval_row(0)], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="accuracy/unguided or reward/unguided is not in these metrics"):
+        plots.plot_unguided([eval_row(0)], tmp_path / "x.png")
 
 
 def test_headroom_labels_each_group_in_order_and_all(tmp_path, drawn):
@@ -104,7 +105,65 @@ def test_comparison_says_which_run_was_not_evaluated(tmp_path, drawn):
     runs = {"trapo": [train_row(1), train_row(2), eval_row(2)], "grpo": [train_row(1), train_row(2)]}
     plots.plot_comparison(runs, tmp_path / "compare.png")
     assert len(drawn[0].axes) == 2
-    assert {"trapo", "grpo\n(not evaluated)"} <= set(texts(drawn[0]))
+    assert {"trapo", "grpo (no accuracy)"} <= set(texts(drawn[0]))
+
+
+def with_sum(row, more):
+    return row | {"reward/unguided": row["accuracy/unguided"] + more}
+
+
+def test_a_reward_that_is_not_the_accuracy_has_a_panel_of_its_own(tmp_path, drawn):
+    rows = [with_sum(train_row(step), -0.7) for step in (1, 2, 3)]
+    plots.plot_unguided([*rows, eval_row(3, accuracy=0.9)], tmp_path / "x.png")
+    accuracy, reward = drawn[0].axes
+    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[row["accuracy/unguided"] for row in rows]] * 2
+    assert [list(line.get_ydata()) for line in reward.lines] == [[row["reward/unguided"] for row in rows]] * 2
+    assert (accuracy.get_ylabel(), reward.get_ylabel()) == ("accuracy", "mean reward") and accuracy.get_ylim()[0] == 0
+    assert "held-out" in texts(accuracy) and "held-out" not in texts(reward)
+    plots.plot_unguided([train_row(1), eval_row(1)], tmp_path / "x.png")
+    assert [axis.get_ylabel() for axis in drawn[1].axes] == ["accuracy"]
+    old = {key: value for key, value in train_row(1).items() if key != "accuracy/unguided"}  # of an earlier version
+    plots.plot_unguided([old], tmp_path / "x.png")
+    assert [axis.get_ylabel() for axis in drawn[2].axes] == ["mean reward"]
+    plots.plot_comparison({"sum": rows, "one": [train_row(1)]}, tmp_path / "compare.png")
+    assert [axis.get_title(loc="left") for axis in drawn[3].axes] == ["training accuracy", "training reward"]
+
+
+def test_the_subtitle_says_what_is_there(tmp_path, drawn):
+    plots.plot_unguided([train_row(1)], tmp_path / "x.png")
+    plots.plot_unguided([*(train_row(step) for step in range(1, 31)), eval_row(30)], tmp_path / "x.png")
+    plots.plot_expert_nll([{**eval_row(1), "expert_nll": 1.0}], tmp_path / "x.png")
+    assert [figure.texts[1].get_text() for figure in drawn] == [
+        "training: micro-group 1",
+        "training: micro-group 1, line is the mean over 3 steps · held-out: ± 1 standard error",
+        "negative log-likelihood, nats per token · held-out: dots",
+    ]
+
+
+def test_sft_beside_a_run_with_a_reward_shares_the_panel_of_the_loss(tmp_path, drawn):
+    grpo = [train_row(1), {**eval_row(1), "expert_nll": 1.5}]
+    sft = [row for row in sft_rows() if row["kind"] == "train"] + [{"kind": "eval", "step": 1, "expert_nll": 1.2}]
+    plots.plot_comparison({"grpo": grpo, "sft": sft}, tmp_path / "compare.png")
+    assert [axis.get_title(loc="left") for axis in drawn[0].axes] == [
+        "training accuracy",
+        "held-out accuracy",
+        "held-out expert_nll",
+    ]
+    assert [text for text in texts(drawn[0]) if text.startswith(("grpo", "sft"))] == ["grpo", "sft"]  # by the last panel, once
+    plots.plot_comparison({"grpo": [grpo[0], eval_row(1)], "sft": sft}, tmp_path / "compare.png")
+    assert "sft (no accuracy)" in texts(drawn[1]) and len(drawn[1].axes) == 2
+
+
+def test_long_names_of_runs_are_whole_in_the_picture_and_on_no_panel(tmp_path, drawn):
+    names = [f"qwen2.5-math-7b-sft-openr1-46k-lr5e-6-seed{i}" for i in range(3)]
+    sets = [{**row, "set": which} for row in sft_rows() if row["kind"] == "eval" for which in ("a", "b", "c", "d")]
+    path = plots.plot_comparison(dict.fromkeys(names, sets), tmp_path / "compare.png")
+    figure = drawn[0]
+    assert [bool(axis.get_ylabel()) for axis in figure.axes] == [True, False] * 2
+    width = int.from_bytes(path.read_bytes()[16:20], "big") / figure.dpi
+    labels = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() in names]
+    assert [text.axes for text in labels] == [figure.axes[1]] * 3 + [figure.axes[3]] * 3
+    assert 9 < max(text.get_window_extent().x1 for text in labels) / figure.dpi < width
 
 
 def several_sets(step, shift=0.0):
@@ -113,14 +172,14 @@ def several_sets(step, shift=0.0):
 
 def test_several_sets_have_a_line_each_and_in_a_comparison_a_panel_each(tmp_path, drawn):
     rows = [train_row(1), *several_sets(1), train_row(2), *several_sets(2)]
-    plots.plot_unguided_reward(rows, tmp_path / "x.png")
+    plots.plot_unguided(rows, tmp_path / "x.png")
     assert {"training", "aime", "amc", "math"} <= set(texts(drawn[0]))
     other = [train_row(1), train_row(2), *several_sets(2)[:2]]
     plots.plot_comparison({"trapo": rows, "grpo": other}, tmp_path / "compare.png")
     headings = [axis.get_title(loc="left") for axis in drawn[1].axes]
-    assert headings == ["reward without guidance", "aime accuracy", "amc accuracy", "math accuracy"]
+    assert headings == ["training accuracy", "aime accuracy", "amc accuracy", "math accuracy"]
     assert [text for text in texts(drawn[1].axes[1]) if text in ("trapo", "grpo")] == ["trapo", "grpo"]
-    assert "grpo\n(not evaluated)" in texts(drawn[1].axes[3])
+    assert "grpo (no accuracy)" in texts(drawn[1].axes[3])
 
 
 def test_compare_runs_tells_equal_names_apart(tmp_path, drawn):
@@ -141,7 +200,7 @@ def test_accuracy_by_group_skips_groups_a_run_lacks(tmp_path, drawn):
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"trapo\[train\]"):
-        plots.plot_unguided_reward([train_row(1)], tmp_path / "x.png")
+        plots.plot_unguided([train_row(1)], tmp_path / "x.png")
 
 
 def test_running_mean_is_centred_and_keeps_the_length():
@@ -188,7 +247,7 @@ def test_runs_without_a_reward_are_compared_by_their_held_out_loss(drawn, tmp_pa
     plots.plot_comparison(runs, tmp_path / "compare.png")
     aime, math_set = drawn[0].axes
     assert [line.get_ydata()[-1] for line in aime.lines] == [1.0, 1.5] and len(math_set.lines) == 1
-    with pytest.raises(ValueError, match="reward/unguided, accuracy, expert_nll or expert/logprob"):
+    with pytest.raises(ValueError, match="accuracy/unguided, reward/unguided, accuracy, expert_nll or expert/logprob"):
         plots.plot_comparison({"none": []}, tmp_path / "none.png")
 
 

@@ -186,7 +186,7 @@ def test_metrics():
     metrics = result.metrics
     assert metrics["reward/mean"] == (8 + 1) / 16
     assert metrics["reward/std"] == pytest.approx((9 / 16 * 7 / 16) ** 0.5) and metrics["reward/equal_share"] == 0.5
-    assert metrics["reward/unguided"] == metrics["reward/micro_group_1"] == 0.5
+    assert metrics["reward/unguided"] == metrics["accuracy/unguided"] == metrics["reward/micro_group_1"] == 0.5
     assert metrics["reward/micro_group_4"] == 1.0
     assert metrics["guided_share"] == 4 / 16
     assert [metrics[f"guided_share/micro_group_{k}"] for k in (1, 2, 3, 4)] == [0, 0.5, 0.5, 0.5]
@@ -305,6 +305,8 @@ def test_plans_decide_by_the_reward_that_says_what_is_correct_and_advantages_are
         found = trained("paper", RIGHT, -1.5, correct_by)
         assert sum(s.guided for s in found.groups[0]) == guided
         assert [s.reward for s in found.groups[0]] == [1.0 - 0.5 * 1.5] * 8
+        assert found.metrics["accuracy/unguided"] == (1.0 if correct_by else 0.0)  # as an evaluation would count it
+        assert found.metrics["reward/unguided"] == 1.0 - 0.5 * 1.5
     assert not any(s.guided for s in trained("paper", RIGHT, 0.0, "math", weight=0.1).groups[0])  # the value is unweighted
 
 
