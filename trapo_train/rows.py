@@ -266,6 +266,8 @@ def _reader(path: str, name: str | None, split: str) -> Callable[[], Any]:
     suffix = folder.suffix.lower()
     if any(character in path for character in "*?[") and not glob.glob(path):
         raise UserError(f"path must match files: no file matches {path!r}. Correct it.")
+    if suffix not in FILE_SUFFIXES and folder.is_file():  # which datasets would ask the hub for
+        raise UserError(f"path must be a folder, a name on the hub or a file {', '.join(FILE_SUFFIXES)}, got {path!r}. Convert it.")
     if suffix not in FILE_SUFFIXES:
         return partial(datasets.load_dataset, path, name, split=split)
     if not glob.glob(path):

@@ -48,7 +48,7 @@ def build(cls: type[T], values: Any, origin: Callable[[KeyPath], str], path: Key
         ConfigError: for an unknown or missing key, a wrong type, or a value that the dataclass's own check refuses.
     """
     if not isinstance(values, dict):
-        raise _wrong_type(values, f"a section with the keys {_listed(cls)}", origin, path)
+        raise _wrong_type(values, f"a section with the keys {_listed(cls)}", origin, path, cls)
     known = {item.name: item for item in fields(cls) if item.init}
     for key in values:
         if key not in known:
@@ -145,7 +145,7 @@ def _convert_union(value: Any, expected: Any, origin: Callable[[KeyPath], str], 
             return _convert(value, member, origin, path)
         except ConfigError:
             continue
-    raise _wrong_type(value, _type_name(expected), origin, path)
+    raise _wrong_type(value, _type_name(expected), origin, path, next(filter(is_dataclass, members), None))
 
 
 def _is_meant(value: Any, member: Any) -> bool:
@@ -168,10 +168,16 @@ def _convert_choice(value: Any, choices: tuple[Any, ...], origin: Callable[[KeyP
     )
 
 
-def _wrong_type(value: Any, expected: str, origin: Callable[[KeyPath], str], path: KeyPath) -> ConfigError:
+def _wrong_type(
+    value: Any, expected: str, origin: Callable[[KeyPath], str], path: KeyPath, section: type | None = None
+) -> ConfigError:
+    """`section`: the dataclass that was expected; a text in its place is probably its name or path."""
     key = ".".join(path) or "the configuration"
     got = "null" if value is None else f"{value!r} ({_type_name(type(value))})"
-    return ConfigError(f"{origin(path)}: {key} must be {expected}, got {got}.")
+    known = {item.name for item in fields(section)} if section is not None and isinstance(value, str) else set()
+    named = [name for name in ("path", "name_or_path", "name") if name in known]
+    meant = f" Did you mean {key}.{named[0]}={value}?" if named else ""
+    return ConfigError(f"{origin(path)}: {key} must be {expected}, got {got}.{meant}")
 
 
 def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str], path: KeyPath) -> str:

@@ -235,8 +235,7 @@ class Trainer:
     def _next(self) -> tuple[list[int], PlanConfig, Objective]:
         """Positions of the problems of the next step, how they are sampled, and the loss.
 
-        A step that trains expert terms alone, be it for enough deferred problems or by the chooser, samples nothing: in place of a
-        plan that does it takes an expert trace of each problem.
+        Where it trains expert terms alone, for enough deferred problems or by the chooser, an expert trace replaces the samples.
         """
         positions = self.deferred.take()
         choice = "expert" if positions else "both"

@@ -114,6 +114,11 @@ def test_to_yaml_and_back(tmp_path, file):
         (["plan..name=3"], "must have the form"),
         (["steps.a=3"], "override 'steps.a=3': steps is no section, its value is 10."),
         (["steps=[1"], "override 'steps=[1': not valid YAML"),
+        (["plan=grpo"], "got 'grpo' (text). Did you mean plan.name=grpo?"),
+        (["objective=dapo"], "Did you mean objective.name=dapo?"),
+        (["data=train.jsonl"], "Did you mean data.path=train.jsonl?"),
+        (["eval_data=test.jsonl"], "Did you mean eval_data.path=test.jsonl?"),
+        (["model=Qwen/Qwen2.5-0.5B"], "Did you mean model.name_or_path=Qwen/Qwen2.5-0.5B?"),
         (["data=null"], "override 'data=null': data must be a section with the keys task, path"),
     ],
 )
