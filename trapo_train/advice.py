@@ -202,9 +202,8 @@ def _rendered(config: RunConfig) -> list[str]:
         f"data.{setting} is {getattr(config.data, setting)!r}, that of {f'eval_data {name}'.strip()} {getattr(entry, setting)!r}: "
         "the model is evaluated on other prompts than it is trained on. Set the same in both, unless the data brings it"
         for name, entry in sets.items()
-        for setting in ("chat_template_kwargs", "system_prompt", "as_chat", "response_start")
-        # Messages are a chat whatever as_chat is, and a layout that holds them says nothing of another.
-        if getattr(entry, setting) != getattr(config.data, setting) and (setting != "as_chat" or entry.preset == config.data.preset)
+        for setting in ("chat_template_kwargs", "system_prompt", "response_start")
+        if getattr(entry, setting) != getattr(config.data, setting)
     ]
 
 

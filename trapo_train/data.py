@@ -154,9 +154,14 @@ class DataReport:
     """Assistant turns before the last, where that alone is learned."""
     plain_prompts: int = 0
     """Text prompts that go in as they are although the tokenizer has a chat template."""
+    own_system: int = 0
+    """Chats that bring a system message, where `system_prompt` is set, which is not put before those."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns that no reward is handed, because rewards have an argument of that name."""
 
     def __str__(self) -> str:
         dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
+        system = f"; {self.own_system} chats have a system message of their own, which system_prompt does not replace"
         again = f"; {self.dropped_duplicates} more dropped as equal to an earlier one" if self.dropped_duplicates else ""
         equal = (
             f"; {self.duplicates} problems equal an earlier one in prompt, solution and expert traces: a pass visits that several "
@@ -169,6 +174,7 @@ class DataReport:
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
             f"long prompt{again}), {self.experts} expert traces{dropped}{equal if self.duplicates else ''}"
             f"{bare if self.bare_answers else ''}{turns if self.context_turns else ''}{plain if self.plain_prompts else ''}"
+            f"{system if self.own_system else ''}"
         )
 
 
@@ -226,6 +232,8 @@ def load_problems(
         bare_answers=reader.bare_answers,
         context_turns=reader.context_turns,
         plain_prompts=reader.plain_prompts,
+        own_system=0 if config.system_prompt is None else reader.own_system,
+        unread_columns=reader.unread_columns,
     )
     if verifier is not None:
         _tell_failed_gradings(verifier, reader.where)

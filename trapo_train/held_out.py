@@ -22,6 +22,7 @@ from trapo_train.samples import SAMPLES_DIR
 from trapo_train.vocab_parallel import own_micro_batches
 
 if TYPE_CHECKING:
+    from trapo_train.data import DataReport
     from trapo_train.trainer import Trainer
 
 _CHUNK = 1024  # traces that are packed together
@@ -49,8 +50,9 @@ def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int) -> list[str]:
-    """What loading each set found, and how many of its expert traces are longer than `longest` tokens and not scored."""
+def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataReport) -> list[str]:
+    """What loading each set found, how many of its expert traces are longer than `longest` tokens and not scored, and where it has
+    texts as prompts that are rendered as chats, and the `trained` problems have not, or the other way round."""
     notes = []
     for name, entry in eval_sets.items():
         section = f"eval_data {name}".strip()
@@ -58,6 +60,12 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int) -> list[str]:
         notes.append(f"{section}: {report}{_repeated(entry)}")
         if dropped := entry.problems.at(entry.members).without_long_experts(longest)[1]:
             notes.append(f"{section}: left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
+        if bool(report.plain_prompts) != bool(trained.plain_prompts):
+            notes.append(
+                f"prompts of {section if trained.plain_prompts else 'data'} are rendered with the chat template, those of "
+                f"{'data' if trained.plain_prompts else section} are not all: the model is evaluated on other prompts than it is "
+                "trained on. Set as_chat to the same in both"
+            )
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from trapo_train.rewards import RewardFn, WeightedSum
 from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 def check_objective(config: RunConfig, objective: Objective) -> None:
@@ -134,6 +137,25 @@ def check_reward(reward: RewardFn | WeightedSum | None, problems: Mapping[str, P
     name = getattr(reward, "__name__", type(reward).__name__)
     terms = {name: term for name, term, _ in reward.terms} if isinstance(reward, WeightedSum) else {name: reward}
     check_takes(terms, {section: [*RESERVED_COLUMNS, *entry[0].columns] for section, entry in problems.items()})
+    for section, entry in problems.items():
+        for column in entry.report.unread_columns:
+            logger.warning("%s: rewards do not get the column %r, they have an argument of that name; rename it", section, column)
+
+
+def check_traces(config: RunConfig, problems: ProblemSet) -> None:
+    """Raise UserError for a plan that takes expert traces, of which the `problems` have none."""
+    if not config.plan.guides or any(problems.traces):
+        return
+    if config.data.prompt_column == config.data.expert_column:
+        holds = "have conversations end with what the assistant says"
+    else:
+        holds = "set data.expert_column to the column that holds them"
+    instead = "" if config.reward is None else ", or use plan.name=grpo with an objective for rollouts such as dr_grpo"
+    raise UserError(
+        f"plan {config.plan.name} takes expert traces, and none of the {len(problems)} problems has an expert trace of at most "
+        f"rollout.max_response_tokens = {config.rollout.max_response_tokens}. {holds[0].upper()}{holds[1:]}, or raise "
+        f"rollout.max_response_tokens{instead}."
+    )
 
 
 _MODEL_FILES, _TOKENIZER_FILES = ("config.json",), ("tokenizer_config.json", "tokenizer.json", "config.json")

@@ -62,6 +62,7 @@ class _Row(NamedTuple):
     is_bare: bool = False  # an answer that is its content alone, not what the chat template writes
     turns: int = 0  # of the assistant before the answer
     is_plain: bool = False  # a prompt that the chat template could have rendered
+    has_system: bool = False  # a chat with a system message of its own
 
 
 class ProblemSet(Sequence[Problem]):
@@ -137,13 +138,15 @@ class RowReader:
         self._line_break = line_break_behind(tokenizer)
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
-        self.bare_answers, self.context_turns, self.plain_prompts = 0, 0, 0  # of the chunks so far, see DataReport
+        self.bare_answers, self.context_turns, self.plain_prompts, self.own_system = 0, 0, 0, 0  # so far, see DataReport
         self._are_conversations = config.prompt_column == config.expert_column
         self._has_experts = _has(columns, config.expert_column)
         self._has_solutions = config.solution_column is not None and (
             config.preset != "messages" or _has(columns, config.solution_column)
         )
-        self._further = _further_columns(config, columns, self.where)
+        further = _further_columns(config, columns, self.where)
+        self.unread_columns = tuple(column for column in further if column in RESERVED_COLUMNS)
+        self._further = [column for column in further if column not in RESERVED_COLUMNS]
         self._examples = examples(self._rows, config, self.where)
 
     def chunks(self) -> Iterator[list[Problem | None]]:
@@ -155,6 +158,7 @@ class RowReader:
             self.bare_answers += sum(row.is_bare for row in read)
             self.context_turns += sum(row.turns for row in read)
             self.plain_prompts += sum(row.is_plain for row in read)
+            self.own_system += sum(row.has_system for row in read)
             named = [(row.problem.index, text) for row in read if row.problem is not None for text in row.traces]
             experts = self._experts(named)  # all of the chunk's, in order
             yield [row.problem and replace(row.problem, experts=tuple(islice(experts, len(row.traces)))) for row in read]
@@ -195,7 +199,8 @@ class RowReader:
         turns = 0
         if traces and self._are_conversations and config.learned_turns == "last":
             turns = sum(message["role"] == "assistant" for message in value)
-        return _Row(problem, traces, is_bare, turns, bool(tokenizer.chat_template) and not wants_chat(value, config))
+        is_plain = bool(tokenizer.chat_template) and not wants_chat(value, config)
+        return _Row(problem, traces, is_bare, turns, is_plain, isinstance(value, list) and value[0]["role"] == "system")
 
     def _texts(self, row: dict[str, Any], messages: int | None, at: str) -> tuple[Any, Any, str, bool]:
         """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and
@@ -249,15 +254,25 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
         optional = name == "expert_column" and config.expert_column_is_default
         optional = optional or (name, column, config.preset) == ("solution_column", "solution", "messages")
         if column is not None and not optional and not _has(columns, column):
-            hint = did_you_mean(column, columns)
-            if column == "prompt" and "messages" in columns:
-                hint = " For conversations set preset: messages."
-            remedy = f"Set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
-            raise UserError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy}")
-    further = [column for column in columns if column not in named.values()]
-    for column in set(further) & set(RESERVED_COLUMNS):
-        logger.warning("%s: column %r is left out, the reward has an argument of that name; rename it if it is read", where, column)
-    return [column for column in further if column not in RESERVED_COLUMNS]
+            hint = _layout_hint(config, columns) or did_you_mean(column, columns)
+            preset = f"remove preset: {config.preset} and " if config.preset is not None else ""
+            remedy = f"{preset}set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
+            raise UserError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy[0].upper()}{remedy[1:]}")
+    return [column for column in columns if column not in named.values()]
+
+
+def _layout_hint(config: DataConfig, columns: list[str]) -> str:
+    """What makes problems of the columns of layouts that are common on the hub."""
+    if "messages" in columns and config.preset != "messages":
+        return " For conversations set preset: messages."
+    if "conversations" in columns:
+        return " For conversations set prompt_column and expert_column to conversations, and solution_column: null."
+    pairs = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"))
+    for prompt, answer in pairs:
+        if prompt in columns and answer in columns:
+            preset = "no preset, " if config.preset is not None else ""
+            return f" For SFT on them set {preset}prompt_column: {prompt}, expert_column: {answer} and solution_column: null."
+    return ""
 
 
 def _has(columns: list[str], column: str | None) -> bool:

@@ -198,19 +198,33 @@ def without_start(trace: str, prompt: str, response_start: str, rendered: bool) 
 
 
 def checked_messages(value: Any, what: str) -> list[Message]:
-    """The messages as they are, without fields that are null: the rows of a dataset all have the fields of any of them."""
+    """The messages as they are, without fields that are null, as the rows of a dataset all have the fields of any of them, and with
+    content in parts of text as one text."""
     good = isinstance(value, list) and all(isinstance(message, dict) for message in value)
-    messages = _without_none(value) if good else []
+    messages = [_with_one_text(message) for message in _without_none(value)] if good else []
     good = bool(messages) and all(
         isinstance(message.get("role"), str) and isinstance(message.get("content", "" if message.get("tool_calls") else None), str)
         for message in messages
     )
     if not good:
+        renamed = any({"from", "value"} <= message.keys() for message in messages)
+        remedy = " Rename from and value to role and content, and human and gpt to user and assistant." if renamed else ""
         raise UserError(
             f"{what} must be text or a non-empty list of messages with text under 'role' and 'content' (which one with tool_calls "
-            f"need not have), got {shown(value)}."
+            f"need not have), got {shown(value)}.{remedy}"
         )
     return messages
+
+
+def _with_one_text(message: Message) -> Message:
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
+        return message
+    return message | {"content": "".join(part["text"] for part in parts)}
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def shown(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trapo_kernels import Objective
+from trapo_train import preflight
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.advice import advice
 from trapo_train.checkpoint import CheckpointStore
@@ -33,14 +34,12 @@ from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, place_model, reshard
 from trapo_train.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.preflight import check_choice, check_lengths, check_objective, check_places, check_reward, name_model_in_hub_errors
 from trapo_train.problems import ProblemSet
 from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
-from trapo_train.schema import UserError
 from trapo_train.step import (
     build_objective,
     build_optimizer,
@@ -77,12 +76,12 @@ class Trainer:
         self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
         self.reward = load_reward(config.reward)
         extremes = extreme_objectives(config.objective)  # refuses what no schedule may reach before anything is loaded
-        check_objective(config, self.objective)
-        check_places(config.model)
+        preflight.check_objective(config, self.objective)
+        preflight.check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         placed = {"task_tokenizer": task_tokenizer, "seed": config.seed, "device": self.world.device}
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
-        with name_model_in_hub_errors(config.model):
+        with preflight.name_model_in_hub_errors(config.model):
             self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
@@ -92,11 +91,11 @@ class Trainer:
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
-        self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens)
+        self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report)
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
-        check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
+        preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
         check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
-        check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
+        preflight.check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
         place_model(self.model, self.world)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extremes):
@@ -264,7 +263,7 @@ class Trainer:
     def _ask_chooser(self) -> str:
         try:
             choice = self.chooser(self.step, self.last_metrics)
-            check_choice(self._chosen(choice), self.config, has_reference=self.reference is not None)
+            preflight.check_choice(self._chosen(choice), self.config, has_reference=self.reference is not None)
         except Exception as error:  # a chooser is the user's code: whatever it raises must not lose the run
             name = self.config.objective.chooser
             raise ChooserError(f"objective.chooser {name!r} failed at step {self.step}: {error!r}") from error
@@ -360,12 +359,7 @@ class Trainer:
         if dropped:
             self.notes.append(f"left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
         experts = len(problems.with_experts())
-        if self.config.plan.guides and not experts:
-            raise UserError(
-                f"plan {self.config.plan.name} takes expert traces, and none of the {len(problems)} problems has an expert trace "
-                f"of at most rollout.max_response_tokens = {longest}. Set data.expert_column to the column that holds them, raise "
-                "rollout.max_response_tokens, or use plan.name=grpo with an objective for rollouts such as dr_grpo."
-            )
+        preflight.check_traces(self.config, problems)
         if self.deferred.size is not None and experts < self.deferred.size:
             self.notes.append(
                 f"no step will train on expert traces: it waits for {self.deferred.size} unsolved problems (buffer_size of plan "

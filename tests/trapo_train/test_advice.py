@@ -201,17 +201,14 @@ def test_held_out_chats_that_are_rendered_otherwise(advised):
 
 def test_held_out_prompts_that_are_made_otherwise(advised):
     """Each of these changes what the model sees."""
-    trained = ("data.system_prompt=Think.", "data.response_start='<think>'", "data.as_chat=true")
+    trained = ("data.system_prompt=Think.", "data.response_start='<think>'")
     found = advised(*trained, "eval_data={path: a.jsonl}")
     assert [sentence.split(", that of")[0] for sentence in found] == [
         "data.system_prompt is 'Think.'",
-        "data.as_chat is True",
         "data.response_start is '<think>'",
     ]
-    same = "eval_data={path: a.jsonl, system_prompt: Think., response_start: '<think>', as_chat: true}"
+    same = "eval_data={path: a.jsonl, system_prompt: Think., response_start: '<think>'}"
     assert advised(*trained, same) == []
-    # Messages are a chat without as_chat.
-    assert advised("data.as_chat=true", "eval_data={path: a.parquet, preset: luffy}") == []
 
 
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):

@@ -185,3 +185,81 @@ def test_a_turn_that_cannot_be_learned_is_named(messages, message, load):
 def test_learned_turns_are_those_of_conversations(load):
     with pytest.raises(ValueError, match=r"learned_turns: all needs conversations, .* expert_column = expert\. Set preset"):
         load([{"prompt": [ASKED]}], learned_turns="all")
+
+
+def test_content_in_parts_of_text_is_one_text(load):
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1="}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    (whole,) = load([{"messages": messages}], preset="messages")
+    assert whole.prompt == "<user>1+1=</s><assistant>" and whole.experts[0].text == "1=</s>"
+    picture = [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}, *messages[1:]]
+    with pytest.raises(ValueError, match="with text under 'role' and 'content'"):
+        load([{"messages": picture}], preset="messages")
+
+
+def test_chats_whose_own_system_message_stays_are_counted(load):
+    rows = [{"messages": CHAT}, {"messages": CHAT[1:3]}]
+    problems = load(rows, preset="messages", system_prompt="Be brief.")
+    assert problems.report.own_system == 1
+    assert "; 1 chats have a system message of their own, which system_prompt does not replace" in str(problems.report)
+    assert load(rows, preset="messages").report.own_system == 0
+
+
+MESSAGES = {"preset": "messages"}
+OF_CONVERSATIONS = {"prompt_column": "conversations", "expert_column": "conversations", "solution_column": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (
+            {"prompt": "a", "completion": "b"},
+            MESSAGES,
+            "For SFT on them set no preset, prompt_column: prompt, expert_col",
+        ),
+        ({"prompt": "a", "completion": "b"}, {}, r"expert_column: completion and solution_column: null\. Set solution_column to"),
+        (
+            {"instruction": "a", "output": "b"},
+            {},
+            "set prompt_column: instruction, expert_column: output and solution",
+        ),
+        ({"conversations": [ASKED]}, MESSAGES, "set prompt_column and expert_column to conversations, .* Remove preset: messages"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            OF_CONVERSATIONS,
+            "Rename from and value to role and content",
+        ),
+    ],
+)
+def test_layouts_that_are_common_elsewhere_are_told_how_they_are_read(row, options, message, load):
+    with pytest.raises(ValueError, match=message):
+        load([row], **options)
+
+
+def test_the_settings_that_are_advised_read_those_layouts(load):
+    (pair,) = load([{"prompt": "a", "completion": "b"}], expert_column="completion", solution_column=None)
+    (chat,) = load([{"conversations": CHAT}], **OF_CONVERSATIONS)
+    assert (pair.experts[0].text, chat.experts[0].text) == ("b</s>", "3</s>")
+
+
+def test_conversations_keep_their_solution_and_their_own_system_prompt(load):
+    rows = [{"messages": CHAT, "solution": "3"}, {"messages": CHAT[1:3], "solution": "2"}]
+    first, second = load(rows, preset="messages", system_prompt="Be brief.")
+    assert (first.solution, second.solution) == ("3", "2")
+    assert first.prompt.startswith("<system>Add.</s>") and second.prompt == "<system>Be brief.</s><user>1+1=</s><assistant>"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"messages": CHAT}, {}, r"has no column 'prompt' .* For conversations set preset: messages\."),
+        ({"messages": CHAT[2:3]}, {"preset": "messages"}, "row 0: a conversation must have a message before the last"),
+        ({"messages": []}, {"preset": "messages"}, "row 0: a conversation must be a non-empty list of messages"),
+        ({"messages": "1+1="}, {"preset": "messages"}, "row 0: a conversation must be a non-empty list of messages"),
+        ({"messages": CHAT}, {"preset": "messages", "solution_column": "truth"}, "has no column 'truth'"),
+        ({"messages": CHAT, "solution": "3"}, {"prompt_column": "messages"}, "or the same column for conversations"),
+    ],
+)
+def test_bad_conversations(row, options, message, load):
+    with pytest.raises(ValueError, match=message):
+        load([row], **options)

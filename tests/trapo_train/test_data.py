@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trapo_train.data import DataConfig, load_problems
+from trapo_train.preflight import check_reward
 from trapo_train.rewards import RewardError, WeightedSum, exact_match
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -85,29 +86,6 @@ def test_conversations_are_prompts_and_traces(columns, load, tokenizer):
     assert problems[0].solution is None and problems[0].columns == {"level": 1}
     whole = tokenizer.decode([*problems[0].prompt_ids, *problems[0].experts[0].token_ids])
     assert whole == tokenizer.apply_chat_template(CHAT, tokenize=False)
-
-
-def test_conversations_keep_their_solution_and_their_own_system_prompt(load):
-    rows = [{"messages": CHAT, "solution": "3"}, {"messages": CHAT[1:3], "solution": "2"}]
-    first, second = load(rows, preset="messages", system_prompt="Be brief.")
-    assert (first.solution, second.solution) == ("3", "2")
-    assert first.prompt.startswith("<system>Add.</s>") and second.prompt == "<system>Be brief.</s><user>1+1=</s><assistant>"
-
-
-@pytest.mark.parametrize(
-    ("row", "options", "message"),
-    [
-        ({"messages": CHAT}, {}, r"has no column 'prompt' .* For conversations set preset: messages\."),
-        ({"messages": CHAT[2:3]}, {"preset": "messages"}, "row 0: a conversation must have a message before the last"),
-        ({"messages": []}, {"preset": "messages"}, "row 0: a conversation must be a non-empty list of messages"),
-        ({"messages": "1+1="}, {"preset": "messages"}, "row 0: a conversation must be a non-empty list of messages"),
-        ({"messages": CHAT}, {"preset": "messages", "solution_column": "truth"}, "has no column 'truth'"),
-        ({"messages": CHAT, "solution": "3"}, {"prompt_column": "messages"}, "or the same column for conversations"),
-    ],
-)
-def test_bad_conversations(row, options, message, load):
-    with pytest.raises(ValueError, match=message):
-        load([row], **options)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "pattern", "saved", "saved dict", "folder"])
@@ -257,10 +235,15 @@ def test_columns_by_other_names_and_in_structs(load, caplog):
     (problem,) = load(rows, exact_match, **options)
     assert problem.solution == "2"
     assert problem.columns == {"reward_model": {"ground_truth": "2"}, "n": 7}
-    assert "'solution' is left out" in caplog.text and "'prompts' is left out" in caplog.text
+    problems = load(rows, exact_match, **options)
+    assert problems.report.unread_columns == ("solution", "prompts")
+    check_reward(None, {"data": problems})
+    assert not caplog.text  # no reward, nobody who might miss them
+    check_reward(exact_match, {"data": problems})
+    assert "data: rewards do not get the column 'solution', they have an argument of that name; rename it" in caplog.text
 
 
-def test_columns_called_like_what_a_reward_is_told_of_responses_are_left_out_and_traces_have_lengths_too(load, caplog):
+def test_columns_called_like_what_a_reward_is_told_of_responses_are_left_out_and_traces_have_lengths_too(load):
     seen = []
 
     def reward(completions, completion_tokens, finish_reasons, **columns):
@@ -268,9 +251,9 @@ def test_columns_called_like_what_a_reward_is_told_of_responses_are_left_out_and
         return [1.0] * len(completions)
 
     rows = [{"prompt": "p", "solution": "2", "expert": ["1", "2 3"], "completion_tokens": 7, "finish_reasons": "x", "n": 1}]
-    (problem,) = load(rows, reward, on_rejected_expert="drop")
-    assert problem.columns == {"n": 1}
-    assert "'completion_tokens' is left out" in caplog.text and "'finish_reasons' is left out" in caplog.text
+    problems = load(rows, reward, on_rejected_expert="drop")
+    (problem,) = problems
+    assert problem.columns == {"n": 1} and problems.report.unread_columns == ("completion_tokens", "finish_reasons")
     lengths = [len(expert.token_ids) for expert in problem.experts]
     assert seen == [(lengths, ["expert", "expert"], ["n", "prompts", "solution"])]
 

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from tests.trapo_train.test_evaluate import TOKENIZER, ids
 from tests.trapo_train.test_parallel import TINY, _torchrun
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli, held_out
+from trapo_train.data import DataReport
 from trapo_train.display import evaluation_line, read_metrics
 from trapo_train.evaluate import EvalConfig, EvalSet
 from trapo_train.held_out import expert_nll
@@ -127,6 +129,17 @@ def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, c
     assert cli.main(["eval", config.output_dir]) == 0
     shown = capsys.readouterr().out
     assert "dropped_prompts 1" in shown and "1.3 " in shown and "1.33" not in shown  # samples of a problem, 4 of 3
+
+
+@pytest.mark.parametrize(("trained", "held"), [(0, 0), (2, 3), (2, 0), (0, 3)])
+def test_texts_beside_chats_are_noted_whichever_of_the_two_is_held_out(trained, held):
+    report = DataReport(problems=3, without_expert=3, experts=0, dropped_experts=0, dropped_prompts=0, plain_prompts=held)
+    problems = SimpleNamespace(report=report, at=lambda members: SimpleNamespace(without_long_experts=lambda longest: (None, 0)))
+    entry = SimpleNamespace(problems=problems, rows=[0], members=[0])
+    _, *noted = held_out.loading_notes({"a": entry}, 9, replace(report, plain_prompts=trained))
+    chats, texts = ("eval_data a", "data") if trained else ("data", "eval_data a")
+    said = f"prompts of {chats} are rendered with the chat template, those of {texts} are not all: the model is evaluated on other"
+    assert [sentence.startswith(said) for sentence in noted] == [True] * ((trained > 0) != (held > 0))
 
 
 def test_held_out_traces_that_are_too_long_are_noted(configure, tmp_path):

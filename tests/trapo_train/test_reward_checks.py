@@ -40,7 +40,7 @@ def raises(completions, **columns):
     raise KeyError("bug")
 
 def interrupts(completions, **columns):
-    os.kill(os.getpid(), 2)
+    os.kill(os.getpid(), 15)
     return [0.0 for _ in completions]
 
 def crashes(completions, **columns):
@@ -157,6 +157,6 @@ def test_a_run_whose_first_step_failed_begins_with_another_reward(configure):
 def test_what_was_saved_before_any_training_belongs_to_its_reward(configure):
     settings = ("steps=1", *EVALUATED, "checkpoint.resume=true")
     summary = train_to_end(configure("reward=odd_rewards:interrupts", *settings))
-    assert (summary.steps, summary.stopped_by) == (0, "SIGINT")
+    assert (summary.steps, summary.stopped_by) == (0, "SIGTERM")
     with pytest.raises(CheckpointError, match="a different run: .* of step 0, before any training: delete it, and the run starts"):
         train_to_end(configure("reward=odd_rewards:made", *settings))

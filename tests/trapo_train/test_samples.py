@@ -94,8 +94,9 @@ def test_a_run_and_the_command_write_a_file_per_set_and_step(configure, capsys):
     directory = Path(config.output_dir, "samples")
     assert sorted(path.name for path in directory.iterdir()) == [f"eval_near_step_0000000{step}.jsonl" for step in (0, 3)]
     assert cli.main(["eval", config.output_dir]) == 0  # of the trained model, as the last evaluation of the run
-    assert "eval_near_of_model.jsonl" in capsys.readouterr().out.replace("\n", "")
-    assert lines(directory / "eval_near_of_model.jsonl") == lines(directory / "eval_near_step_00000003.jsonl")
+    (of_model,) = directory.glob("eval_near_of_run--model--*.jsonl")
+    assert of_model.name in capsys.readouterr().out.replace("\n", "")
+    assert lines(of_model) == lines(directory / "eval_near_step_00000003.jsonl")
 
 
 def test_responses_that_nobody_samples_cannot_be_kept():

@@ -279,13 +279,17 @@ def test_what_cannot_be_trained_is_refused_before_any_work(configure, monkeypatc
     assert not Path(config.output_dir).exists()
 
 
-def test_a_file_without_an_expert_column_trains_by_a_plan_that_takes_none(configure, tmp_path):
-    rows = tmp_path / "rows.jsonl"
+def test_a_file_without_expert_traces_trains_by_a_plan_that_takes_none(configure, tmp_path):
+    rows, chats, tokenizer = tmp_path / "rows.jsonl", tmp_path / "chats.jsonl", build_tokenizer()
     rows.write_text("".join(f'{{"prompt": "ab?a{i}:", "solution": "b"}}\n' for i in (1, 2, 3)))
-    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    chats.write_text('{"messages": [{"role": "user", "content": "ab?a1:"}]}\n')
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     data = (f"data={{path: {rows}}}", f"model.tokenizer={tmp_path / 'tokenizer'}", "reward=exact_match", "steps=1")
     with pytest.raises(ValueError, match=r"takes expert traces, and none of the 3 problems has.*Set data\.expert_column"):
         train_to_end(configure("guided", *data))
+    with pytest.raises(ValueError, match=r"of the 1 problems .* Have conversations end with what the assistant says, or raise"):
+        train_to_end(configure("chats", *data, f"data={{path: {chats}, preset: messages}}"))
     assert train_to_end(configure("grpo", *data, "plan={name: grpo}", "objective={name: dr_grpo}")).steps == 1
 
 
