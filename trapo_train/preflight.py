@@ -23,9 +23,9 @@ from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.problems import RESERVED_COLUMNS, ProblemSet
 from trapo_train.reward_checks import check_takes
 from trapo_train.rewards import RewardFn, WeightedSum
-from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer
+from trapo_train.vllm_server import longest_of_server
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,8 @@ def name_model_in_hub_errors(config: ModelConfig) -> Iterator[None]:
 
 
 def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSet | None, held_out: Sequence[ProblemSet]) -> None:
-    """Raise UserError unless the longest prompts of training and evaluation, in tokens, fit with their responses into engine batch
-    and model, and what the model scores of them into micro-batch and model. `problems`: None where nothing is trained."""
+    """Raise UserError unless the longest prompts of training and evaluation, in tokens, fit with their responses into engine and
+    model, and what the model scores of them into micro-batch and model. `problems`: None where nothing is trained."""
     rollout, own = config.rollout, config.evaluation.max_response_tokens
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     packing, short = {"packing.max_tokens": config.packing.max_tokens}, longrope_limit(model.config)
@@ -202,12 +202,10 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
         "the model's positions (of one from scratch model.scratch.max_position)": positions,
         "the short factors of the model's LongRoPE (a longer sequence gives those beside it the long ones)": short,
     }
-    _check_vllm_takes_short_factors(rollout, short)
-    engine = {
-        "rollout.max_batch_tokens": rollout.max_batch_tokens if rollout.engine == "transformers" else None,
-        "rollout.vllm.max_model_len": rollout.vllm.max_model_len if rollout.engine == "vllm" else None,
-        **model_limit,
-    }
+    name, limit = _engine_limit(config)
+    if rollout.engine != "transformers":
+        _check_vllm_takes_short_factors(name, limit, short)
+    engine = {name: limit, **model_limit}
     longest = rollout.max_response_tokens
     if problems is not None and config.plan.largest_request:
         _check_fits("prompt and", "rollout.max_response_tokens", (problems.longest_prompt_tokens, longest), packing | engine)
@@ -222,13 +220,25 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
         _check_fits(traces, "rollout.max_response_tokens", entry.longest_with_expert(longest), packing | model_limit)
 
 
-def _check_vllm_takes_short_factors(rollout: RolloutConfig, short: int | None) -> None:
+def _engine_limit(config: RunConfig) -> tuple[str, int | None]:
+    """What limits a prompt with its response in the engine, and to how many tokens, None for no limit.
+
+    Raises: EngineError for a vLLM server that does not answer or does not offer the model.
+    """
+    rollout = config.rollout
+    if rollout.engine == "vllm_server":
+        return "the vLLM server's --max-model-len", longest_of_server(rollout.vllm_server, config.model.name_or_path)
+    if rollout.engine == "vllm":
+        return "rollout.vllm.max_model_len", rollout.vllm.max_model_len
+    return "rollout.max_batch_tokens", rollout.max_batch_tokens
+
+
+def _check_vllm_takes_short_factors(setting: str, longest: int | None, short: int | None) -> None:
     """Raise UserError where vLLM would sample from a model with LongRoPE's long factors, which it takes for all or no sequences."""
-    longest = rollout.vllm.max_model_len
-    if rollout.engine == "vllm" and short is not None and (longest is None or longest > short):
+    if short is not None and (longest is None or longest > short):
         given = "null" if longest is None else longest
         raise UserError(
-            f"rollout.vllm.max_model_len must be at most {short} for this model, got {given}: beyond that vLLM samples with the "
+            f"{setting} must be at most {short} for this model, got {given}: beyond that vLLM samples with the "
             f"long factors of its LongRoPE, and training has the short ones. Set it to {short} or less."
         )
 

@@ -95,13 +95,8 @@ class VllmServerEngine(SeededEngine):
 
     def check(self) -> None:
         """Raise EngineError unless the server answers, offers the model and reports the logprobs that the trainer compares with."""
-        client = _Client(self._config)
-        client.call("GET", "/health")
-        offered = [entry.get("id") for entry in (client.call("GET", "/v1/models") or {}).get("data", [])]
-        if self._model not in offered:
-            raise EngineError(
-                f"vllm_server: the server must offer the model {self._model!r}, it offers {offered}. Set rollout.vllm_server.model."
-            )
+        _Client(self._config).call("GET", "/health")
+        longest_of_server(self._config, self._model)
         # After top_k = 1 one token is left, whose processed logprob is 0 and whose raw one is not; three times, as tokens may tie.
         words = [[len(self._tokenizer) // part] for part in (2, 3, 4)]
         answers = self.generate(words, SamplingParams(1, temperature=2.0, top_k=1, stop_token_ids=(), seed=0))
@@ -142,6 +137,23 @@ class VllmServerEngine(SeededEngine):
         key = self._next_key(params)
         seeded = self._config.seed_requests or params.seed is not None
         return VllmServerStream(_Client(self._config, weights), self._config.max_in_flight, body, key if seeded else None)
+
+
+def longest_of_server(config: VllmServerConfig, model: str | None) -> int | None:
+    """The server's max_model_len: tokens of the longest prompt with its response that it takes; None where it does not say.
+
+    Args:
+        model: its name, unless `config` has another.
+
+    Raises: EngineError unless the server answers and offers the model.
+    """
+    name = config.model or model
+    offered = {entry.get("id"): entry for entry in (_Client(config).call("GET", "/v1/models") or {}).get("data", [])}
+    if name not in offered:
+        raise EngineError(
+            f"vllm_server: the server must offer the model {name!r}, it offers {list(offered)}. Set rollout.vllm_server.model."
+        )
+    return offered[name].get("max_model_len")
 
 
 class VllmServerStream:
@@ -211,6 +223,13 @@ def _read_completion(answer: Any, max_tokens: int) -> Completion:
         raise EngineError(
             f"vllm_server: an answer must hold 1 to {max_tokens} tokens with a logprob each, a finite number, and end by stop or "
             f"length, got {len(token_ids)} tokens, {len(logprobs)} logprobs and {reason!r}."
+        )
+    if reason == "length" and len(token_ids) < max_tokens:
+        raise EngineError(
+            f"vllm_server: an answer that ends by length must have all {max_tokens} tokens that were asked for, got "
+            f"{len(token_ids)}: the server has a limit of its own, which would pass for that of the run. Start it without "
+            "max_new_tokens in --override-generation-config, and where the model's generation_config.json has one with "
+            "--generation-config vllm."
         )
     return Completion(tuple(token_ids), tuple(map(float, logprobs)), reason)
 

@@ -34,7 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._answer({"data": [{"id": MODEL}]} if self.path == "/v1/models" else None)
+        self._answer({"data": [self.server.fake.card]} if self.path == "/v1/models" else None)
 
     def do_POST(self):
         fake = self.server.fake
@@ -91,11 +91,13 @@ class _Server(ThreadingHTTPServer):
 class FakeServer:
     """`vllm serve` for one model: weights come from a folder, completions from the embedded engine, faults from a list.
 
-    A fault is a status to answer with, or says how an answer is spoiled; None is none. `delay(body)` is in seconds.
+    A fault is a status to answer with, or says how an answer is spoiled; None is none. `delay(body)` is in seconds. `card` is
+    what it offers.
     """
 
     def __init__(self, port=0):
         self.lock, self.logprobs_mode = threading.Lock(), "processed_logprobs"
+        self.card = {"id": MODEL, "max_model_len": 2048}
         torch.manual_seed(0)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         self._serve(LlamaForCausalLM(LlamaConfig(vocab_size=len(build_tokenizer()), **shape)))
@@ -160,6 +162,9 @@ def spoil(answer, fault):
         choice["logprobs"] = None
     if fault == "words":
         choice["token_ids"] = ["token_id:5"] * len(logprobs)
+    if fault == "capped":  # as with max_new_tokens in the generation_config of the server
+        choice["token_ids"].pop()
+        logprobs.pop()
     if fault == "abort":
         choice["finish_reason"] = "abort"
     if fault == "two choices":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
+from tests.trapo_train.fake_vllm import FakeServer
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.attention import longrope_limit, segment_arguments
@@ -96,6 +98,11 @@ def test_sequences_that_would_change_the_rope_of_those_beside_them_are_refused(p
         vllm = ("rollout.max_response_tokens=8", "rollout.engine=vllm", f"rollout.vllm.max_model_len={given}")
         with pytest.raises(ValueError, match=rf"max_model_len must be at most 48 for this model, got {given}: beyond that vLLM"):
             build(*vllm)
+    server = FakeServer()
+    address = f"rollout.vllm_server={{base_url: '{server.url}', model: {server.card['id']}}}"
+    said = r"vLLM server's --max-model-len must be at most 48 for this model, got 2048: beyond that vLLM"
+    with closing(server), pytest.raises(ValueError, match=said):
+        build("rollout.max_response_tokens=8", "rollout.engine=vllm_server", address)
 
 
 def test_up_to_the_limit_a_row_with_longrope_is_one_sequence_at_a_time_and_beyond_it_is_not(phi):

@@ -26,6 +26,7 @@ from trapo_train.rewards import RewardError
 from trapo_train.rollout import run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 from trapo_train.train import run
+from trapo_train.trainer import Trainer
 from trapo_train.vllm_server import VllmServerConfig, VllmServerEngine
 
 
@@ -136,6 +137,7 @@ def test_a_fault_that_passes_is_retried(engine, server, fault):
         ("no logprobs", "must hold one choice with token_ids, finish_reason and logprobs"),
         ("words", "must hold 1 to 3 tokens"),
         ("abort", "end by stop or length, got 3 tokens, 3 logprobs and 'abort'"),
+        ("capped", "must have all 3 tokens that were asked for, got 2: .* without max_new_tokens"),
         ("two choices", "must hold one choice"),
         ("too long", "must hold 1 to 3 tokens .* got 27 tokens"),
     ],
@@ -199,6 +201,21 @@ def test_a_server_that_started_anew_gets_the_weights_before_it_samples_again(ser
     assert answered == [expected] and again.loaded == [str(weights)]
     paths = [path for path, _ in again.requests]
     assert paths[:2] == ["/collective_rpc", "/reset_prefix_cache"] and paths[2:] == ["/v1/completions"] * 4
+
+
+def test_what_is_longer_than_the_server_takes_is_refused_before_anything_is_sampled(server, tmp_path):
+    config = build_config(tmp_path, "run", *_overrides(server))
+    prompt = Trainer(config).problems.longest_prompt_tokens
+    server.card["max_model_len"] = prompt + 16
+    Trainer(config)
+    server.requests.clear()
+    server.card["max_model_len"] -= 1
+    said = rf"vLLM server's --max-model-len = {prompt + 15}, got {prompt} \+ 16 = {prompt + 16} tokens\. Raise that limit"
+    with pytest.raises(ValueError, match=said):
+        Trainer(config)
+    assert server.requests == []
+    del server.card["max_model_len"]  # which a server may leave out
+    Trainer(config)
 
 
 def test_the_server_reads_weights_in_the_dtype_that_training_computes_in(tmp_path):
