@@ -178,10 +178,11 @@ def _correct(config: RunConfig) -> str | None:
     if not isinstance(config.reward, list) or len(config.reward) == 1 or config.rollout.correct_by is not None:
         return None
     guided = f", and plan {config.plan.name} compares it with its thresholds" if config.plan.has_thresholds else ""
+    refilled = ", and plan.refill keeps problems with wrong answers alone where it tells these apart" if config.plan.refill else ""
     return (
         f"what counts as correct, in evaluation too, is a weighted sum of {len(config.reward)} rewards of at least "
-        f"rollout.correct_at = {config.rollout.correct_at:g}{guided}. Set rollout.correct_by to the reward that alone says what is "
-        "correct"
+        f"rollout.correct_at = {config.rollout.correct_at:g}{guided}{refilled}. Set rollout.correct_by to the reward that "
+        "alone says what is correct"
     )
 
 

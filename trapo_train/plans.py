@@ -98,10 +98,10 @@ class PlanConfig:
     num_samples: int | None = None
     """Samples per problem, at least 1, at least 2 where one of them is guided (luffy, prefix_rft); null for 8. Elsewhere fixed."""
     refill: int = 0
-    """Up to this many extra sampling rounds per step, at least 0, each replacing problems that give no gradient (all advantages 0,
-    no expert token trained). Problems that still give none are left out of the loss and its denominators (DAPO's dynamic sampling,
-    with a limit). 0: one round, keep everything. A round samples as many problems as are missing, waits for its longest response
-    and hands the weights to the engine again."""
+    """Up to this many extra sampling rounds per step, at least 0, each replacing problems that teach nothing: all advantages are 0,
+    or would be if rollout.correct_by alone were the reward, and no expert token is trained. Problems that still teach nothing are
+    left out of the loss and its denominators (DAPO's dynamic sampling, with a limit). 0: one round, keep everything. A round
+    samples as many problems as are missing, waits for its longest response and hands the weights to the engine again."""
     rungs: tuple[Rung, ...] = ()
     """The micro-groups of the plan "ladder", first to last; empty for every other plan."""
     guidance: float | dict[str, Any] | None = None

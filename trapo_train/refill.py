@@ -41,6 +41,9 @@ def sample_with_refill(
     """Sample the problems at `positions`; then, in at most `rounds` further rounds, as many problems of `order` as are missing
     until len(positions) of them teach. None is sampled twice, so all of them at most once.
 
+    A problem must teach by its samples' verdicts, too (rollout.correct_by): wrong answers alone whose lengths a penalty tells apart
+    have a gradient, and it says nothing about the problem. DAPO's filter is on accuracy as well.
+
     Returns: the positions of all problems that were sampled, and the result: its groups are those that teach; its metrics,
         `sampled` and `deferred` are of all. With rounds = 0 every group stays.
     """
@@ -52,7 +55,10 @@ def sample_with_refill(
         assign_advantages(groups, advantage)  # of each group by itself: a deviation of the step would only scale them
         for group in groups:
             assign_prefix_weights(group)
-        kept += [group for group in groups if teaches(group, objective)]
+        judged = [[replace(sample, reward=sample.verdict) for sample in group] for group in groups]
+        assign_advantages(judged, advantage)
+        pairs = zip(groups, judged, strict=True)
+        kept += [group for group, by_verdict in pairs if teaches(group, objective) and teaches(by_verdict, objective)]
         missing = min(len(positions) - len(kept), order.num_problems - len(set(taken)))
         if missing < 1 or len(results) > rounds:
             return taken, replace(chain_results(results), groups=kept)

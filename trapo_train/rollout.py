@@ -58,8 +58,9 @@ class RolloutConfig:
     """Smallest reward that counts as correct where pass rates are measured: in evaluation (accuracy and pass@k), in headroom and in
     reward/all_correct_share and reward/none_correct_share."""
     correct_by: str | None = None
-    """Name of the one of several rewards that says what is correct, unweighted: correct_at is compared with it, and plans decide on
-    guidance by it (thresholds of rungs, plan.unsolved_at); advantages are of the weighted sum. Null for the sum in all of these."""
+    """Name of the one of several rewards that says what is correct, unweighted: correct_at is compared with it, and plans decide by
+    it on guidance (thresholds of rungs, plan.unsolved_at) and on which problems teach (plan.refill); advantages are of the weighted
+    sum. Null for the sum in all of these."""
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     """What generates: transformers or vllm, in this process, or vllm_server, a vLLM server that runs already."""
     vllm: VllmConfig = field(default_factory=VllmConfig)

@@ -176,6 +176,8 @@ def test_several_rewards_and_none_that_says_what_is_correct(advised):
     for plan, name in (("plan.name=paper", "paper"), ("plan.name=hpt", "hpt"), ("plan.name=relift", "relift"), (rungs, "ladder")):
         (sentence,) = advised(both, plan)
         assert f"correct_at = 1, and plan {name} compares it with its thresholds. Set rollout.correct_by" in sentence
+    (sentence,) = advised(both, "plan={name: luffy, refill: 2}")
+    assert "and plan.refill keeps problems with wrong answers alone where it tells these apart. Set rollout.correct_by" in sentence
     assert advised(both, "rollout.correct_by=pointer_chasing") == advised("reward=[{name: pointer_chasing}]") == []
 
 

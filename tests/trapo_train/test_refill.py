@@ -18,7 +18,7 @@ from trapo_train.display import Reporter, read_metrics
 from trapo_train.metrics import Mean
 from trapo_train.records import Problem, Sample
 from trapo_train.refill import sample_with_refill, teaches
-from trapo_train.rewards import RewardError
+from trapo_train.rewards import Overlong, RewardError
 from trapo_train.rollout import RolloutResult
 from trapo_train.train import Trainer, _tell, run
 
@@ -40,9 +40,7 @@ def make_sample(index=0, reward=0.0, prefix=0, completion=3, **fields):
         (1,) * completion,
         (-0.5,) * completion,
         "stop",
-        reward=reward,
-        correct=reward >= 1,
-        **fields,
+        **{"reward": reward, "verdict": reward, "correct": reward >= 1} | fields,
     )
 
 
@@ -103,6 +101,33 @@ def test_what_teaches_nothing_is_replaced_until_enough_teach():
     assert [group[0].problem.index for group in result.groups] == [order[i] for i in (0, 2, 5, 6)]
     assert [group[0].problem.index for group in result.sampled] == taken
     assert [taken[i] for i in result.deferred] == [order[i] for i in (1, 3, 4)]
+
+
+LENGTHS = (40, 60, 90, 100)
+
+
+@pytest.mark.parametrize(
+    ("kept", "verdicts", "center", "objective", "fields"),
+    [
+        (False, (0, 0, 0, 0), "mean", DAPO, {}),
+        (False, (1, 1, 1, 1), "mean", DAPO, {}),
+        (True, (0, 0, 1, 0), "mean", DAPO, {}),
+        (False, (0, 0, 0, 0), "none", DAPO, {}),
+        (True, (1, 1, 1, 1), "none", DAPO, {}),  # compared with nothing: right answers teach
+        (True, (0, 0, 0, 0), "mean", objectives.trapo(), {"prefix": 3}),  # its expert tokens
+        (False, (0, 0, 0, 0), "mean", objectives.luffy(), {"prefix": 3}),
+    ],
+)
+def test_a_length_penalty_makes_no_problem_of_equal_answers_teach(kept, verdicts, center, objective, fields):
+    penalties = Overlong(100, 40)(LENGTHS)
+    pairs = zip(verdicts, penalties, strict=True)
+    group = [make_sample(0, verdict + penalty, verdict=float(verdict), **fields) for verdict, penalty in pairs]
+    sample = lambda positions: RolloutResult([group], {}, 1.0, [group], ())  # noqa: E731
+    order = ProblemOrder(1, seed=0)
+    _, result = sample_with_refill(order.next(1), sample, order, 1, AdvantageConfig(center=center), objective)
+    assert result.groups == [group] * kept
+    assert [s.reward for s in group] == [v + p for v, p in zip(verdicts, penalties, strict=True)]
+    assert len({s.advantage for s in group}) == 3  # of what is kept: by the whole reward
 
 
 def test_the_metrics_are_those_of_all_that_was_sampled():
