@@ -59,6 +59,22 @@ def tell_of_tokens_without_embedding(
         tell(f"the model has no embedding for {shown} ({len(found)} of the tokenizer): it samples none, and data must have none")
 
 
+def tell_of_untrained_balance(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Tell of a mixture of experts whose configuration asks for a load-balancing loss that the trainer does not have it.
+
+    It is a product of two means over a batch, the share of tokens that an expert gets and its mean probability, so that its
+    gradient depends on how the batch is split into micro-batches and over ranks.
+    """
+    settings = model.config.get_text_config()
+    experts = max(getattr(settings, name, None) or 0 for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    coefficient = getattr(settings, "router_aux_loss_coef", None) or 0.0
+    if experts > 1 and coefficient > 0:
+        tell(
+            f"no loss balances the {experts} experts of the model: that of its router_aux_loss_coef = {coefficient:g} is left out, "
+            "because its gradient would depend on the split into micro-batches"
+        )
+
+
 def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Mapping[str, ProblemSet]) -> None:
     """Raise UserError for a token in `problems`, by the section of the data, that the model has no embedding for.
 

@@ -26,7 +26,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.liger import apply_liger
-from trapo_train.loading import keep_processor, make_savable, tell_of_tokens_without_embedding, train_text_alone
+from trapo_train.loading import (
+    keep_processor,
+    make_savable,
+    tell_of_tokens_without_embedding,
+    tell_of_untrained_balance,
+    train_text_alone,
+)
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, refused
@@ -195,6 +201,7 @@ def load_model_and_tokenizer(
         end_generation_too(model, end_ids(config.eos_token, model, tokenizer))
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)
+    tell_of_untrained_balance(model, tell)
     prepare(model, config, device=device, check_logits=check_logits, tell=tell)
     return model, tokenizer
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import closing
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3MoeConfig,
+)
 
 from tests.trapo_train.fake_vllm import FakeServer
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.attention import longrope_limit, segment_arguments
 from trapo_train.display import read_metrics
+from trapo_train.loading import tell_of_untrained_balance
 from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
@@ -28,6 +42,7 @@ SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 80,
 }  # fmt: skip
+EXPERTS = SMALL | {"moe_intermediate_size": 16, "num_experts_per_tok": 1}
 END = "?"  # a token of the generated task that no trace has
 
 
@@ -70,6 +85,22 @@ def test_a_configuration_that_cannot_be_saved_is_refused_when_the_model_is_loade
     set_generation(published, num_beams=1, length_penalty=0.5)
     with pytest.raises(ValueError, match=r"(?s)able to save the configuration.*generation_config\.json in a copy.*length_penalty"):
         load_model_and_tokenizer(ModelConfig(name_or_path=str(published), eos_token=END))
+
+
+def test_experts_that_no_loss_balances_are_noted(tmp_path):
+    config = Qwen3MoeConfig(vocab_size=len(build_tokenizer()), **EXPERTS, num_experts=4, router_aux_loss_coef=0.5)
+    told = []
+    load_model_and_tokenizer(ModelConfig(name_or_path=str(publish(tmp_path / "it", config))), tell=told.append)
+    assert (
+        sum("no loss balances the 4 experts of the model: that of its router_aux_loss_coef = 0.5 is left" in s for s in told) == 1
+    )
+    mixtral, without = MixtralConfig(**EXPERTS, num_local_experts=2), Qwen3MoeConfig(**EXPERTS, router_aux_loss_coef=0.0)
+    dense = GraniteMoeHybridConfig(**SMALL, num_local_experts=0, layer_types=["attention"], mamba_n_heads=2)  # the class has both
+    assert dense.router_aux_loss_coef > 0
+    for config, said in ((mixtral, ["the 2 experts"]), (without, []), (dense, []), (LlamaConfig(**SMALL), [])):
+        told.clear()
+        tell_of_untrained_balance(SimpleNamespace(config=config), told.append)
+        assert re.findall(r"the \d experts", "".join(told)) == said
 
 
 LONGROPE = {
