@@ -77,7 +77,9 @@ def k3(d: Tensor) -> Tensor:
 class KL:
     """β · KL(π ‖ π_ref) on rollout tokens, by a one-sample estimator of d = logp - ref_logprob.
 
-    "k1": d; "k2": d²/2; "k3": e^(-d) - 1 + d; "k3_corrected": r·k3 with r = π/π_old, whose slope r·d is the unbiased gradient.
+    "k1": d; "k2": d²/2; "k3": e^(-d) - 1 + d; "k3_corrected": r·k3 with r = π/π_old. As losses they differ from what they estimate.
+    Over samples of π the slope d of "k2" gives the gradient of KL(π ‖ π_ref), 1 - e^(-d) of "k3" that of KL(π_ref ‖ π), and 1 of
+    "k1" zero: it holds nothing. The slope r·d of "k3_corrected" gives that of KL(π ‖ π_ref) over samples of π_old, too.
     `clamp`: nats > 0; d is held within ±clamp, and beyond it the estimate is flat; infinite by default.
     """
 

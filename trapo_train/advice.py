@@ -27,6 +27,7 @@ def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world
         _scale(config, objective),
         _unguided(config, objective),
         _unclipped(config, objective),
+        _unheld(objective),
         _uncorrected(config, objective),
         _truncated(config, objective),
         _warmup(config),
@@ -97,6 +98,17 @@ def _unclipped(config: RunConfig, objective: Objective) -> str | None:
         f"{updates} updates per rollout step, and the rollout loss of {objective.name} ({free[0].gate}) does not clip: "
         "nothing holds the policy near the one that sampled. Set updates.mini_batches=1 updates.epochs=1, or an objective "
         "that clips, such as dr_grpo, or chord_mu with expert terms"
+    )
+
+
+def _unheld(objective: Objective) -> str | None:
+    """An estimate of the KL is not a loss for it (`trapo_kernels.KL`)."""
+    if objective.kl is None or objective.kl.estimator != "k1":
+        return None
+    return (
+        "the KL estimator k1 pushes every token alike, whatever the model before training makes of it: over the policy's own "
+        "samples its gradient is zero in expectation, noise that holds nothing. Set the estimator k2, or k3_corrected, whose "
+        "gradient is the KL's after several updates, too"
     )
 
 

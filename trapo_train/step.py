@@ -38,7 +38,8 @@ class KLConfig:
     beta: float
     """Its weight, at least 0."""
     estimator: Literal["k1", "k2", "k3", "k3_corrected"] = "k3"
-    """How a token's KL is estimated, see trapo_kernels.KL: k1, k2, k3 or k3_corrected."""
+    """How a token's KL is estimated, see trapo_kernels.KL: k2 and k3_corrected have its gradient, k3 that of the KL the other way
+    round; that of k1 is zero in expectation, whatever the reference."""
     clamp: float | None = None
     """Nats within which a token's log ratio is held, above 0; null for no limit."""
 

@@ -1,4 +1,5 @@
-"""A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend."""
+"""A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend. And what the
+gradient of each estimator is."""
 
 import pickle
 from dataclasses import replace
@@ -136,3 +137,19 @@ def test_what_the_kl_reads_must_be_finite_where_it_has_a_weight(estimator, name)
     broken[row] = torch.nan
     with pytest.raises(ValueError, match=f"batch.{name} must be finite, got nan at row {row}"):
         linear_policy_loss(hidden, weight, replace(b, **{name: broken}), _objective("grpo", estimator))
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_the_expected_gradient_of_an_estimate_is_the_one_that_its_docstring_names(estimator):
+    logits, ref_logits, old_logits = torch.randn(3, 9, dtype=torch.float64, generator=torch.manual_seed(0))
+    logits.requires_grad_()
+    logprob, ref_logprob, old = logits.log_softmax(0), ref_logits.log_softmax(0), old_logits.log_softmax(0)
+    d = logprob - ref_logprob
+    forward, backward = (logprob.exp() * d).sum(), (ref_logprob.exp() * -d).sum()
+    wanted = {"k1": 0 * forward, "k2": forward, "k3": backward, "k3_corrected": forward}[estimator]
+    sampler = old if estimator == "k3_corrected" else logprob.detach()
+    with torch.no_grad():
+        slope = KL(BETA, estimator).slope(d, logprob - sampler)
+    expected = (sampler.exp() * slope * logprob).sum()  # over all tokens, each as often as it is sampled
+    found, right = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (expected, wanted))
+    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)

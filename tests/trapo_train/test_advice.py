@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.trapo_train.test_train import EVALUATED, build_config
+from trapo_kernels.objective import KL_ESTIMATORS
 from trapo_kernels.objectives import PRESETS, PUBLISHED
 from trapo_train.advice import advice
 from trapo_train.config import load_config
@@ -92,6 +93,16 @@ def test_several_updates_with_a_loss_that_does_not_clip(advised, name):
     assert len(said) == (name in UNCLIPPED)
     assert all(sentence.startswith(f"6 updates per rollout step, and the rollout loss of {name}") for sentence in said)
     assert not any("does not clip" in sentence for sentence in advised(f"objective.name={name}"))
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_a_kl_whose_gradient_holds_nothing(advised, estimator):
+    grpo = ("objective.name=grpo", "advantage.normalise=group_std", "packing.aggregation=sequence_mean")
+    for name in ("objective.kl={beta: 0.1, estimator: %s}", "objective.options={beta: 0.1, kl: %s}"):
+        said = advised("plan.name=grpo", *grpo, name % estimator)
+        assert ["KL estimator k1" in sentence and "k2, or k3_corrected" in sentence for sentence in said] == [True] * (
+            estimator == "k1"
+        )
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
