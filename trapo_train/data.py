@@ -215,7 +215,7 @@ def load_problems(
             numbers = [i for i in range(len(problem.experts)) if (problem.index, i) not in wrong]
             digest.update(fingerprint(replace(problem, experts=tuple(problem.experts[i] for i in numbers))))
             traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
-            entries.append(Entry(problem.index, len(problem.prompt_ids), traces))
+            entries.append(Entry(problem.index, len(problem.prompt_ids), hash(problem.prompt_ids), traces))
     if not entries:
         raise UserError(
             f"{reader.where} has no problem to offer: it has {rows} rows, and no prompt in them is within "

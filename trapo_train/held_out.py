@@ -23,6 +23,7 @@ from trapo_train.vocab_parallel import own_micro_batches
 
 if TYPE_CHECKING:
     from trapo_train.data import DataReport
+    from trapo_train.problems import ProblemSet
     from trapo_train.trainer import Trainer
 
 _CHUNK = 1024  # traces that are packed together
@@ -66,6 +67,17 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataR
                 f"{'data' if trained.plain_prompts else section} are not all: the model is evaluated on other prompts than it is "
                 "trained on. Set as_chat to the same in both"
             )
+    return notes
+
+
+def trained_too(eval_sets: Mapping[str, EvalSet], problems: ProblemSet) -> list[str]:
+    """Which sets have prompts that are among the training `problems`, and how many."""
+    trained, notes = set(problems.prompt_keys), []
+    for name, entry in eval_sets.items():
+        shared = sum(key in trained for key in entry.problems.at(entry.rows).prompt_keys)
+        if shared:
+            section = f"eval_data {name}".strip()
+            notes.append(f"{shared} of the {len(entry.rows)} problems of {section} are training problems, too (equal prompts)")
     return notes
 
 

@@ -51,6 +51,7 @@ class Entry(NamedTuple):
 
     index: int  # Problem.index
     prompt_tokens: int
+    prompt_key: int  # a hash of the prompt's ids
     traces: tuple[Trace, ...]
 
 
@@ -88,6 +89,11 @@ class ProblemSet(Sequence[Problem]):
     def longest_prompt_tokens(self) -> int:
         """Tokens of the longest prompt."""
         return max((entry.prompt_tokens for entry in self._entries), default=0)
+
+    @property
+    def prompt_keys(self) -> list[int]:
+        """A number for each problem, equal for equal prompts; two others of a million are equal with a chance of 3e-8."""
+        return [entry.prompt_key for entry in self._entries]
 
     @property
     def traces(self) -> list[int]:

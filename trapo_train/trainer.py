@@ -26,7 +26,7 @@ from trapo_train.continuation import about_dates, set_learning_rate, split_setti
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluation_score, load_eval_sets
-from trapo_train.held_out import evaluate_sets, loading_notes
+from trapo_train.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.loading import check_token_ids
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
@@ -92,6 +92,7 @@ class Trainer:
         self.config = config = config.for_problems(len(self.problems))
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report)
+        self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
         preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
         check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)

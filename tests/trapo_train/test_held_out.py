@@ -142,6 +142,34 @@ def test_texts_beside_chats_are_noted_whichever_of_the_two_is_held_out(trained, 
     assert [sentence.startswith(said) for sentence in noted] == [True] * ((trained > 0) != (held > 0))
 
 
+def test_held_out_problems_that_are_trained_too_are_counted(configure, tmp_path):
+    def write(name, *prompts):
+        lines = [{"prompt": prompt, "solution": "b", "expert": expert} for prompt, expert in prompts]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return f"{{path: {tmp_path / name}}}"
+
+    one, two, three, four = "ab?a1:", "bc?b1:", "cd?c1:", "de?d1:"
+    trained = write("trained.jsonl", (one, "#b"), (two, "#c"), (three, None))
+    held = write("held.jsonl", (one, "#b"), (one, "#c"), (three, "#d"), (four, "#e"))
+    sets = f"eval_data={{both: {held}, other: {write('other.jsonl', (four, '#e'))}, all: {trained}}}"
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    data = (f"data={trained}", f"model.tokenizer={tmp_path / 'tokenizer'}", "steps=1", "prompts_per_step=1", *EVALUATED, sets)
+    trainer = Trainer(configure("grpo", *data, "plan.name=grpo", "objective.name=dr_grpo"))
+    assert [note for note in trainer.notes if "training problems, too" in note] == [
+        "2 of the 3 problems of eval_data both are training problems, too (equal prompts)",
+        "3 of the 3 problems of eval_data all are training problems, too (equal prompts)",
+    ]
+    config = configure("run", *data, "plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
+    train_to_end(config)  # not on the problem without a trace
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert [text.split(" are ")[0] for text in told if "training problems, too" in text] == [
+        "1 of the 3 problems of eval_data both",
+        "2 of the 3 problems of eval_data all",
+    ]
+    evaluates = Trainer(config, trains=False)  # as `trapo-train eval`, whose problems are held-out ones
+    assert not any("training problems, too" in note for note in evaluates.notes)
+
+
 def test_held_out_traces_that_are_too_long_are_noted(configure, tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"prompt": "ab?a1:", "expert": "#" * n, "solution": "b"}) + "\n" for n in (2, 15, 16, 40))
