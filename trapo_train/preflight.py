@@ -207,7 +207,7 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
         _check_vllm_takes_short_factors(name, limit, short)
     engine = {name: limit, **model_limit}
     longest = rollout.max_response_tokens
-    if problems is not None and config.plan.largest_request:
+    if problems is not None and (config.plan.largest_request or not all(problems.traces)):
         _check_fits("prompt and", "rollout.max_response_tokens", (problems.longest_prompt_tokens, longest), packing | engine)
     elif problems is not None:  # nothing is sampled
         traces = "prompt and its expert trace of at most"

@@ -245,7 +245,7 @@ def test_a_held_out_prompt_needs_room_for_what_an_evaluation_makes_of_it(setting
 
 def test_where_nothing_is_sampled_the_longest_trace_counts_not_the_longest_response(configure):
     model = SimpleNamespace(config=Qwen2Config(max_position_embeddings=512))
-    problems = SimpleNamespace(longest_prompt_tokens=400, longest_with_expert=lambda longest: (47, 465))
+    problems = SimpleNamespace(longest_prompt_tokens=400, longest_with_expert=lambda longest: (47, 465), traces=[1, 2])
     lengths = ["rollout.max_response_tokens=4096", "packing.max_tokens=16384"]
     sft = configure("run", *lengths, "plan.name=sft", "objective.name=sft", "reward=null", "packing.aggregation=token_mean")
     check_lengths(sft, model, problems, [])
@@ -254,6 +254,9 @@ def test_where_nothing_is_sampled_the_longest_trace_counts_not_the_longest_respo
         check_lengths(sft, model, problems, [])
     with pytest.raises(ValueError, match=r"longest prompt and rollout\.max_response_tokens .* model's .* = 512, got 400 \+ 4096"):
         check_lengths(configure("run", *lengths), model, problems, [])
+    problems.traces = [1, 0]  # one without is sampled, whatever the plan
+    with pytest.raises(ValueError, match=r"longest prompt and rollout\.max_response_tokens"):
+        check_lengths(sft, model, problems, [])
 
 
 @pytest.mark.slow
