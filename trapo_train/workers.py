@@ -2,8 +2,8 @@
 
 A worker is `python -m <module>` and speaks JSON lines: it says "ready" once, then answers each request, a list of arguments, with a
 value, with the exception that it raised, or that it ran out of time. A worker that is late is killed and replaced, one that dies is
-replaced; the caller learns which. Programs of their own, not forks: nothing of this process's threads, locks or GPU is copied into
-them.
+replaced; the caller learns which. Where a signal from outside ended one, which is no fault of the request, another is asked once
+more. Programs of their own, not forks: nothing of this process's threads, locks or GPU is copied into them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from trapo_train.user_code import in_words
 
 START_LIMIT_S = 120  # a cold import on a busy machine
+# What job managers and people send, and the kernel where the machine's memory is short, whoever took it. Beyond a limit on the
+# address space a worker ends otherwise, and so it does where something crashes.
+FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,33 @@ class WorkerPool:
     def _run(self, request: Sequence[Any]) -> Answer:
         worker = self._free.get()
         try:
-            if worker is None:
-                worker = _Worker(self._command)
-                with self._lock:
-                    self._all.add(worker)
+            if worker is not None and worker.has_died:  # while it was idle
+                self._drop(worker)
+                worker = None
+            worker = worker or self._start()
             answer = worker.ask(request, self._time_limit_s)
+            if worker.was_ended_from_outside:
+                self._drop(worker)
+                worker = None
+                worker = self._start()
+                answer = worker.ask(request, self._time_limit_s)
             if worker.is_lost:
-                worker.kill()
-                with self._lock:
-                    self._all.discard(worker)
+                self._drop(worker)
                 worker = None
             return answer
         finally:
             self._free.put(worker)
+
+    def _start(self) -> _Worker:
+        worker = _Worker(self._command)
+        with self._lock:
+            self._all.add(worker)
+        return worker
+
+    def _drop(self, worker: _Worker) -> None:
+        worker.kill()
+        with self._lock:
+            self._all.discard(worker)
 
 
 class _Worker:
@@ -109,12 +127,15 @@ class _Worker:
 
     is_lost = False
     """Whether it was late or died, so that another must take its place."""
+    was_ended_from_outside = False
+    """Whether it died of a signal that neither this pool nor, as far as can be told, the request sent."""
 
     def __init__(self, command: list[str]) -> None:
         # A session of its own: Ctrl-C in the terminal is for the process that trains, and what a worker starts ends with it.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
+        self._ended_here = False
         self._complaints: deque[bytes] = deque(maxlen=10)
         # A full pipe must not stop a worker.
         drain = threading.Thread(target=lambda: self._complaints.extend(self._process.stderr), daemon=True)
@@ -136,10 +157,17 @@ class _Worker:
             return Answer("timeout")
         if not isinstance(reply, dict):
             self.is_lost = True
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its pipes close a moment before it has ended
+                self.was_ended_from_outside = -self._process.wait(1) in FROM_OUTSIDE and not self._ended_here
             return Answer("crash")
         if "out of time" in reply:
             return Answer("timeout")
         return Answer("error", reply["error"]) if "error" in reply else Answer("ok", reply["value"])
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the process is gone, and this pool did not end it."""
+        return self._process.poll() is not None and not self._ended_here
 
     def kill(self) -> None:
         """End the process and what it started, and wait until it is gone."""
@@ -168,6 +196,7 @@ class _Worker:
 
     def _end(self) -> None:
         if self._process.poll() is None:
+            self._ended_here = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -175,9 +204,14 @@ class _Worker:
 def serve(function: Callable[..., Any]) -> int:
     """Answer requests from standard input with `function(*arguments)` until it ends.
 
-    An exception is the answer, `OutOfTime` the outcome "timeout", but running out of memory ends the worker. The first command-line
-    argument is the limit on the address space in MiB.
+    An exception is the answer, `OutOfTime` the outcome "timeout", but running out of memory ends the worker. SIGTERM and SIGINT do
+    not: a job manager sends them to every process of the job, and the one that trains still wants its answers, then ends its
+    workers. The first command-line argument is the limit on the address space in MiB.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A handler, which programs that the function starts do not take over, as they would SIG_IGN; nor do forks.
+        previous = signal.signal(number, lambda *_: None)
+        os.register_at_fork(after_in_child=partial(signal.signal, number, previous or signal.SIG_DFL))
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

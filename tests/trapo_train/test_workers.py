@@ -1,6 +1,7 @@
 """Worker programs that hang, crash and eat memory: every request gets an answer, and the pool goes on."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from trapo_train.user_code import in_words
 from trapo_train.workers import Answer, WorkerError, WorkerPool
 
 WORKER = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from trapo_train.workers import OutOfTime, serve
 
@@ -43,6 +44,21 @@ def work(what, value):
         Path(value).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
         Path(value + ".done").touch()
         time.sleep(600)
+    if what == "kill" and not (value and Path(value).exists()):
+        if value:
+            Path(value).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "forks and programs end":
+        at_work, write = os.pipe()
+        forked = os.fork()
+        if not forked:
+            os.write(write, b"!")
+            time.sleep(600)
+        program = subprocess.Popen(["sleep", "600"])
+        os.read(at_work, 1)
+        os.kill(forked, signal.SIGTERM)
+        program.terminate()
+        return [os.waitpid(forked, 0)[1], program.wait()]
     return [value, os.getpid()]
 
 sys.exit(serve(work))
@@ -72,6 +88,34 @@ def test_a_faulty_request_is_told_and_the_others_are_answered(pool, fault, outco
     assert answers[1] == Answer(outcome)
     assert time.monotonic() - started < 60
     assert pool.map([("echo", 4)])[0].value[0] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_of_the_job_costs_no_answer_and_no_worker(pool, number):
+    pids = {answer.value[1] for answer in pool.map([("echo", i) for i in range(20)])}
+    for pid in pids:
+        os.kill(pid, number)
+    time.sleep(0.3)
+    assert {answer.value[1] for answer in pool.map([("echo", i) for i in range(20)])} <= pids
+    assert pool.map([("forks and programs end", 0)])[0].value == [signal.SIGTERM, -signal.SIGTERM]
+
+
+def test_a_worker_that_died_while_it_was_idle_costs_no_answer(pool):
+    pids = {answer.value[1] for answer in pool.map([("echo", i) for i in range(20)])}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    while any(_alive(pid) for pid in pids):
+        time.sleep(0.02)
+    answers = pool.map([("echo", i) for i in range(20)])
+    assert [answer.value[0] for answer in answers] == list(range(20))
+    assert not {answer.value[1] for answer in answers} & pids
+
+
+def test_a_request_whose_worker_is_killed_is_asked_once_more_and_no_oftener(pool, tmp_path):
+    once = pool.map([("kill", str(tmp_path / "once")), ("echo", 1)])
+    assert [answer.value[0] for answer in once] == [str(tmp_path / "once"), 1]
+    assert pool.map([("kill", ""), ("echo", 2)])[0] == Answer("crash")
+    assert pool.map([("echo", 3)])[0].value[0] == 3
 
 
 def test_closing_leaves_no_process(pool):
