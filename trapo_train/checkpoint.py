@@ -173,12 +173,14 @@ class CheckpointStore:
         Every rank calls it."""
         self._on_first_rank(self._prune)
 
-    def rate(self, step: int, score: float | None) -> None:
-        """Give the checkpoint of `step`, saved before its evaluation, its score; every rank calls it."""
+    def rate(self, step: int, score: float | None, state: Mapping[str, Any] | None = None) -> None:
+        """Give the checkpoint of `step`, saved before its evaluation, its score, and with `keep_best` drop the one that was best
+        before; every rank calls it. `state`: what the evaluation changed of the state, JSON values, which `load` returns with the
+        rest."""
 
         def write() -> None:
             path = self.path(step) / MANIFEST_FILE
-            manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": _finite(score)}
+            manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": _finite(score), "state": dict(state or {})}
             replace_text(path, json.dumps(manifest, indent=1))
 
         try:
@@ -188,6 +190,8 @@ class CheckpointStore:
                 f"checkpoint: the score of step {step} could not be written to {self.path(step)}: {_reason(error)}. Free space or "
                 "make the directory writable, then resume with checkpoint.resume=true, which evaluates that step again."
             ) from error
+        if self.keep_best:
+            self.prune()
 
     def load(self, fingerprint: Mapping[str, Any], about_data: str = "") -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint, on the CPU; None where there is none. Every rank calls it.
@@ -206,8 +210,8 @@ class CheckpointStore:
                 f"There is no intact one before it: delete {self.directory} to start anew."
             )  # fmt: skip
             raise CheckpointError(f"checkpoint: {path} is damaged: {damage}. {remedy}")
-        saved = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["fingerprint"]
-        differences = compare_fingerprints(saved, json.loads(json.dumps(fingerprint)))
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        differences = compare_fingerprints(manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
         if differences:
             cause = f" {about_data}" if about_data and any(sentence.startswith("data ") for sentence in differences) else ""
             begin = " That checkpoint is of step 0, before any training: delete it, and the run starts from the beginning."
@@ -215,7 +219,8 @@ class CheckpointStore:
                 f"checkpoint: {path} belongs to a different run: {'; '.join(differences)}. "
                 f"Set these back to resume it, or start a new run in another output_dir.{'' if steps[-1] else begin}{cause}"
             )
-        return steps[-1], torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        return steps[-1], state | manifest.get("state", {})
 
     def check(self, step: int) -> None:
         """Raise CheckpointError for a checkpoint that is damaged; every rank calls it."""

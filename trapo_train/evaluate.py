@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -193,6 +193,15 @@ def load_eval_sets(
     return sets
 
 
+class EvaluationStopped(Exception):
+    """An evaluation that was given up, as the run is to stop; nothing of it is kept."""
+
+
+def never() -> bool:
+    """What an evaluation asks that nothing stops."""
+    return False
+
+
 class _Response(NamedTuple):
     reward: float
     correct: bool
@@ -217,6 +226,7 @@ def evaluate(
     rollout: RolloutConfig,
     world: World | None = None,
     save_to: Path | None = None,
+    stopped: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Sample every problem without a prefix and return what share of the responses is correct.
 
@@ -229,6 +239,7 @@ def evaluate(
             the temperature is the evaluation's.
         world: the ranks that call this together; None for a single process.
         save_to: where the first rank writes all responses (see `samples.sample_record`), with config.save_samples; None: nowhere.
+        stopped: asked before each engine call; once it is true the evaluation is given up.
 
     Returns:
         "accuracy" (mean over problems of the share of correct responses, avg@k) and "accuracy_stderr" (its standard error
@@ -236,15 +247,17 @@ def evaluate(
         such as "accuracy/depth_3"; "reward/mean", "completion_tokens_mean", "finished_share", "num_problems" and
         "samples_per_problem", their mean.
 
-    Raises: EngineError or RewardError of any rank, on every rank.
+    Raises: EngineError, RewardError or EvaluationStopped of any rank, on every rank.
     """
     world = world or World.alone()
     calls = list(_calls(eval_set, config.responses_per_call, world.size))
     mine, error = [], None
     try:
         for positions in world.share(calls):
+            if stopped():
+                raise EvaluationStopped
             mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config, rollout))
-    except SAMPLING_ERRORS as raised:
+    except (*SAMPLING_ERRORS, EvaluationStopped) as raised:
         error = raised
     found: list[_Answers] = interleave(world.gather_or_raise(mine, error))
     problems = [problem for answers in found for problem in answers.problems]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from trapo_kernels import Role, objectives
-from trapo_train.evaluate import EvalSet, evaluate
+from trapo_train.evaluate import EvalSet, evaluate, never
 from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch, PackingConfig, pack
 from trapo_train.parallel import World, reshard
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 _CHUNK = 1024  # traces that are packed together
 
 
-def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
+def evaluate_sets(trainer: Trainer, label: str, stopped: Callable[[], bool] = never) -> dict[str, dict[str, float]]:
     """The metrics of each set by its name: what `evaluate` and `expert_nll` return, and "dropped_prompts", the rows left out for
     a long prompt, where there are any. Every rank must call it and gets the same.
 
     Args:
         label: ends the names of the files of responses, evaluation.save_samples: samples/eval_<set>_<label>.jsonl.
+        stopped: asked before each engine call, on each rank; where it says so to one of them, all raise EvaluationStopped.
     """
     config = trainer.config
     found: dict[str, dict[str, float]] = {name: {} for name in trainer.eval_sets}
@@ -42,7 +43,7 @@ def evaluate_sets(trainer: Trainer, label: str) -> dict[str, dict[str, float]]:
         with trainer.ready_to_generate():
             for name, entry in trainer.eval_sets.items():
                 save_to = responses_file(config.output_dir, name, label)
-                settings = (config.evaluation, config.rollout, trainer.world, save_to)
+                settings = (config.evaluation, config.rollout, trainer.world, save_to, stopped)
                 found[name] = evaluate(trainer.engine, entry, trainer.reward, trainer.tokenizer, *settings)
     for name, entry in trainer.eval_sets.items():
         found[name] |= expert_nll(trainer.model, entry, config.packing, config.rollout, trainer.world)

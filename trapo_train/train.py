@@ -18,6 +18,7 @@ from typing import Any
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
+from trapo_train.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE, MATH_TIME_LIMIT_S
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
@@ -69,8 +70,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
 
     Everything that can be wrong with the configuration, the data or a checkpoint shows before the first rollout. Writes
     config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM or SIGINT the run saves a
-    checkpoint after the current step and returns; a second SIGINT interrupts it at once. Under torchrun every rank calls this; the
-    first one writes and reports.
+    checkpoint after the current step and returns, and gives up an evaluation before its next engine call; a second SIGINT
+    interrupts it at once. Under torchrun every rank calls this; the first one writes and reports.
 
     Raises: UserError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
         EngineError, each with a checkpoint of the state before (of finite weights); RankError when another rank dies or hangs.
@@ -174,36 +175,35 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
 
 
 def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> CheckpointError | None:
-    """Step until the end or a signal to stop; after each step evaluate, then save, whichever is due. Returns why the last step
-    could not be saved, which must not keep the model from being written."""
+    """Step until the end or a signal to stop; after each step save, then evaluate, whichever is due. Returns why the last step
+    could not be saved, which must not keep the model from being written.
+
+    An evaluation may take long: what ends the run meanwhile finds the step saved. Whatever takes long leads back to the top, where
+    ranks agree on a signal, so that one that came meanwhile ends the run before anything else begins."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
     told: set[str] = set()
+    every, unsaved = config.checkpoint.every, None
     while True:
         stopping = stop.agree(trainer.world) is not None  # a signal to one rank stops all of them, at the same step
+        finished = trainer.step >= config.steps
+        due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
         try:
-            if trainer.evaluation_due and not stopping:
-                reporter.doing("evaluating")
-                for name, metrics in trainer.evaluate().items():
-                    reporter.evaluation({**metrics, "step": trainer.step}, name)
-                if saved_at == trainer.step:
-                    store.rate(trainer.step, trainer.score)
-                stopping = stop.agree(trainer.world) is not None  # an evaluation may take long
-            finished = trainer.step >= config.steps
-            every = config.checkpoint.every
-            due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
-            if (due or stopping) and saved_at != trainer.step:
-                try:
-                    _save(trainer, store, reporter)
-                except CheckpointError as error:
-                    if finished:
-                        return error
-                    raise
+            if (due or stopping) and saved_at != trainer.step and unsaved is None:
+                _save(trainer, store, reporter)
                 saved_at = trainer.step
-                stopping = stopping or stop.agree(trainer.world) is not None  # saving may take long as well
+                continue
+            if trainer.evaluation_due and not stopping:
+                _evaluate(trainer, store, reporter, stop, saved=saved_at == trainer.step)
+                continue
             if finished or stopping:
-                return None
+                return unsaved
             metrics = trainer.train_step()
+        except CheckpointError as error:
+            if not finished:
+                raise
+            unsaved = error
+            continue
         except SAMPLING_ERRORS:  # they leave the state as it was
             if trainer.step > 0 and saved_at != trainer.step:
                 _save(trainer, store, reporter)
@@ -220,6 +220,20 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
                 _save(trainer, store, reporter)
             raise
+
+
+def _evaluate(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal, *, saved: bool) -> None:
+    """Evaluate this step and, where it is `saved`, rate its checkpoint; an evaluation that a signal ends leaves nothing."""
+    reporter.doing("evaluating")
+    try:
+        found = trainer.evaluate(stopped=lambda: stop.received is not None)
+    except EvaluationStopped:
+        return
+    for name, metrics in found.items():
+        reporter.evaluation({**metrics, "step": trainer.step}, name)
+    if saved:
+        evaluated = {"evaluated_at": trainer.evaluated_at, "last_evaluation": trainer.last_evaluation}
+        store.rate(trainer.step, trainer.score, evaluated)
 
 
 def _write_samples(trainer: Trainer, reporter: Reporter) -> None:

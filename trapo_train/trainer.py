@@ -25,7 +25,7 @@ from trapo_train.config import RunConfig
 from trapo_train.continuation import about_dates, set_learning_rate, split_settings, what_changed
 from trapo_train.data import ProblemOrder, load_problems
 from trapo_train.engines import build_engine, ready_to_generate
-from trapo_train.evaluate import evaluation_score, load_eval_sets
+from trapo_train.evaluate import evaluation_score, load_eval_sets, never
 from trapo_train.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.loading import check_token_ids
 from trapo_train.lora import without_lora
@@ -278,11 +278,11 @@ class Trainer:
         every = self.config.evaluation.every
         return self.step >= self.config.steps or (every > 0 and self.step % every == 0)
 
-    def evaluate(self, label: str | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(self, label: str | None = None, stopped: Callable[[], bool] = never) -> dict[str, dict[str, float]]:
         """The metrics of each set of held-out problems (see `held_out`), by its name; leaves all random states as they are. Every
-        rank must call it and gets the same. `label`: in the names of what it writes, by default the step."""
+        rank must call it and gets the same. `label`: in the names of what it writes, by default the step. `stopped`: see there."""
         with keep_generators():  # rewards may draw from them
-            self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}")
+            self.last_evaluation = evaluate_sets(self, label or f"step_{self.step:08d}", stopped)
         self.evaluated_at = self.step
         self.score_before = self.score if self.step == 0 else self.score_before
         return self.last_evaluation
@@ -328,9 +328,9 @@ class Trainer:
         if found is None:
             return False
         step, state = found
-        self.score_before = store.score_before()
         for name in ("step", "evaluated_at", "skipped_in_a_row", "last_metrics", "last_evaluation"):
             setattr(self, name, state[name])
+        self.score_before = store.score_before() if step else self.score
         load_training_state(self.model, self.optimizer, state["training"], store, step)
         for name in ("scheduler", "order", "deferred"):
             getattr(self, name).load_state_dict(state[name])

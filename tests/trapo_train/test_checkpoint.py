@@ -115,6 +115,17 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert CheckpointStore(tmp_path / "none", keep=1).best() is None
 
 
+def test_a_checkpoint_rated_later_takes_the_place_of_the_best_and_knows_its_evaluation(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=True)
+    store.save(1, {}, {}, score=0.5)
+    store.save(2, {"kept": 1, "last": None}, {})
+    assert store.steps() == [1, 2]
+    store.rate(2, 0.9, {"last": {"accuracy": 0.9, "accuracy_stderr": math.nan}})
+    assert store.steps() == [2]
+    state = store.load({})[1]
+    assert state["kept"] == 1 and state["last"]["accuracy"] == 0.9 and math.isnan(state["last"]["accuracy_stderr"])
+
+
 @pytest.mark.parametrize("rated", [False, True], ids=["saved with its score", "rated later"])
 def test_a_score_that_is_not_finite_is_none(tmp_path, rated):
     store = CheckpointStore(tmp_path, keep=1, keep_best=True)

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
 from tests.trapo_train.test_parallel import _torchrun
-from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
-from trapo_train import train
+from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, rows, train_to_end
+from trapo_train import evaluate, train
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.chooser import ChooserError
@@ -83,20 +83,52 @@ def test_a_new_peak_keeps_the_place_in_the_schedule(schedule, options):
         scheduler.step()
 
 
-@pytest.mark.parametrize("at_step", [0, 3, 6])
-def test_a_signal_during_an_evaluation_stops_the_run_there(configure, monkeypatch, at_step):
-    evaluate = Trainer.evaluate
+@pytest.mark.parametrize(("at_step", "call"), [(0, 2), (3, 2), (3, 4), (6, 2), (6, 4)])
+def test_a_signal_during_an_evaluation_ends_it_and_the_run_there(configure, monkeypatch, at_step, call):
+    """Of four engine calls; with the last one the evaluation is whole."""
+    answers, calls = evaluate._answers, []
 
-    def interrupted(trainer):
-        if trainer.step == at_step:
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == at_step // 3 * 4 + call:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(trainer)
+        return answers(*arguments)
 
-    monkeypatch.setattr(Trainer, "evaluate", interrupted)
-    config = configure("run", *EVALUATED, "checkpoint.every=0")
+    settings = (*EVALUATED, "evaluation={every: 3, responses_per_call: 1}", "checkpoint.every=0")
+    whole, config = configure("whole", *settings), configure("run", *settings)
+    train_to_end(whole)
+    monkeypatch.setattr(evaluate, "_answers", interrupted)
     summary = train_to_end(config)
-    assert (summary.steps, summary.interrupted) == (at_step, at_step < 6)
+    assert len(calls) == at_step // 3 * 4 + call
+    assert (summary.steps, summary.interrupted) == (at_step, not (at_step == 6 and call == 4))
     assert CheckpointStore(Path(config.output_dir) / "checkpoints", keep=2).steps() == [at_step]
+    evaluated = [row["step"] for row in rows(config) if row["kind"] == "eval"]
+    assert evaluated == [step for step in (0, 3, 6) if step < at_step or (step == at_step and call == 4)]
+    train_to_end(configure("run", *settings, "checkpoint.resume=true"))
+    assert rows(config) == rows(whole) and exported(config) == exported(whole)
+
+
+@pytest.mark.parametrize("died", ["during", "after"])
+def test_a_run_that_dies_around_an_evaluation_goes_on_from_its_step_and_evaluates_it_once(configure, monkeypatch, died):
+    settings = (*EVALUATED, "checkpoint={every: 3, keep_best: true}")
+    whole, config = configure("whole", *settings), configure("run", *settings)
+    train_to_end(whole)
+    evaluate, steps = Trainer.evaluate, []
+
+    def dying(trainer, **options):
+        steps.append(trainer.step)
+        if died == "during" and steps == [0, 3]:
+            raise OSError("power cut")
+        return evaluate(trainer, **options)
+
+    monkeypatch.setattr(Trainer, "evaluate", dying)
+    with pytest.raises(OSError, match="power cut"):
+        run(config, StopAfter(config.output_dir, 5, OSError("power cut")))
+    assert CheckpointStore(Path(config.output_dir) / "checkpoints", keep=2).steps() == [3]
+    resumed = configure("run", *settings, "checkpoint={every: 3, keep_best: true, resume: true}")
+    train_to_end(resumed)
+    assert steps == ([0, 3, 3, 6] if died == "during" else [0, 3, 6])
+    assert rows(config) == rows(whole) and exported(config) == exported(whole)
 
 
 def test_a_signal_while_the_model_is_written_does_not_stop_that(configure, monkeypatch):
@@ -112,28 +144,29 @@ def test_a_signal_while_the_model_is_written_does_not_stop_that(configure, monke
     assert (Path(config.output_dir) / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("export_fails", [False, True])
-def test_a_last_checkpoint_that_cannot_be_written_does_not_keep_the_model_from_being_written(configure, monkeypatch, export_fails):
-    save = CheckpointStore.save
+@pytest.mark.parametrize(("export_fails", "act"), [(False, "save"), (True, "save"), (False, "rate")])
+def test_a_last_checkpoint_that_cannot_be_written_keeps_the_model_from_nothing(configure, monkeypatch, export_fails, act):
+    done = getattr(CheckpointStore, act)
 
     def full(store, step, *arguments):
         if step == 3:
             raise CheckpointError("checkpoint: No space left on device.")
-        return save(store, step, *arguments)
+        return done(store, step, *arguments)
 
     def no_export(*arguments):
         raise CheckpointError("model: No space left on device.")
 
-    monkeypatch.setattr(CheckpointStore, "save", full)
+    monkeypatch.setattr(CheckpointStore, act, full)
     if export_fails:
         monkeypatch.setattr(train, "export_model", no_export)
-    config = configure("run", "steps=3")
+    config = configure("run", *EVALUATED, "steps=3")
     message = (
         r"model: No space.* Nor could a checkpoint" if export_fails else r"checkpoint: No space.* The trained model is complete"
     )
     with pytest.raises(CheckpointError, match=message):
         train_to_end(config)
     assert (Path(config.output_dir) / "model" / "model.safetensors").is_file() != export_fails
+    assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0, 3]
 
 
 def test_the_model_to_start_from_is_not_replaced(configure):

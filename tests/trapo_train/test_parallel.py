@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.trapo_train.test_step import make_model, make_samples
-from tests.trapo_train.test_train import TINY, build_config
+from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
@@ -321,6 +321,22 @@ def test_ctrl_c_on_torchrun_saves(tmp_path):
     assert output.count("SIGINT: the run saves after this step and stops\n") == 1, output[-3000:]
     (step,) = CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps()
     assert f"Stopped by SIGINT after step {step}" in " ".join(output.split())
+
+
+def signalled(prompts, completions, **columns):
+    """A reward that sends SIGTERM to the second rank, from the first evaluation on."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(completions)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_during_an_evaluation_ends_it_on_all(tmp_path):
+    reward = "reward=tests.trapo_train.test_parallel:signalled"
+    output = _torchrun(2, tmp_path, reward, *EVALUATED, "evaluation={every: 3, responses_per_call: 1}")
+    assert "Stopped by SIGTERM after step 0" in " ".join(output.split())
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps() == [0]
+    assert {row["kind"] for row in read_metrics(tmp_path / "run")} == {"event"}
 
 
 def fails_on_one_rank(prompts, completions, **columns):
