@@ -11,8 +11,6 @@ from typing import Any
 from trapo_train.metrics import Mean
 from trapo_train.workers import Answer, WorkerPool
 
-MATH_TIME_LIMIT_S = 20.0  # for a whole grading; math-verify's own limits usually end it earlier, which counts as a timeout, too
-MATH_MEMORY_LIMIT_MIB = 8192
 FAILED_SHARE = "reward/failed_share/"  # and the name of the reward
 
 
@@ -76,11 +74,12 @@ class MathVerify(Grader):
     """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
 
     None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
-    than `MATH_TIME_LIMIT_S`, or than math-verify's own limit, or crashes the grader earns 0.0 and is counted, and training goes on.
+    than `time_limit_s`, or than math-verify's own limits, which usually end it earlier, or crashes the grader earns 0.0 and is
+    counted, and training goes on.
     """
 
-    def __init__(self) -> None:
-        super().__init__("trapo_train.math_grader", (), MATH_TIME_LIMIT_S, MATH_MEMORY_LIMIT_MIB)
+    def __init__(self, *, time_limit_s: float = 20.0, memory_limit_mib: int = 8192) -> None:
+        super().__init__("trapo_train.math_grader", (), time_limit_s, memory_limit_mib)
         self.__name__ = "math_verify"
 
     def __call__(

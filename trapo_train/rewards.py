@@ -67,7 +67,7 @@ class RewardTerm:
     in_worker: bool = False
     """Call your own function row by row in worker programs: what hangs or crashes there earns 0 and training goes on."""
     time_limit_s: float = 20.0
-    """Seconds that a row may take in a worker, above 0."""
+    """Seconds that a row may take in a worker, above 0. math-verify ends a parse or a comparison after 5 s by itself."""
     memory_limit_mib: int = 8192
     """Address space of a worker in MiB, at least 64."""
 
@@ -83,6 +83,14 @@ class RewardTerm:
             raise UserError(
                 f"in_worker is for your own function, got name {self.name!r}. Leave it out: math_verify grades in workers "
                 "always, and the others cannot hang."
+            )
+        limits = {name: getattr(self, name) for name in ("time_limit_s", "memory_limit_mib")}
+        limits = {name: limit for name, limit in limits.items() if limit != getattr(RewardTerm, name)}
+        if limits and not self.in_worker and self.name != "math_verify":
+            own = "Set in_worker: true, or limit the time in the function itself" if ":" in self.name else "Leave them out"
+            raise UserError(
+                f"time_limit_s and memory_limit_mib are limits of a worker, got {limits} of {self.name!r}, which is called in the "
+                f"process that trains. {own}."
             )
         if self.name != "overlong" and self.options:
             raise UserError(f"options belong to the reward overlong, got {self.options} of {self.name!r}. Leave them out.")
@@ -313,8 +321,11 @@ def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
     for term in terms:
         # Loaded here, a wrong path shows now, for a worker too.
         reward = term.overlong() if term.name == "overlong" else load_reward(term.name)
+        limits = {"time_limit_s": term.time_limit_s, "memory_limit_mib": term.memory_limit_mib}
         if term.in_worker:
-            reward = WorkerReward(term.name, reward, time_limit_s=term.time_limit_s, memory_limit_mib=term.memory_limit_mib)
+            reward = WorkerReward(term.name, reward, **limits)
+        elif term.name == "math_verify":
+            reward = MathVerify(**limits)
         loaded.append((term.name, reward, term.weight))
     return WeightedSum(loaded)
 

@@ -20,7 +20,7 @@ from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
-from trapo_train.grading import FAILED_SHARE, MATH_TIME_LIMIT_S
+from trapo_train.grading import FAILED_SHARE
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
@@ -279,7 +279,7 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
 def _about_failed_gradings(reward: str, share: float) -> str:
     remedy = "Raise its time_limit_s or memory_limit_mib, or try it with in_worker: false"
     if reward == "math_verify":
-        remedy = f"Its time limit is {MATH_TIME_LIMIT_S:g} s: look at the responses in samples/ (tracking.samples_every=1)"
+        remedy = "Look at the responses in samples/ (tracking.samples_every=1), or raise its time_limit_s or memory_limit_mib"
     return f"{share:.0%} of the gradings of {reward} timed out or crashed, and each counts as 0. {remedy}"
 
 

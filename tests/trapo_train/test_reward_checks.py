@@ -1,5 +1,6 @@
 """A reward that cannot be called is refused before anything is sampled; one that failed is not asked again without end."""
 
+import re
 import sys
 import time
 from functools import partial
@@ -14,7 +15,7 @@ from trapo_train.checkpoint import CheckpointError
 from trapo_train.display import read_metrics
 from trapo_train.grading import FAILED_SHARE, MathVerify
 from trapo_train.metrics import merge_metrics
-from trapo_train.rewards import RewardError, judge
+from trapo_train.rewards import RewardError, RewardTerm, judge, load_reward
 from trapo_train.train import _tell
 from trapo_train.trainer import Trainer
 
@@ -132,9 +133,37 @@ def test_each_reward_of_which_half_the_gradings_fail_is_named_and_no_other():
     assert said == [
         "step 1: 50% of the gradings of mine:reward timed out or crashed, and each counts as 0. Raise its time_limit_s or "
         "memory_limit_mib, or try it with in_worker: false",
-        "step 1: 50% of the gradings of math_verify timed out or crashed, and each counts as 0. Its time limit is 20 s: look at "
-        "the responses in samples/ (tracking.samples_every=1)",
+        "step 1: 50% of the gradings of math_verify timed out or crashed, and each counts as 0. Look at the "
+        "responses in samples/ (tracking.samples_every=1), or raise its time_limit_s or memory_limit_mib",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"name": "m:f", "time_limit_s": 5.0},
+            "got {'time_limit_s': 5.0} of 'm:f', which is called in the process that trains. ",
+        ),
+        ({"name": "m:f", "memory_limit_mib": 100}, "got {'memory_limit_mib': 100} of 'm:f'"),
+        ({"name": "exact_match", "time_limit_s": 5.0}, "got {'time_limit_s': 5.0} of 'exact_match'"),
+    ],
+)
+def test_a_limit_that_nothing_reads_is_refused(settings, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RewardTerm(**settings)
+    _, (name, limit) = settings.items()
+    assert getattr(RewardTerm("m:f", in_worker=True, **{name: limit}), name) == limit
+
+
+def test_math_verify_keeps_the_limits_it_is_given():
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra [math])")
+    total = load_reward([RewardTerm("math_verify", time_limit_s=0.01), RewardTerm("exact_match")])
+    grader = total.terms[0][1]
+    slow = " + ".join(f"\\sqrt{{{i}}}" for i in range(2, 200))
+    assert grader(["p"], [f"\\boxed{{{slow}}}"], [slow]) == [0.0]
+    assert grader.take_metrics()["reward/timeouts"] == 1.0
+    assert load_reward([RewardTerm("math_verify")]).terms[0][1](["p"], ["\\boxed{4}"], ["4"]) == [1.0]
 
 
 def test_the_share_of_failed_gradings_is_that_of_all_ranks_and_calls():
