@@ -126,26 +126,30 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object per line, flushed row by row, so that a killed run loses at most one row."""
+    """`metrics.jsonl`: one JSON object per line, written row by row, so that a killed run loses at most one row, and those that
+    wait where the file takes none."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.waiting: list[bytes] = []
+        """Lines that could not be written so far."""
         self._file: Any = None
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row; a torn line left by a killed run is cut off first. Raises OSError with the file and a remedy."""
+        """Add one row, after those that wait; a torn line left by a killed run is cut off first. Raises OSError where they cannot
+        all be written: the others wait for the next call."""
+        self.waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Try again to write what waits. Raises OSError as `append`."""
         try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._cut_torn_line()
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(
-                f"metrics: {self.path} must take a row for every step, got {error}. Free space or make it writable, then continue "
-                "with checkpoint.resume=true."
-            ) from error
+            while self.waiting:
+                self._write(self.waiting[0])
+                del self.waiting[0]
+        except OSError:
+            self.close()  # a part of a line may be there, which is cut off when the file is opened again
+            raise
 
     def rewind(self, step: int, evaluated: bool = True) -> int:
         """Drop every row after `step`, and its evaluation unless it was `evaluated`; return how many. The file is replaced in
@@ -167,6 +171,14 @@ class MetricsLog:
         if file is not None:
             with suppress(OSError):  # of a row that could not be written, which `append` has told
                 file.close()
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
+            self._file = self.path.open("ab", buffering=0)  # a buffer would write what failed once more
+        while line:
+            line = line[self._file.write(line) :]
 
     def _cut_torn_line(self) -> None:
         if self.path.exists():
@@ -240,7 +252,7 @@ class Reporter:
     def step(self, metrics: dict[str, Any]) -> None:
         """Record one training step; `metrics` holds at least "step" (counted from 1)."""
         step = int(metrics["step"])
-        self.log.append(metrics_row("train", step, metrics))
+        self._record(metrics_row("train", step, metrics))
         self._track(step, metrics, "")
         self._last_step = step
         self._steps_seen += 1
@@ -258,7 +270,7 @@ class Reporter:
         """
         step = int(metrics.get("step", self._last_step))
         row = metrics_row("eval", step, {"set": name, **metrics} if name else metrics)
-        self.log.append(row)
+        self._record(row)
         self._track(step, metrics, f"eval/{name}/" if name else "eval/")
         self._say(f"{step:>6}  {name or 'held-out'} {evaluation_line(row)}", "cyan")
         if self._progress is not None:
@@ -266,7 +278,7 @@ class Reporter:
 
     def event(self, text: str) -> None:
         """Record something worth reading later: a checkpoint, a skipped step, a resume."""
-        self.log.append(metrics_row("event", self._last_step, {"text": text}))
+        self._record(metrics_row("event", self._last_step, {"text": text}))
         self._say(text, "dim")
 
     def finish(self, summary: RunSummary) -> None:
@@ -286,13 +298,29 @@ class Reporter:
             self._say(f"metrics: dropped {dropped} rows after step {step}, they are computed again", "dim")
 
     def close(self) -> None:
-        """Restore the terminal and close the file."""
+        """Restore the terminal and close the file; rows that it still does not take are told."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         if self._trackers is not None:
             self._trackers.close()
+        try:
+            self.log.write_waiting()
+        except OSError as error:
+            self._say(f"metrics: {len(self.log.waiting)} rows could not be written to {self.log.path} and are lost: {error}")
+            self.log.waiting.clear()
         self.log.close()
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """Write a row; where that fails, it is told once, and the row waits for the next: the training is worth more."""
+        try:
+            self.log.append(row)
+        except OSError as error:
+            if len(self.log.waiting) == 1:
+                self.event(
+                    f"metrics: {self.log.path} must take a row for every step, got {error}. Free space or make it writable: until "
+                    "then training goes on, and rows wait in memory"
+                )
 
     def _track(self, step: int, metrics: dict[str, Any], prefix: str) -> None:
         if self._trackers is not None:

@@ -192,15 +192,40 @@ def test_samples_that_cannot_be_written_cost_no_step(tmp_path, caplog):
     assert "the responses of the evaluation could not be written: [Errno" in caplog.text
 
 
-def test_metrics_that_cannot_be_written_name_the_file_and_the_remedy(tmp_path):
+def test_metrics_that_cannot_be_written_wait_until_they_can(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"kind": "train", "step": 1})
-    message = r"metrics: .*metrics.jsonl must take a row for every step, got .*File too large.*continue with checkpoint.resume=true"
     with file_size_limit(64):
-        with pytest.raises(OSError, match=message):
-            log.append({"kind": "train", "step": 2, "text": "x" * 100})
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                log.append({"kind": "train", "step": step, "text": "x" * 100})
         log.close()  # without a second error
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    log.append({"kind": "train", "step": 4})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4] and not log.waiting
+
+
+@pytest.mark.parametrize("until", [4, 100])
+def test_metrics_that_cannot_be_written_cost_no_step(until, tmp_path, monkeypatch, capsys):
+    """Those of steps 2 and 3 are written with step 4, or with none."""
+    write, step = MetricsLog._write, 0
+
+    def full(log, line):
+        nonlocal step
+        step = max(step, json.loads(line)["step"], json.loads(log.waiting[-1])["step"])
+        if 2 <= step < until:
+            raise OSError(28, "No space left on device")
+        write(log, line)
+
+    monkeypatch.setattr(MetricsLog, "_write", full)
+    config = build_config(tmp_path, "run", "steps=5", "checkpoint.every=0")
+    assert train_to_end(config).steps == 5 and (tmp_path / "run" / "model").is_dir()
+    found = read_metrics(config.output_dir)
+    assert [row["step"] for row in found if row["kind"] == "train"] == ([1, 2, 3, 4, 5] if until == 4 else [1])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("metrics.jsonl must take a row for every step, got [Errno 28] No space left on device. Free space") == 1
+    assert sum("must take a row" in row.get("text", "") for row in found) == (until == 4)
+    assert ("rows could not be written to" in said) == (until == 100)
 
 
 def test_the_configuration_of_a_run_is_whole_or_what_it_was(tmp_path, monkeypatch):
