@@ -45,7 +45,8 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All destinations of a run. One that fails is left out from then on, with a warning: it must not end the training.
+    """All destinations of a run. One that fails, from its start on, is left out from then on, with a warning: it must not end the
+    training.
 
     Raises: MissingPackage naming the extra, when it is made, for a tracker that is not installed.
     """
@@ -55,10 +56,15 @@ class Trackers:
         name = config.name or output_dir.name
         self._trackers: dict[str, Tracker] = {}
         for tracker in config.to:
-            if tracker == "tensorboard":
-                self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard")
-            else:
-                self._trackers[tracker] = _Hosted(tracker, config.project, name, output_dir, settings)
+            try:
+                if tracker == "tensorboard":
+                    self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard")
+                else:
+                    self._trackers[tracker] = _Hosted(tracker, config.project, name, output_dir, settings)
+            except MissingPackage:
+                raise
+            except Exception as error:  # whatever a service does, the run goes on
+                _warn(tracker, error)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Record the numbers among `metrics`; texts and lists stay in metrics.jsonl."""
@@ -75,7 +81,7 @@ class Trackers:
             try:
                 act(tracker)
             except Exception as error:  # whatever a service does, the run goes on
-                logger.warning("tracking: %s failed and is left out from here on: %s: %s", name, type(error).__name__, error)
+                _warn(name, error)
                 del self._trackers[name]
 
 
@@ -84,6 +90,10 @@ def check_installed(config: TrackingConfig) -> None:
     for name in config.to:
         if sys.modules.get(name) is None and find_spec(name) is None:
             raise MissingPackage(_needs(name))
+
+
+def _warn(name: str, error: Exception) -> None:
+    logger.warning("tracking: %s failed and is left out from here on: %s: %s", name, type(error).__name__, error)
 
 
 def _needs(package: str) -> str:

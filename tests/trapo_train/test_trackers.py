@@ -72,6 +72,20 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(monkeypatch, tmp_path
     assert caplog.text.count("wandb failed and is left out from here on: ConnectionError: the service is down") == 1
 
 
+def test_a_service_that_is_away_when_a_run_starts_ends_nothing(monkeypatch, configure, caplog):
+    def away(**options):
+        raise TimeoutError("initialization timed out")
+
+    _stand_in("wandb", monkeypatch)
+    monkeypatch.setattr(sys.modules["wandb"], "init", away)
+    works = _stand_in("trackio", monkeypatch)
+    config = configure("run", "tracking.to=[wandb, trackio]", "steps=2")
+    assert train_to_end(config).steps == 2
+    assert [call[1] for call in works if call[0] == "log"] == [1, 2]
+    assert caplog.text.count("wandb failed and is left out from here on: TimeoutError: initialization timed out") == 1
+    assert not Path(config.output_dir, "wandb_run_id").exists()
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_package_names_its_extra_before_anything_is_written(name, monkeypatch, tmp_path, configure):
     monkeypatch.setitem(sys.modules, name, None)
