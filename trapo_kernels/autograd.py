@@ -43,6 +43,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     Where the graph is not retained nobody reads `grad` again: it is scaled in its place, or not at all where upstream is 1. A GPU
     multiplies and rounds in one pass instead, which a CPU has not.
     """
+    grad = grad.detach()  # an output of the op, which would take its graph along
     traced = type(grad) is not Tensor  # torch.compile: what a tensor holds is not known, and the graph may run again
     one_pass = grad.dtype != dtype and grad.device.type != "cpu"
     if traced or torch._C._autograd._get_current_graph_task_keep_graph() or one_pass:

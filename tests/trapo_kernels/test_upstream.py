@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import autograd, dispatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import autograd, dispatch, linear_logprob, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.backends import triton_ops
 from trapo_kernels.backends.triton_ops import scale
 
@@ -57,6 +57,24 @@ def test_gradients_in_their_dtype_are_handed_out_as_they_are(dtype, monkeypatch)
     loss = linear_policy_loss(hidden, weight, cases.batch(20, 30, torch.float32), objectives.trapo()).loss
     assert all(grad.dtype == dtype for grad in torch.autograd.grad(loss, (hidden, weight)))
     assert handed_out == [True, dtype == torch.float32]
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_a_gradient_is_no_part_of_a_graph(backend, dtype, factor, retained):
+    hidden, weight, bias = cases.head(20, 6, 30, dtype)
+    b, out = cases.batch(20, 30, torch.float32), []
+    passed = hidden * 1  # whose hook sees the gradient before it is accumulated
+    passed.register_hook(out.append)
+    policy = linear_policy_loss(passed, weight, b, objectives.trapo(), bias=bias, backend=backend).loss
+    scored = linear_logprob(hidden, weight, b.target, with_entropy=True, bias=bias, backend=backend)
+    given = policy_loss(scored.logprob, scored.entropy, b, objectives.trapo(entropy_coef=0.1), backend=backend).loss
+    for loss in (policy, given):
+        out += torch.autograd.grad(factor * loss, (hidden, weight, bias), retain_graph=retained)
+    assert len(out) == 7 and all(grad.any() for grad in out)
+    assert not any(grad.requires_grad or grad.grad_fn for grad in out)
 
 
 @pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
