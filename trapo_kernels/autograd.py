@@ -37,7 +37,7 @@ def _refuse_batched(op: str, *grads: Tensor | None) -> None:
         )
 
 
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """upstream · grad, multiplied in fp32, then rounded to `dtype`; the upstream gradient stays on its device.
 
     Where the graph is not retained nobody reads `grad` again: it is scaled in its place, or not at all where upstream is 1. A GPU
@@ -48,7 +48,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     one_pass = grad.dtype != dtype and grad.device.type != "cpu"
     if traced or torch._C._autograd._get_current_graph_task_keep_graph() or one_pass:
         return torch.mul(grad, upstream.view([1] * grad.ndim), out=torch.empty_like(grad, dtype=dtype))
-    dispatch.scale_(grad, upstream)
+    dispatch.scale_(grad, upstream, backend)
     return grad.to(dtype)
 
 
@@ -254,7 +254,7 @@ def _(*args):
 
 def _linear_policy_loss_setup(ctx, inputs, output):
     given = LinearPolicyLoss(*inputs)
-    ctx.needs = given.needs
+    ctx.needs, ctx.backend = given.needs, given.backend
     ctx.dtypes = [None if x is None else x.dtype for x in _head(given)]
     _, _, _, *grads = output
     ctx.save_for_backward(*grads)
@@ -268,7 +268,7 @@ def _linear_policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return tuple(none)
     hidden, weight, bias, lora_a, lora_b = (
-        _scaled(grad, grad_loss, dtype) if need else None
+        _scaled(grad, grad_loss, dtype, ctx.backend) if need else None
         for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     )
     return tuple(none._replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))

@@ -32,7 +32,7 @@ def _policy_arguments(backend):
     return hidden, weight, bias, None, None, b.target, streams, b.active_rows, None, *settings
 
 
-def _scaled_out_of_place(grad, upstream, dtype):
+def _scaled_out_of_place(grad, upstream, dtype, backend):
     return (grad * upstream).to(dtype)
 
 

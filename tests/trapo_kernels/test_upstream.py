@@ -1,7 +1,10 @@
 """The upstream gradient costs nothing where it is 1, and is multiplied in fp32 where it is not."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.trapo_kernels import cases
 from trapo_kernels import autograd, dispatch, linear_logprob, linear_policy_loss, objectives, policy_loss
@@ -21,7 +24,7 @@ def test_a_factor_of_one_touches_nothing(num_elements, monkeypatch):
     assert (grad.view(torch.int32) != SIGNALLING_NAN).all() and grad.isnan().all()
 
 
-@pytest.mark.parametrize("scaling", [triton_ops.scale_, dispatch.scale_])
+@pytest.mark.parametrize("scaling", [triton_ops.scale_, *(partial(dispatch.scale_, backend=name) for name in cases.CHUNKED)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factor", [1.0, 1 / 3, -1.0, 0.0])
 def test_every_element_is_multiplied_in_fp32_and_rounded_once(scaling, dtype, factor, monkeypatch):
@@ -33,6 +36,26 @@ def test_every_element_is_multiplied_in_fp32_and_rounded_once(scaling, dtype, fa
         torch.testing.assert_close(grad, expected, rtol=torch.finfo(dtype).eps, atol=0)
     else:
         assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
+def test_on_a_gpu_only_triton_launches_triton(backend, monkeypatch):
+    """Who names another may have no C compiler, which Triton wants."""
+    launched = []
+    monkeypatch.setattr(triton_ops, "scale_", lambda *_: launched.append("triton"))
+    with FakeTensorMode():
+        grad, factor = torch.ones(5, 7, device="cuda"), torch.ones((), device="cuda")
+        dispatch.scale_(grad, factor, backend)
+    assert launched == ["triton"] * (backend == "triton")
+    assert grad._version == (backend != "triton")  # in place
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_a_backward_scales_with_the_backend_of_its_call(backend, monkeypatch):
+    named, hidden, weight = [], *cases.head(20, 6, 30, torch.float32)[:2]
+    monkeypatch.setattr(dispatch, "scale_", lambda grad, factor, backend: named.append(backend))
+    linear_policy_loss(hidden, weight, cases.batch(20, 30, torch.float32), objectives.trapo(), backend=backend).loss.backward()
+    assert named == [backend] * 2
 
 
 def test_no_gradient_of_an_empty_batch_is_scaled():
