@@ -102,7 +102,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
     num_rows, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
     if num_rows == 0:
-        return RowStatistics(*(torch.zeros(0, device=hidden.device) for _ in RowStatistics._fields))
+        return RowStatistics(*(torch.zeros(0, dtype=torch.float32, device=hidden.device) for _ in RowStatistics._fields))
     if hidden.device.type == "cpu":  # triton 3.9's interpreter multiplies the bit patterns of bf16 as integers
         hidden, weight = hidden.float(), weight.float()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -111,7 +111,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
     row_blocks, tiles = triton.cdiv(num_rows, tile["BLOCK_N"]), triton.cdiv(vocab_size, tile["BLOCK_V"])
     tiles_per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(MIN_PROGRAMS, row_blocks)))
     splits = triton.cdiv(tiles, tiles_per_split)
-    partial = torch.empty(4, splits, num_rows, device=hidden.device)  # row_max, others, moment, z_target
+    partial = torch.empty(4, splits, num_rows, dtype=torch.float32, device=hidden.device)  # row_max, others, moment, z_target
     with torch.cuda.device_of(hidden):  # where Triton launches; nothing on a CPU
         fused_scoring_kernel[(row_blocks * splits,)](
             hidden, hidden.stride(0), weight, weight.stride(0), target.contiguous(), *partial.unbind(),
