@@ -203,7 +203,8 @@ def test_readme_grpo_of_two_ranks_is_that_of_all_sequences(name):
         exec("".join(_readme_python()[i] for i in (1, 3)), names)
         merged.append(names["metrics"])
     for weight, exact in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight.grad / 2, exact, rtol=1e-4, atol=1e-6)  # the mean over ranks, as DDP takes it
+        mean = weight.grad / 2  # over ranks, as DDP takes it
+        torch.testing.assert_close(mean, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
     whole = trapo_kernels.merged_metrics(merged)
     assert whole["rollout/count"] == mask.sum()
     torch.testing.assert_close(whole["rollout/ratio"].float(), ratio[mask > 0].mean().detach())

@@ -262,7 +262,7 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
     outside it gives that row a NaN logprob. Where V is the sum over the ranks of a process group (None here), `shared_target` has
     it."""
     vector(where, "target", value, num_rows, device, (torch.int64,))
-    if vocab_size is None or value.numel() == 0 or not may_look(value):
+    if vocab_size is None or not may_look(value) or value.numel() == 0:
         return
     low, high = int(value.min()), int(value.max())
     bad = (value < 0) & (value != IGNORE_INDEX) | (value >= vocab_size)

@@ -9,7 +9,17 @@ import torch._dynamo.testing
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trapo_kernels import cases
-from trapo_kernels import autograd, linear_logprob, linear_policy_loss, objectives, policy_loss, terms, token_logprob
+from trapo_kernels import (
+    Role,
+    TokenBatch,
+    autograd,
+    linear_logprob,
+    linear_policy_loss,
+    objectives,
+    policy_loss,
+    terms,
+    token_logprob,
+)
 from trapo_kernels.backends import triton_ops
 
 
@@ -67,6 +77,29 @@ def test_compile_fullgraph_gives_the_same_bits(backend):
     eager = cases.gradients(step(hidden, weight), (hidden, weight))
     for ours, expected in zip(cases.gradients(compiled(hidden, weight), (hidden, weight)), eager, strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_compile_fullgraph_of_as_many_rows_as_have_a_target():
+    """Their number is in the data, so no rule may branch on it; nor in token_logprob, whose logits are of those rows."""
+    hidden, weight, _ = cases.head(12, 5, 20, torch.float32)
+    target = torch.arange(12, device=cases.DEVICE)
+    target[::3] = -100
+
+    def step(h, w, target):
+        rows = (target != -100).nonzero().squeeze(1)
+        h, target = h[rows], target[rows]
+        role = torch.full_like(target, Role.EXPERT, dtype=torch.uint8)
+        batch = TokenBatch(target, role, None, torch.ones_like(target, dtype=torch.float32))
+        loss = linear_policy_loss(h, w, batch, objectives.sft()).loss
+        return loss + linear_logprob(h, w, target).logprob.sum() + token_logprob(h @ w.T, target).logprob.sum()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        ours = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden, weight, target)
+        found = torch.autograd.grad(ours, (hidden, weight))
+    eager = step(hidden, weight, target)
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(found, torch.autograd.grad(eager, (hidden, weight)))
 
 
 @pytest.mark.slow
