@@ -14,6 +14,7 @@ The embedded engine loops over the model's forward pass itself. What transformer
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -85,6 +86,17 @@ class SamplingParams:
 
 class EngineError(RuntimeError):
     """An engine that is down, too slow, or answers what cannot be used; nothing of the step has been trained."""
+
+
+def finite_logprobs(where: str, logprobs: Sequence[float | None]) -> tuple[float, ...]:
+    """The logprobs of a completion that vLLM returned; EngineError for one that is NaN, infinite, or null as JSON has these."""
+    for place, logprob in enumerate(logprobs):
+        if logprob is None or not math.isfinite(logprob):
+            raise EngineError(
+                f"{where}: the logits of vLLM are not finite: token {place} has the logprob {logprob}. Look for NaN in the weights "
+                "that it was given, and have it compute in bfloat16 or float32 where float16 overflows."
+            )
+    return tuple(map(float, logprobs))
 
 
 class Stream(Protocol):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_train.draws import request_key
-from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
+from trapo_train.engine import EngineError, SamplingParams, SeededEngine, finite_logprobs, stop_ids
 from trapo_train.random_states import keep_generators
 from trapo_train.records import Completion
 from trapo_train.schema import UserError, check
@@ -245,7 +245,7 @@ def _completion(output: Any) -> Completion:
             f"and {len(entries)} logprobs."
         )
     logprobs = [entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=True)]
-    return Completion(tuple(token_ids), tuple(logprobs), reason)
+    return Completion(tuple(token_ids), finite_logprobs("vllm", logprobs), reason)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import socket
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from trapo_train.draws import request_key
-from trapo_train.engine import EngineError, SamplingParams, SeededEngine, stop_ids
+from trapo_train.engine import EngineError, SamplingParams, SeededEngine, finite_logprobs, stop_ids
 from trapo_train.records import Completion
 from trapo_train.schema import check
 
@@ -213,7 +212,8 @@ def _read_completion(answer: Any, max_tokens: int) -> Completion:
         token_ids, reason = choice["token_ids"], choice["finish_reason"]
         logprobs = choice["logprobs"]["token_logprobs"]
         fits = reason in ("stop", "length") and 0 < len(token_ids) == len(logprobs) <= max_tokens
-        fits = fits and all(isinstance(token_id, int) for token_id in token_ids) and all(map(math.isfinite, logprobs))
+        fits = fits and all(isinstance(token_id, int) for token_id in token_ids)
+        fits = fits and all(isinstance(logprob, float | int | None) for logprob in logprobs)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(
             f"vllm_server: an answer must hold one choice with token_ids, finish_reason and logprobs, got {str(answer)[:300]}. "
@@ -221,8 +221,8 @@ def _read_completion(answer: Any, max_tokens: int) -> Completion:
         ) from error
     if not fits:
         raise EngineError(
-            f"vllm_server: an answer must hold 1 to {max_tokens} tokens with a logprob each, a finite number, and end by stop or "
-            f"length, got {len(token_ids)} tokens, {len(logprobs)} logprobs and {reason!r}."
+            f"vllm_server: an answer must hold 1 to {max_tokens} tokens with a logprob each and end by stop or length, "
+            f"got {len(token_ids)} tokens, {len(logprobs)} logprobs and {reason!r}."
         )
     if reason == "length" and len(token_ids) < max_tokens:
         raise EngineError(
@@ -231,7 +231,7 @@ def _read_completion(answer: Any, max_tokens: int) -> Completion:
             "max_new_tokens in --override-generation-config, and where the model's generation_config.json has one with "
             "--generation-config vllm."
         )
-    return Completion(tuple(token_ids), tuple(map(float, logprobs)), reason)
+    return Completion(tuple(token_ids), finite_logprobs("vllm_server", logprobs), reason)
 
 
 class _Weights:

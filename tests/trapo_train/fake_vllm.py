@@ -156,6 +156,8 @@ def spoil(answer, fault):
         logprobs.pop()
     if fault == "not a number":
         logprobs[0] = float("nan")
+    if fault == "null":
+        logprobs[0] = None
     if fault == "no ids":
         del choice["token_ids"]
     if fault == "no logprobs":

@@ -302,6 +302,10 @@ def test_where_vllm_fails_to_load_a_weight_the_others_are_put_together_all_the_s
         (lambda answer: answer.logprobs.pop(), "2 tokens and 1 logprobs"),
         (lambda answer: setattr(answer, "logprobs", None), "2 tokens and 0 logprobs"),
         (lambda answer: answer.token_ids.clear(), "0 tokens"),
+        (
+            lambda answer: setattr(answer.logprobs[1][answer.token_ids[1]], "logprob", float("nan")),
+            "vllm: the logits of vLLM are not finite: token 1 has the logprob nan. Look for NaN in the weights",
+        ),
     ],
 )
 def test_outputs_that_cannot_be_used_are_errors(vllm, tmp_path, spoil, message):
