@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 def everything(report: Report, until: float, scratch: Path) -> None:
     """All tests, the sanitizers and the doctor until then, the report written anew every few seconds."""
     records = {job: scratch / f"{number}.jsonl" for number, job in enumerate(jobs(TESTS))}
-    why_not = native.why_not("cuda")
+    why_not = native.why_not("cuda") or native.why_no_code(torch.device("cuda"))
     tool = None if why_not else _sanitizer()
     outputs = {name: scratch / f"{name}.txt" for name in SANITIZED} if tool else {}
     if tool is None:

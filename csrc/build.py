@@ -1,8 +1,8 @@
 """Builds the native backend: the CPU part where there is a compiler, the CUDA part too with TRAPO_CUDA=1 and nvcc.
 
     pip install .                               CPU part, in seconds
-    TRAPO_CUDA=1 pip install .                  CUDA part too, for sm_80, sm_90a and sm_100
-    TRAPO_CUDA=1 TRAPO_CUDA_ARCHS=90a pip install .     for the architectures named
+    TRAPO_CUDA=1 pip install .                  CUDA part too, for sm_80 to sm_89, sm_90a, sm_100 and later
+    TRAPO_CUDA=1 TRAPO_CUDA_ARCHS="90a 120" pip install .     for the architectures named
     TRAPO_SANITIZE=1 pip install .              with the address and undefined-behaviour sanitizers
     TRAPO_NATIVE=0 pip install .                no native backend
     TRAPO_WERROR=1 pip install .                warnings are errors, as in the Makefile; off for compilers that nobody has tried
@@ -13,6 +13,7 @@ trapo_kernels/_native_build.txt. The sources and this class are named in pyproje
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 CUDA_SOURCES = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI of that version is all that the sources use
-CUDA_ARCHS = "80 90a 100"
+CUDA_ARCHS = "80 90a 100+PTX"  # +PTX: for later ones too, whose driver compiles it when it is first used
 REASON_FILE = "_native_build.txt"
 _STRICT = ["-Werror"] if os.environ.get("TRAPO_WERROR") == "1" else []
 
@@ -88,11 +89,10 @@ class BuildNative(build_ext):
 
     def _cuda_objects(self, torch: Path, macros: list[str]) -> list[str]:
         archs = (os.environ.get("TRAPO_CUDA_ARCHS") or CUDA_ARCHS).split()
-        if "90" in archs:
-            raise RuntimeError("TRAPO_CUDA_ARCHS must name 90a, whose instructions the Hopper kernel needs, got 90. Write 90a.")
-        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        targets = [gencode(arch) for arch in archs]
         changed = max(file.stat().st_mtime for file in Path("csrc").rglob("*") if file.is_file())
         command = [nvcc(), "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", *targets, *macros, "-DUSE_CUDA"]
+        command += [f"-DTRAPO_CUDA_ARCHS={'_'.join(archs)}"]
         command += ["-isystem", str(torch / "include"), *(["-Werror", "all-warnings"] if _STRICT else [])]
         objects, running = [], []
         for source in CUDA_SOURCES:
@@ -104,6 +104,21 @@ class BuildNative(build_ext):
         for process in [process for process in running if process.wait() != 0]:
             raise subprocess.CalledProcessError(process.returncode, process.args)
         return objects
+
+
+def gencode(arch: str) -> str:
+    """nvcc's option for one entry of TRAPO_CUDA_ARCHS."""
+    known = re.fullmatch(r"(\d{2,3}a?)(\+PTX)?", arch)
+    if known is None:
+        raise RuntimeError(
+            f"TRAPO_CUDA_ARCHS must name architectures such as 80, 90a or 120+PTX, got {arch}. Separate them by spaces."
+        )
+    number, ptx = known.groups()
+    if number == "90":
+        raise RuntimeError("TRAPO_CUDA_ARCHS must name 90a, whose instructions the Hopper kernel needs, got 90. Write 90a.")
+    if ptx and (number.endswith("a") or int(number) < 100):  # what is of 90a runs nowhere else; what is of 80 has no clusters
+        raise RuntimeError(f"TRAPO_CUDA_ARCHS must have +PTX at 100 or later, without an a, got {arch}. Write {number}.")
+    return f"-gencode=arch=compute_{number},code=" + (f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}")
 
 
 def nvcc() -> str:

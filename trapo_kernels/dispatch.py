@@ -73,14 +73,19 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, scoring: Sco
     if dtype == torch.float64:
         return 'its statistics are fp32 and the inputs are float64; backend="torch" and "reference" compute in fp64.'
     if backend == "native_fused":
-        return _why_no_wgmma(device, dtype) or native.why_not(device.type) or _why_not_fused(backend, scoring)
+        return _why_no_wgmma(device, dtype) or _why_not_native(device) or _why_not_fused(backend, scoring)
     if backend == "native":
-        return native.why_not(device.type)
+        return _why_not_native(device)
     if not _HAS_TRITON:
         return "the package triton is not installed; pip install triton."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
     return _why_not_fused(backend, scoring)
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    """None where the native extension runs on `device`, else a sentence with the reason."""
+    return native.why_not(device.type) or (native.why_no_code(device) if device.type == "cuda" else None)
 
 
 def _why_no_wgmma(device: torch.device, dtype: torch.dtype) -> str | None:

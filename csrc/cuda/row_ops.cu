@@ -1,5 +1,7 @@
 // The CUDA implementations of the row schemas in csrc/ops.cpp: argument checks and the choice of kernel.
 
+#include <string>
+
 #include "check.h"
 #include "row_kernels.cuh"
 
@@ -179,3 +181,13 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_native, CUDA, m) {
   m.impl("row_policy", TORCH_BOX(&trapo::row_policy));
   m.impl("token_coefficient", TORCH_BOX(&trapo::token_coefficient));
 }
+
+#ifdef TRAPO_CUDA_ARCHS  // by csrc/build.py: what this was compiled for, such as 80_90a_100+PTX
+#define TRAPO_QUOTED(x) #x
+#define TRAPO_STRING(x) TRAPO_QUOTED(x)
+
+static std::string cuda_archs() { return TRAPO_STRING(TRAPO_CUDA_ARCHS); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trapo_native, m) { m.def("cuda_archs() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) { m.impl("cuda_archs", TORCH_BOX(&cuda_archs)); }
+#endif

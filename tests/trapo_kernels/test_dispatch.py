@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import scoring_table
+from csrc import build
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, dispatch, doctor, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native, triton_ops
@@ -33,6 +34,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(dispatch, "_gpu_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(major=9, minor=0))
     monkeypatch.setitem(native._WHY_NOT, "cuda", None)
+    monkeypatch.setattr(native, "_CUDA_ARCHS", tuple(build.CUDA_ARCHS.split()))
     return table
 
 
@@ -110,6 +112,33 @@ def test_the_wgmma_kernel_has_one_dtype_and_one_gpu(measured, monkeypatch, capab
     assert healthy and verdict.startswith("runs:" if capability == (9, 0) else "missing: its kernel is for sm_90 GPUs")
     if dtype == torch.bfloat16:
         assert _auto(4096) == ("native_fused" if reason is None else "triton_fused")
+
+
+@pytest.mark.parametrize(
+    ("archs", "there", "missing"),
+    [
+        (build.CUDA_ARCHS, ["80", "86", "89", "90", "100", "103", "110", "120", "121"], ["75"]),
+        ("80 90a 100", ["80", "89", "90", "100", "103"], ["75", "120"]),
+        ("90a", ["90"], ["80", "100", "120"]),
+        ("89 120", ["89", "120", "121"], ["80", "86", "90", "100"]),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_that_the_extension_was_not_compiled_for_has_a_sentence(measured, monkeypatch, archs, there, missing, compiled):
+    monkeypatch.setattr(native, "_CUDA_ARCHS", tuple(archs.split()))
+
+    def reason(x):
+        return x + (dispatch.why_not("native", CUDA, torch.float32) is not None)
+
+    for capability in there + missing:
+        gpu = SimpleNamespace(major=int(capability[:-1]), minor=int(capability[-1]))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None, gpu=gpu: gpu)
+        torch._dynamo.reset()
+        run = torch.compile(reason, fullgraph=True, backend="eager") if compiled else reason
+        assert bool(run(torch.zeros(1))) == (capability in missing), capability
+    sentence = f"and this GPU is sm_{capability}. Install trapo with TRAPO_CUDA=1 TRAPO_CUDA_ARCHS={capability}."
+    assert sentence in dispatch.why_not("native", CUDA, torch.float32)
+    assert doctor._verdict("native", CUDA) == (f"missing: {dispatch.why_not('native', CUDA, torch.float32)}", True)
 
 
 WHOLE = (

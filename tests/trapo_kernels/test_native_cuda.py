@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from csrc.build import CUDA_ARCHS, gencode
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -89,6 +91,30 @@ def test_target_gradient_keeps_its_digits_as_p_approaches_one(host):
     host.row(_pointer(logits), 3, 0, zero, one, 1, one, zero, _pointer(statistics), _pointer(gradient))
     truth = 1 - torch.softmax(logits.double(), 0)[0]
     assert abs(gradient[0] - truth) / truth < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arch", "option"),
+    [
+        ("90a", "-gencode=arch=compute_90a,code=sm_90a"),
+        ("100+PTX", "-gencode=arch=compute_100,code=[sm_100,compute_100]"),
+        ("90", "must name 90a"),
+        ("90a+PTX", r"must have \+PTX at 100 or later, without an a, got 90a\+PTX. Write 90a."),
+        ("80+PTX", r"must have \+PTX at 100 or later, without an a, got 80\+PTX. Write 80."),
+        ("sm_80", "must name architectures such as 80, 90a or 120.PTX, got sm_80"),
+        ("80,90a", "got 80,90a. Separate them by spaces"),
+    ],
+)
+def test_an_architecture_is_compiled_for_or_refused(arch, option):
+    if option.startswith("-"):
+        assert gencode(arch) == option
+    else:
+        with pytest.raises(RuntimeError, match=option):
+            gencode(arch)
+
+
+def test_the_cuda_part_tells_what_it_was_compiled_for(host_gpu_library):
+    assert host_gpu_library.ops.cuda_archs().split("_") == CUDA_ARCHS.split()
 
 
 @pytest.mark.skipif(

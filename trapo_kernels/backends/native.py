@@ -18,6 +18,7 @@ from trapo_kernels.objective import Objective
 _LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 _REASON = Path(__file__).parents[1] / "_native_build.txt"
 _OPS = torch.ops.trapo_native
+_OLDER = "the native extension is older than this package. Install trapo again."
 
 
 def _load() -> str | None:
@@ -32,13 +33,13 @@ def _load() -> str | None:
     except OSError as error:
         return f"the native extension does not load: {error}. Install trapo again under this version of torch."
     if not hasattr(_OPS, "gemm"):  # the newest of its ops
-        return "the native extension is older than this package. Install trapo again."
+        return _OLDER
     return None
 
 
 def _missing_kernels(device_type: str) -> str | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("trapo_native::row_policy", device_type.upper()):
-        return None
+        return None if device_type == "cpu" or hasattr(_OPS, "cuda_archs") else _OLDER
     remedy = " Install trapo with TRAPO_CUDA=1 and nvcc." if device_type == "cuda" else ""
     return f"the native extension was built without kernels for {device_type}.{remedy}"
 
@@ -46,6 +47,8 @@ def _missing_kernels(device_type: str) -> str | None:
 _NOT_LOADED = _load()
 # Found out at import, so that choosing a backend inside torch.compile reads a constant.
 _WHY_NOT = {device_type: _NOT_LOADED or _missing_kernels(device_type) for device_type in ("cpu", "cuda")}
+# What the CUDA part was compiled for, as TRAPO_CUDA_ARCHS names it; () where there is none.
+_CUDA_ARCHS: tuple[str, ...] = () if _WHY_NOT["cuda"] else tuple(_OPS.cuda_archs().split("_"))
 # What multiplies bf16 operands on this CPU: "AMX", "AVX512_BF16", or "" where nothing does.
 BF16_UNITS: str = "" if _NOT_LOADED else _OPS.bf16_units()
 
@@ -53,6 +56,24 @@ BF16_UNITS: str = "" if _NOT_LOADED else _OPS.bf16_units()
 def why_not(device_type: str) -> str | None:
     """None when the extension is there and has kernels for `device_type`, else a sentence with the reason."""
     return _WHY_NOT.get(device_type, f"the native extension has no kernels for {device_type}.")
+
+
+def why_no_code(gpu: torch.device) -> str | None:
+    """None where this GPU is one that the extension was compiled for, else a sentence with the reason."""
+    properties = torch.cuda.get_device_properties(gpu)  # a constant to torch.compile
+    major, minor = properties.major, properties.minor
+    for arch in _CUDA_ARCHS:
+        number = arch.removesuffix("+PTX")
+        built = divmod(int(number.removesuffix("a")), 10)
+        if (major, minor) == built:
+            return None
+        if (major, minor) > built and not number.endswith("a") and (major == built[0] or number != arch):
+            return None
+    needed = f"{major}{minor}a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    return (
+        f"the native extension was compiled for {', '.join(f'sm_{arch}' for arch in _CUDA_ARCHS)} and this GPU is "
+        f"sm_{major}{minor}. Install trapo with TRAPO_CUDA=1 TRAPO_CUDA_ARCHS={needed}."
+    )
 
 
 def instruction_set() -> str:

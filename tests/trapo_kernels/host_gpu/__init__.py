@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from csrc.build import OLDEST_TORCH, torch_directory
+from csrc.build import CUDA_ARCHS, OLDEST_TORCH, torch_directory
 from trapo_kernels.backends import native
 
 HERE = Path(__file__).parent
@@ -56,6 +56,7 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
     command += [
         f"-Dtrapo_native={namespace}",
         f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
+        f"-DTRAPO_CUDA_ARCHS={CUDA_ARCHS.replace(' ', '_')}",
         "-isystem",
         str(torch_directory() / "include"),
     ]
