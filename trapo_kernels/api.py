@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
@@ -17,6 +16,9 @@ from trapo_kernels.inputs import Inputs, Settings, per_row, prepared
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective
 from trapo_kernels.roles import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LogprobOutput(NamedTuple):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from trapo_kernels import checks, dispatch
 from trapo_kernels.backends.logits import statistics_dtype
 from trapo_kernels.lora import LoraHead
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Inputs(NamedTuple):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from trapo_kernels import checks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def metric_count(name: str) -> str:
@@ -74,8 +76,8 @@ def merged_metrics(parts: Sequence[Mapping[str, Tensor]], process_group: Process
     sums = torch.cat([_table(parts, counts), _table(parts, means) * _table(parts, of_mean)], 1).sum(0)
     largest = _table(parts, maxima).amax(0)
     if process_group is not None:
-        dist.all_reduce(sums, group=process_group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
+        torch.distributed.all_reduce(sums, group=process_group)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=process_group)
     whole = dict(zip([*counts, *means], sums.unbind(), strict=True))
     divided = {name: whole[name] / whole[count].clamp(min=1) for name, count in zip(means, of_mean, strict=True)}
     merged = whole | divided | dict(zip(maxima, largest.unbind(), strict=True))

@@ -2,7 +2,10 @@
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +131,20 @@ def test_a_target_that_no_rank_has_makes_its_gradients_nan_where_nobody_looks(on
         linear_policy_loss(hidden, weight, _batch(bad), objective, **settings).loss.backward()
     assert hidden.grad.isnan().any(1).nonzero().squeeze(1).tolist() == BAD
     assert weight.grad.isnan().any()
+
+
+WITHOUT_RANKS = """
+import sys, torch, torch._dynamo  # which wants names that such a torch has a stand-in for
+sys.modules["torch.distributed.distributed_c10d"] = None
+for name in [name for name in vars(torch.distributed) if not name.startswith("_") and name != "is_available"]:
+    delattr(torch.distributed, name)
+from trapo_kernels import doctor, linear_policy_loss, merged_metrics
+assert doctor._self_test("torch", torch.device("cpu")) < 1e-5
+merged_metrics([{"rollout/count": torch.ones(())}])
+"""
+
+
+def test_a_torch_that_was_built_without_distributed_runs_what_one_process_can():
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", WITHOUT_RANKS], capture_output=True, text=True, cwd=root, check=False)
+    assert result.returncode == 0, result.stderr

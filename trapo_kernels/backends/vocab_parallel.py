@@ -8,9 +8,7 @@ ranks once per call.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from trapo_kernels import checks
 from trapo_kernels.backends.logits import RowStatistics
@@ -23,6 +21,8 @@ class VocabShard:
     """This rank's part of the vocabulary, and the collectives that make the parts one softmax. No host sync."""
 
     def __init__(self, where: str, group_name: str, local_vocab_size: int, target: Tensor):
+        from torch.distributed.distributed_c10d import _resolve_process_group  # absent where torch has no torch.distributed
+
         self.group = _resolve_process_group(group_name)
         checksum = (target * torch.arange(1, len(target) + 1, device=target.device)).sum()
         own = torch.stack([torch.full_like(checksum, size) for size in (local_vocab_size, len(target))] + [checksum])
@@ -30,7 +30,7 @@ class VocabShard:
         sizes, marks = every[:, 0], every[:, 1:]
         checks.shared_target(where, target, sizes, marks)
         self.discord = torch.where((marks == marks[0]).all(), 0.0, float("nan"))  # NaN where the ranks' targets differ
-        rank = dist.get_rank(self.group)
+        rank = torch.distributed.get_rank(self.group)
         self.offset = sizes[:rank].sum()
         self.end = self.offset + sizes[rank]
 
@@ -67,11 +67,11 @@ class VocabShard:
 
     def sum_over_ranks(self, grad_hidden: Tensor) -> None:
         """Add up the ranks' partial dHidden in place."""
-        dist.all_reduce(grad_hidden, group=self.group)
+        torch.distributed.all_reduce(grad_hidden, group=self.group)
 
     def _gather(self, value: Tensor) -> Tensor:
-        out = [torch.empty_like(value) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(out, value, group=self.group)
+        out = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(out, value, group=self.group)
         return torch.stack(out)
 
 
