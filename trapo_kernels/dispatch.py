@@ -18,6 +18,7 @@ from trapo_kernels import checks
 from trapo_kernels.backends import native
 
 BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused")
+DEVICES = ("cpu", "cuda", "meta")  # "meta": shapes alone
 FUSED = ("triton_fused", "native_fused")  # scoring whose logits stay on the chip; all else as the backend before the underscore
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found out here, because torch.compile cannot trace the search
 _log = logging.getLogger("trapo_kernels")
@@ -46,6 +47,11 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
     backend that was fastest there at about this shape, if any was measured.
     """
     check_name(where, backend)
+    if backend != "reference" and device.type not in DEVICES:
+        raise RuntimeError(
+            f'{where}: backend="{backend}" runs on the CPU and on CUDA devices, got tensors on {device.type}. Move them '
+            'with .to("cpu"), or try backend="reference", plain PyTorch, which holds all logits at once and is not tested there.'
+        )
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "native"
         chosen = "torch" if why_not(preferred, device, dtype) else preferred

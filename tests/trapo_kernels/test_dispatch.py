@@ -8,11 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import scoring_table
 from csrc import build
 from tests.trapo_kernels import cases
-from trapo_kernels import LoraHead, dispatch, doctor, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import (
+    LoraHead,
+    TokenBatch,
+    dispatch,
+    doctor,
+    linear_logprob,
+    linear_policy_loss,
+    objectives,
+    policy_loss,
+    token_logprob,
+)
 from trapo_kernels.backends import native, triton_ops
 
 GPU, CUDA = "NVIDIA H200", torch.device("cuda")
@@ -139,6 +150,34 @@ def test_a_gpu_that_the_extension_was_not_compiled_for_has_a_sentence(measured, 
     sentence = f"and this GPU is sm_{capability}. Install trapo with TRAPO_CUDA=1 TRAPO_CUDA_ARCHS={capability}."
     assert sentence in dispatch.why_not("native", CUDA, torch.float32)
     assert doctor._verdict("native", CUDA) == (f"missing: {dispatch.why_not('native', CUDA, torch.float32)}", True)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_a_device_that_no_backend_is_made_for_has_a_sentence(device, backend):
+    if backend == "reference":
+        assert dispatch.choose("linear_logprob", backend, torch.device(device), torch.float32) == backend
+        return
+    message = (
+        f'linear_logprob: backend="{backend}" runs on the CPU and on CUDA devices, got tensors on {device}. Move them with .to'
+    )
+    with pytest.raises(RuntimeError, match=message):
+        dispatch.choose("linear_logprob", backend, torch.device(device), torch.float32)
+
+
+def test_every_function_refuses_such_a_device_before_it_computes():
+    with FakeTensorMode(), torch.no_grad():
+        hidden, weight, logits, one = (torch.empty(shape, device="mps") for shape in ((4, 3), (7, 3), (4, 7), (4,)))
+        target, role = (torch.empty(4, dtype=dtype, device="mps") for dtype in (torch.int64, torch.uint8))
+        batch, objective = TokenBatch(target, role, one, one), objectives.grpo()
+        for name, call in {
+            "linear_logprob": lambda: linear_logprob(hidden, weight, target),
+            "linear_policy_loss": lambda: linear_policy_loss(hidden, weight, batch, objective),
+            "policy_loss": lambda: policy_loss(one, None, batch, objective),
+            "token_logprob": lambda: token_logprob(logits, target),
+        }.items():
+            with pytest.raises(RuntimeError, match=f'^{name}: backend="auto" runs on the CPU and on CUDA devices'):
+                call()
 
 
 WHOLE = (
