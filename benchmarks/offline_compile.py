@@ -1,4 +1,4 @@
-"""Does every Triton kernel compile for sm_80, sm_90 and sm_100 without spilling registers? Needs no GPU.
+"""Does every Triton kernel compile for sm_80 to sm_120 without spilling registers? Needs no GPU.
 
     python -m benchmarks.offline_compile > benchmarks/results/offline_compile.md    # registers, spills, shared memory, wide loads
     python -m benchmarks.offline_compile --json                                     # the same as JSON lines
@@ -20,9 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-ARCHITECTURES = (80, 90, 100)
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide, table 24
-TENSOR_CORE = {80: ("mma.sync",), 90: ("wgmma.mma_async",), 100: ("tcgen05.mma",)}  # the PTX a fused GEMM must contain
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Bytes per block, CUDA programming guide, table 24.
+SHARED_MEMORY_LIMIT = {sm: 1024 * kib for sm, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))}
+# The PTX a fused GEMM must contain.
+TENSOR_CORE = dict.fromkeys((80, 86, 89, 120), "mma.sync") | {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 class Variant(NamedTuple):
@@ -34,12 +36,13 @@ class Variant(NamedTuple):
     fp32: tuple[str, ...] = ()
 
 
-def variants() -> Iterator[Variant]:
-    """Every compiled variant."""
+def variants(architecture: int) -> Iterator[Variant]:
+    """Every compiled variant, with the tiles of the architecture."""
+    import torch
+
     from trapo_kernels import objectives, terms
     from trapo_kernels.backends.triton_ops import row_gradient, row_policy, row_statistics, scale, token_coefficient
-    from trapo_kernels.backends.triton_ops.fused_scoring import TILE as SCORING_TILE
-    from trapo_kernels.backends.triton_ops.fused_scoring import TILE_FP32, fused_scoring_kernel
+    from trapo_kernels.backends.triton_ops.fused_scoring import fused_scoring_kernel, tile_of
     from trapo_kernels.backends.triton_ops.launch import TILE
     from trapo_kernels.objective import GATES
 
@@ -50,10 +53,11 @@ def variants() -> Iterator[Variant]:
             label = f"{name}{', entropy' if entropy else ''}"
             yield Variant(f"row_statistics ({label})", row_statistics.row_statistics_kernel, transform | {"WITH_ENTROPY": entropy})
             yield Variant(f"row_gradient ({label})", row_gradient.row_gradient_kernel, transform | {"WITH_ENTROPY": entropy})
-    for dtype, tile, fp32 in (("bf16", SCORING_TILE, ()), ("fp32", TILE_FP32, ("hidden_ptr", "weight_ptr", "bias_ptr"))):
+    for dtype, fp32 in ((torch.bfloat16, ()), (torch.float32, ("hidden_ptr", "weight_ptr", "bias_ptr"))):
+        tile, name = tile_of(dtype, architecture // 10), "fp32" if fp32 else "bf16"
         for more, on in (("", False), (", bias+temperature+softcap", True)):
             flags = {"HAS_BIAS": on, "HAS_ROW_TEMPERATURE": True, "HAS_SOFTCAP": on}
-            yield Variant(f"fused_scoring ({dtype}{more})", fused_scoring_kernel, flags | tile, fp32)
+            yield Variant(f"fused_scoring ({name}{more})", fused_scoring_kernel, flags | tile, fp32)
     presets: dict[tuple[int, ...], list[str]] = {}  # presets with the same gates are the same compiled kernel
     for preset in objectives.PRESETS.values():
         objective = preset(entropy_coef=0.001)
@@ -92,7 +96,7 @@ def compile_one(variant: Variant, architecture: int) -> dict[str, object]:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
-    used = next((name for name in TENSOR_CORE[architecture] if name in ptx), "-")
+    used = TENSOR_CORE[architecture] if TENSOR_CORE[architecture] in ptx else "-"
     vector = len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v8\.b32|ld\.global\S*\.v2\.b64", ptx))
     more = {"shared_bytes": compiled.metadata.shared, "vector_loads": vector, "tensor_core": used}
     return _resources(compiled.asm["cubin"]) | more
@@ -129,8 +133,8 @@ def table() -> list[dict[str, object]]:
     """One row per kernel variant and architecture."""
     return [
         {"kernel": variant.label, "sm": architecture} | compile_one(variant, architecture)
-        for variant in variants()
-        for architecture in ARCHITECTURES
+        for of_kernel in zip(*map(variants, ARCHITECTURES), strict=True)
+        for architecture, variant in zip(ARCHITECTURES, of_kernel, strict=True)
     ]
 
 

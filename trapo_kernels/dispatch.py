@@ -86,12 +86,23 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, scoring: Sco
         return "the package triton is not installed; pip install triton."
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
-    return _why_not_fused(backend, scoring)
+    return (_why_no_tensor_cores(device, dtype) if backend == "triton_fused" else None) or _why_not_fused(backend, scoring)
 
 
 def _why_not_native(device: torch.device) -> str | None:
     """None where the native extension runs on `device`, else a sentence with the reason."""
     return native.why_not(device.type) or (native.why_no_code(device) if device.type == "cuda" else None)
+
+
+def _why_no_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where Triton multiplies `dtype` on tensor cores, or needs none for it, else a sentence with the reason."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    gpu = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    if gpu.major >= 8:
+        return None
+    name, sm = str(dtype).removeprefix("torch."), f"sm_{gpu.major}{gpu.minor}"
+    return f'its kernel multiplies {name} on tensor cores from sm_80 on and this GPU is {sm}; backend="triton" does without.'
 
 
 def _why_no_wgmma(device: torch.device, dtype: torch.dtype) -> str | None:

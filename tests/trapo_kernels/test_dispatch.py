@@ -1,6 +1,8 @@
 """What "auto" scores with: the fastest backend measured on this GPU at about this shape, the chunked path where nothing was."""
 
+import importlib
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from trapo_kernels import (
 )
 from trapo_kernels.backends import native, triton_ops
 
+fused_scoring = importlib.import_module(f"{triton_ops.__name__}.fused_scoring")  # whose name there is the function's
 GPU, CUDA = "NVIDIA H200", torch.device("cuda")
 
 
@@ -178,6 +181,38 @@ def test_every_function_refuses_such_a_device_before_it_computes():
         }.items():
             with pytest.raises(RuntimeError, match=f'^{name}: backend="auto" runs on the CPU and on CUDA devices'):
                 call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("major", [7, 8])
+def test_triton_scores_16_bits_on_the_chip_from_sm_80_on(measured, monkeypatch, major, dtype):
+    """Below, where it knows no tensor cores for them, its kernel would spill 7 KB for every thread."""
+    gpu = SimpleNamespace(major=major, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
+    reason = dispatch.why_not("triton_fused", CUDA, dtype)
+    if major == 7 and dtype != torch.float32:
+        assert re.fullmatch(
+            r"its kernel multiplies b?float16 on tensor cores from sm_80 .* is sm_75; backend=.triton. .*\.", reason
+        )
+        assert _auto(4096, dtype=dtype) == "triton"
+    else:
+        assert reason is None
+    assert dispatch.why_not("triton", CUDA, dtype) is None
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU meets the tiles by dtype")
+def test_each_tile_scores_the_same(monkeypatch):
+    """On a CPU the interpreter multiplies in fp32, so it would only meet that tile."""
+    hidden, weight, _ = (x.detach() for x in cases.head(150, 70, 300, torch.float32, scale=4.0))
+    target = torch.arange(150, device=cases.DEVICE)
+    expected = linear_logprob(hidden, weight, target, with_entropy=True, backend="torch")
+    tiles = {name: fused_scoring.tile_of(*of) for name, of in {"bf16": (torch.bfloat16, 9), "sm_120": (torch.bfloat16, 12)}.items()}
+    assert tiles["bf16"] != tiles["sm_120"] == fused_scoring.tile_of(torch.float16, 12)
+    for tile in tiles.values():
+        monkeypatch.setattr(fused_scoring, "tile_of", lambda dtype, major, tile=tile: tile)
+        out = linear_logprob(hidden, weight, target, with_entropy=True, backend="triton_fused")
+        torch.testing.assert_close(out.logprob, expected.logprob, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
 
 
 WHOLE = (

@@ -15,6 +15,8 @@ from trapo_kernels.roles import IGNORE_INDEX
 # One tile for every shape: 128 × 128 fp32 accumulators over 8 warps are 64 registers per thread; three stages of two 128 × 64 bf16
 # operands are 96 KiB of shared memory. Chosen by the table in benchmarks/results/offline_compile.md (no spill); speed awaits a GPU.
 TILE = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+# At a depth of 64 sm_120 spills (40 bytes of stack in that table's compiler). Half as deep, four stages are 48 KiB of its 99.
+TILE_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
 # fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_90 and sm_100
 # spill (24 and 16 bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
 TILE_FP32 = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
@@ -94,6 +96,13 @@ def fused_scoring_kernel(
     tl.store(z_target_ptr + out, z_target, mask=inside)
 
 
+def tile_of(dtype: torch.dtype, major: int) -> dict[str, int]:
+    """The pinned tile for operands of `dtype` on GPUs of compute capability `major`.x."""
+    if dtype == torch.float32:
+        return TILE_FP32
+    return TILE_SM120 if major == 12 else TILE
+
+
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """logprob, entropy, row_max and log_sum [N] fp32 of hidden [N, D] · weight [V, D]ᵀ, logits staying on the chip.
 
@@ -107,7 +116,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
         hidden, weight = hidden.float(), weight.float()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    tile = TILE_FP32 if hidden.dtype == torch.float32 else TILE
+    tile = tile_of(hidden.dtype, torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 0)
     row_blocks, tiles = triton.cdiv(num_rows, tile["BLOCK_N"]), triton.cdiv(vocab_size, tile["BLOCK_V"])
     tiles_per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(MIN_PROGRAMS, row_blocks)))
     splits = triton.cdiv(tiles, tiles_per_split)
