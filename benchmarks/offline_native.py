@@ -28,6 +28,7 @@ ARCHITECTURES = ("80", "90a", "100")
 INTENDED = {
     "row_policy_kernel": {"80": ("LDG.E.128", "STG.E"), "90a": ("LDG.E.128", "STG.E"), "100": ("LDG.E.128", "STG.E")},
     "row_gradient_kernel": {"80": ("LDG.E.128", "STG.E"), "90a": ("LDG.E.128", "STG.E"), "100": ("LDG.E.128", "STG.E")},
+    "scale_kernel": {arch: ("LDG.E.128", "STG.E.128") for arch in ARCHITECTURES},
     "cluster_policy_kernel": {arch: ("LDGSTS.E.BYPASS.128", "LDS.128", "UCGABAR", "LD.E ") for arch in ("90a", "100")},
     "hopper_scoring_kernel": {"90a": ("HGMMA", "UTMALDG", "SYNCS")},
     "hopper_scoring_kernel<2>": {"90a": ("UTMALDG.2D.MULTICAST",)},
@@ -113,7 +114,7 @@ def fault(row: dict[str, object]) -> str | None:
     if row["spill_bytes"] or row["stack_bytes"]:
         return "spills registers"
     kernel, _, arguments = row["kernel"].partition("<")
-    scalar = kernel.startswith("row_") and arguments.endswith(" 1>")  # for rows that are not aligned
+    scalar = kernel.startswith(("row_", "scale_")) and arguments.endswith(" 1>")  # for rows that are not aligned
     for name in chain(*(INTENDED.get(entry, {}).get(row["sm"], ()) for entry in (kernel, row["kernel"]))):
         if name not in row["sass"] and not (scalar and ".128" in name):
             return f"has no {name}"

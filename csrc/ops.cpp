@@ -1,9 +1,9 @@
 // Schemas of the native operations. csrc/cpu and csrc/cuda both implement those on rows of logits, row_* and token_coefficient;
-// scoring is of csrc/cuda alone, and gemm, bf16_units and instruction_set are of csrc/cpu alone. trapo_kernels/backends/native.py is
+// scoring and scale are of csrc/cuda alone, and gemm, bf16_units and instruction_set are of csrc/cpu alone. trapo_kernels/backends/native.py is
 // their only caller and says what the arguments mean.
 //
 // Shapes: logits [C, V] with unit stride in a row, bias [V], all other tensors [C]; in place of logits scoring has hidden [C, D] and
-// weight [V, D]; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none. `row_temperature`, where given, replaces
+// weight [V, D]; scale has x of any shape and a 0-d factor; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none. `row_temperature`, where given, replaces
 // `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
 
 #include <torch/csrc/stable/library.h>
@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
   m.def(
       "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def("scale(Tensor(a!) x, Tensor factor) -> ()");
   m.def("gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
   m.def("bf16_units() -> str");
   m.def("instruction_set(str? use=None) -> str");

@@ -177,12 +177,12 @@ def rows(backend: str) -> ModuleType:
 
 
 def scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
-    """Multiply `grad` in place, in fp32, by `factor`, 0-d on the same device. On a GPU the kernel of "triton" compares the factor
-    with 1 and returns early where it is, so that the host never waits to know; the other backends run no Triton and multiply."""
+    """Multiply `grad` in place, in fp32, by `factor`, 0-d on the same device. On a GPU the kernels of "triton" and "native" compare
+    the factor with 1 and return early where it is, so that the host never waits to know; "torch" multiplies."""
     if grad.device.type == "cpu" and factor.item() == 1.0:
         return
-    if grad.device.type == "cuda" and backend == "triton":
-        rows("triton").scale_(grad, factor)
+    if grad.device.type == "cuda" and backend in ("triton", "native"):
+        rows(backend).scale_(grad, factor)
     else:
         torch.mul(grad, factor.view([1] * grad.ndim), out=grad)
 

@@ -17,11 +17,10 @@
 #pragma once
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <type_traits>
 
+#include "pack.cuh"
 #include "ptx.cuh"
 #include "warp.cuh"
 
@@ -51,29 +50,6 @@ struct RowArguments {
   __device__ bool ignored(int64_t row) const { return role ? role[row] == kIgnored : target[row] == kIgnoredTarget; }
   __device__ Transform transform(int64_t row) const { return Transform(softcap, row_temperature ? row_temperature[row] : temperature); }
 };
-
-// kWidth elements of T as one access of 16 bytes (or of kWidth · sizeof(T)).
-template <typename T, int kWidth>
-struct alignas(kWidth * sizeof(T)) Pack {
-  T lane[kWidth];
-};
-
-template <typename T>
-__device__ __forceinline__ float to_float(T x) {
-  return static_cast<float>(x);
-}
-template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  return static_cast<T>(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
 
 // y of up to kWidth raw logits, those of columns i, i + 1, … of the ones at `logits`; -inf beyond `end`, where kWhole does not say that all
 // lie before it. `bias` null means none. Neither bias nor softcap: kPlain says so, otherwise each costs a branch.

@@ -8,7 +8,6 @@
 namespace trapo {
 namespace {
 
-constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMostColumns = int64_t{1} << 30;  // the kernels count the columns of a row in 32 bits
 constexpr int64_t kReservedBytes = 2048;  // of shared memory, per block: its static part, a slice's rounding, what the system keeps
 

@@ -178,3 +178,13 @@ def check_refused_scoring(kernels, message, hidden_size=64, dtype=torch.bfloat16
     target = torch.zeros(3, dtype=torch.int64, device=cases.DEVICE)
     with pytest.raises(RuntimeError, match=message):
         kernels.fused_scoring(hidden, weight, target, LogitTransform(bias=head_bias.float() if bias else None))
+
+
+def check_scale(kernels, dtype, elements, offset):
+    """`offset`: of the first element from 16-byte alignment."""
+    given = torch.randn(offset + elements).to(dtype).to(cases.DEVICE)
+    for factor in (1.0, 3.0):
+        grad = given.clone()[offset:]
+        kernels.scale_(grad, torch.tensor(factor, device=cases.DEVICE))
+        expected = (given[offset:].float() * factor).to(dtype)
+        assert torch.equal(grad, expected)

@@ -31,6 +31,12 @@ def test_row_kernels_give_the_same_bits_twice():
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("elements", "offset"), [(0, 0), (1, 0), (1003, 1), (9_000_001, 0)])
+def test_a_gradient_times_the_upstream_gradient(dtype, elements, offset):
+    cuda_checks.check_scale(native, dtype, elements, offset)
+
+
 hopper = pytest.mark.skipif(
     cases.DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="the scoring kernel is for sm_90"
 )

@@ -189,3 +189,20 @@ def test_the_emulator_sees_a_missing_barrier(library, tmp_path, fault):
     check(library)
     with pytest.raises((AssertionError, RuntimeError), match=message):
         check(host_gpu.build(tmp_path, change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("elements", "offset"), [(0, 0), (1, 0), (1003, 0), (1003, 1), (600_001, 0)])
+def test_a_gradient_times_the_upstream_gradient(library, dtype, elements, offset):
+    cuda_checks.check_scale(HostGpu(library), dtype, elements, offset)
+
+
+def test_a_gradient_that_cannot_be_scaled_in_its_place_is_refused(library):
+    factor = torch.tensor(2.0)
+    for grad, by, message in (
+        (torch.ones(4, 3).t(), factor, r"scale: x must be contiguous, .* got shape \[3, 4\]"),
+        (torch.ones(4), torch.ones(2), r"factor must be one number, got shape \[2\]"),
+        (torch.ones(4, dtype=torch.float64), factor, "x must be float32, bfloat16 or float16, got torch.float64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            HostGpu(library).scale_(grad, by)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.trapo_kernels import cases
 from trapo_kernels import autograd, dispatch, linear_logprob, linear_policy_loss, objectives, policy_loss
-from trapo_kernels.backends import triton_ops
+from trapo_kernels.backends import native, triton_ops
 from trapo_kernels.backends.triton_ops import scale
 
 SIGNALLING_NAN = 0x7F800001  # any multiplication makes it a quiet one, 0x7FC00001: a store of grad · 1 shows in the bits
@@ -43,11 +43,12 @@ def test_on_a_gpu_only_triton_launches_triton(backend, monkeypatch):
     """Who names another may have no C compiler, which Triton wants."""
     launched = []
     monkeypatch.setattr(triton_ops, "scale_", lambda *_: launched.append("triton"))
+    monkeypatch.setattr(native, "scale_", lambda *_: launched.append("native"))
     with FakeTensorMode():
         grad, factor = torch.ones(5, 7, device="cuda"), torch.ones((), device="cuda")
         dispatch.scale_(grad, factor, backend)
-    assert launched == ["triton"] * (backend == "triton")
-    assert grad._version == (backend != "triton")  # in place
+    assert launched == [backend] * (backend != "torch")
+    assert grad._version == (backend == "torch")  # in place
 
 
 @pytest.mark.parametrize("backend", cases.CHUNKED)

@@ -32,14 +32,14 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native extension does not load: {error}. Install trapo again under this version of torch."
-    if not hasattr(_OPS, "gemm"):  # the newest of its ops
+    if not hasattr(_OPS, "scale"):  # the newest of its ops
         return _OLDER
     return None
 
 
 def _missing_kernels(device_type: str) -> str | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("trapo_native::row_policy", device_type.upper()):
-        return None if device_type == "cpu" or hasattr(_OPS, "cuda_archs") else _OLDER
+        return None
     remedy = " Install trapo with TRAPO_CUDA=1 and nvcc." if device_type == "cuda" else ""
     return f"the native extension was built without kernels for {device_type}.{remedy}"
 
@@ -155,6 +155,11 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
 def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
     """dL/dlogp [N] fp32 of every token; exact zeros for IGNORED ones."""
     return _OPS.token_coefficient(logprob.contiguous(), *_streams(streams), *terms.gate_scalars(objective))
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """Multiply a dense `grad` on a GPU in place, in fp32, by a 0-d `factor`; where that is 1, nothing is read or written."""
+    _OPS.scale(grad, factor.float())
 
 
 def _on_gpu(logits: Tensor) -> bool:

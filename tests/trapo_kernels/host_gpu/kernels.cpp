@@ -32,6 +32,7 @@ using std::min;  // CUDA has it in the global namespace
 }
 
 #include "csrc/cuda/row_ops.cu"
+#include "csrc/cuda/scale_op.cu"
 #include "csrc/cuda/scoring_op.cu"
 
 extern "C" {
