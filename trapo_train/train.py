@@ -109,7 +109,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     with StopSignal(_notice(trainer)) as stop:  # which also holds while the model is written
         failed = _loop(trainer, store, reporter, stop)
         left = trainer.step < config.steps or trainer.evaluation_due  # for the run that continues this one
-        stopped_by = stop.received if left else None
+        stopped_by = stop.received if left and failed is None else None  # what is in no checkpoint is exported
         if stopped_by is None:
             _export(trainer, store, reporter, failed)
             better = store.better_before() if config.checkpoint.keep_best else None

@@ -16,6 +16,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, rows, train_to_end
 from trapo_train import evaluate, train
+from trapo_train import trainer as trainer_module
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.chooser import ChooserError
@@ -142,6 +143,25 @@ def test_a_signal_while_the_model_is_written_does_not_stop_that(configure, monke
     config = configure("run", "steps=1", "checkpoint.every=0")
     assert not train_to_end(config).interrupted
     assert (Path(config.output_dir) / "model" / "model.safetensors").is_file()
+
+
+def test_a_signal_after_a_last_checkpoint_that_failed_stops_the_evaluation_and_not_the_export(configure, monkeypatch):
+    def full(*arguments, **options):
+        raise CheckpointError("checkpoint: No space left on device.")
+
+    def interrupted(trainer, *arguments):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_sets(trainer, *arguments)
+
+    evaluate_sets = trainer_module.evaluate_sets
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    monkeypatch.setattr(trainer_module, "evaluate_sets", interrupted)
+    config = configure("run", *EVALUATED, "steps=3", "checkpoint.every=3")
+    with pytest.raises(CheckpointError, match=r"checkpoint: No space.* The trained model is complete"):
+        train_to_end(config)
+    assert (Path(config.output_dir) / "model" / "model.safetensors").is_file()
+    assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0]
 
 
 @pytest.mark.parametrize(("export_fails", "act"), [(False, "save"), (True, "save"), (False, "rate")])
