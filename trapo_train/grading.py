@@ -73,9 +73,9 @@ class WorkerReward(Grader):
 class MathVerify(Grader):
     """Reward 1.0 where the completion's answer equals the solution mathematically, graded by math-verify (see `math_grader`).
 
-    None where there is no solution or math-verify cannot parse it. Grading runs in worker programs: a response that takes longer
-    than `time_limit_s`, or than math-verify's own limits, which usually end it earlier, or crashes the grader earns 0.0 and is
-    counted, and training goes on.
+    None where there is no solution or math-verify cannot parse it, or not within its own limits. Grading runs in worker programs: a
+    response that takes longer than `time_limit_s`, or than math-verify's own limits, which usually end it earlier, or crashes the
+    grader earns 0.0 and is counted, and training goes on.
     """
 
     def __init__(self, *, time_limit_s: float = 20.0, memory_limit_mib: int = 8192) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from itertools import product
 from typing import Any
 
@@ -16,8 +17,11 @@ from trapo_train.workers import OutOfTime
 
 TIME_LIMIT_S = 5  # of each parse and each comparison
 BOLD_ANSWER = re.compile(  # Answer: **34**, **Answer:** **34** and **Answer: 34**; bounded, for a response may repeat itself
-    r"(answer(?: is)?:?(?:\*\*)?[ \t]{0,4}\*\*|\*\*[^*\n]{0,60}answer(?: is:?|:)[ \t]{1,4})([^*\n]{1,300})\*\*", re.IGNORECASE
+    r"(answer(?: is)?:?(?:\*\*)?[ \t]{0,4}\*\*|\*\*[^*\n]{0,60}answer(?: is:?|:)[ \t]{1,4})([^*\s](?:[^*\n]{0,298}[^*\s])?)\*\*",
+    re.IGNORECASE,
 )
+NUMBER = re.compile(r"\d+(?:[.,/]\d+)*")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no command of LaTeX
 GSM8K_LINE = re.compile(r"^####[ \t]*(\S+)\s*\Z", re.MULTILINE)  # no heading of several words
 
 
@@ -32,14 +36,23 @@ def load_library() -> Any:
 
 
 def grade(completion: str, solution: str) -> float | None:
-    """1.0 where the completion's answer equals the solution, else 0.0; None where math-verify cannot parse the solution.
+    """1.0 where the completion's answer equals the solution, else 0.0; None where math-verify cannot parse the solution, or
+    not within TIME_LIMIT_S.
 
-    Must run in the main thread: math-verify measures time with a signal.
-
-    Raises: OutOfTime where a parse or a comparison took more than TIME_LIMIT_S, unless another comparison says that they are equal.
+    Raises: OutOfTime where parsing the completion or a comparison took more than TIME_LIMIT_S, unless another comparison says that
+        they are equal; RuntimeError outside the main thread.
     """
+    thread = threading.current_thread()
+    if thread is not threading.main_thread():
+        raise RuntimeError(
+            f"math_grader: grade must run in the main thread, as math-verify measures time with a signal, got {thread.name}. "
+            "Use the reward math_verify, which grades in programs of its own."
+        )
     library = load_library()
-    gold = _parse(f"\\boxed{{{solution}}}", library)
+    try:
+        gold = _parse(f"\\boxed{{{solution}}}", library)
+    except OutOfTime:  # no fault of the completion
+        gold = []
     if not gold:
         return None
     anchored = [
@@ -62,16 +75,21 @@ def grade(completion: str, solution: str) -> float | None:
 
 
 def anchored_answer(completion: str) -> str:
-    """The completion as math-verify finds the answer in it: a bold one behind "Answer:" as a formula, as in a text its first number
-    counts; and where nothing is boxed and the last line is "#### 72", as GSM8K ends its answers, the 72 in \\boxed{}."""
+    """The completion as math-verify finds the answer in it: a bold one behind "Answer:" as a formula, unless it is marked as one or
+    is a number with a unit, as in a text its first number counts; and where nothing is boxed and the last line is "#### 72", as
+    GSM8K ends its answers, the 72 in \\boxed{}."""
     text = BOLD_ANSWER.sub(_plain, completion)
     last = GSM8K_LINE.search(text)
-    return text if last is None or "\\boxed" in text else f"{text[: last.start()]}\\boxed{{{last[1]}}}"
+    if last is None or "\\boxed" in text:
+        return text
+    return f"{text[: last.start()]}\\boxed{{{last[1].lstrip('*').rstrip('*.')}}}"
 
 
 def _plain(found: re.Match[str]) -> str:
     anchor, answer = found[1].replace("**", ""), found[2]
-    return anchor + (answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
+    is_marked = "$" in answer or "\\boxed" in answer or answer.startswith(("\\(", "\\["))
+    has_unit = len(NUMBER.findall(answer)) == 1 and WORD.search(answer)
+    return anchor + (answer if is_marked or has_unit else f"${answer}$")
 
 
 def _parse(text: str, library: Any, **options: Any) -> list[Any]:

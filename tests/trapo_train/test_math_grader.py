@@ -1,6 +1,7 @@
 """How answers are found in responses as models and datasets write them, and when grading them takes too long."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def installed():
         (GSM8K, "24", 0.0),
         ("It is\n#### 1,234\n", "1234", 1.0),
         ("#### $\\frac{1}{2}$", "0.5", 1.0),
+        ("It is\n#### 72.", "72", 1.0),
+        ("It is\n#### **72**", "72", 1.0),
+        ("It is\n#### **.5**.", "0.5", 1.0),
         ("So \\boxed{71}.\n#### 72", "72", 0.0),  # what is boxed is the answer
         ("#### 72\nThat was it.", "72", 0.0),
         ("We go on.\n#### 2. The second case", "2", 0.0),
@@ -41,6 +45,19 @@ def installed():
         ("**Answer: 34 and 5**", "34", 0.0),
         ("Answer: **34**", "3", 0.0),
         ("Answer: **-2 + 7i**", "-2", 0.0),
+        ("Answer: **18 eggs**.", "18", 1.0),
+        ("**Answer: 18 miles per hour**", "18", 1.0),
+        ("The answer is **5 dollars**", "5", 1.0),
+        ("**Answer: 1/2 cup**", "1/2", 1.0),
+        ("Answer: **\\(34\\)**", "34", 1.0),
+        ("**Answer:** \\(34\\) because **both** hold", "34", 1.0),
+        ("**Answer:** \\[34\\] **Check**", "34", 1.0),
+        ("**Answer:** The area is \\(34\\pi\\) **square units**.", "34\\pi", 1.0),
+        ("**Answer:** 1/2 of the **total**", "1/2", 1.0),
+        ("Answer: **\\frac{1}{2}**", "1/2", 1.0),
+        ("Answer: **18 eggs**.", "1", 0.0),
+        ("Answer: **3\\sqrt{x}**", "3", 0.0),
+        ("Answer: **3 eggs and 4 hens**", "3", 0.0),
         ("so **34** it is", "34", 0.0),  # bold, and no answer
         ("The answer is $2**3$", "23", 0.0),
     ],
@@ -68,6 +85,28 @@ def test_a_limit_of_math_verify_is_a_timeout(monkeypatch, completion, solution):
     with pytest.raises(OutOfTime):
         grade(completion, solution)
     assert time.monotonic() - started < 10
+
+
+def test_a_solution_that_takes_too_long_to_parse_is_no_fault_of_the_response(monkeypatch):
+    library = math_grader.load_library()
+
+    def parse(text, **options):
+        if "slow" in text:
+            raise library.errors.TimeoutException
+        return [5]
+
+    monkeypatch.setattr(library, "parse", parse)
+    assert grade("\\boxed{5}", "slow") is None
+    with pytest.raises(OutOfTime):
+        grade("slow", "5")
+
+
+def test_grading_outside_the_main_thread_is_refused():
+    with (
+        ThreadPoolExecutor(1) as threads,
+        pytest.raises(RuntimeError, match=r"must run in the main thread.*Use the reward math_verify"),
+    ):
+        threads.submit(grade, "\\boxed{5}", "5").result()
 
 
 def test_a_pair_that_fails_does_not_hide_an_equal_one(monkeypatch):
