@@ -144,7 +144,8 @@ def _check_shared(trainer: Trainer) -> None:
 
 
 def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsaved: CheckpointError | None) -> None:
-    """Write the trained model; where that fails, a checkpoint of the last step, so that nothing has to be trained again.
+    """Write the trained model; where that fails, a checkpoint of the last step, so that nothing has to be trained again. Several
+    ranks, which one that fails takes along, have saved that step before.
 
     `unsaved`: why that checkpoint could not be written, where it was tried already; raised once the model is there.
     """
@@ -154,6 +155,8 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
     except CheckpointError as raised:
         error = raised
     except Exception as raised:  # whatever gathering the weights raises, such as for too little memory, must not lose the run
+        if trainer.world.size > 1:  # the others still gather, or will not: that this one ends tells them; the step is saved
+            raise
         error = CheckpointError(f"model: could not be written to {directory}: {type(raised).__name__}: {raised}.")
     failed = next((found for found in trainer.world.gather(error) if found is not None), None)
     config = trainer.config
@@ -184,10 +187,11 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
     told: set[str] = set()
     every, unsaved = config.checkpoint.every, None
+    last_is_due = every > 0 or trainer.world.size > 1  # or all would be lost where one rank fails to gather the model
     while True:
         stopping = stop.agree(trainer.world) is not None  # a signal to one rank stops all of them, at the same step
         finished = trainer.step >= config.steps
-        due = every > 0 and trainer.step > 0 and (trainer.step % every == 0 or finished)
+        due = trainer.step > 0 and (last_is_due if finished else every > 0 and trainer.step % every == 0)
         try:
             if (due or stopping) and saved_at != trainer.step and unsaved is None:
                 _save(trainer, store, reporter)
@@ -232,8 +236,11 @@ def _evaluate(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop
     for name, metrics in found.items():
         reporter.evaluation({**metrics, "step": trainer.step}, name)
     if saved:
+        told = store.undeleted
         evaluated = {"evaluated_at": trainer.evaluated_at, "last_evaluation": trainer.last_evaluation}
         store.rate(trainer.step, trainer.score, evaluated)
+        if store.undeleted not in (None, told):
+            reporter.event(store.undeleted)
 
 
 def _write_samples(trainer: Trainer, reporter: Reporter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,24 @@ def test_a_run_that_dies_around_an_evaluation_goes_on_from_its_step_and_evaluate
     train_to_end(resumed)
     assert steps == ([0, 3, 3, 6] if died == "during" else [0, 3, 6])
     assert rows(config) == rows(whole) and exported(config) == exported(whole)
+
+
+def test_a_best_checkpoint_of_before_that_cannot_be_deleted_once_there_is_a_better_one_is_told(configure, monkeypatch):
+    rate = CheckpointStore.rate
+
+    def busy(path, *arguments, **options):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    def rate_higher(store, step, score, state):
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", busy)
+            rate(store, step, float(step), state)
+
+    monkeypatch.setattr(CheckpointStore, "rate", rate_higher)
+    config = configure("run", *EVALUATED, "checkpoint={every: 3, keep: 1, keep_best: true}")
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert sum("step_00000003 could not be deleted" in text for text in told) == 1
 
 
 def test_a_signal_while_the_model_is_written_does_not_stop_that(configure, monkeypatch):

@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,41 @@ def test_a_model_that_cannot_be_written_is_not_lost(where, error, words, tmp_pat
     train_to_end(build_config(tmp_path, "run", "steps=2", "checkpoint={every: 0, resume: true}"))
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_rank_that_cannot_gather_the_model_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train, "export_model", fails)
+    trainer = SimpleNamespace(
+        world=SimpleNamespace(size=2), config=SimpleNamespace(output_dir=tmp_path), model=None, tokenizer=None
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        train._export(trainer, None, None, None)
+
+
+RANK_WITHOUT_MEMORY = """
+import os, sys
+import torch
+from trapo_train import cli, train
+def fails(*arguments):
+    raise torch.OutOfMemoryError("out of memory")
+if os.environ["RANK"] == "1":
+    train.export_model = fails
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_of_which_one_cannot_gather_the_model_have_saved_the_last_step(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "program.py").write_text(RANK_WITHOUT_MEMORY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")]
+    command += ["run", str(tmp_path / "run.yaml"), f"output_dir={tmp_path / 'run'}", "steps=2", "checkpoint.every=0"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode != 0 and "OutOfMemoryError: out of memory" in ended.stderr, ended.stderr[-3000:]
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).steps() == [2]
 
 
 @pytest.mark.slow
