@@ -227,6 +227,8 @@ class _Panel:
     """How to read it, below the title of the figure."""
     draw: dict[str, Callable[[Any, Any], float]]
     """By the name of each run that has it: draws it onto an axis in a colour, and returns where its line ends."""
+    of_training: bool
+    """Whether it shows training, and not held-out sets."""
 
 
 def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
@@ -250,8 +252,10 @@ def plot_comparison(runs: dict[str, Sequence[Row]], path: str | Path) -> Path:
         axis.set_xlabel("step")
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("nats per token" if panel.what == "expert_nll" else panel.what)
+        if panel.of_training and panel.what != "expert_nll" and axis.dataLim.ymin >= 0:
+            axis.set_ylim(0.0, None)
     accuracies = [axis for axis, panel in zip(axes, panels, strict=True) if panel.what == "accuracy"]
-    if len(accuracies) == 2:  # training and the one held-out set
+    if len(accuracies) == 2 and panels[0].of_training:  # training and the one held-out set
         highest = max(axis.get_ylim()[1] for axis in accuracies)
         for axis in accuracies:
             axis.set_ylim(0.0, highest)
@@ -282,7 +286,7 @@ def _training_panel(runs: dict[str, Sequence[Row]], metric: str, what: str) -> _
 
     series = {name: _series(rows, metric) for name, rows in runs.items()}
     note = f"training: {'expert tokens' if traces else 'unguided'}, running mean"
-    return _Panel(f"training {what}", what, note, {name: drawer(*points) for name, points in series.items() if points[0]})
+    return _Panel(f"training {what}", what, note, {name: drawer(*points) for name, points in series.items() if points[0]}, True)
 
 
 def _held_out_panels(runs: dict[str, Sequence[Row]], metric: str) -> list[_Panel]:
@@ -295,7 +299,7 @@ def _held_out_panels(runs: dict[str, Sequence[Row]], metric: str) -> list[_Panel
     sets = dict.fromkeys(which for evaluations in held_out.values() for which in evaluations)
     note = "held-out: ± 1 standard error" if metric == "accuracy" else "held-out expert_nll: nats per token"
     draws = {which: {name: drawer(found[which]) for name, found in held_out.items() if which in found} for which in sets}
-    return [_Panel(f"{which} {metric}", metric, note, draw) for which, draw in draws.items()]
+    return [_Panel(f"{which} {metric}", metric, note, draw, False) for which, draw in draws.items()]
 
 
 def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Path:

@@ -129,6 +129,21 @@ def test_a_reward_that_is_not_the_accuracy_has_a_panel_of_its_own(tmp_path, draw
     assert [axis.get_title(loc="left") for axis in drawn[3].axes] == ["training accuracy", "training reward"]
 
 
+def test_panels_of_training_begin_at_0_and_sets_of_other_difficulty_share_no_axis(tmp_path, drawn):
+    def sets(easy, hard):
+        return [eval_row(1, easy) | {"set": "easy"}, eval_row(1, hard) | {"set": "hard"}]
+
+    plots.plot_comparison({"a": sets(0.9, 0.01), "b": sets(0.95, 0.03)}, tmp_path / "x.png")
+    easy, hard = drawn[0].axes
+    assert easy.get_ylim()[0] > 0.5 and hard.get_ylim()[1] < 0.5
+    trained = [with_sum(train_row(step, 0.5), 0.2) for step in (1, 2, 3)]
+    plots.plot_comparison({"a": trained, "b": [*trained, *sets(0.9, 0.01)]}, tmp_path / "x.png")
+    plots.plot_comparison({"a": trained, "b": [*trained, eval_row(1, 0.9)]}, tmp_path / "x.png")
+    assert [axis.get_ylim()[0] == 0 for axis in drawn[1].axes] == [True, False, False, True]
+    accuracy, held_out, reward = drawn[2].axes
+    assert accuracy.get_ylim() == held_out.get_ylim() and accuracy.get_ylim()[0] == 0 and reward.get_ylim()[0] == 0
+
+
 def test_the_subtitle_says_what_is_there(tmp_path, drawn):
     plots.plot_unguided([train_row(1)], tmp_path / "x.png")
     plots.plot_unguided([*(train_row(step) for step in range(1, 31)), eval_row(30)], tmp_path / "x.png")
