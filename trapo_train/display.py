@@ -225,9 +225,14 @@ class Reporter:
         self.close()
 
     def start(self, config: RunConfig, report: DataReport) -> None:
-        """Begin a run of `config.steps` steps; `report` is what loading the data found, printed as it says itself."""
+        """Begin a run of `config.steps` steps; `report` is what loading the data found, printed as it says itself.
+
+        Raises: UserError for a tracker that refuses the run.
+        """
         self._steps = config.steps
         self._trackers = Trackers(config.tracking, self._output_dir, asdict(config))
+        for note in self._trackers.notes:
+            self.event(note)
         self._started = self._last_row = time.monotonic()
         self._say(str(report), "dim")
         if self.console.is_terminal:

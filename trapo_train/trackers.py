@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from trapo_train.schema import MissingPackage, check
+from trapo_train.schema import MissingPackage, UserError, check
 
 logger = logging.getLogger(__name__)
+
+UNREACHED = ("CommError",)  # wandb's, beside OSError; its AuthenticationError is one, too, and has another name
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,35 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All destinations of a run. One that fails, from its start on, is left out from then on, with a warning: it must not end the
-    training.
+    """All destinations of a run. One that fails is left out from then on, with a warning: it must not end the training.
 
-    Raises: MissingPackage naming the extra, when it is made, for a tracker that is not installed.
+    Raises, when it is made: MissingPackage naming the extra for a tracker that is not installed; UserError for one that refuses the
+        run, as without a key; one that cannot be reached is left out.
     """
 
     def __init__(self, config: TrackingConfig, output_dir: str | Path, settings: dict[str, Any]) -> None:
         output_dir = Path(output_dir)
         name = config.name or output_dir.name
         self._trackers: dict[str, Tracker] = {}
+        self.notes: list[str] = []
+        """What was left out when the run began, and why."""
         for tracker in config.to:
             try:
                 if tracker == "tensorboard":
                     self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard")
                 else:
                     self._trackers[tracker] = _Hosted(tracker, config.project, name, output_dir, settings)
-            except MissingPackage:
-                raise
-            except Exception as error:  # whatever a service does, the run goes on
-                _warn(tracker, error)
+            except Exception as error:
+                if isinstance(error, OSError) or type(error).__name__ in UNREACHED:
+                    self.notes.append(_left_out(tracker, error))
+                    continue
+                self.close()  # those that have begun
+                if isinstance(error, MissingPackage):
+                    raise
+                raise UserError(
+                    f"tracking.to: {tracker} must take the run before it begins, got {type(error).__name__}: {error}. "
+                    f"Mend that, or leave {tracker} out."
+                ) from error
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Record the numbers among `metrics`; texts and lists stay in metrics.jsonl."""
@@ -81,7 +92,7 @@ class Trackers:
             try:
                 act(tracker)
             except Exception as error:  # whatever a service does, the run goes on
-                _warn(name, error)
+                logger.warning(_left_out(name, error))
                 del self._trackers[name]
 
 
@@ -92,8 +103,8 @@ def check_installed(config: TrackingConfig) -> None:
             raise MissingPackage(_needs(name))
 
 
-def _warn(name: str, error: Exception) -> None:
-    logger.warning("tracking: %s failed and is left out from here on: %s: %s", name, type(error).__name__, error)
+def _left_out(name: str, error: Exception) -> str:
+    return f"tracking: {name} failed and is left out from here on: {type(error).__name__}: {error}"
 
 
 def _needs(package: str) -> str:
@@ -135,8 +146,12 @@ class _Hosted:
         if module == "wandb":
             options = {"id": run_id, "resume": "allow", "dir": str(output_dir)}
         self._module.init(project=project, name=name, config=settings, **options)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(run_id, encoding="utf-8")
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            file.write_text(run_id, encoding="utf-8")
+        except OSError:
+            self._module.finish()  # nothing more reaches a run that is left out
+            raise
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._module.log(metrics, step=step)

@@ -103,7 +103,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     if trainer.world.first:
         replace_text(output_dir / CONFIG_FILE, to_yaml(config))
     _check_shared(trainer)
-    reporter.start(config, trainer.data_report)
+    _start(trainer, reporter)
     for note in trainer.notes:
         reporter.event(note)
     with StopSignal(_notice(trainer)) as stop:  # which also holds while the model is written
@@ -118,6 +118,16 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     summary = RunSummary(trainer.step, stopped_by, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
+
+
+def _start(trainer: Trainer, reporter: Reporter) -> None:
+    """Begin the report; what is wrong with its trackers, known to the first rank, is raised on every rank."""
+    error = None
+    try:
+        reporter.start(trainer.config, trainer.data_report)
+    except UserError as raised:
+        error = raised
+    trainer.world.gather_or_raise(None, error)
 
 
 def _notice(trainer: Trainer) -> str:

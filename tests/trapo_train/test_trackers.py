@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
+from trapo_train.display import read_metrics
 from trapo_train.records import Problem, Sample
 from trapo_train.samples import write_samples
+from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trackers import Trackers, TrackingConfig
 
@@ -72,9 +74,18 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(monkeypatch, tmp_path
     assert caplog.text.count("wandb failed and is left out from here on: ConnectionError: the service is down") == 1
 
 
-def test_a_service_that_is_away_when_a_run_starts_ends_nothing(monkeypatch, configure, caplog):
+class CommError(Exception):
+    """Named as wandb's, of what it cannot reach."""
+
+
+class AuthenticationError(CommError):
+    """Named as wandb's, of what it may not."""
+
+
+@pytest.mark.parametrize("error", [TimeoutError, CommError])
+def test_a_service_that_is_away_when_a_run_starts_ends_nothing(error, monkeypatch, configure):
     def away(**options):
-        raise TimeoutError("initialization timed out")
+        raise error("initialization timed out")
 
     _stand_in("wandb", monkeypatch)
     monkeypatch.setattr(sys.modules["wandb"], "init", away)
@@ -82,8 +93,37 @@ def test_a_service_that_is_away_when_a_run_starts_ends_nothing(monkeypatch, conf
     config = configure("run", "tracking.to=[wandb, trackio]", "steps=2")
     assert train_to_end(config).steps == 2
     assert [call[1] for call in works if call[0] == "log"] == [1, 2]
-    assert caplog.text.count("wandb failed and is left out from here on: TimeoutError: initialization timed out") == 1
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event" and "left out" in row["text"]]
+    assert told == [f"tracking: wandb failed and is left out from here on: {error.__name__}: initialization timed out"]
     assert not Path(config.output_dir, "wandb_run_id").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, AuthenticationError])
+def test_a_service_that_refuses_a_run_ends_it_before_the_first_step(error, monkeypatch, configure):
+    def refuses(**options):
+        raise error("api_key not configured")
+
+    begun = _stand_in("trackio", monkeypatch)
+    _stand_in("wandb", monkeypatch)
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuses)
+    config = configure("run", "tracking.to=[trackio, wandb]", "steps=2")
+    message = (
+        rf"tracking.to: wandb must take the run before it begins, got {error.__name__}: api_key not configured\. Mend that, or"
+    )
+    with pytest.raises(UserError, match=message):
+        train_to_end(config)
+    assert [call[0] for call in begun] == ["init", "finish"]
+    assert not Path(config.output_dir, "metrics.jsonl").exists()
+    train_to_end(configure("run", "steps=1"))  # into the same directory
+
+
+def test_a_run_whose_id_cannot_be_written_is_ended_there(monkeypatch, tmp_path):
+    calls = _stand_in("wandb", monkeypatch)
+    (tmp_path / "run").write_text("a file in the place of the directory")
+    trackers = Trackers(TrackingConfig(["wandb"]), tmp_path / "run", {})
+    trackers.log(1, {"loss": 1.0})
+    trackers.close()
+    assert [call[0] for call in calls] == ["init", "finish"] and "wandb failed and is left out" in trackers.notes[0]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
