@@ -28,6 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.engine import EngineError
 from trapo_train.loading import write_processor
 from trapo_train.lora import has_lora, merged_weights
 from trapo_train.parallel import World
@@ -123,9 +124,20 @@ def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
 
 def weights_as_saved(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """`whole_weights` under the names and in the shapes of the model's files, which is what vLLM reads: transformers holds the
-    experts of a layer as one tensor, files have one for each."""
+    experts of a layer as one tensor, files have one for each.
+
+    Raises: EngineError for a model of which several weights are one in its files, as here each is turned back alone.
+    """
+    seen: set[str] = set()
     for name, weight in whole_weights(model, dtype):
-        yield from revert_weight_conversion(model, {name: weight}).items()
+        for saved_name, saved in revert_weight_conversion(model, {name: weight}).items():
+            if saved_name in seen:
+                raise EngineError(
+                    f"vllm: each tensor of the model's files must come from one weight of the model, got {saved_name} of several, "
+                    f"{name} the last. Use rollout.engine=vllm_server, which reads whole files."
+                )
+            seen.add(saved_name)
+            yield saved_name, saved
 
 
 def export_model(
@@ -196,9 +208,8 @@ def _in_place_of(directory: Path) -> Iterator[Path]:
     try:
         yield unfinished
         (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
-    except (
-        Exception
-    ) as error:  # of whatever kind, as transformers checks when it saves: what was trained must be saved all the same
+    except Exception as error:
+        # Of whatever kind, as transformers checks when it saves: what was trained must be saved all the same.
         shutil.rmtree(unfinished, ignore_errors=True)
         kind = "" if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: "
         raise CheckpointError(f"model: could not be written to {directory}: {kind}{str(error).rstrip('.')}.") from error

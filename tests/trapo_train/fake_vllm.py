@@ -246,7 +246,10 @@ class FakeLLM:
     def collective_rpc(self, method, kwargs):
         assert method == "reload_weights" and "weights" in self.memory
         self.log.append("load")
-        self.handed = {name: weight.clone() for name, weight in kwargs["weights_iterator"]}
+        self.handed = {}
+        for name, weight in kwargs["weights_iterator"]:
+            assert name not in self.handed, f"{name} was handed over twice"
+            self.handed[name] = weight.clone()
         with tempfile.TemporaryDirectory() as folder:  # names and shapes are those of a model's files
             self.model.config.save_pretrained(folder)
             save_file(self.handed, f"{folder}/model.safetensors", metadata={"format": "pt"})

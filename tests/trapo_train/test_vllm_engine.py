@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import sys
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from tests.trapo_train.fake_vllm import FakeLLM, FakeVllm
 from tests.trapo_train.scripted import Rounds
 from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, problem
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train import trainer
+from trapo_train import model_state, trainer
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.engine import EngineError, SamplingParams
@@ -100,6 +101,20 @@ def test_weights_are_handed_over_under_the_names_and_with_the_values_of_an_expor
     assert llm.handed.keys() == exported.keys()
     assert all(torch.equal(llm.handed[name], weight) for name, weight in exported.items())
     assert kind.startswith("mixture") == any("experts.3.gate_proj.weight" in name for name in exported)
+
+
+def test_a_model_of_which_files_hold_several_weights_as_one_is_refused(vllm, tmp_path, monkeypatch):
+    def fused(model, weights):
+        return {re.sub("[qkv]_proj", "qkv_proj", name): weight for name, weight in weights.items()}
+
+    monkeypatch.setattr(model_state, "revert_weight_conversion", fused)
+    model = tiny()
+    engine = build(model, tmp_path)
+    message = (
+        r"must come from one weight of the model, got .*qkv_proj.weight of several, .*k_proj.weight the last. Use .*vllm_server"
+    )
+    with pytest.raises(EngineError, match=message), ready(engine, model):
+        pass
 
 
 def test_each_of_several_tokens_ends_a_completion(vllm, tmp_path):
