@@ -2,8 +2,9 @@
 
 A worker is `python -m <module>` and speaks JSON lines: it says "ready" once, then answers each request, a list of arguments, with a
 value, with the exception that it raised, or that it ran out of time. A worker that is late is killed and replaced, one that dies is
-replaced; the caller learns which. Where a signal from outside ended one, which is no fault of the request, another is asked once
-more. Programs of their own, not forks: nothing of this process's threads, locks or GPU is copied into them.
+replaced; the caller learns which. Where a signal from outside ended one, another is asked once more, for what is left of the time
+limit: most often that is no fault of the request, though the kernel's SIGKILL for want of memory may be. Programs of their own, not
+forks: nothing of this process's threads, locks or GPU is copied into them.
 """
 
 from __future__ import annotations
@@ -97,12 +98,14 @@ class WorkerPool:
                 self._drop(worker)
                 worker = None
             worker = worker or self._start()
+            asked_at = time.monotonic()
             answer = worker.ask(request, self._time_limit_s)
             if worker.was_ended_from_outside:
+                left_s = self._time_limit_s - (time.monotonic() - asked_at)
                 self._drop(worker)
                 worker = None
                 worker = self._start()
-                answer = worker.ask(request, self._time_limit_s)
+                answer = worker.ask(request, left_s)
             if worker.is_lost:
                 self._drop(worker)
                 worker = None

@@ -48,6 +48,11 @@ def work(what, value):
         if value:
             Path(value).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "slow and killed once":
+        time.sleep(0.6)
+        if not Path(value).exists():
+            Path(value).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     if what == "forks and programs end":
         at_work, write = os.pipe()
         forked = os.fork()
@@ -116,6 +121,11 @@ def test_a_request_whose_worker_is_killed_is_asked_once_more_and_no_oftener(pool
     assert [answer.value[0] for answer in once] == [str(tmp_path / "once"), 1]
     assert pool.map([("kill", ""), ("echo", 2)])[0] == Answer("crash")
     assert pool.map([("echo", 3)])[0].value[0] == 3
+
+
+def test_a_request_that_is_asked_once_more_has_what_is_left_of_its_time(pool, tmp_path):
+    assert pool.map([("slow and killed once", str(tmp_path / "once"))]) == [Answer("timeout")]
+    assert (tmp_path / "once").exists()
 
 
 def test_closing_leaves_no_process(pool):
