@@ -51,7 +51,8 @@ def merged_metrics(parts: Sequence[Mapping[str, Tensor]], process_group: Process
             are not to be counted twice. None: the parts at hand, which ranks can also gather and merge again.
 
     Returns: 0-d fp64 tensors by name, without a host sync; 0 for a mean or maximum over no tokens, as in a part.
-    Raises: ValueError for no parts, parts of several kinds, or a metric whose count is missing.
+    Raises: ValueError for no parts, parts of several kinds, or a metric whose count is missing. With `process_group` every rank
+        needs parts of the same kind: where this raises on one, the others wait for it.
     Memory: a few floats per part. Determinism: exact up to the rounding of fp64 sums, in the order of the parts.
     Source: `metric_count`.
     """
