@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint, identity
+from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint
 from trapo_train.records import Problem
+from trapo_train.reward_checks import names
 from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
 from trapo_train.rows import RENDERING
 from trapo_train.schema import UserError, check
@@ -86,8 +88,10 @@ class DataConfig:
     """What happens to an expert trace that the reward gives 0 or less: keep trusts all traces and never asks; drop asks about every
     trace at every start, which takes long where rewards do, and counts what it drops."""
     on_duplicate: Literal["keep", "drop"] = "keep"
-    """What happens to a row that equals an earlier one in prompt, solution and expert traces: keep makes it a problem of its own,
-    visited as often in an epoch; drop leaves it out and counts it. Evaluation makes equal rows one problem in any case."""
+    """What happens to a row that equals an earlier one in prompt, solution, expert traces and the columns that the reward has as
+    arguments by name: keep makes it a problem of its own, visited as often in an epoch; drop leaves it out and counts it. Other
+    columns, such as an id, make no difference, but where a row has none of solution, traces and such columns. Evaluation makes rows
+    of equal prompt and solution one problem in any case."""
     num_problems: int | None = None
     """Read at most this many rows, at least 1; null for all. A task generates so many, 1000 if null."""
     seed: int = 0
@@ -144,7 +148,7 @@ class DataReport:
     """Rows dropped because the prompt was too long (`on_long_prompt: drop`)."""
 
     duplicates: int = 0
-    """Problems among them that equal an earlier one in prompt, solution and expert traces."""
+    """Problems among them that equal an earlier one (see `DataConfig.on_duplicate`)."""
     dropped_duplicates: int = 0
     """Rows dropped because they do (`on_duplicate: drop`)."""
     bare_answers: int = 0
@@ -164,8 +168,8 @@ class DataReport:
         system = f"; {self.own_system} chats have a system message of their own, which system_prompt does not replace"
         again = f"; {self.dropped_duplicates} more dropped as equal to an earlier one" if self.dropped_duplicates else ""
         equal = (
-            f"; {self.duplicates} problems equal an earlier one in prompt, solution and expert traces: a pass visits that several "
-            "times, and a step may (on_duplicate: drop leaves them out)"
+            f"; {self.duplicates} problems equal an earlier one in prompt, solution, expert traces and the columns that the reward "
+            "names: a pass visits that several times, and a step may (on_duplicate: drop leaves them out)"
         )
         bare = f"; {self.bare_answers} answers are their content alone, which the chat template writes in another way"
         turns = f"; {self.context_turns} assistant turns before the last are context only (learned_turns: all)"
@@ -198,19 +202,22 @@ def load_problems(
     reader = RowReader(config, tokenizer)
     entries: list[Entry] = []
     verifier = reward if config.on_rejected_expert == "drop" else None
-    digest, rows, long, duplicates, experts, dropped = hashlib.sha256(), 0, 0, 0, 0, 0
-    seen: set[int] = set()
+    digest, seen, rows, counts = hashlib.sha256(), set(), 0, Counter()  # which holds fields of the report
+    named = _named(reward, reader.columns)
     for chunk in reader.chunks():
         rows += len(chunk)
-        problems = [problem for problem in chunk if problem is not None]
-        long += len(chunk) - len(problems)
-        repeated = [_is_repeated(problem, seen) for problem in problems]
-        duplicates += sum(repeated)
+        kept = [row for row in chunk if row.problem is not None]
+        repeated = [_is_repeated(row.problem, named, seen) for row in kept]
+        counts["dropped_prompts"] += len(chunk) - len(kept)
+        counts["dropped_duplicates" if config.on_duplicate == "drop" else "duplicates"] += sum(repeated)
         if config.on_duplicate == "drop":
-            problems = [problem for problem, again in zip(problems, repeated, strict=True) if not again]
+            kept = [row for row, again in zip(kept, repeated, strict=True) if not again]
+        problems = [row.problem for row in kept]
         wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier, correct_by)
-        experts += sum(len(problem.experts) for problem in problems)
-        dropped += len(wrong)
+        counts["experts"] += sum(len(problem.experts) for problem in problems)
+        counts["dropped_experts"] += len(wrong)
+        for row in kept:
+            counts.update(row.counts)
         for problem in problems:
             numbers = [i for i in range(len(problem.experts)) if (problem.index, i) not in wrong]
             digest.update(fingerprint(replace(problem, experts=tuple(problem.experts[i] for i in numbers))))
@@ -224,16 +231,8 @@ def load_problems(
     report = DataReport(
         problems=len(entries),
         without_expert=sum(not entry.traces for entry in entries),
-        experts=experts,
-        dropped_experts=dropped,
-        dropped_prompts=long,
-        duplicates=duplicates if config.on_duplicate == "keep" else 0,
-        dropped_duplicates=duplicates if config.on_duplicate == "drop" else 0,
-        bare_answers=reader.bare_answers,
-        context_turns=reader.context_turns,
-        plain_prompts=reader.plain_prompts,
-        own_system=0 if config.system_prompt is None else reader.own_system,
         unread_columns=reader.unread_columns,
+        **counts,
     )
     if verifier is not None:
         _tell_failed_gradings(verifier, reader.where)
@@ -312,10 +311,18 @@ def _tell_failed_gradings(reward: RewardFn | WeightedSum, where: str) -> None:
         )
 
 
-def _is_repeated(problem: Problem, seen: set[int]) -> bool:
-    """Whether a row equal to this one was `seen`; it is from now on. Their hashes have 64 bits, so that of a million different rows
-    two are taken for equal with a chance of 3e-8."""
-    key = hash((identity(problem), tuple(expert.token_ids for expert in problem.experts)))
+def _named(reward: RewardFn | WeightedSum | None, columns: Sequence[str]) -> list[str]:
+    """The columns that the reward has as arguments by name."""
+    rewards = [term for _, term, _ in reward.terms] if isinstance(reward, WeightedSum) else [reward] if reward is not None else []
+    return [column for column in columns if any(names(one, column) for one in rewards)]
+
+
+def _is_repeated(problem: Problem, named: Sequence[str], seen: set[int]) -> bool:
+    """Whether a row equal to this one was `seen` (see `DataConfig.on_duplicate`), of whose columns the reward has those `named` as
+    arguments; it is from now on. Hashes have 64 bits: of a million different rows two are taken for equal with a chance of 3e-8."""
+    has_answer = problem.solution is not None or problem.experts or named
+    columns = {name: problem.columns[name] for name in (named if has_answer else problem.columns)}
+    key = hash((problem.prompt_ids, problem.solution, tuple(expert.token_ids for expert in problem.experts), repr(columns)))
     if key in seen:
         return True
     seen.add(key)

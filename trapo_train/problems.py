@@ -55,15 +55,12 @@ class Entry(NamedTuple):
     traces: tuple[Trace, ...]
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """What a row is read as; `problem` is None for too long a prompt."""
 
     problem: Problem | None
     traces: list[str]
-    is_bare: bool = False  # an answer that is its content alone, not what the chat template writes
-    turns: int = 0  # of the assistant before the answer
-    is_plain: bool = False  # a prompt that the chat template could have rendered
-    has_system: bool = False  # a chat with a system message of its own
+    counts: dict[str, int]  # what it adds to those of a DataReport
 
 
 class ProblemSet(Sequence[Problem]):
@@ -144,7 +141,6 @@ class RowReader:
         self._line_break = line_break_behind(tokenizer)
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
-        self.bare_answers, self.context_turns, self.plain_prompts, self.own_system = 0, 0, 0, 0  # so far, see DataReport
         self._are_conversations = config.prompt_column == config.expert_column
         self._has_experts = _has(columns, config.expert_column)
         self._has_solutions = config.solution_column is not None and (
@@ -152,22 +148,21 @@ class RowReader:
         )
         further = _further_columns(config, columns, self.where)
         self.unread_columns = tuple(column for column in further if column in RESERVED_COLUMNS)
-        self._further = [column for column in further if column not in RESERVED_COLUMNS]
+        self.columns = [column for column in further if column not in RESERVED_COLUMNS]
         self._examples = examples(self._rows, config, self.where)
 
-    def chunks(self) -> Iterator[list[Problem | None]]:
-        """All examples in order, some at a time, as problems; None for one with too long a prompt."""
+    def chunks(self) -> Iterator[list[Row]]:
+        """All examples in order, some at a time, their problems with expert traces."""
         by_row = groupby(enumerate(self._examples), key=lambda numbered: numbered[1].row)
         rows = ((index, row) for row, (_, of_row) in zip(self._rows, by_row, strict=True) for index, _ in of_row)
         while chunk := list(islice(rows, CHUNK_ROWS)):
             read = [self._read(index, row) for index, row in chunk]
-            self.bare_answers += sum(row.is_bare for row in read)
-            self.context_turns += sum(row.turns for row in read)
-            self.plain_prompts += sum(row.is_plain for row in read)
-            self.own_system += sum(row.has_system for row in read)
             named = [(row.problem.index, text) for row in read if row.problem is not None for text in row.traces]
             experts = self._experts(named)  # all of the chunk's, in order
-            yield [row.problem and replace(row.problem, experts=tuple(islice(experts, len(row.traces)))) for row in read]
+            yield [
+                row._replace(problem=row.problem and replace(row.problem, experts=tuple(islice(experts, len(row.traces)))))
+                for row in read
+            ]
 
     def problem(self, entry: Entry) -> Problem:
         """The problem of an entry, with the traces that are in use."""
@@ -175,7 +170,7 @@ class RowReader:
         named = [(entry.index, read.traces[trace.number]) for trace in entry.traces]
         return replace(read.problem, experts=tuple(self._experts(named)))
 
-    def _read(self, index: int, row: dict[str, Any]) -> _Row:
+    def _read(self, index: int, row: dict[str, Any]) -> Row:
         config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, {self._examples[index]}"
         value, expert, prompt, is_bare = self._texts(row, self._examples[index].messages, at)
         prompt += config.response_start
@@ -188,7 +183,7 @@ class RowReader:
             raise UserError(f"{at}: the prompt is empty. Remove the row.")
         if len(prompt_ids) > config.max_prompt_tokens:
             if config.on_long_prompt == "drop":
-                return _Row(None, [])
+                return Row(None, [], {})
             raise UserError(
                 f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. "
                 "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
@@ -200,13 +195,14 @@ class RowReader:
         for text in trace_texts(expert, at):
             text = with_think_tags(text, config.think_tags, prompt, at)
             traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
-        columns = {column: row[column] for column in self._further}
+        columns = {column: row[column] for column in self.columns}
         problem = Problem(index, prompt, prompt_ids, solution, columns=columns)
-        turns = 0
+        counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not wants_chat(value, config)}
         if traces and self._are_conversations and config.learned_turns == "last":
-            turns = sum(message["role"] == "assistant" for message in value)
-        is_plain = bool(tokenizer.chat_template) and not wants_chat(value, config)
-        return _Row(problem, traces, is_bare, turns, is_plain, isinstance(value, list) and value[0]["role"] == "system")
+            counts["context_turns"] = sum(message["role"] == "assistant" for message in value)
+        if config.system_prompt is not None:
+            counts["own_system"] = isinstance(value, list) and value[0]["role"] == "system"
+        return Row(problem, traces, counts)
 
     def _texts(self, row: dict[str, Any], messages: int | None, at: str) -> tuple[Any, Any, str, bool]:
         """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and
@@ -248,8 +244,8 @@ def fingerprint(problem: Problem) -> bytes:
 
 
 def identity(problem: Problem) -> tuple[Any, ...]:
-    """What rows that are one problem have in common, whatever their expert traces: prompt and solution, or the columns, which hold
-    the answer where there is no solution."""
+    """What rows that are one held-out problem have in common, whatever their expert traces: prompt and solution, or the columns,
+    which hold the answer where there is no solution."""
     return problem.prompt_ids, problem.solution if problem.solution is not None else repr(problem.columns)
 
 

@@ -15,6 +15,11 @@ def takes(reward: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
+def names(reward: Callable[..., Any], name: str) -> bool:
+    """Whether the reward has an argument of just this name, not **columns alone, which take what it may leave alone, too."""
+    return name in _parameters(reward)
+
+
 def check_is_no_class(name: str, reward: Callable[..., Any]) -> None:
     """Raise UserError for a class, whose call makes an instance and judges nothing."""
     if isinstance(reward, type):

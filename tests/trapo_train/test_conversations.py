@@ -205,6 +205,15 @@ def test_chats_whose_own_system_message_stays_are_counted(load):
     assert load(rows, preset="messages").report.own_system == 0
 
 
+def test_what_is_counted_of_rows_is_counted_of_those_that_are_kept(load, tokenizer):
+    tokenizer.chat_template = OPENS_THOUGHTS
+    chats = {"preset": "messages", "system_prompt": "Be brief.", "on_duplicate": "drop"}
+    report = load([{"messages": CHAT}] * 3, **chats).report
+    assert (report.dropped_duplicates, report.context_turns, report.own_system, report.bare_answers) == (2, 1, 1, 1)
+    report = load([{"prompt": "1+1=", "solution": "2"}] * 3, on_duplicate="drop").report
+    assert (report.dropped_duplicates, report.plain_prompts) == (2, 1)
+
+
 MESSAGES = {"preset": "messages"}
 OF_CONVERSATIONS = {"prompt_column": "conversations", "expert_column": "conversations", "solution_column": None}
 

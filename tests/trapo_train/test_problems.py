@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from trapo_train.data import DataConfig, load_problems
+from trapo_train.grading import WorkerReward
 from trapo_train.problems import CACHED_PROBLEMS, CHUNK_ROWS
-from trapo_train.rewards import exact_match
+from trapo_train.rewards import WeightedSum, exact_match
 from trapo_train.rows import solution_text, with_think_tags, without_start
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import continuations, decode, line_break_behind
@@ -221,7 +222,7 @@ def test_equal_rows_are_told_and_may_be_left_out(load):
     rows = [ROWS[0], other_traces, ROWS[1], ROWS[0], ROWS[1] | {"solution": "ce"}, ROWS[0]]
     kept, dropped = load(rows), load(rows, on_duplicate="drop")
     assert [problem.index for problem in kept] == list(range(6)) and kept.report.duplicates == 2
-    assert "2 problems equal an earlier one in prompt, solution and expert traces" in str(kept.report)
+    assert "2 problems equal an earlier one in prompt, solution, expert traces and the columns" in str(kept.report)
     assert "(on_duplicate: drop leaves them out)" in str(kept.report)
     assert [problem.index for problem in dropped] == [0, 1, 2, 4]
     assert (dropped.report.problems, dropped.report.duplicates, dropped.report.dropped_duplicates) == (4, 0, 2)
@@ -231,9 +232,32 @@ def test_equal_rows_are_told_and_may_be_left_out(load):
     assert "equal" not in str(load(rows[:3]).report)
 
 
-def test_without_a_solution_the_columns_say_what_is_equal(load):
-    rows = [{"prompt": "ab", "level": level} for level in (1, 2, 1)]
-    assert len(load(rows, solution_column=None, on_duplicate="drop")) == 2
+def _levels(completions, level, **columns):
+    return [1.0 for _ in completions]
+
+
+def _anything(completions, **columns):
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward", "kept"),
+    [
+        ({}, None, 3),  # nothing but the columns says what the answer is
+        ({}, _levels, 2),
+        ({}, _anything, 3),
+        ({"expert": "bc"}, None, 1),  # SFT: an id makes no other example
+        ({"expert": "bc"}, _anything, 1),
+        ({"solution": "bc"}, exact_match, 1),
+        ({"solution": "bc"}, _levels, 2),  # tests that a reward runs make another problem
+        ({"solution": "bc", "expert": "bc"}, WeightedSum([("a", exact_match, 1.0), ("b", _levels, 1.0)]), 2),
+        ({"solution": "bc"}, WorkerReward("m:f", _levels, time_limit_s=1.0, memory_limit_mib=64), 2),
+    ],
+)
+def test_columns_make_another_problem_where_the_reward_names_them_or_nothing_else_is_the_answer(answer, reward, kept, load):
+    rows = [{"prompt": "ab", "id": number, "level": level} | answer for number, level in enumerate((1, 2, 1))]
+    column = "solution" if "solution" in answer else None
+    assert len(load(rows, reward, solution_column=column, on_duplicate="drop")) == kept
 
 
 @pytest.mark.parametrize(("value", "text"), [(27.0, "27"), (-3, "-3"), (["$5$"], "$5$"), ([7.0], "7"), ([None], None)])
