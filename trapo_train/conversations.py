@@ -21,24 +21,41 @@ class Example(NamedTuple):
 
     row: int
     messages: int | None = None
+    ends_row: bool = True  # whether the row's solution is about it
 
     def __str__(self) -> str:
         return f"row {self.row}" if self.messages is None else f"row {self.row} up to message {self.messages}"
 
 
+class _WholeRows(Sequence[Example]):
+    """Every row once, made when it is asked for: a list of a million takes 100 MiB."""
+
+    def __init__(self, count: int) -> None:
+        self._rows = range(count)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self._rows[index])
+
+
 def examples(rows: Sequence[dict[str, Any]], config: DataConfig, where: str) -> Sequence[Example]:
     """Return what the rows are read as, in their order: each once, or, with `learned_turns: all`, a conversation once for every
-    turn of the assistant that answers something, and once more where another role has the last word."""
+    turn of the assistant that answers a message, one that is neither a system message nor the assistant's own, and once as a whole
+    where another role has the last word or no turn answers."""
     if config.learned_turns == "last":
-        return [Example(row) for row in range(len(rows))]
+        return _WholeRows(len(rows))
     found: list[Example] = []
     for number, row in enumerate(rows):
         at = f"{where}, row {number}"
         messages = _conversation(cell(row, config.prompt_column, at), at)
-        ends = [end for end, message in enumerate(messages, start=1) if message["role"] == "assistant" and end > 1]
-        if messages[-1]["role"] != "assistant" or not ends:
-            ends.append(len(messages))
-        found += [Example(number, end) for end in ends]
+        roles = [message["role"] for message in messages]
+        answers = (end for end in range(2, len(roles) + 1) if roles[end - 1] == "assistant")
+        ends = [end for end in answers if roles[end - 2] not in ("assistant", "system")]
+        if roles[-1] != "assistant" or not ends:
+            ends.append(len(roles))
+        found += [Example(number, end, end == len(roles)) for end in ends]
     return found
 
 
@@ -48,10 +65,11 @@ def split_conversation(value: Any, end: int | None, where: str) -> tuple[list[Me
     messages = _conversation(value, where)[:end]
     if messages[-1]["role"] != "assistant":
         return messages, None
-    if len(messages) == 1:
+    if len(messages) == 1 or messages[-2]["role"] == "assistant":
+        got = "an assistant message alone" if len(messages) == 1 else "two assistant messages at its end"
         raise UserError(
-            f"{where}: a conversation must have a message before the last, which is answered, got an assistant message alone. "
-            "Remove the row."
+            f"{where}: a conversation must have a message before the last, which is answered, got {got}. Remove the row"
+            f"{'' if len(messages) == 1 else ', or the last message from it'}."
         )
     return messages[:-1], messages[-1]
 

@@ -60,9 +60,10 @@ class DataConfig:
     expert_column for conversations: the last assistant turn, as the chat template writes it, is the expert trace, what comes before
     it the prompt. Messages reach the template with all their fields, such as tool_calls, and so does a column tools."""
     learned_turns: Literal["last", "all"] = "last"
-    """Which assistant turns of a conversation are expert traces: the last, with the others as context, or all, each as a problem of
-    its own whose prompt is what comes before it, as the chat template writes that for a model that is to answer. Each problem
-    computes its prompt again, so long chats of many turns cost more than their tokens."""
+    """Which assistant turns of a conversation are expert traces: the last, with the others as context, or all that answer a message
+    (none behind a system message or another assistant turn), each as a problem of its own whose prompt is what comes before it, as
+    the chat template writes that for a model that is to answer. The row's solution is that of its last message: problems of earlier
+    turns have none. Each problem computes its prompt again, so long chats of many turns cost more than their tokens."""
     solution_column: str | None = "solution"
     """Column with the true answer that the reward compares with; null if the dataset has none."""
     expert_column: str | None = "expert"

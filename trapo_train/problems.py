@@ -189,7 +189,7 @@ class RowReader:
                 "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
             )
         solution = None
-        if self._has_solutions:
+        if self._has_solutions and self._examples[index].ends_row:
             solution = solution_text(cell(row, config.solution_column, at), at)
         traces: list[str] = []
         for text in trace_texts(expert, at):

@@ -1,9 +1,13 @@
 """Conversations: the answer as the chat template writes it, fields beside the content, tools, and what is said of the rest."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.trapo_train import test_data
 from tests.trapo_train.test_data import CHAT, TEMPLATE
+from trapo_train.conversations import Example, examples
+from trapo_train.rewards import exact_match
 
 own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
 # As gpt-oss writes a turn of the assistant: thoughts and answer in channels of one turn, the last of which ends with EOS.
@@ -166,6 +170,34 @@ def test_each_turn_of_the_assistant_can_be_learned(load, tokenizer):
     cuts = [(0, 3), (0, 5), (0, 7), (1, 2), (1, 3), (2, 2)]
     alone = load([{"messages": rows[row]["messages"][:end]} for row, end in cuts], preset="messages")
     assert list(problems) == list(alone) and "It said so" not in problems[2].prompt
+
+
+def test_a_turn_that_answers_nothing_is_context(load):
+    said = {"role": "assistant", "content": "Well."}
+    rows = [[CHAT[0], said, ASKED, said], [*CHAT[1:3], said, *CHAT[3:5]], [*CHAT[1:3], said], [CHAT[0], said]]
+    problems = load([{"messages": row} for row in rows], preset="messages", learned_turns="all")
+    assert [problem.prompt.removesuffix("<assistant>") for problem in problems] == [
+        "<system>Add.</s><assistant>Well.</s><user>Weather?</s>",
+        "<user>1+1=</s>",
+        "<user>1+1=</s><assistant>2</s><assistant>Well.</s><user>+1=</s>",
+        "<user>1+1=</s>",
+        "<system>Add.</s>",  # as with learned_turns: last
+    ]
+    with pytest.raises(ValueError, match=r"got two assistant messages at its end\. Remove the row, or the last message from it"):
+        load([{"messages": rows[2]}], preset="messages")
+
+
+def test_the_solution_of_a_row_is_that_of_its_last_turn(load):
+    other = {"messages": [*CHAT[1:3], ASKED], "solution": "2"}
+    rows = [{"messages": CHAT, "solution": "3"}, other]
+    problems = load(rows, exact_match, preset="messages", learned_turns="all", on_rejected_expert="drop")
+    assert [problem.solution for problem in problems] == [None, "3", None, "2"]
+    assert [len(problem.experts) for problem in problems] == [1, 1, 1, 0] and problems.report.dropped_experts == 0
+
+
+def test_conversations_whose_last_turn_is_learned_take_no_memory(load):
+    found = examples(range(10**12), SimpleNamespace(learned_turns="last"), "")
+    assert (len(found), found[7], found[-1]) == (10**12, Example(7), Example(10**12 - 1))
 
 
 @pytest.mark.parametrize(
