@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trapo_train.rows import BESIDE_CONTENT, END_THINK, THINK, Message, cell, checked_messages, rendered_chat, shown
 from trapo_train.schema import UserError
+from trapo_train.tokenizer import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trapo_train.data import DataConfig
+
+
+class Endings(NamedTuple):
+    """The tokens that end a response with their ids, the first of which ends a trace that has none, and all special tokens."""
+
+    ends: dict[str, int]
+    special: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> Endings:
+        """Those of the tokenizer; a response ends with any of `end_ids`."""
+        ends = dict(zip(tokenizer.convert_ids_to_tokens(list(end_ids)), end_ids, strict=True))
+        return cls(ends, tuple(sorted({*ends, *special_tokens(tokenizer).values()}, key=len, reverse=True)))
+
+    def split(self, text: str) -> tuple[str, str]:
+        """A text and the token of `ends` behind it, "" where it ends with none."""
+        end = next((end for end in self.ends if text.endswith(end)), "")
+        return text.removesuffix(end), end
 
 
 class Example(NamedTuple):
@@ -80,12 +98,14 @@ def answer_text(
     prompt: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    endings: Endings,
     where: str,
     tools: list[Any] | None = None,
 ) -> tuple[str, bool]:
-    """Return what the chat template writes of an `answer` behind the rendered `prompt`, thoughts and tool calls included, without
-    the token that ends the turn; and True. Where it does not go on from there, as one whose generation prompt opens thoughts does
-    not for an answer without, or leaves out some of the content, as one that drops thoughts: the content alone and False.
+    """Return what the chat template writes of an `answer` behind the rendered `prompt`, thoughts and tool calls included, and the
+    token that ends the turn if it ends a response here; and True. Where it does not go on from there, as one whose generation
+    prompt opens thoughts does not for an answer without, or leaves out some of the content, as one that drops thoughts: the content
+    alone and False.
 
     Raises: UserError for a field of BESIDE_CONTENT that the template does not write, and where content alone would not do.
     """
@@ -108,11 +128,11 @@ def answer_text(
                 f"{where}: the chat template must write the field {field} of the last message, it does not. Set model.tokenizer to "
                 "one whose template does, or remove the field from the row."
             )
-    text = _turn(whole.removeprefix(prompt), tokenizer) if whole.startswith(prompt) else None
+    turn = _turn(whole.removeprefix(prompt), endings) if whole.startswith(prompt) else None
     # The template may move thoughts, which the content has before </think>.
     parts = [part.strip().removeprefix(THINK).strip() for part in content.split(END_THINK)]
-    if text is not None and text.strip() and all(part in text for part in parts):
-        return text, True
+    if turn is not None and turn[0].strip() and all(part in turn[0] for part in parts):
+        return "".join(turn), True
     if not content.strip() or answer.get("tool_calls"):
         raise UserError(
             f"{where}: the chat template must write all of the last message after the rendered prompt, which {shown(answer)} is "
@@ -127,13 +147,17 @@ def _conversation(value: Any, where: str) -> list[Message]:
     return checked_messages(value, f"{where}: a conversation")
 
 
-def _turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A rendered turn without the token that ends it, be that one EOS or, as a response ends with EOS here, another special token;
-    None where more than special tokens stands behind EOS."""
-    turn, end, rest = text.rpartition(tokenizer.eos_token)
-    if end and not rest.strip():
-        return turn
-    special = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    if not end:
-        return re.sub(f"({special})$", "", rest.rstrip()) if special else rest.rstrip()
-    return turn if re.fullmatch(rf"(\s|{special})*", rest) else None
+def _turn(text: str, endings: Endings) -> tuple[str, str] | None:
+    """A rendered turn and the first token that ends a response behind it, "" where another special token ends the turn; None where
+    more than special tokens stands behind one that ends a response."""
+    turn, rest = None, text.rstrip()
+    while rest.endswith(endings.special):
+        token = next(token for token in endings.special if rest.endswith(token))
+        rest = rest.removesuffix(token)
+        if token in endings.ends:
+            turn = rest, token
+        rest = rest.rstrip()
+    if turn is None and not any(end in text for end in endings.ends):
+        other = next((token for token in endings.special if text.rstrip().endswith(token)), "")
+        return text.rstrip().removesuffix(other), ""
+    return turn

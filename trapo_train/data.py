@@ -188,11 +188,13 @@ def load_problems(
     tokenizer: PreTrainedTokenizerBase,
     reward: RewardFn | WeightedSum | None,
     correct_by: str | None = None,
+    end_ids: Sequence[int] | None = None,
 ) -> ProblemSet:
     """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
     expert traces stay (None: all), of several rewards the one named `correct_by` (None: their weighted sum).
 
-    Every expert trace gets the end-of-sequence token once. Columns besides prompt, solution and expert go to
+    Every expert trace ends with one of `end_ids` (None: the tokenizer's end-of-sequence token), that token where it has none
+    itself. Columns besides prompt, solution and expert go to
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
 
     Raises:
@@ -200,7 +202,7 @@ def load_problems(
             without chat template, a tokenizer without end-of-sequence token, or a column of the wrong type.
         RewardError: if the reward fails on an expert trace.
     """
-    reader = RowReader(config, tokenizer)
+    reader = RowReader(config, tokenizer, end_ids)
     entries: list[Entry] = []
     verifier = reward if config.on_rejected_expert == "drop" else None
     digest, seen, rows, counts = hashlib.sha256(), set(), 0, Counter()  # which holds fields of the report
@@ -335,8 +337,9 @@ def _rejected_experts(
 ) -> set[tuple[int, int]]:
     """Return (problem index, trace number) of every trace with a reward of 0 or less; no opinion rejects nothing."""
     pairs = [(problem, number) for problem in problems for number in range(len(problem.experts))]
-    texts = [problem.experts[number].text.removesuffix(tokenizer.eos_token) for problem, number in pairs]
-    lengths = [len(problem.experts[number].token_ids) for problem, number in pairs]
+    traces = [problem.experts[number] for problem, number in pairs]
+    texts = [trace.text.removesuffix(tokenizer.convert_ids_to_tokens(trace.token_ids[-1])) for trace in traces]
+    lengths = [len(trace.token_ids) for trace in traces]
     about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs)}
     opinions = [opinion_of(value, correct_by) for value in judge(reward, [problem for problem, _ in pairs], texts, about)]
     judged = zip(pairs, opinions, strict=True)

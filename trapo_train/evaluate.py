@@ -159,15 +159,19 @@ class EvalSet:
 
 
 def load_eval_sets(
-    data: DataConfig | Mapping[str, DataConfig] | None, config: EvalConfig, tokenizer: PreTrainedTokenizerBase
+    data: DataConfig | Mapping[str, DataConfig] | None,
+    config: EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Sequence[int] | None = None,
 ) -> dict[str, EvalSet]:
-    """The configured sets by name; one without a name is called UNNAMED.
+    """The configured sets by name, their expert traces ending with one of `end_ids`; one without a name is called UNNAMED.
 
     Raises: UserError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, a
         column group_by that no set has, or a set that has nothing to report.
     """
     named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
-    sets = {name: EvalSet.of(load_problems(entry, tokenizer, None), config, name) for name, entry in named.items()}
+    loaded = {name: load_problems(entry, tokenizer, None, end_ids=end_ids) for name, entry in named.items()}
+    sets = {name: EvalSet.of(problems, config, name) for name, problems in loaded.items()}
     if not sets:
         return sets
     for name, entry in sets.items():

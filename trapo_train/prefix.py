@@ -24,7 +24,7 @@ def cut_prefix(
 ) -> tuple[int, ...]:
     """Return the first `ratio` of an expert trace's tokens, cut just after a paragraph break where one is near.
 
-    The cut lies after floor(ratio·n) of the n tokens before the end-of-sequence token, at least one. From there it
+    The cut lies after floor(ratio·n) of the n tokens before the one that ends the trace, at least one. From there it
     moves forward to the first token boundary behind the next paragraph break, if that boundary lies before
     (ratio + snap_window)·n and leaves a token to generate. A cut that already stands just behind a break stays.
 
@@ -32,9 +32,9 @@ def cut_prefix(
     may be one token, several, or part of a longer one (the cut then lies behind that token).
 
     Args:
-        expert: the trace, its token ids ending with `tokenizer.eos_token_id`.
-        ratio: share of the trace in [0, 1]: 0 gives (), 1 gives all tokens with the end-of-sequence token. Any ratio in
-            between never gives the end-of-sequence token, and gives at least one token if there is one besides it.
+        expert: the trace, its last token the one that ends it.
+        ratio: share of the trace in [0, 1]: 0 gives (), 1 gives all tokens with the one that ends it. Any ratio in
+            between never gives that one, and gives at least one token if there is one besides it.
         tokenizer: the tokenizer that made `expert.token_ids`.
         paragraph_break: the text that ends a paragraph.
         snap_window: how far forward the cut may move, as a share of the trace, ≥ 0; 0 never moves it.
@@ -54,9 +54,7 @@ def cut_prefix(
         return ()
     if ratio == 1.0:
         return expert.token_ids
-    body = expert.token_ids
-    if body and body[-1] == tokenizer.eos_token_id:
-        body = body[:-1]
+    body = expert.token_ids[:-1]
     if not body:
         return ()
     # 1e-9 keeps 0.29 · 100 = 28.999… at 29.

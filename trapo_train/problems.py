@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trapo_train.conversations import answer_text, examples, split_conversation
+from trapo_train.conversations import Endings, answer_text, examples, split_conversation
 from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rewards import ABOUT_RESPONSES
 from trapo_train.rows import (
@@ -132,12 +132,13 @@ class RowReader:
     Raises: UserError as `data.load_problems` says, naming the dataset, its split and the row.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] | None = None) -> None:
         self.where = f"{config.path or config.task}, split {config.split}"
         if tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
         self._config = config
         self._tokenizer = tokenizer
+        self._endings = Endings.of(tokenizer, end_ids or [tokenizer.eos_token_id])
         self._line_break = line_break_behind(tokenizer)
         columns, self._rows = load_rows(config)
         self._told = False  # of prompts that begin twice
@@ -216,25 +217,27 @@ class RowReader:
         if answer is None:
             expert = cell(row, config.expert_column, at) if self._has_experts and not self._are_conversations else None
             return value, expert, prompt, False
-        text, is_written = answer_text(value, answer, prompt, config, tokenizer, at, tools)
+        text, is_written = answer_text(value, answer, prompt, config, tokenizer, self._endings, at, tools)
         return value, text, prompt, not is_written
 
     def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
-        """Tokenise traces, each given with the index of its example."""
+        """Tokenise traces, each given with the index of its example; one without a token that ends a response gets it."""
         if not named:
             return
-        end, end_id = self._tokenizer.eos_token, self._tokenizer.eos_token_id
-        texts = [text.removesuffix(end) for _, text in named]
+        texts, ends = zip(*(self._endings.split(text) for _, text in named), strict=True)
+        end_ids = self._endings.ends
         first, last = (self._examples[index] for index in (named[0][0], named[-1][0]))
         with _encoding(f"{self.where}, from {first} to {last}: an expert trace"):
             encoded = continuations(texts, tokenizer=self._tokenizer, line_break=self._line_break)
-        for (index, _), text, token_ids in zip(named, texts, encoded, strict=True):
-            if end_id in token_ids:
+        for (index, _), text, end, token_ids in zip(named, texts, ends, encoded, strict=True):
+            inside = next((token for token, token_id in end_ids.items() if token_id in token_ids), None)
+            if inside is not None:
                 raise UserError(
-                    f"{self.where}, {self._examples[index]}: an expert trace has the end-of-sequence token {end!r} before its end. "
+                    f"{self.where}, {self._examples[index]}: an expert trace has {inside!r} before its end, which ends a response. "
                     "Remove it from the text."
                 )
-            yield ExpertTrace(text + end, (*token_ids, end_id))
+            end = end or next(iter(end_ids))
+            yield ExpertTrace(text + end, (*token_ids, end_ids[end]))
 
 
 def fingerprint(problem: Problem) -> bytes:

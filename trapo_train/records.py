@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExpertTrace:
-    """One expert solution of a problem: the response only, without the prompt, with the end-of-sequence token."""
+    """One expert solution of a problem: the response only, without the prompt, with the token that ends it."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -3,7 +3,9 @@ names), and texts as tokens and back."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -101,7 +103,7 @@ def _end_with(tokenizer: PreTrainedTokenizerBase, eos_token: str | list[str]) ->
                 f"{did_you_mean(token, vocabulary)} Name the token that ends the model's turns, as its chat template writes it, "
                 "or null for the tokenizer's own."
             )
-    special = _special_ids(tokenizer)
+    special = special_tokens(tokenizer)
     # Adding one again would drop its lstrip and rstrip, and prompts would have other tokens; decoding would leave one that is not
     # special in the text that the reward sees.
     if vocabulary[tokens[0]] in special:
@@ -111,8 +113,9 @@ def _end_with(tokenizer: PreTrainedTokenizerBase, eos_token: str | list[str]) ->
     tokenizer.add_tokens([token for token in tokens[1:] if vocabulary[token] not in special], special_tokens=True)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens by their ids."""
+    return {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def line_break_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -151,7 +154,7 @@ def end_ids(eos_token: str | list[str] | None, model: PreTrainedModel, tokenizer
     generation_config names of its special tokens, so that sampling ends where the model's own `generate` does."""
     if eos_token is not None:
         return tuple(tokenizer.convert_tokens_to_ids([eos_token] if isinstance(eos_token, str) else eos_token))
-    own, special = [tokenizer.eos_token_id], _special_ids(tokenizer)
+    own, special = [tokenizer.eos_token_id], special_tokens(tokenizer)
     return tuple(dict.fromkeys([*own, *(token_id for token_id in ending_ids(model) if token_id in special)]))
 
 
@@ -177,8 +180,9 @@ def other_endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if turn not in (None, own):
         names = tokenizer.convert_ids_to_tokens(ends)
         through = "" if turn in names else f", and a response goes on behind {turn}"
+        traces = "expert traces" if through else "expert traces that are texts"
         choice = [turn, *(name for name in names if name != turn)]
-        said = f"expert traces end with {own}, the chat template ends turns with {turn}{through}. If prompts are rendered with it"
+        said = f"{traces} end with {own}, the chat template ends turns with {turn}{through}. If prompts are rendered with it"
     elif others:
         names = tokenizer.convert_ids_to_tokens(others)
         choice = [*tokenizer.convert_ids_to_tokens(ends), *names]
@@ -188,7 +192,7 @@ def other_endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         said += "If it is one"
     else:
         return None
-    return f"{said}, set 'model.eos_token=[{', '.join(choice)}]'"
+    return f"{said}, set {shlex.quote(f'model.eos_token={json.dumps(choice, ensure_ascii=False)}')}"
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -202,6 +206,6 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
     except Exception:  # a template is the model's own code and may raise anything; a prompt that it refuses says so
         return None
     behind = text.rpartition(said)[2] if said in text else ""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = special_tokens(tokenizer).values()
     found = sorted((behind.find(token), -len(token), token) for token in special if token in behind)
     return found[0][2] if found else None

@@ -6,7 +6,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -49,7 +49,7 @@ from trapo_train.step import (
     scheduled_options,
 )
 from trapo_train.tasks import build_tokenizer
-from trapo_train.tokenizer import other_endings
+from trapo_train.tokenizer import end_ids, other_endings
 from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vocab_parallel import own_micro_batches
 
@@ -87,10 +87,11 @@ class Trainer:
         self.notes += [note] if note else []
         read = [str(config.data.path or config.data.task)] * trains + ["the held-out sets"] * (config.eval_data is not None)
         tell(f"reading {' and '.join(read)}")
-        self.problems = self._load_problems()
+        ends = end_ids(config.model.eos_token, self.model, self.tokenizer)
+        self.problems = self._load_problems(ends)
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
-        self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer)
+        self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends)
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report)
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
@@ -351,9 +352,9 @@ class Trainer:
             self.notes.append(changed)
         return True
 
-    def _load_problems(self) -> ProblemSet:
+    def _load_problems(self, ends: Sequence[int]) -> ProblemSet:
         """The training problems; expert traces and problems that cannot be used are left out and noted."""
-        loaded = load_problems(self.config.data, self.tokenizer, self.reward, self.config.rollout.correct_by)
+        loaded = load_problems(self.config.data, self.tokenizer, self.reward, self.config.rollout.correct_by, ends)
         self.data_report, self.data_fingerprint = loaded.report, loaded.fingerprint
         longest = self.config.rollout.max_response_tokens
         problems, dropped = loaded.without_long_experts(longest)

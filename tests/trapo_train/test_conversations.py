@@ -1,5 +1,6 @@
 """Conversations: the answer as the chat template writes it, fields beside the content, tools, and what is said of the rest."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from tests.trapo_train import test_data
 from tests.trapo_train.test_data import CHAT, TEMPLATE
 from trapo_train.conversations import Example, examples
+from trapo_train.data import DataConfig, load_problems
+from trapo_train.prefix import cut_prefix
 from trapo_train.rewards import exact_match
 
 own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
@@ -89,6 +92,45 @@ def test_an_answer_that_is_a_tool_call_is_learned(load, tokenizer):
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
     assert problem.experts[0].text == f"<think>\n\n</think>\n\n{call}</s>"
     assert load([{"messages": [ASKED, {"role": "assistant", "content": ""}]}], preset="messages")[0].experts == ()
+
+
+# As gpt-oss and Llama 3.1 end a call by another token than an answer, and Phi 3 ends a chat by one more.
+ENDS_CALLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}"
+    "{{ '<|call|>' if m.tool_calls else '<|end|>' }}\n{% endfor %}{{ '<assistant>' if add_generation_prompt else '</s>' }}"
+)
+
+
+def test_a_turn_keeps_the_token_that_ends_it_where_a_response_may_end_with_it(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>", "<|end|>"]})
+    tokenizer.chat_template = ENDS_CALLS
+    chat = [ASKED, {"content": ""} | CALL, {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "Sunny."}]
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"), preset="messages", learned_turns="all")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}))
+    call, end = tokenizer.convert_tokens_to_ids(["<|call|>", "<|end|>"])
+    for end_ids, expected in (
+        ([1, call, end], ["weather<|call|>", "Sunny.<|end|>"]),
+        ([1, call], ["weather<|call|>", "Sunny.<|end|>\n</s>"]),
+        ([end, call], ["weather<|call|>", "Sunny.<|end|>"]),
+    ):
+        problems = load_problems(config, tokenizer, None, end_ids=end_ids)
+        traces = [problem.experts[0] for problem in problems]
+        assert [trace.text for trace in traces] == [tokenizer.decode(trace.token_ids) for trace in traces] == expected
+        assert cut_prefix(traces[0], 0.99, tokenizer) == traces[0].token_ids[:-2]
+    answer = [ASKED, {"role": "assistant", "content": "It is <|call|>."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": answer}))
+    with pytest.raises(ValueError, match=r"row 0 up to message 2: an expert trace has '<\|call\|>' before its end"):
+        load_problems(config, tokenizer, None, end_ids=[1, call])
+
+
+def test_a_trace_that_is_a_text_keeps_its_end_and_gets_the_first_where_it_has_none(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "solution": "2", "expert": ["2<|end|>", "2", "2</s>"]}))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"), on_rejected_expert="drop")  # no reward sees an end
+    (problem,) = load_problems(config, tokenizer, exact_match, end_ids=[1, end])
+    assert [trace.text for trace in problem.experts] == ["2<|end|>", "2</s>", "2</s>"]
+    assert [trace.token_ids[-1] for trace in problem.experts] == [end, 1, 1]
 
 
 def test_the_report_says_what_is_not_learned_as_the_template_has_it(load, tokenizer):
@@ -204,7 +246,7 @@ def test_conversations_whose_last_turn_is_learned_take_no_memory(load):
     ("messages", "message"),
     [
         ([ASKED, ANSWER, ASKED], "split train, row 1 up to message 2: the chat template must write the field reasoning_content"),
-        ([ASKED, {"role": "assistant", "content": "</s>."}, ASKED], "row 1 up to message 2: an expert trace has the end-of-seq"),
+        ([ASKED, {"role": "assistant", "content": "</s>."}, ASKED], "row 1 up to message 2: an expert trace has '</s>' before its"),
         ([{"role": "assistant", "content": "Hi."}], "row 1 up to message 1: a conversation must have a message before the last"),
         ([], "row 1: a conversation must be a non-empty list"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -121,34 +122,52 @@ def test_several_tokens_end_a_response_and_the_first_ends_traces(directory, tmp_
 @pytest.mark.parametrize(
     ("own", "ends", "template", "words", "choice"),
     [
-        ("</s>", [0], TEMPLATE, ", and a response goes on behind <|end|>. If", "<|end|>, </s>"),
-        ("</s>", [0, 257], TEMPLATE, "turns with <|end|>. If", "<|end|>, </s>"),
-        ("</s>", [257, 258, 0], None, "goes on behind <|user|>, no special token", "</s>, <|end|>, <|user|>"),
+        (
+            "</s>",
+            [0],
+            TEMPLATE,
+            "expert traces end with </s>, the chat template ends turns with <|end|>, and a response goes on",
+            ["<|end|>", "</s>"],
+        ),
+        (
+            "</s>",
+            [0, 257],
+            TEMPLATE,
+            "expert traces that are texts end with </s>, the chat template ends turns with <",
+            ["<|end|>", "</s>"],
+        ),
+        ("</s>", [257, 258, 0], None, "goes on behind <|user|>, no special token", ["</s>", "<|end|>", "<|user|>"]),
+        ("</s>", [0], TEMPLATE.replace("<|end|>", "[|endofturn|]"), "turns with [|endofturn|]", ["[|endofturn|]", "</s>"]),
+        ("</s>", [0], TEMPLATE.replace("<|end|>", "it's"), "turns with it's", ["it's", "</s>"]),
         ("</s>", [257, 0], None, None, None),
         ("<|end|>", [0, 257], TEMPLATE, None, None),
         ("</s>", [0, 999], TEMPLATE.replace("<|end|>", ""), None, None),
         ("</s>", None, "{{ raise_exception('no') }}", None, None),
     ],
 )
-def test_an_end_that_the_template_or_the_model_has_otherwise_is_named(directory, own, ends, template, words, choice):
+def test_an_end_that_the_template_or_the_model_has_otherwise_is_named(directory, tmp_path, own, ends, template, words, choice):
     tokenizer = load_tokenizer(ModelConfig(str(directory), eos_token=own), None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[|endofturn|]", "it's"]})
     tokenizer.chat_template = template
     said = other_endings(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends)), tokenizer)
     if words is None:
         assert said is None
     else:
-        assert words in said and said.endswith(f"set 'model.eos_token=[{choice}]'")
+        (setting,) = shlex.split(said.partition(", set ")[2])  # as a shell hands it over
+        assert words in said and build_config(tmp_path, "run", setting).model.eos_token == choice
 
 
 @pytest.mark.parametrize(("own", "count"), [("", 1), (", eos_token: '<|end|>'", 0)])
 def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, monkeypatch, own, count):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b"}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b", "expert": "b<|end|>"}))
     model = f"model={{name_or_path: '{directory}'{own}}}"
     config = build_config(tmp_path, "run", model, "plan.name=grpo", "objective.name=dr_grpo", "reward=exact_match")
     data = DataConfig(path=str(tmp_path / "rows.jsonl"))
-    trainer = Trainer(replace(config, data=data))
-    assert sum("set 'model.eos_token=[<|end|>, </s>]'" in note for note in trainer.notes) == count
+    trainer = Trainer(replace(config, data=data, eval_data=data))
+    for problems in (trainer.problems, trainer.eval_sets[""].problems):
+        assert problems[0].experts[0].text == "b<|end|>"  # which a response may end with either way
+    assert sum("""set 'model.eos_token=["<|end|>", "</s>"]'""" in note for note in trainer.notes) == count
 
 
 def test_a_step_without_an_end_is_told_once():
