@@ -3,13 +3,13 @@ multimodal ones the text alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from trapo_train.schema import UserError, refused
@@ -17,6 +17,7 @@ from trapo_train.schema import UserError, refused
 if TYPE_CHECKING:
     from trapo_train.problems import ProblemSet
 
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -24,25 +25,36 @@ def make_savable(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
     """Have the configurations of a model pass the checks of transformers, which come when they are saved, by saving them once.
 
     Many a generation_config of the hub has a temperature or top_p without do_sample, which is loaded, but not saved: by some
-    versions of transformers never, by others (5.23) not once it was changed, as model.eos_token changes it.
+    versions of transformers never, by others (5.23) not once it was changed, as model.eos_token changes it. What is greedy, by
+    do_sample: false or a temperature of 0, loses these settings, which it does not read; anything else samples.
 
     Raises: UserError for a configuration that cannot be saved all the same.
     """
+    mended = ""
     with TemporaryDirectory() as folder:
         if model.can_generate():
             try:
                 model.generation_config.save_pretrained(folder)
             except ValueError:
-                model.generation_config.do_sample = True
-                tell(
-                    "the model's generation_config has settings of sampling and no do_sample: true, which transformers does not "
-                    "save; the trained model gets do_sample: true"
-                )
+                mended = _mend_sampling(model.generation_config)
         remedy = "Mend its config.json or generation_config.json in a copy of the model"
         with refused(f"model: transformers must be able to save the configuration of the model. {remedy}", ValueError):
             model.config.save_pretrained(folder)
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
+    if mended:
+        tell(f"the model's generation_config has settings of sampling {mended}")
+
+
+def _mend_sampling(config: GenerationConfig) -> str:
+    """Leave settings of sampling to what samples alone; returns what was wrong and what the trained model has."""
+    if config.do_sample is not False and config.temperature != 0:
+        config.do_sample = True
+        return "and no do_sample: true, which transformers does not save; the trained model gets do_sample: true"
+    for name in _SAMPLING:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return "and is greedy, which transformers does not save; the trained model is greedy without them"
 
 
 def tell_of_tokens_without_embedding(
@@ -57,6 +69,18 @@ def tell_of_tokens_without_embedding(
     if found:
         shown = ", ".join(token for _, token in found[:3]) + (", …" if len(found) > 3 else "")
         tell(f"the model has no embedding for {shown} ({len(found)} of the tokenizer): it samples none, and data must have none")
+
+
+def check_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+    """Raise UserError for a token that is to end a response and that the model, without an embedding for it, cannot sample."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    for token_id in end_ids:
+        if token_id >= embeddings:
+            raise UserError(
+                f"model: a token that ends a response must have an embedding, of which the model has {embeddings}; "
+                f"{tokenizer.convert_ids_to_tokens(token_id)!r} is token {token_id}. Set model.eos_token to what ends the model's "
+                "turns, or model.tokenizer to the one it was trained with."
+            )
 
 
 def tell_of_untrained_balance(model: PreTrainedModel, tell: Callable[[str], None]) -> None:

@@ -27,6 +27,7 @@ from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_po
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.liger import apply_liger
 from trapo_train.loading import (
+    check_ends,
     keep_processor,
     make_savable,
     tell_of_tokens_without_embedding,
@@ -199,7 +200,9 @@ def load_model_and_tokenizer(
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
         keep_processor(model, config.name_or_path)
     if tokenizer.eos_token_id is not None:
-        end_generation_too(model, end_ids(config.eos_token, model, tokenizer))
+        ends = end_ids(config.eos_token, model, tokenizer)
+        check_ends(model, tokenizer, ends)
+        end_generation_too(model, ends)
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)
     tell_of_untrained_balance(model, tell)

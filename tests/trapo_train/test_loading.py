@@ -34,6 +34,7 @@ from trapo_train.loading import tell_of_untrained_balance
 from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.model_state import export_model
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import load_tokenizer
 from trapo_train.trainer import Trainer
@@ -62,7 +63,7 @@ def set_generation(directory, **values):
     (directory / "generation_config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.7, "top_p": 0.8, "top_k": 20}, {"do_sample": False, "top_p": 0.6}])
+@pytest.mark.parametrize("settings", [{"temperature": 0.7, "top_p": 0.8, "top_k": 20}, {"top_p": 0.6}])
 def test_sampling_settings_that_transformers_does_not_save_are_mended_when_the_model_is_loaded(settings, published, tmp_path):
     set_generation(published, **settings)
     model = f"model={{name_or_path: '{published}', eos_token: '{END}'}}"
@@ -74,6 +75,18 @@ def test_sampling_settings_that_transformers_does_not_save_are_mended_when_the_m
     assert saved.items() >= (settings | {"do_sample": True}).items() and saved["eos_token_id"]
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.0, "top_p": 0.9}, {"do_sample": False, "temperature": 0.6, "min_p": 0.1}])
+def test_a_model_that_is_greedy_stays_greedy(settings, published, tmp_path):
+    set_generation(published, **settings, top_k=20)
+    told = []
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(name_or_path=str(published), eos_token=END), tell=told.append)
+    assert sum("has settings of sampling and is greedy, which" in text for text in told) == 1
+    exported = AutoModelForCausalLM.from_pretrained(export_model(model, tokenizer, tmp_path / "exported"))
+    assert not exported.generation_config.do_sample and exported.generation_config.temperature is None
+    written = [exported.generate(torch.tensor([[2, 3]]), max_new_tokens=8, min_new_tokens=8).tolist() for _ in range(3)]
+    assert written[0] == written[1] == written[2]
+
+
 def test_sampling_settings_that_can_be_saved_stay_as_they_are(published):
     set_generation(published, do_sample=True, temperature=0.7)
     told = []
@@ -83,8 +96,10 @@ def test_sampling_settings_that_can_be_saved_stay_as_they_are(published):
 
 def test_a_configuration_that_cannot_be_saved_is_refused_when_the_model_is_loaded(published):
     set_generation(published, num_beams=1, length_penalty=0.5)
+    told = []
     with pytest.raises(ValueError, match=r"(?s)able to save the configuration.*generation_config\.json in a copy.*length_penalty"):
-        load_model_and_tokenizer(ModelConfig(name_or_path=str(published), eos_token=END))
+        load_model_and_tokenizer(ModelConfig(name_or_path=str(published), eos_token=END), tell=told.append)
+    assert not any("sampl" in text for text in told)
 
 
 def test_experts_that_no_loss_balances_are_noted(tmp_path):
@@ -246,6 +261,18 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused_where_data_has_i
     message = rf"data: .* embedding for every token, it has {len(tokenizer) - 1}; the {what} of problem 1 has '<image>', token"
     with pytest.raises(ValueError, match=message):
         Trainer(config)
+
+
+def test_a_token_that_ends_responses_and_has_no_embedding_is_refused(tmp_path):
+    tokenizer = build_tokenizer()
+    small = LlamaConfig(vocab_size=len(tokenizer), **SMALL)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    directory = str(publish(tmp_path / "published", small, tokenizer))
+    message = rf"has {len(tokenizer) - 1}; '<\|im_end\|>' is token {len(tokenizer) - 1}\. Set model\.eos_token .*model\.tokenizer"
+    for eos_token in (None, ["$", "<|im_end|>"]):
+        with pytest.raises(ValueError, match=message):
+            load_model_and_tokenizer(ModelConfig(name_or_path=directory, eos_token=eos_token))
+    load_model_and_tokenizer(ModelConfig(name_or_path=directory, eos_token="$"))
 
 
 LLAMA_3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
