@@ -121,11 +121,10 @@ class DataConfig:
         if taken:
             raise UserError(f"chat_template_kwargs must be variables of the template, got {', '.join(taken)}. Leave that out.")
 
-    @property
-    def expert_column_is_default(self) -> bool:
-        """Whether `expert_column` was left at its default, so that a dataset without it simply has no expert traces."""
-        default = DataConfig.__dataclass_fields__["expert_column"].default
-        return self.expert_column == PRESETS.get(self.preset, {}).get("expert_column", default)
+    def is_default(self, name: str) -> bool:
+        """Whether the field of this name, that of a column, has its default or what the preset makes of it."""
+        default = DataConfig.__dataclass_fields__[name].default
+        return getattr(self, name) == PRESETS.get(self.preset, {}).get(name, default)
 
     def _apply_preset(self) -> None:
         for name, column in PRESETS[self.preset].items():

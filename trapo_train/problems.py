@@ -256,10 +256,11 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
     """Check that the configured columns exist; return the others, which go to the reward."""
     named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}
     for name, column in named.items():
-        optional = name == "expert_column" and config.expert_column_is_default
+        optional = name == "expert_column" and config.is_default(name)  # a dataset without it simply has no expert traces
         optional = optional or (name, column, config.preset) == ("solution_column", "solution", "messages")
         if column is not None and not optional and not _has(columns, column):
-            hint = _layout_hint(config, columns) or did_you_mean(column, columns)
+            layout, near = _layout_hint(config, columns), did_you_mean(column, columns)
+            hint = (layout or near) if config.is_default(name) else (near or layout)  # a name that somebody typed may be misspelt
             preset = f"remove preset: {config.preset} and " if config.preset is not None else ""
             remedy = f"{preset}set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
             raise UserError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy[0].upper()}{remedy[1:]}")

@@ -319,6 +319,20 @@ def test_layouts_that_are_common_elsewhere_are_told_how_they_are_read(row, optio
         load([row], **options)
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "near"),
+    [
+        ({"problem": "a", "answer": "b", "generations": ["x"], "messages": CHAT}, {"expert_column": "generation"}, "generations"),
+        ({"problem": "a", "answer": "b", "conversations": CHAT}, {"prompt_column": "problems"}, "problem"),
+        ({"problem": "a", "prompt": "a", "response": "b", "answer": "3"}, {"solution_column": "answr"}, "answer"),
+    ],
+)
+def test_a_column_that_is_misspelt_gets_a_proposal_whatever_layout_is_beside_it(row, options, near, load):
+    with pytest.raises(ValueError, match=f"Did you mean {near!r}") as raised:
+        load([row], **{"prompt_column": "problem", "solution_column": "answer"} | options)
+    assert "For " not in str(raised.value)
+
+
 def test_the_settings_that_are_advised_read_those_layouts(load):
     (pair,) = load([{"prompt": "a", "completion": "b"}], expert_column="completion", solution_column=None)
     (chat,) = load([{"conversations": CHAT}], **OF_CONVERSATIONS)
