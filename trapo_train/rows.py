@@ -220,6 +220,8 @@ def _with_one_text(message: Message) -> Message:
     parts = message.get("content")
     if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
         return message
+    if not parts and not message.get("tool_calls"):  # no text, not an empty one
+        return message
     return message | {"content": "".join(part["text"] for part in parts)}
 
 
@@ -278,13 +280,14 @@ def _reader(path: str, name: str | None, split: str) -> Callable[[], Any]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return partial(_from_disk, path, split)
     suffix = folder.suffix.lower()
-    if any(character in path for character in "*?[") and not glob.glob(path):
+    found = glob.glob(path)
+    if any(character in path for character in "*?[") and not found:
         raise UserError(f"path must match files: no file matches {path!r}. Correct it.")
-    if suffix not in FILE_SUFFIXES and folder.is_file():  # which datasets would ask the hub for
+    if suffix not in FILE_SUFFIXES and any(Path(file).is_file() for file in found):  # which datasets would ask the hub for
         raise UserError(f"path must be a folder, a name on the hub or a file {', '.join(FILE_SUFFIXES)}, got {path!r}. Convert it.")
     if suffix not in FILE_SUFFIXES:
         return partial(datasets.load_dataset, path, name, split=split)
-    if not glob.glob(path):
+    if not found:
         raise UserError(f"path must name a file: there is no file {path!r}. Correct it.")
     # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read
     # it too, but asks the hub to count the download first and waits for an answer where there is no network.

@@ -91,6 +91,7 @@ def test_an_answer_that_is_a_tool_call_is_learned(load, tokenizer):
     (problem,) = load([{"messages": [ASKED, CALL]}], preset="messages")
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
     assert problem.experts[0].text == f"<think>\n\n</think>\n\n{call}</s>"
+    assert load([{"messages": [ASKED, CALL | {"content": []}]}], preset="messages")[0].experts == problem.experts
     assert load([{"messages": [ASKED, {"role": "assistant", "content": ""}]}], preset="messages")[0].experts == ()
 
 
@@ -266,6 +267,8 @@ def test_content_in_parts_of_text_is_one_text(load):
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
     (whole,) = load([{"messages": messages}], preset="messages")
     assert whole.prompt == "<user>1+1=</s><assistant>" and whole.experts[0].text == "1=</s>"
+    with pytest.raises(ValueError, match="with text under 'role' and 'content'"):
+        load([{"messages": [{"role": "user", "content": []}, *messages[1:]]}], preset="messages")
     picture = [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}, *messages[1:]]
     with pytest.raises(ValueError, match="with text under 'role' and 'content'"):
         load([{"messages": picture}], preset="messages")

@@ -343,6 +343,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
         (str(no_rows), "not empty."),
         (str(tmp_path / "*.jsonl.gz"), "no file matches"),
         (str(table), "table.csv'. Convert it."),
+        (str(tmp_path / "*.csv"), "*.csv'. Convert it."),
     ]:
         with pytest.raises(ValueError) as error:
             load_problems(DataConfig(path=path), tokenizer, None)
