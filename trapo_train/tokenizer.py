@@ -133,11 +133,15 @@ def continuations(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, line
     `line_break_behind` would begin them with."""
     if not line_break:
         return _encoded(texts, tokenizer)
-    behind, length = _encoded([f"\n{text}" for text in texts], tokenizer), len(line_break)
-    return [
-        token_ids[length:] if token_ids[:length] == line_break else _encoded([text], tokenizer)[0]  # one that swallows the break
-        for text, token_ids in zip(texts, behind, strict=True)
-    ]
+    found = _encoded([f"\n{text}" for text in texts], tokenizer)
+    for place, text in enumerate(texts):
+        if found[place][: len(line_break)] == line_break:
+            found[place] = found[place][len(line_break) :]
+            continue
+        # A text that swallows the break, into a token of several or one that takes white space, leaves a letter alone.
+        letter, behind, alone = _encoded(["a", f"a{text}", text], tokenizer)
+        found[place] = behind[len(letter) :] if behind[: len(letter)] == letter else alone
+    return found
 
 
 def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

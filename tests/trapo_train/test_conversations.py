@@ -11,6 +11,7 @@ from trapo_train.conversations import Example, examples
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.prefix import cut_prefix
 from trapo_train.rewards import exact_match
+from trapo_train.tokenizer import special_tokens
 
 own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
 # As gpt-oss writes a turn of the assistant: thoughts and answer in channels of one turn, the last of which ends with EOS.
@@ -122,6 +123,13 @@ def test_a_turn_keeps_the_token_that_ends_it_where_a_response_may_end_with_it(tm
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": answer}))
     with pytest.raises(ValueError, match=r"row 0 up to message 2: an expert trace has '<\|call\|>' before its end"):
         load_problems(config, tokenizer, None, end_ids=[1, call])
+
+
+def test_the_special_tokens_are_read_once(load, monkeypatch):  # Gemma 3 has thousands
+    read = []
+    monkeypatch.setattr("trapo_train.conversations.special_tokens", lambda tokenizer: read.append(1) or special_tokens(tokenizer))
+    load([{"messages": CHAT}] * 3, preset="messages", learned_turns="all")
+    assert len(read) == 1
 
 
 def test_a_trace_that_is_a_text_keeps_its_end_and_gets_the_first_where_it_has_none(tmp_path, tokenizer):

@@ -187,8 +187,8 @@ def test_failed_gradings_while_loading_are_told_and_not_left_to_the_first_step(l
     assert reward.counts == {}
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_trace_begins_without_the_space_that_sentencepiece_puts_before_a_text(tmp_path, legacy):
+def sentencepiece(legacy, text):
+    """A tokenizer learned from the text that puts a space before every text."""
     inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     if legacy:  # as Llama-2's file has it
         inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -197,9 +197,13 @@ def test_a_trace_begins_without_the_space_that_sentencepiece_puts_before_a_text(
     spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     inner.decoder = decoders.Sequence(spaces)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    texts = ["Question: what is it? Answer: First we think so it is 5"] * 20
-    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    inner.train_from_iterator([text] * 20, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_trace_begins_without_the_space_that_sentencepiece_puts_before_a_text(tmp_path, legacy):
+    tokenizer = sentencepiece(legacy, "Question: what is it? Answer: First we think so it is 5")
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<t>", lstrip=True, special=True)]})
     prompt, traces = "Question: what is it?\n", ["First we think", "5", " 5", "\nso"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("5", add_special_tokens=False)["input_ids"])[0].startswith("▁")
@@ -215,6 +219,17 @@ def test_a_trace_begins_without_the_space_that_sentencepiece_puts_before_a_text(
     assert line_break and continuations(["<t>5"], tokenizer, line_break) == [
         tokenizer("<t>5", add_special_tokens=False)["input_ids"]
     ]
+
+
+@pytest.mark.parametrize("breaks", ["\n\n", "\n\n\n"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_trace_has_no_such_space_where_the_tokenizer_merges_line_breaks_either(legacy, breaks):
+    tokenizer = sentencepiece(legacy, f"Question: what is it? Answer:{breaks}First we think so it is 5")
+    line_break, traces = line_break_behind(tokenizer), ["First we", "5", "\nFirst", "\n\nFirst", f"{breaks}5", " 5"]
+    assert line_break
+    prompt = tokenizer("Question:", add_special_tokens=False)["input_ids"]
+    for trace, token_ids in zip(traces, continuations(traces, tokenizer, line_break), strict=True):
+        assert decode(tokenizer, [*prompt, *token_ids], special=True) == f"Question:{trace}"
 
 
 def test_equal_rows_are_told_and_may_be_left_out(load):
