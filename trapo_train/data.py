@@ -192,8 +192,8 @@ def load_problems(
     """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
     expert traces stay (None: all), of several rewards the one named `correct_by` (None: their weighted sum).
 
-    Every expert trace ends with one of `end_ids` (None: the tokenizer's end-of-sequence token), that token where it has none
-    itself. Columns besides prompt, solution and expert go to
+    Every expert trace ends with one of `end_ids` (None: the tokenizer's end-of-sequence token), the first of them where it
+    has none. Columns besides prompt, solution and expert go to
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
 
     Raises:

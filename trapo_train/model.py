@@ -59,8 +59,7 @@ class ModelConfig:
     """Name or directory of the tokenizer; by default the model's own, or the task's for a model from scratch."""
     eos_token: str | list[str] | None = None
     """Token that ends a response, such as <|im_end|> or <end_of_turn>, or several, of which the first ends expert traces
-    that have none at their end; null: the tokenizer's own, and with it the special tokens that the model's generation_config
-    names."""
+    without one; null: the tokenizer's own, and with it the special tokens that the model's generation_config names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type, float32 or bfloat16; trained weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False

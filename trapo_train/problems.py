@@ -221,7 +221,7 @@ class RowReader:
         return value, text, prompt, not is_written
 
     def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
-        """Tokenise traces, each given with the index of its example; one without a token that ends a response gets it."""
+        """Tokenise traces, each given with the index of its example; one without a token that ends a response gets the first."""
         if not named:
             return
         texts, ends = zip(*(self._endings.split(text) for _, text in named), strict=True)
