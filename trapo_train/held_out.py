@@ -52,9 +52,10 @@ def evaluate_sets(trainer: Trainer, label: str, stopped: Callable[[], bool] = ne
     return found
 
 
-def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataReport) -> list[str]:
+def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataReport | None) -> list[str]:
     """What loading each set found, how many of its expert traces are longer than `longest` tokens and not scored, and where it has
-    texts as prompts that are rendered as chats, and the `trained` problems have not, or the other way round."""
+    texts as prompts that are rendered as chats, and the `trained` problems, None where nothing is trained, have not, or the other
+    way round."""
     notes = []
     for name, entry in eval_sets.items():
         section = f"eval_data {name}".strip()
@@ -62,7 +63,7 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataR
         notes.append(f"{section}: {report}{_repeated(entry)}")
         if dropped := entry.problems.at(entry.members).without_long_experts(longest)[1]:
             notes.append(f"{section}: left out {dropped} expert traces longer than rollout.max_response_tokens = {longest}")
-        if bool(report.plain_prompts) != bool(trained.plain_prompts):
+        if trained is not None and bool(report.plain_prompts) != bool(trained.plain_prompts):
             notes.append(
                 f"prompts of {section if trained.plain_prompts else 'data'} are rendered with the chat template, those of "
                 f"{'data' if trained.plain_prompts else section} are not all: the model is evaluated on other prompts than it is "

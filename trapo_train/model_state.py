@@ -208,8 +208,7 @@ def _in_place_of(directory: Path) -> Iterator[Path]:
     try:
         yield unfinished
         (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
-    except Exception as error:
-        # Of whatever kind, as transformers checks when it saves: what was trained must be saved all the same.
+    except Exception as error:  # transformers checks when it saves, and raises what it likes; a checkpoint is saved instead
         shutil.rmtree(unfinished, ignore_errors=True)
         kind = "" if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: "
         raise CheckpointError(f"model: could not be written to {directory}: {kind}{str(error).rstrip('.')}.") from error

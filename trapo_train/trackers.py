@@ -65,7 +65,7 @@ class Trackers:
                     self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard")
                 else:
                     self._trackers[tracker] = _Hosted(tracker, config.project, name, output_dir, settings)
-            except Exception as error:
+            except Exception as error:  # what services raise has no class in common
                 if isinstance(error, OSError) or type(error).__name__ in UNREACHED:
                     self.notes.append(_left_out(tracker, error))
                     continue

@@ -92,7 +92,7 @@ class Trainer:
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
         self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends)
-        self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report)
+        self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
         preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))

@@ -137,6 +137,7 @@ def test_texts_beside_chats_are_noted_whichever_of_the_two_is_held_out(trained, 
     problems = SimpleNamespace(report=report, at=lambda members: SimpleNamespace(without_long_experts=lambda longest: (None, 0)))
     entry = SimpleNamespace(problems=problems, rows=[0], members=[0])
     _, *noted = held_out.loading_notes({"a": entry}, 9, replace(report, plain_prompts=trained))
+    assert len(held_out.loading_notes({"a": entry}, 9, None)) == 1  # an evaluation by itself
     chats, texts = ("eval_data a", "data") if trained else ("data", "eval_data a")
     said = f"prompts of {chats} are rendered with the chat template, those of {texts} are not all: the model is evaluated on other"
     assert [sentence.startswith(said) for sentence in noted] == [True] * ((trained > 0) != (held > 0))

@@ -122,9 +122,8 @@ def test_a_length_penalty_makes_no_problem_of_equal_answers_teach(kept, verdicts
     penalties = Overlong(100, 40)(LENGTHS)
     pairs = zip(verdicts, penalties, strict=True)
     group = [make_sample(0, verdict + penalty, verdict=float(verdict), **fields) for verdict, penalty in pairs]
-    sample = lambda positions: RolloutResult([group], {}, 1.0, [group], ())  # noqa: E731
-    order = ProblemOrder(1, seed=0)
-    _, result = sample_with_refill(order.next(1), sample, order, 1, AdvantageConfig(center=center), objective)
+    sampled, order = RolloutResult([group], {}, 1.0, [group], ()), ProblemOrder(1, seed=0)
+    _, result = sample_with_refill(order.next(1), lambda positions: sampled, order, 1, AdvantageConfig(center=center), objective)
     assert result.groups == [group] * kept
     assert [s.reward for s in group] == [v + p for v, p in zip(verdicts, penalties, strict=True)]
     assert len({s.advantage for s in group}) == 3  # of what is kept: by the whole reward
