@@ -141,7 +141,8 @@ def test_the_example_of_the_readme_needs_no_advice(tmp_path):
     config = load_config(tmp_path / "my.yaml")
     assert config.updates.per_step > 1
     assert advice(config, build_objective(config.objective, 0), [1] * 1000, ALONE) == []
-    (name, beta) = re.search(r"`objective={name: (\w+), kl: {beta: ([\d.]+)}}`,\sor the option `beta` of", text).groups()
+    sentence = r"`objective={name: (\w+), kl: {beta: ([\d.]+)}}`, or the option `beta` of"
+    (name, beta) = re.search(sentence, " ".join(text.split())).groups()
     assert build_objective(ObjectiveConfig(name, kl=KLConfig(float(beta)))).kl.beta == float(beta)
     takes_beta = {name for name, preset in PRESETS.items() if "beta" in inspect.signature(preset).parameters}
     assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which the README names
