@@ -131,8 +131,10 @@ def test_files_and_functions_stay_small():
 
 
 def _readme_python():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 4, "the README has lost an example"
+    """The first example, what a head's logits go through, SFT, and of the kernels' page GRPO."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "trapo_kernels" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 4, "a README has lost an example"
     return blocks
 
 
@@ -226,7 +228,8 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling():
         assert result.stdout == committed, "regenerate results/offline_compile.md"
 
 
-def test_the_map_of_the_trainer_names_every_file_once():
-    named = re.findall(r"`(\w+\.py)`", (ROOT / "trapo_train" / "README.md").read_text().split("| room |")[1])
-    there = [path.name for path in (ROOT / "trapo_train").glob("*.py") if not path.name.startswith("__")]
-    assert sorted(named) == sorted(there)
+@pytest.mark.parametrize(("package", "folders"), [("trapo_train", [""]), ("trapo_kernels", ["", "backends"])])
+def test_the_map_of_a_package_names_every_file_once(package, folders):
+    (rooms,) = re.findall(r"^\| room \|.*?\n\n", (ROOT / package / "README.md").read_text(), re.S | re.M)
+    there = [path.name for folder in folders for path in (ROOT / package / folder).glob("*.py") if not path.name.startswith("__")]
+    assert sorted(re.findall(r"`(\w+\.py)`", rooms)) == sorted(there)

@@ -15,7 +15,7 @@ from trapo_train.advice import advice
 from trapo_train.config import load_config
 from trapo_train.step import KLConfig, ObjectiveConfig, OptimizerConfig, build_objective, build_optimizer, build_scheduler
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))
 
 
@@ -135,17 +135,16 @@ def test_samples_of_another_arithmetic_that_nothing_corrects(advised, engine):
 
 
 def test_the_example_of_the_readme_needs_no_advice(tmp_path):
-    text = README.read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "my.yaml").write_text(example)
     config = load_config(tmp_path / "my.yaml")
     assert config.updates.per_step > 1
     assert advice(config, build_objective(config.objective, 0), [1] * 1000, ALONE) == []
     sentence = r"`objective={name: (\w+), kl: {beta: ([\d.]+)}}`, or the option `beta` of"
-    (name, beta) = re.search(sentence, " ".join(text.split())).groups()
+    (name, beta) = re.search(sentence, " ".join((ROOT / "trapo_train" / "README.md").read_text().split())).groups()
     assert build_objective(ObjectiveConfig(name, kl=KLConfig(float(beta)))).kl.beta == float(beta)
     takes_beta = {name for name, preset in PRESETS.items() if "beta" in inspect.signature(preset).parameters}
-    assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which the README names
+    assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which the trainer's page names
 
 
 def test_more_prompts_in_a_step_than_there_are(advised):
