@@ -31,7 +31,9 @@ class PackingConfig:
     )
     """Divisor of the summed loss: constant (sequences · longest response allowed), length (longest response allowed, as in
     TRAPO's release), token_mean (loss tokens), role_mean (loss tokens of the same role), sequence_mean (mean of each sequence,
-    then of the sequences), sequence_sum (sequences) or prompt_mean (mean over each problem's tokens, then of the problems)."""
+    then of the sequences), sequence_sum (sequences) or prompt_mean (mean over each problem's tokens, then of the problems). Where
+    token_mean, role_mean and prompt_mean count tokens, the k copies of an expert prefix, of weight 1/k each, are one; sequence_mean
+    divides by the length of a sample, whose prefix weighs less where others share it."""
     train_on_prompt: bool = False
     """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining; with expert traces
     alone: a plan that samples nothing, and an objective without rollout term whose expert term reads no advantage. Each of
@@ -126,8 +128,9 @@ def pack(
     """Pack all samples of one optimizer step into micro-batches of at most `config.max_tokens` tokens.
 
     A prefix token is an EXPERT token whose weight is multiplied by `prefix_weight`, a completion token a ROLLOUT token with the
-    sample's advantage. A role that the objective does not train enters no denominator, nor does a sequence or prompt that has none
-    but its tokens, and carries at most the entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0,
+    sample's advantage. A mean over tokens counts a prefix token as `prefix_weight` tokens, so that its weights sum to 1. A role
+    that the objective does not train enters no denominator, nor does a sequence or prompt that has none but its tokens, and
+    carries at most the entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0,
     count in the denominators; then they are dropped, and so are samples without any token left. A masked completion is left out
     before anything is counted, as if the sample had none, and the model never reads it.
 
@@ -204,6 +207,7 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
     # What is not trained is of no sequence and of no prompt, or one without a trained token would count in the denominators.
     sequence_id, prompt_id = (torch.where(trained, label, -1) for label in (sample, prompt))
     role = torch.where(trained, kind, Role.IGNORED)
+    share = _in_its_mean(share, role, prompt, config.aggregation)
     weight = aggregate(role, sequence_id, share=share, prompt_id=prompt_id, **normalise)
     entropy_weight = torch.zeros_like(weight)
     if objective.has_entropy_bonus:
@@ -221,6 +225,22 @@ def _loss_tokens(samples: Sequence[Sample], config: PackingConfig, objective: Ob
         sample=sample,
         offset=torch.cat([torch.arange(n) for n in response_lengths.tolist()] or [sample]),
     )
+
+
+def _in_its_mean(share: Tensor, role: Tensor, prompt: Tensor, aggregation: str) -> Tensor:
+    """`share` [R] over its mean among the tokens that a token is averaged with, where `aggregation` averages tokens, fp64.
+
+    `aggregate` divides by the number of tokens, every copy included; over the sum of shares instead, k copies of weight 1/k count
+    as the one token that they are, and the weights of a mean sum to 1.
+    """
+    averaged = {"token_mean": torch.zeros_like(prompt), "role_mean": role, "prompt_mean": prompt}.get(aggregation)
+    if averaged is None:
+        return share
+    trained = role != Role.IGNORED
+    _, mean = averaged.unique(return_inverse=True)
+    # In fp64 the sum of fp32 shares is exact, so that the order of samples does not show.
+    counts, sums = (torch.bincount(mean, torch.where(trained, x, 0.0).double()) for x in (torch.ones_like(share), share))
+    return torch.where(trained, share * (counts / sums)[mean], 0.0)
 
 
 def _balanced(members: list[int], lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[int]]:

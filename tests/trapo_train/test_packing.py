@@ -13,6 +13,7 @@ from trapo_kernels import KL, Objective, Role, objectives
 from trapo_kernels.weights import AGGREGATIONS
 from trapo_train.packing import PackingConfig, check_prompt_training, pack
 from trapo_train.records import Problem, Sample
+from trapo_train.updates import split_groups
 
 MAX_RESPONSE = 16
 
@@ -97,6 +98,36 @@ def test_weights_of_a_plain_mean_sum_to_one(aggregation):
     samples = [make_sample(completion=5, advantage=1.0), make_sample(completion=2, advantage=2.0)]
     batch = one(samples, objectives.dr_grpo(), aggregation).batch
     assert float(batch.weight.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 8])
+@pytest.mark.parametrize("mini_batches", [1, 2])
+@pytest.mark.parametrize("aggregation", ["token_mean", "role_mean", "prompt_mean"])
+def test_copies_of_a_prefix_count_as_one_in_a_mean_over_tokens(aggregation, mini_batches, copies):
+    """As in UFT, whose samples all start from one hint: on two ranks, the weights of every update still sum to 1."""
+    hints = {0: 5, 1: 2, 2: 3, 3: 7}
+    groups = [[make_sample(i, prefix=n, completion=4, weight=1 / copies)] * copies for i, n in hints.items()]
+    for samples in split_groups(groups, mini_batches):
+        config = PackingConfig(30, aggregation)
+        batches = [m.batch for m in pack(samples, config, objectives.uft(), max_response_tokens=MAX_RESPONSE, ranks=2)]
+        role, weight = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("role", "weight"))
+        expert, rollout = (float(weight[role == code].sum()) for code in (Role.EXPERT, Role.ROLLOUT))
+        assert len(batches) % 2 == 0 and (role == Role.EXPERT).sum() == sum(len(s.prefix_ids) for s in samples)
+        if aggregation == "role_mean":
+            assert (expert, rollout) == pytest.approx((1.0, 1.0))
+        else:
+            assert expert + rollout == pytest.approx(1.0)
+        if aggregation == "token_mean":
+            tokens = sum(hints[i] for i in {s.problem.index for s in samples})
+            assert expert == pytest.approx(tokens / (tokens + 4 * len(samples)))
+
+
+def test_a_mean_over_expert_tokens_does_not_know_how_often_a_trace_was_copied():
+    """Two copies of six tokens beside a trace of three: nine tokens, as if there were one copy."""
+    copied = [make_sample(0, prefix=6, completion=0, weight=0.5)] * 2
+    for aggregation in ("token_mean", "role_mean"):
+        batch = one([*copied, make_sample(1, prefix=3, completion=0)], objectives.sft(), aggregation).batch
+        torch.testing.assert_close(batch.weight, torch.where(batch.sequence_id < 2, 0.5 / 9, 1 / 9))
 
 
 def test_zero_advantage_counts_but_is_dropped():
@@ -290,7 +321,7 @@ def test_train_on_prompt_scores_every_token_but_the_first():
     expert = micro_batch.batch.role == Role.EXPERT
     assert micro_batch.loss_positions[expert].tolist() == list(range(6))
     assert micro_batch.batch.target[expert].tolist() == tokens[1:]
-    torch.testing.assert_close(micro_batch.batch.weight[expert], torch.full((6,), 0.5 / 6))
+    torch.testing.assert_close(micro_batch.batch.weight[expert], torch.full((6,), 1 / 6))
 
 
 def test_prompts_are_not_trained_beside_a_layer_that_weighs_by_advantages():
@@ -310,18 +341,22 @@ def test_a_masked_completion_carries_nothing_and_counts_nowhere(aggregation):
     batch = one(samples, objectives.trapo(entropy_coef=0.1), aggregation).batch
     assert sorted(batch.role.tolist()) == [Role.ROLLOUT] * 5 + [Role.EXPERT] * 3
     assert batch.rollout_logprob.isfinite().all()
-    weight = {  # of a rollout token and an expert token, before the copy's share of 1/2
+    bonus = {  # of a rollout token and an expert token
         "constant": (1 / (2 * MAX_RESPONSE),) * 2,
         "length": (1 / MAX_RESPONSE,) * 2,
         "token_mean": (1 / 8,) * 2,
-        "role_mean": (1 / 5, 1 / 3),
+        "role_mean": (1 / 8,) * 2,  # all response tokens are one role to the bonus
         "sequence_mean": (1 / 10, 1 / 6),
         "sequence_sum": (1 / 2,) * 2,
         "prompt_mean": (1 / 10, 1 / 6),
     }[aggregation]
+    weight = {  # before the copy's share of 1/2, by which its three tokens count, too, where tokens are averaged
+        "token_mean": (1 / 6.5,) * 2,
+        "role_mean": (1 / 5, 1 / 1.5),
+        "prompt_mean": (1 / 10, 1 / 3),
+    }.get(aggregation, bonus)
     expert = batch.role == Role.EXPERT
     torch.testing.assert_close(batch.weight, torch.where(expert, 0.5 * weight[1], weight[0]))
-    bonus = (1 / 8, 1 / 8) if aggregation == "role_mean" else weight  # all response tokens are one role to the bonus
     torch.testing.assert_close(batch.entropy_weight, torch.where(expert, bonus[1], bonus[0]))
 
 
