@@ -250,7 +250,7 @@ def _prefix_rft(config: PlanConfig, step: int, seed: int, problem: Problem) -> P
     yield Request(num_samples - 1)
     low, high = build_schedule(config.guidance)(step), config.setting("longest_prefix")
     ratio = _generator(problem, step, seed).uniform(low, high)
-    yield Request(1, ratio) if problem.experts else Request(1)
+    yield Request(1, ratio, snap=False) if problem.experts else Request(1)
     return Outcome()
 
 
@@ -266,7 +266,7 @@ def _uft(config: PlanConfig, step: int, seed: int, problem: Problem) -> PlanStep
     share = build_schedule(config.guidance)(step)
     generator = _generator(problem, step, seed)
     shown = sum(generator.random() < share for _ in range(chunks)) if problem.experts else 0
-    yield Request(1 if shown == chunks else num_samples, shown / chunks)
+    yield Request(1 if shown == chunks else num_samples, shown / chunks, snap=False)
     return Outcome()
 
 

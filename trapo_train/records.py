@@ -37,12 +37,14 @@ class Problem:
 class Request:
     """What a plan asks for next: `num_samples` completions after the first `prefix_ratio` of expert trace `expert_index`.
 
-    `prefix_ratio` is in [0, 1]: 0 samples without a prefix, 1 takes the full expert trace and generates nothing.
+    `prefix_ratio` is in [0, 1]: 0 samples without a prefix, 1 takes the full expert trace and generates nothing. `snap`: whether
+    the cut moves forward to a paragraph break within `rollout.snap_window`, as TRAPO's does, or stands exactly at the ratio.
     """
 
     num_samples: int
     prefix_ratio: float = 0.0
     expert_index: int = 0
+    snap: bool = True
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class RolloutConfig:
     paragraph_break: str = "\n\n"
     """Text after which an expert trace may be cut; not empty."""
     snap_window: float = 0.3
-    """How far the cut may move forward to a paragraph break, as a share of the trace in [0, 1]; 0 cuts exactly."""
+    """How far the cut may move forward to a paragraph break, as a share of the trace in [0, 1]; 0 cuts exactly, as the plans
+    prefix_rft and uft do whatever this says: their ratio is drawn, and guidance and longest_prefix bound it."""
     verify: Literal["response", "completion"] = "response"
     """What the reward sees: the response, or the completion alone so that an answer in the prefix earns nothing."""
     on_truncated: Literal["keep", "mask"] = "keep"
@@ -284,7 +285,7 @@ def draft(
             request.prefix_ratio,
             tokenizer,
             paragraph_break=config.paragraph_break,
-            snap_window=config.snap_window,
+            snap_window=config.snap_window if request.snap else 0.0,
         )
     sample = Sample(problem, micro_group, request.prefix_ratio, prefix, (), (), "expert")
     return [replace(sample) for _ in range(request.num_samples)]

@@ -146,7 +146,7 @@ def test_random_plans_are_pure_functions_of_problem_step_and_seed(name):
 def test_prefix_rft_draws_one_prefix_between_the_schedule_and_the_longest():
     schedule = {"schedule": "cosine", "start": 0.9, "end": 0.1, "steps": 10}
     config = PlanConfig("prefix_rft", num_samples=4, guidance=schedule, longest_prefix=0.9)
-    assert finish(config, 0.0, step=0)[0] == [Request(3), Request(1, 0.9)]
+    assert finish(config, 0.0, step=0)[0] == [Request(3), Request(1, 0.9, snap=False)]
     for step, low in ((5, 0.5), (10, 0.1), (99, 0.1)):
         ratios = [finish(config, 0.0, index=i, step=step)[0][1].prefix_ratio for i in range(200)]
         assert low <= min(ratios) < low + 0.05
@@ -169,8 +169,8 @@ def test_uft_hints_are_binomial_chunks():
 
 def test_uft_ends_without_hints():
     config = PlanConfig("uft", guidance={"schedule": "cosine", "start": 0.95, "end": 0.05, "steps": 300, "after": 0})
-    assert all(finish(config, 0.0, index=i, step=300)[0] == [Request(8)] for i in range(50))
-    assert finish(config, 0.0, num_experts=0)[0] == [Request(8)]
+    assert all(finish(config, 0.0, index=i, step=300)[0] == [Request(8, snap=False)] for i in range(50))
+    assert finish(config, 0.0, num_experts=0)[0] == [Request(8, snap=False)]
 
 
 def test_hpt_replaces_what_failed_by_the_trace():

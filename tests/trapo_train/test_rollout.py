@@ -130,6 +130,20 @@ def test_reward_sees_the_response_or_the_completion_alone():
     assert seen == ["a#aa", "ab|bc|cd|de#de"]  # nothing was generated after a full trace, so it is judged whole
 
 
+def test_the_plans_that_draw_their_ratio_cut_exactly_there_and_no_paragraph_later():
+    hinted = PlanConfig("uft", num_samples=2, guidance=0.4)
+    drawn = PlanConfig("prefix_rft", num_samples=2, guidance=0.4, longest_prefix=0.5)
+    plans = [build_plan(config, step=step) for config in (hinted, drawn) for step in range(40)]
+    body = len(ids(EXPERT)) - 1
+    for plan in plans:
+        result, _ = run([problem()], plan, script=always("e$"))
+        for sample in result.groups[0]:
+            if 0 < sample.prefix_ratio < 1:
+                assert len(sample.prefix_ids) == max(1, int(sample.prefix_ratio * body + 1e-9))
+    result, _ = run([problem()], lambda problem: iter_requests([Request(1, 0.4)]), script=always("e$"))
+    assert len(result.groups[0][0].prefix_ids) == 6  # behind the second paragraph, where a ladder's rung goes on
+
+
 def test_verifying_the_completion_denies_the_reward_for_an_answer_in_the_prefix():
     plan = lambda problem: iter_requests([Request(1, 0.99)])  # noqa: E731
     config = replace(CONFIG, snap_window=0.0)
