@@ -177,21 +177,22 @@ def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, 
         expert/slope                    G(d) of every other gate but One
         role/clip_low, role/clip_high   shares that the gate holds back; of an expert term where its gate clips
         role/clip_dual                  share that the second bound of a Clip for negative advantages holds back, where it has one
-        role/ratio, role/ratio_max      r and its maximum, unless the anchor is "zero"
-        role/kl_old_k1, role/kl_old_k3  estimates of KL(anchor ‖ π) in nats, where the anchor sampled the tokens; likewise
+        role/ratio, role/ratio_max      r and its maximum, unless the anchor is "zero"; pooled where the term's reduction pools it
+        role/kl_old_k1, role/kl_old_k3  estimates of KL(anchor ‖ π) in nats, where the anchor sampled the tokens; likewise, but of
+                                        each token's own log-ratio
 
     Of a KL term, means over rollout/kl_count, the tokens whose KL has a weight, in nats:
 
         rollout/kl_ref                  the estimate in the loss
         rollout/kl_ref_k1, rollout/kl_ref_k3            of KL(π ‖ π_ref)
     """
-    d, flows = gate_inputs(logprob, entropy, s, batch, objective)
+    own, (d, flows) = log_ratio(logprob, s), gate_inputs(logprob, entropy, s, batch, objective)
     weighted, prob = batch.weight != 0, logprob.exp()
     means, ratio_max = _Means(), {}
     for code, name, term in ((Role.EXPERT, "expert", objective.expert), (Role.ROLLOUT, "rollout", objective.rollout)):
         mine = s.role == code
         means.over(f"{name}/count", mine, {f"{name}/logprob": logprob, f"{name}/prob": prob, f"{name}/entropy": entropy})
-        of_term = {} if term is None else _of_term(term, d, s.advantage, flows, name)
+        of_term = {} if term is None else _of_term(term, d, own, s.advantage, flows, name)
         trained = mine & (weighted if term is not None else False)
         means.over(f"{name}/trained_count", trained, {f"{name}/{what}": x for what, x in of_term.items()})
         if "ratio" in of_term:  # the largest; a number in its place lets a batch of no tokens have one
@@ -225,8 +226,8 @@ class _Means:
         return counts | dict(zip(self._values, means.unbind(), strict=True))
 
 
-def _of_term(term: Term, d: Tensor, advantage: Tensor, flows: Tensor | None, role: str) -> dict[str, Tensor]:
-    """What is averaged over the tokens of `term`, as [N] vectors in the dtype of `d`."""
+def _of_term(term: Term, d: Tensor, own: Tensor, advantage: Tensor, flows: Tensor | None, role: str) -> dict[str, Tensor]:
+    """What is averaged over the tokens of `term`, [N] in the dtype of `d`, which is what its gate sees of the log-ratios `own`."""
     gate = term.gate
     if role == "expert" and isinstance(gate, Truncate) and term.anchor == "zero":
         return {"trsft_weight": gate.slope(d, advantage), "share_below_alpha": (d < math.log(gate.high)).to(d.dtype)}
@@ -243,7 +244,7 @@ def _of_term(term: Term, d: Tensor, advantage: Tensor, flows: Tensor | None, rol
             held |= {"clip_high": high & positive, "clip_dual": high & negative}
         out |= {name: share.to(d.dtype) for name, share in held.items()}
     if term.anchor != "zero":  # which stands for no policy: the ratio to it is p
-        out["ratio"], out["kl_old_k1"], out["kl_old_k3"] = d.exp(), -d, k3(-d)
+        out["ratio"], out["kl_old_k1"], out["kl_old_k3"] = d.exp(), -own, k3(-own)
     return out
 
 

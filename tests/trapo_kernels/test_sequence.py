@@ -131,6 +131,19 @@ def test_the_ratio_in_the_metrics_is_the_pooled_one():
     assert share.item() == pytest.approx(outside.double().mean().item())
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["gspo", "gmpo"])
+def test_the_kls_in_the_metrics_are_of_each_tokens_own_ratio(name, backend):
+    hidden, weight, _ = cases.head(30, 6, 50)
+    b = _sequence_batch()
+    found = linear_policy_loss(hidden, weight, b, objectives.PRESETS[name](), backend=backend).metrics
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    d = logprob - b.old_logprob
+    expected = {"kl_old_k1": -d.mean(), "kl_old_k3": (d.exp() - 1 - d).mean()}
+    for metric, value in expected.items():
+        torch.testing.assert_close(found[f"rollout/{metric}"], value.float(), rtol=1e-5, atol=1e-6, msg=metric)
+
+
 @pytest.mark.parametrize("name", ["gspo", "gmpo"])
 @pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
 def test_fast_path_where_old_is_current(name, backend):
