@@ -21,8 +21,8 @@ class AdvantageConfig:
     """
 
     normalise: Literal["none", "group_std", "batch_std", "batch"] = "none"
-    """Divisor: none; group_std or batch_std, the deviation of the rewards of the problem or of the step; batch, whitening:
-    minus the mean, then divided by the deviation, of all advantages of the step."""
+    """Divisor: none; group_std or batch_std, the deviation of the rewards of the problem or of the step, with baseline=unguided of
+    unguided samples alone; batch, whitening: minus the mean, then divided by the deviation, of all advantages of the step."""
     baseline: Literal["all", "unguided", "same_prefix"] = "all"
     """Which samples of the problem a sample is compared with: all (guided and expert ones too), the unguided ones, or
     those that start from the same prefix."""
@@ -43,8 +43,9 @@ class AdvantageConfig:
 def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> None:
     """Set `advantage` of every sample; each group holds all samples of one problem, and all groups are one step.
 
-    Deviations are those of a sample (n - 1). Nothing is ever divided by zero: where there is nothing to compare, the
-    centred advantage is exactly 0. That is a sample whose baseline has no (other) sample, such as a group of one, and a
+    Deviations are those of a sample (n - 1), over the samples that the mean is over. Nothing is ever divided by zero: where there
+    is nothing to compare, the centred advantage is exactly 0, and a guided sample beside unguided ones whose rewards are all equal
+    keeps its difference from them as it is. That is a sample whose baseline has no (other) sample, such as a group of one, and a
     group (with baseline="same_prefix": the samples of one prefix) whose rewards are all equal. With center="none" the
     advantage is the reward, of single samples too. With normalise="batch" a step whose advantages are all equal gets 0;
     advantages of 0 from before count in its mean and deviation. Whitening weighs samples equally, whatever their length.
@@ -53,7 +54,7 @@ def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> No
         UserError: if a group mixes problems, because its baseline would then mean nothing.
     """
     samples = [sample for group in groups for sample in group]
-    batch_scale = _deviation([sample.reward for sample in samples]) if config.normalise == "batch_std" else 1.0
+    batch_scale = _deviation(_baseline(samples, config)) if config.normalise == "batch_std" else 1.0
     for group in groups:
         indices = {sample.problem.index for sample in group}
         if len(indices) > 1:
@@ -62,7 +63,7 @@ def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> No
                 "Group the samples by problem.index."
             )
         for peers in _peers(group, config):
-            scale = _deviation([s.reward for s in peers]) if config.normalise == "group_std" else batch_scale
+            scale = _deviation(_baseline(peers, config)) if config.normalise == "group_std" else batch_scale
             for sample, value in zip(peers, _centred(peers, config), strict=True):
                 sample.advantage = value / scale
     if config.normalise == "batch":
@@ -86,6 +87,11 @@ def _peers(group: list[Sample], config: AdvantageConfig) -> list[list[Sample]]:
     return list(by_prefix.values())
 
 
+def _baseline(samples: list[Sample], config: AdvantageConfig) -> list[float]:
+    """The rewards among those of `samples` that the others are compared with."""
+    return [sample.reward for sample in samples if config.baseline != "unguided" or not sample.guided]
+
+
 def _centred(peers: list[Sample], config: AdvantageConfig) -> list[float]:
     """Reward minus baseline of each of the peers, exactly 0 where all rewards are equal."""
     rewards = [sample.reward for sample in peers]
@@ -93,12 +99,11 @@ def _centred(peers: list[Sample], config: AdvantageConfig) -> list[float]:
         return rewards
     if equal_rewards(rewards):
         return [0.0] * len(peers)
-    inside = [config.baseline != "unguided" or not sample.guided for sample in peers]
-    baseline = [reward for reward, counts in zip(rewards, inside, strict=True) if counts]
+    baseline = _baseline(peers, config)
     centred = []
-    for reward, counts in zip(rewards, inside, strict=True):
+    for sample, reward in zip(peers, rewards, strict=True):
         others = baseline
-        if config.center == "leave_one_out" and counts:
+        if config.center == "leave_one_out" and _baseline([sample], config):
             others = list(baseline)
             others.remove(reward)
         centred.append(reward - fmean(others) if others else 0.0)
@@ -110,13 +115,15 @@ def _whiten(samples: list[Sample]) -> None:
     if not values:
         return
     mean, scale = fmean(values), _deviation(values)
+    if abs(mean) <= 1e-12 * scale:  # what rounding leaves of centred advantages; subtracted, no 0 would stay one and be skipped
+        mean = 0.0
     equal = equal_rewards(values)
     for sample in samples:
         sample.advantage = 0.0 if equal else (sample.advantage - mean) / scale
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation (n - 1); 1 where there is none, because what is divided by it is 0 there."""
+    """Standard deviation (n - 1); 1 where there is none, as among equal rewards, which differ from their mean by 0."""
     return 1.0 if len(values) < 2 or equal_rewards(values) else stdev(values)
 
 

@@ -54,6 +54,7 @@ def _method(config: RunConfig) -> str | None:
     settings = {
         "advantage.normalise": (method.normalise, config.advantage.normalise),
         "advantage.center": (method.center, config.advantage.center),
+        "advantage.baseline": (method.baseline, config.advantage.baseline),
         "packing.aggregation": (method.aggregation, config.packing.aggregation),
     }
     other = {name: pair for name, pair in settings.items() if pair[0] not in (None, pair[1])}

@@ -1,7 +1,7 @@
 """Advantages and prefix weights of groups small enough to compute by hand."""
 
 import math
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import get_args, get_type_hints
 
 import pytest
@@ -44,6 +44,21 @@ def test_the_last_digits_of_a_weighted_sum_are_no_difference(normalise):
 def test_unguided_baseline():
     group = [sample(0.0), sample(1.0), sample(1.0, (7,)), sample(0.25, (7,))]
     assert advantages(group, baseline="unguided") == [-0.5, 0.5, 0.5, -0.25]
+
+
+@pytest.mark.parametrize("normalise", ["group_std", "batch_std"])
+@pytest.mark.parametrize("expert", [1.0, 0.25])
+def test_the_deviation_is_of_the_samples_that_the_mean_is_of(normalise, expert):
+    rewards = [1.0, 0.0, 0.0, 0.0]
+    found = advantages([*map(sample, rewards), sample(expert, (7,))], normalise=normalise, baseline="unguided")
+    assert found == pytest.approx([(r - 0.25) / stdev(rewards) for r in [*rewards, expert]])
+    assert found[:4] == advantages([*map(sample, rewards)], normalise=normalise)
+
+
+def test_a_guided_sample_beside_unguided_ones_that_are_all_alike_is_divided_by_nothing():
+    for rewards in ([1.0, 1.0, 1.0], [1.0]):
+        group = [*map(sample, rewards), sample(0.25, (7,))]
+        assert advantages(group, normalise="group_std", baseline="unguided") == [0.0] * len(rewards) + [-0.75]
 
 
 def test_unguided_baseline_without_unguided_sample_is_zero():
@@ -127,6 +142,16 @@ def test_reinforce_pp_with_a_baseline_whitens_what_the_group_mean_leaves():
     values = step_advantages(grouped([0.0, 1.0], [4.0, 6.0]), normalise="batch")
     deviation = stdev([-0.5, 0.5, -1.0, 1.0])
     assert values == pytest.approx([-0.5 / deviation, 0.5 / deviation, -1.0 / deviation, 1.0 / deviation])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_whitening_centred_advantages_leaves_zeros_exactly_zero(scale):
+    groups = [[scale * reward for reward in group] for group in ([0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0])]
+    values = step_advantages(grouped(*groups), normalise="batch")
+    centred = step_advantages(grouped(*groups))
+    assert fmean(centred) != 0.0  # which rounding left
+    assert values[6:] == [0.0] * 3
+    assert values == pytest.approx([value / stdev(centred) for value in centred])
 
 
 def test_a_step_of_rewards_that_differ_in_their_last_digits_is_whitened_to_exactly_zero():

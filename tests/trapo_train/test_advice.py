@@ -36,8 +36,11 @@ def test_nothing_is_said_of_usual_settings(advised):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_method_as_published_is_silent_and_any_other_is_named(advised, name):
     method = PUBLISHED[name]
-    wanted = {"packing.aggregation": method.aggregation, "advantage.normalise": method.normalise, "advantage.center": method.center}
+    wanted = {"packing.aggregation": method.aggregation} | {
+        f"advantage.{name}": getattr(method, name) for name in ("normalise", "center", "baseline")
+    }
     other = {"packing.aggregation": "length", "advantage.normalise": "batch_std", "advantage.center": "mean"}
+    other["advantage.baseline"] = "all"
     wanted = {setting: value for setting, value in wanted.items() if value is not None}
     assert advised("plan.name=grpo", f"objective.name={name}", *(f"{setting}={value}" for setting, value in wanted.items())) == []
     (sentence,) = advised("plan.name=grpo", f"objective.name={name}", *(f"{setting}={value}" for setting, value in other.items()))
@@ -48,7 +51,7 @@ def test_a_method_as_published_is_silent_and_any_other_is_named(advised, name):
 
 @pytest.mark.parametrize("name", ["chord_mu", "chord_phi", "uft"])
 def test_a_mean_over_the_tokens_of_each_role_is_advised_where_the_method_has_one(advised, name):
-    (sentence,) = advised(f"objective.name={name}", "advantage.normalise=group_std")
+    (sentence,) = advised(f"objective.name={name}", "advantage={normalise: group_std, baseline: unguided}")
     assert sentence == f"{name} as published has packing.aggregation=role_mean; this run has constant"
 
 

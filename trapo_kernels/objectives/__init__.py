@@ -56,6 +56,8 @@ class Published(NamedTuple):
     center: str | None = None
     """What is subtracted from a reward: "mean" of the rewards of the prompt's samples, "leave_one_out", that of the others, or
     "none"."""
+    baseline: str | None = None
+    """Over which of the prompt's samples mean and deviation are: "unguided", those without anything of an expert."""
 
 
 PUBLISHED = {
@@ -68,8 +70,8 @@ PUBLISHED = {
     "sapo": Published("sequence_mean", "group_std", "mean"),
     "rloo": Published(None, "none", "leave_one_out"),
     "reinforce_pp": Published(None, "batch", "none"),
-    "chord_mu": Published("role_mean", "group_std", "mean"),
-    "chord_phi": Published("role_mean", "group_std", "mean"),
+    "chord_mu": Published("role_mean", "group_std", "mean", "unguided"),
+    "chord_phi": Published("role_mean", "group_std", "mean", "unguided"),
     "uft": Published("role_mean"),
 }
 
