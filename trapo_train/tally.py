@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import Objective, PolicyLossOutput, Role, merged_metrics, metric_count
+from trapo_train.metrics import Mean
 from trapo_train.packing import MicroBatch
 
 HISTOGRAM_BINS = 10
@@ -58,7 +59,7 @@ class Tally:
         return whole
 
     def result(self, extra: dict[str, Tensor]) -> dict[str, Any]:
-        """All metrics as Python numbers, `extra` included, after one transfer."""
+        """All metrics as Python numbers, `extra` included, after one transfer; means over tokens are `Mean`s."""
         histogram = self._sums.pop("histogram", None)
         whole = merged_metrics(self._parts)  # of the step as it is, not sums to be divided by a count
         if self._mismatches:
@@ -74,7 +75,7 @@ class Tally:
             if count is None:
                 metrics[name] = value
             elif count:
-                metrics[_RENAMED.get(name, name)] = value if name in whole else value / count
+                metrics[_RENAMED.get(name, name)] = Mean(value if name in whole else value / count, int(count))
         if counts.get("expert/count") and histogram is not None:
             metrics["trsft/weight_histogram"] = [int(count) for count in numbers[-HISTOGRAM_BINS:]]
         return metrics

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective, Role, TokenBatch, corrections
+from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch
 from trapo_train.parallel import reshard
@@ -123,13 +124,17 @@ def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, objective: Objecti
 
 
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest.
+    """The metrics of a step's updates as one: sums of counts, largest maxima, the last learning rate, means of the rest: of
+    all tokens where they are means over tokens.
 
     Updates that were skipped, whose metrics may be NaN, only count, unless all were; so do those without a token, but for what they
     tell of a correction.
     """
-    if len(updates) == 1:
-        return updates[0]
+    merged = updates[0] if len(updates) == 1 else _merged(updates)
+    return {name: float(value) if isinstance(value, Mean) else value for name, value in merged.items()}
+
+
+def _merged(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     finite = [update for update in updates if not update["skipped_step"]] or updates
     taken = [update for update in finite if update["loss_tokens"]] or finite
     merged: dict[str, Any] = {}
@@ -143,6 +148,8 @@ def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
             merged[name] = updates[-1][name]
         elif isinstance(values[0], list):
             merged[name] = [sum(bin_) for bin_ in zip(*values, strict=True)]
+        elif all(isinstance(value, Mean) for value in values):
+            merged |= merge_metrics({name: value} for value in values)
         else:
             merged[name] = sum(values) / len(values)
     return merged

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from tests.trapo_train.test_step import make_model, make_samples, packed, step
+from tests.trapo_train.test_step import make_model, make_samples, packed, step, with_stream
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import Role, corrections, objectives
 from trapo_train import updates as updates_module
 from trapo_train.display import read_metrics
+from trapo_train.metrics import Mean
 from trapo_train.model import policy_forward, score, score_all
 from trapo_train.tally import Tally, quantile
 from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy
@@ -218,6 +219,22 @@ def test_metrics_of_updates_are_merged():
     both = merge_updates([updates[0] | {"correction/masked_share": 0.5}, masked])
     assert (both["loss"], both["correction/masked_share"]) == (1.0, 0.75)
     assert merge_updates([skipped, skipped])["skipped_step"] == 2 and math.isnan(merge_updates([skipped, skipped])["loss"])
+
+
+def test_means_over_tokens_are_those_of_all_tokens_of_all_updates():
+    """Mini-batches of two and four samples, each the first update of one model, report what one update of all six does."""
+    objective, found = objectives.chord_mu(), []
+    samples = make_samples() + make_samples(prefixes=(1, 1, 1))
+    for parts in ([samples[:2], samples[2:]], [samples]):
+        updates = [packed(part, objective) for part in parts]
+        updates = [[with_stream(m, "old_logprob", -m.batch.target.float()) for m in update] for update in updates]
+        reported = [step(make_model(), update, objective) for update in updates]
+        found.append(merge_updates(reported))
+    split, whole = found
+    means = [name for name, value in reported[0].items() if isinstance(value, Mean) and not name.endswith(("_max", "_p95"))]
+    assert {"rollout/clip_high", "rollout/mismatch_kl", "expert/logprob", "entropy/rollout"} <= set(means)
+    assert {name: split[name] for name in means} == pytest.approx({name: whole[name] for name in means}, rel=1e-5)
+    assert split["rollout/ratio_max"] == pytest.approx(whole["rollout/ratio_max"])
 
 
 def coin(prompts, completions, **columns):
