@@ -44,11 +44,11 @@ def assign_advantages(groups: list[list[Sample]], config: AdvantageConfig) -> No
     """Set `advantage` of every sample; each group holds all samples of one problem, and all groups are one step.
 
     Deviations are those of a sample (n - 1), over the samples that the mean is over. Nothing is ever divided by zero: where there
-    is nothing to compare, the centred advantage is exactly 0, and a guided sample beside unguided ones whose rewards are all equal
-    keeps its difference from them as it is. That is a sample whose baseline has no (other) sample, such as a group of one, and a
-    group (with baseline="same_prefix": the samples of one prefix) whose rewards are all equal. With center="none" the
-    advantage is the reward, of single samples too. With normalise="batch" a step whose advantages are all equal gets 0;
-    advantages of 0 from before count in its mean and deviation. Whitening weighs samples equally, whatever their length.
+    is nothing to compare, the centred advantage is exactly 0. That is a sample whose baseline has no (other) sample, such as a
+    group of one, and a group (with baseline="same_prefix": the samples of one prefix) whose rewards are all equal. A guided sample
+    beside unguided ones that are all equal keeps its difference from them undivided. With center="none" the advantage is the
+    reward, of single samples too. With normalise="batch" a step whose advantages are all equal gets 0; advantages of 0 from before
+    count in its mean and deviation. Whitening weighs samples equally, whatever their length.
 
     Raises:
         UserError: if a group mixes problems, because its baseline would then mean nothing.
@@ -115,7 +115,7 @@ def _whiten(samples: list[Sample]) -> None:
     if not values:
         return
     mean, scale = fmean(values), _deviation(values)
-    if abs(mean) <= 1e-12 * scale:  # what rounding leaves of centred advantages; subtracted, no 0 would stay one and be skipped
+    if abs(mean) <= 1e-12 * scale:  # what rounding leaves of centred advantages; subtracted, it would make tokens of 0 count
         mean = 0.0
     equal = equal_rewards(values)
     for sample in samples:
