@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trapo_train.rows import BESIDE_CONTENT, END_THINK, THINK, Message, cell, checked_messages, rendered_chat, shown
+from trapo_train.records import END_THINK, THINK
+from trapo_train.rows import BESIDE_CONTENT, Message, cell, checked_messages, rendered_chat, shown
 from trapo_train.schema import UserError
 from trapo_train.tokenizer import special_tokens
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+THINK, END_THINK = "<think>", "</think>"  # around the thoughts of a response
+
 
 @dataclass(frozen=True)
 class ExpertTrace:

@@ -15,6 +15,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from trapo_train.records import END_THINK, THINK
 from trapo_train.schema import UserError, refused
 from trapo_train.tasks import generate_rows
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 DEFAULT_TASK_PROBLEMS = 1000
-THINK, END_THINK = "<think>", "</think>"
 RENDERING = {"conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
 Message = dict[str, Any]  # role, content and whatever else the chat template reads
 BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what else an assistant says in a message

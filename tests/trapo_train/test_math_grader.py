@@ -66,6 +66,24 @@ def test_answers_as_they_are_written(completion, solution, expected):
     assert grade(completion, solution) == expected
 
 
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>try \\boxed{3}</think>\nThe final answer is 4.", 0.0),
+        ("<think>try \\boxed{3}</think> I cannot tell.", 0.0),
+        ("<think>try \\boxed{3}</think>", 0.0),
+        ("<think>try \\boxed{4}</think>\nThe final answer is 3.", 1.0),
+        ("<think>try \\boxed{4}</think>\n#### 3", 1.0),
+        ("try \\boxed{4}</think>\n**Answer: 3**", 1.0),  # <think> stood in the prompt
+        ("<think>a</think> \\boxed{3} <think>b</think> So \\boxed{4}.", 0.0),
+        ("<think>\nSo it is 3.\n</think>\n\n## Solution\n1 + 2 = 3.\n\n$\\boxed{3}$", 1.0),  # as LUFFY's traces
+        ("<think>still at it, \\boxed{3}", 1.0),
+    ],
+)
+def test_thoughts_are_no_answer_once_they_have_ended(completion, expected):
+    assert grade(completion, "3") == expected
+
+
 @pytest.mark.parametrize("text", ["2**3**2", "Answer: 2**3**2", "Answer: **a\nb**", "**Answer:** 2", "**2**", "answers **two**"])
 def test_what_is_no_bold_answer_stays(text):
     assert anchored_answer(text) == text
