@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from trapo_train.metrics import Mean
@@ -93,7 +95,20 @@ class MathVerify(Grader):
         return values
 
 
+def num_processors(own_cgroup: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Processors that this process may use: those that it is bound to, or what a cgroup (version 2) that it is in, of a container
+    or a job, grants of their time where that is less."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS binds to none
+    found = re.search(r"^0::/(.*)$", own_cgroup.read_text(), re.MULTILINE) if own_cgroup.is_file() else None
+    if found is None:
+        return bound
+    group = cgroups / found[1]
+    files = [folder / "cpu.max" for folder in (group, *group.parents)]  # a limit is for all groups beneath
+    quotas = [file.read_text().split() for file in files if file.is_file()]
+    return min([bound, *(int(quota) / int(period) for quota, period in quotas if quota != "max")])
+
+
 def _num_workers() -> int:
-    """At most 8, and half of this machine's processors shared by the ranks that torchrun started on it."""
+    """At most 8, and half of the processors that this process may use, as if the ranks that torchrun started here shared them."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, (os.cpu_count() or 2) // (2 * ranks)))
+    return max(1, min(8, int(num_processors() // (2 * ranks))))
