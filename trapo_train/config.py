@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -146,8 +146,9 @@ class RunConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a YAML file, or a recipe of the package by its name, and apply overrides such as "plan.name=grpo".
 
-    An override's value is YAML too: 3, 1e-6, true, null, [1, 2]. It replaces the value at its key; missing sections on the
-    way are created. One of steps and epochs, overridden alone, takes the place of the other.
+    An override's value is YAML too: 3, 1e-6, true, null, [1, 2]; a text without quotes is taken as it stands, with # and all behind
+    it. It replaces the value at its key; missing sections on the way are created. One of steps and epochs, overridden alone, takes
+    the place of the other.
 
     Raises:
         ConfigError: naming the key, the rule, the value and where it was set, for anything that is not a valid
@@ -189,8 +190,21 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+_NUMBERS = {  # of YAML 1.1 without 010, there an 8, and 1:30, there 90, and with 1e-6
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$",
+    "tag:yaml.org,2002:float": r"([-+]?(\d[\d_]*(\.[\d_]*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d[\d_]*([eE][-+]?\d+)?)"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+_NO_TEXT = {*_NUMBERS, "tag:yaml.org,2002:timestamp"}  # no setting is a date
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-6 is a number and a key given twice is an error."""
+    """YAML 1.1 as PyYAML reads it, but numbers are those that people write, a date is text, and a key given twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [resolver for resolver in resolvers if resolver[0] not in _NO_TEXT]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -202,7 +216,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -241,8 +256,22 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         section = section[name]
         if not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(path[:depth])} is no section, its value is {section!r}.")
-    section[path[-1]] = _parse_yaml(text, f"override {override!r}")
+    section[path[-1]] = _override_value(key, text, f"override {override!r}")
     return path
+
+
+def _override_value(key: str, text: str, where: str) -> Any:
+    """What an override's text says as YAML, or the text itself, of which YAML would drop a comment and white space at its ends."""
+    value, first = _parse_yaml(text, where), text.lstrip()[:1]
+    is_quoted = first in tuple("'\"|>!")
+    if is_quoted or not (isinstance(value, str) or first == "#"):
+        return value
+    if "\\n" in text:
+        raise ConfigError(
+            f"{where}: {key} must have quotes around a text with \\n in it, without them a backslash and an n, got {text}. "
+            f"For a line break write '{key}=\"…\\n\"', where \\\\ is a backslash; for the two characters \"{key}='…\\n'\"."
+        )
+    return text
 
 
 def _plain(value: Any) -> Any:

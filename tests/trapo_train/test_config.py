@@ -69,7 +69,62 @@ def test_evaluation_sets_by_name(file, tmp_path):
     assert load(tmp_path / "resolved.yaml") == config
 
 
-@pytest.mark.parametrize("text", ["1e-6", "1.5e-6", "-2e3", ".5E+1", "0.1", "3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer behind ####.",
+        "#### first",
+        "End with # and the answer",
+        "&all of it",
+        "Put it in \\boxed{}, then stop ",
+        "<think>\n",
+        "# A title\nand more",
+        "2024-05-01",
+        "1:30",
+    ],
+)
+def test_a_text_without_quotes_in_an_override_is_taken_as_it_stands(file, text):
+    assert load(file, f"data.system_prompt={text}").data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("'a ####'  # a note", "a ####"),
+        ('"<think>\\n"', "<think>\n"),
+        ("'a \\neq b'", "a \\neq b"),
+        ("!!str 5", "5"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_quotes_and_null_in_an_override_are_those_of_yaml(file, text, value):
+    assert load(file, f"data.system_prompt={text}").data.system_prompt == value
+
+
+def test_a_line_break_in_an_override_needs_quotes(file):
+    with pytest.raises(ConfigError) as error:
+        load(file, "data.response_start=<think>\\n")
+    assert "data.response_start must have quotes around a text with \\n in it, without them a backslash and an n" in str(error.value)
+    assert "got <think>\\n. For a line break write 'data.response_start=\"…\\n\"', where" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["010", "-017", "1:30", "0o17"])
+def test_what_yaml_once_read_as_other_numbers_is_refused(file, text):
+    for overrides, content in (([f"steps={text}"], TEXT), ([], TEXT.replace("10", text, 1))):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=f"steps must be int, got '{text}' "):
+            load(file, *overrides)
+    with pytest.raises(ConfigError, match=f"data.task_options.expert_noise must be float, got '{text}.?5?' "):
+        load(file, "steps=1", f"data.task_options.expert_noise={text}{'.5' if ':' in text else ''}")
+
+
+@pytest.mark.parametrize(("text", "steps"), [("1_000", 1000), ("0x10", 16), ("0b11", 3), ("+7", 7)])
+def test_other_ways_to_write_a_whole_number_stay(file, text, steps):
+    assert load(file, f"steps={text}").steps == steps
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.5e-6", "-2e3", ".5E+1", "0.1", "3", "1.", ".5", "-.5", "1_0.5e-1", "+1e5"])
 def test_numbers_with_exponents_are_numbers(file, text):
     config = load(file, f"plan={{name: ladder, rungs: [{{samples: 1}}, {{samples: 1, threshold: {text}}}]}}")
     assert config.plan.rungs[1].threshold == float(text)
