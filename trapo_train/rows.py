@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from datetime import date, time
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,17 +147,28 @@ def wants_chat(prompt: Any, config: DataConfig) -> bool:
 
 
 def solution_text(value: Any, where: str) -> str | None:
-    """Return a solution as text, which may be the only item of a list; whole numbers, such as 27.0, are spelled, None stays."""
+    """Return a solution as text, which may be the only item of a list; whole numbers, such as 27.0, are spelled, None stays.
+
+    Raises: UserError for anything else, and for a float that is not below 2^53, as tables hold whole numbers beyond int64.
+    """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole or (isinstance(value, float) and value.is_integer()):
+    if isinstance(value, float) and value.is_integer():
+        if abs(value) >= 2**53:
+            raise UserError(
+                f"{where}: a solution that is a float must be below 2^53, as larger ones may be rounded, got {shown(value)}. "
+                "Write the column's numbers as text."
+            )
+        whole = True
+    if whole:
         return str(int(value))
     if value is None or isinstance(value, str):
         return value
+    is_date = isinstance(value, date | time)
+    remedy = "Convert the column" + (", of JSON to text in Parquet: in JSON such text is read as a date" if is_date else "")
     raise UserError(
-        f"{where}: a solution must be text, a whole number, a list of one of these, or null, got {shown(value)}. "
-        "Convert the column."
+        f"{where}: a solution must be text, a whole number, a list of one of these, or null, got {shown(value)}. {remedy}."
     )
 
 

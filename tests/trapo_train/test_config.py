@@ -105,7 +105,7 @@ def test_quotes_and_null_in_an_override_are_those_of_yaml(file, text, value):
 def test_a_line_break_in_an_override_needs_quotes(file):
     with pytest.raises(ConfigError) as error:
         load(file, "data.response_start=<think>\\n")
-    assert "data.response_start must have quotes around a text with \\n in it, without them a backslash and an n" in str(error.value)
+    assert "data.response_start must have quotes around a text with \\n in it, without them a" in str(error.value)
     assert "got <think>\\n. For a line break write 'data.response_start=\"…\\n\"', where" in str(error.value)
 
 

@@ -13,6 +13,7 @@ from trapo_train.grading import WorkerReward
 from trapo_train.problems import CACHED_PROBLEMS, CHUNK_ROWS
 from trapo_train.rewards import WeightedSum, exact_match
 from trapo_train.rows import solution_text, with_think_tags, without_start
+from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import continuations, decode, line_break_behind
 
@@ -284,3 +285,16 @@ def test_a_solution_may_be_a_float_without_a_fraction_or_the_only_item_of_a_list
 def test_other_solutions_are_refused(value):
     with pytest.raises(ValueError, match="here: a solution must be text, a whole number, a list of one of these, or null, got"):
         solution_text(value, "here")
+
+
+@pytest.mark.parametrize("number", [123456789012345678901234567890, -(2**63) - 1])
+def test_a_whole_number_that_a_table_rounds_is_no_solution(load, number):
+    with pytest.raises(UserError, match=r"row 0: a solution that is a float must be below 2\^53, .* got .* \(float\)\. Write"):
+        load([{"prompt": "a", "solution": number}])
+    assert load([{"prompt": "a", "solution": str(number)}])[0].solution == str(number)
+    assert solution_text(2**60 + 1, "here") == str(2**60 + 1) and solution_text(-(2.0**53) + 1, "here") == str(1 - 2**53)
+
+
+def test_a_solution_that_json_makes_a_date_says_how_it_stays_text(load):
+    with pytest.raises(UserError, match=r"row 0: a solution must be text, .* got datetime.* to text in Parquet: in JSON"):
+        load([{"prompt": "a", "solution": "2021-05-04"}])
