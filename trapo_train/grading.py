@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from trapo_train.metrics import Mean
+from trapo_train.reward_checks import takes
+from trapo_train.schema import UserError
 from trapo_train.workers import Answer, WorkerPool
 
 FAILED_SHARE = "reward/failed_share/"  # and the name of the reward
@@ -51,11 +56,11 @@ class Grader:
 
 class WorkerReward(Grader):
     """Calls the function at `path` ("package.module:function") row by row in worker programs; `reward` is that very function, here
-    asked for its parameters alone.
+    asked for its parameters alone. It gets the columns that it takes, dates and decimals in them as text.
 
     A row that takes longer than `time_limit_s`, crashes the worker or outgrows `memory_limit_mib` earns 0.0 and is counted.
 
-    Raises: RuntimeError for an exception of the function; TypeError for a column that is not plain JSON values.
+    Raises: RuntimeError for an exception of the function; UserError for a column whose values cannot be sent.
     """
 
     def __init__(self, path: str, reward: Callable[..., Any], *, time_limit_s: float, memory_limit_mib: int) -> None:
@@ -63,13 +68,30 @@ class WorkerReward(Grader):
         self.__name__, self.__wrapped__ = path, reward
 
     def __call__(self, **columns: Any) -> list[float | None]:
-        rows = len(columns["completions"])
-        requests = [({name: [values[i]] for name, values in columns.items()},) for i in range(rows)]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        requests = [({name: [value] for name, value in self.sent(row).items()},) for row in rows]
         answers = self.ask(requests)
         for answer in answers:
             if answer.outcome == "error":
                 raise RuntimeError(answer.value)
         return [answer.value if answer.outcome == "ok" else 0.0 for answer in answers]
+
+    def sent(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a worker is sent of a row's columns."""
+        found = {}
+        is_known = takes(self, "completions")  # unlike the arguments of one that is not written in Python, which gets all
+        for name in row:
+            if is_known and not takes(self, name):
+                continue
+            try:
+                found[name] = json.loads(json.dumps(row[name], default=_as_text))
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"reward {self.__name__!r} with in_worker must take columns of text, numbers, lists and mappings, the column "
+                    f"{name!r} cannot be sent: {error}. Have it name the columns that it reads in place of **columns, or set "
+                    "in_worker: false."
+                ) from error
+        return found
 
 
 class MathVerify(Grader):
@@ -93,6 +115,14 @@ class MathVerify(Grader):
         for i, answer in zip(asked, answers, strict=True):
             values[i] = answer.value if answer.outcome == "ok" else 0.0
         return values
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | timedelta):
+        return str(value)
+    raise TypeError(f"got {type(value).__name__}")
 
 
 def num_processors(own_cgroup: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:

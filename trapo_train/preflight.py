@@ -17,6 +17,7 @@ from trapo_kernels import Objective
 from trapo_train.attention import longrope_limit
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import RunConfig
+from trapo_train.grading import WorkerReward
 from trapo_train.lora import check_no_adapter
 from trapo_train.model import ModelConfig
 from trapo_train.packing import check_expert_streams, check_prompt_training
@@ -131,13 +132,17 @@ def _check_is_judged(config: RunConfig, objective: Objective) -> None:
 
 
 def check_reward(reward: RewardFn | WeightedSum | None, problems: Mapping[str, ProblemSet]) -> None:
-    """Raise UserError for a reward with an argument that it needs and `problems`, by the section of the data, do not bring."""
+    """Raise UserError for a reward with an argument that it needs and `problems`, by the section of the data, do not bring, or one
+    in a worker with a column that cannot be sent there."""
     if reward is None:
         return
     name = getattr(reward, "__name__", type(reward).__name__)
     terms = {name: term for name, term, _ in reward.terms} if isinstance(reward, WeightedSum) else {name: reward}
     check_takes(terms, {section: [*RESERVED_COLUMNS, *entry[0].columns] for section, entry in problems.items()})
     for section, entry in problems.items():
+        for term in terms.values():
+            if isinstance(term, WorkerReward):
+                term.sent(entry[0].columns)
         for column in entry.report.unread_columns:
             logger.warning("%s: rewards do not get the column %r, they have an argument of that name; rename it", section, column)
 

@@ -65,7 +65,8 @@ class RewardTerm:
     options: dict[str, Any] = field(default_factory=dict)
     """Of overlong, DAPO's punishment of long responses: {max_tokens: 8192, buffer: 2048}; empty for the others."""
     in_worker: bool = False
-    """Call your own function row by row in worker programs: what hangs or crashes there earns 0 and training goes on."""
+    """Call your own function row by row in worker programs: what hangs or crashes there earns 0 and training goes on.
+    There dates and decimals of the data are text."""
     time_limit_s: float = 20.0
     """Seconds that a row may take in a worker, above 0. math-verify ends a parse or a comparison after 5 s by itself."""
     memory_limit_mib: int = 8192

@@ -1,11 +1,16 @@
 """How many worker programs grade, and what they are sent."""
 
 import os
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 
 from trapo_train import grading
-from trapo_train.grading import num_processors
+from trapo_train.grading import WorkerReward, num_processors
+from trapo_train.preflight import check_reward
+from trapo_train.schema import UserError
 
 
 @pytest.fixture
@@ -47,3 +52,55 @@ def test_a_process_that_may_use_few_processors_has_few_workers(monkeypatch):
         monkeypatch.setattr(grading, "num_processors", lambda processors=processors: processors)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert grading._num_workers() == workers
+
+
+def _of_all(prompts, completions, **columns):
+    return [0.0 for _ in completions]
+
+
+def _of_day(completions, day, finish_reasons):
+    return [0.0 for _ in completions]
+
+
+def _worker(reward):
+    return WorkerReward("odd:reward", reward, time_limit_s=1.0, memory_limit_mib=1024)
+
+
+def test_dates_and_decimals_reach_a_worker_as_text():
+    row = {
+        "day": date(2021, 5, 4),
+        "nested": [{"at": datetime(2021, 5, 4, 10), "of": None}, time(7, 30)],
+        "price": Decimal("1.50"),
+        "length": timedelta(hours=2),
+        "plain": [1, 0.5, True, "ü"],
+    }
+    assert _worker(_of_all).sent(row) == {
+        "day": "2021-05-04",
+        "nested": [{"at": "2021-05-04T10:00:00", "of": None}, "07:30:00"],
+        "price": "1.50",
+        "length": "2:00:00",
+        "plain": [1, 0.5, True, "ü"],
+    }
+
+
+def test_a_worker_is_sent_the_columns_that_its_reward_takes():
+    columns = {"prompts": ["p", "q"], "completions": ["a", "b"], "day": [date(2021, 5, 4), None], "image": [b"", b""]}
+    reward, asked = _worker(_of_day), []
+    reward.ask = lambda requests: asked.extend(requests) or []
+    reward(**columns, finish_reasons=["stop", "length"])
+    assert asked == [
+        ({"completions": ["a"], "day": ["2021-05-04"], "finish_reasons": ["stop"]},),
+        ({"completions": ["b"], "day": [None], "finish_reasons": ["length"]},),
+    ]
+    assert _worker(max).sent({"completions": "a", "day": 1}) == {"completions": "a", "day": 1}  # whose arguments nobody knows
+
+
+def test_a_column_that_no_worker_can_be_sent_is_named_before_anything_is_sampled():
+    problem = SimpleNamespace(columns={"day": date(2021, 5, 4), "image": b"GIF"})
+
+    class Problems(list):
+        report = SimpleNamespace(unread_columns=())
+
+    check_reward(_worker(_of_day), {"data": Problems([problem])})
+    with pytest.raises(UserError, match=r"reward 'odd:reward' with in_worker must .* column 'image' cannot be sent: got bytes"):
+        check_reward(_worker(_of_all), {"data": Problems([problem])})
