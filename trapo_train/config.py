@@ -22,7 +22,7 @@ from trapo_train.parallel import ParallelConfig
 from trapo_train.plans import PlanConfig
 from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
-from trapo_train.schema import ConfigError, KeyPath, UserError, build, check
+from trapo_train.schema import ConfigError, KeyPath, UserError, build, check, expand_home
 from trapo_train.step import ObjectiveConfig, OptimizerConfig
 from trapo_train.trackers import TrackingConfig
 from trapo_train.updates import UpdateConfig
@@ -90,6 +90,7 @@ class RunConfig:
             ("output_dir", self.output_dir != "", "a text that is not empty"),
             ("reward", self.reward not in ("", []), "a name, a list of at least one reward, or null"),
         )
+        expand_home(self, "output_dir")
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else f"both, {self.steps} and {self.epochs:g}. Set steps=null or epochs=null"
             raise UserError(f"steps must be set, or epochs in its place, got {given}.")

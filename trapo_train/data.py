@@ -15,7 +15,7 @@ from trapo_train.records import Problem
 from trapo_train.reward_checks import names
 from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
 from trapo_train.rows import RENDERING
-from trapo_train.schema import UserError, check
+from trapo_train.schema import UserError, check, expand_home
 from trapo_train.tasks import PointerChasingConfig
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class DataConfig:
             ("max_prompt_tokens", self.max_prompt_tokens >= 1, "at least 1"),
             ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
         )
+        expand_home(self, "path")
         if (self.task is None) == (self.path is None):
             raise UserError(f"Give either task or path, got task = {self.task!r} and path = {self.path!r}.")
         if self.task is None and self.task_options != PointerChasingConfig():

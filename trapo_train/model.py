@@ -36,7 +36,7 @@ from trapo_train.loading import (
 )
 from trapo_train.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.packing import MicroBatch
-from trapo_train.schema import UserError, check, refused
+from trapo_train.schema import UserError, check, expand_home, refused
 from trapo_train.scratch import ScratchConfig, scratch_config
 from trapo_train.tokenizer import end_generation_too, end_ids, load_tokenizer
 from trapo_train.varlen import computed_in
@@ -81,6 +81,7 @@ class ModelConfig:
                 f"Give exactly one of name_or_path and scratch, got {given}. "
                 "Set model.name_or_path=<name or directory>, or model.scratch.hidden_size=128 for random weights."
             )
+        expand_home(self, "name_or_path", "tokenizer")
         check(self, ("eos_token", self.eos_token != [], "null, a token or a list of at least one"))
 
 

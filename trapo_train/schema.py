@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -81,6 +83,24 @@ def check(config: Any, *rules: tuple[str, bool, str]) -> None:
     for name, holds, rule in (*listed, *rules):
         if not holds:
             raise UserError(f"{name} must be {rule}, got {getattr(config, name)!r}.")
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """Put the home directory in place of a ~ at the start of these fields of dataclass `config`, paths or null.
+
+    Raises: UserError for a ~ that no home directory takes the place of, or a $VARIABLE: a directory would have that name.
+    """
+    for name in names:
+        path = getattr(config, name)
+        if path is None:
+            continue
+        expanded = os.path.expanduser(path)
+        if expanded.startswith("~") or re.search(r"\$[{\w]", path):
+            raise UserError(
+                f"{name} must be a path without a $VARIABLE, and with no ~ but that of a home directory, got {path!r}. "
+                "Write it out; on the command line the shell does so in double quotes."
+            )
+        object.__setattr__(config, name, expanded)
 
 
 def _is_listed(value: Any, expected: Any) -> bool:

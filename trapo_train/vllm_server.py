@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from trapo_train.draws import request_key
 from trapo_train.engine import EngineError, SamplingParams, SeededEngine, finite_logprobs, stop_ids
 from trapo_train.records import Completion
-from trapo_train.schema import check
+from trapo_train.schema import check, expand_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,7 @@ class VllmServerConfig:
             ("max_retries", self.max_retries >= 0, "at least 0"),
             ("max_in_flight", self.max_in_flight >= 1, "at least 1"),
         )
+        expand_home(self, "sync_dir")
 
 
 class VllmServerEngine(SeededEngine):

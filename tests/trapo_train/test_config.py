@@ -130,6 +130,29 @@ def test_numbers_with_exponents_are_numbers(file, text):
     assert config.plan.rungs[1].threshold == float(text)
 
 
+PATHS = ["output_dir", "data.path", "eval_data.path", "model.name_or_path", "model.tokenizer", "rollout.vllm_server.sync_dir"]
+
+
+def _with_path(file, key, path):
+    section = {"data.path": ["data={}"], "model.name_or_path": ["model={}"]}
+    return load(file, *section.get(key, []), f"{key}={path}")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_the_home_directory_takes_the_place_of_a_tilde_and_no_directory_is_called_like_a_variable(file, key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for path, expanded in (("~/a/b", "/home/me/a/b"), ("a~/~b", "a~/~b"), ("a$/b", "a$/b")):
+        found = _with_path(file, key, path)
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert found == expanded
+    for path in ("$HOME/a", "a/${oc.env:HOME}/b", "~nobody_of_this_name/a"):
+        with pytest.raises(ConfigError) as error:
+            _with_path(file, key, path)
+        assert f"{key.split('.')[-1]} must be a path without a $VARIABLE, and with no ~ but" in str(error.value)
+        assert f"got {path!r}. Write it out" in str(error.value)
+
+
 def test_to_yaml_and_back(tmp_path, file):
     config = load(file, "plan={name: ladder, rungs: [{samples: 2}, {samples: 1, threshold: 1e-7}]}", "eval_data.path=ä.jsonl")
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))

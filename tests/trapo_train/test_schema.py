@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from trapo_train.schema import ConfigError, UserError, build, check
+from trapo_train.schema import ConfigError, UserError, build, check, expand_home
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,19 @@ def test_a_value_that_its_type_does_not_list_or_a_rule_refuses(values, message):
     with pytest.raises(UserError) as error:
         Listed(**values)
     assert str(error.value) == message
+
+
+@dataclass(frozen=True)
+class Folder:
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        expand_home(self, "path")
+
+
+def test_a_tilde_becomes_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [Folder(path).path for path in (None, "~", "~/a", "./~", "a~")] == [None, "/home/me", "/home/me/a", "./~", "a~"]
 
 
 def test_values_that_their_types_list():
