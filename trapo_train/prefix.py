@@ -13,6 +13,8 @@ from trapo_train.tokenizer import decode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character
+
 
 def cut_prefix(
     expert: ExpertTrace,
@@ -26,7 +28,9 @@ def cut_prefix(
 
     The cut lies after floor(ratio·n) of the n tokens before the one that ends the trace, at least one. From there it
     moves forward to the first token boundary behind the next paragraph break, if that boundary lies before
-    (ratio + snap_window)·n and leaves a token to generate. A cut that already stands just behind a break stays.
+    (ratio + snap_window)·n and leaves a token to generate. A cut that already stands just behind a break stays. A cut inside a
+    character, whose bytes are several tokens, moves to the next boundary behind which only whole ones stand, or to the last one
+    before where none behind leaves a token to generate.
 
     Breaks are looked for in the decoded text, not in the tokens, so the rule is the same for every tokenizer: a break
     may be one token, several, or part of a longer one (the cut then lies behind that token).
@@ -42,7 +46,7 @@ def cut_prefix(
     Raises:
         ValueError: for a ratio outside [0, 1], a negative snap_window or an empty paragraph_break.
 
-    Source: arXiv 2512.17636, the authors' code.
+    Source: arXiv 2512.17636, the authors' code, which may cut inside a character.
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"cut_prefix: ratio must be in [0, 1], got {ratio}.")
@@ -60,7 +64,7 @@ def cut_prefix(
     # 1e-9 keeps 0.29 · 100 = 28.999… at 29.
     cut = max(1, math.floor(ratio * len(body) + 1e-9))
     limit = min(math.ceil((ratio + snap_window) * len(body) - 1e-9), len(body))  # the first boundary too far
-    return body[: _snap_forward(body, cut, limit, tokenizer, paragraph_break)]
+    return body[: _between_characters(body, _snap_forward(body, cut, limit, tokenizer, paragraph_break), tokenizer)]
 
 
 def answer_in_prefix(prefix_text: str, solution: str | None) -> bool:
@@ -101,6 +105,15 @@ def _snap_forward(body: tuple[int, ...], cut: int, limit: int, tokenizer: PreTra
         else:
             low = middle + 1
     return low
+
+
+def _between_characters(body: tuple[int, ...], cut: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return `cut`, or where it lies inside a character the nearest boundary behind it, else before it, that does not."""
+    if not decode(tokenizer, body[:cut], special=True).endswith(UNFINISHED):
+        return cut
+    text = decode(tokenizer, body, special=True)  # which may have such a character of its own
+    boundaries = (*range(cut, len(body)), *range(cut - 1, 0, -1))
+    return next((place for place in boundaries if text.startswith(decode(tokenizer, body[:place], special=True))), cut)
 
 
 def _text_position(tokenizer: PreTrainedTokenizerBase, head: tuple[int, ...], text: str) -> int:

@@ -6,9 +6,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from trapo_train import prefix
 from trapo_train.prefix import answer_in_prefix, cut_prefix
 from trapo_train.records import ExpertTrace
 from trapo_train.tasks import build_tokenizer
+from trapo_train.tokenizer import decode
 
 TRACE = (
     "First we add the two numbers, héllo wörld.\n\n"
@@ -92,36 +94,41 @@ def expert(tokenizer, text):
 
 
 def reference_cut(tokenizer, text, ratio, window):
-    """The rule of shared text offsets, on the end of each token in the original text as the tokenizer reports it."""
+    """The rule of shared text offsets, on the end of each token in the original text as the tokenizer reports it, and the ratio's
+    own cut, which may lie inside a character."""
     ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
     length = len(ends)
     # A token that ends inside a character reports the character's end; it only completes what the token before did.
-    done = [0]
+    done, whole = [0], []
     for i, end in enumerate(ends):
         completes = i + 1 == length or ends[i + 1] != end
         done.append(end if completes else done[-1])
+        whole += [i + 1] if (completes or text[end - 1].isascii()) and i + 1 < length else []  # ▁ ends where its letter does
     cut = max(1, math.floor(ratio * length + 1e-9))
     breaks = [i + 2 for i in range(len(text)) if text.startswith("\n\n", i) and i + 2 >= done[cut]]
     if breaks:
         boundary = next(j for j in range(cut, length + 1) if done[j] >= breaks[0])
         if boundary < length and boundary < (ratio + window) * length - 1e-9:
-            return boundary
-    return cut
+            return boundary, cut
+    return next((place for place in whole if place >= cut), whole[-1]), cut
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_cut_agrees_with_the_tokenizers_offsets(name):
     tokenizer = TOKENIZERS[name]()
     trace = expert(tokenizer, TRACE)
-    snapped = 0
+    snapped = moved = 0
     for percent in range(1, 100):
         for window in (0.0, 0.1, 0.3):
             ratio = percent / 100
             prefix = cut_prefix(trace, ratio, tokenizer, snap_window=window)
-            cut = reference_cut(tokenizer, TRACE, ratio, window)
+            cut, exact = reference_cut(tokenizer, TRACE, ratio, window)
             assert prefix == trace.token_ids[:cut], (ratio, window)
+            assert TRACE.startswith(tokenizer.decode(prefix))
+            moved += not TRACE.startswith(tokenizer.decode(trace.token_ids[:exact]))
             snapped += len(prefix) > max(1, math.floor(ratio * (len(trace.token_ids) - 1) + 1e-9))
     assert snapped > 50
+    assert moved or not name.startswith(("byte BPE across", "BPE with byte"))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -139,7 +146,25 @@ def test_multi_byte_characters_split_over_tokens_do_not_shift_the_cut():
     prefix = cut_prefix(trace, 0.3, tokenizer)
     assert tokenizer.decode(prefix) == "🎉日本🎉" * 20 + "\n\n"
     exact = cut_prefix(trace, 0.301, tokenizer, snap_window=0.0)
-    assert len(exact) == math.floor(0.301 * (len(trace.token_ids) - 1))
+    assert 0 < len(exact) - math.floor(0.301 * (len(trace.token_ids) - 1)) < 4
+    assert text.startswith(tokenizer.decode(exact))
+
+
+def test_a_cut_inside_a_character_moves_behind_it_or_else_before_it():
+    tokenizer = byte_bpe(256)  # a token is a byte
+    trace = expert(tokenizer, "a日本🎉b語")
+    cuts = [len(cut_prefix(trace, cut / 15, tokenizer, snap_window=0.0)) for cut in range(1, 15)]
+    assert cuts == [1, 4, 4, 4, 7, 7, 7, 11, 11, 11, 11, 12, 12, 12]
+    assert len(cut_prefix(expert(tokenizer, "語"), 0.5, tokenizer)) == 1  # no other is left
+    assert len(cut_prefix(expert(tokenizer, "a\ufffd" + "b" * 6), 0.4, tokenizer, snap_window=0.0)) == 4  # one of the text's own
+
+
+def test_a_cut_between_characters_costs_one_decoding(monkeypatch):
+    tokenizer, decoded = byte_bpe(400), []
+    trace = expert(tokenizer, "Then we multiply by three")
+    monkeypatch.setattr(prefix, "decode", lambda *args, **options: decoded.append(args) or decode(*args, **options))
+    cut_prefix(trace, 0.1, tokenizer, snap_window=0.0)
+    assert len(decoded) == 1
 
 
 def test_word_piece_cuts_behind_the_break_word():
