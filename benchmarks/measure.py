@@ -105,7 +105,7 @@ def interleave(
                 try:
                     hot, cold = ticker.time(calls[name])
                 except Exception as error:  # this contender's failure; the others are still timed
-                    failed[name] = error
+                    failed[name] = _without_frames(error)
                     names.remove(name)
                     continue
                 timings[name].hot_ms.append(hot)
@@ -115,6 +115,16 @@ def interleave(
     finally:
         gc.enable()
     return {name: timings[name] for name in names}, failed
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error alone, the tensors of its frames given back: of an eager call, tens of GB beside the contenders that are still
+    timed."""
+    error.__cause__ = error.__context__ = error.__traceback__ = None
+    gc.collect()
+    if out_of_memory(error):  # after another error CUDA may refuse this as well
+        torch.cuda.empty_cache()
+    return error
 
 
 def summary(timing: Timing, floor: Timing | None) -> dict[str, object]:

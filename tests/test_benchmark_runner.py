@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,24 @@ def test_a_call_that_fails_leaves_the_rounds_and_says_why():
     assert set(timings) == {"good"} and len(timings["good"].hot_ms) == 3
     assert str(failed["bad"]) == "no room" and measure.out_of_memory(failed["bad"])
     assert turns == ["good", "bad", "good", "good"]
+
+
+def test_nothing_of_a_failed_call_stays_in_memory_while_the_others_are_timed():
+    tensors, alive = [], []
+
+    def fails():
+        mine = torch.zeros(1000)
+        tensors.append(weakref.ref(mine))
+        cycle = [mine]
+        cycle.append(cycle)  # which the collector, off while calls are timed, would not see
+        try:
+            raise ValueError("in the middle")
+        except ValueError as error:
+            raise torch.OutOfMemoryError("no room") from error
+
+    calls = {"bad": fails, "good": lambda: alive.append(tensors[0]() is not None)}
+    _, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3)
+    assert alive == [False] * 3 and str(failed["bad"]) == "no room"
 
 
 @pytest.mark.slow
