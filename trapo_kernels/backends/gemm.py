@@ -156,7 +156,9 @@ class HeadGemm:
     def logits(self, operands: Operands, buffer: Tensor) -> Tensor:
         """hidden · weightᵀ (+ low_rank · lora_bᵀ) of a chunk into `buffer[:C]` [C, V], in `logits_dtype`.
 
-        Rounded once; with bf16 logits of bf16 operands the low-rank part is added to rounded logits, and rounded again.
+        Rounded once, unless cuBLAS splits D: parts of 16-bit logits are then added in 16 bits too, as long as
+        `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (fp16: `allow_fp16_...`) is on, which is the default.
+        With bf16 logits of bf16 operands the low-rank part is added to rounded logits, and rounded again.
         """
         hidden = self._padded(operands.hidden)
         low_rank = None if operands.low_rank is None else self._padded(operands.low_rank)
