@@ -172,6 +172,17 @@ def check_targets_outside(kernels):
     assert stats.logprob.isnan().tolist() == [False, True, True]
 
 
+def check_scoring_of_nan(kernels):
+    """A NaN logit makes its row NaN, whether it is the target's or another's; ignored rows stay zeros."""
+    hidden, weight, _ = (x.detach() for x in cases.head(4, 64, 300, torch.bfloat16))
+    hidden[2] = float("nan")
+    weight[5] = float("nan")
+    stats = kernels.fused_scoring(hidden, weight, torch.tensor([5, 299, 0, -100], device=cases.DEVICE), LogitTransform())
+    for part in (stats.logprob, stats.entropy):
+        assert part.isnan().tolist() == [True, True, True, False]
+        assert part[3] == 0
+
+
 def check_refused_scoring(kernels, message, hidden_size=64, dtype=torch.bfloat16, bias=False):
     """The op raises with this message."""
     hidden, weight, head_bias = (x.detach() for x in cases.head(3, hidden_size, 300, dtype))

@@ -305,6 +305,24 @@ def test_fused_scoring_whatever_the_tiles_of_a_split(programs, monkeypatch):
     assert found.logprob[4].isnan()
 
 
+def test_fused_scoring_of_a_nan_logit_is_nan():
+    cuda_checks.check_scoring_of_nan(triton_ops)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_fused_scoring_of_a_target_without_a_finite_logit(value):
+    """By a bias, which touches one logit of a row; NaN must not become an impossible token."""
+    hidden, weight, bias = (x.detach() for x in cases.head(3, 16, 301, torch.float32))
+    bias[5] = value
+    target = torch.tensor([5, 70, -100], device=cases.DEVICE)
+    expected, found = (
+        linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, backend=backend)
+        for backend in ("reference", "triton_fused")
+    )
+    torch.testing.assert_close(found.logprob, expected.logprob, rtol=2e-6, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(found.entropy, expected.entropy, rtol=2e-6, atol=1e-5, equal_nan=True)
+
+
 def test_fused_scoring_keeps_the_digits_of_p_close_to_one():
     hidden, weight = torch.tensor([[20.7]], device=cases.DEVICE), torch.tensor([[1.0], [0.0]], device=cases.DEVICE)
     out = linear_logprob(hidden, weight, torch.tensor([0], device=cases.DEVICE), backend="triton_fused")

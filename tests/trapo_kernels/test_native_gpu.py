@@ -57,6 +57,11 @@ def test_scoring_of_a_target_outside_the_vocabulary_is_nan():
 
 
 @hopper
+def test_scoring_of_a_nan_logit_is_nan():
+    cuda_checks.check_scoring_of_nan(native)
+
+
+@hopper
 @pytest.mark.parametrize(
     ("change", "message"),
     [

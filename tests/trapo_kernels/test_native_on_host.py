@@ -124,6 +124,10 @@ def test_scoring_of_a_target_outside_the_vocabulary_is_nan(library):
     cuda_checks.check_targets_outside(HostGpu(library))
 
 
+def test_scoring_of_a_nan_logit_is_nan(library):
+    cuda_checks.check_scoring_of_nan(HostGpu(library))
+
+
 def test_no_rows_launch_nothing(library):
     gpu, logits, target = HostGpu(library), torch.empty(0, 50), torch.empty(0, dtype=torch.int64)
     operands = torch.empty(0, 64, dtype=torch.bfloat16), torch.zeros(50, 64, dtype=torch.bfloat16)

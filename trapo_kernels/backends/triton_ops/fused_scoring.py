@@ -60,7 +60,7 @@ def fused_scoring_kernel(
     row_max = tl.full([BLOCK_N], -1e30, tl.float32)  # finite, so that no -inf - -inf arises
     others = tl.zeros([BLOCK_N], tl.float32)  # Σ exp(z - max) without the target
     moment = tl.zeros([BLOCK_N], tl.float32)  # Σ exp(z - max) (z - max) without the target
-    z_target = tl.full([BLOCK_N], float("-inf"), tl.float32)  # stays -inf where another split has the target
+    z_target = tl.zeros([BLOCK_N], tl.float32)  # stays 0 where another split has the target
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride
     first = split * tiles_per_split * BLOCK_V
@@ -79,8 +79,9 @@ def fused_scoring_kernel(
             acc = softcap * tanh(acc / softcap)
         acc = tl.where((cols < vocab_size)[None, :], acc * inverse_temperature[:, None], float("-inf"))
         is_target = cols[None, :] == target[:, None]
-        z_target = tl.maximum(z_target, tl.max(tl.where(is_target, acc, float("-inf")), axis=1))
+        hit = tl.where(is_target, acc, 0.0)  # summed, because a GPU's max drops NaN
         acc = tl.where(is_target, float("-inf"), acc)
+        z_target += tl.sum(hit, axis=1)
         new_max = tl.maximum(row_max, tl.max(acc, axis=1))
         rescale = tl.exp(row_max - new_max)
         acc = acc - new_max[:, None]
@@ -131,7 +132,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
 
 def _merge(row_max: Tensor, others: Tensor, moment: Tensor, z_target: Tensor, target: Tensor, vocab_size: int) -> RowStatistics:
     """One softmax from the partial sums [splits, N] and the target's logit, which stayed out of them: p → 1 keeps its digits."""
-    z_target = z_target.amax(0)
+    z_target = z_target.sum(0)
     z_target = torch.where((target >= 0) & (target < vocab_size), z_target, float("nan"))
     global_max = torch.maximum(row_max.amax(0), z_target.nan_to_num(nan=-1e30, neginf=-1e30))
     scale = (row_max - global_max).exp()
