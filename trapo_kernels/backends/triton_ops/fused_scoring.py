@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,7 @@ TILE_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
 # fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_90 and sm_100
 # spill (24 and 16 bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
 TILE_FP32 = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
-# Programs that the vocabulary is split for, at least: two for each of an H200's 132 multiprocessors.
-MIN_PROGRAMS = 264
+MULTIPROCESSORS = 132  # of an H200; where the kernel is interpreted
 
 
 # One program per BLOCK_N rows and split of the vocabulary; row blocks vary fastest, so that neighbours share weight tiles in L2:
@@ -37,7 +38,8 @@ MIN_PROGRAMS = 264
 #     row and split out. Logits: 0 bytes (the chunked path writes and reads 4 each).
 # Saved: nothing.
 # On chip: acc [BLOCK_N, BLOCK_V] fp32 and num_stages operand tiles in shared memory.
-# Order: tiles ascend within a split, splits are merged in order by `_merge`: bitwise repeatable, and a pure function of the shapes.
+# Order: tiles ascend within a split, splits are merged in order by `_merge`: bitwise repeatable, and a pure function of the shapes
+#     and the number of the GPU's multiprocessors.
 # Edges: ragged N, V and D are masked; addresses are int64; a row with target -100 gives zeros, its hidden state is read as zeros.
 @triton.jit(do_not_specialize=["num_rows", "tiles_per_split"])  # which vary from call to call
 def fused_scoring_kernel(
@@ -104,6 +106,21 @@ def tile_of(dtype: torch.dtype, major: int) -> dict[str, int]:
     return TILE_SM120 if major == 12 else TILE
 
 
+@functools.cache
+def tiles_of_split(row_blocks: int, tiles: int, multiprocessors: int) -> int:
+    """Tiles of the vocabulary per program: those with which the last program ends first, if a multiprocessor takes one at a time.
+
+    So it is with 16-bit operands: 8 warps of more than 128 registers. A program's start and end count as one more tile, which
+    keeps splits and the memory of their partial sums few.
+    """
+
+    def duration(size: int) -> tuple[int, int]:
+        waves = -(-row_blocks * -(-tiles // size) // multiprocessors)
+        return waves * (size + 1), -size
+
+    return min(range(1, tiles + 1), key=duration)
+
+
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """logprob, entropy, row_max and log_sum [N] fp32 of hidden [N, D] · weight [V, D]ᵀ, logits staying on the chip.
 
@@ -117,9 +134,10 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
         hidden, weight = hidden.float(), weight.float()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    tile = tile_of(hidden.dtype, torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 0)
+    gpu = torch.cuda.get_device_properties(hidden.device) if hidden.is_cuda else None
+    tile = tile_of(hidden.dtype, gpu.major if gpu else 0)
     row_blocks, tiles = triton.cdiv(num_rows, tile["BLOCK_N"]), triton.cdiv(vocab_size, tile["BLOCK_V"])
-    tiles_per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(MIN_PROGRAMS, row_blocks)))
+    tiles_per_split = tiles_of_split(row_blocks, tiles, gpu.multi_processor_count if gpu else MULTIPROCESSORS)
     splits = triton.cdiv(tiles, tiles_per_split)
     partial = torch.empty(4, splits, num_rows, dtype=torch.float32, device=hidden.device)  # row_max, others, moment, z_target
     with torch.cuda.device_of(hidden):  # where Triton launches; nothing on a CPU
