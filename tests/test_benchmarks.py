@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import account, gpu_test, questions, readme, report, runner, store, trained
+from benchmarks import account, gpu_test, offline_compile, questions, readme, report, runner, store, trained
 from benchmarks.contenders import BY_NAME, CONTENDERS, _chunk
 from benchmarks.memory_plan import allocated_peak
 from benchmarks.problem import JOBS, Case, Result, build, errors, statistics, truth
@@ -41,6 +41,15 @@ def test_a_report_is_what_its_results_give(folder):
 def test_the_todo_is_what_the_account_says():
     remedy = "run python -m benchmarks.account > benchmarks/results/TODO.md"
     assert (RESULTS / "TODO.md").read_text() == account.todo(), remedy
+
+
+def test_a_fused_gemm_needs_a_fence_between_copies_and_asynchronous_tensor_cores():
+    row = {"kernel": "fused_scoring (bf16)", "sm": 90, "shared_bytes": 98304, "vector_loads": 0, "tensor_core": "wgmma.mma_async"}
+    row |= {"stack_bytes": 0, "spill_instructions": 0, "async_copies": 24, "fences": 0}
+    assert not offline_compile._is_sound(row)
+    assert not offline_compile._is_sound(row | {"sm": 100, "tensor_core": "tcgen05.mma"})
+    for change in ({"fences": 1}, {"async_copies": 0}, {"sm": 80, "tensor_core": "mma.sync"}):
+        assert offline_compile._is_sound(row | change)
 
 
 @pytest.mark.parametrize("job", JOBS)

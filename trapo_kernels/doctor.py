@@ -61,7 +61,8 @@ def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
     units = f", bf16 on {native.BF16_UNITS}" if native.BF16_UNITS else ""
     note = f" ({native.instruction_set()}{units})" if backend == "native" and device.type == "cpu" else ""
     if backend in dispatch.FUSED:
-        return "runs: linear_logprob alone, backward as without _fused; has no self-test", True
+        note = _of_pipeline(device) if backend == "triton_fused" and device.type == "cuda" else ""
+        return f"runs: linear_logprob alone, backward as without _fused; has no self-test{note}", True
     try:
         error = _self_test(backend, device)
     except Exception as error:  # of a kernel that does not even run: the other backends are still told of
@@ -70,6 +71,15 @@ def _verdict(backend: str, device: torch.device) -> tuple[str, bool]:
     if error <= _TOLERANCE:
         return f"runs{note}: self-test passed, largest error against fp64 {error:.1e}", True
     return f"WRONG{note}: largest error against fp64 {error:.1e}, at most {_TOLERANCE:.0e} is allowed. Please report this.", False
+
+
+def _of_pipeline(device: torch.device) -> str:
+    """What to say where Triton's fused kernel loads a tile only when the one before it is multiplied."""
+    from trapo_kernels.backends.triton_ops.fused_scoring import tile_of
+
+    if tile_of(torch.bfloat16, torch.cuda.get_device_properties(device).major)["num_stages"] > 1:
+        return ""
+    return "; copies wait for products, because this triton lacks a fence between them: pip install 'triton>=3.8'"
 
 
 def _self_test(backend: str, device: torch.device) -> float:

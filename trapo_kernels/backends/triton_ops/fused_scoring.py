@@ -10,18 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
-from trapo_kernels.backends.triton_ops.launch import transform_arguments
+from trapo_kernels.backends.triton_ops.launch import OPTIONS, aligned, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import tanh
 from trapo_kernels.roles import IGNORE_INDEX
 
 # One tile for every shape: 128 × 128 fp32 accumulators over 8 warps are 64 registers per thread; three stages of two 128 × 64 bf16
 # operands are 96 KiB of shared memory. Chosen by the table in benchmarks/results/offline_compile.md (no spill); speed awaits a GPU.
-TILE = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+TILE = OPTIONS | {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 # At a depth of 64 sm_120 spills (40 bytes of stack in that table's compiler). Half as deep, four stages are 48 KiB of its 99.
 TILE_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
-# fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_90 and sm_100
-# spill (24 and 16 bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
-TILE_FP32 = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+# fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_100 spills (16
+# bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
+TILE_FP32 = OPTIONS | {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+# Whether Triton orders the copies of a pipeline before the asynchronous tensor cores of sm_90 to sm_110 that read them. Before
+# triton 3.8, some 3.7 excepted, a tile could be multiplied before it is there (triton-lang/triton#9610), so nothing is pipelined.
+FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 MULTIPROCESSORS = 132  # of an H200; where the kernel is interpreted
 
 
@@ -103,7 +106,9 @@ def tile_of(dtype: torch.dtype, major: int) -> dict[str, int]:
     """The pinned tile for operands of `dtype` on GPUs of compute capability `major`.x."""
     if dtype == torch.float32:
         return TILE_FP32
-    return TILE_SM120 if major == 12 else TILE
+    if major == 12:
+        return TILE_SM120
+    return TILE if FENCES or major < 9 else TILE | {"num_stages": 1}
 
 
 @functools.cache
@@ -139,13 +144,13 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
     row_blocks, tiles = triton.cdiv(num_rows, tile["BLOCK_N"]), triton.cdiv(vocab_size, tile["BLOCK_V"])
     tiles_per_split = tiles_of_split(row_blocks, tiles, gpu.multi_processor_count if gpu else MULTIPROCESSORS)
     splits = triton.cdiv(tiles, tiles_per_split)
-    partial = torch.empty(4, splits, num_rows, dtype=torch.float32, device=hidden.device)  # row_max, others, moment, z_target
+    row_max, others, moment, z_target = aligned(4, splits * num_rows, hidden.device)
     with torch.cuda.device_of(hidden):  # where Triton launches; nothing on a CPU
         fused_scoring_kernel[(row_blocks * splits,)](
-            hidden, hidden.stride(0), weight, weight.stride(0), target.contiguous(), *partial.unbind(),
-            num_rows, hidden_size, vocab_size, tiles_per_split, **transform_arguments(transform, partial), **tile,
+            hidden, hidden.stride(0), weight, weight.stride(0), target.contiguous(), row_max, others, moment, z_target,
+            num_rows, hidden_size, vocab_size, tiles_per_split, **transform_arguments(transform, row_max), **tile,
         )  # fmt: skip
-    return _merge(*partial.unbind(), target, vocab_size)
+    return _merge(*(part.view(splits, num_rows) for part in (row_max, others, moment, z_target)), target, vocab_size)
 
 
 def _merge(row_max: Tensor, others: Tensor, moment: Tensor, z_target: Tensor, target: Tensor, vocab_size: int) -> RowStatistics:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, split_temperature
 
+# In every launch: a multiplication and an addition may become one. Left open, the environment decides the bits (triton 3.9 warns).
+OPTIONS = {"enable_fp_fusion": True}
 # One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. On sm_90 the
-# policy kernel takes 40 registers: 6 rows are on a multiprocessor at once, with 48 KiB of them on the way.
-# Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
-TILE = {"BLOCK_V": 2048, "num_warps": 8}
+# policy kernel of TRAPO takes 40 registers under triton 3.9: 6 rows are on a multiprocessor at once, with 48 KiB of them on the
+# way; 64 under triton 3.6: 4 rows, 32 KiB. Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
+TILE = OPTIONS | {"BLOCK_V": 2048, "num_warps": 8}
 
 
 def tile(vocab_size: int) -> dict[str, int]:
@@ -33,12 +35,15 @@ def transform_arguments(transform: LogitTransform, logits: Tensor) -> dict[str, 
     }
 
 
+def aligned(count: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Room for `count` times [size] in fp32, each 16-byte aligned whatever `size` is, or Triton would compile anew for each way
+    they are not."""
+    return torch.empty(count, -(-size // 4) * 4, dtype=torch.float32, device=device)[:, :size].unbind()
+
+
 def row_outputs(logits: Tensor) -> RowStatistics:
-    """Room for the statistics [C] in fp32, each 16-byte aligned whatever C is, or Triton would compile anew for each way they are
-    not."""
-    rows = logits.shape[0]
-    aligned = torch.empty(len(RowStatistics._fields), -(-rows // 4) * 4, dtype=torch.float32, device=logits.device)
-    return RowStatistics(*aligned[:, :rows].unbind())
+    """Room for the statistics [C] of a chunk in fp32."""
+    return RowStatistics(*aligned(len(RowStatistics._fields), logits.shape[0], logits.device))
 
 
 def gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:

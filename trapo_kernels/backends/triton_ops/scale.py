@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trapo_kernels.backends.triton_ops.launch import OPTIONS
+
 # 16 elements per thread. The speed of this tile awaits a GPU.
-TILE = {"BLOCK_N": 4096, "num_warps": 8}
+TILE = OPTIONS | {"BLOCK_N": 4096, "num_warps": 8}
 # Eight for each of an H200's 132 multiprocessors: enough to fill it, few enough to start in no time where they return at once.
 MAX_PROGRAMS = 1056
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from trapo_kernels import terms
 from trapo_kernels.backends.triton_ops.gates import coefficient, gate_arguments
+from trapo_kernels.backends.triton_ops.launch import OPTIONS
 from trapo_kernels.objective import Objective
 
-BLOCK_N = 256
+TILE = OPTIONS | {"BLOCK_N": 256}
 
 
 # One program per BLOCK_N tokens:
@@ -20,7 +21,7 @@ BLOCK_N = 256
 #
 # Work: some 20 FLOP per token. Reads / writes: 17 (25 with KL) bytes in, 4 out per token. Saved: nothing.
 # On chip: registers only. Order: elementwise, bitwise repeatable. Edges: masked tail; IGNORED tokens give exactly 0.
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # which varies from call to call
 def token_coefficient_kernel(
     logprob_ptr, coefficient_ptr, num_tokens,
     role_ptr, anchor_ptr, signal_ptr, advantage_ptr, kl_weight_ptr, ref_logprob_ptr,
@@ -49,11 +50,11 @@ def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) 
     out = torch.empty_like(logprob)
     unused = streams.anchor
     with torch.cuda.device_of(logprob):  # where Triton launches; nothing on a CPU
-        token_coefficient_kernel[(triton.cdiv(max(1, logprob.shape[0]), BLOCK_N),)](
+        token_coefficient_kernel[(triton.cdiv(max(1, logprob.shape[0]), TILE["BLOCK_N"]),)](
             logprob.contiguous(), out, logprob.shape[0],
             streams.role, streams.anchor, streams.signal, streams.advantage,
             unused if streams.kl_weight is None else streams.kl_weight,
             unused if streams.ref_logprob is None else streams.ref_logprob,
-            **gate_arguments(objective), BLOCK_N=BLOCK_N,
+            **gate_arguments(objective), **TILE,
         )  # fmt: skip
     return out
