@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, load_config
+from trapo_train.lora import other_layers
 from trapo_train.model import DTYPES, load_model_and_tokenizer
 from trapo_train.model_state import check_replaceable, export_adapter, export_model, load_trained_weights, other_tokenizer
 from trapo_train.preflight import check_places, name_model_in_hub_errors
@@ -33,7 +34,7 @@ def export_checkpoint(
         adapter: write LoRA's adapter alone, in PEFT's format, to be loaded beside the model that the run started from.
 
     Returns: the directory, the step, and what there is to say: of "best" what `better_before` says, of the directory what
-        `other_tokenizer` does.
+        `other_tokenizer` does, of an adapter what `other_layers` does.
     Memory: the whole model in float32 on the CPU, once more in `dtype` where that is another or adapters are added.
     Raises: FileNotFoundError, CheckpointError or UserError for what is not there, damaged, of another model or not to be replaced.
     """
@@ -64,6 +65,7 @@ def export_checkpoint(
     load_trained_weights(model, store, step)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     if adapter:
+        notes.append(other_layers(model))
         return export_adapter(model, tokenizer, directory, DTYPES[dtype]), step, [note for note in notes if note is not None]
     export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
     # A generated task brings its tokenizer, too.

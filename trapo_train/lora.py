@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +89,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], N
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
-        peft.inject_adapter_in_model(settings, model)
+        with names_as_they_are():
+            peft.inject_adapter_in_model(settings, model)
     except ValueError as error:  # which prints the module, whole
         raise UserError(
             f"model.lora.target_modules must name linear layers, got {config.target_modules}, of which PEFT refuses one "
@@ -99,6 +105,45 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], N
             f"model.lora.target_modules must name linear layers, {name} is of type {kind}, whose adapter could not be merged. "
             "Leave it out."
         )
+
+
+@contextmanager
+def names_as_they_are() -> Iterator[None]:
+    """Inside, PEFT looks for target_modules in the model at hand. By itself it takes them for names of transformers 4, and so the
+    gate_proj, up_proj and down_proj of dense and shared layers for those of experts, which are fused since (huggingface/peft#3711).
+    """
+    if not hasattr(_conversion(), "convert_peft_config_for_transformers"):
+        yield
+        return
+    with patch.object(_conversion(), "convert_peft_config_for_transformers", lambda *arguments, **options: None):
+        yield
+
+
+def _conversion() -> ModuleType | None:
+    """Where PEFT converts names; None in an older one, which leaves them as they are."""
+    try:
+        return importlib.import_module("peft.utils.transformers_weight_conversion")
+    except ModuleNotFoundError:
+        return None
+
+
+def other_layers(model: PreTrainedModel) -> str | None:
+    """A sentence where PEFT by itself would put the model's adapter on other layers than were trained; None where it does not."""
+    if not hasattr(_conversion(), "convert_peft_config_for_transformers"):
+        return None
+    trained, read = model.peft_config["default"], copy.deepcopy(model.peft_config["default"])
+    try:
+        _conversion().convert_peft_config_for_transformers(read, model=model, conversions=None)
+        same = set(read.target_modules) == set(trained.target_modules)
+    except ValueError:  # which loading would raise as well
+        same = False
+    if same:
+        return None
+    return (
+        f"PEFT {version('peft')} takes the layers of the adapter for those of transformers 4 (huggingface/peft#3711), and so puts "
+        "parts of it elsewhere. Load it inside `with trapo_train.lora.names_as_they_are():`, or export the whole model, without "
+        "--adapter"
+    )
 
 
 def _linear_layers(model: PreTrainedModel, tell: Callable[[str], None]) -> list[str]:

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.engine import EngineError
 from trapo_train.loading import write_processor
-from trapo_train.lora import has_lora, merged_weights
+from trapo_train.lora import has_lora, merged_weights, names_as_they_are
 from trapo_train.parallel import World
 
 _TRAINED, _INCOMPLETE = StateDictOptions(ignore_frozen_params=True), StateDictOptions(strict=False)
@@ -185,7 +185,10 @@ def export_adapter(
     import peft
 
     directory = Path(directory).resolve()
-    with torch.device("meta"):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
+    with (
+        torch.device("meta"),
+        names_as_they_are(),
+    ):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
         wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"])
     weights = {f"base_model.model.{name}": p.detach().to(dtype) for name, p in model.named_parameters() if ".lora_" in name}
     with _in_place_of(directory) as unfinished:

@@ -13,11 +13,20 @@ from tests.trapo_train.test_train import build_config, exported, train_to_end
 from trapo_train import memory
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
-from trapo_train.lora import LoraConfig, adapted_layers, add_lora, has_lora, hold_frozen, without_lora
+from trapo_train.lora import (
+    LoraConfig,
+    adapted_layers,
+    add_lora,
+    has_lora,
+    hold_frozen,
+    names_as_they_are,
+    other_layers,
+    without_lora,
+)
 from trapo_train.memory import load_architecture
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
-from trapo_train.model_state import export_model
+from trapo_train.model_state import export_adapter, export_model
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
@@ -209,6 +218,50 @@ def test_all_linear_takes_the_linear_layers_and_tells_what_has_none(name, withou
     assert told == (
         [f"model.lora: all-linear puts no adapter beside the weights of {without}, which are no torch.nn.Linear"] if without else []
     )
+
+
+def of_experts_and_dense_layers(name):
+    """One layer of fused experts, with a shared one where the architecture has those, after a dense layer."""
+    shape = {"vocab_size": len(build_tokenizer()), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts_per_tok": 1, "moe_intermediate_size": 8, "num_experts": 2, "mlp_only_layers": [0]}
+    if name == "glm4_moe":
+        experts = experts | {
+            "n_routed_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        }
+    return AutoConfig.for_model(name, **shape, **heads, **experts)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj"]])
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe"])
+def test_dense_and_shared_layers_beside_fused_experts_get_adapters_that_can_be_exported(name, targets, tmp_path):
+    """PEFT would take their names for those that experts had in transformers 4."""
+    AutoModelForCausalLM.from_config(of_experts_and_dense_layers(name)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    add_lora(model, LoraConfig(rank=2, target_modules=targets))
+    adapted = {path.split("layers.")[1] for path, _ in adapted_layers(model) if "mlp" in path}
+    places = ["0.mlp", "1.mlp.shared_experts"] if name == "glm4_moe" else ["0.mlp"]
+    parts = ["gate_proj", "up_proj", "down_proj"] if targets == "all-linear" else targets
+    assert adapted == {f"{place}.{part}" for place in places for part in parts}
+    expected = _perturbed(model).eval()(input_ids=IDS).logits
+    export_model(model, build_tokenizer(), tmp_path / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    export_adapter(model, build_tokenizer(), tmp_path / "adapter")
+    with names_as_they_are():
+        loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(loaded.eval()(input_ids=IDS).logits, expected)
+    assert "Load it inside `with trapo_train.lora.names_as_they_are():`" in other_layers(model)
+
+
+def test_an_adapter_that_peft_reads_as_it_is_needs_no_word():
+    model = make_model()
+    add_lora(model, LoraConfig(rank=2))
+    assert other_layers(model) is None
 
 
 def test_a_model_without_linear_layers_is_refused_for_what_it_is():
