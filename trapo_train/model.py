@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
+from trapo_train.dropout import check_one_policy, switch_off_dropout
 from trapo_train.liger import apply_liger
 from trapo_train.loading import (
     check_ends,
@@ -173,7 +173,7 @@ def load_model_and_tokenizer(
         task_tokenizer: the tokenizer of a generated task, used by a model from scratch.
         seed: of the random weights: those of a model from scratch, and LoRA's adapters.
         device: where the model will run, which decides what `auto` chooses.
-        check_logits: compare the head's logits with the model's. False for a second one of the same architecture, whose layers
+        check_logits: see `prepare`. False for a second one of the same architecture, whose layers
             Liger has made its own by then, so that they would not run in host memory.
         tell: what `auto` chose is told to it.
 
@@ -222,15 +222,17 @@ def prepare(
 
     Args:
         device: where the model will run.
-        check_logits: compare the head's logits with the model's, which runs the model.
+        check_logits: compare the head's logits with the model's, and a training pass with an evaluation, which runs the model.
         tell: what `auto` chose is told to it, and what is changed in the model.
 
     Raises: UserError for a model that the packed step would train wrongly.
     """
     check_attention(model)
     if switch_off_dropout(model):
-        tell("the model's own dropout is switched off: sampler, old policy and update must be one policy")
+        tell("the model's own dropout and noise are switched off: sampler, old policy and update must be one policy")
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
+    if check_logits:
+        check_one_policy(model)
     train_text_alone(model, tell)
     apply_liger(model, config.liger, device, tell)
     if config.lora is not None:
@@ -238,22 +240,6 @@ def prepare(
         hold_frozen(model, DTYPES[config.dtype])
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-
-
-def switch_off_dropout(model: nn.Module) -> bool:
-    """Set every dropout of the model to 0; returns whether there was any.
-
-    Sampler, old policy and update are separate passes: with other masks each, ratios and the sampler's mismatch are noise.
-    """
-    found = False
-    for module in model.modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            module.p, found = 0.0, True
-        for attribute, value in vars(module).items():  # such as attention_dropout, which transformers hands to attention functions
-            if "dropout" in attribute and isinstance(value, float) and value > 0:
-                setattr(module, attribute, 0.0)
-                found = True
-    return found
 
 
 def embed_in_autocasts_type(model: nn.Module, compute_dtype: torch.dtype) -> None:

@@ -254,7 +254,7 @@ def test_dropout_of_the_model_is_switched_off_and_that_of_adapters_left(lora):
     left = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0}
     assert all("lora_dropout" in name for name in left) and set(left.values()) == ({0.2} if lora else set())
     assert model.base_model.layers[0].self_attn.attention_dropout == 0.0
-    assert [text for text in told if "own dropout is switched off" in text]
+    assert [text for text in told if "own dropout and noise are switched off" in text]
 
 
 def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(configure, monkeypatch):
