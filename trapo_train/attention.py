@@ -46,6 +46,7 @@ _OURS = {
     "flash_attention_2": FA2_IMPLEMENTATION,
 }
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_UNSAID = -1  # a window that a layer leaves to its mask, which packed rows have none of
 
 
 def choose_attention(
@@ -177,7 +178,7 @@ def packed_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     segment_lengths: tuple[int, ...] | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _UNSAID,
     boundaries: Tensor | None = None,
     flex: bool = False,
     flash: bool = False,
@@ -188,7 +189,7 @@ def packed_attention_forward(
     Args:
         query: [1, heads, T, head_dim]; `key` and `value` [1, kv_heads, T, head_dim].
         segment_lengths: tokens of each sequence of the row, summing to T.
-        sliding_window: tokens that a query sees, itself included; None for all earlier ones.
+        sliding_window: tokens that a query sees, itself included; None for all earlier ones. Left out, it is the module's own.
         boundaries: int32 [segments + 1], where segments start, and T; with them one varlen kernel runs in place of an SDPA call
             per run of equal lengths.
         flex: so does one flex_attention kernel.
@@ -202,13 +203,15 @@ def packed_attention_forward(
                 f"packed attention: {type(module).__name__} did not pass segment_lengths on to its attention. "
                 "Use an architecture of transformers itself."
             )
-        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+        options = {"dropout": dropout, "scaling": scaling}  # a window is in the mask
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise UserError(
                 f"packed attention: {type(module).__name__} asks for {unsupported}, which it cannot do. Use another model."
             )
+    if sliding_window == _UNSAID:
+        sliding_window = _own_window(module, max(segment_lengths))
     if flash:
         options = {"dropout": dropout, "softmax_scale": scaling, "sliding_window": sliding_window}
         return _flash_forward((query, key, value), boundaries, max(segment_lengths), **options), None
@@ -226,6 +229,25 @@ def packed_attention_forward(
         for (length, count), *qkv in zip(runs, *parts, strict=True)
     ]
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _own_window(module: nn.Module, longest: int) -> int | None:
+    """The sliding window of a layer that does not hand it to its attention, as those of Qwen2 MoE.
+
+    Raises: UserError where the layer has none, its configuration does, and the longest segment is longer than that.
+    """
+    window = getattr(module, "sliding_window", None)
+    if window is not None:
+        return window
+    config = getattr(module, "config", None)
+    configured, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if configured is None or longest <= configured or (kinds and kinds[module.layer_idx] == "full_attention"):
+        return None
+    raise UserError(
+        f"packed attention: {type(module).__name__} must hand on its sliding window, it hands on none, and its configuration has "
+        f"one of {configured} tokens. Keep prompts and responses together within that (data.max_prompt_tokens, "
+        "rollout.max_response_tokens), or choose another model."
+    )
 
 
 def _flash_forward(qkv: Sequence[Tensor], boundaries: Tensor, longest: int, **options: Any) -> Tensor:

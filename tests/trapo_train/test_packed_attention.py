@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import types
@@ -9,7 +10,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Qwen2Config, modeling_flash_attention_utils
+from transformers import (
+    AutoModelForCausalLM,
+    Exaone4Config,
+    PhimoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    modeling_flash_attention_utils,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
@@ -155,6 +163,41 @@ def test_varlen_is_told_the_boundaries_and_windows(name, checkpointing, monkeypa
         model.train()
     for actual, wanted in zip(hidden_and_gradient(model, [make_sequences()]), expected, strict=True):
         assert_close(actual, wanted, 1e-12)
+
+
+WINDOW = SHAPE | {"sliding_window": 3, "initializer_range": 0.5, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 1}
+WINDOWS = {
+    "left to the mask": Qwen2MoeConfig(**WINDOW, **EXPERTS, use_sliding_window=True),
+    "held by full layers, too": Exaone4Config(**WINDOW),
+}
+
+
+@pytest.mark.parametrize("implementation", [PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_holds_in_the_layers_that_have_it_however_they_say_so(name, implementation, flash_attn, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", torchs_varlen_attention)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(WINDOWS[name]), attn_implementation="eager").requires_grad_(False)
+    lengths = [len(s) for s in make_sequences()]
+    row = {"input_ids": torch.cat(make_sequences())[None], "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    expected = torch.cat([model.model(input_ids=s[None], use_cache=False).last_hidden_state[0] for s in make_sequences()])
+    model.set_attn_implementation(implementation)
+    packed = segment_arguments(model, lengths, torch.device("cpu"))
+    assert_close(model.model(**row, use_cache=False, **packed).last_hidden_state[0], expected, 1e-5)
+
+
+def test_a_window_in_the_configuration_alone_is_refused_for_longer_sequences():
+    """As PhiMoE has it."""
+    config = PhimoeConfig(**SHAPE, num_local_experts=2, sliding_window=3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_IMPLEMENTATION)
+    for lengths in ([3, 2], [4, 1]):
+        packed = segment_arguments(model, lengths, torch.device("cpu"))
+        if lengths == [3, 2]:
+            model.model(input_ids=torch.arange(5)[None], use_cache=False, **packed)
+            continue
+        with pytest.raises(ValueError, match="PhimoeAttention must hand on its sliding window, .* one of 3 tokens. Keep prompts"):
+            model.model(input_ids=torch.arange(5)[None], use_cache=False, **packed)
 
 
 @pytest.mark.parametrize("implementation", [VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
