@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from trapo_train.autocast import kept_in_float32
 from trapo_train.schema import MissingPackage, UserError, check
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Store frozen matrices, those of fused experts included, and the biases of linear layers in `compute_dtype`, which they are
     computed in anyway: half the memory in bfloat16, and no cast per pass and generated token. What transformers keeps in float32
     stays, such as some routers."""
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    kept = kept_in_float32(model)
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.to(compute_dtype)

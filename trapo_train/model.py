@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
+from trapo_train.autocast import embed_in_autocasts_type, route_as_in_autocasts_type
 from trapo_train.dropout import check_one_policy, switch_off_dropout
 from trapo_train.liger import apply_liger
 from trapo_train.loading import (
@@ -39,7 +40,6 @@ from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError, check, expand_home, refused
 from trapo_train.scratch import ScratchConfig, scratch_config
 from trapo_train.tokenizer import end_generation_too, end_ids, load_tokenizer
-from trapo_train.varlen import computed_in
 from trapo_train.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -242,21 +242,6 @@ def prepare(
         enable_gradient_checkpointing(model)
 
 
-def embed_in_autocasts_type(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Have every embedding, of tokens or positions, give autocast's type where that is on; a factor inside one (Gemma 3) is rounded
-    to `compute_dtype`, as transformers does with weights in that type.
-
-    Autocast leaves embeddings in the type of their weight, FSDP and a sampler in 16 bits do not. Left in float32 they would make
-    the residual stream of a single process float32: other numbers than on several ranks, and activations of twice the size.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(lambda module, inputs, output: output.to(computed_in(output)))
-            factor = getattr(module, "embed_scale", None)
-            if isinstance(factor, Tensor):
-                factor.copy_(factor.to(compute_dtype))
-
-
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the activations of every layer in backward."""
     with warnings.catch_warnings():
@@ -281,6 +266,7 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
     head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap, logit_scale=scale)
     model.set_output_embeddings(head)
     embed_in_autocasts_type(model, compute_dtype)
+    route_as_in_autocasts_type(model)
     model.run_head = types.MethodType(_run_head, model)  # a method, so that FSDP can gather the weights around it
     if check_logits:
         _check_logits(model, head)

@@ -180,8 +180,9 @@ def test_bad_settings(settings, message):
 
 
 def test_frozen_experts_are_held_in_the_type_of_their_gemms_and_give_the_same_bits():
-    config, outputs = experts_config("qwen3_moe"), {}
+    outputs = {}
     for keeps in (False, True):
+        config = of_experts_and_dense_layers("glm4_moe") if keeps else experts_config("qwen3_moe")
         for hold in (False, True):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config)
@@ -198,7 +199,7 @@ def test_frozen_experts_are_held_in_the_type_of_their_gemms_and_give_the_same_bi
         }
         float32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
         assert any("experts" in name for name in dtypes)
-        assert float32 == ({"model.layers.0.mlp.gate.weight"} if keeps else set())
+        assert float32 == ({"model.layers.1.mlp.gate.weight"} if keeps else set())
         held = sum(parameter.nbytes for parameter in model.parameters())
         planned = weigh(ModelConfig(name_or_path="none", dtype="bfloat16", lora=LoraConfig(rank=2)), config)
         assert planned.held_bytes == held or keeps

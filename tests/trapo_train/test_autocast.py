@@ -1,0 +1,58 @@
+"""Routers of a mixture of experts choose under autocast what they choose in a model of 16 bits."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trapo_train.model import install_policy_head, precision
+
+SHAPE = {
+    "vocab_size": 20, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "n_shared_experts": 1, "initializer_range": 0.5,
+}  # fmt: skip
+NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SHAPE, **dict.fromkeys(NAMES, 16), pad_token_id=0, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    install_policy_head(model, compute_dtype=torch.bfloat16)
+    (router,) = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    return model, router
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("glm4_moe", {"first_k_dense_replace": 0, "head_dim": 8}),  # raises both to float32
+        ("dots1", {"first_k_dense_replace": 0}),
+        ("qwen3_moe", {"head_dim": 8}),  # does not
+        ("mixtral", {}),
+    ],
+)
+def test_under_autocast_a_router_is_that_of_a_model_in_16_bits(name, options):
+    model, router = build(name, **options)
+    hidden = torch.randn(200, 64)
+    expected = copy.deepcopy(router).bfloat16()(hidden.bfloat16())
+    with precision(model):
+        found = router(hidden)
+    assert all(map(torch.equal, found, expected))
+    found[0].float().square().sum().backward()
+    assert router.weight.grad.dtype == torch.float32 and router.weight.grad.any()
+    assert all(map(torch.equal, router(hidden), type(router).forward(router, hidden)))  # left alone without autocast
+
+
+def test_what_transformers_keeps_in_float32_is_not_rounded():
+    """Of Ernie 4.5 the bias that balances experts."""
+    model, router = build("ernie4_5_moe", moe_k=2, moe_layer_start_index=0)
+    bias = router.moe_statics.e_score_correction_bias
+    torch.nn.init.normal_(bias)
+    seen = []
+    router.moe_statics.register_forward_hook(lambda module, inputs, output: seen.append(module.e_score_correction_bias.clone()))
+    with precision(model):
+        router(torch.randn(5, 64))
+    assert torch.equal(seen[0], bias)
