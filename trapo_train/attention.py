@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward, lazy_import_flash_attention
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from trapo_train.flex import flex_forward
@@ -95,6 +96,24 @@ def _flash_obstacle(config: PretrainedConfig) -> str | None:
     return f"it needs heads of at most {WIDEST_HEAD} numbers, the model has {widest}" if widest > WIDEST_HEAD else None
 
 
+def check_architecture(architecture: PretrainedConfig) -> None:
+    """Refuse before anything is loaded what `check_attention` would refuse for its class, as some cannot even be built (Falcon).
+
+    Raises: UserError, as that.
+    """
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(architecture), None)
+    if isinstance(model_class, type):
+        _check_interface(model_class, model_class.__name__)
+
+
+def _check_interface(model: PreTrainedModel | type, name: str) -> None:
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"model: packing needs a model that uses transformers' attention interface, {name} does not. "
+            "Use an architecture of transformers itself that does, with model.trust_remote_code=false."
+        )
+
+
 def check_attention(model: PreTrainedModel) -> None:
     """Refuse a model whose attention would be silently wrong on a packed row.
 
@@ -103,11 +122,7 @@ def check_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = type(model).__name__
     other_types = sorted(set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES)
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UserError(
-            f"model: packing needs a model that uses transformers' attention interface, {name} does not. "
-            "Use an architecture of transformers itself, with model.trust_remote_code=false."
-        )
+    _check_interface(model, name)
     if other_types or getattr(config, "attention_chunk_size", None):
         kinds = ", ".join(other_types) or "chunked attention"
         raise UserError(

@@ -3,7 +3,7 @@ multimodal ones the text alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trapo_train.problems import ProblemSet
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Of layers that predict tokens after the next one; Qwen has its own.
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -55,6 +57,28 @@ def _mend_sampling(config: GenerationConfig) -> str:
         if getattr(config, name, None) is not None:
             setattr(config, name, None)
     return "and is greedy, which transformers does not save; the trained model is greedy without them"
+
+
+def leave_out_what_is_not_loaded(model: PreTrainedModel, names: Collection[str], tell: Callable[[str], None]) -> None:
+    """Tell of the weights `names` in the model's files that transformers has no place for, and have the configuration count none of
+    the layers that predict tokens after the next one (GLM 4.5, DeepSeek V3), which it never loads and which are not written either.
+    """
+    if names:
+        tell(
+            f"the model's files have {len(names)} tensors that transformers has no place for, such as {min(names)}: they are not "
+            "trained, and the trained model is written without them"
+        )
+    if any("mtp" in path for path, _ in model.named_modules()):
+        return
+    settings = model.config.get_text_config()
+    for name in _FURTHER_LAYERS:
+        count = getattr(settings, name, None)
+        if count:
+            tell(
+                f"the model's layers that predict tokens after the next one ({name} = {count}) are not loaded: the trained model "
+                "has none, and its configuration says 0"
+            )
+            setattr(settings, name, 0)
 
 
 def tell_of_tokens_without_embedding(

@@ -23,13 +23,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
-from trapo_train.attention import check_attention, choose_attention, plain_attention, segment_arguments
+from trapo_train.attention import check_architecture, check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.autocast import embed_in_autocasts_type, route_as_in_autocasts_type
 from trapo_train.dropout import check_one_policy, switch_off_dropout
 from trapo_train.liger import apply_liger
 from trapo_train.loading import (
     check_ends,
     keep_processor,
+    leave_out_what_is_not_loaded,
     make_savable,
     tell_of_tokens_without_embedding,
     tell_of_untrained_balance,
@@ -188,21 +189,25 @@ def load_model_and_tokenizer(
     else:
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
             architecture = AutoConfig.from_pretrained(config.name_or_path, **trust)
+    check_architecture(architecture)
     implementation = choose_attention(
         config.attention, device=device, compute_dtype=DTYPES[config.dtype], architecture=architecture, tell=tell
     )
     common = {"dtype": torch.float32, "attn_implementation": implementation}
     torch.manual_seed(seed)  # adapters, too, are the same on every rank
+    unplaced: set[str] = set()
     if config.scratch is not None:
         model = AutoModelForCausalLM.from_config(architecture, **common)
     else:
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
-            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common)
+            model, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common, output_loading_info=True)
+        unplaced = set(info["unexpected_keys"])
         keep_processor(model, config.name_or_path)
     if tokenizer.eos_token_id is not None:
         ends = end_ids(config.eos_token, model, tokenizer)
         check_ends(model, tokenizer, ends)
         end_generation_too(model, ends)
+    leave_out_what_is_not_loaded(model, unplaced, tell)
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)
     tell_of_untrained_balance(model, tell)

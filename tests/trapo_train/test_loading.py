@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3Config,
@@ -116,6 +117,42 @@ def test_experts_that_no_loss_balances_are_noted(tmp_path):
         told.clear()
         tell_of_untrained_balance(SimpleNamespace(config=config), told.append)
         assert re.findall(r"the \d experts", "".join(told)) == said
+
+
+def test_layers_for_further_tokens_are_noted_and_no_longer_counted_by_the_exported_configuration(tmp_path):
+    """transformers has no place for them."""
+    options = {
+        "n_routed_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model("glm4_moe", vocab_size=len(build_tokenizer()), **EXPERTS, **options, num_nextn_predict_layers=1)
+    directory = publish(tmp_path / "it", config)
+    weights = load_file(directory / "model.safetensors")
+    assert json.loads((directory / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    save_file(weights | {"model.layers.1.eh_proj.weight": torch.ones(16, 32)}, directory / "model.safetensors", {"format": "pt"})
+    told = []
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(name_or_path=str(directory)), tell=told.append)
+    assert sum("1 tensors that transformers has no place for, such as model.layers.1.eh_proj.weight: they" in s for s in told) == 1
+    assert sum("(num_nextn_predict_layers = 1) are not loaded: the trained model has none" in text for text in told) == 1
+    exported = export_model(model, tokenizer, tmp_path / "exported")
+    assert json.loads((exported / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    told.clear()
+    load_model_and_tokenizer(ModelConfig(name_or_path=str(exported)), tell=told.append)
+    assert not any("not loaded" in text or "no place" in text for text in told)
+
+
+@pytest.mark.parametrize(("name", "options"), [("falcon", {}), ("gptj", {"rotary_dim": 8})])
+def test_an_architecture_that_cannot_be_packed_is_refused_before_it_is_built(name, options, tmp_path):
+    shape = {"vocab_size": len(build_tokenizer()), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    directory = publish(tmp_path / "it", AutoConfig.for_model(name, **shape, **options))
+    with pytest.raises(
+        ValueError, match=r"needs a model that uses transformers' attention interface, .*ForCausalLM does not\. Use"
+    ):
+        load_model_and_tokenizer(ModelConfig(name_or_path=str(directory)))
 
 
 LONGROPE = {
