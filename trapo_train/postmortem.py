@@ -1,4 +1,4 @@
-"""What is kept of a batch whose loss or gradient is not finite: its samples to read, its micro-batches to run again.
+"""What is kept of a batch whose gradient is not finite: its samples to read, its micro-batches to run again.
 
 from trapo_train.config import load_config
 from trapo_train.model import policy_forward

@@ -104,8 +104,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger L2 norm are scaled down to it, at least 0; 0 never clips."""
     max_skipped_steps: int = 3
-    """Rollout steps in a row that may be skipped, because no update of theirs had a finite loss and gradient, before the run stops;
-    at least 0."""
+    """Rollout steps in a row that may be skipped, because no update of theirs had a finite gradient, before the run stops; at least
+    0."""
 
     def __post_init__(self) -> None:
         check(
@@ -139,7 +139,7 @@ def _are_betas(betas: Sequence[float]) -> bool:
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row had a gradient that is not finite."""
 
 
 def build_objective(config: ObjectiveConfig, step: int = 0) -> Objective:
@@ -209,6 +209,11 @@ def _preset(config: ObjectiveConfig) -> Callable[..., Objective]:
             near = did_you_mean(option, allowed)
             raise UserError(f"objective: options of {config.name} are {', '.join(allowed)}, got {option!r}.{near}")
     return preset
+
+
+def cap_of_ratios(config: ObjectiveConfig) -> str | None:
+    """The preset's option that caps ratios where the advantage is negative; None where it has none."""
+    return next((name for name in ("dual", "delta") if name in inspect.signature(_preset(config)).parameters), None)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -293,7 +298,7 @@ def optimizer_step(
 ) -> dict[str, Any]:
     """Accumulate the gradients of all micro-batches, clip them, and update the weights once.
 
-    A step whose loss or gradient norm is not finite leaves weights and optimizer state alone and reports
+    A step whose gradient norm is not finite leaves weights and optimizer state alone and reports
     "skipped_step" = 1; one without a loss token leaves them alone as well; the schedule goes on. The metrics reach the host in one
     transfer at the end.
 
@@ -328,7 +333,7 @@ def optimizer_step(
         # With a vocabulary-parallel head every rank has seen the tokens of all ranks already.
         tally = tally.on_cpu() if world.vocab_parallel_head else Tally.merged(world.gather(tally.on_cpu()))
     metrics = tally.result({"grad_norm": grad_norm.cpu() if ranks > 1 else grad_norm})
-    finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    finite = math.isfinite(metrics["grad_norm"])  # a loss may overflow alone, as a KL k3_corrected far from its reference does
     learning_rate = optimizer.param_groups[0]["lr"]
     if finite and metrics["loss_tokens"]:  # without a token the momentum alone would move the weights
         optimizer.step()

@@ -10,6 +10,7 @@ summary = run(config, Reporter(config.output_dir))
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
 from trapo_train.schema import UserError
 from trapo_train.signals import StopSignal
-from trapo_train.step import NonFiniteError
+from trapo_train.step import NonFiniteError, ObjectiveConfig, cap_of_ratios
 from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
 
@@ -301,25 +302,43 @@ def _about_failed_gradings(reward: str, share: float) -> str:
 
 
 def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
-    """Report skipped updates; after too many steps of nothing else keep the last batch and raise NonFiniteError."""
+    """Report skipped updates, and a loss that is not finite; after too many steps of nothing else keep the last batch and raise
+    NonFiniteError."""
     config = trainer.config
     skipped, updates = metrics["skipped_step"], config.updates.per_step
     if not skipped:
+        if not math.isfinite(metrics["loss"]):
+            reporter.event(f"step {trainer.step}: the loss is {metrics['loss']}, its gradient is finite and was taken")
         return
+    what = f"gradient norm {metrics['grad_norm']:.3g} must be finite, at loss {metrics['loss']:.3g}"
     reporter.event(
-        f"step {trainer.step} skipped: loss {metrics['loss']:.3g} and gradient norm {metrics['grad_norm']:.3g} must be finite"
-        if skipped == updates
-        else f"step {trainer.step}: {skipped} of {updates} updates skipped, whose loss or gradient norm was not finite"
+        (
+            f"step {trainer.step} skipped: {what}"
+            if skipped == updates
+            else f"step {trainer.step}: {skipped} of {updates} updates skipped, whose gradient norm was not finite"
+        )
+        + _about_ratios(config.objective, metrics)
     )
     if trainer.skipped_in_a_row <= config.optimizer.max_skipped_steps:
         return
     directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
     save_batch(directory, trainer)
     raise NonFiniteError(
-        f"train: {trainer.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, at most "
+        f"train: {trainer.skipped_in_a_row} steps in a row had a gradient that is not finite, at most "
         f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
         f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
         "max_grad_norm."
+    )
+
+
+def _about_ratios(config: ObjectiveConfig, metrics: dict[str, Any]) -> str:
+    """What to do where a ratio of probabilities is beyond float32; "" where that is not known to be so."""
+    if math.isfinite(metrics.get("rollout/ratio", 0.0)):
+        return ""
+    option = cap_of_ratios(config)
+    cap = f"objective.options.{option} caps" if option is not None else "ppo's option dual and grpo's delta cap"
+    return (
+        f". A token's logprob is over 88 nats above the old one, and its ratio not finite: {cap} it where its advantage is negative"
     )
 
 

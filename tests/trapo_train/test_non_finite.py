@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped, then the run ends with what it had."""
+"""Steps whose gradient is not finite: skipped, then the run ends with what it had."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import torch
 from tests.trapo_train.test_train import build_config, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import postmortem, trainer
+from trapo_train.display import read_metrics
 from trapo_train.model import policy_forward
 from trapo_train.step import NonFiniteError
 
@@ -84,3 +85,47 @@ def test_steps_skipped_before_a_stop_count_after_it(configure, monkeypatch):
     with pytest.raises(NonFiniteError, match="2 steps in a row"):
         train_to_end(configure("run", *settings, "steps=4", "checkpoint.resume=true"))
     assert len(calls) == 3
+
+
+def test_a_loss_that_overflows_alone_is_noted_and_its_step_taken(configure, monkeypatch):
+    """As of a KL with importance weights, whose gradient is bounded, to a reference that is 100 nats above."""
+    real = trainer.optimizer_step
+
+    def far(model, optimizer, scheduler, micro_batches, *arguments):
+        far_above = [replace(m.batch, ref_logprob=torch.full_like(m.batch.weight, 100.0)) for m in micro_batches]
+        micro_batches = [replace(m, batch=batch) for m, batch in zip(micro_batches, far_above, strict=True)]
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", far)
+    objective = "objective={name: dr_grpo, kl: {beta: 0.01, estimator: k3_corrected}}"
+    config = configure("far", objective, "plan.name=grpo", "reward='tests.trapo_train.test_updates:coin'", "steps=1")
+    train_to_end(config)
+    (row,) = [row for row in rows(config) if row["kind"] == "train"]
+    assert row["skipped_step"] == 0 and row["loss"] is None and row["grad_norm"] > 0
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert sum("step 1: the loss is inf, its gradient is finite and was taken" in text for text in told) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("grpo", "objective.options.delta caps"),
+        ("ppo", "objective.options.dual caps"),
+        ("dapo", "ppo's option dual and grpo's delta cap"),
+    ],
+)
+def test_a_step_skipped_for_a_ratio_says_what_caps_ratios(configure, monkeypatch, name, remedy):
+    real = trainer.optimizer_step
+
+    def far(model, optimizer, scheduler, micro_batches, *arguments):
+        far_below = [replace(m.batch, old_logprob=torch.full_like(m.batch.weight, -100.0)) for m in micro_batches]
+        micro_batches = [replace(m, batch=batch) for m, batch in zip(micro_batches, far_below, strict=True)]
+        return real(model, optimizer, scheduler, micro_batches, *arguments)
+
+    monkeypatch.setattr(trainer, "optimizer_step", far)
+    settings = (f"objective.name={name}", "plan.name=grpo", "reward='tests.trapo_train.test_updates:coin'", "steps=1")
+    config = configure("far", *settings)
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    (text,) = [text for text in told if "step 1 skipped: gradient norm nan must be finite" in text]
+    assert f"A token's logprob is over 88 nats above the old one, and its ratio not finite: {remedy} it where" in text
