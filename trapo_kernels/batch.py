@@ -65,6 +65,7 @@ class TokenBatch:
     sequence_id: Tensor | None = None
     scored_rows: Tensor | None = None
     kl_weight: Tensor | None = None
+    _cut_at = None  # no field: the row of a whole batch at which `rows` cut a sequence in two, where that was seen
 
     def __post_init__(self):
         batch_checks.token_batch(self)
@@ -219,10 +220,16 @@ class TokenBatch:
         """The tokens of some rows as a batch, such as a micro-batch; `index` is a slice, or int64 [M] on the device of the batch.
 
         Weights stay as they are, normalised over the whole optimizer step, so that losses, and gradients, of parts that cover the
-        batch add up to its own. An objective that pools over sequences needs whole ones. Split on the CPU, before `to`: what a
-        batch on a GPU knows of active and silent rows does not reach its parts, and one with `scored_rows` is refused.
+        batch add up to its own. An objective that pools over sequences needs whole ones, and refuses a part that a slice on the
+        CPU cut out of the middle of one. Split on the CPU, before `to`: what a batch on a GPU knows of active and silent rows does
+        not reach its parts, and one with `scored_rows` is refused.
         """
         batch_checks.row_index(self, index)
+        part = self._part(index)
+        object.__setattr__(part, "_cut_at", batch_checks.cut_at(self, index))
+        return part
+
+    def _part(self, index: slice | Tensor) -> TokenBatch:
         streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}
         part = {name: x if x is None else x[index] for name, x in streams.items() if name != "scored_rows"}
         if self.scored_rows is None:
@@ -248,6 +255,7 @@ class TokenBatch:
         there = TokenBatch(**{name: None if tensor is None else place(tensor) for name, tensor in streams.items()})
         pairs = zip(self._rows(), there._rows(), strict=True)  # what was known, and what the CPU has found anew
         there._note(_Rows(*(found if known is None else place(known) for known, found in pairs)))
+        object.__setattr__(there, "_cut_at", self._cut_at)
         return there
 
     def with_active_rows(self, rows: Tensor | None, silent_rows: Tensor | None = None) -> TokenBatch:

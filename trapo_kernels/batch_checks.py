@@ -107,6 +107,17 @@ def row_index(batch: TokenBatch, index: object) -> None:
         )
 
 
+def cut_at(batch: TokenBatch, index: slice | Tensor) -> int | None:
+    """The first end of a slice that has tokens of one sequence on both sides, None for indices or on a GPU."""
+    if not isinstance(index, slice) or batch.sequence_id is None or not checks.may_look(batch.role):
+        return None
+    start, stop, step = index.indices(len(batch))
+    ends = {start, stop} if step == 1 and start < stop else set()
+    sequence_id, real = batch.sequence_id, batch.role != Role.IGNORED
+    beside = (end for end in sorted(ends - {0, len(batch)}) if sequence_id[end - 1] == sequence_id[end])
+    return next((end for end in beside if real[end - 1] and real[end]), None)
+
+
 def loss_totals(totals: LossTotals) -> None:
     """Every count is a whole number ≥ 0 of any kind, or a tensor of one, which is looked at on a CPU only."""
     for name, value in vars(totals).items():
@@ -190,6 +201,11 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
     must be finite where it is read."""
+    if batch._cut_at is not None and any(term.reduces(batch.on_policy) for term in objective.terms):
+        raise ValueError(
+            f"{where}: objective {objective.name!r} pools over sequences, which must be whole in a batch, got one that batch.rows "
+            f"cut at row {batch._cut_at}. Cut between sequences."
+        )
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")

@@ -235,6 +235,23 @@ def test_losses_and_gradients_of_rows_add_up_to_those_of_the_whole(name, cut):
         assert cases.error(ours, expected) < 1e-14
 
 
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which sequences are cut")
+def test_a_part_that_cuts_a_sequence_is_refused_where_the_objective_pools_over_sequences():
+    hidden, weight, _ = cases.head(12, 6, 40)
+    b = cases.batch(12, 40, roles=(1,), sequence_id=torch.arange(12) // 4)
+    message = (
+        r"objective 'gmpo' pools over sequences, which must be whole in a batch, got one that batch\.rows cut at row 6\. Cut b"
+    )
+    for part in (slice(0, 6), slice(6, 12)):
+        copies = b.rows(part), b.rows(part).to("cpu"), copy.deepcopy(b.rows(part))
+        for cut in copies:
+            with pytest.raises(ValueError, match=message):
+                linear_policy_loss(hidden[part], weight, cut, objectives.gmpo())
+        linear_policy_loss(hidden[part], weight, b.rows(part), objectives.grpo())  # which does not pool
+    padded = replace(b, role=torch.where(torch.arange(12) % 4 > 1, Role.IGNORED, b.role).to(torch.uint8))
+    linear_policy_loss(hidden[4:6], weight, padded.rows(slice(4, 6)), objectives.gmpo())  # without its padding it is whole
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which rows are active")
 @pytest.mark.parametrize("index", [slice(2, 8), slice(None, None, 3), torch.tensor([9, 0, 4, 5])], ids=str)
 def test_rows_find_what_is_active_and_scored_among_them(index):
