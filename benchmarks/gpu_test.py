@@ -53,6 +53,8 @@ SANITIZED = {  # tool and kernels: which tests of NATIVE
     "racecheck, rows": "57000 and bfloat16 and plain",
     "memcheck, scoring": "scoring",
     "racecheck, scoring": "scoring and flat",  # not known to understand wgmma and setmaxnreg: look before believing it
+    "synccheck, rows": "57000 and bfloat16 and plain",
+    "synccheck, scoring": "scoring and flat",
 }
 
 

@@ -162,6 +162,12 @@ def test_every_file_that_a_gpu_matters_to_is_run_the_native_kernels_first():
     assert len(files) == len(set(files)) and set(files) == set(gpu_test.TESTS.glob("test_*.py")) - on_the_cpu
 
 
+def test_every_tool_of_the_sanitizer_looks_at_rows_and_at_scoring_barriers_last():
+    tools = [name.split(", ") for name in gpu_test.SANITIZED]
+    assert sorted(tools) == [[tool, kernels] for tool in ("memcheck", "racecheck", "synccheck") for kernels in ("rows", "scoring")]
+    assert [tool for tool, _ in tools[-2:]] == ["synccheck"] * 2
+
+
 @pytest.mark.parametrize(("code", "said"), [(0, "clean (ERROR SUMMARY: 0 errors)"), (9, "**failed**, exit code 9")])
 def test_the_sanitizer_is_believed(tmp_path, code, said):
     tool = tmp_path / "compute-sanitizer"
