@@ -163,6 +163,11 @@ def _check_scoring(library):
 
 
 WRONG, LEFT = "not close", "shared memory of one that has left"
+READ = (
+    "  s = combine_lanes<kLargestCluster>(block < cluster.num_blocks() "
+    "? *cluster.map_shared_rank(&of_block, block) : empty_softmax());\n"
+)
+ARRIVE = "  cluster.barrier_arrive();\n"
 FAULTS = {  # what is wrong: the check that finds it, how, and the change
     "gradients over logits still to be read": (
         _check_a_block_per_row, WRONG, ("row_kernels.cuh", "    __syncthreads();\n    store_gradient<G", "    store_gradient<G"),
@@ -174,6 +179,14 @@ FAULTS = {  # what is wrong: the check that finds it, how, and the change
         _check_a_cluster_per_row, LEFT, ("row_kernels.cuh", "cluster.barrier_wait();  // no block", "// no block"),
     ),
     "half a slice summed too early": (_check_a_cluster_per_row, WRONG, ("row_kernels.cuh", "  wait_copies<1>();\n", "")),
+    "the other half summed too early": (_check_a_cluster_per_row, WRONG, ("row_kernels.cuh", "  wait_copies<0>();\n", "")),
+    "a block done with the others' sums before it has read them": (
+        _check_a_cluster_per_row, LEFT, ("row_kernels.cuh", f"{READ}{ARRIVE}", f"{ARRIVE}{READ}"),
+    ),
+    "a load into a block whose barriers do not stand": (
+        _check_scoring, "before it is initialised",
+        ("hopper_scoring.cuh", "cluster.sync();  // the other", "__syncthreads();  // the other"),
+    ),
     "a stage given back while it is read": (
         _check_scoring, WRONG, ("hopper_scoring.cuh", "        wgmma_wait<1>();", "        wgmma_wait<2>();"),
     ),

@@ -15,7 +15,10 @@ struct cluster_group {
     barrier_arrive();
     barrier_wait();
   }
-  void barrier_arrive() const { ++host_gpu::self().cluster_syncs; }
+  void barrier_arrive() const {
+    ++host_gpu::self().cluster_syncs;
+    host_gpu::pause();
+  }
   void barrier_wait() const {
     const unsigned mine = host_gpu::self().cluster_syncs;
     host_gpu::wait_until("the cluster", [mine] {

@@ -92,6 +92,7 @@ inline void tma_load_multicast(void* to, const CUtensorMap* map, int32_t x, int3
   if (shared_address(to) % 128) gpu::fail("a load to an address that is no multiple of 128");
   for (uint32_t rank = 0; ranks >> rank; ++rank) {
     if (!(ranks >> rank & 1)) continue;
+    barrier_at(gpu::in_block(barrier, rank));  // stands there
     char* const there = gpu::in_block(static_cast<char*>(to), rank);
     std::memset(there, 0xFF, static_cast<size_t>(map->box_rows) * 128);
     gpu::cluster->loads.push_back({&gpu::other_block(rank), there, *map, x, y, gpu::in_block(barrier, rank)});
