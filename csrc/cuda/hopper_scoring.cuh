@@ -26,6 +26,9 @@
 namespace trapo {
 
 constexpr int kScoringThreads = 128 * (1 + kConsumers);
+// Registers of a thread: at the launch, in eights, and once the producer's are given to the consumers, who would wait for more for ever.
+constexpr int kLaunchRegisters = 65536 / kScoringThreads / 8 * 8, kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= kScoringThreads * kLaunchRegisters);
 constexpr int kHiddenBytes = kTileRows * kTileDepth * 2;
 constexpr int kWeightBytes = kTileColumns * kTileDepth * 2;
 constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
@@ -202,11 +205,11 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
   }
   cluster.sync();  // the other block may load into this one as soon as its barriers stand
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) load_tiles<kCluster>(stages, &hidden_map, &weight_map, a, rank, depth_steps);
     __syncwarp();
   } else {
-    take_registers<232>();
+    take_registers<kConsumerRegisters>();
     sum_tiles<kCluster>(stages, a, rank, warpgroup - 1, depth_steps);
   }
   cluster.sync();  // no block leaves while the other arrives at its barriers

@@ -3,6 +3,8 @@
 What asynchronous copies and products have not finished reads as NaN there, so a missing barrier or wait fails here.
 """
 
+import subprocess
+
 import pytest
 import torch
 
@@ -206,6 +208,14 @@ def test_the_emulator_sees_a_missing_barrier(library, tmp_path, fault):
     check(library)
     with pytest.raises((AssertionError, RuntimeError), match=message):
         check(host_gpu.build(tmp_path, change))
+
+
+@pytest.mark.slow
+def test_consumers_cannot_ask_for_registers_that_nobody_gives(tmp_path, capfd):
+    """They would wait for ever."""
+    with pytest.raises(subprocess.CalledProcessError):
+        host_gpu.build(tmp_path, ("hopper_scoring.cuh", "kConsumerRegisters = 232", "kConsumerRegisters = 240"))
+    assert "static assertion failed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
