@@ -75,6 +75,12 @@ inline void check_rows(const char* op, const char* name, const Tensor& x) {
                   ". Pass ", name, ".contiguous().");
 }
 
+// That a gradient goes with logits [rows, vocab_size].
+inline void check_gradient_shape(const char* op, const Tensor& grad, int64_t rows, int64_t vocab_size) {
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == vocab_size, op, ": grad must have the shape of logits, [",
+                  rows, ", ", vocab_size, "], got ", shape_of(grad), ". Pass the logits or torch.empty_like(logits).");
+}
+
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Where the data of fp32 statistics [C] lie.

@@ -55,8 +55,7 @@ Gradient check_grad(const char* op, const Logits& logits, const Tensor& x) {
   check_rows(op, "grad", x);
   const bool narrow = x.scalar_type() == ScalarType::BFloat16;
   if (!narrow) check_dtype(op, "grad", x, ScalarType::Float);
-  STD_TORCH_CHECK(x.size(0) == logits.rows && x.size(1) == logits.vocab_size, op, ": grad must have the shape of logits, [",
-                  logits.rows, ", ", logits.vocab_size, "], got ", shape_of(x), ". Pass the logits or torch.empty_like(logits).");
+  check_gradient_shape(op, x, logits.rows, logits.vocab_size);
   return {static_cast<char*>(x.mutable_data_ptr()), x.size(1), x.stride(0) * (narrow ? 2 : 4), narrow};
 }
 

@@ -7,23 +7,43 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <map>
 #include <optional>
+#include <string>
+#include <tuple>
 
 #include "../checks.h"
 
 namespace trapo {
 
-// check_vector, on the GPU: that an op was dispatched here says that one of its arguments is there, not all.
+// The argument on whose GPU an op runs, and that GPU.
+struct Home {
+  const char* name;
+  int gpu;
+};
+
+inline Home check_home(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on a GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
+  return {name, x.get_device_index()};
+}
+
+// That an op was dispatched here says that one of its arguments is on some GPU, not that all are on the same one.
+inline void check_at_home(const char* op, const Home& home, const char* name, const Tensor& x) {
+  const bool on_gpu = x.is_cuda();
+  STD_TORCH_CHECK(on_gpu && x.get_device_index() == home.gpu, op, ": ", name, " must be on the GPU of ", home.name, ", cuda:", home.gpu,
+                  ", got a tensor on ", on_gpu ? "cuda:" + std::to_string(x.get_device_index()) : "the CPU", ". Pass ", name, ".to(",
+                  home.name, ".device).");
+}
+
 template <typename T>
-const T* check_gpu_vector(const char* op, const char* name, const Tensor& x, int64_t length, const char* axis = "C") {
-  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on the GPU of the logits, got a tensor on the CPU. Pass ", name,
-                  ".to(logits.device).");
+const T* check_gpu_vector(const char* op, const Home& home, const char* name, const Tensor& x, int64_t length, const char* axis = "C") {
+  check_at_home(op, home, name, x);
   return check_vector<T>(op, name, x, length, axis);
 }
 
-inline const float* check_gpu_optional(const char* op, const char* name, const std::optional<Tensor>& x, int64_t length,
-                                       const char* axis = "C") {
-  return x.has_value() ? check_gpu_vector<float>(op, name, *x, length, axis) : nullptr;
+inline const float* check_gpu_optional(const char* op, const Home& home, const char* name, const std::optional<Tensor>& x,
+                                       int64_t length, const char* axis = "C") {
+  return x.has_value() ? check_gpu_vector<float>(op, home, name, *x, length, axis) : nullptr;
 }
 
 inline void check_cuda(const char* op, cudaError_t error) {
@@ -45,25 +65,50 @@ inline int device_attribute(const char* op, cudaDeviceAttr which) {
   return value;
 }
 
-// Launches a kernel on `blocks` blocks, `cluster` of which form a cluster; 0 for none.
-template <typename... Parameters, typename... Arguments>
-void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int64_t shared_bytes,
-                     cudaStream_t stream, const Arguments&... arguments) {
+// A launch of `blocks` blocks, `cluster` of which form a cluster, 0 for none; `attribute` must live as long.
+template <typename... Parameters>
+cudaLaunchConfig_t launch_config(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
+                                 int64_t shared_bytes, cudaStream_t stream, cudaLaunchAttribute* attribute) {
   if (shared_bytes > 0) {  // of a multiprocessor's memory all that can be shared, so that as many blocks fit as were counted on
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  *attribute = {};
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
+  config.attrs = attribute;
   config.numAttrs = cluster > 0 ? 1 : 0;
+  return config;
+}
+
+// Whether this GPU has room for such a cluster: a part of one (MIG) may have too few multiprocessors side by side. Asked once, on the
+// host alone, so that a graph that is being captured does not mind.
+template <typename... Parameters>
+bool can_place(const char* op, void (*kernel)(Parameters...), int cluster, int threads, int64_t shared_bytes) {
+  int device = 0, clusters = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  thread_local std::map<std::tuple<const void*, int, int64_t, int>, bool> known;
+  const std::tuple key(reinterpret_cast<const void*>(kernel), cluster, shared_bytes, device);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = launch_config(op, kernel, cluster, cluster, threads, shared_bytes, nullptr, &attribute);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) cudaGetLastError();  // or the launch of another kernel would be told of it
+  return known[key] = error == cudaSuccess && clusters > 0;
+}
+
+// Launches a kernel on `blocks` blocks, `cluster` of which form a cluster; 0 for none.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads, int64_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = launch_config(op, kernel, blocks, cluster, threads, shared_bytes, stream, &attribute);
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

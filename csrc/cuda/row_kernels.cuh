@@ -30,7 +30,7 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLargestCluster = 8;  // the largest that every GPU with clusters can place
+constexpr int kLargestCluster = 8;  // the largest that CUDA promises; a part of a GPU (MIG) may have no room for it, see can_place
 
 // What the kernels read and write. A policy kernel takes the coefficient from the streams; a gradient kernel gets statistics and
 // both gradients; `grad` null means statistics alone.

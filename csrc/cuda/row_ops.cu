@@ -15,6 +15,7 @@ struct Matrix {
   void* data;
   int64_t rows, columns, stride, element_size;
   ScalarType dtype;
+  Home home;
 
   bool aligned() const {
     return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride * element_size % kVectorBytes == 0;
@@ -22,11 +23,17 @@ struct Matrix {
 };
 
 Matrix check_matrix(const char* op, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on a GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
+  const Home home = check_home(op, name, x);
   check_rows(op, name, x);
   STD_TORCH_CHECK(x.size(1) < kMostColumns, op, ": ", name, " must have fewer than 2^30 columns, got ", x.size(1),
                   ". Shard the vocabulary with process_group.");
-  return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type()};
+  return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type(), home};
+}
+
+Matrix check_grad(const char* op, const Matrix& logits, const Tensor& x) {
+  check_at_home(op, logits.home, "grad", x);
+  check_gradient_shape(op, x, logits.rows, logits.columns);
+  return check_matrix(op, "grad", x);
 }
 
 RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor& target, const std::optional<Tensor>& bias,
@@ -35,37 +42,41 @@ RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor&
   a.logits = logits.data;
   a.row_stride = logits.stride;
   a.vocab_size = logits.columns;
-  a.target = check_gpu_vector<int64_t>(op, "target", target, logits.rows);
-  a.bias = check_gpu_optional(op, "bias", bias, logits.columns, "V");
-  a.row_temperature = check_gpu_optional(op, "row_temperature", row_temperature, logits.rows);
+  a.target = check_gpu_vector<int64_t>(op, logits.home, "target", target, logits.rows);
+  a.bias = check_gpu_optional(op, logits.home, "bias", bias, logits.columns, "V");
+  a.row_temperature = check_gpu_optional(op, logits.home, "row_temperature", row_temperature, logits.rows);
   a.temperature = static_cast<float>(temperature);
   a.softcap = static_cast<float>(softcap);
   return a;
 }
 
-// Blocks of a cluster whose shared memory holds a row: so many that two blocks fit a multiprocessor, else one; 0 where no cluster does.
-int cluster_blocks(const char* op, int64_t row_bytes) {
-  if (device_attribute(op, cudaDevAttrComputeCapabilityMajor) < 9) return 0;
+enum class Kind { kPolicy, kGradient };
+
+// Launches a kernel on clusters whose shared memory holds a row: of so many blocks that two fit a multiprocessor, else one. False where
+// this GPU can place no such cluster.
+template <typename T, typename G>
+bool launch_cluster_per_row(const char* op, const RowArguments& a, int64_t rows, cudaStream_t stream) {
+  if (device_attribute(op, cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  constexpr int kWidth = kVectorBytes / sizeof(T);
+  const auto kernel = cluster_policy_kernel<T, G, kWidth>;
+  const int64_t row_bytes = a.vocab_size * int64_t{sizeof(T)};
   const int shared[] = {device_attribute(op, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2,
                         device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   for (const int of_block : shared) {
     for (int blocks = 1; blocks <= kLargestCluster; blocks *= 2) {
-      if ((row_bytes + blocks - 1) / blocks + kReservedBytes <= of_block) return blocks;
+      const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth), bytes = slice * int64_t{sizeof(T)};
+      if ((row_bytes + blocks - 1) / blocks + kReservedBytes > of_block || !can_place(op, kernel, blocks, kThreads, bytes)) continue;
+      launch_clusters(op, kernel, rows * blocks, blocks, kThreads, bytes, stream, a, slice);
+      return true;
     }
   }
-  return 0;
+  return false;
 }
-
-enum class Kind { kPolicy, kGradient };
 
 template <typename T, typename G>
 void launch(const char* op, Kind kind, const RowArguments& a, int64_t rows, bool aligned, cudaStream_t stream) {
   constexpr int kWidth = kVectorBytes / sizeof(T);
-  const int blocks = kind == Kind::kPolicy && a.grad && aligned ? cluster_blocks(op, a.vocab_size * int64_t{sizeof(T)}) : 0;
-  if (blocks > 0) {
-    const int64_t slice = cluster_slice(a.vocab_size, blocks, kWidth), bytes = slice * int64_t{sizeof(T)};
-    return launch_clusters(op, cluster_policy_kernel<T, G, kWidth>, rows * blocks, blocks, kThreads, bytes, stream, a, slice);
-  }
+  if (kind == Kind::kPolicy && a.grad && aligned && launch_cluster_per_row<T, G>(op, a, rows, stream)) return;
   const auto kernel = kind == Kind::kPolicy ? (aligned ? row_policy_kernel<T, G, kWidth> : row_policy_kernel<T, G, 1>)
                                             : (aligned ? row_gradient_kernel<T, G, kWidth> : row_gradient_kernel<T, G, 1>);
   launch_blocks(op, kernel, rows, kThreads, stream, a);
@@ -105,30 +116,30 @@ void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bia
                   double temperature, double softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum,
                   std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy, Tensor grad_tensor) {
   const char* op = "row_gradient";
-  const Matrix logits = check_matrix(op, "logits", logits_tensor), grad = check_matrix(op, "grad", grad_tensor);
+  const Matrix logits = check_matrix(op, "logits", logits_tensor), grad = check_grad(op, logits, grad_tensor);
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   a.grad = grad.data;
   a.grad_stride = grad.stride;
   const auto given = [&](const char* name, const Tensor& x) {
-    return const_cast<float*>(check_gpu_vector<float>(op, name, x, logits.rows));  // read only
+    return const_cast<float*>(check_gpu_vector<float>(op, logits.home, name, x, logits.rows));  // read only
   };
   a.logprob = given("logprob", logprob), a.entropy = given("entropy", entropy);
   a.row_max = given("row_max", row_max), a.log_sum = given("log_sum", log_sum);
-  a.grad_logprob = check_gpu_optional(op, "grad_logprob", grad_logprob, logits.rows);
-  a.grad_entropy = check_gpu_optional(op, "grad_entropy", grad_entropy, logits.rows);
+  a.grad_logprob = check_gpu_optional(op, logits.home, "grad_logprob", grad_logprob, logits.rows);
+  a.grad_entropy = check_gpu_optional(op, logits.home, "grad_entropy", grad_entropy, logits.rows);
   dispatch(op, Kind::kGradient, a, logits, &grad, current_stream(logits_tensor));
 }
 
-void put_streams(const char* op, RowArguments& a, int64_t rows, const Tensor& role, const Tensor& anchor, const Tensor& signal,
-                 const Tensor& advantage, const std::optional<Tensor>& kl_weight, const std::optional<Tensor>& ref_logprob,
-                 const std::vector<int64_t>& codes, const std::vector<double>& scalars) {
-  a.role = check_gpu_vector<uint8_t>(op, "role", role, rows);
-  a.anchor = check_gpu_vector<float>(op, "anchor", anchor, rows);
-  a.signal = check_gpu_vector<float>(op, "signal", signal, rows);
-  a.advantage = check_gpu_vector<float>(op, "advantage", advantage, rows);
-  a.kl_weight = check_gpu_optional(op, "kl_weight", kl_weight, rows);
-  a.ref_logprob = check_gpu_optional(op, "ref_logprob", ref_logprob, rows);
+void put_streams(const char* op, const Home& home, RowArguments& a, int64_t rows, const Tensor& role, const Tensor& anchor,
+                 const Tensor& signal, const Tensor& advantage, const std::optional<Tensor>& kl_weight,
+                 const std::optional<Tensor>& ref_logprob, const std::vector<int64_t>& codes, const std::vector<double>& scalars) {
+  a.role = check_gpu_vector<uint8_t>(op, home, "role", role, rows);
+  a.anchor = check_gpu_vector<float>(op, home, "anchor", anchor, rows);
+  a.signal = check_gpu_vector<float>(op, home, "signal", signal, rows);
+  a.advantage = check_gpu_vector<float>(op, home, "advantage", advantage, rows);
+  a.kl_weight = check_gpu_optional(op, home, "kl_weight", kl_weight, rows);
+  a.ref_logprob = check_gpu_optional(op, home, "ref_logprob", ref_logprob, rows);
   a.gates = check_gates(op, codes, scalars);
 }
 
@@ -140,14 +151,14 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
-  put_streams(op, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
-  a.grad_entropy = check_gpu_optional(op, "grad_entropy", grad_entropy, logits.rows);
+  put_streams(op, logits.home, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
+  a.grad_entropy = check_gpu_optional(op, logits.home, "grad_entropy", grad_entropy, logits.rows);
   StatisticsOutput out;
   const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
   std::optional<Matrix> grad;
   if (grad_tensor.has_value()) {
-    grad = check_matrix(op, "grad", *grad_tensor);
+    grad = check_grad(op, logits, *grad_tensor);
     a.grad = grad->data;
     a.grad_stride = grad->stride;
   }
@@ -160,10 +171,11 @@ Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor sign
                          std::vector<double> scalars) {
   const char* op = "token_coefficient";
   const int64_t tokens = logprob.dim() == 0 ? 0 : logprob.size(0);
-  const float* values = check_gpu_vector<float>(op, "logprob", logprob, tokens);
+  const Home home = check_home(op, "logprob", logprob);
+  const float* values = check_vector<float>(op, "logprob", logprob, tokens);
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
   RowArguments a = {};
-  put_streams(op, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
+  put_streams(op, home, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
   Tensor out = torch::stable::new_empty(logprob, {tokens});
   if (tokens == 0) return out;
   launch_blocks(op, token_coefficient_kernel, (tokens + 255) / 256, 256, current_stream(logprob), a, values,

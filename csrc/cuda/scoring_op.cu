@@ -11,7 +11,6 @@ int64_t row_stride(const Tensor& x) { return x.size(0) == 1 ? (x.size(1) + 7) / 
 
 // A row-major bf16 matrix that TMA can read.
 void check_operand(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cuda(), "scoring: ", name, " must be on the GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
   STD_TORCH_CHECK(x.dim() == 2, "scoring: ", name, " must have two dimensions, got shape ", shape_of(x), ". Flatten it.");
   check_dtype("scoring", name, x, ScalarType::BFloat16);
   STD_TORCH_CHECK(x.stride(1) == 1, "scoring: ", name, " must have unit stride in a row, got ", x.stride(1), ". Pass ", name,
@@ -44,8 +43,12 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
 Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
                    double temperature, double softcap) {
   const char* op = "scoring";
+  const Home home = check_home(op, "hidden", hidden);
+  check_at_home(op, home, "weight", weight);
   check_operand("hidden", hidden);
   check_operand("weight", weight);
+  STD_TORCH_CHECK(weight.size(1) == hidden.size(1), op, ": weight must have shape [V, D] with the D of hidden, ", hidden.size(1), ", got ",
+                  shape_of(weight), ". Pass the head of the model that hidden is of.");
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   const int major = device_attribute(op, cudaDevAttrComputeCapabilityMajor);
   STD_TORCH_CHECK(major == 9, op, ": the kernel is for sm_90, got sm_", major, "x. Use backend=\"triton\".");
@@ -61,8 +64,8 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   const ScoringArguments a = {rows,
                               vocab_size,
                               hidden.size(1),
-                              check_gpu_vector<int64_t>(op, "target", target, rows),
-                              check_gpu_optional(op, "row_temperature", row_temperature, rows),
+                              check_gpu_vector<int64_t>(op, home, "target", target, rows),
+                              check_gpu_optional(op, home, "row_temperature", row_temperature, rows),
                               static_cast<float>(temperature),
                               static_cast<RunningSoftmax*>(partial.mutable_data_ptr()),
                               target_logit.mutable_data_ptr<float>(),

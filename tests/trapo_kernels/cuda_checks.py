@@ -191,6 +191,24 @@ def check_refused_scoring(kernels, message, hidden_size=64, dtype=torch.bfloat16
         kernels.fused_scoring(hidden, weight, target, LogitTransform(bias=head_bias.float() if bias else None))
 
 
+def check_refused_arguments(ops):
+    """Gradients and weights of another shape are refused, before anything is read or written there."""
+    logits, target = torch.zeros(2, 3, device=cases.DEVICE), torch.zeros(2, dtype=torch.int64, device=cases.DEVICE)
+    rows, role, transform = logits[:, 0].contiguous(), torch.ones_like(target, dtype=torch.uint8), (None, None, 1.0, 0.0)
+    for shape in ((2, 2), (3, 3), (6,)):
+        grad = torch.zeros(shape, device=cases.DEVICE)
+        message = rf"grad must have the shape of logits, \[2, 3\], got \{list(shape)}\. Pass the logits or"
+        with pytest.raises(RuntimeError, match=f"row_gradient: {message}"):
+            ops.row_gradient(logits, target, *transform, rows, rows, rows, rows, None, None, grad)
+        with pytest.raises(RuntimeError, match=f"row_policy: {message}"):
+            streams = role, rows, rows, rows, None, None, None
+            ops.row_policy(logits, target, *transform, *streams, [1, 1, 0], [0.0] * 7, grad)
+    hidden, weight = (torch.zeros(2, size, dtype=torch.bfloat16, device=cases.DEVICE) for size in (64, 72))
+    message = r"scoring: weight must have shape \[V, D\] with the D of hidden, 64, got \[2, 72\]\. Pass the head"
+    with pytest.raises(RuntimeError, match=message):
+        ops.scoring(hidden, weight, target, *transform)
+
+
 def check_scale(kernels, dtype, elements, offset):
     """`offset`: of the first element from 16-byte alignment."""
     given = torch.randn(offset + elements).to(dtype).to(cases.DEVICE)

@@ -74,7 +74,8 @@ def test_what_scoring_refuses(change, message):
     cuda_checks.check_refused_scoring(native, message, **change)
 
 
-def test_arguments_on_the_wrong_device_are_refused():
+def test_arguments_of_another_shape_or_device_are_refused():
+    cuda_checks.check_refused_arguments(torch.ops.trapo_native)
     logits = torch.zeros(2, 3, device="cuda")
     with pytest.raises(RuntimeError, match="target must be on the GPU"):
         torch.ops.trapo_native.row_statistics(logits, torch.zeros(2, dtype=torch.int64), None, None, 1.0, 0.0)

@@ -3,6 +3,7 @@
 What asynchronous copies and products have not finished reads as NaN there, so a missing barrier or wait fails here.
 """
 
+import ctypes
 import subprocess
 
 import pytest
@@ -33,10 +34,10 @@ def test_rows_against_fp64(library, vocab_size, dtype, grad_dtype, aligned, plai
     assert gpu.largest_cluster == 0
 
 
-def _with_clusters_of(blocks, library, vocab_size, dtype, seed=0):
+def _with_clusters_of(blocks, library, vocab_size, dtype, seed=0, room=8):
     """A GPU whose shared memory holds such a row in clusters of this many blocks, two blocks to a multiprocessor."""
     of_block = -(-vocab_size * dtype.itemsize // blocks) + 2048
-    return HostGpu(library, seed, shared_bytes=2 * of_block)
+    return HostGpu(library, seed, shared_bytes=2 * of_block, room_for_clusters=room)
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), cuda_checks.DTYPES, ids=lambda x: str(x).removeprefix("torch."))
@@ -46,6 +47,13 @@ def _with_clusters_of(blocks, library, vocab_size, dtype, seed=0):
 def test_clusters_against_fp64(library, vocab_size, cluster, plain, dtype, grad_dtype):
     gpu = _with_clusters_of(cluster, library, vocab_size, dtype, seed=1)
     cuda_checks.check_rows(gpu, vocab_size, dtype, grad_dtype, True, plain)
+    assert gpu.largest_cluster == cluster
+
+
+@pytest.mark.parametrize(("room", "cluster"), [(8, 8), (4, 4), (2, 0)])
+def test_a_gpu_without_room_for_a_cluster_gets_a_smaller_one_or_none(library, room, cluster):
+    gpu = _with_clusters_of(8, library, 33_000, torch.float32, room=room)
+    cuda_checks.check_rows(gpu, 33_000, torch.float32, torch.bfloat16, True, True)
     assert gpu.largest_cluster == cluster
 
 
@@ -216,6 +224,29 @@ def test_consumers_cannot_ask_for_registers_that_nobody_gives(tmp_path, capfd):
     with pytest.raises(subprocess.CalledProcessError):
         host_gpu.build(tmp_path, ("hopper_scoring.cuh", "kConsumerRegisters = 232", "kConsumerRegisters = 240"))
     assert "static assertion failed" in capfd.readouterr().err
+
+
+def test_arguments_of_another_shape_or_gpu_are_refused(library):
+    cuda_checks.check_refused_arguments(library.ops)
+    logits, rows, role = torch.zeros(2, 3), torch.zeros(2), torch.ones(2, dtype=torch.uint8)
+    target, factor, weight = torch.zeros(2, dtype=torch.int64), torch.tensor(2.0), torch.zeros(5, 64, dtype=torch.bfloat16)
+    hidden, transform, stats = torch.zeros(2, 64, dtype=torch.bfloat16), (None, None, 1.0, 0.0), (rows,) * 4
+    gradient = library.ops.row_gradient
+    for name, home, elsewhere, call in (
+        ("target", "logits", target, lambda: library.ops.row_statistics(logits, target, *transform)),
+        ("grad", "logits", grad := torch.zeros(2, 3), lambda: gradient(logits, target, *transform, *stats, None, None, grad)),
+        ("role", "logprob", role, lambda: library.ops.token_coefficient(rows, role, *stats[:3], None, None, [1, 1, 0], [0.0] * 7)),
+        ("weight", "hidden", weight, lambda: library.ops.scoring(hidden, weight, target, *transform)),
+        ("target", "hidden", target, lambda: library.ops.scoring(hidden, weight, target, *transform)),
+        ("factor", "x", factor, lambda: library.ops.scale(rows, factor)),
+    ):
+        message = rf"{name} must be on the GPU of {home}, cuda:0, got a tensor on cuda:1\. Pass {name}\.to\({home}\.device\)"
+        library.functions.put_elsewhere(ctypes.c_void_p(elsewhere.data_ptr()))
+        try:
+            with pytest.raises(RuntimeError, match=message):
+                call()
+        finally:
+            library.functions.put_elsewhere(None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

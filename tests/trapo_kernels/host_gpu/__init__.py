@@ -69,12 +69,23 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
 class HostGpu:
     """An emulated GPU, a Hopper of few multiprocessors unless told otherwise. `seed` picks the interleaving of its threads.
 
+    `room_for_clusters`: blocks of the largest cluster that it can place; a part of a GPU (MIG) has less room than the whole.
     Its attributes are the functions of `trapo_kernels.backends.native`, on tensors of the CPU that count as a GPU's.
     """
 
-    def __init__(self, library: Library, seed: int = 0, *, major: int = 9, shared_bytes: int = 228 << 10, multiprocessors: int = 4):
+    def __init__(
+        self,
+        library: Library,
+        seed: int = 0,
+        *,
+        major: int = 9,
+        shared_bytes: int = 228 << 10,
+        multiprocessors: int = 4,
+        room_for_clusters: int = 8,
+    ):
         self._library = library
-        self._properties = (ctypes.c_uint64(seed), major, shared_bytes, min(shared_bytes, 227 << 10), multiprocessors)
+        sizes = shared_bytes, min(shared_bytes, 227 << 10), multiprocessors, room_for_clusters
+        self._properties = (ctypes.c_uint64(seed), major, *sizes)
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:

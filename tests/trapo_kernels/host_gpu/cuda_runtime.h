@@ -12,9 +12,10 @@ namespace host_gpu {
 // The GPU that is emulated, as HostGpu of __init__.py sets it.
 struct Properties {
   uint64_t seed;
-  int major, shared_per_multiprocessor, shared_per_block, multiprocessors;
+  int major, shared_per_multiprocessor, shared_per_block, multiprocessors, room_for_clusters;
 };
 inline Properties properties;
+inline int device = 0;  // one of its own for every set of properties
 inline std::map<const void*, size_t> shared_allowed;  // by kernel
 inline std::string last_error;
 inline unsigned largest_cluster = 0;  // blocks of a cluster, over all launches since the properties were set; 0 without clusters
@@ -56,7 +57,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return host_gpu::last_error
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = host_gpu::device;
   return cudaSuccess;
 }
 
@@ -75,16 +76,38 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, 
   return cudaSuccess;
 }
 
+// What is wrong with a launch, or nothing.
+template <typename... P>
+std::string launch_fault(const cudaLaunchConfig_t* config, void (*kernel)(P...)) {
+  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x;
+  const unsigned threads = config->blockDim.x;
+  if (config->gridDim.x == 0 || threads == 0 || threads > 1024) return "an empty grid, or no block of 1 to 1024 threads";
+  if (cluster == 0 || cluster > 8 || config->gridDim.x % cluster) return "a grid must be whole clusters of 1 to 8 blocks";
+  if (cluster > 1 && host_gpu::properties.major < 9) return "clusters before sm_90";
+  if (config->dynamicSmemBytes > host_gpu::shared_allowed[reinterpret_cast<const void*>(kernel)]) {
+    return "more dynamic shared memory than was asked for with cudaFuncSetAttribute";
+  }
+  return "";
+}
+
+inline bool has_room(const cudaLaunchConfig_t* config) {
+  return config->numAttrs == 0 || static_cast<int>(config->attrs->val.clusterDim.x) <= host_gpu::properties.room_for_clusters;
+}
+
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* config) {
+  const std::string fault = launch_fault(config, kernel);
+  if (!fault.empty()) return failed(fault);
+  *clusters = has_room(config) ? 1 : 0;
+  return cudaSuccess;
+}
+
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x;
-  const unsigned threads = config->blockDim.x;
-  if (config->gridDim.x == 0 || threads == 0 || threads > 1024) return failed("an empty grid, or no block of 1 to 1024 threads");
-  if (cluster == 0 || cluster > 8 || config->gridDim.x % cluster) return failed("a grid must be whole clusters of 1 to 8 blocks");
-  if (cluster > 1 && host_gpu::properties.major < 9) return failed("clusters before sm_90");
-  if (config->dynamicSmemBytes > host_gpu::shared_allowed[reinterpret_cast<const void*>(kernel)]) {
-    return failed("more dynamic shared memory than was asked for with cudaFuncSetAttribute");
-  }
+  const std::string fault = launch_fault(config, kernel);
+  if (!fault.empty()) return failed(fault);
+  if (!has_room(config)) return failed("no room for a cluster of " + std::to_string(cluster));
   if (config->numAttrs > 0) host_gpu::largest_cluster = std::max(host_gpu::largest_cluster, cluster);
   const std::tuple<P...> values(arguments...);
   const std::string error = host_gpu::launch(config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes,
