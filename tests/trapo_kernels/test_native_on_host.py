@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+from csrc.build import CUDA_ARCHS
 from tests.trapo_kernels import cases, cuda_checks, host_gpu
 from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from tests.trapo_kernels.host_gpu import HostGpu
@@ -22,6 +23,10 @@ SEEDS = range(3)
 @pytest.fixture
 def library(host_gpu_library):
     return host_gpu_library
+
+
+def test_the_cuda_part_tells_what_it_was_compiled_for(library):
+    assert library.ops.cuda_archs().split("_") == CUDA_ARCHS.split()
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias, softcap, temperatures"])

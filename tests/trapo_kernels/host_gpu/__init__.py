@@ -26,20 +26,38 @@ _numbers = itertools.count()
 
 
 class Library(NamedTuple):
-    """The compiled code: its ops, and its other functions, those of kernels.cpp and arithmetic.h."""
+    """The compiled code: its ops, and the other functions of kernels.cpp."""
 
     ops: Any
     functions: ctypes.CDLL
 
 
+def _compiler() -> list[str]:
+    command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    if os.environ.get("TRAPO_SANITIZE"):  # make asan: every access to a tensor; the stacks are fibers', which confuse it
+        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
+    return command
+
+
+def build_arithmetic(directory: Path) -> ctypes.CDLL:
+    """The functions of arithmetic.cpp."""
+    command = [*_compiler(), "-I", str(ROOT), str(HERE / "arithmetic.cpp"), "-o", "arithmetic.so"]
+    subprocess.run(command, check=True, cwd=directory)
+    return ctypes.CDLL(str(directory / "arithmetic.so"))
+
+
 def build(directory: Path, change: tuple[str, str, str] | None = None) -> Library:
     """The library of kernels.cpp, from a copy of csrc in `directory` whose PTX is exchanged for its emulation.
 
-    `change`, a file of csrc/cuda and what to put there instead of what: a fault that the tests must find.
+    `change`, a header of csrc/cuda and what to put there instead of what: a fault that the tests must find. Only the source that
+    includes it is compiled then.
     """
     shutil.copytree(ROOT / "csrc", directory / "csrc")
+    only = []
     if change is not None:
         file, old, new = change
+        (user,) = (path.name for path in (directory / "csrc" / "cuda").glob("*.cu") if f'#include "{file}"' in path.read_text())
+        only = [f'-DONLY="csrc/cuda/{user}"']
         source = (directory / "csrc" / "cuda" / file).read_text()
         assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}"
         (directory / "csrc" / "cuda" / file).write_text(source.replace(old, new))
@@ -49,11 +67,11 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
     for name in ("cuda.h", "cuda_bf16.h", "cuda_fp16.h"):  # language.h has what the kernels use of them
         (directory / name).touch()
     namespace = f"trapo_host_gpu_{next(_numbers)}"
-    command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I."]
-    command += ["-fno-extern-tls-init", "-fno-gnu-unique"]  # __shared__ is thread_local, and no two libraries share their globals
-    if os.environ.get("TRAPO_SANITIZE"):  # make asan: every access to a tensor; the stacks are fibers', which confuse it
-        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
-    command += [
+    command = [
+        *_compiler(),
+        *("-fno-extern-tls-init", "-fno-gnu-unique"),  # __shared__ is thread_local, and no two libraries share their globals
+        "-I.",
+        *only,
         f"-Dtrapo_native={namespace}",
         f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
         f"-DTRAPO_CUDA_ARCHS={CUDA_ARCHS.replace(' ', '_')}",

@@ -1,6 +1,4 @@
-// The arithmetic of csrc/cuda that a host can call by itself, for test_native_cuda.py.
-
-#pragma once
+// The arithmetic of csrc/cuda that a host can call by itself, for test_native_cuda.py: a library of its own, compiled in a moment.
 
 #include "csrc/cuda/layout.h"
 #include "csrc/cuda/softmax.h"
