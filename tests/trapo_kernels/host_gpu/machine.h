@@ -238,6 +238,19 @@ inline void end_round() {
   std::shuffle(cluster->turns.begin(), cluster->turns.end(), cluster->random);
 }
 
+inline std::vector<char*> free_stacks;  // kept: a page that is there costs less than a new one
+
+// The stacks of a block's threads, as many as it may have.
+inline char* take_stacks() {
+  if (free_stacks.empty()) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    return static_cast<char*>(mmap(nullptr, 1024 * kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+  }
+  char* const stacks = free_stacks.back();
+  free_stacks.pop_back();
+  return stacks;
+}
+
 inline const std::function<void()>* kernel;
 
 inline void thread_main() {
@@ -263,9 +276,7 @@ inline void block_main(Block& me) {
   me.threads.resize(blockDim.x);
   me.warps.resize((blockDim.x + kWarpThreads - 1) / kWarpThreads);
   std::memset(shared, 0xFF, kSharedBytes);
-  const size_t stack_bytes = blockDim.x * kStackBytes;
-  char* const stacks =
-      static_cast<char*>(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  char* const stacks = take_stacks();
   for (unsigned i = 0; i < blockDim.x; ++i) prepare(me.threads[i], static_cast<int>(i), stacks + i * kStackBytes);
   ++cluster->ready;
   cluster->turn_changed.notify_all();
@@ -287,7 +298,7 @@ inline void block_main(Block& me) {
   if (cluster->error.empty() && std::any_of(shared + cluster->shared_bytes, shared + kSharedBytes, [](char c) { return c != '\xFF'; })) {
     cluster->error = "a block wrote beyond the shared memory it was launched with";
   }
-  munmap(stacks, stack_bytes);
+  free_stacks.push_back(stacks);
 }
 
 // Runs `body` as a kernel; an empty string, or what went wrong.
