@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date, time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,9 +49,24 @@ def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
             f"Reading the dataset {config.path!r}, split {config.split!r}, failed: {type(reason).__name__}: {reason}. "
             "Check that it is there, readable and not empty."
         ) from error
+    dataset.info.features = _undecoded(dataset.features)  # of an image each read would be another object, with another repr
     if config.num_problems is not None:
         dataset = dataset.select(range(min(config.num_problems, len(dataset))))
     return dataset.column_names, dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same feature of a dataset, whose images, audio and the like are read as they are stored; JSON is read as its values."""
+    import datasets
+
+    if isinstance(feature, dict):  # datasets.Features is one
+        return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):  # of a list
+        return replace(feature, feature=_undecoded(feature.feature))
+    is_media = hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
+    return replace(feature, decode=False) if is_media else feature
 
 
 def cell(row: dict[str, Any], column: str, where: str) -> Any:
