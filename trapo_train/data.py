@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import random
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from trapo_train.parallel import World
 from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint
 from trapo_train.records import Problem
+from trapo_train.rejected import Place, rejected_experts, tell_failed_gradings
 from trapo_train.reward_checks import names
-from trapo_train.rewards import RewardFn, WeightedSum, judge, opinion_of, take_metrics
+from trapo_train.rewards import RewardError, RewardFn, WeightedSum, take_metrics
 from trapo_train.rows import RENDERING
 from trapo_train.schema import UserError, check, expand_home
 from trapo_train.tasks import PointerChasingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 PRESETS = {
     "luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"},
@@ -40,7 +39,8 @@ class DataConfig:
     data: {path: org/set, split: "train[:1000]", prompt_column: question, solution_column: answer, expert_column: traces,
            system_prompt: "Put the answer in \\\\boxed{}.", on_long_prompt: drop, on_rejected_expert: drop}
 
-    Rows stay on disk; each is read and tokenised when it is used. Loading reads all rows once, to check and count them.
+    Rows stay on disk; each is read and tokenised when it is used. Loading reads all rows once, to check and count them. Images,
+    audio and the like reach a reward as they are stored, {bytes, path}: nothing decodes them.
     """
 
     task: Literal["pointer_chasing"] | None = None
@@ -87,7 +87,8 @@ class DataConfig:
     """What happens to a prompt over max_prompt_tokens: stop with an error, or drop the row and count it."""
     on_rejected_expert: Literal["keep", "drop"] = "keep"
     """What happens to an expert trace that the reward gives 0 or less: keep trusts all traces and never asks; drop asks about every
-    trace at every start, which takes long where rewards do, and counts what it drops."""
+    trace before the run, ranks sharing them, which takes long where rewards do, and counts what it drops. A run that resumes drops
+    the same ones and does not ask again."""
     on_duplicate: Literal["keep", "drop"] = "keep"
     """What happens to a row that equals an earlier one in prompt, solution, expert traces and the columns that the reward has as
     arguments by name: keep makes it a problem of its own, visited as often in an epoch; drop leaves it out and counts it. Other
@@ -189,6 +190,9 @@ def load_problems(
     reward: RewardFn | WeightedSum | None,
     correct_by: str | None = None,
     end_ids: Sequence[int] | None = None,
+    *,
+    world: World | None = None,
+    rejected: Collection[Place] | None = None,
 ) -> ProblemSet:
     """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
     expert traces stay (None: all), of several rewards the one named `correct_by` (None: their weighted sum).
@@ -197,16 +201,73 @@ def load_problems(
     has none. Columns besides prompt, solution and expert go to
     `Problem.columns` and on to the reward; one that is called like an argument of the reward is left out with a warning.
 
-    Raises:
+    Args:
+        world: the ranks that load these problems together, each asking the reward about its share; None for a single process.
+        rejected: the traces that an earlier start rejected, in place of asking again.
+
+    Raises, on every rank:
         UserError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
-            without chat template, a tokenizer without end-of-sequence token, or a column of the wrong type.
+            without chat template, a tokenizer without end-of-sequence token, a column of the wrong type, or ranks that read
+            different problems.
         RewardError: if the reward fails on an expert trace.
     """
-    reader = RowReader(config, tokenizer, end_ids)
+    world = world or World.alone()
+    asks = config.on_rejected_expert == "drop" and reward is not None
+    verifier = reward if asks and rejected is None else None
+    found, error = None, None
+    try:
+        found = _read(RowReader(config, tokenizer, end_ids), reward, verifier, correct_by, world)
+    except (UserError, RewardError) as raised:
+        error = raised
+    parts = world.gather_or_raise(None if found is None else found.told, error)
+    where = found.reader.where
+    _check_same(parts, where)
+    if verifier is not None:
+        rejected = set().union(*(part.rejected for part in parts))
+        if world.first:
+            tell_failed_gradings([part.gradings for part in parts], where)
+    entries = [entry.without(rejected) for entry in found.entries] if asks else found.entries
+    report = DataReport(
+        problems=len(entries),
+        without_expert=sum(not entry.traces for entry in entries),
+        dropped_experts=sum(len(entry.traces) for entry in found.entries) - sum(len(entry.traces) for entry in entries),
+        unread_columns=found.reader.unread_columns,
+        **found.counts,
+    )
+    return ProblemSet(found.reader, entries, report, found.told.fingerprint, frozenset(rejected or ()))
+
+
+class _Told(NamedTuple):
+    """What ranks tell each other of the problems that they have read."""
+
+    problems: int
+    fingerprint: str
+    rejected: set[Place]  # of this rank's share of the traces
+    gradings: dict[str, float]
+
+
+class _Found(NamedTuple):
+    """What a rank has read."""
+
+    reader: RowReader
+    entries: list[Entry]
+    counts: Counter[str]  # fields of the report
+    told: _Told
+
+
+def _read(
+    reader: RowReader,
+    reward: RewardFn | WeightedSum | None,
+    verifier: RewardFn | WeightedSum | None,
+    correct_by: str | None,
+    world: World,
+) -> _Found:
+    """Read all rows; their traces are asked about where there is a `verifier`. The fingerprint is of the data alone, whatever is
+    rejected: a verdict may be another next time."""
+    config, named = reader.config, _named(reward, reader.columns)
+    digest, seen, rows, counts = hashlib.sha256(), set(), 0, Counter(experts=0, dropped_prompts=0)
     entries: list[Entry] = []
-    verifier = reward if config.on_rejected_expert == "drop" else None
-    digest, seen, rows, counts = hashlib.sha256(), set(), 0, Counter()  # which holds fields of the report
-    named = _named(reward, reader.columns)
+    rejected: set[Place] = set()
     for chunk in reader.chunks():
         rows += len(chunk)
         kept = [row for row in chunk if row.problem is not None]
@@ -216,30 +277,33 @@ def load_problems(
         if config.on_duplicate == "drop":
             kept = [row for row, again in zip(kept, repeated, strict=True) if not again]
         problems = [row.problem for row in kept]
-        wrong = set() if verifier is None else _rejected_experts(problems, tokenizer, verifier, correct_by)
-        counts["experts"] += sum(len(problem.experts) for problem in problems)
-        counts["dropped_experts"] += len(wrong)
+        if verifier is not None:
+            rejected |= rejected_experts(problems, reader.tokenizer, verifier, correct_by, world)
         for row in kept:
             counts.update(row.counts)
         for problem in problems:
-            numbers = [i for i in range(len(problem.experts)) if (problem.index, i) not in wrong]
-            digest.update(fingerprint(replace(problem, experts=tuple(problem.experts[i] for i in numbers))))
-            traces = tuple(Trace(i, len(problem.experts[i].token_ids)) for i in numbers)
+            counts["experts"] += len(problem.experts)
+            digest.update(fingerprint(problem))
+            traces = tuple(Trace(i, len(expert.token_ids)) for i, expert in enumerate(problem.experts))
             entries.append(Entry(problem.index, len(problem.prompt_ids), hash(problem.prompt_ids), traces))
     if not entries:
         raise UserError(
             f"{reader.where} has no problem to offer: it has {rows} rows, and no prompt in them is within "
             f"max_prompt_tokens = {config.max_prompt_tokens}."
         )
-    report = DataReport(
-        problems=len(entries),
-        without_expert=sum(not entry.traces for entry in entries),
-        unread_columns=reader.unread_columns,
-        **counts,
-    )
-    if verifier is not None:
-        _tell_failed_gradings(verifier, reader.where)
-    return ProblemSet(reader, entries, report, digest.hexdigest())
+    gradings = {} if verifier is None else take_metrics(verifier)  # here, so that the first step does not report them as its own
+    return _Found(reader, entries, counts, _Told(len(entries), digest.hexdigest(), rejected, gradings))
+
+
+def _check_same(parts: Sequence[_Told], where: str) -> None:
+    """Raise UserError unless all ranks have read the same."""
+    others = {rank: part.problems for rank, part in enumerate(parts) if part.fingerprint != parts[0].fingerprint}
+    if others:
+        raise UserError(
+            f"{where}: all ranks must read the same problems in the same order, got others on ranks {list(others)}, "
+            f"{list(others.values())} of them, than on rank 0, which has {parts[0].problems}. Give every machine the same files, "
+            "or keep them on a disk that all share."
+        )
 
 
 class ProblemOrder:
@@ -302,18 +366,6 @@ class ProblemOrder:
         self.epoch += 1
 
 
-def _tell_failed_gradings(reward: RewardFn | WeightedSum, where: str) -> None:
-    """Take the counts of gradings here, so that the first step does not report them as its own."""
-    counts = take_metrics(reward)
-    if counts.get("reward/timeouts") or counts.get("reward/crashes"):
-        logger.warning(
-            "%s: verifying the expert traces, %d gradings ran out of time and %d crashed: reward 0",
-            where,
-            counts["reward/timeouts"],
-            counts["reward/crashes"],
-        )
-
-
 def _named(reward: RewardFn | WeightedSum | None, columns: Sequence[str]) -> list[str]:
     """The columns that the reward has as arguments by name."""
     rewards = [term for _, term, _ in reward.terms] if isinstance(reward, WeightedSum) else [reward] if reward is not None else []
@@ -330,17 +382,3 @@ def _is_repeated(problem: Problem, named: Sequence[str], seen: set[int]) -> bool
         return True
     seen.add(key)
     return False
-
-
-def _rejected_experts(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, reward: RewardFn | WeightedSum, correct_by: str | None
-) -> set[tuple[int, int]]:
-    """Return (problem index, trace number) of every trace with a reward of 0 or less; no opinion rejects nothing."""
-    pairs = [(problem, number) for problem in problems for number in range(len(problem.experts))]
-    traces = [problem.experts[number] for problem, number in pairs]
-    texts = [trace.text.removesuffix(tokenizer.convert_ids_to_tokens(trace.token_ids[-1])) for trace in traces]
-    lengths = [len(trace.token_ids) for trace in traces]
-    about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs)}
-    opinions = [opinion_of(value, correct_by) for value in judge(reward, [problem for problem, _ in pairs], texts, about)]
-    judged = zip(pairs, opinions, strict=True)
-    return {(problem.index, number) for (problem, number), opinion in judged if opinion is not None and opinion <= 0}

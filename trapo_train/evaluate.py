@@ -163,14 +163,16 @@ def load_eval_sets(
     config: EvalConfig,
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Sequence[int] | None = None,
+    world: World | None = None,
 ) -> dict[str, EvalSet]:
-    """The configured sets by name, their expert traces ending with one of `end_ids`; one without a name is called UNNAMED.
+    """The configured sets by name, their expert traces ending with one of `end_ids`; one without a name is called UNNAMED. `world`:
+    the ranks that load them together.
 
     Raises: UserError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, a
         column group_by that no set has, or a set that has nothing to report.
     """
     named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
-    loaded = {name: load_problems(entry, tokenizer, None, end_ids=end_ids) for name, entry in named.items()}
+    loaded = {name: load_problems(entry, tokenizer, None, end_ids=end_ids, world=world) for name, entry in named.items()}
     sets = {name: EvalSet.of(problems, config, name) for name, problems in loaded.items()}
     if not sets:
         return sets

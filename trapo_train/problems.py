@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -54,6 +54,10 @@ class Entry(NamedTuple):
     prompt_key: int  # a hash of the prompt's ids
     traces: tuple[Trace, ...]
 
+    def without(self, places: Collection[tuple[int, int]]) -> Entry:
+        """The same without the traces at `places`, given by problem index and trace number."""
+        return self._replace(traces=tuple(trace for trace in self.traces if (self.index, trace.number) not in places))
+
 
 class Row(NamedTuple):
     """What a row is read as; `problem` is None for too long a prompt."""
@@ -66,10 +70,19 @@ class Row(NamedTuple):
 class ProblemSet(Sequence[Problem]):
     """The loaded problems and what loading found. A problem is read and tokenised when it is asked for."""
 
-    def __init__(self, reader: RowReader, entries: Sequence[Entry], report: DataReport, fingerprint: str) -> None:
+    def __init__(
+        self,
+        reader: RowReader,
+        entries: Sequence[Entry],
+        report: DataReport,
+        fingerprint: str,
+        rejected: frozenset[tuple[int, int]] = frozenset(),
+    ) -> None:
         self.report = report
         self.fingerprint = fingerprint
-        """A hash of all token ids and solutions: equal for equal data, so that resuming can tell when it changed."""
+        """A hash of all token ids, solutions and columns: equal for equal data, so that resuming can tell when it changed."""
+        self.rejected = rejected
+        """Problem index and trace number of the expert traces that the reward rejected; the fingerprint knows nothing of them."""
         self._reader = reader
         self._entries = entries
         self._problem = lru_cache(maxsize=CACHED_PROBLEMS)(reader.problem)
@@ -123,7 +136,7 @@ class ProblemSet(Sequence[Problem]):
         return self._with([entry for entry in self._entries if entry.traces])
 
     def _with(self, entries: Sequence[Entry]) -> ProblemSet:
-        return ProblemSet(self._reader, entries, self.report, self.fingerprint)
+        return ProblemSet(self._reader, entries, self.report, self.fingerprint, self.rejected)
 
 
 class RowReader:
@@ -136,8 +149,8 @@ class RowReader:
         self.where = f"{config.path or config.task}, split {config.split}"
         if tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
-        self._config = config
-        self._tokenizer = tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self._endings = Endings.of(tokenizer, end_ids or [tokenizer.eos_token_id])
         self._line_break = line_break_behind(tokenizer)
         columns, self._rows = load_rows(config)
@@ -172,7 +185,7 @@ class RowReader:
         return replace(read.problem, experts=tuple(self._experts(named)))
 
     def _read(self, index: int, row: dict[str, Any]) -> Row:
-        config, tokenizer, at = self._config, self._tokenizer, f"{self.where}, {self._examples[index]}"
+        config, tokenizer, at = self.config, self.tokenizer, f"{self.where}, {self._examples[index]}"
         value, expert, prompt, is_bare = self._texts(row, self._examples[index].messages, at)
         prompt += config.response_start
         with _encoding(f"{at}: the prompt"):
@@ -208,7 +221,7 @@ class RowReader:
     def _texts(self, row: dict[str, Any], messages: int | None, at: str) -> tuple[Any, Any, str, bool]:
         """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and
         whether the answer of a conversation, of which the first `messages` count, is its content alone."""
-        config, tokenizer = self._config, self._tokenizer
+        config, tokenizer = self.config, self.tokenizer
         value, answer = cell(row, config.prompt_column, at), None
         if self._are_conversations:
             value, answer = split_conversation(value, messages, at)
@@ -228,7 +241,7 @@ class RowReader:
         end_ids = self._endings.ends
         first, last = (self._examples[index] for index in (named[0][0], named[-1][0]))
         with _encoding(f"{self.where}, from {first} to {last}: an expert trace"):
-            encoded = continuations(texts, tokenizer=self._tokenizer, line_break=self._line_break)
+            encoded = continuations(texts, tokenizer=self.tokenizer, line_break=self._line_break)
         for (index, _), text, end, token_ids in zip(named, texts, ends, encoded, strict=True):
             inside = next((token for token, token_id in end_ids.items() if token_id in token_ids), None)
             if inside is not None:

@@ -26,6 +26,7 @@ from trapo_train.model_state import check_replaceable, export_model, has_finite_
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
+from trapo_train.rejected import Place, read_rejected, write_rejected
 from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
 from trapo_train.schema import UserError
@@ -79,7 +80,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     """
     _check_output_dir(config)
     check_installed(config.tracking)
-    trainer = Trainer(config, tell=reporter.doing)
+    trainer = Trainer(config, rejected=_rejected_before(config), tell=reporter.doing)
     _check_steps(config, trainer.config.steps)
     with trainer.world.together():
         summary = _run(trainer, reporter if trainer.world.first else NullReporter())
@@ -102,6 +103,8 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
         trainer.notes += [] if resumed else [f"there is no checkpoint in {store.directory}: training starts from the beginning"]
     trainer.world.barrier()  # all ranks have looked at output_dir
     if trainer.world.first:
+        if config.data.on_rejected_expert == "drop":
+            write_rejected(output_dir, trainer.problems.rejected)
         replace_text(output_dir / CONFIG_FILE, to_yaml(config))
     _check_shared(trainer)
     _start(trainer, reporter)
@@ -119,6 +122,12 @@ def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
     summary = RunSummary(trainer.step, stopped_by, output_dir, trainer.last_metrics, trainer.last_evaluation, trainer.last_groups)
     reporter.finish(summary)
     return summary
+
+
+def _rejected_before(config: RunConfig) -> set[Place] | None:
+    """The expert traces that the run which this one continues has dropped; None where there is no such run."""
+    continues = config.checkpoint.resume and CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, 1).steps()
+    return read_rejected(Path(config.output_dir)) if continues and config.data.on_rejected_expert == "drop" else None
 
 
 def _start(trainer: Trainer, reporter: Reporter) -> None:

@@ -6,7 +6,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -38,6 +38,7 @@ from trapo_train.problems import ProblemSet
 from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
+from trapo_train.rejected import Place
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
 from trapo_train.step import (
@@ -54,18 +55,21 @@ from trapo_train.updates import merge_updates, split_groups, with_old_policy
 from trapo_train.vocab_parallel import own_micro_batches
 
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
+Tell = Callable[[str], None]
 
 
 class Trainer:
     """Everything a run consists of, and its state: model, optimizer, schedule, order of the problems, random states.
 
-    Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken. `tell` gets
-    a line before what takes a while, on the first rank.
+    Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken. `rejected`:
+    see `load_problems`. `tell` gets a line before what takes a while, on the first rank.
 
     Raises: UserError for what cannot be trained, with rule, actual value and remedy.
     """
 
-    def __init__(self, config: RunConfig, *, trains: bool = True, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, config: RunConfig, *, trains: bool = True, rejected: Collection[Place] | None = None, tell: Tell = lambda text: None
+    ) -> None:
         self.config = config
         self.world = World(config.parallel)
         tell = tell if self.world.first else lambda text: None
@@ -88,10 +92,10 @@ class Trainer:
         read = [str(config.data.path or config.data.task)] * trains + ["the held-out sets"] * (config.eval_data is not None)
         tell(f"reading {' and '.join(read)}")
         ends = end_ids(config.model.eos_token, self.model, self.tokenizer)
-        self.problems = self._load_problems(ends)
+        self.problems = self._load_problems(ends, rejected)
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
-        self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends)
+        self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends, self.world)
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
@@ -352,9 +356,10 @@ class Trainer:
             self.notes.append(changed)
         return True
 
-    def _load_problems(self, ends: Sequence[int]) -> ProblemSet:
+    def _load_problems(self, ends: Sequence[int], rejected: Collection[Place] | None) -> ProblemSet:
         """The training problems; expert traces and problems that cannot be used are left out and noted."""
-        loaded = load_problems(self.config.data, self.tokenizer, self.reward, self.config.rollout.correct_by, ends)
+        how = {"correct_by": self.config.rollout.correct_by, "end_ids": ends, "world": self.world, "rejected": rejected}
+        loaded = load_problems(self.config.data, self.tokenizer, self.reward, **how)
         self.data_report, self.data_fingerprint = loaded.report, loaded.fingerprint
         longest = self.config.rollout.max_response_tokens
         problems, dropped = loaded.without_long_experts(longest)

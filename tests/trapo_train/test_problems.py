@@ -118,7 +118,7 @@ def test_the_fingerprint_knows_the_columns_that_the_reward_reads(load):
 def test_the_fingerprint_knows_order_and_number(load):
     before = load(ROWS).fingerprint
     assert load(ROWS[::-1]).fingerprint != before and load(ROWS[:2]).fingerprint != before
-    assert load(ROWS, exact_match, on_rejected_expert="drop").fingerprint != before
+    assert load(ROWS, exact_match, on_rejected_expert="drop").fingerprint == before  # verdicts may be others the next time
 
 
 def test_a_misspelt_column_gets_a_proposal(load):
