@@ -2,7 +2,7 @@
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative,
-130 that Ctrl-C ended it: a run has saved by then, unless it was pressed twice.
+130 that Ctrl-C ended it, 143 that SIGTERM ended a run: it has saved by then, unless Ctrl-C was pressed twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trapo_train.config import RunConfig
     from trapo_train.trainer import Trainer
 
-EXIT_OK, EXIT_NEGATIVE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_NEGATIVE, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 CONFIG_HELP = "YAML file, packaged recipe such as demo_trapo, or (not for run) the directory of a finished run"
 
 
@@ -149,6 +149,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.plots import plot_run
 
     config = _load(args, finished_run=False)
+    if not any(override.startswith("output_dir=") for override in args.overrides):
+        train.check_in_place(args.config, config)
     if args.dry_run:
         from trapo_train.dry_run import dry_run
 
@@ -166,7 +168,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             summary = train.run(config, reporter)
         if summary.steps and not summary.interrupted:
             _print_paths(plot_run(config.output_dir), console)
-    return EXIT_INTERRUPTED if summary.stopped_by == "SIGINT" else EXIT_OK
+    return {None: EXIT_OK, "SIGINT": EXIT_INTERRUPTED, "SIGTERM": EXIT_TERMINATED}[summary.stopped_by]
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:

@@ -361,15 +361,29 @@ def _check_output_dir(config: RunConfig) -> None:
         raise UserError(
             f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
         )
-    metrics, checkpoints = Path(config.output_dir) / METRICS_FILE, Path(config.output_dir) / CHECKPOINT_DIR
-    saved = CheckpointStore(checkpoints, config.checkpoint.keep).steps()
-    used = saved or (metrics.exists() and metrics.stat().st_size > 0)
-    if used and not config.checkpoint.resume:
+    if _is_used(output_dir) and not config.checkpoint.resume:
+        saved = CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()
         go_on = "Continue it with checkpoint.resume=true, delete" if saved else "It has no checkpoint to continue from: delete"
         raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on} it, or choose another output_dir.")
     if config.steps is not None:  # those of epochs are known once the problems are loaded
         _check_steps(config, config.steps)
     check_replaceable(exported)
+
+
+def check_in_place(file: str | Path, config: RunConfig) -> None:
+    """Raise UserError for the configuration that a run has left where it is, if its output_dir is another directory: the run was
+    moved, or a relative output_dir is looked for from elsewhere, and would begin anew there."""
+    directory, output_dir = Path(file).parent.resolve(), Path(config.output_dir).resolve()
+    if Path(file).name == CONFIG_FILE and Path(file).is_file() and _is_used(directory) and directory != output_dir:
+        raise UserError(
+            f"a run must continue in the directory that it is in: {file} is the configuration of the run in {directory}, and its "
+            f"output_dir is {output_dir}. Add output_dir={directory}, or for a new run another output_dir."
+        )
+
+
+def _is_used(output_dir: Path) -> bool:
+    metrics = output_dir / METRICS_FILE
+    return bool(CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _check_steps(config: RunConfig, steps: int) -> None:

@@ -283,9 +283,9 @@ def test_ctrl_c_ends_cleanly(config, monkeypatch, capsys):
     assert capsys.readouterr().err == "trapo-train: interrupted\n"
 
 
-@pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 0), (None, 0)])
+@pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 143), (None, 0)])
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_run_that_ctrl_c_stopped_says_so_by_its_exit_code(config, monkeypatch, tmp_path, stopped_by, code, rank):
+def test_a_run_that_a_signal_stopped_says_so_by_its_exit_code(config, monkeypatch, tmp_path, stopped_by, code, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(train, "run", lambda *arguments: train.RunSummary(0, stopped_by, tmp_path))
     assert cli.main(["run", config]) == code
@@ -314,3 +314,22 @@ def test_help_does_not_load_torch():
 def test_both_modules_are_the_command_line(module):
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert "usage: trapo-train" in result.stdout
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_or_not_at_all(config, tmp_path, capsys, monkeypatch):
+    assert cli.main(["run", config, "steps=1", "checkpoint.every=1"]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = ["run", str(tmp_path / "moved" / "config.yaml"), "checkpoint.resume=true", "steps=2"]
+    assert cli.main(moved) == 2
+    told = capsys.readouterr().err
+    assert f"output_dir is {tmp_path / 'run'}. Add output_dir={tmp_path / 'moved'}, or" in told and not (tmp_path / "run").exists()
+    assert cli.main([*moved, f"output_dir={tmp_path / 'moved'}"]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "moved") if row["kind"] == "train"] == [1, 2]
+    monkeypatch.chdir(tmp_path)
+    relative = ["run", "moved/config.yaml", "checkpoint.resume=true", "steps=3"]  # whose output_dir is the new place by now
+    assert cli.main(relative) == 0
+    assert cli.main(["run", config, "output_dir=here", "steps=1", "checkpoint.every=1"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["run", "../here/config.yaml", "checkpoint.resume=true", "steps=2"]) == 2
+    assert f"output_dir is {tmp_path / 'elsewhere' / 'here'}. Add" in capsys.readouterr().err
