@@ -22,6 +22,7 @@ from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE
+from trapo_train.lock import check_free, held
 from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
@@ -83,17 +84,18 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     trainer = Trainer(config, rejected=_rejected_before(config), tell=reporter.doing)
     _check_steps(config, trainer.config.steps)
     with trainer.world.together():
-        summary = _run(trainer, reporter if trainer.world.first else NullReporter())
+        kept = config.checkpoint
+        store = CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, kept.keep, trainer.world, keep_best=kept.keep_best)
+        of_disk = check_disk(trainer.config, trainer.model, store)
+        with held(Path(config.output_dir), trainer.world) as of_lock:
+            trainer.notes += [note for note in (of_disk, of_lock) if note is not None]
+            summary = _run(trainer, store, reporter if trainer.world.first else NullReporter())
         trainer.close()
     return summary
 
 
-def _run(trainer: Trainer, reporter: Reporter) -> RunSummary:
+def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSummary:
     config, output_dir = trainer.config, Path(trainer.config.output_dir)
-    kept = config.checkpoint
-    store = CheckpointStore(output_dir / CHECKPOINT_DIR, kept.keep, trainer.world, keep_best=kept.keep_best)
-    note = check_disk(config, trainer.model, store)
-    trainer.notes += [note] if note else []
     if config.checkpoint.resume:
         resumed = trainer.resume(store)
         store.prune()  # a run that was killed may have saved one and not dropped another
@@ -361,6 +363,7 @@ def _check_output_dir(config: RunConfig) -> None:
         raise UserError(
             f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
         )
+    check_free(output_dir)
     if _is_used(output_dir) and not config.checkpoint.resume:
         saved = CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()
         go_on = "Continue it with checkpoint.resume=true, delete" if saved else "It has no checkpoint to continue from: delete"

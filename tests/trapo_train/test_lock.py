@@ -1,0 +1,84 @@
+"""One run at a time in an output_dir, and nothing else is kept out of it."""
+
+import errno
+import fcntl
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.trapo_train.test_train import build_config, train_to_end
+from trapo_train import train
+from trapo_train.display import Reporter, read_metrics
+from trapo_train.export import export_checkpoint
+from trapo_train.lock import held
+from trapo_train.parallel import World
+from trapo_train.plots import plot_run
+from trapo_train.schema import UserError
+
+OWN = rf"process {os.getpid()} on {socket.gethostname()} writes\. Wait for its end"
+
+
+class Meanwhile(Reporter):
+    """Does something once step 2 has been reported."""
+
+    def __init__(self, output_dir, act) -> None:
+        super().__init__(output_dir)
+        self.act = act
+
+    def step(self, metrics):
+        super().step(metrics)
+        if metrics["step"] == 2:
+            self.act()
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return partial(build_config, tmp_path)
+
+
+def test_a_second_run_is_refused_before_it_loads_anything_and_takes_nothing_from_the_first(configure, monkeypatch):
+    config = configure("run", "steps=4", "checkpoint={every: 1, resume: true}")
+
+    def begin_another():
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "Trainer", lambda *arguments, **options: pytest.fail("it loads"))
+            with pytest.raises(UserError, match=rf"output_dir must belong to one run at a time, .*, to which {OWN}"):
+                train_to_end(config)
+
+    train.run(config, Meanwhile(config.output_dir, begin_another))
+    assert [row["step"] for row in read_metrics(config.output_dir) if row["kind"] == "train"] == [1, 2, 3, 4]
+    train_to_end(configure("run", "steps=5", "checkpoint.resume=true"))  # the first has ended
+
+
+def test_of_two_runs_that_load_at_the_same_time_one_goes_on(configure, monkeypatch):
+    config = configure("run", "steps=1")
+    monkeypatch.setattr(train, "check_free", lambda output_dir: None)  # nobody had begun then
+    with held(Path(config.output_dir), World.alone()), pytest.raises(UserError, match=OWN):
+        train_to_end(config)
+    assert [path.name for path in Path(config.output_dir).iterdir()] == [".lock"]
+    train_to_end(config)
+
+
+def test_what_only_reads_works_beside_a_run(configure):
+    config = configure("run", "steps=3", "checkpoint.every=1")
+
+    def read():
+        assert plot_run(config.output_dir)
+        assert export_checkpoint(config.output_dir)[1] == 1
+
+    train.run(config, Meanwhile(config.output_dir, read))
+    assert (Path(config.output_dir) / "model_step_1").is_dir()
+
+
+def test_a_disk_without_locks_is_noted_and_the_run_goes_on(configure, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    config = configure("run", "steps=1")
+    train_to_end(config)
+    told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
+    assert any(text.startswith("nothing keeps a second run out of output_dir: its disk takes no locks") for text in told)

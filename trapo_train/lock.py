@@ -1,0 +1,71 @@
+"""One run at a time in an output_dir: two would overwrite each other's metrics and checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from trapo_train.parallel import World
+from trapo_train.schema import UserError
+
+LOCK_FILE = ".lock"
+PATIENCE_S = 0.5  # for `check_free` of another process, which holds the file for a moment
+
+
+def check_free(output_dir: Path) -> None:
+    """Raise UserError where another run writes to `output_dir`."""
+    if (output_dir / LOCK_FILE).exists():
+        with (output_dir / LOCK_FILE).open(encoding="utf-8") as file:
+            _take(file, fcntl.LOCK_SH)
+
+
+@contextmanager
+def held(output_dir: Path, world: World) -> Iterator[str | None]:
+    """Inside, no other run can begin in `output_dir`; every rank enters. Gives a note where the disk takes no locks. The lock ends
+    with the process, whatever ends that.
+
+    Raises: UserError, on every rank, where another run writes there.
+    """
+    file, note, error = None, None, None
+    try:
+        if world.first:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                file = (output_dir / LOCK_FILE).open("a+", encoding="utf-8")
+                note = _take(file, fcntl.LOCK_EX)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            except (OSError, UserError) as raised:
+                error = raised
+        world.gather_or_raise(None, error)
+        yield note
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _take(file: TextIO, kind: int) -> str | None:
+    """Lock an open file until it is closed; a sentence where its disk takes no locks."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError as error:
+            if time.monotonic() < until:
+                time.sleep(PATIENCE_S / 10)
+                continue
+            file.seek(0)
+            raise UserError(
+                f"output_dir must belong to one run at a time, got {Path(file.name).parent}, to which "
+                f"{file.read().strip() or 'another process'} writes. Wait for its end, stop it, or choose another output_dir."
+            ) from error
+        except OSError as error:  # as of some network disks
+            return f"nothing keeps a second run out of output_dir: its disk takes no locks ({error})"
