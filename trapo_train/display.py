@@ -208,6 +208,7 @@ class Reporter:
         self.row_seconds = row_seconds
         self._steps = 0
         self._last_step = 0
+        self._resumed_at: int | None = None
         self._recorded: set[str] = set()
         self._columns: list[Column] = []
         self._rows_shown = 0
@@ -230,7 +231,7 @@ class Reporter:
         Raises: UserError for a tracker that refuses the run.
         """
         self._steps = config.steps
-        self._trackers = Trackers(config.tracking, self._output_dir, asdict(config))
+        self._trackers = Trackers(config.tracking, self._output_dir, asdict(config), self._resumed_at)
         for note in self._trackers.notes:
             self.event(note)
         self._started = self._last_row = time.monotonic()
@@ -296,7 +297,7 @@ class Reporter:
     def rewind(self, step: int, evaluated: bool = True) -> None:
         """Drop what was recorded after `step`, and its evaluation unless it was `evaluated`, before training goes on from there."""
         dropped = self.log.rewind(step, evaluated)
-        self._last_step = step
+        self._last_step = self._resumed_at = step
         if dropped and step < 0:
             self._say(f"metrics: the {dropped} rows of before are in {self.log.path}.old", "dim")
         elif dropped:

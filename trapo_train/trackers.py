@@ -49,11 +49,16 @@ class Tracker(Protocol):
 class Trackers:
     """All destinations of a run. One that fails is left out from then on, with a warning: it must not end the training.
 
+    Args:
+        resumed_at: the step that the run continues after, -1 where it begins anew in its old output_dir; None for a new run.
+
     Raises, when it is made: MissingPackage naming the extra for a tracker that is not installed; UserError for one that refuses the
         run, as without a key; one that cannot be reached is left out.
     """
 
-    def __init__(self, config: TrackingConfig, output_dir: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrackingConfig, output_dir: str | Path, settings: dict[str, Any], resumed_at: int | None = None
+    ) -> None:
         output_dir = Path(output_dir)
         name = config.name or output_dir.name
         self._trackers: dict[str, Tracker] = {}
@@ -62,7 +67,7 @@ class Trackers:
         for tracker in config.to:
             try:
                 if tracker == "tensorboard":
-                    self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard")
+                    self._trackers[tracker] = _TensorBoard(output_dir / "tensorboard", resumed_at)
                 else:
                     self._trackers[tracker] = _Hosted(tracker, config.project, name, output_dir, settings)
             except Exception as error:  # what services raise has no class in common
@@ -112,12 +117,14 @@ def _needs(package: str) -> str:
 
 
 class _TensorBoard:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, resumed_at: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingPackage(_needs("tensorboard")) from error
-        self._writer = SummaryWriter(str(directory))
+        # Steps that are taken again would stand there twice; what was evaluated at the resumed one stays.
+        purge_step = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

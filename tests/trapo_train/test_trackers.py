@@ -1,5 +1,6 @@
 """Trackers get the numbers, a broken one ends nothing, and samples are written as tables."""
 
+import shutil
 import sys
 import types
 from functools import partial
@@ -7,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.trapo_train.test_train import build_config, train_to_end
+from tests.trapo_train.test_train import StopAfter, build_config, train_to_end
 from trapo_train.display import read_metrics
 from trapo_train.records import Problem, Sample
 from trapo_train.samples import write_samples
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trackers import Trackers, TrackingConfig
+from trapo_train.train import run
 
 
 @pytest.fixture
@@ -149,6 +151,37 @@ def test_a_run_writes_tensorboard_and_samples(configure):
     assert [path.name for path in tables] == [f"step_0000000{step}.{kind}" for step in (2, 4) for kind in ("jsonl", "md")]
     tables = [path for path in tables if path.suffix == ".md"]
     assert tables[0].read_text().count("## Problem") == config.prompts_per_step
+
+
+def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(monkeypatch, configure):
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step=None):
+            made.append((purge_step, []))
+
+        def add_scalar(self, name, value, step):
+            made[-1][1].append(step)
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    writer = types.ModuleType("torch.utils.tensorboard")
+    writer.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    settings = ("tracking.to=[tensorboard]", "steps=4")
+    config = configure("run", *settings)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, StopAfter(config.output_dir, 3, RuntimeError("power cut")))
+    train_to_end(configure("run", *settings, "checkpoint.resume=true"))
+    shutil.rmtree(Path(config.output_dir) / "checkpoints")
+    train_to_end(configure("run", *settings, "checkpoint.resume=true"))  # there is nothing to go on from
+    assert [(purge_step, sorted(set(steps))) for purge_step, steps in made] == [
+        (None, [1, 2, 3]),
+        (3, [3, 4]),
+        (0, [1, 2, 3, 4]),
+    ]
 
 
 def test_a_sample_table_says_what_a_sample_is(tmp_path):
