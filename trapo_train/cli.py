@@ -202,7 +202,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)
     trainer = _trainer(config, console, trains=False)
-    label = f"of_{model_label(config.model.name_or_path)}"
+    label = f"of_{model_label(config.model.name_or_path, config.model.revision)}"
     evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
@@ -363,7 +363,7 @@ def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
             f"{directory}: the directory of a finished run holds {MODEL_DIR}, this one does not. Export a checkpoint first, "
             f"`trapo-train export {directory}`, and add model.name_or_path={directory / MODEL_DIR}_step_N."
         )
-    trained = ["model.scratch=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
+    trained = ["model.scratch=null", "model.revision=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
     return load_config(directory / CONFIG_FILE, [*trained, *args.overrides])
 
 

@@ -49,6 +49,8 @@ class DataConfig:
     """A Hugging Face dataset name, a folder, or a .parquet, .jsonl or .json file (patterns such as data/*.parquet too)."""
     name: str | None = None
     """The configuration of the Hugging Face dataset, if it has several."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset on the hub; null for the newest."""
     split: str = "train"
     """Split to read, slices such as train[:1000] too; a task has "train" and "test" (held out)."""
     preset: Literal["luffy", "messages"] | None = None
@@ -112,6 +114,8 @@ class DataConfig:
             raise UserError(f"Give either task or path, got task = {self.task!r} and path = {self.path!r}.")
         if self.task is None and self.task_options != PointerChasingConfig():
             raise UserError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
+        if self.task is not None and self.revision is not None:
+            raise UserError(f"revision must be null but for a dataset on the hub, got {self.revision!r} with a task. Remove it.")
         if self.preset is not None:
             self._apply_preset()
         if self.learned_turns == "all" and self.prompt_column != self.expert_column:

@@ -54,6 +54,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
         model=replace(
             config.model,
             name_or_path=None,
+            revision=None,
             scratch=_SHAPE,
             tokenizer=None,
             eos_token=None,

@@ -66,7 +66,8 @@ def export_checkpoint(
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     if adapter:
         notes.append(other_layers(model))
-        return export_adapter(model, tokenizer, directory, DTYPES[dtype]), step, [note for note in notes if note is not None]
+        export_adapter(model, tokenizer, directory, DTYPES[dtype], config.model.revision)
+        return directory.resolve(), step, [note for note in notes if note is not None]
     export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
     # A generated task brings its tokenizer, too.
     if config.data.task is None:

@@ -95,14 +95,14 @@ def responses_file(output_dir: str | Path, name: str, label: str) -> Path:
     return Path(output_dir) / SAMPLES_DIR / f"eval_{name}{'_' if name else ''}{label}.jsonl"
 
 
-def model_label(name_or_path: str | None) -> str:
-    """What a model is called in the names of files, no two alike: owner--name of one on the hub; of a directory run--model and six
-    digits that stand for its whole path, as every trained model's directory is called model."""
+def model_label(name_or_path: str | None, revision: str | None = None) -> str:
+    """What a model is called in the names of files, no two alike: owner--name of one on the hub, with --revision where that is set;
+    of a directory run--model and six digits that stand for its whole path, as every trained model's directory is called model."""
     if name_or_path is None:
         return "scratch"
     path = Path(name_or_path)
     if not path.is_dir():
-        return name_or_path.replace("/", "--")
+        return (name_or_path if revision is None else f"{name_or_path}/{revision}").replace("/", "--")
     path = path.resolve()
     return f"{'--'.join(path.parts[1:][-2:])}--{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 

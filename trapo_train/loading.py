@@ -176,11 +176,11 @@ def train_text_alone(model: PreTrainedModel, tell: Callable[[str], None]) -> Non
         tell(f"the model is trained on text alone: {', '.join(parts)} stay as they are")
 
 
-def keep_processor(model: PreTrainedModel, name_or_path: str) -> None:
+def keep_processor(model: PreTrainedModel, name_or_path: str, revision: str | None) -> None:
     """Take over what a multimodal model's processor is made of, for `write_processor`; the hub may be away by then."""
     model.processor_files = {}
     for name in _PROCESSOR_FILES if is_multimodal(model) else ():
-        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             model.processor_files[name] = Path(found).read_text(encoding="utf-8")
 

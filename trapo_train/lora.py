@@ -167,9 +167,9 @@ def _linear_layers(model: PreTrainedModel, tell: Callable[[str], None]) -> list[
     return found
 
 
-def check_no_adapter(name_or_path: str | None) -> None:
+def check_no_adapter(name_or_path: str | None, revision: str | None = None) -> None:
     """Raise UserError for a model that comes with an adapter: a run would start from it or replace it, and neither be seen."""
-    if name_or_path is None or find_adapter_config_file(name_or_path) is None:
+    if name_or_path is None or find_adapter_config_file(name_or_path, revision=revision) is None:
         return
     raise UserError(
         f"model.name_or_path must be a whole model, got a LoRA adapter to one, {name_or_path!r}. Give the model with the adapter "

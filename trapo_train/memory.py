@@ -145,8 +145,9 @@ def load_architecture(config: RunConfig) -> PretrainedConfig:
         name_model_in_hub_errors(model),
         refused(f"model.name_or_path={model.name_or_path} cannot be loaded", ValueError, ImportError),
     ):
-        check_no_adapter(model.name_or_path)
-        return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+        check_no_adapter(model.name_or_path, model.revision)
+        hub = {"trust_remote_code": model.trust_remote_code, "revision": model.revision or "main"}
+        return AutoConfig.from_pretrained(model.name_or_path, **hub)
 
 
 def _training(

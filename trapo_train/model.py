@@ -54,6 +54,8 @@ class ModelConfig:
 
     name_or_path: str | None = None
     """Hugging Face name or local directory of a causal LM with its tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub, and of its own tokenizer; null for the newest."""
     scratch: ScratchConfig | None = None
     """Shape of a model with random weights, in place of `name_or_path`."""
     tokenizer: str | None = None
@@ -181,14 +183,14 @@ def load_model_and_tokenizer(
     Raises: UserError for a model that the packed step would train wrongly, with what to use instead.
     """
     device = torch.device(device)
-    check_no_adapter(config.name_or_path)
+    check_no_adapter(config.name_or_path, config.revision)
     tokenizer = load_tokenizer(config, task_tokenizer, tell)
-    trust = {"trust_remote_code": config.trust_remote_code}
+    hub = {"trust_remote_code": config.trust_remote_code, "revision": config.revision or "main"}
     if config.scratch is not None:
         architecture = scratch_config(config.scratch, tokenizer)
     else:
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
-            architecture = AutoConfig.from_pretrained(config.name_or_path, **trust)
+            architecture = AutoConfig.from_pretrained(config.name_or_path, **hub)
     check_architecture(architecture)
     implementation = choose_attention(
         config.attention, device=device, compute_dtype=DTYPES[config.dtype], architecture=architecture, tell=tell
@@ -200,9 +202,9 @@ def load_model_and_tokenizer(
         model = AutoModelForCausalLM.from_config(architecture, **common)
     else:
         with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
-            model, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **trust, **common, output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **hub, **common, output_loading_info=True)
         unplaced = set(info["unexpected_keys"])
-        keep_processor(model, config.name_or_path)
+        keep_processor(model, config.name_or_path, config.revision)
     if tokenizer.eos_token_id is not None:
         ends = end_ids(config.eos_token, model, tokenizer)
         check_ends(model, tokenizer, ends)

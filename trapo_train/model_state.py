@@ -173,12 +173,17 @@ def export_model(
 
 
 def export_adapter(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
 ) -> Path:
     """Write LoRA's adapter alone, as PEFT saves and loads one, with the tokenizer; it names the model that it belongs to.
 
     Args:
         model: with an adapter, whole in this process.
+        revision: of the model that it belongs to, on the hub.
 
     Raises: CheckpointError, as `export_model`.
     """
@@ -189,7 +194,7 @@ def export_adapter(
         torch.device("meta"),
         names_as_they_are(),
     ):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
-        wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"])
+        wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"], revision=revision)
     weights = {f"base_model.model.{name}": p.detach().to(dtype) for name, p in model.named_parameters() if ".lora_" in name}
     with _in_place_of(directory) as unfinished:
         wrapped.save_pretrained(unfinished, state_dict=weights, save_embedding_layers=False)

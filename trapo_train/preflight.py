@@ -167,9 +167,16 @@ _MODEL_FILES, _TOKENIZER_FILES = ("config.json",), ("tokenizer_config.json", "to
 
 
 def check_places(config: ModelConfig) -> None:
-    """Raise UserError for a directory that does not hold what it should, or LoRA's adapter in place of a model; a name on the hub,
-    at most owner/name, passes."""
-    if config.name_or_path is not None and Path(config.name_or_path).is_dir():
+    """Raise UserError for a directory that does not hold what it should, LoRA's adapter in place of a model, or a revision of what
+    is not on the hub; a name there, at most owner/name, passes."""
+    is_here = config.name_or_path is not None and Path(config.name_or_path).is_dir()
+    if config.revision is not None and (is_here or config.name_or_path is None):
+        given = f"the directory {config.name_or_path}" if is_here else "model.scratch"
+        raise UserError(
+            f"model.revision must be null but for a model on the hub, got {config.revision!r} with {given}. Set "
+            "model.revision=null, or model.name_or_path to a name on the hub."
+        )
+    if is_here:
         check_no_adapter(config.name_or_path)
     places = (("name_or_path", config.name_or_path, _MODEL_FILES), ("tokenizer", config.tokenizer, _TOKENIZER_FILES))
     for key, place, files in places:
@@ -191,6 +198,7 @@ def name_model_in_hub_errors(config: ModelConfig) -> Iterator[None]:
         if config.name_or_path is None or error.errno is not None:  # a full disk is no missing model
             raise
         missing = "" if Path(config.name_or_path).is_dir() else ", and there is no such directory"
+        missing = missing if config.revision is None else f" at model.revision={config.revision}{missing}"
         raise OSError(
             f"model.name_or_path must be a model on the hub or a directory with its files, got {config.name_or_path!r}{missing}. "
             f"{error}"

@@ -39,14 +39,15 @@ def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
         num_problems = config.num_problems or DEFAULT_TASK_PROBLEMS
         rows = generate_rows(config.task_options, num_problems=num_problems, split=config.split, seed=config.seed)
         return list(rows[0]), rows
-    read = _reader(config.path, config.name, config.split)
+    read = _reader(config)
     try:
         dataset = read()
     except Exception as error:  # what datasets, pyarrow and the hub raise has no class in common
         # datasets hides the reason of a failed read in the cause.
         reason = error.__cause__ or error
+        of = f"revision {config.revision!r}, " if config.revision is not None else ""
         raise UserError(
-            f"Reading the dataset {config.path!r}, split {config.split!r}, failed: {type(reason).__name__}: {reason}. "
+            f"Reading the dataset {config.path!r}, {of}split {config.split!r}, failed: {type(reason).__name__}: {reason}. "
             "Check that it is there, readable and not empty."
         ) from error
     dataset.info.features = _undecoded(dataset.features)  # of an image each read would be another object, with another repr
@@ -300,11 +301,14 @@ def _read_variables(template: str) -> frozenset[str]:
     return frozenset(found - RENDERING - {"raise_exception", "strftime_now"})
 
 
-def _reader(path: str, name: str | None, split: str) -> Callable[[], Any]:
-    """What reads the dataset with the package datasets; raises UserError for a file that is not there."""
+def _reader(config: DataConfig) -> Callable[[], Any]:
+    """What reads the dataset with the package datasets; raises UserError for a file that is not there, or a revision of a file or
+    folder."""
     import datasets
 
-    folder = Path(path)
+    path, split, folder = config.path, config.split, Path(config.path)
+    if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or glob.glob(path)):
+        raise UserError(f"revision must be null but for a dataset on the hub, got {config.revision!r} with {path!r}. Remove it.")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return partial(_from_disk, path, split)
     suffix = folder.suffix.lower()
@@ -314,7 +318,7 @@ def _reader(path: str, name: str | None, split: str) -> Callable[[], Any]:
     if suffix not in FILE_SUFFIXES and any(Path(file).is_file() for file in found):  # which datasets would ask the hub for
         raise UserError(f"path must be a folder, a name on the hub or a file {', '.join(FILE_SUFFIXES)}, got {path!r}. Convert it.")
     if suffix not in FILE_SUFFIXES:
-        return partial(datasets.load_dataset, path, name, split=split)
+        return partial(datasets.load_dataset, path, config.name, split=split, revision=config.revision)
     if not found:
         raise UserError(f"path must name a file: there is no file {path!r}. Correct it.")
     # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read

@@ -52,22 +52,27 @@ def load_tokenizer(
     if source is not None:
         # A plain tokenizer file is what it says: beside a qwen2 model AutoTokenizer would make it a Qwen2Tokenizer, with
         # that one's pre-tokenisation and an extra token (transformers 5.23; test_scratch_model_exports_and_loads_again).
-        plain = get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend"
+        hub = {"revision": config.revision if source == config.name_or_path else None}
+        plain = get_tokenizer_config(source, **hub).get("tokenizer_class") == "TokenizersBackend"
         loader = PreTrainedTokenizerFast if plain else AutoTokenizer
         with refused(f"The tokenizer of {source} cannot be loaded", ValueError, ImportError):
-            tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-            tokenizer = tokenizer if plain else _as_published(tokenizer, source, tell)
+            tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **hub)
+            tokenizer = tokenizer if plain else _as_published(tokenizer, source, hub, tell)
     if config.eos_token is not None:
         _end_with(tokenizer, config.eos_token)
     return tokenizer
 
 
-def _as_published(tokenizer: PreTrainedTokenizerBase, source: str, tell: Callable[[str], None]) -> PreTrainedTokenizerBase:
+def _as_published(
+    tokenizer: PreTrainedTokenizerBase, source: str, hub: dict[str, str | None], tell: Callable[[str], None]
+) -> PreTrainedTokenizerBase:
     """`tokenizer`, or in its place the one of the tokenizer.json in `source` where that makes other tokens of a text.
 
     For some types of models transformers 5 keeps the vocabulary of the file alone: what splits the text before is the class's own.
     """
-    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) if tokenizer.is_fast else None
+    if not tokenizer.is_fast:
+        return tokenizer
+    file = cached_file(source, "tokenizer.json", **hub, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return tokenizer
     published = Tokenizer.from_file(file)
@@ -80,7 +85,7 @@ def _as_published(tokenizer: PreTrainedTokenizerBase, source: str, tell: Callabl
     differing = next((text for text in _PROBES if encode(text) != published.encode(text, add_special_tokens=False).ids), None)
     if differing is None:
         return tokenizer
-    as_file = PreTrainedTokenizerFast.from_pretrained(source)  # with the settings of tokenizer_config.json, which may explain it
+    as_file = PreTrainedTokenizerFast.from_pretrained(source, **hub)  # with tokenizer_config.json's settings, which may explain it
     theirs = {text: as_file(text, add_special_tokens=False)["input_ids"] for text in _PROBES}
     differing = next((text for text in _PROBES if encode(text) != theirs[text]), None)
     if differing is None:

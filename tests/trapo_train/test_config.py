@@ -293,6 +293,11 @@ def test_epochs_in_place_of_steps_are_passes_over_the_problems(tmp_path):
             build_config(tmp_path, "run", *overrides)
 
 
+def test_a_run_of_epochs_saves_and_ends(tmp_path):
+    config = build_config(tmp_path, "run", "steps=null", "epochs=1", "checkpoint.every=2")
+    assert train_to_end(config).steps == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
