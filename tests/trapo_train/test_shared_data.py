@@ -9,7 +9,7 @@ from threading import Barrier
 import datasets
 import pytest
 
-from tests.trapo_train.test_train import build_config, exported, rows, train_to_end
+from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train.checkpoint import CheckpointError
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.evaluate import EvalConfig, load_eval_sets
@@ -17,6 +17,7 @@ from trapo_train.parallel import World
 from trapo_train.rewards import RewardError
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
+from trapo_train.trainer import Trainer
 
 TOKENIZER = build_tokenizer()
 ROWS = [{"prompt": "ab|", "solution": "bc", "expert": expert} for expert in (["ab", "bc"], ["cd"], ["bc", "de", "ef"])]
@@ -170,3 +171,17 @@ def test_a_checkpoint_of_other_data_is_refused_whatever_was_rejected(tmp_path):
     train_to_end(build_config(tmp_path, "run", *settings))
     with pytest.raises(CheckpointError, match=r"data was '\w+', is '\w+'"):
         train_to_end(build_config(tmp_path, "run", *settings, "data.seed=5", "checkpoint.resume=true"))
+
+
+@pytest.mark.parametrize("section", ["pointer_chasing, split train", "pointer_chasing, split test"])
+def test_a_trainer_compares_its_problems_and_those_held_out_with_other_ranks(section, tmp_path, monkeypatch):
+    ask = World.gather_or_raise
+
+    def gather_or_raise(self, value, error):
+        read = ask(self, value, error)
+        differs = hasattr(value, "fingerprint") and (section.endswith("train") or value.problems == 4)
+        return [*read, value._replace(fingerprint="other")] if differs else read
+
+    monkeypatch.setattr(World, "gather_or_raise", gather_or_raise)
+    with pytest.raises(UserError, match=rf"{section}: all ranks must read the same problems .* on ranks \[1\]"):
+        Trainer(build_config(tmp_path, "run", *EVALUATED))
