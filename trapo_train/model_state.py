@@ -101,10 +101,14 @@ def load_trained_weights(model: PreTrainedModel, store: CheckpointStore, step: i
     store.load_tensors(step, _trained_weights(model))
 
 
-def has_finite_weights(model: PreTrainedModel, world: World) -> bool:
-    """Whether every trained weight is finite, on all ranks; waits for the device once per tensor."""
-    mine = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
-    return all(world.gather(all(bool(weight.isfinite().all()) for weight in mine)))
+def non_finite_weight(model: PreTrainedModel, world: World) -> str | None:
+    """Name of the first trained weight that is not finite on some rank, the same on all ranks, which must all call this; None where
+    all are finite. Waits for the device once."""
+    trained = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters() if p.requires_grad}
+    finite = torch.stack([weight.isfinite().all() for weight in trained.values()]).tolist()  # of an empty shard, too
+    broken = [name for name, is_finite in zip(trained, finite, strict=True) if not is_finite]
+    anywhere = set().union(*world.gather(broken))
+    return next((name for name in trained if name in anywhere), None)
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

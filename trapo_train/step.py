@@ -28,6 +28,7 @@ from trapo_train.user_code import resolve
 
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
 _UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")  # place results of another sharding into a DTensor
+_LEAST_EPS = torch.finfo(torch.float32).tiny  # what is smaller may round to 0 there
 _UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metric every step
 
 
@@ -92,7 +93,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decay of matrices, at least 0; vectors (norms, biases) are never decayed."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer, such as momentum of SGD."""
+    """Further arguments of the optimizer, such as momentum of SGD; eps must be above 0 in float32."""
     schedule: str = "constant_with_warmup"
     """Learning-rate schedule of transformers.get_scheduler, such as constant_with_warmup, linear or cosine."""
     warmup_steps: int = 0
@@ -125,6 +126,13 @@ class OptimizerConfig:
         if self.schedule == "constant" and (self.warmup_steps or self.warmup_ratio):
             name = "warmup_steps" if self.warmup_steps else "warmup_ratio"
             raise UserError(f"{name} must be 0 with the schedule constant, got {getattr(self, name):g}. Use constant_with_warmup.")
+        eps = self.options.get("eps")
+        for number in eps if isinstance(eps, (list, tuple)) else [eps]:  # Adafactor has two
+            if isinstance(number, (int, float)) and abs(number) < _LEAST_EPS:
+                raise UserError(
+                    f"options must have eps of at least {_LEAST_EPS:.3g}, got {eps!r}: a weight whose gradient is 0 would become "
+                    "0 / 0. Raise it, or leave it out."
+                )
         # Building both on one tiny matrix finds every argument that they refuse, before a model is loaded.
         optimizer = build_optimizer(nn.Linear(1, 1, bias=False), self)
         build_scheduler(optimizer, self, steps=max(2, self.warmup_steps + 1))
@@ -139,7 +147,7 @@ def _are_betas(betas: Sequence[float]) -> bool:
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a gradient that is not finite."""
+    """Too many steps in a row had a gradient that is not finite, or weights that are to be saved are not."""
 
 
 def build_objective(config: ObjectiveConfig, step: int = 0) -> Objective:

@@ -23,7 +23,7 @@ from trapo_train.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE
 from trapo_train.lock import check_free, held
-from trapo_train.model_state import check_replaceable, export_model, has_finite_weights, other_tokenizer
+from trapo_train.model_state import check_replaceable, export_model, non_finite_weight, other_tokenizer
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
@@ -77,7 +77,8 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     interrupts it at once. Under torchrun every rank calls this; the first one writes and reports.
 
     Raises: UserError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
-        EngineError, each with a checkpoint of the state before (of finite weights); RankError when another rank dies or hangs.
+        EngineError, each with a checkpoint of the state before; NonFiniteError in their place, and before any other checkpoint or
+        the model is written, where weights are not finite; RankError when another rank dies or hangs.
     """
     _check_output_dir(config)
     check_installed(config.tracking)
@@ -171,6 +172,7 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
 
     `unsaved`: why that checkpoint could not be written, where it was tried already; raised once the model is there.
     """
+    _check_finite(trainer, store)
     directory, error = Path(trainer.config.output_dir) / MODEL_DIR, None
     try:
         export_model(trainer.model, trainer.tokenizer, directory, trainer.world)
@@ -243,7 +245,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             _stop_if_broken(trainer, metrics, reporter)
         except NonFiniteError:  # nothing was taken from the updates that were skipped
             trainer.skipped_in_a_row = 0  # of the run that goes on from here
-            if saved_at != trainer.step and has_finite_weights(trainer.model, trainer.world):
+            if saved_at != trainer.step and non_finite_weight(trainer.model, trainer.world) is None:
                 _save(trainer, store, reporter)
             raise
 
@@ -275,10 +277,25 @@ def _write_samples(trainer: Trainer, reporter: Reporter) -> None:
 
 
 def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
-    """Save a checkpoint; an old one that cannot be deleted is told, and the run goes on."""
+    """Save a checkpoint of finite weights; an old one that cannot be deleted is told, and the run goes on."""
+    _check_finite(trainer, store)
     reporter.event(f"saved {trainer.save(store)}")
     if store.undeleted is not None:
         reporter.event(store.undeleted)
+
+
+def _check_finite(trainer: Trainer, store: CheckpointStore) -> None:
+    """Raise NonFiniteError, on every rank, where a trained weight is not finite: nothing of it may replace what is intact."""
+    name = non_finite_weight(trainer.model, trainer.world)
+    if name is None:
+        return
+    saved = store.steps()
+    whence = f"from the checkpoint of step {saved[-1]}" if saved else "from the beginning, for want of a checkpoint,"
+    raise NonFiniteError(
+        f"train: weights must be finite to be saved, got NaN or infinity after step {trainer.step}, first in {name}; no checkpoint "
+        f"and no model was written of them. Resume {whence} with checkpoint.resume=true and a lower optimizer.learning_rate, or "
+        "start a new run with other optimizer.options."
+    )
 
 
 def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: set[str]) -> set[str]:

@@ -6,16 +6,21 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.trapo_train.test_train import build_config, rows, train_to_end
+from tests.trapo_train.test_step import make_model
+from tests.trapo_train.test_train import StopAfter, build_config, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import postmortem, trainer
-from trapo_train.display import read_metrics
+from trapo_train.display import Reporter, read_metrics
+from trapo_train.engine import EngineError
 from trapo_train.model import policy_forward
-from trapo_train.step import NonFiniteError
+from trapo_train.model_state import non_finite_weight
+from trapo_train.step import NonFiniteError, OptimizerConfig
+from trapo_train.train import run
 
 
 @pytest.fixture
@@ -129,3 +134,70 @@ def test_a_step_skipped_for_a_ratio_says_what_caps_ratios(configure, monkeypatch
     told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
     (text,) = [text for text in told if "step 1 skipped: gradient norm nan must be finite" in text]
     assert f"A token's logprob is over 88 nats above the old one, and its ratio not finite: {remedy} it where" in text
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(configure, monkeypatch, every):
+    real, calls = trainer.optimizer_step, []
+
+    def diverging(model, *arguments):
+        metrics = real(model, *arguments)
+        calls.append(len(calls))
+        if len(calls) == 3:  # the update of a step whose loss and gradient are finite
+            with torch.no_grad():
+                model.model.norm.weight[0] = float("inf")
+                model.lm_head.weight[0, 0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(trainer, "optimizer_step", diverging)
+    settings = ("plan.name=sft", "objective.name=sft", "steps=3", f"checkpoint.every={every}", "checkpoint.keep=1")
+    config = configure("diverged", *settings)
+    whence = "the checkpoint of step 2" if every else "the beginning"
+    with pytest.raises(NonFiniteError, match=rf"after step 3, first in model\.norm\.weight; .*Resume from {whence}.*learning_rate"):
+        train_to_end(config)
+    assert not (Path(config.output_dir) / "model").exists()
+    assert train_to_end(configure("diverged", *settings, "checkpoint.resume=true")).steps == 3
+    assert len(calls) == (4 if every else 6), "the checkpoint of step 2 survived"
+
+
+@pytest.mark.parametrize("ended_by", ["signal", "sampling"])
+def test_a_run_that_ends_early_saves_no_weights_that_are_not_finite(configure, monkeypatch, ended_by):
+    real = trainer.Trainer.train_step
+
+    def diverging(self):
+        if self.step == 1:
+            raise EngineError("vllm: no answer")
+        metrics = real(self)
+        with torch.no_grad():
+            self.model.lm_head.weight[0, 0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", diverging)
+    config = configure("early", "plan.name=sft", "objective.name=sft", "checkpoint.every=0")
+    reporter = StopAfter(config.output_dir, 1) if ended_by == "signal" else Reporter(config.output_dir)
+    with pytest.raises(NonFiniteError, match=r"after step 1, first in lm_head\.weight; .*from the beginning"):
+        run(config, reporter)
+    assert not list((Path(config.output_dir) / "checkpoints").glob("step_*"))
+
+
+def test_ranks_agree_on_the_first_weight_that_is_not_finite():
+    model = make_model()
+    names = [name for name, _ in model.named_parameters()]
+    world = SimpleNamespace(gather=lambda mine: [mine, []])
+    assert non_finite_weight(model, world) is None
+    model.get_parameter(names[3]).data.view(-1)[-1] = float("-inf")
+    for others, first in (([], names[3]), ([names[5]], names[3]), ([names[1], names[4]], names[1])):
+        world.gather = lambda mine, others=others: [mine, others]
+        assert non_finite_weight(model, world) == first
+    model.get_parameter(names[3]).requires_grad_(False)  # nothing trains it
+    world.gather = lambda mine: [mine]
+    assert non_finite_weight(model, world) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "eps"), [("AdamW", 0), ("AdamW", 0.0), ("Adam", 1e-46), ("RMSprop", -0.0), ("Adafactor", [None, 0.0])]
+)
+def test_an_eps_that_is_zero_in_float32_is_refused(name, eps):
+    with pytest.raises(ValueError, match="options must have eps of at least 1.18e-38, got .*Raise it, or leave it out"):
+        OptimizerConfig(name, options={"eps": eps})
+    OptimizerConfig(name, options={"eps": [None, 1e-3] if name == "Adafactor" else 1e-12})
