@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -269,7 +269,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LRScheduler:
     """The configured learning-rate schedule over `steps` optimizer steps.
 
-    Raises: UserError for an unknown schedule, an argument that it does not take, or a polynomial one of nothing but warmup.
+    Raises: UserError for an unknown schedule, an argument that it does not take, a polynomial one of nothing but warmup, or a rate
+        below 0 or not finite, looked for at every step of 8191, and of more at thousands spread over them.
     """
     known = [schedule.value for schedule in SchedulerType if schedule.value not in _UNFIT_SCHEDULES]
     if config.schedule not in known:
@@ -283,15 +284,23 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int
         )
     try:
         scheduler = get_scheduler(config.schedule, optimizer, config.warmup(steps), steps, config.schedule_options or None)
-        factors = [factor(step) for factor in getattr(scheduler, "lr_lambdas", []) for step in range(steps + 1)]
+        tried = _steps_to_try(config.warmup(steps), steps)
+        factors = (factor(step) for step in tried for factor in getattr(scheduler, "lr_lambdas", []))
+        bad = next((factor for factor in factors if not 0 <= factor < math.inf), None)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"schedule {config.schedule} refuses its arguments: {error}. See schedule_options.") from error
-    bad = next((factor for factor in factors if not 0 <= factor < math.inf), None)
     if bad is not None:
         raise UserError(
             f"schedule {config.schedule} must give learning rates of at least 0, got {bad:g} times the peak. See schedule_options."
         )
     return scheduler
+
+
+def _steps_to_try(warmup: int, steps: int) -> Iterator[int]:
+    """Of the steps 0 … `steps` some thousand, however many there are: those around the end of the warmup, the last, and every
+    n-th."""
+    yield from (step for step in (warmup - 1, warmup, warmup + 1, steps - 1, steps) if 0 <= step <= steps)
+    yield from range(0, steps + 1, max(1, steps // 4096))
 
 
 def optimizer_step(

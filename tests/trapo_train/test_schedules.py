@@ -1,9 +1,11 @@
 """Schedules: their endpoints and middles, how they are built from a configuration, and what they refuse."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from tests.trapo_train.test_train import build_config
 from trapo_train.continuation import split_settings
@@ -102,6 +104,28 @@ def test_a_warmup_may_be_a_share_of_the_steps(ratio, steps, warmup):
     scheduler = build_scheduler(optimizer, config, steps=steps)
     (factor, *_) = scheduler.lr_lambdas
     assert [factor(step) for step in range(steps)] == [min(1.0, step / warmup) if warmup else 1.0 for step in range(steps)]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 10**9 // 3, 10**12])
+def test_a_schedule_of_very_many_steps_is_checked_at_some_of_them(warmup_steps, monkeypatch):
+    tried = []
+
+    def looked_at(name, optimizer, warmup, steps, options):
+        return LambdaLR(optimizer, lambda step: tried.append(step) or (-1.0 if options and step == 10**9 - 1 else 1.0))
+
+    monkeypatch.setattr("trapo_train.step.get_scheduler", looked_at)
+    config = OptimizerConfig(schedule="cosine", warmup_steps=warmup_steps)
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), config)
+    tried.clear()
+    build_scheduler(optimizer, config, steps=10**9)
+    assert len(tried) < 10_000 and {0, 10**9 - 1, 10**9} <= set(tried) and min(tried) == 0 and max(tried) == 10**9
+    assert warmup_steps > 10**9 or warmup_steps in tried
+    tried.clear()
+    build_scheduler(optimizer, config, steps=4000)
+    assert set(tried) == set(range(4001))
+    odd = replace(config, warmup_steps=0, schedule_options={"num_cycles": 1})
+    with pytest.raises(ValueError, match="schedule cosine must give learning rates of at least 0, got -1 times the peak"):
+        build_scheduler(optimizer, odd, steps=10**9)
 
 
 @pytest.mark.parametrize(
