@@ -29,9 +29,14 @@ def one_of(where: str, name: str, value: object, allowed: tuple) -> None:
 
 
 def finite(where: str, name: str, value: float) -> None:
-    """`value` must be a finite number."""
-    if not (isinstance(value, int | float) and -math.inf < value < math.inf):  # math.isfinite would stop torch.compile
-        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}.{_as_number(value)}")
+    """`value` must be a number that is finite in float32."""
+    if not (_is_number(value) and -_MOST <= value <= _MOST):  # math.isfinite would stop torch.compile
+        raise ValueError(f"{where}: {name} must be a finite number in float32, got {value!r}.{_as_number(value)}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is an int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _as_number(value: object) -> str:
@@ -43,10 +48,11 @@ def _as_number(value: object) -> str:
 def in_range(
     where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """`value` must lie in [low, high], without an end that is open; never NaN."""
-    number = isinstance(value, int | float)
-    if not (number and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    """`value` must lie in [low, high], without an end that is open; never NaN. In float32 what is finite must stay so, and what is
+    above an open 0 must have a finite reciprocal."""
+    inside = _is_number(value) and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not inside or _MOST < value < math.inf or (open_low and low == 0 and value < _LEAST):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}{' in float32' if inside else ''}"
         raise ValueError(f"{where}: {name} must lie in {interval}, got {value!r}.{_as_number(value)}")
 
 
@@ -321,14 +327,14 @@ def temperature(where: str, value: float | Tensor, target: Tensor) -> None:
             raise ValueError(
                 f"{where}: temperature must be finite and > 0 in float32, got {actual}. For greedy sampling score at 1.0."
             )
-    elif not isinstance(value, int | float) or not _LEAST <= value <= _MOST:
+    elif not _is_number(value) or not _LEAST <= value <= _MOST:
         remedy = _as_number(value) or " For greedy sampling score at 1.0."
         raise ValueError(f"{where}: temperature must be a finite number > 0 in float32, got {value!r}.{remedy}")
 
 
 def softcap(where: str, value: float | None) -> None:
     """None, or a finite positive number."""
-    if value is not None and not (isinstance(value, int | float) and _LEAST <= value <= _MOST):
+    if value is not None and not (_is_number(value) and _LEAST <= value <= _MOST):
         remedy = _as_number(value) or " Pass None for no cap."
         raise ValueError(f"{where}: softcap must be None or a finite number > 0 in float32, got {value!r}.{remedy}")
 

@@ -59,6 +59,18 @@ def test_a_batch_of_ignored_rows_runs_backward_to_zeros(backend):
         assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
+def test_the_smallest_alpha_has_a_finite_loss_and_the_gradient_of_sft(backend):
+    hidden, weight, _ = cases.head(20, 6, 30, torch.float32)
+    b = cases.batch(20, 30, torch.float32, roles=(2,))
+    found = []
+    for objective in (objectives.trsft(alpha=1e-37), objectives.sft()):
+        out = linear_policy_loss(hidden, weight, b, objective, backend=backend)
+        assert out.loss.isfinite()
+        found.append(cases.gradients(out.loss, (hidden, weight)))
+    torch.testing.assert_close(*found)
+
+
 def test_rows_that_cannot_contribute_never_reach_a_gemm(monkeypatch):
     seen = []
     original = gemm.HeadGemm.logits

@@ -86,6 +86,7 @@ def test_a_kl_joins_the_rollout_term_of_a_sum_whose_first_has_none(module):
             "kl must be null where the objective has one, got",
         ),
         (lambda: ObjectiveConfig("sft", kl=KLConfig(0.1)), "kl is of rollout tokens, and sft trains on expert tokens alone"),
+        (lambda: KLConfig(1e39), r"the kernels refuse it: KL: beta must lie in \[0, inf\) in float32, got 1e\+39"),
         (lambda: KLConfig(-1.0), "beta must be a finite number of at least 0, got -1"),
         (lambda: KLConfig(0.1, clamp=0.0), "clamp must be null or above 0, got 0"),
         (

@@ -8,9 +8,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from tests.trapo_train.test_train import build_config
+from trapo_kernels import KL
 from trapo_train.continuation import split_settings
 from trapo_train.schedules import Constant, Cosine, Linear, Staircase, WarmUp, build_schedule, is_schedule
-from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.step import ObjectiveConfig, OptimizerConfig, build_objective, build_optimizer, build_scheduler
 
 
 def test_constant():
@@ -95,6 +96,17 @@ def test_which_values_are_schedules():
 def test_bad_schedules_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
         build_schedule(value)
+
+
+def test_a_kl_whose_weight_reaches_zero_keeps_its_options_for_the_other_steps():
+    ramp = {"schedule": "linear", "start": 0.0, "end": 0.1, "steps": 2}
+    config = ObjectiveConfig("grpo", {"beta": ramp, "kl": "k2", "kl_clamp": 3.0})
+    assert [build_objective(config, step).kl for step in (0, 1, 2)] == [None, KL(0.05, "k2", 3.0), KL(0.1, "k2", 3.0)]
+    with pytest.raises(ValueError, match="estimator must be one of .*got 'zz'"):
+        ObjectiveConfig("grpo", {"beta": ramp, "kl": "zz"})
+    for never in (0.0, {"schedule": "constant", "value": 0.0}):
+        with pytest.raises(ValueError, match="grpo: kl must be 'k3', its default, with beta = 0"):
+            ObjectiveConfig("grpo", {"beta": never, "kl": "k2"})
 
 
 @pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.25, 8, 2), (0.25, 7, 1), (0.29, 100, 29), (0.9, 1, 0), (0.0, 8, 0)])

@@ -194,6 +194,7 @@ def test_what_a_correction_did_is_that_of_all_ranks():
         (lambda: CorrectionConfig("vtrace"), "name must be one of tis, mis, icepop, sequence_mask, got 'vtrace'"),
         (lambda: CorrectionConfig("tis", {"low": 1}), "options of tis are cap, level, got 'low'"),
         (lambda: CorrectionConfig("tis", {"cap": -1.0}), r"cap must lie in \(0"),
+        (lambda: CorrectionConfig("tis", {"cap": True}), r"cap must lie in \(0, inf\], got True"),
         (lambda: CorrectionConfig("tis", {"negative_only": True}), "options of tis are cap, level, got 'negative_only'"),
         (lambda: CorrectionConfig("sequence_mask", {"advantage": 1}), "are low, high, negative_only, got 'advantage'"),
         (lambda: CorrectionConfig("sequence_mask", {"negative_only": "yes"}), "must be true or false, got 'yes'"),

@@ -6,7 +6,7 @@ from trapo_kernels import checks
 from trapo_kernels.gates import One, Phi, Ratio, Shape
 from trapo_kernels.objective import KL, Objective, Term
 from trapo_kernels.objectives.imitation import trsft_term
-from trapo_kernels.objectives.on_policy import clip_term
+from trapo_kernels.objectives.on_policy import clip_term, kl_or_none
 from trapo_kernels.sequence import EntropyWeight, TopEntropy
 
 
@@ -14,7 +14,7 @@ def trapo(alpha: float = 0.1, entropy_coef: float = 0.001) -> Objective:
     """TRAPO: TrSFT on expert tokens, the unclipped ratio loss on rollout tokens, an entropy bonus.
 
     TrSFT has dL/dlogp = -min(p/α, 1), with the potential V = p/α below α and 1 + log(p/α) above. The authors' code reports the
-    value -p/max(sg(p), α) instead; the gradient is the same. α in (0, 1]: α → 0 is SFT, α = 1 is DFT.
+    value -p/max(sg(p), α) instead; the gradient is the same. α in [1e-37, 1]: α → 0 is SFT, α = 1 is DFT.
 
     Paper and release share this loss. They differ in the prefix schedule, and the release sums over tokens and divides by the
     longest response alone: `aggregate(mode="length", max_tokens=8192)`.
@@ -111,7 +111,7 @@ def uft(
     return Objective(
         expert=Term(One(), scale=hint_coef),
         rollout=clip_term(epsilon_low, epsilon_high),
-        kl=KL(beta, "k3") if beta else None,
+        kl=kl_or_none("uft", KL(beta, "k3"), default="k3"),
         entropy_coef=entropy_coef,
         name="uft",
     )
