@@ -88,6 +88,7 @@ class RunConfig:
             ("seed", self.seed >= 0, "at least 0"),
             ("seed", self.seed < 2**63, "below 2^63"),
             ("output_dir", self.output_dir != "", "a text that is not empty"),
+            ("output_dir", "\0" not in self.output_dir, "a name that a directory can have, without NUL"),
             ("reward", self.reward not in ("", []), "a name, a list of at least one reward, or null"),
         )
         expand_home(self, "output_dir")

@@ -99,7 +99,7 @@ class DataConfig:
     num_problems: int | None = None
     """Read at most this many rows, at least 1; null for all. A task generates so many, 1000 if null."""
     seed: int = 0
-    """Seed of a generated task's problems; unused for a dataset."""
+    """Seed of a generated task's problems, at least 0 and below 2^63; unused for a dataset."""
     task_options: PointerChasingConfig = field(default_factory=PointerChasingConfig)
     """What a generated task's problems look like."""
 
@@ -108,10 +108,13 @@ class DataConfig:
             self,
             ("max_prompt_tokens", self.max_prompt_tokens >= 1, "at least 1"),
             ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
         )
         expand_home(self, "path")
         if (self.task is None) == (self.path is None):
             raise UserError(f"Give either task or path, got task = {self.task!r} and path = {self.path!r}.")
+        if self.task is not None and self.name is not None:
+            raise UserError(f"name belongs to a dataset, got {self.name!r} with task = {self.task}. Leave it out.")
         if self.task is None and self.task_options != PointerChasingConfig():
             raise UserError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
         if self.task is not None and self.revision is not None:

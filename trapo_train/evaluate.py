@@ -42,7 +42,7 @@ class EvalConfig:
     pass_at: list[int] | None = None
     """k of every pass@k to report, each at least 1, on the sets with that many samples; null for 2, 4, 8 … as far as they reach."""
     temperature: float = 1.0
-    """Sampling temperature, at least 0; 0 is greedy and takes one sample per problem."""
+    """Sampling temperature, 0 or from 1e-6 to 1e6; 0 is greedy and takes one sample per problem."""
     top_p: float | None = None
     """As rollout.top_p, in (0, 1]; null for that of the rollouts."""
     top_k: int | None = None
@@ -62,7 +62,8 @@ class EvalConfig:
     save_samples: bool = False
     """Whether each evaluation writes its responses to output_dir/samples, as JSON lines with the whole texts."""
     seed: int = 0
-    """Seed of the samples, the same at every evaluation, so that checkpoints are compared on equal draws."""
+    """Seed of the samples, at least 0 and below 2^63: the same at every evaluation, so that checkpoints are compared on equal
+    draws."""
 
     def __post_init__(self) -> None:
         samples = self.samples_per_prompt
@@ -72,12 +73,13 @@ class EvalConfig:
             ("every", self.every >= 0, "at least 0"),
             ("samples_per_prompt", all(count >= 1 for count in counts), "at least 1"),
             ("pass_at", self.pass_at is None or all(k >= 1 for k in self.pass_at), "null or numbers of at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0 or from 1e-6 to 1e6"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "null or in (0, 1]"),
             ("top_k", self.top_k is None or self.top_k >= 0, "null or at least 0"),
             ("max_response_tokens", self.max_response_tokens is None or self.max_response_tokens >= 1, "null or at least 1"),
             ("num_problems", self.num_problems is None or self.num_problems >= 1, "null or at least 1"),
             ("responses_per_call", self.responses_per_call >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
         )
         if self.temperature == 0 and any(count > 1 for count in counts):
             raise UserError(

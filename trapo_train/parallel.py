@@ -36,10 +36,14 @@ class ParallelConfig:
     """Whether each rank computes its part of the vocabulary for the tokens of all ranks, so that no rank holds the whole output
     head or its gradient; needs replicate = 1 and a model whose head is not its embedding."""
     timeout_s: int = 1800
-    """Longest wait for another rank, in seconds, at least 1; after it the run ends with an error."""
+    """Longest wait for another rank, in seconds, from 1 to 31536000, a year; after it the run ends with an error."""
 
     def __post_init__(self) -> None:
-        check(self, *((name, getattr(self, name) >= 1, "at least 1") for name in ("replicate", "timeout_s")))
+        check(
+            self,
+            ("replicate", self.replicate >= 1, "at least 1"),
+            ("timeout_s", 1 <= self.timeout_s <= 31_536_000, "from 1 to 31536000, a year"),
+        )
         if self.vocab_parallel_head and self.replicate > 1:
             raise UserError(
                 f"vocab_parallel_head needs replicate = 1, got {self.replicate}. Shard over all ranks, or leave the head to FSDP."

@@ -37,7 +37,7 @@ class RolloutConfig:
     """How responses are sampled and judged."""
 
     temperature: float = 1.0
-    """Sampling temperature, above 0; the training loss divides the logits by the same value."""
+    """Sampling temperature, from 1e-6 to 1e6; the training loss divides the logits by the same value."""
     top_p: float = 1.0
     """Samples from the smallest set of tokens whose probabilities sum to at least top_p, in (0, 1]; 1 keeps all."""
     top_k: int = 0
@@ -74,7 +74,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            ("temperature", 0 < self.temperature < float("inf"), "a finite number above 0"),
+            ("temperature", 1e-6 <= self.temperature <= 1e6, "from 1e-6 to 1e6"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("max_response_tokens", self.max_response_tokens >= 1, "at least 1"),

@@ -168,6 +168,7 @@ def test_to_yaml_and_back(tmp_path, file):
         (["step=3"], "override 'step=3': unknown key 'step'. Did you mean 'steps'?"),
         (["steps=many"], "override 'steps=many': steps must be int, got 'many' (text)."),
         (["steps=0"], "with override 'steps=0': steps must be at least 1, got 0."),
+        (['output_dir="a\\0b"'], "output_dir must be a name that a directory can have, without NUL, got 'a\\x00b'."),
         (["seed=-1"], "seed must be at least 0, got -1."),
         (["seed=99999999999999999999"], "seed must be below 2^63, got 99999999999999999999."),
         (

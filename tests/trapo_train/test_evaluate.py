@@ -351,7 +351,10 @@ def test_the_published_math_sets_as_named_sets(tmp_path, monkeypatch, capsys):
     [
         ({"every": -1}, "every must be at least 0, got -1"),
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be .* got -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0 or from 1e-6 to 1e6, got -1.0"),
+        ({"temperature": 1e-40}, "temperature must be 0 or from 1e-6 to 1e6, got 1e-40"),
+        ({"seed": -1}, "seed must be at least 0 and below 2.63, got -1"),
+        ({"seed": 2**63}, "seed must be at least 0 and below 2.63, got 9223372036854775808"),
         ({"top_p": 0.0}, "top_p must be null or in .* got 0.0"),
         ({"top_k": -1}, "top_k must be null or at least 0, got -1"),
         ({"max_response_tokens": 0}, "max_response_tokens must be null or at least 1, got 0"),

@@ -220,8 +220,9 @@ def test_ranks_that_do_not_divide_into_replicas(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="parallel.replicate must divide the number of ranks, 3, got 2"):
         World(ParallelConfig(replicate=2))
-    with pytest.raises(ValueError, match="timeout_s must be at least 1, got 0"):
-        ParallelConfig(timeout_s=0)
+    for never in (0, 31_536_001, 2**70):  # the last is none of the seconds that a timedelta takes
+        with pytest.raises(ValueError, match=f"timeout_s must be from 1 to 31536000, a year, got {never}"):
+            ParallelConfig(timeout_s=never)
     with pytest.raises(ValueError, match="vocab_parallel_head needs replicate = 1, got 3"):
         ParallelConfig(replicate=3, vocab_parallel_head=True)
 

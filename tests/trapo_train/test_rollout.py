@@ -272,6 +272,8 @@ def test_a_failing_reward_names_the_row():
     [
         ("temperature", 0.0),
         ("temperature", float("nan")),
+        ("temperature", 1e-45),
+        ("temperature", 1e39),
         ("top_p", 0.0),
         ("top_k", -1),
         ("max_response_tokens", 0),
