@@ -118,6 +118,7 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
         left = trainer.step < config.steps or trainer.evaluation_due  # for the run that continues this one
         stopped_by = stop.received if left and failed is None else None  # what is in no checkpoint is exported
         if stopped_by is None:
+            _check_finite(trainer, store)
             _export(trainer, store, reporter, failed)
             better = store.better_before() if config.checkpoint.keep_best else None
             if better is not None:
@@ -172,7 +173,6 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
 
     `unsaved`: why that checkpoint could not be written, where it was tried already; raised once the model is there.
     """
-    _check_finite(trainer, store)
     directory, error = Path(trainer.config.output_dir) / MODEL_DIR, None
     try:
         export_model(trainer.model, trainer.tokenizer, directory, trainer.world)
