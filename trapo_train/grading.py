@@ -142,3 +142,11 @@ def _num_workers() -> int:
     """At most 8, and half of the processors that this process may use, as if the ranks that torchrun started here shared them."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, int(num_processors() // (2 * ranks))))
+
+
+def about_failed_gradings(reward: str, share: float) -> str:
+    """A sentence on a reward of which this share of the gradings failed in a step."""
+    remedy = "Raise its time_limit_s or memory_limit_mib, or try it with in_worker: false"
+    if reward == "math_verify":
+        remedy = "Look at the responses in samples/ (tracking.samples_every=1), or raise its time_limit_s or memory_limit_mib"
+    return f"{share:.0%} of the gradings of {reward} timed out or crashed, and each counts as 0. {remedy}"

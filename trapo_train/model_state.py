@@ -32,6 +32,7 @@ from trapo_train.engine import EngineError
 from trapo_train.loading import write_processor
 from trapo_train.lora import has_lora, merged_weights, names_as_they_are
 from trapo_train.parallel import World
+from trapo_train.step import NonFiniteError
 
 _TRAINED, _INCOMPLETE = StateDictOptions(ignore_frozen_params=True), StateDictOptions(strict=False)
 _MARKER = ".exported_by_trapo"
@@ -109,6 +110,20 @@ def non_finite_weight(model: PreTrainedModel, world: World) -> str | None:
     broken = [name for name, is_finite in zip(trained, finite, strict=True) if not is_finite]
     anywhere = set().union(*world.gather(broken))
     return next((name for name in trained if name in anywhere), None)
+
+
+def check_finite(model: PreTrainedModel, world: World, store: CheckpointStore, step: int) -> None:
+    """Raise NonFiniteError, on every rank, where a weight after `step` is not finite: nothing of it may replace what is intact."""
+    name = non_finite_weight(model, world)
+    if name is None:
+        return
+    saved = store.steps()
+    whence = f"from the checkpoint of step {saved[-1]}" if saved else "from the beginning, for want of a checkpoint,"
+    raise NonFiniteError(
+        f"train: weights must be finite to be saved, got NaN or infinity after step {step}, first in {name}; no checkpoint and no "
+        f"model was written of them. Resume {whence} with checkpoint.resume=true and a lower optimizer.learning_rate, or start a "
+        "new run with other optimizer.options."
+    )
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

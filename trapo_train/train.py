@@ -21,9 +21,9 @@ from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE, NullReporter, Reporter
 from trapo_train.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
-from trapo_train.grading import FAILED_SHARE
+from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 from trapo_train.lock import check_free, held
-from trapo_train.model_state import check_replaceable, export_model, non_finite_weight, other_tokenizer
+from trapo_train.model_state import check_finite, check_replaceable, export_model, non_finite_weight, other_tokenizer
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
@@ -118,7 +118,7 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
         left = trainer.step < config.steps or trainer.evaluation_due  # for the run that continues this one
         stopped_by = stop.received if left and failed is None else None  # what is in no checkpoint is exported
         if stopped_by is None:
-            _check_finite(trainer, store)
+            check_finite(trainer.model, trainer.world, store, trainer.step)
             _export(trainer, store, reporter, failed)
             better = store.better_before() if config.checkpoint.keep_best else None
             if better is not None:
@@ -278,24 +278,10 @@ def _write_samples(trainer: Trainer, reporter: Reporter) -> None:
 
 def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
     """Save a checkpoint of finite weights; an old one that cannot be deleted is told, and the run goes on."""
-    _check_finite(trainer, store)
+    check_finite(trainer.model, trainer.world, store, trainer.step)
     reporter.event(f"saved {trainer.save(store)}")
     if store.undeleted is not None:
         reporter.event(store.undeleted)
-
-
-def _check_finite(trainer: Trainer, store: CheckpointStore) -> None:
-    """Raise NonFiniteError, on every rank, where a trained weight is not finite: nothing of it may replace what is intact."""
-    name = non_finite_weight(trainer.model, trainer.world)
-    if name is None:
-        return
-    saved = store.steps()
-    whence = f"from the checkpoint of step {saved[-1]}" if saved else "from the beginning, for want of a checkpoint,"
-    raise NonFiniteError(
-        f"train: weights must be finite to be saved, got NaN or infinity after step {trainer.step}, first in {name}; no checkpoint "
-        f"and no model was written of them. Resume {whence} with checkpoint.resume=true and a lower optimizer.learning_rate, or "
-        "start a new run with other optimizer.options."
-    )
 
 
 def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: set[str]) -> set[str]:
@@ -305,7 +291,7 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
         found["silent"] = "the reward had no opinion (None) on any sample, and each counts as 0"
     for key, share in metrics.items():
         if key.startswith(FAILED_SHARE) and share >= 0.5:
-            found[key] = _about_failed_gradings(key.removeprefix(FAILED_SHARE), share)
+            found[key] = about_failed_gradings(key.removeprefix(FAILED_SHARE), share)
     if metrics.get("finished_share") == 0:
         longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
         found["endless"] = (
@@ -320,13 +306,6 @@ def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: s
         if name not in told:
             reporter.event(f"step {trainer.step}: {text}")
     return (told - {"nothing"}) | set(found)  # a step that trains something ends what is said of those before
-
-
-def _about_failed_gradings(reward: str, share: float) -> str:
-    remedy = "Raise its time_limit_s or memory_limit_mib, or try it with in_worker: false"
-    if reward == "math_verify":
-        remedy = "Look at the responses in samples/ (tracking.samples_every=1), or raise its time_limit_s or memory_limit_mib"
-    return f"{share:.0%} of the gradings of {reward} timed out or crashed, and each counts as 0. {remedy}"
 
 
 def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
