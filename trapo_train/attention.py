@@ -3,7 +3,6 @@
 A packed row holds several sequences one after the other, [1, T]. The backend "sdpa_packed" runs causal
 `scaled_dot_product_attention` once per run of equal-length neighbours, on views of the row; the segment lengths are
 Python ints, so nothing waits for the device. The packer sorts a row by length, so that there are few runs.
-"flex" runs the whole row through one flex_attention kernel that skips what no query sees (see `flex`);
 "varlen" hands the boundaries to torch's own FlashAttention (see `varlen`), "flash_attention_2" to that of the package flash-attn.
 
 The embedded engine's padded batches run through SDPA whatever the backend: in transformers' own flash_attention_2 the host waits
@@ -30,7 +29,6 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
-from trapo_train.flex import flex_forward
 from trapo_train.schema import UserError
 from trapo_train.upload import upload
 from trapo_train.varlen import WIDEST_HEAD, computed_in, head_widths, varlen_forward, varlen_obstacle
@@ -38,12 +36,10 @@ from trapo_train.varlen import WIDEST_HEAD, computed_in, head_widths, varlen_for
 logger = logging.getLogger(__name__)
 
 # The names that transformers knows our functions by. What has "flash" in its name it takes for one of its own.
-PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION = "trapo_packed", "trapo_varlen", "trapo_flex"
-FA2_IMPLEMENTATION = "trapo_fa2"
+PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FA2_IMPLEMENTATION = "trapo_packed", "trapo_varlen", "trapo_fa2"
 _OURS = {
     "sdpa_packed": PACKED_IMPLEMENTATION,
     "varlen": VARLEN_IMPLEMENTATION,
-    "flex": FLEX_IMPLEMENTATION,
     "flash_attention_2": FA2_IMPLEMENTATION,
 }
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -61,12 +57,10 @@ def choose_attention(
     """The `attn_implementation` for transformers; a named backend is honoured or refused, what "auto" chose is told. On CUDA it
     takes cuDNN's kernels from this process's SDPA.
 
-    Raises: UserError when flash_attention_2, varlen or flex is asked for and cannot run.
+    Raises: UserError when flash_attention_2 or varlen is asked for and cannot run.
     """
     if device.type == "cuda":  # cuDNN builds a plan for every shape and keeps it for ever; of ours hardly any comes twice
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if attention == "flex" and device.type != "cuda":
-        raise UserError(f"model.attention=flex cannot run: it needs a CUDA device, got {device}. Use model.attention=sdpa_packed.")
     config = architecture.get_text_config()
     obstacles = {"flash_attention_2": _flash_obstacle(config), "varlen": varlen_obstacle(config)}
     if device.type != "cuda":
@@ -131,7 +125,7 @@ def check_attention(model: PreTrainedModel) -> None:
         )
     if model.config._attn_implementation in _OURS.values() and getattr(config, "attn_logit_softcapping", None):
         raise UserError(
-            f"model.attention=sdpa_packed, varlen and flex cannot cap attention logits, {name} caps them at "
+            f"model.attention=sdpa_packed and varlen cannot cap attention logits, {name} caps them at "
             f"{config.attn_logit_softcapping}. Use model.attention=flash_attention_2 with model.dtype=bfloat16."
         )
 
@@ -195,7 +189,6 @@ def packed_attention_forward(
     segment_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = _UNSAID,
     boundaries: Tensor | None = None,
-    flex: bool = False,
     flash: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -207,7 +200,6 @@ def packed_attention_forward(
         sliding_window: tokens that a query sees, itself included; None for all earlier ones. Left out, it is the module's own.
         boundaries: int32 [segments + 1], where segments start, and T; with them one varlen kernel runs in place of an SDPA call
             per run of equal lengths.
-        flex: so does one flex_attention kernel.
         flash: with boundaries, the varlen kernel is that of the package flash-attn.
 
     Returns: [1, T, heads, head_dim] and no attention weights.
@@ -232,9 +224,7 @@ def packed_attention_forward(
         return _flash_forward((query, key, value), boundaries, max(segment_lengths), **options), None
     if boundaries is not None:
         row = (boundaries, max(segment_lengths))
-        return varlen_forward(module, query, key, value, *row, sliding_window, dropout, scaling), None
-    if flex:
-        return flex_forward(module, query, key, value, tuple(segment_lengths), sliding_window, dropout, scaling), None
+        return varlen_forward(query, key, value, *row, sliding_window, scaling), None
     runs = [(length, len(list(group))) for length, group in groupby(segment_lengths)]
     sizes = [length * count for length, count in runs]
     # split, not slices: its backward is one concatenation instead of one full-row addition per run
@@ -322,7 +312,6 @@ def _flash_runs(q: Tensor, mask: Tensor | None) -> bool:
 
 AttentionInterface.register(PACKED_IMPLEMENTATION, packed_attention_forward)
 AttentionInterface.register(VARLEN_IMPLEMENTATION, packed_attention_forward)
-AttentionInterface.register(FLEX_IMPLEMENTATION, functools.partial(packed_attention_forward, flex=True))
 AttentionInterface.register(FA2_IMPLEMENTATION, functools.partial(packed_attention_forward, flash=True))
 for _name in _OURS.values():
     AttentionMaskInterface.register(_name, sdpa_mask)  # generate() runs padded batches through SDPA's mask

@@ -67,9 +67,9 @@ class ModelConfig:
     """Compute type, float32 or bfloat16; trained weights, gradients and optimizer state are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory for about a third more time."""
-    attention: Literal["auto", "sdpa_packed", "varlen", "flex", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa_packed", "varlen", "flash_attention_2"] = "auto"
     """auto (the first that can run of flash_attention_2, which is the package flash-attn, varlen, which is torch's own
-    FlashAttention, both on CUDA in bfloat16, and sdpa_packed), one of these, or flex (a CUDA device)."""
+    FlashAttention, both on CUDA in bfloat16, and sdpa_packed), or one of these."""
     liger: bool | Literal["auto"] = False
     """Liger's kernels for norms, rotary embeddings and MLP (extra [liger], CUDA): true, false, or auto where they can run."""
     lora: LoraConfig | None = None

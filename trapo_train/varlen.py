@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PretrainedConfig
-
-from trapo_train.schema import UserError
 
 WIDEST_HEAD = 256  # of FlashAttention's kernels, be it torch's or the package's
 
@@ -34,14 +32,12 @@ def head_widths(config: PretrainedConfig) -> set[int]:
 
 
 def varlen_forward(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     boundaries: Tensor,
     longest: int,
     sliding_window: int | None,
-    dropout: float,
     scaling: float | None,
 ) -> Tensor:
     """Causal attention inside each segment of a packed row.
@@ -50,12 +46,7 @@ def varlen_forward(
         segment starts, and T; longest: tokens of the longest; sliding_window: tokens that a query sees, itself included.
 
     Returns: [1, T, heads, head_dim].
-    Raises: UserError for attention dropout, which varlen_attn does not have.
     """
-    if dropout:
-        raise UserError(
-            f"packed attention: varlen has no dropout, {type(module).__name__} asks for {dropout}. Use model.attention=sdpa_packed."
-        )
     dtype = computed_in(query)  # autocast knows SDPA, but not this op; norms of query and key may have left them in fp32
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [T, heads, head_dim]
     left = -1 if sliding_window is None else sliding_window - 1  # tokens before the query's own

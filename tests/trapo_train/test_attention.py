@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests.pretended_gpu import DEVICE, pretend
@@ -15,7 +15,6 @@ from tests.trapo_train.small_models import CONFIGS, SHAPE
 from trapo_train import attention, varlen
 from trapo_train.attention import (
     FA2_IMPLEMENTATION,
-    FLEX_IMPLEMENTATION,
     PACKED_IMPLEMENTATION,
     VARLEN_IMPLEMENTATION,
     check_attention,
@@ -24,7 +23,6 @@ from trapo_train.attention import (
     plain_attention,
     segment_arguments,
 )
-from trapo_train.flex import BLOCK, packed_block_mask
 
 
 def build(config, implementation=PACKED_IMPLEMENTATION):
@@ -44,7 +42,7 @@ def test_no_mask_is_built_for_a_packed_row(monkeypatch):
     model.model(input_ids=torch.arange(8)[None], use_cache=False, **packed)
 
 
-@pytest.mark.parametrize("implementation", [PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
+@pytest.mark.parametrize("implementation", [PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FA2_IMPLEMENTATION])
 def test_generate_is_that_of_sdpa(implementation):
     token_ids = torch.tensor([[0, 0, 3, 5], [1, 2, 3, 4]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -73,6 +71,7 @@ def test_flash_attention_runs_or_is_refused():
     with pytest.raises(ValueError, match=r"flash_attention_2 cannot run: the package flash-attn is not installed"):
         choose("flash_attention_2")
     assert choose("auto", torch.device("cpu"), torch.float32) == PACKED_IMPLEMENTATION
+    assert choose("auto", dtype=torch.float32) == PACKED_IMPLEMENTATION
 
 
 def test_cudnn_which_keeps_a_plan_for_every_shape_is_taken_from_sdpa():
@@ -186,51 +185,6 @@ def test_fewer_key_heads_reach_sdpa_on_a_gpu_only_where_flash_takes_them(dtype, 
         there = attend(DEVICE).cpu()
     assert asked == [(grouped, 2 if grouped else 4)]
     torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-2)
-
-
-def test_varlen_has_no_dropout():
-    options = {"segment_lengths": (3,), "boundaries": torch.tensor([0, 3], dtype=torch.int32), "dropout": 0.1}
-    with pytest.raises(ValueError, match="varlen has no dropout, Module asks for 0.1"):
-        packed_attention_forward(torch.nn.Module(), *(torch.ones(1, 1, 3, 8),) * 3, None, **options)
-
-
-@pytest.mark.parametrize("window", [None, 1, 100, 128, 130, 300])
-@pytest.mark.parametrize("lengths", [(1,), (128,), (700,), (300, 300, 40), (130, 1, 1, 126, 500), (64,) * 9])
-def test_the_block_mask_of_a_row_is_that_of_its_token_mask(lengths, window):
-    mask = packed_block_mask(lengths, window, torch.device("cpu"))
-    position, start = (
-        torch.arange(sum(lengths)),
-        torch.tensor([s for s, n in zip(starts(lengths), lengths, strict=True) for _ in range(n)]),
-    )
-    query, key = position[:, None], position[None, :]
-    visible = (key <= query) & (key >= start[:, None]) & (query - key < (window or 10**6))
-    blocks = -(-len(position) // BLOCK)
-    padded = torch.zeros(blocks * BLOCK, blocks * BLOCK, dtype=torch.bool)
-    padded[: len(position), : len(position)] = visible
-    cells = padded.view(blocks, BLOCK, blocks, BLOCK)
-    assert torch.equal(mask.to_dense()[0, 0].bool(), cells.any(3).any(1))
-    assert torch.equal(mask.mask_mod(None, None, query, key), visible)
-    # A cell that skips the comparison has all of its pairs visible, but for queries beyond the end of the row.
-    for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
-        for column in mask.full_kv_indices[0, 0, row, :count].tolist():
-            assert cells[row, : len(position) - row * BLOCK, column].all()
-    assert window is not None or lengths != (700,) or int(mask.full_kv_num_blocks.sum()) == 15
-
-
-def starts(lengths):
-    return [sum(lengths[:i]) for i in range(len(lengths))]
-
-
-def test_flex_is_refused_without_a_gpu_and_with_dropout():
-    with pytest.raises(ValueError, match="model.attention=flex cannot run: it needs a CUDA device, got cpu"):
-        choose("flex", torch.device("cpu"), torch.float32)
-    assert choose("flex", dtype=torch.float32) == FLEX_IMPLEMENTATION
-    model = build(CONFIGS["llama"], FLEX_IMPLEMENTATION)
-    model.config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="flex has no dropout, LlamaAttention asks for 0.1"):
-        LlamaForCausalLM(model.config).train().model(
-            input_ids=torch.arange(8)[None], use_cache=False, **segment_arguments(model, [5, 3], torch.device("cpu"))
-        )
 
 
 def test_flash_attention_is_told_the_boundaries_and_the_longest_of_a_row_in_any_order():

@@ -21,10 +21,9 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
-from trapo_train import flex, varlen
+from trapo_train import varlen
 from trapo_train.attention import (
     FA2_IMPLEMENTATION,
-    FLEX_IMPLEMENTATION,
     PACKED_IMPLEMENTATION,
     VARLEN_IMPLEMENTATION,
     segment_arguments,
@@ -66,17 +65,6 @@ def test_packed_row_equals_one_sequence_at_a_time(name, checkpointing):
 def make_sequences() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 13, (n,), generator=generator) for n in (9, 5, 5, 5, 2, 1, 1)]
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_flex_gives_the_hidden_states_of_one_sequence_at_a_time(name):
-    expected, _ = hidden_and_gradient(build(name), [[s] for s in make_sequences()])
-    model = build(name, FLEX_IMPLEMENTATION).requires_grad_(False)  # flex_attention has no backward on a CPU
-    lengths = [len(s) for s in make_sequences()]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed = segment_arguments(model, lengths, torch.device("cpu"))
-    out = model.model(input_ids=torch.cat(make_sequences())[None], position_ids=positions, use_cache=False, **packed)
-    assert_close(out.last_hidden_state[0], expected, 1e-12)
 
 
 def varlen_attention(
@@ -173,7 +161,7 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("implementation", [PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
+@pytest.mark.parametrize("implementation", [PACKED_IMPLEMENTATION, VARLEN_IMPLEMENTATION, FA2_IMPLEMENTATION])
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_window_holds_in_the_layers_that_have_it_however_they_say_so(name, implementation, flash_attn, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", torchs_varlen_attention)
@@ -200,7 +188,7 @@ def test_a_window_in_the_configuration_alone_is_refused_for_longer_sequences():
             model.model(input_ids=torch.arange(5)[None], use_cache=False, **packed)
 
 
-@pytest.mark.parametrize("implementation", [VARLEN_IMPLEMENTATION, FLEX_IMPLEMENTATION, FA2_IMPLEMENTATION])
+@pytest.mark.parametrize("implementation", [VARLEN_IMPLEMENTATION, FA2_IMPLEMENTATION])
 def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementation, flash_attn, monkeypatch):
     seen = []
 
@@ -209,7 +197,6 @@ def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementati
         return tensors[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", attend)
-    monkeypatch.setattr(flex, "flex_attention", attend)
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend)
     model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation=implementation)
     packed = segment_arguments(model, [5, 4], torch.device("cpu"))
@@ -223,7 +210,6 @@ def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementati
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tolerance"),
     [
-        (FLEX_IMPLEMENTATION, torch.float32, 1e-2),  # TF32 or fp32, whatever flex_attention's kernel takes
         pytest.param(
             VARLEN_IMPLEMENTATION,
             torch.bfloat16,
@@ -239,7 +225,7 @@ def test_kernels_compute_in_autocasts_type_whatever_the_norms_leave(implementati
     ],
 )
 def test_other_kernels_train_as_sdpa_packed_does(implementation, dtype, tolerance, window):
-    shape = SHAPE | {"head_dim": 16}  # flex_attention's smallest on a GPU
+    shape = SHAPE | {"head_dim": 16}
     config = Qwen2Config(**shape, use_sliding_window=window is not None, sliding_window=window, max_window_layers=1)
     lengths, gradients = (300, 300, 130, 7), []
     token_ids = torch.randint(0, 13, (1, sum(lengths)), device="cuda")
