@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from trapo_train.schema import UserError, did_you_mean
+from trapo_train.schema import UserError, build, check
 
 
 class Schedule:
     """A number per rollout step; `bounds` are the smallest and the largest value that it takes."""
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        finite = [(name, math.isfinite(value), "a finite number") for name, value in numbers.items()]
+        check(self, *finite, ("steps", getattr(self, "steps", 1) >= 1, "at least 1"))
 
     def __call__(self, step: int) -> float:
         """The value at `step` ≥ 0."""
@@ -34,9 +39,6 @@ class Constant(Schedule):
 
     value: float
     """The value."""
-
-    def __post_init__(self) -> None:
-        _check_finite(self, "value")
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -56,10 +58,6 @@ class Linear(Schedule):
     """Value from step `steps` on."""
     steps: int
     """Steps from start to end, at least 1."""
-
-    def __post_init__(self) -> None:
-        _check_finite(self, "start", "end")
-        _check_count(self, "steps")
 
     def __call__(self, step: int) -> float:
         if step >= self.steps:
@@ -84,10 +82,6 @@ class Cosine(Schedule):
     after: float | None = None
     """Value from step `steps` on; null for `end`. UFT, for one, drops from 0.05 to 0 there."""
 
-    def __post_init__(self) -> None:
-        _check_finite(self, "start", "end", *([] if self.after is None else ["after"]))
-        _check_count(self, "steps")
-
     def __call__(self, step: int) -> float:
         if step >= self.steps:
             return self.end if self.after is None else self.after
@@ -107,12 +101,12 @@ class WarmUp(Schedule):
     """Value at step 0."""
     steps: int
     """Steps of the warm-up, at least 1."""
-    after: Schedule
+    after: Any
     """What follows, a number or a schedule of its own."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "start")
-        _check_count(self, "steps")
+        super().__post_init__()
+        object.__setattr__(self, "after", build_schedule(self.after))
 
     def __call__(self, step: int) -> float:
         if step >= self.steps:
@@ -125,35 +119,11 @@ class WarmUp(Schedule):
         return min(self.start, low), max(self.start, high)
 
 
-@dataclass(frozen=True)
-class Staircase(Schedule):
-    """Values one after the other, each held for `every` steps, the last one for ever."""
-
-    values: tuple[float, ...]
-    """The values, at least one."""
-    every: int
-    """Steps per value, at least 1."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.values, (list, tuple)) or not self.values or not all(map(_is_finite, self.values)):
-            raise UserError(f"values of a staircase must be a list of at least one finite number, got {self.values!r}.")
-        object.__setattr__(self, "values", tuple(float(value) for value in self.values))
-        _check_count(self, "every")
-
-    def __call__(self, step: int) -> float:
-        return self.values[min(step // self.every, len(self.values) - 1)]
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return min(self.values), max(self.values)
-
-
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "linear": Linear,
     "cosine": Cosine,
     "warm_up": WarmUp,
-    "staircase": Staircase,
 }
 
 
@@ -169,7 +139,7 @@ def build_schedule(value: Any) -> Schedule:
     """
     if isinstance(value, Schedule):
         return value
-    if _is_finite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return Constant(float(value))
     if not is_schedule(value):
         raise UserError(
@@ -179,33 +149,4 @@ def build_schedule(value: Any) -> Schedule:
     arguments = {key: entry for key, entry in value.items() if key != "schedule"}
     if not isinstance(name, str) or name not in SCHEDULES:
         raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}.")
-    cls = SCHEDULES[name]
-    known = [field.name for field in fields(cls)]
-    for key in arguments:
-        if key not in known:
-            near = did_you_mean(str(key), known)
-            raise UserError(f"The schedule {name} takes {', '.join(known)}, got {key!r}.{near}")
-    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in arguments]
-    if missing:
-        raise UserError(f"The schedule {name} needs {', '.join(missing)} as well. It takes {', '.join(known)}.")
-    if name == "warm_up":
-        arguments["after"] = build_schedule(arguments["after"])
-    return cls(**arguments)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_finite(schedule: Schedule, *names: str) -> None:
-    for name in names:
-        value = getattr(schedule, name)
-        if not _is_finite(value):
-            raise UserError(f"{name} of a {type(schedule).__name__} schedule must be a finite number, got {value!r}.")
-        object.__setattr__(schedule, name, float(value))  # YAML writes 0 for 0.0
-
-
-def _check_count(schedule: Schedule, name: str) -> None:
-    value = getattr(schedule, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} of a {type(schedule).__name__} schedule must be a whole number of at least 1 step, got {value!r}.")
+    return build(SCHEDULES[name], arguments, lambda path: "schedule", (name,))

@@ -119,7 +119,7 @@ def test_schedules_reach_the_objective_of_each_step(configure):
 
 
 def test_schedules_reach_the_plan_of_each_step(configure):
-    guidance = "{schedule: staircase, values: [1, 0], every: 1}"
+    guidance = "{schedule: linear, start: 1, end: 0, steps: 1}"
     trainer = Trainer(configure("uft", "plan={name: uft, num_samples: 2, guidance: " + guidance + "}", "objective.name=uft"))
     assert [trainer.train_step()["guided_share"] for _ in range(3)] == [1.0, 0.0, 0.0]
 
@@ -145,7 +145,7 @@ def test_the_reference_is_the_same_model_and_is_loaded_when_the_first_is_sharded
 
 
 def test_a_reference_is_kept_for_a_kl_that_a_schedule_turns_on(configure):
-    beta = "{schedule: staircase, values: [0, 0.1], every: 1}"
+    beta = "{schedule: linear, start: 0, end: 0.1, steps: 1}"
     trainer = Trainer(configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: " + beta + "}}"))
     assert "rollout/kl_ref" not in trainer.train_step()
     trainer.train_step()

@@ -95,7 +95,7 @@ def test_a_kl_joins_the_rollout_term_of_a_sum_whose_first_has_none(module):
         ),
         (
             lambda: ObjectiveConfig("mine:", {"epsilon": {"schedule": "linear", "start": 1}}),
-            "needs end, steps as well",
+            "linear.end, linear.steps must be set",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tests.trapo_train.test_train import build_config
 from trapo_kernels import KL
 from trapo_train.continuation import split_settings
-from trapo_train.schedules import Constant, Cosine, Linear, Staircase, WarmUp, build_schedule, is_schedule
+from trapo_train.schedules import Constant, Cosine, Linear, WarmUp, build_schedule, is_schedule
 from trapo_train.step import ObjectiveConfig, OptimizerConfig, build_objective, build_optimizer, build_scheduler
 
 
@@ -48,11 +48,6 @@ def test_warm_up_then_decay():
     assert schedule.bounds == (0.0, 0.8)
 
 
-def test_staircase_holds_each_value():
-    schedule = Staircase((3, 2, 1), 2)
-    assert [schedule(step) for step in range(8)] == [3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -61,7 +56,6 @@ def test_staircase_holds_each_value():
         ({"schedule": "linear", "start": 0, "end": 1, "steps": 3}, Linear(0.0, 1.0, 3)),
         ({"schedule": "cosine", "start": 0, "end": 1, "steps": 3}, Cosine(0.0, 1.0, 3)),
         ({"schedule": "warm_up", "start": 0, "steps": 2, "after": 1}, WarmUp(0.0, 2, Constant(1.0))),
-        ({"schedule": "staircase", "values": [1, 2], "every": 3}, Staircase((1.0, 2.0), 3)),
         (Linear(0.0, 1.0, 3), Linear(0.0, 1.0, 3)),
     ],
 )
@@ -81,12 +75,15 @@ def test_which_values_are_schedules():
     ("value", "message"),
     [
         ({"schedule": "cosin"}, "schedule must be one of constant, linear, .*got 'cosin'"),
-        ({"schedule": "linear", "start": 0, "end": 1}, "needs steps as well. It takes start, end, steps"),
-        ({"schedule": "linear", "start": 0, "end": 1, "step": 3}, "got 'step'. Did you mean 'steps'"),
-        ({"schedule": "linear", "start": 0, "end": 1, "steps": 0}, "at least 1 step, got 0"),
+        ({"schedule": "linear", "start": 0, "end": 1}, "linear.steps must be set"),
+        ({"schedule": "linear", "start": 0, "end": 1, "step": 3}, "unknown key 'linear.step'. Did you mean 'linear.steps'"),
+        ({"schedule": "linear", "start": 0, "end": 1, "steps": 0}, "linear: steps must be at least 1, got 0"),
         ({"schedule": "cosine", "start": math.nan, "end": 1, "steps": 3}, "start .*finite number, got nan"),
-        ({"schedule": "cosine", "start": "a", "end": 1, "steps": 3}, "start .*finite number, got 'a'"),
-        ({"schedule": "staircase", "values": [], "every": 3}, "at least one finite number"),
+        ({"schedule": "cosine", "start": "a", "end": 1, "steps": 3}, r"cosine.start must be float, got 'a' \(text\)"),
+        ({"schedule": "constant", "value": math.inf}, "value must be a finite number, got inf"),
+        ({"schedule": "warm_up", "start": 0, "steps": 1.5, "after": 1}, "warm_up.steps must be int, got 1.5"),
+        ({"schedule": "warm_up", "start": 0, "steps": 2}, "warm_up.after must be set"),
+        ({"schedule": "warm_up", "start": 0, "steps": 2, "after": "x"}, "warm_up: A schedule must be a finite number or .*got 'x'"),
         ({"start": 0}, "mapping with the key schedule"),
         ("linear", "got 'linear'"),
         (True, "got True"),

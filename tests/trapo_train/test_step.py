@@ -348,7 +348,7 @@ def test_options_may_be_schedules():
             ("trapo", {"alpha": {"schedule": "linear", "start": 1, "end": 0, "steps": 9}}),
             r"alpha must lie in \[1e-37, 1\], got 0",
         ),
-        (("trapo", {"alpha": {"schedule": "linear", "start": 1}}), "needs end, steps as well"),
+        (("trapo", {"alpha": {"schedule": "linear", "start": 1}}), "linear.end, linear.steps must be set"),
         (("trapo", {}, ""), "chooser must be a path"),
     ],
 )
