@@ -40,10 +40,11 @@ def apply_liger(
             tell(f"model.liger=auto: not used, {error}")
             return False
         raise
-    switches = {name for name, parameter in inspect.signature(patch).parameters.items() if isinstance(parameter.default, bool)}
-    patch(model=model, **{name: name not in _LOSSES for name in switches})
+    defaults = {name: parameter.default for name, parameter in inspect.signature(patch).parameters.items()}
+    losses = {name: False for name in _LOSSES if name in defaults}
+    patch(model=model, **losses)  # what else Liger leaves off by itself, such as GLM-4's rotary embeddings, it does not have
     if wanted == "auto":
-        tell(f"model.liger=auto: {', '.join(sorted(switches.difference(_LOSSES)))}")
+        tell(f"model.liger=auto: {', '.join(sorted(name for name, on in (defaults | losses).items() if on is True))}")
     return True
 
 

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Glm4Config
+from transformers.models.glm4 import modeling_glm4
 from transformers.models.qwen2 import modeling_qwen2
 
 from tests.trapo_train.test_step import make_samples
@@ -96,6 +98,16 @@ def test_what_auto_uses_is_told(stand_in):
     told = []
     assert apply_liger(build(), "auto", CUDA, told.append) is True
     assert told == ["model.liger=auto: rms_norm, rope, swiglu"]
+
+
+def test_what_liger_leaves_off_by_itself_stays_off(monkeypatch):
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (extra [liger])")
+    for name in ("Glm4RMSNorm", "Glm4MLP"):
+        monkeypatch.setattr(modeling_glm4, name, getattr(modeling_glm4, name))
+    told, shape = [], {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = Glm4Config(vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=1, **shape)
+    assert apply_liger(AutoModelForCausalLM.from_config(config), "auto", CUDA, told.append) is True
+    assert told == ["model.liger=auto: rms_norm, swiglu"]  # it refuses rope=True
 
 
 def test_a_wrong_value_is_refused():
