@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
+from trapo_train.display import say
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
@@ -156,10 +157,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
         metrics = dry_run(config).metrics
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "loss_tokens") if name in metrics)
-        console.print(f"dry run passed: {shown}", highlight=False)
+        say(console, f"dry run passed: {shown}")
         if not metrics["loss_tokens"]:
-            console.print("no token was in the loss, which these settings leave untried", style="yellow")
-        console.print("generated problems and a random model stood in: your data, model and tokenizer were not read", style="dim")
+            say(console, "no token was in the loss, which these settings leave untried", "yellow")
+        say(console, "generated problems and a random model stood in: your data, model and tokenizer were not read", "dim")
         return EXIT_OK
     if int(os.environ.get("RANK", "0")) > 0:  # the first rank reports
         summary = train.run(config, NullReporter())
@@ -220,12 +221,12 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     _quiet_libraries()
     how = {"step": args.step, "dtype": args.dtype, "adapter": args.adapter}
     directory, step, notes = export_checkpoint(args.run_dir, args.directory, **how)
-    console.print(f"step {step}: wrote {directory}", highlight=False, soft_wrap=True)
+    say(console, f"step {step}: wrote {directory}")
     for note in notes:
-        console.print(note, style="dim", highlight=False, soft_wrap=True)
+        say(console, note, "dim")
     if args.adapter:
         return EXIT_OK
-    console.print(f"trapo-train eval {args.run_dir} model.name_or_path={directory}", style="dim", highlight=False, soft_wrap=True)
+    say(console, f"trapo-train eval {args.run_dir} model.name_or_path={directory}", "dim")
     return EXIT_OK
 
 
@@ -293,14 +294,11 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     if args.memory_gib is None:
         return EXIT_OK
     if plan.peak_bytes <= args.memory_gib * GIB:
-        console.print(f"fits into {args.memory_gib:g} GiB", style="green", highlight=False)
+        say(console, f"fits into {args.memory_gib:g} GiB", "green")
         return EXIT_OK
     most = max(plan.components, key=lambda name: plan.components[name].get(plan.peak_phase, 0))
-    console.print(
-        f"does not fit into {args.memory_gib:g} GiB: {plan.peak_phase} needs most, and most of it is {most}.",
-        style="bold red",
-        highlight=False,
-    )
+    needs = f"{plan.peak_phase} needs most, and most of it is {most}"
+    say(console, f"does not fit into {args.memory_gib:g} GiB: {needs}.", "bold red")
     console.print(changes_table(changes(config, plan, **where), args.memory_gib))
     return EXIT_NEGATIVE
 
@@ -332,7 +330,7 @@ def _trainer(config: RunConfig, console: Console, **options: Any) -> Trainer:
     """One that says what it loads."""
     from trapo_train.trainer import Trainer
 
-    return Trainer(config, tell=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True), **options)
+    return Trainer(config, tell=lambda text: say(console, text, "dim"), **options)
 
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
@@ -377,7 +375,7 @@ def _quiet_libraries() -> None:
 
 def _print_paths(paths: Sequence[Path], console: Console) -> None:
     for path in paths:
-        console.print(f"wrote {path}", style="dim", highlight=False, soft_wrap=True)
+        say(console, f"wrote {path}", "dim")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trapo_train.config import RunConfig, load_config
-from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics
+from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics, say
 from trapo_train.figures import group_accuracies, group_label, group_order
 from trapo_train.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.inspect import render_group
@@ -108,7 +108,7 @@ def run_demo(
         results.append(_run_seed(directory, seed, configs, stages, console))
     if len(results) > 1:
         _show_seeds(results, console)
-    _say(console, f"the demo took {format_seconds(time.monotonic() - started)}", "dim")
+    say(console, f"the demo took {format_seconds(time.monotonic() - started)}", "dim")
     return all(result.learned for result in results)
 
 
@@ -127,7 +127,7 @@ def _run_seed(output: Path, seed: int, configs: Mapping[str, RunConfig], stages:
         result = _gather(output, seed, list(configs))
         _show_result(result, console)
         for path in _draw(output, result, list(configs)):
-            _say(console, f"wrote {path}", "dim")
+            say(console, f"wrote {path}", "dim")
     _show_group(summaries["trapo"], build_tokenizer(), console)
     return result
 
@@ -177,10 +177,10 @@ def _show_result(result: SeedResult, console: Console) -> None:
     console.print(result_table(result))
     gain = f"{100 * result.gain:+.1f} ± {100 * result.gain_standard_error:.1f} points held-out"
     if result.learned:
-        _say(console, f"TRAPO learned: {gain} over its base.", "bold green")
+        say(console, f"TRAPO learned: {gain} over its base.", "bold green")
     else:
         rule = f"the gain must exceed {CLEAR_STANDARD_ERRORS:g} standard errors"
-        _say(console, f"TRAPO is not clearly above its base: {rule}, got {gain}.", "bold red")
+        say(console, f"TRAPO is not clearly above its base: {rule}, got {gain}.", "bold red")
 
 
 def _show_seeds(results: Sequence[SeedResult], console: Console) -> None:
@@ -216,17 +216,13 @@ def most_telling(groups: Sequence[list[Sample]]) -> list[Sample]:
 
 
 def _show_group(summary: RunSummary, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    _say(console, "\none group of the last step, token by token", "bold")
+    say(console, "\none group of the last step, token by token", "bold")
     console.print(render_group(most_telling(summary.groups), tokenizer, color=console.color_system is not None))
 
 
 @contextmanager
 def _stage(console: Console, title: str) -> Iterator[None]:
     started = time.monotonic()
-    _say(console, f"\n== {title}", "bold")
+    say(console, f"\n== {title}", "bold")
     yield
-    _say(console, f"   took {format_seconds(time.monotonic() - started)}", "dim")
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"   took {format_seconds(time.monotonic() - started)}", "dim")

@@ -41,6 +41,11 @@ ROWS_PER_RUN = 20
 ROWS_PER_HEADER = 25
 
 
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a text as it is, on one line however long: square brackets and colons of a path are no markup."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
 class NullReporter:
     """What a trainer may tell a reporter; this one says nothing: for tests, and for ranks other than the first."""
 
@@ -333,7 +338,7 @@ class Reporter:
             self._trackers.log(step, {f"{prefix}{name}": value for name, value in metrics.items() if name != "step"})
 
     def _say(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        say(self.console, text, style)
 
     def _wants_row(self, step: int) -> bool:
         every = max(1, math.ceil(self._steps / ROWS_PER_RUN))

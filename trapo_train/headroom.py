@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from trapo_train.display import say
 from trapo_train.engine import Engine
 from trapo_train.evaluate import group_problems, standard_error
 from trapo_train.judging import judge_samples
@@ -198,11 +199,10 @@ def show_headroom(report: HeadroomReport, directory: Path, console: Console) -> 
 
     console.print(headroom_table(report))
     holds, sentence = report.verdict()
-    plain = {"highlight": False, "markup": False, "soft_wrap": True}
-    console.print(sentence, style="green" if holds else "bold red", **plain)
+    say(console, sentence, "green" if holds else "bold red")
     path = plot_headroom(report, directory / "headroom.png")
     rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in report.rows]
     summary = {"verdict": holds, "sentence": sentence, "gain": report.gain, "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    console.print(f"wrote {path} and {path.with_suffix('.json').name}", style="dim", **plain)
+    say(console, f"wrote {path} and {path.with_suffix('.json').name}", "dim")
     return holds

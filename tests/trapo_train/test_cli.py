@@ -158,8 +158,10 @@ def test_inspect_prints_a_group_without_training(config, tmp_path, capsys):
 
 def test_plot_and_compare(finished_run, tmp_path, capsys):
     assert cli.main(["plot", str(finished_run)]) == 0
-    assert cli.main(["compare", str(finished_run), "--output", str(tmp_path / "out.png")]) == 0
-    assert (tmp_path / "out.png").exists()
+    capsys.readouterr()
+    path = tmp_path / "[a] :eyes:.png"  # no markup
+    assert cli.main(["compare", str(finished_run), "--output", str(path)]) == 0
+    assert path.exists() and capsys.readouterr().out == f"wrote {path}\n"
     assert cli.main(["compare", str(finished_run), str(finished_run)]) == 0
     assert (tmp_path / "compare.png").exists()
 
