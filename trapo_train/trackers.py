@@ -52,8 +52,8 @@ class Trackers:
     Args:
         resumed_at: the step that the run continues after, -1 where it begins anew in its old output_dir; None for a new run.
 
-    Raises, when it is made: MissingPackage naming the extra for a tracker that is not installed; UserError for one that refuses the
-        run, as without a key; one that cannot be reached is left out.
+    Raises, when it is made: UserError for a tracker that does not load or refuses the run, as without a key; one that cannot be
+        reached is left out.
     """
 
     def __init__(
@@ -75,8 +75,6 @@ class Trackers:
                     self.notes.append(_left_out(tracker, error))
                     continue
                 self.close()  # those that have begun
-                if isinstance(error, MissingPackage):
-                    raise
                 raise UserError(
                     f"tracking.to: {tracker} must take the run before it begins, got {type(error).__name__}: {error}. "
                     f"Mend that, or leave {tracker} out."
@@ -105,23 +103,17 @@ def check_installed(config: TrackingConfig) -> None:
     """Raise MissingPackage for a destination whose package is missing, before a run has written anything."""
     for name in config.to:
         if sys.modules.get(name) is None and find_spec(name) is None:
-            raise MissingPackage(_needs(name))
+            raise MissingPackage(f"tracking.to: {name} needs its package: pip install 'trapo[{name}]'.")
 
 
 def _left_out(name: str, error: Exception) -> str:
     return f"tracking: {name} failed and is left out from here on: {type(error).__name__}: {error}"
 
 
-def _needs(package: str) -> str:
-    return f"tracking.to: {package} needs its package: pip install 'trapo[{package}]'."
-
-
 class _TensorBoard:
     def __init__(self, directory: Path, resumed_at: int | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingPackage(_needs("tensorboard")) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         # Steps that are taken again would stand there twice; what was evaluated at the resumed one stays.
         purge_step = None if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
@@ -140,10 +132,7 @@ class _Hosted:
     def __init__(self, module: str, project: str, name: str, output_dir: Path, settings: dict[str, Any]) -> None:
         import importlib
 
-        try:
-            self._module = importlib.import_module(module)
-        except ImportError as error:
-            raise MissingPackage(_needs(module)) from error
+        self._module = importlib.import_module(module)
         # What continues in this output_dir continues its run there, too, instead of a second one from the middle on; of steps that
         # are taken again wandb keeps the first record. trackio knows no ids: it goes on with the newest run of that name.
         file = output_dir / f"{module}_run_id"

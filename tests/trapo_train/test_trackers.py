@@ -134,8 +134,14 @@ def test_a_missing_package_names_its_extra_before_anything_is_written(name, monk
     with pytest.raises(ImportError, match=rf"pip install 'trapo\[{name}\]'"):
         train_to_end(configure("run", f"tracking.to=[{name}]"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ImportError, match=rf"pip install 'trapo\[{name}\]'"):
-        Trackers(TrackingConfig([name]), tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["wandb", "torch.utils.tensorboard"])
+def test_a_package_that_does_not_load_is_told_with_its_own_error(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, name, None)
+    tracker = name.split(".")[-1]
+    with pytest.raises(UserError, match=rf"tracking.to: {tracker} must take the run before .*got ModuleNotFoundError: .*{name}"):
+        Trackers(TrackingConfig([tracker]), tmp_path, {})
 
 
 def test_a_run_writes_tensorboard_and_samples(configure):
