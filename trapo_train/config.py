@@ -189,7 +189,7 @@ def recipes() -> dict[str, str]:
 
 def to_yaml(config: RunConfig) -> str:
     """Return the configuration as YAML with every key spelled out; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 _NUMBERS = {  # of YAML 1.1 without 010, there an 8, and 1:30, there 90, and with 1e-6
@@ -274,12 +274,3 @@ def _override_value(key: str, text: str, where: str) -> Any:
             f"For a line break write '{key}=\"…\\n\"', where \\\\ is a backslash; for the two characters \"{key}='…\\n'\"."
         )
     return text
-
-
-def _plain(value: Any) -> Any:
-    """Replace tuples by lists, which is what YAML has."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value

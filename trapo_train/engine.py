@@ -1,4 +1,4 @@
-"""Generation: the `Engine` and `Stream` protocols, and the embedded engine, for any Hugging Face causal language model.
+"""Generation: what every `Engine` and `Stream` has, and the embedded engine, for any Hugging Face causal language model.
 
 The embedded engine loops over the model's forward pass itself. What transformers has (read and run in 5.23) does not do the job:
 
@@ -131,28 +131,9 @@ class Stream(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-class Engine(Protocol):
-    """Whatever turns token ids into completions; a pure function of its inputs, the weights and its random state."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """Return one completion per prompt, in the order of the prompts."""
-        ...
-
-    def stream(self, params: SamplingParams) -> Stream:
-        """Start generating for requests that arrive one after another; each brings its own budget."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the random state, so that a resumed run samples what the interrupted one would have sampled."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        ...
-
-
-class SeededEngine:
-    """What all engines have in common: the random state, a seed and the number of streams so far, and `generate` by a stream."""
+class Engine:
+    """Whatever turns token ids into completions, a pure function of its inputs, the weights and its random state: a seed and the
+    number of streams so far. Each engine has a `stream` of its own."""
 
     end_ids: tuple[int, ...] = ()
     """Token ids that end a completion unless the call says otherwise; () for the tokenizer's end-of-sequence token alone."""
@@ -214,7 +195,7 @@ def stop_ids(params: SamplingParams, tokenizer: PreTrainedTokenizerBase, end_ids
     return (tokenizer.eos_token_id,)
 
 
-class TransformersEngine(SeededEngine):
+class TransformersEngine(Engine):
     """Samples from a Hugging Face causal language model in this process, with the weights as they are at the call.
 
     An autocast context around the call applies to it.

@@ -67,13 +67,14 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], N
     except ImportError as error:
         raise MissingPackage("model.lora needs PEFT: pip install 'trapo[peft]'.") from error
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()).split(".")[-1]
-    if config.target_modules == head or (not isinstance(config.target_modules, str) and head in config.target_modules):
+    named = [] if config.target_modules == "all-linear" else config.target_modules
+    if head in named:
         raise UserError(
             f"model.lora.target_modules must not name the output head {head!r}, which runs inside the fused loss. Leave it out."
         )
     # what is frozen by now: parts of a multimodal model that no text reaches
     beside_text = [name for name, module in model.named_modules() if any(not p.requires_grad for p in module.parameters(False))]
-    targets = _linear_layers(model, tell) if config.target_modules == "all-linear" else config.target_modules
+    targets = named or _linear_layers(model, tell)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -84,7 +85,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], N
         task_type="CAUSAL_LM",
     )
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    unknown = [] if isinstance(config.target_modules, str) else [name for name in config.target_modules if name not in names]
+    unknown = [name for name in named if name not in names]
     if unknown:
         raise UserError(f"model.lora.target_modules must name layers of the model, it has no {', '.join(unknown)}.")
     for parameter in model.parameters():
@@ -201,7 +202,7 @@ def adapted_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 def has_lora(model: PreTrainedModel) -> bool:
     """Whether `add_lora` was called on the model."""
-    return any(name.endswith("lora_A") for name, _ in model.named_modules())
+    return bool(adapted_layers(model))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_train.draws import request_key
-from trapo_train.engine import EngineError, SamplingParams, SeededEngine, finite_logprobs, stop_ids
+from trapo_train.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
 from trapo_train.random_states import keep_generators
 from trapo_train.records import Completion
 from trapo_train.schema import UserError, check
@@ -68,7 +68,7 @@ class VllmConfig:
         )
 
 
-class VllmEngine(SeededEngine):
+class VllmEngine(Engine):
     """Samples from a `vllm.LLM` in this process, whose weights are those handed over by `load`, between `wake` and `sleep`.
 
     `Completion.logprobs` are those at the sampling temperature; unlike the embedded engine's they are taken after top_k and top_p.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from trapo_train.draws import request_key
-from trapo_train.engine import EngineError, SamplingParams, SeededEngine, finite_logprobs, stop_ids
+from trapo_train.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
 from trapo_train.records import Completion
 from trapo_train.schema import check, expand_home
 
@@ -70,7 +70,7 @@ class VllmServerConfig:
         expand_home(self, "sync_dir")
 
 
-class VllmServerEngine(SeededEngine):
+class VllmServerEngine(Engine):
     """Samples from a vLLM server over its OpenAI-compatible protocol, one request per prompt, many at once.
 
     `Completion.logprobs` are what the server reports; see the module's docstring for the server's option.

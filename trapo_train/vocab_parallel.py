@@ -84,15 +84,7 @@ class _GatherRows(torch.autograd.Function):
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     """`tensor` itself, whose gradient is multiplied by `factor`."""
-    return _ScaleGradient.apply(tensor, factor)
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+    scaled = tensor.view_as(tensor)
+    if scaled.requires_grad:
+        scaled.register_hook(lambda grad: grad * factor)
+    return scaled
