@@ -251,7 +251,8 @@ class CheckpointStore:
         (unfinished / TENSOR_DIR).mkdir(parents=True)
         with (unfinished / STATE_FILE).open("wb") as file:
             torch.save(dict(state), file)
-            _make_durable(file)
+            file.flush()
+            os.fsync(file.fileno())
         try:  # a state that only saves would show when the run is resumed, and then it is too late
             torch.load(unfinished / STATE_FILE, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
@@ -262,9 +263,7 @@ class CheckpointStore:
             ) from error
 
     def _finish(self, unfinished: Path, step: int, manifest: Mapping[str, Any]) -> None:
-        with (unfinished / MANIFEST_FILE).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            _make_durable(file)
+        replace_text(unfinished / MANIFEST_FILE, json.dumps(manifest, indent=1))
         _sync_directory(unfinished / TENSOR_DIR)
         _sync_directory(unfinished)
         unfinished.rename(self.path(step))
@@ -291,12 +290,7 @@ class CheckpointStore:
 
     def _on_every_rank(self, action: Callable[[], Any]) -> list[Any]:
         """What `action` returns on each rank; an OSError or RuntimeError on one of them is raised on all."""
-        value, error = None, None
-        try:
-            value = action()
-        except (OSError, RuntimeError) as raised:
-            error = raised
-        return self._ranks.gather_or_raise(value, error)
+        return self._ranks.attempt(action, OSError, RuntimeError)
 
     def _digests(self, path: Path) -> dict[str, dict[str, Any]]:
         """Digest of every file by its name; the ranks share the work."""
@@ -369,11 +363,6 @@ def _one_line(error: BaseException) -> str:
 
 def _finite(score: float | None) -> float | None:
     return score if score is not None and math.isfinite(score) else None
-
-
-def _make_durable(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

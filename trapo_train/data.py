@@ -221,12 +221,14 @@ def load_problems(
     world = world or World.alone()
     asks = config.on_rejected_expert == "drop" and reward is not None
     verifier = reward if asks and rejected is None else None
-    found, error = None, None
-    try:
+    found: _Found | None = None
+
+    def read() -> _Told:
+        nonlocal found
         found = _read(RowReader(config, tokenizer, end_ids), reward, verifier, correct_by, world)
-    except (UserError, RewardError) as raised:
-        error = raised
-    parts = world.gather_or_raise(None if found is None else found.told, error)
+        return found.told
+
+    parts = world.attempt(read, UserError, RewardError)
     where = found.reader.where
     _check_same(parts, where)
     if verifier is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -60,20 +60,20 @@ def ready_to_generate(
         with gathered(model), precision(model):
             yield
     elif isinstance(engine, VllmEngine):
-        _on_every_rank(world, engine.wake)  # before the weights, which all ranks put together
-        _on_every_rank(world, lambda: engine.load(weights_as_saved(model, policy_head(model).compute_dtype)))
+        world.attempt(engine.wake, EngineError)  # before the weights, which all ranks put together
+        world.attempt(lambda: engine.load(weights_as_saved(model, policy_head(model).compute_dtype)), EngineError)
         try:
             yield
         except BaseException:  # perhaps of this rank alone, while the others are elsewhere
             with suppress(EngineError):
                 engine.sleep()
             raise
-        _on_every_rank(world, engine.sleep)
+        world.attempt(engine.sleep, EngineError)
     else:
         if engine.loaded_step != step:
-            _on_every_rank(world, lambda: _write_for(engine, model, tokenizer, world))
+            world.attempt(lambda: _write_for(engine, model, tokenizer, world), EngineError)
         # also where they are unchanged: the server may have started anew since
-        _on_every_rank(world, engine.load_weights if world.first else lambda: None)
+        world.attempt(engine.load_weights if world.first else lambda: None, EngineError)
         engine.loaded_step = step
         yield
 
@@ -83,13 +83,3 @@ def _write_for(engine: VllmServerEngine, model: PreTrainedModel, tokenizer: PreT
         export_model(model, tokenizer, engine.sync_dir, world, policy_head(model).compute_dtype)
     except CheckpointError as error:  # the step is not trained, and what was trained before it can be saved
         raise EngineError(f"vllm_server: the weights cannot be handed over. {error} Mend that, or set sync_dir.") from error
-
-
-def _on_every_rank(world: World, action: Callable[[], None]) -> None:
-    """Do `action`; an EngineError on one rank is raised on all, so that none goes on to wait for it."""
-    error = None
-    try:
-        action()
-    except EngineError as raised:
-        error = raised
-    world.gather_or_raise(None, error)

@@ -259,15 +259,14 @@ def evaluate(
     """
     world = world or World.alone()
     calls = list(_calls(eval_set, config.responses_per_call, world.size))
-    mine, error = [], None
-    try:
-        for positions in world.share(calls):
-            if stopped():
-                raise EvaluationStopped
-            mine.append(_answers(engine, eval_set, positions, reward, tokenizer, config, rollout))
-    except (*SAMPLING_ERRORS, EvaluationStopped) as raised:
-        error = raised
-    found: list[_Answers] = interleave(world.gather_or_raise(mine, error))
+
+    def answers_to(positions: Sequence[int]) -> _Answers:
+        if stopped():
+            raise EvaluationStopped
+        return _answers(engine, eval_set, positions, reward, tokenizer, config, rollout)
+
+    parts = world.attempt(lambda: [answers_to(positions) for positions in world.share(calls)], *SAMPLING_ERRORS, EvaluationStopped)
+    found: list[_Answers] = interleave(parts)
     problems = [problem for answers in found for problem in answers.problems]
     responses = [response for problem in problems for response in problem]
     if config.save_samples and save_to is not None and world.first:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -32,23 +32,18 @@ def held(output_dir: Path, world: World) -> Iterator[str | None]:
 
     Raises: UserError, on every rank, where another run writes there.
     """
-    file, note, error = None, None, None
-    try:
-        if world.first:
-            try:
-                output_dir.mkdir(parents=True, exist_ok=True)
-                file = (output_dir / LOCK_FILE).open("a+", encoding="utf-8")
-                note = _take(file, fcntl.LOCK_EX)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
-            except (OSError, UserError) as raised:
-                error = raised
-        world.gather_or_raise(None, error)
-        yield note
-    finally:
-        if file is not None:
-            file.close()
+    with ExitStack() as files:
+
+        def take() -> str | None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            file = files.enter_context((output_dir / LOCK_FILE).open("a+", encoding="utf-8"))
+            note = _take(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            return note
+
+        yield world.attempt(take if world.first else lambda: None, OSError, UserError)[0]
 
 
 def _take(file: TextIO, kind: int) -> str | None:

@@ -8,7 +8,7 @@ number of ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,8 +115,14 @@ class World:
                 "first printed, then continue with checkpoint.resume=true; a slow rank needs a larger parallel.timeout_s."
             ) from error
 
-    def gather_or_raise(self, value: Any, error: Exception | None) -> list[Any]:
-        """The values of all ranks, as `gather`; where a rank has an error, every rank raises the first one."""
+    def attempt(self, action: Callable[[], Any], *kinds: type[Exception]) -> list[Any]:
+        """What `action` returns on each rank, as `gather`; where one of `kinds` is raised on a rank, every rank raises it, of
+        several the first rank's, so that none goes on to wait for another."""
+        value, error = None, None
+        try:
+            value = action()
+        except kinds as raised:
+            error = raised
         parts = self.gather((value, error))
         for _, failed in parts:
             if failed is not None:

@@ -136,12 +136,7 @@ def _rejected_before(config: RunConfig) -> set[Place] | None:
 
 def _start(trainer: Trainer, reporter: Reporter) -> None:
     """Begin the report; what is wrong with its trackers, known to the first rank, is raised on every rank."""
-    error = None
-    try:
-        reporter.start(trainer.config, trainer.data_report)
-    except UserError as raised:
-        error = raised
-    trainer.world.gather_or_raise(None, error)
+    trainer.world.attempt(lambda: reporter.start(trainer.config, trainer.data_report), UserError)
 
 
 def _notice(trainer: Trainer) -> str:

@@ -216,16 +216,15 @@ class Trainer:
 
         Raises: EngineError or RewardError of any rank, on every rank.
         """
-        mine, error = None, None
         problems = [self.problems[i] for i in self.world.share(positions)]
         # What has no trace is sampled, whatever the plan; expert traces alone need no gathered model and no export.
         generates = plan.largest_request > 0 or any(self.world.gather(any(not problem.experts for problem in problems)))
-        try:
+
+        def sampled() -> RolloutResult:
             with self.ready_to_generate() if generates else nullcontext():
-                mine = run_plans(problems, self._built(plan), self.engine, self.reward, self.tokenizer, self.config.rollout)
-        except SAMPLING_ERRORS as raised:
-            error = raised
-        return merge_results(self.world.gather_or_raise(mine, error))
+                return run_plans(problems, self._built(plan), self.engine, self.reward, self.tokenizer, self.config.rollout)
+
+        return merge_results(self.world.attempt(sampled, *SAMPLING_ERRORS))
 
     @contextmanager
     def ready_to_generate(self) -> Iterator[None]:
@@ -247,7 +246,8 @@ class Trainer:
         if not positions:
             positions = self.order.next(self.config.prompts_per_step)
             if self.chooser is not None:
-                choice = self._chooser_answer_on_all_ranks()
+                # The first rank's answer: each sees other times and has random states of its own.
+                choice = self.world.attempt(self._ask_chooser, ChooserError)[0]
         objective = self._chosen(choice)
         alone = choice != "both" and not objective.rollout_terms
         traces = alone and self.config.plan.largest_request > 0
@@ -256,15 +256,6 @@ class Trainer:
     def _chosen(self, choice: str) -> Objective:
         kl = self.config.objective.kl
         return apply_choice(choice, self.objective, None if kl is None else kl.term())
-
-    def _chooser_answer_on_all_ranks(self) -> str:
-        """The first rank's answer, on every rank: each sees other times and has random states of its own."""
-        choice, error = None, None
-        try:
-            choice = self._ask_chooser()
-        except ChooserError as raised:
-            error = raised
-        return self.world.gather_or_raise(choice, error)[0]
 
     def _ask_chooser(self) -> str:
         try:

@@ -201,7 +201,7 @@ class OneRank:
     def share(self, items):
         return items[self.rank :: self.size]
 
-    gather_or_raise = World.gather_or_raise
+    attempt = World.attempt
 
     def gather(self, mine):
         if self.parts is None:

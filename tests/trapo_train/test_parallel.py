@@ -25,6 +25,7 @@ from trapo_train.display import read_metrics
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.packing import PackingConfig, pack
 from trapo_train.parallel import ParallelConfig, World, gathered, interleave, place_model
+from trapo_train.schema import UserError
 from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, optimizer_step
 from trapo_train.trainer import Trainer
 from trapo_train.vocab_parallel import join_micro_batches
@@ -214,6 +215,24 @@ def test_a_loaded_state_leaves_the_implementation_that_was_chosen_for_these_para
 def test_shares_put_together_are_the_whole(length):
     items = list(range(length))
     assert interleave([items[rank::3] for rank in range(3)]) == items
+
+
+def test_what_an_action_raises_on_some_ranks_is_raised_on_all_and_what_it_returns_is_known_to_all():
+    def raises(error):
+        raise error
+
+    here, there = UserError("of rank 0"), UserError("of rank 1")
+    world = World.alone()
+    world.gather = lambda mine: [mine, (2, None)]
+    assert world.attempt(lambda: 1, UserError) == [1, 2]
+    world.gather = lambda mine: [mine, (None, there)]
+    for action, raised in ((lambda: 1, there), (lambda: raises(here), here)):
+        with pytest.raises(UserError) as found:
+            world.attempt(action, OSError, UserError)
+        assert found.value is raised
+    world.gather = lambda mine: pytest.fail("a rank that ends for another reason tells nothing")
+    with pytest.raises(ZeroDivisionError):
+        world.attempt(lambda: raises(ZeroDivisionError()), UserError)
 
 
 def test_ranks_that_do_not_divide_into_replicas(monkeypatch):

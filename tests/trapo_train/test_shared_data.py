@@ -178,13 +178,13 @@ def test_a_checkpoint_of_other_data_is_refused_whatever_was_rejected(tmp_path):
 
 @pytest.mark.parametrize("section", ["pointer_chasing, split train", "pointer_chasing, split test"])
 def test_a_trainer_compares_its_problems_and_those_held_out_with_other_ranks(section, tmp_path, monkeypatch):
-    ask = World.gather_or_raise
+    alone = World.attempt
 
-    def gather_or_raise(self, value, error):
-        read = ask(self, value, error)
-        differs = hasattr(value, "fingerprint") and (section.endswith("train") or value.problems == 4)
-        return [*read, value._replace(fingerprint="other")] if differs else read
+    def attempt(self, action, *kinds):
+        (told,) = alone(self, action, *kinds)
+        differs = hasattr(told, "fingerprint") and (section.endswith("train") or told.problems == 4)
+        return [told, told._replace(fingerprint="other")] if differs else [told]
 
-    monkeypatch.setattr(World, "gather_or_raise", gather_or_raise)
+    monkeypatch.setattr(World, "attempt", attempt)
     with pytest.raises(UserError, match=rf"{section}: all ranks must read the same problems .* on ranks \[1\]"):
         Trainer(build_config(tmp_path, "run", *EVALUATED))

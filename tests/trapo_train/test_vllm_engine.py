@@ -272,14 +272,15 @@ def test_a_run_whose_vllm_runs_out_of_memory_in_its_second_step_keeps_the_first(
 
 
 def test_ranks_agree_before_they_put_weights_together_before_they_sample_and_after(vllm, tmp_path):
-    class Ranks:
+    class Ranks(World):
         def __init__(self, fails_at=None):
             self.fails_at = fails_at
 
-        def gather_or_raise(self, value, error):
+        def gather(self, value):
             llm.log.append("agree")
             if len(llm.log) == self.fails_at:
                 raise EngineError("of another rank")
+            return [value]
 
     model = tiny()
     engine = build(model, tmp_path)
