@@ -365,18 +365,18 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def group_problems(problems: Sequence[Problem], group_by: str | None) -> dict[str, list[int]]:
-    """Return the positions of the problems of each group, named like depth_3, in the order of the column's values.
+    """Return the positions of the problems of each group, at least one, named like depth_3, in the order of the column's values.
 
-    Raises: UserError for a problem without the column.
+    Raises: UserError for problems without the column.
     """
     if group_by is None:
         return {}
-    for problem in problems:
-        if group_by not in problem.columns:
-            raise UserError(
-                f"group_by must name a column of the data set, got {group_by!r}; problem {problem.index} has "
-                f"{sorted(problem.columns)}. Name one of these, or null."
-            )
+    first = problems[0]  # all rows of a set have the same columns
+    if group_by not in first.columns:
+        raise UserError(
+            f"group_by must name a column of the data set, got {group_by!r}; problem {first.index} has {sorted(first.columns)}. "
+            "Name one of these, or null."
+        )
     return _group([problem.columns[group_by] for problem in problems], group_by)
 
 
