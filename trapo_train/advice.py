@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
+from trapo_train.optimizer import OptimizerConfig
 from trapo_train.parallel import World
-from trapo_train.step import OptimizerConfig
 
 MANY_PASSES = 10
 

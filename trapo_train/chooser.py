@@ -22,8 +22,8 @@ from dataclasses import replace
 from typing import Any
 
 from trapo_kernels import KL, Objective, objectives
+from trapo_train.objective import with_kl
 from trapo_train.schema import UserError
-from trapo_train.step import with_kl
 from trapo_train.user_code import resolve
 
 Chooser = Callable[[int, Mapping[str, Any]], str]

@@ -187,8 +187,8 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.advantages import AdvantageConfig
     from trapo_train.held_out import model_label, responses_file
+    from trapo_train.objective import ObjectiveConfig
     from trapo_train.plans import PlanConfig
-    from trapo_train.step import ObjectiveConfig
     from trapo_train.tables import evaluation_table
     from trapo_train.updates import UpdateConfig
 

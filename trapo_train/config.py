@@ -17,13 +17,14 @@ from trapo_train.checkpoint import CheckpointConfig
 from trapo_train.data import DataConfig
 from trapo_train.evaluate import EvalConfig
 from trapo_train.model import ModelConfig
+from trapo_train.objective import ObjectiveConfig
+from trapo_train.optimizer import OptimizerConfig
 from trapo_train.packing import PackingConfig
 from trapo_train.parallel import ParallelConfig
 from trapo_train.plans import PlanConfig
 from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
 from trapo_train.schema import ConfigError, KeyPath, UserError, build, check, expand_home
-from trapo_train.step import ObjectiveConfig, OptimizerConfig
 from trapo_train.trackers import TrackingConfig
 from trapo_train.updates import UpdateConfig
 

@@ -22,10 +22,10 @@ from trapo_train.config import RunConfig
 from trapo_train.lora import LoraConfig, check_no_adapter
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES
+from trapo_train.objective import extreme_objectives
 from trapo_train.preflight import check_places, name_model_in_hub_errors
 from trapo_train.schema import UserError, refused
 from trapo_train.scratch import scratch_config
-from trapo_train.step import extreme_objectives
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import load_tokenizer
 

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.loading import decoder_layers
 from trapo_train.model import DTYPES, ModelConfig, policy_head, precision, prepare
+from trapo_train.optimizer import OptimizerConfig, build_optimizer
 from trapo_train.packing import MicroBatch
 from trapo_train.schema import UserError
-from trapo_train.step import OptimizerConfig, build_optimizer
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from trapo_train.config import RunConfig
 from trapo_train.grading import WorkerReward
 from trapo_train.lora import check_no_adapter
 from trapo_train.model import ModelConfig
+from trapo_train.optimizer import OptimizerConfig, build_optimizer
 from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.problems import RESERVED_COLUMNS, ProblemSet
 from trapo_train.reward_checks import check_takes
 from trapo_train.rewards import RewardFn, WeightedSum
 from trapo_train.schema import UserError
-from trapo_train.step import OptimizerConfig, build_optimizer
 from trapo_train.vllm_server import longest_of_server
 
 logger = logging.getLogger(__name__)

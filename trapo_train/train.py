@@ -24,6 +24,7 @@ from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 from trapo_train.lock import check_free, held
 from trapo_train.model_state import check_finite, check_replaceable, export_model, non_finite_weight, other_tokenizer
+from trapo_train.objective import ObjectiveConfig, cap_of_ratios
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
@@ -32,7 +33,7 @@ from trapo_train.rollout import SAMPLING_ERRORS
 from trapo_train.samples import write_samples
 from trapo_train.schema import UserError
 from trapo_train.signals import StopSignal
-from trapo_train.step import NonFiniteError, ObjectiveConfig, cap_of_ratios
+from trapo_train.step import NonFiniteError
 from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
 

@@ -31,6 +31,8 @@ from trapo_train.loading import check_token_ids
 from trapo_train.lora import without_lora
 from trapo_train.model import load_model_and_tokenizer, score_all
 from trapo_train.model_state import load_training_state, training_state
+from trapo_train.objective import build_objective, extreme_objectives, scheduled_options
+from trapo_train.optimizer import build_optimizer, build_scheduler
 from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, place_model, reshard
 from trapo_train.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
@@ -41,14 +43,7 @@ from trapo_train.refill import sample_with_refill
 from trapo_train.rejected import Place
 from trapo_train.rewards import load_reward
 from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
-from trapo_train.step import (
-    build_objective,
-    build_optimizer,
-    build_scheduler,
-    extreme_objectives,
-    optimizer_step,
-    scheduled_options,
-)
+from trapo_train.step import optimizer_step
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import end_ids, other_endings
 from trapo_train.updates import merge_updates, split_groups, with_old_policy

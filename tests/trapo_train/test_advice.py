@@ -13,7 +13,8 @@ from trapo_kernels.objective import KL_ESTIMATORS
 from trapo_kernels.objectives import PRESETS, PUBLISHED
 from trapo_train.advice import advice
 from trapo_train.config import load_config
-from trapo_train.step import KLConfig, ObjectiveConfig, OptimizerConfig, build_objective, build_optimizer, build_scheduler
+from trapo_train.objective import KLConfig, ObjectiveConfig, build_objective
+from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 
 ROOT = Path(__file__).parents[2]
 ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))

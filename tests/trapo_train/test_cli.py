@@ -14,7 +14,7 @@ from tests.trapo_train.test_step import make_model
 from trapo_train import cli, dry_run, rows, train
 from trapo_train.display import read_metrics
 from trapo_train.held_out import model_label
-from trapo_train.step import OptimizerConfig
+from trapo_train.optimizer import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 
 README = Path(cli.__file__).with_name("README.md").read_text()

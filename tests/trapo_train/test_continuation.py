@@ -26,7 +26,7 @@ from trapo_train.data import DataConfig
 from trapo_train.display import read_metrics
 from trapo_train.lora import LoraConfig
 from trapo_train.model import ModelConfig, prepare
-from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
 

@@ -18,7 +18,7 @@ from trapo_train.lora import LoraConfig
 from trapo_train.memory import _candidates, changes, plan_memory
 from trapo_train.memory_trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
 from trapo_train.model import ModelConfig
-from trapo_train.step import OptimizerConfig
+from trapo_train.optimizer import OptimizerConfig
 
 SHAPE = Qwen2Config(
     vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,

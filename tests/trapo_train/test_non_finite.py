@@ -19,7 +19,8 @@ from trapo_train.display import Reporter, read_metrics
 from trapo_train.engine import EngineError
 from trapo_train.model import policy_forward
 from trapo_train.model_state import non_finite_weight
-from trapo_train.step import NonFiniteError, OptimizerConfig
+from trapo_train.optimizer import OptimizerConfig
+from trapo_train.step import NonFiniteError
 from trapo_train.train import run
 
 

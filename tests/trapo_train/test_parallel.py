@@ -23,10 +23,11 @@ from trapo_kernels import objectives
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.model_state import load_training_state, training_state
+from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.packing import PackingConfig, pack
 from trapo_train.parallel import ParallelConfig, World, gathered, interleave, place_model
 from trapo_train.schema import UserError
-from trapo_train.step import OptimizerConfig, build_optimizer, build_scheduler, optimizer_step
+from trapo_train.step import optimizer_step
 from trapo_train.trainer import Trainer
 from trapo_train.vocab_parallel import join_micro_batches
 

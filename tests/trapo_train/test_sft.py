@@ -12,8 +12,8 @@ from trapo_train import cli
 from trapo_train.advice import advice
 from trapo_train.config import load_config
 from trapo_train.display import read_metrics
+from trapo_train.objective import build_objective
 from trapo_train.parallel import World
-from trapo_train.step import build_objective
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
 
