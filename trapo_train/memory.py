@@ -2,12 +2,14 @@
 
 Weights, gradients and optimizer state are counted on the model's own shapes, activations are traced through its own code on fake
 tensors (see `memory_trace`), buffers of head and rollouts follow from their sizes. Not included: the CUDA context, the allocator's
-fragmentation, and what other processes hold.
+fragmentation, and what other processes hold. What a run has held so far is `peak_memory_mib`.
 """
 
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -314,3 +316,11 @@ def _candidates(config: RunConfig, plan: MemoryPlan) -> Iterator[tuple[str, RunC
     if plan.gpus > 1 and config.parallel.replicate > 1:
         yield "parallel.replicate=1", replace(config, parallel=replace(config.parallel, replicate=1)), plan.gpus
     yield f"--gpus {2 * plan.gpus}", config, 2 * plan.gpus
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held at once so far, MiB: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

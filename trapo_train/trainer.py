@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import resource
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from trapo_kernels import Objective
 from trapo_train import preflight
@@ -28,13 +23,13 @@ from trapo_train.engines import build_engine, ready_to_generate
 from trapo_train.evaluate import evaluation_score, load_eval_sets, never
 from trapo_train.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.loading import check_token_ids
-from trapo_train.lora import without_lora
-from trapo_train.model import load_model_and_tokenizer, score_all
+from trapo_train.memory import peak_memory_mib
+from trapo_train.model import load_model_and_tokenizer
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.objective import build_objective, extreme_objectives, scheduled_options
 from trapo_train.optimizer import build_optimizer, build_scheduler
 from trapo_train.packing import MicroBatch, pack
-from trapo_train.parallel import World, place_model, reshard
+from trapo_train.parallel import World, place_model
 from trapo_train.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.problems import ProblemSet
 from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
@@ -46,7 +41,7 @@ from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, r
 from trapo_train.step import optimizer_step
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import end_ids, other_endings
-from trapo_train.updates import merge_updates, split_groups, with_old_policy
+from trapo_train.updates import merge_updates, split_groups, with_old_policy, with_reference
 from trapo_train.vocab_parallel import own_micro_batches
 
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
@@ -187,7 +182,7 @@ class Trainer:
             packed = pack(samples, config.packing, objective, max_response_tokens=longest, ranks=self.world.size)
             mine = own_micro_batches(packed, self.world)
             mine = with_old_policy(self.model, mine, objective, config.updates, config.rollout.temperature)
-            mini_batches.append(self._with_reference(mine, objective))
+            mini_batches.append(with_reference(self.reference, mine, objective, config.rollout.temperature))
         self.last_micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch]
         return merge_updates(
             [
@@ -364,23 +359,3 @@ class Trainer:
                 self.notes.append(f"left out {len(problems) - len(kept)} problems without an expert trace")
             problems = kept
         return problems
-
-    def _with_reference(self, micro_batches: list[MicroBatch], objective: Objective) -> list[MicroBatch]:
-        """The micro-batches with logprobs of the model as it was before training, where the objective reads them."""
-        if "ref_logprob" not in objective.reads():
-            return micro_batches
-        with without_lora(self.reference):
-            scored = score_all(self.reference, micro_batches, self.config.rollout.temperature)
-        reshard(self.reference)
-        return [
-            replace(micro, batch=replace(micro.batch, ref_logprob=logprob))
-            for micro, logprob in zip(micro_batches, scored, strict=True)
-        ]
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held at once so far, MiB: by tensors on a GPU, by the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective, Role, TokenBatch, corrections
+from trapo_train.lora import without_lora
 from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.model import score_all
 from trapo_train.packing import MicroBatch
@@ -121,6 +122,20 @@ def _with_old(micro_batch: MicroBatch, logprob: torch.Tensor, objective: Objecti
     counted = (batch.role == Role.ROLLOUT) & (batch.weight != 0)  # before a mask takes some out
     found = {"log_ratio": logprob.float() - batch.rollout_logprob, "factor": factor, "capped": capped.float(), "counted": counted}
     return replace(micro_batch, batch=replace(batch, **changes), correction=found)
+
+
+def with_reference(
+    reference: PreTrainedModel | None, micro_batches: list[MicroBatch], objective: Objective, temperature: float
+) -> list[MicroBatch]:
+    """The micro-batches with logprobs of the model as it was before training, where the objective reads them; with LoRA
+    `reference` is the model itself, whose adapters are left out."""
+    if "ref_logprob" not in objective.reads():
+        return micro_batches
+    with without_lora(reference):
+        scored = score_all(reference, micro_batches, temperature)
+    reshard(reference)
+    pairs = zip(micro_batches, scored, strict=True)
+    return [replace(micro_batch, batch=replace(micro_batch.batch, ref_logprob=logprob)) for micro_batch, logprob in pairs]
 
 
 def merge_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
