@@ -34,6 +34,7 @@ from trapo_train.parallel import World
 from trapo_train.schema import UserError
 
 FORMAT = 7
+CHECKPOINT_DIR = "checkpoints"  # in output_dir
 STATE_FILE, MANIFEST_FILE, TENSOR_DIR = "state.pt", "manifest.json", "tensors"
 
 

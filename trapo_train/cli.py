@@ -147,11 +147,12 @@ def _step(text: str) -> int | str:
 def _run(args: argparse.Namespace, console: Console) -> int:
     from trapo_train import train
     from trapo_train.display import NullReporter, Reporter
+    from trapo_train.output_dir import check_in_place
     from trapo_train.plots import plot_run
 
     config = _load(args, finished_run=False)
     if not any(override.startswith("output_dir=") for override in args.overrides):
-        train.check_in_place(args.config, config)
+        check_in_place(args.config, config)
     if args.dry_run:
         from trapo_train.dry_run import dry_run
 
@@ -347,7 +348,7 @@ def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
 def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
     """The configuration; for the directory of a finished run its own, with the model that it trained."""
     from trapo_train.config import CONFIG_FILE, load_config
-    from trapo_train.train import MODEL_DIR
+    from trapo_train.export import MODEL_DIR
 
     _quiet_libraries()
     directory = Path(args.config)

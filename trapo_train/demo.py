@@ -22,6 +22,7 @@ from rich.table import Table
 
 from trapo_train.config import RunConfig, load_config
 from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics, say
+from trapo_train.export import MODEL_DIR
 from trapo_train.figures import group_accuracies, group_label, group_order
 from trapo_train.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.inspect import render_group
@@ -29,7 +30,7 @@ from trapo_train.plots import plot_accuracy_by_group, plot_comparison, plot_run
 from trapo_train.records import Sample
 from trapo_train.tables import accuracy_cell
 from trapo_train.tasks import build_tokenizer
-from trapo_train.train import MODEL_DIR, RunSummary, Trainer, run
+from trapo_train.train import RunSummary, Trainer, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

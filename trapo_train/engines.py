@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trapo_train.checkpoint import CheckpointError
 from trapo_train.config import RunConfig
 from trapo_train.engine import EngineError, TransformersEngine
+from trapo_train.export import check_replaceable, export_model
 from trapo_train.model import policy_head, precision
-from trapo_train.model_state import check_replaceable, export_model, weights_as_saved
+from trapo_train.model_state import weights_as_saved
 from trapo_train.parallel import World, gathered
 from trapo_train.tokenizer import end_ids
 from trapo_train.vllm_engine import VllmEngine

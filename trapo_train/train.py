@@ -11,20 +11,21 @@ summary = run(config, Reporter(config.output_dir))
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checkpoint import CHECKPOINT_DIR, CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
-from trapo_train.display import METRICS_FILE, NullReporter, Reporter
+from trapo_train.display import NullReporter, Reporter
 from trapo_train.evaluate import EvaluationStopped
+from trapo_train.export import MODEL_DIR, export_model, other_tokenizer
 from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE, about_failed_gradings
-from trapo_train.lock import check_free, held
-from trapo_train.model_state import check_finite, check_replaceable, export_model, non_finite_weight, other_tokenizer
+from trapo_train.lock import held
+from trapo_train.model_state import check_finite, non_finite_weight
 from trapo_train.objective import ObjectiveConfig, cap_of_ratios
+from trapo_train.output_dir import check_output_dir, check_shared, check_steps
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
@@ -36,9 +37,6 @@ from trapo_train.signals import StopSignal
 from trapo_train.step import NonFiniteError
 from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
-
-SHARED_WITHIN_S = 20.0
-CHECKPOINT_DIR, MODEL_DIR = "checkpoints", "model"
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,10 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
         EngineError, each with a checkpoint of the state before; NonFiniteError in their place, and before any other checkpoint or
         the model is written, where weights are not finite; RankError when another rank dies or hangs.
     """
-    _check_output_dir(config)
+    check_output_dir(config)
     check_installed(config.tracking)
     trainer = Trainer(config, rejected=_rejected_before(config), tell=reporter.doing)
-    _check_steps(config, trainer.config.steps)
+    check_steps(config, trainer.config.steps)
     with trainer.world.together():
         kept = config.checkpoint
         store = CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, kept.keep, trainer.world, keep_best=kept.keep_best)
@@ -110,7 +108,7 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
         if config.data.on_rejected_expert == "drop":
             write_rejected(output_dir, trainer.problems.rejected)
         replace_text(output_dir / CONFIG_FILE, to_yaml(config))
-    _check_shared(trainer)
+    check_shared(trainer.config, trainer.world)
     _start(trainer, reporter)
     for note in trainer.notes:
         reporter.event(note)
@@ -146,21 +144,6 @@ def _notice(trainer: Trainer) -> str:
         return ""
     again = "; Ctrl-C once more stops it at once, without saving" if trainer.world.size == 1 else ""
     return f"\nSIGINT: the run saves after this step and stops{again}\n"
-
-
-def _check_shared(trainer: Trainer) -> None:
-    """Raise UserError on every rank unless all of them see the output_dir that the first one writes to."""
-    path, wanted = Path(trainer.config.output_dir) / CONFIG_FILE, to_yaml(trainer.config)
-    trainer.world.barrier()
-    deadline = time.monotonic() + SHARED_WITHIN_S  # a network disk may show a new file late
-    while not (seen := path.exists() and path.read_text(encoding="utf-8") == wanted) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = [rank for rank, sees in enumerate(trainer.world.gather(seen)) if not sees]
-    if blind:
-        raise UserError(
-            f"output_dir must be one directory for all ranks, which write their shards of a checkpoint there; ranks {blind} do not "
-            f"see what rank 0 wrote to {path.absolute()}. Put it on a disk that all of them share."
-        )
 
 
 def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsaved: CheckpointError | None) -> None:
@@ -343,50 +326,3 @@ def _about_ratios(config: ObjectiveConfig, metrics: dict[str, Any]) -> str:
     return (
         f". A token's logprob is over 88 nats above the old one, and its ratio not finite: {cap} it where its advantage is negative"
     )
-
-
-def _check_output_dir(config: RunConfig) -> None:
-    output_dir = Path(config.output_dir)
-    file = next((path for path in (output_dir, *output_dir.parents) if path.exists() and not path.is_dir()), None)
-    if file is not None:
-        raise UserError(f"output_dir must be a directory or a new name, got {output_dir}, where {file} is a file. Choose another.")
-    exported = (Path(config.output_dir) / MODEL_DIR).resolve()
-    if config.model.name_or_path is not None and Path(config.model.name_or_path).resolve() == exported:
-        raise UserError(
-            f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
-        )
-    check_free(output_dir)
-    if _is_used(output_dir) and not config.checkpoint.resume:
-        saved = CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()
-        go_on = "Continue it with checkpoint.resume=true, delete" if saved else "It has no checkpoint to continue from: delete"
-        raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on} it, or choose another output_dir.")
-    if config.steps is not None:  # those of epochs are known once the problems are loaded
-        _check_steps(config, config.steps)
-    check_replaceable(exported)
-
-
-def check_in_place(file: str | Path, config: RunConfig) -> None:
-    """Raise UserError for the configuration that a run has left where it is, if its output_dir is another directory: the run was
-    moved, or a relative output_dir is looked for from elsewhere, and would begin anew there."""
-    directory, output_dir = Path(file).parent.resolve(), Path(config.output_dir).resolve()
-    if Path(file).name == CONFIG_FILE and Path(file).is_file() and _is_used(directory) and directory != output_dir:
-        raise UserError(
-            f"a run must continue in the directory that it is in: {file} is the configuration of the run in {directory}, and its "
-            f"output_dir is {output_dir}. Add output_dir={directory}, or for a new run another output_dir."
-        )
-
-
-def _is_used(output_dir: Path) -> bool:
-    metrics = output_dir / METRICS_FILE
-    return bool(CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()) or (metrics.exists() and metrics.stat().st_size > 0)
-
-
-def _check_steps(config: RunConfig, steps: int) -> None:
-    """Raise UserError where the run continues a checkpoint of more than `steps`, which are config.steps or those of its epochs."""
-    saved = CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, config.checkpoint.keep).steps()
-    if saved and saved[-1] > steps:
-        given, it = (f"{steps}", "it") if config.epochs is None else (f"{steps}, of epochs = {config.epochs:g}", "epochs")
-        raise UserError(
-            f"steps must be at least those of the checkpoint that the run continues, {saved[-1]}, got {given}. Raise {it}; "
-            f"`trapo-train export {config.output_dir} --step N` writes the model of an earlier checkpoint, {saved}."
-        )

@@ -16,7 +16,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, rows, train_to_end
-from trapo_train import evaluate, train
+from trapo_train import evaluate, output_dir, train
 from trapo_train import trainer as trainer_module
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.checkpoint import CheckpointError, CheckpointStore
@@ -258,11 +258,11 @@ def test_dropout_of_the_model_is_switched_off_and_that_of_adapters_left(lora):
 
 
 def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(configure, monkeypatch):
-    monkeypatch.setattr(train, "SHARED_WITHIN_S", 0.2)
+    monkeypatch.setattr(output_dir, "SHARED_WITHIN_S", 0.2)
     config = configure("run")
     world = SimpleNamespace(barrier=lambda: None, gather=lambda seen: [True, seen])
     with pytest.raises(ValueError, match=r"output_dir must be one directory for all ranks.* ranks \[1\] do not see"):
-        train._check_shared(SimpleNamespace(config=config, world=world))
+        output_dir.check_shared(config, world)
 
 
 @pytest.mark.slow

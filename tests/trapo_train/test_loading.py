@@ -31,11 +31,11 @@ from tests.trapo_train.test_parallel import _torchrun
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.attention import longrope_limit, segment_arguments
 from trapo_train.display import read_metrics
+from trapo_train.export import export_model
 from trapo_train.loading import tell_of_untrained_balance
 from trapo_train.lora import LoraConfig
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.model_state import export_model
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import load_tokenizer
 from trapo_train.trainer import Trainer

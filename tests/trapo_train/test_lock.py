@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train import train
+from trapo_train import output_dir, train
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.export import export_checkpoint
 from trapo_train.lock import held
@@ -55,7 +55,7 @@ def test_a_second_run_is_refused_before_it_loads_anything_and_takes_nothing_from
 
 def test_of_two_runs_that_load_at_the_same_time_one_goes_on(configure, monkeypatch):
     config = configure("run", "steps=1")
-    monkeypatch.setattr(train, "check_free", lambda output_dir: None)  # nobody had begun then
+    monkeypatch.setattr(output_dir, "check_free", lambda output_dir: None)  # nobody had begun then
     with held(Path(config.output_dir), World.alone()), pytest.raises(UserError, match=OWN):
         train_to_end(config)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [".lock"]

@@ -13,6 +13,7 @@ from tests.trapo_train.test_train import build_config, exported, train_to_end
 from trapo_train import memory
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
+from trapo_train.export import export_adapter, export_model
 from trapo_train.lora import (
     LoraConfig,
     adapted_layers,
@@ -26,7 +27,6 @@ from trapo_train.lora import (
 from trapo_train.memory import load_architecture
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
-from trapo_train.model_state import export_adapter, export_model
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer

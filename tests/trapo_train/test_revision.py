@@ -14,10 +14,10 @@ from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config
 from trapo_train import cli, train
 from trapo_train.data import DataConfig
+from trapo_train.export import export_adapter
 from trapo_train.held_out import model_label
 from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.model import ModelConfig
-from trapo_train.model_state import export_adapter
 from trapo_train.preflight import check_places, name_model_in_hub_errors
 from trapo_train.rows import load_rows
 from trapo_train.schema import UserError

@@ -18,8 +18,8 @@ from trapo_train.data import DataConfig, load_problems
 from trapo_train.dry_run import dry_config
 from trapo_train.engine import SamplingParams, stop_ids
 from trapo_train.engines import build_engine
+from trapo_train.export import export_model
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.model_state import export_model
 from trapo_train.parallel import World
 from trapo_train.scratch import ScratchConfig
 from trapo_train.tokenizer import end_ids, load_tokenizer, other_endings

@@ -22,9 +22,9 @@ from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.engine import EngineError, SamplingParams
 from trapo_train.engines import build_engine, ready_to_generate
+from trapo_train.export import export_model
 from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.model import install_policy_head
-from trapo_train.model_state import export_model
 from trapo_train.parallel import World
 from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.rollout import run_plans

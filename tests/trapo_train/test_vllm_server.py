@@ -20,7 +20,7 @@ from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import vllm_server
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.engine import EngineError, SamplingParams
-from trapo_train.model_state import export_model
+from trapo_train.export import export_model
 from trapo_train.records import Request
 from trapo_train.rewards import RewardError
 from trapo_train.rollout import run_plans
