@@ -173,22 +173,21 @@ class DataReport:
     """Columns that no reward is handed, because rewards have an argument of that name."""
 
     def __str__(self) -> str:
-        dropped = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
-        system = f"; {self.own_system} chats have a system message of their own, which system_prompt does not replace"
         again = f"; {self.dropped_duplicates} more dropped as equal to an earlier one" if self.dropped_duplicates else ""
-        equal = (
-            f"; {self.duplicates} problems equal an earlier one in prompt, solution, expert traces and the columns that the reward "
-            "names: a pass visits that several times, and a step may (on_duplicate: drop leaves them out)"
-        )
-        bare = f"; {self.bare_answers} answers are their content alone, which the chat template writes in another way"
-        turns = f"; {self.context_turns} assistant turns before the last are context only (learned_turns: all)"
-        plain = f"; {self.plain_prompts} prompts go in as the texts they are (as_chat: true renders them with the chat template)"
-        return (
+        rejected = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
+        found = (
             f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
-            f"long prompt{again}), {self.experts} expert traces{dropped}{equal if self.duplicates else ''}"
-            f"{bare if self.bare_answers else ''}{turns if self.context_turns else ''}{plain if self.plain_prompts else ''}"
-            f"{system if self.own_system else ''}"
+            f"long prompt{again}), {self.experts} expert traces{rejected}"
         )
+        notes = {
+            "problems equal an earlier one in prompt, solution, expert traces and the columns that the reward names: a pass visits "
+            "that several times, and a step may (on_duplicate: drop leaves them out)": self.duplicates,
+            "answers are their content alone, which the chat template writes in another way": self.bare_answers,
+            "assistant turns before the last are context only (learned_turns: all)": self.context_turns,
+            "prompts go in as the texts they are (as_chat: true renders them with the chat template)": self.plain_prompts,
+            "chats have a system message of their own, which system_prompt does not replace": self.own_system,
+        }
+        return "; ".join([found, *(f"{count} {note}" for note, count in notes.items() if count)])
 
 
 def load_problems(
