@@ -108,7 +108,7 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
         if config.data.on_rejected_expert == "drop":
             write_rejected(output_dir, trainer.problems.rejected)
         replace_text(output_dir / CONFIG_FILE, to_yaml(config))
-    check_shared(trainer.config, trainer.world)
+    check_shared(config, trainer.world)
     _start(trainer, reporter)
     for note in trainer.notes:
         reporter.event(note)
@@ -199,34 +199,39 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if (due or stopping) and saved_at != trainer.step and unsaved is None:
                 _save(trainer, store, reporter)
                 saved_at = trainer.step
-                continue
-            if trainer.evaluation_due and not stopping:
+            elif trainer.evaluation_due and not stopping:
                 _evaluate(trainer, store, reporter, stop, saved=saved_at == trainer.step)
-                continue
-            if finished or stopping:
+            elif finished or stopping:
                 return unsaved
-            metrics = trainer.train_step()
+            else:
+                told = _step(trainer, store, reporter, told)
         except CheckpointError as error:
             if not finished:
                 raise
             unsaved = error
-            continue
         except SAMPLING_ERRORS:  # they leave the state as it was
             if trainer.step > 0 and saved_at != trainer.step:
                 _save(trainer, store, reporter)
             raise
-        reporter.step(metrics)
-        told = _tell(trainer, reporter, metrics, told)
-        samples_every = config.tracking.samples_every
-        if trainer.world.first and samples_every and trainer.step % samples_every == 0:
-            _write_samples(trainer, reporter)
-        try:
-            _stop_if_broken(trainer, metrics, reporter)
-        except NonFiniteError:  # nothing was taken from the updates that were skipped
-            trainer.skipped_in_a_row = 0  # of the run that goes on from here
-            if saved_at != trainer.step and non_finite_weight(trainer.model, trainer.world) is None:
-                _save(trainer, store, reporter)
-            raise
+
+
+def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, told: set[str]) -> set[str]:
+    """Train a step and report it; returns what has been `told` by now. After too many skipped steps in a row a checkpoint is saved,
+    unless weights are not finite, before NonFiniteError is raised."""
+    metrics = trainer.train_step()
+    reporter.step(metrics)
+    told = _tell(trainer, reporter, metrics, told)
+    samples_every = trainer.config.tracking.samples_every
+    if trainer.world.first and samples_every and trainer.step % samples_every == 0:
+        _write_samples(trainer, reporter)
+    try:
+        _stop_if_broken(trainer, metrics, reporter)
+    except NonFiniteError:  # nothing was taken from the updates that were skipped
+        trainer.skipped_in_a_row = 0  # of the run that goes on from here
+        if non_finite_weight(trainer.model, trainer.world) is None:
+            _save(trainer, store, reporter)
+        raise
+    return told
 
 
 def _evaluate(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal, *, saved: bool) -> None:
