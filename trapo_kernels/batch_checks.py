@@ -107,15 +107,19 @@ def row_index(batch: TokenBatch, index: object) -> None:
         )
 
 
-def cut_at(batch: TokenBatch, index: slice | Tensor) -> int | None:
-    """The first end of a slice that has tokens of one sequence on both sides, None for indices or on a GPU."""
-    if not isinstance(index, slice) or batch.sequence_id is None or not checks.may_look(batch.role):
-        return None
-    start, stop, step = index.indices(len(batch))
-    ends = {start, stop} if step == 1 and start < stop else set()
-    sequence_id, real = batch.sequence_id, batch.role != Role.IGNORED
-    beside = (end for end in sorted(ends - {0, len(batch)}) if sequence_id[end - 1] == sequence_id[end])
-    return next((end for end in beside if real[end - 1] and real[end]), None)
+def cut_by(batch: TokenBatch, index: slice | Tensor, part: TokenBatch) -> tuple[tuple[int, int], ...]:
+    """(role, sequence) of tokens in `part`, rows `index` of `batch`, others of which it lacks; none are seen on a GPU."""
+    if batch.sequence_id is None or not checks.may_look(batch.role):
+        return ()
+    left_out = torch.ones_like(batch.role, dtype=torch.bool)
+    left_out[index] = False
+    cut = []
+    for role in (Role.ROLLOUT, Role.EXPERT):
+        before = batch.sequence_id.new_tensor([sequence for of_role, sequence in batch._cut if of_role == role])
+        lacked = torch.cat([batch.sequence_id[left_out & (batch.role == role)], before])
+        there = part.sequence_id[part.role == role]
+        cut += [(role, sequence) for sequence in there[torch.isin(there, lacked)].unique().tolist()]
+    return tuple(cut)
 
 
 def loss_totals(totals: LossTotals) -> None:
@@ -201,11 +205,13 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
     must be finite where it is read."""
-    if batch._cut_at is not None and any(term.reduces(batch.on_policy) for term in objective.terms):
-        raise ValueError(
-            f"{where}: objective {objective.name!r} pools over sequences, which must be whole in a batch, got one that batch.rows "
-            f"cut at row {batch._cut_at}. Cut between sequences."
-        )
+    for role, terms in ((Role.ROLLOUT, objective.rollout_terms), (Role.EXPERT, objective.expert_terms)):
+        cut = [sequence for of_role, sequence in batch._cut if of_role == role]
+        if cut and any(term.reduces(batch.on_policy) for term in terms):
+            raise ValueError(
+                f"{where}: objective {objective.name!r} pools over sequences, of which a batch must have all tokens of a role, got "
+                f"one without some of sequence {cut[0]}, which batch.rows left out. Cut between sequences."
+            )
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")

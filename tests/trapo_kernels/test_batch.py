@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import numpy as np
@@ -235,21 +236,47 @@ def test_losses_and_gradients_of_rows_add_up_to_those_of_the_whole(name, cut):
         assert cases.error(ours, expected) < 1e-14
 
 
+_MIXED = replace(objectives.gspo(), expert=objectives.sft().expert)  # pools over rollout tokens alone
+_ROLLOUT, _HALVES = [1] * 12, torch.arange(12) // 6  # two sequences of 6 tokens
+
+
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which sequences are cut")
-def test_a_part_that_cuts_a_sequence_is_refused_where_the_objective_pools_over_sequences():
+@pytest.mark.parametrize(
+    ("role", "sequence_id", "index", "objective", "cut"),
+    [
+        (_ROLLOUT, torch.arange(12) // 4, slice(0, 6), objectives.gmpo(), 1),
+        (_ROLLOUT, torch.arange(12) // 4, slice(6, 12), objectives.gmpo(), 1),
+        (_ROLLOUT, torch.arange(12) // 4, torch.arange(6), objectives.gmpo(), 1),
+        (_ROLLOUT, torch.arange(12) // 4, slice(0, 12, 2), objectives.gmpo(), 0),
+        ([1, 1, 0, 0, 1, 1] * 2, _HALVES, slice(0, 3), objectives.gspo(), 0),  # between the turns of one sequence
+        (_ROLLOUT, torch.arange(12) % 2, slice(0, 6), objectives.gmpo(), 0),
+        ([2, 2, 1, 1, 1, 1] * 2, _HALVES, slice(0, 10), _MIXED, 1),
+        (_ROLLOUT, torch.arange(12) // 4, slice(0, 6), objectives.grpo(), None),  # which does not pool
+        ([1, 1, 0, 0] * 3, torch.arange(12) // 4, slice(4, 6), objectives.gmpo(), None),  # a sequence without its padding
+        ([2] * 6 + [1] * 6, _HALVES, slice(0, 3), _MIXED, None),  # within an expert trace
+        ([2, 2, 1, 1, 1, 1] * 2, _HALVES, slice(0, 8), _MIXED, None),  # between a prefix and its rollout
+    ],
+)
+def test_a_part_that_cuts_what_the_objective_pools_over_is_refused(role, sequence_id, index, objective, cut):
+    hidden, weight, _ = cases.head(12, 6, 40)
+    whole = replace(cases.batch(12, 40, sequence_id=sequence_id), role=torch.tensor(role, dtype=torch.uint8))
+    refused = (
+        rf"objective '{objective.name}' pools over .*, got one without some of sequence {cut}, which batch\.rows .* Cut between seq"
+    )
+    with nullcontext() if cut is None else pytest.raises(ValueError, match=refused):
+        linear_policy_loss(hidden[index], weight, whole.rows(index), objective)
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which sequences are cut")
+def test_what_is_made_of_a_cut_part_is_cut_as_well_unless_it_leaves_that_sequence_out():
     hidden, weight, _ = cases.head(12, 6, 40)
     b = cases.batch(12, 40, roles=(1,), sequence_id=torch.arange(12) // 4)
-    message = (
-        r"objective 'gmpo' pools over sequences, which must be whole in a batch, got one that batch\.rows cut at row 6\. Cut b"
-    )
-    for part in (slice(0, 6), slice(6, 12)):
-        copies = b.rows(part), b.rows(part).to("cpu"), copy.deepcopy(b.rows(part))
-        for cut in copies:
-            with pytest.raises(ValueError, match=message):
-                linear_policy_loss(hidden[part], weight, cut, objectives.gmpo())
-        linear_policy_loss(hidden[part], weight, b.rows(part), objectives.grpo())  # which does not pool
-    padded = replace(b, role=torch.where(torch.arange(12) % 4 > 1, Role.IGNORED, b.role).to(torch.uint8))
-    linear_policy_loss(hidden[4:6], weight, padded.rows(slice(4, 6)), objectives.gmpo())  # without its padding it is whole
+    part = b.rows(slice(0, 6))
+    told = part.with_active_rows(part.active_rows)
+    for cut in (part.to("cpu"), copy.deepcopy(part), told, part.rows(slice(None)), part.rows(slice(4, 6))):
+        with pytest.raises(ValueError, match="got one without some of sequence 1, which"):
+            linear_policy_loss(hidden[: len(cut)], weight, cut, objectives.gmpo())
+    linear_policy_loss(hidden[:4], weight, part.rows(slice(0, 4)), objectives.gmpo())
 
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which rows are active")
