@@ -60,11 +60,13 @@ def test_a_batch_of_ignored_rows_runs_backward_to_zeros(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *SINGLE_PASS])
-def test_the_smallest_alpha_has_a_finite_loss_and_the_gradient_of_sft(backend):
+@pytest.mark.parametrize("of_token", [1.0, 1000.0])
+def test_the_smallest_alpha_has_a_finite_loss_and_the_gradient_of_sft(of_token, backend):
     hidden, weight, _ = cases.head(20, 6, 30, torch.float32)
-    b = cases.batch(20, 30, torch.float32, roles=(2,))
+    weights = torch.full((20,), of_token, device=cases.DEVICE)
+    b = cases.batch(20, 30, torch.float32, roles=(2,), weight=weights, entropy_weight=None)
     found = []
-    for objective in (objectives.trsft(alpha=1e-37), objectives.sft()):
+    for objective in (objectives.trsft(alpha=1e-30), objectives.sft()):
         out = linear_policy_loss(hidden, weight, b, objective, backend=backend)
         assert out.loss.isfinite()
         found.append(cases.gradients(out.loss, (hidden, weight)))

@@ -19,7 +19,7 @@ def sft(entropy_coef: float = 0.0) -> Objective:
 
 
 def trsft(alpha: float = 0.1, entropy_coef: float = 0.0) -> Objective:
-    """TrSFT: TRAPO's expert term alone, dL/dlogp = -min(p/α, 1), on a dataset of expert traces; α in [1e-37, 1].
+    """TrSFT: TRAPO's expert term alone, dL/dlogp = -min(p/α, 1), on a dataset of expert traces; α in [1e-30, 1].
 
     Source: arXiv 2512.17636, section 3.1.
     """
@@ -68,8 +68,9 @@ def psft(epsilon: float = 0.2, entropy_coef: float = 0.0) -> Objective:
 
 
 def trsft_term(preset: str, alpha: float) -> Term:
-    """V = p/α below α and 1 + log(p/α) above; α in [1e-37, 1], where 1/α is finite in float32: the paper's is 0.1, and 1 is DFT."""
-    checks.in_range(f"objectives.{preset}", "alpha", alpha, 1e-37, 1.0)
+    """V = p/α below α and 1 + log(p/α) above; α in [1e-30, 1], where weight/α is finite in float32: the paper's is 0.1, and 1 is
+    DFT."""
+    checks.in_range(f"objectives.{preset}", "alpha", alpha, 1e-30, 1.0)
     return Term(Truncate(high=alpha, scale=1.0 / alpha))
 
 

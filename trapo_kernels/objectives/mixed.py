@@ -14,7 +14,7 @@ def trapo(alpha: float = 0.1, entropy_coef: float = 0.001) -> Objective:
     """TRAPO: TrSFT on expert tokens, the unclipped ratio loss on rollout tokens, an entropy bonus.
 
     TrSFT has dL/dlogp = -min(p/α, 1), with the potential V = p/α below α and 1 + log(p/α) above. The authors' code reports the
-    value -p/max(sg(p), α) instead; the gradient is the same. α in [1e-37, 1]: α → 0 is SFT, α = 1 is DFT.
+    value -p/max(sg(p), α) instead; the gradient is the same. α in [1e-30, 1]: α → 0 is SFT, α = 1 is DFT.
 
     Paper and release share this loss. They differ in the prefix schedule, and the release sums over tokens and divides by the
     longest response alone: `aggregate(mode="length", max_tokens=8192)`.
