@@ -61,6 +61,13 @@ def test_any_preset_takes_a_kl_as_the_documentation_says():
     assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which both name
 
 
+@pytest.mark.parametrize("options", [{"kl": "k2", "kl_clamp": 2.0}, {"kl": "k3_corrected"}, {"kl": "k1"}], ids=str)
+def test_a_beta_that_is_scheduled_to_zero_leaves_no_kl_whatever_its_other_options(options):
+    assert objectives.grpo(beta=0.0, **options) == objectives.grpo()
+    assert objectives.reinforce_pp(beta=0.0, kl=options["kl"]) == objectives.reinforce_pp()
+    assert objectives.grpo(beta=0.1, **options).kl is not None and objectives.uft(beta=0.0).kl is None
+
+
 def test_a_sum_says_why_it_takes_two_passes_and_lists_the_terms_of_all_its_layers():
     expert, rollout, kl = Term(gates.One()), Term(gates.Ratio(), anchor="old", signal="advantage"), KL(0.1)
     apart = Objective(expert=expert, plus=Objective(rollout=rollout, kl=kl, entropy_coef=0.1))

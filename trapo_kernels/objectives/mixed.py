@@ -111,7 +111,7 @@ def uft(
     return Objective(
         expert=Term(One(), scale=hint_coef),
         rollout=clip_term(epsilon_low, epsilon_high),
-        kl=kl_or_none("uft", KL(beta, "k3"), default="k3"),
+        kl=kl_or_none(KL(beta, "k3")),
         entropy_coef=entropy_coef,
         name="uft",
     )

@@ -32,14 +32,13 @@ def grpo(
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
     The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
-    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. Both must
-    be left at their defaults where `beta` is 0. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least
+    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. Neither
+    does anything where `beta` is 0. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least
     1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`.
 
     Source: arXiv 2402.03300, equation 3.
     """
-    kl_term = kl_or_none("grpo", KL(beta, kl, kl_clamp), default="k3")
-    objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, kl_term)
+    objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, kl_or_none(KL(beta, kl, kl_clamp)))
     checks.in_range("objectives.grpo", "delta", delta, 1.0 + epsilon_high, math.inf)
     return objective
 
@@ -109,13 +108,11 @@ def reinforce_pp(
 ) -> Objective:
     """REINFORCE++: PPO's clip on advantages normalised over the whole batch instead of the group (`PUBLISHED`).
 
-    The KL is part of the reward in the plain version; the version with a baseline has it in the loss: `beta` > 0, k2. `kl` must
-    be left at its default where `beta` is 0.
+    The KL is part of the reward in the plain version; the version with a baseline has it in the loss: `beta` > 0, k2.
 
     Source: arXiv 2501.03262.
     """
-    kl_term = kl_or_none("reinforce_pp", KL(beta, kl), default="k2")
-    return clipped("reinforce_pp", epsilon_low, epsilon_high, math.inf, entropy_coef, kl_term)
+    return clipped("reinforce_pp", epsilon_low, epsilon_high, math.inf, entropy_coef, kl_or_none(KL(beta, kl)))
 
 
 def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: float = 0.0) -> Objective:
@@ -146,17 +143,9 @@ def clip_term(epsilon_low: float, epsilon_high: float, dual: float = math.inf, s
     return Term(Clip(epsilon_low, epsilon_high, dual), anchor="old", signal="advantage", scale=scale)
 
 
-def kl_or_none(preset: str, kl: KL, default: str) -> KL | None:
-    """The KL term, or None where its β is 0; then what would be dropped with it must be left at its default."""
-    if kl.beta:
-        return kl
-    for name, value, wanted in (("kl", kl.estimator, default), ("kl_clamp", kl.clamp, math.inf)):
-        if value != wanted:
-            raise ValueError(
-                f"objectives.{preset}: {name} must be {wanted!r}, its default, with beta = 0, which has no KL, got {value!r}. Set "
-                "beta above 0, or leave it out."
-            )
-    return None
+def kl_or_none(kl: KL) -> KL | None:
+    """The KL term, or None where its β is 0: an objective without one reads no `ref_logprob`."""
+    return kl if kl.beta else None
 
 
 def clipped(
