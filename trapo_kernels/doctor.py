@@ -79,7 +79,8 @@ def _of_pipeline(device: torch.device) -> str:
 
     if tile_of(torch.bfloat16, torch.cuda.get_device_properties(device).major)["num_stages"] > 1:
         return ""
-    return "; copies wait for products, because this triton lacks a fence between them: pip install 'triton>=3.8'"
+    remedy = "Install a torch that brings triton 3.8 or newer"
+    return f"; copies wait for products, because this triton lacks a fence between them. {remedy}"
 
 
 def _self_test(backend: str, device: torch.device) -> float:
