@@ -241,8 +241,8 @@ def todo() -> str:
         "To be timed before the tile of `launch.py` is pinned: the first sweep of the Triton row kernels reduces over the block in "
         "every tile and starts no load before that (read off the SASS). `tl.range(0, whole, BLOCK_V, num_stages=3)` in `row_sweep` "
         "compiles to asynchronous copies (row_policy of TRAPO on sm_90, triton 3.9: 64 registers, 16 KiB of shared memory, no "
-        "spill, where the plain loop takes 40 and none; under triton 3.6 the latter takes 64 as well: 4 rows on a multiprocessor, "
-        "not 6); a maximum per lane, reduced once, needs no barriers.",
+        "spill, where the plain loop takes 40 and none; under triton 3.6 see `launch.py`); a maximum per lane, reduced once, needs "
+        "no barriers.",
         "",
     ]
     return "\n".join(lines)

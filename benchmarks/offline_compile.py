@@ -28,11 +28,6 @@ SHARED_MEMORY_LIMIT = {sm: 1024 * kib for sm, kib in ((80, 163), (86, 99), (89, 
 TENSOR_CORE = dict.fromkeys((80, 86, 89, 120), "mma.sync") | {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # These read shared memory past the generic proxy: what asynchronous copies wrote there they see behind a fence alone.
 BEHIND_A_FENCE = ("wgmma.mma_async", "tcgen05.mma")
-# The oldest triton that is supported takes other registers, measured with its compiler by `compile_one`.
-OLDEST = (
-    "On sm_90 triton 3.6.0 takes 64 registers for row_policy (trapo) and 175 for fused_scoring (bf16), of one stage there, with no "
-    "asynchronous copies and one fence. The figures below are of the version above."
-)
 
 
 class Variant(NamedTuple):
@@ -168,7 +163,7 @@ def main() -> int:
     rows = table()
     columns = list(rows[0])
     if not as_json:
-        print(f"`python -m benchmarks.offline_compile`, triton {version('triton')}, {len(rows)} compiles\n\n{OLDEST}\n")
+        print(f"`python -m benchmarks.offline_compile`, triton {version('triton')}, {len(rows)} compiles\n")
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print(json.dumps(row) if as_json else "| " + " | ".join(str(row[column]) for column in columns) + " |")

@@ -11,8 +11,9 @@ from trapo_kernels.backends.logits import LogitTransform, RowStatistics, split_t
 # In every launch: a multiplication and an addition may become one. Left open, the environment decides the bits (triton 3.9 warns).
 OPTIONS = {"enable_fp_fusion": True}
 # One tile for every shape: 2048 fp32 logits over 8 warps are 8 registers per thread and tensor, two 16-byte loads. On sm_90 the
-# policy kernel of TRAPO takes 40 registers under triton 3.9: 6 rows are on a multiprocessor at once, with 48 KiB of them on the
-# way; 64 under triton 3.6: 4 rows, 32 KiB. Figures: benchmarks/results/offline_compile.md. The speed of this tile awaits a GPU.
+# policy kernel of TRAPO takes 40 registers compiled by triton 3.9 (benchmarks/results/offline_compile.md): 6 rows are on a
+# multiprocessor at once, with 48 KiB of them on the way. Compiled by triton 3.6 (`python -m benchmarks.offline_compile` under it)
+# it takes 64: 4 rows, 32 KiB. The speed of this tile awaits a GPU.
 TILE = OPTIONS | {"BLOCK_V": 2048, "num_warps": 8}
 
 
