@@ -17,33 +17,34 @@
 namespace trapo {
 
 // The argument on whose GPU an op runs, and that GPU.
-struct Home {
+struct Device {
   const char* name;
   int gpu;
 };
 
-inline Home check_home(const char* op, const char* name, const Tensor& x) {
+inline Device check_device(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be on a GPU, got a tensor on the CPU. Pass ", name, ".cuda().");
   return {name, x.get_device_index()};
 }
 
 // That an op was dispatched here says that one of its arguments is on some GPU, not that all are on the same one.
-inline void check_at_home(const char* op, const Home& home, const char* name, const Tensor& x) {
+inline void check_same_device(const char* op, const Device& device, const char* name, const Tensor& x) {
   const bool on_gpu = x.is_cuda();
-  STD_TORCH_CHECK(on_gpu && x.get_device_index() == home.gpu, op, ": ", name, " must be on the GPU of ", home.name, ", cuda:", home.gpu,
-                  ", got a tensor on ", on_gpu ? "cuda:" + std::to_string(x.get_device_index()) : "the CPU", ". Pass ", name, ".to(",
-                  home.name, ".device).");
+  STD_TORCH_CHECK(on_gpu && x.get_device_index() == device.gpu, op, ": ", name, " must be on the GPU of ", device.name, ", cuda:",
+                  device.gpu, ", got a tensor on ", on_gpu ? "cuda:" + std::to_string(x.get_device_index()) : "the CPU", ". Pass ",
+                  name, ".to(", device.name, ".device).");
 }
 
 template <typename T>
-const T* check_gpu_vector(const char* op, const Home& home, const char* name, const Tensor& x, int64_t length, const char* axis = "C") {
-  check_at_home(op, home, name, x);
+const T* check_gpu_vector(const char* op, const Device& device, const char* name, const Tensor& x, int64_t length,
+                          const char* axis = "C") {
+  check_same_device(op, device, name, x);
   return check_vector<T>(op, name, x, length, axis);
 }
 
-inline const float* check_gpu_optional(const char* op, const Home& home, const char* name, const std::optional<Tensor>& x,
+inline const float* check_gpu_optional(const char* op, const Device& device, const char* name, const std::optional<Tensor>& x,
                                        int64_t length, const char* axis = "C") {
-  return x.has_value() ? check_gpu_vector<float>(op, home, name, *x, length, axis) : nullptr;
+  return x.has_value() ? check_gpu_vector<float>(op, device, name, *x, length, axis) : nullptr;
 }
 
 inline void check_cuda(const char* op, cudaError_t error) {

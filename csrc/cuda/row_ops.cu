@@ -15,7 +15,7 @@ struct Matrix {
   void* data;
   int64_t rows, columns, stride, element_size;
   ScalarType dtype;
-  Home home;
+  Device device;
 
   bool aligned() const {
     return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride * element_size % kVectorBytes == 0;
@@ -23,15 +23,15 @@ struct Matrix {
 };
 
 Matrix check_matrix(const char* op, const char* name, const Tensor& x) {
-  const Home home = check_home(op, name, x);
+  const Device device = check_device(op, name, x);
   check_rows(op, name, x);
   STD_TORCH_CHECK(x.size(1) < kMostColumns, op, ": ", name, " must have fewer than 2^30 columns, got ", x.size(1),
                   ". Shard the vocabulary with process_group.");
-  return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type(), home};
+  return {x.mutable_data_ptr(), x.size(0), x.size(1), x.stride(0), static_cast<int64_t>(x.element_size()), x.scalar_type(), device};
 }
 
 Matrix check_grad(const char* op, const Matrix& logits, const Tensor& x) {
-  check_at_home(op, logits.home, "grad", x);
+  check_same_device(op, logits.device, "grad", x);
   check_gradient_shape(op, x, logits.rows, logits.columns);
   return check_matrix(op, "grad", x);
 }
@@ -42,9 +42,9 @@ RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor&
   a.logits = logits.data;
   a.row_stride = logits.stride;
   a.vocab_size = logits.columns;
-  a.target = check_gpu_vector<int64_t>(op, logits.home, "target", target, logits.rows);
-  a.bias = check_gpu_optional(op, logits.home, "bias", bias, logits.columns, "V");
-  a.row_temperature = check_gpu_optional(op, logits.home, "row_temperature", row_temperature, logits.rows);
+  a.target = check_gpu_vector<int64_t>(op, logits.device, "target", target, logits.rows);
+  a.bias = check_gpu_optional(op, logits.device, "bias", bias, logits.columns, "V");
+  a.row_temperature = check_gpu_optional(op, logits.device, "row_temperature", row_temperature, logits.rows);
   a.temperature = static_cast<float>(temperature);
   a.softcap = static_cast<float>(softcap);
   return a;
@@ -122,24 +122,24 @@ void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bia
   a.grad = grad.data;
   a.grad_stride = grad.stride;
   const auto given = [&](const char* name, const Tensor& x) {
-    return const_cast<float*>(check_gpu_vector<float>(op, logits.home, name, x, logits.rows));  // read only
+    return const_cast<float*>(check_gpu_vector<float>(op, logits.device, name, x, logits.rows));  // read only
   };
   a.logprob = given("logprob", logprob), a.entropy = given("entropy", entropy);
   a.row_max = given("row_max", row_max), a.log_sum = given("log_sum", log_sum);
-  a.grad_logprob = check_gpu_optional(op, logits.home, "grad_logprob", grad_logprob, logits.rows);
-  a.grad_entropy = check_gpu_optional(op, logits.home, "grad_entropy", grad_entropy, logits.rows);
+  a.grad_logprob = check_gpu_optional(op, logits.device, "grad_logprob", grad_logprob, logits.rows);
+  a.grad_entropy = check_gpu_optional(op, logits.device, "grad_entropy", grad_entropy, logits.rows);
   dispatch(op, Kind::kGradient, a, logits, &grad, current_stream(logits_tensor));
 }
 
-void put_streams(const char* op, const Home& home, RowArguments& a, int64_t rows, const Tensor& role, const Tensor& anchor,
+void put_streams(const char* op, const Device& device, RowArguments& a, int64_t rows, const Tensor& role, const Tensor& anchor,
                  const Tensor& signal, const Tensor& advantage, const std::optional<Tensor>& kl_weight,
                  const std::optional<Tensor>& ref_logprob, const std::vector<int64_t>& codes, const std::vector<double>& scalars) {
-  a.role = check_gpu_vector<uint8_t>(op, home, "role", role, rows);
-  a.anchor = check_gpu_vector<float>(op, home, "anchor", anchor, rows);
-  a.signal = check_gpu_vector<float>(op, home, "signal", signal, rows);
-  a.advantage = check_gpu_vector<float>(op, home, "advantage", advantage, rows);
-  a.kl_weight = check_gpu_optional(op, home, "kl_weight", kl_weight, rows);
-  a.ref_logprob = check_gpu_optional(op, home, "ref_logprob", ref_logprob, rows);
+  a.role = check_gpu_vector<uint8_t>(op, device, "role", role, rows);
+  a.anchor = check_gpu_vector<float>(op, device, "anchor", anchor, rows);
+  a.signal = check_gpu_vector<float>(op, device, "signal", signal, rows);
+  a.advantage = check_gpu_vector<float>(op, device, "advantage", advantage, rows);
+  a.kl_weight = check_gpu_optional(op, device, "kl_weight", kl_weight, rows);
+  a.ref_logprob = check_gpu_optional(op, device, "ref_logprob", ref_logprob, rows);
   a.gates = check_gates(op, codes, scalars);
 }
 
@@ -151,8 +151,8 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
-  put_streams(op, logits.home, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
-  a.grad_entropy = check_gpu_optional(op, logits.home, "grad_entropy", grad_entropy, logits.rows);
+  put_streams(op, logits.device, a, logits.rows, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
+  a.grad_entropy = check_gpu_optional(op, logits.device, "grad_entropy", grad_entropy, logits.rows);
   StatisticsOutput out;
   const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
@@ -171,11 +171,11 @@ Tensor token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor sign
                          std::vector<double> scalars) {
   const char* op = "token_coefficient";
   const int64_t tokens = logprob.dim() == 0 ? 0 : logprob.size(0);
-  const Home home = check_home(op, "logprob", logprob);
+  const Device device = check_device(op, "logprob", logprob);
   const float* values = check_vector<float>(op, "logprob", logprob, tokens);
   const torch::stable::accelerator::DeviceGuard guard(logprob.get_device_index());
   RowArguments a = {};
-  put_streams(op, home, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
+  put_streams(op, device, a, tokens, role, anchor, signal, advantage, kl_weight, ref_logprob, codes, scalars);
   Tensor out = torch::stable::new_empty(logprob, {tokens});
   if (tokens == 0) return out;
   launch_blocks(op, token_coefficient_kernel, (tokens + 255) / 256, 256, current_stream(logprob), a, values,

@@ -47,7 +47,7 @@ void launch_scale(const char* op, void* data, const float* factor, int64_t eleme
 
 void scale(Tensor x, Tensor factor) {
   const char* op = "scale";
-  check_at_home(op, check_home(op, "x", x), "factor", factor);
+  check_same_device(op, check_device(op, "x", x), "factor", factor);
   STD_TORCH_CHECK(x.is_contiguous(), op, ": x must be contiguous, as it is scaled in its place, got shape ", shape_of(x),
                   ". Pass x.contiguous().");
   STD_TORCH_CHECK(factor.numel() == 1, op, ": factor must be one number, got shape ", shape_of(factor), ". Pass a 0-d tensor.");

@@ -43,8 +43,8 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
 Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
                    double temperature, double softcap) {
   const char* op = "scoring";
-  const Home home = check_home(op, "hidden", hidden);
-  check_at_home(op, home, "weight", weight);
+  const Device device = check_device(op, "hidden", hidden);
+  check_same_device(op, device, "weight", weight);
   check_operand("hidden", hidden);
   check_operand("weight", weight);
   STD_TORCH_CHECK(weight.size(1) == hidden.size(1), op, ": weight must have shape [V, D] with the D of hidden, ", hidden.size(1), ", got ",
@@ -64,8 +64,8 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   const ScoringArguments a = {rows,
                               vocab_size,
                               hidden.size(1),
-                              check_gpu_vector<int64_t>(op, home, "target", target, rows),
-                              check_gpu_optional(op, home, "row_temperature", row_temperature, rows),
+                              check_gpu_vector<int64_t>(op, device, "target", target, rows),
+                              check_gpu_optional(op, device, "row_temperature", row_temperature, rows),
                               static_cast<float>(temperature),
                               static_cast<RunningSoftmax*>(partial.mutable_data_ptr()),
                               target_logit.mutable_data_ptr<float>(),
