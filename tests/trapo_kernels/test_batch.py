@@ -83,6 +83,14 @@ def test_share_multiplies_and_is_not_counted():
     torch.testing.assert_close(aggregate(ROLE, SEQUENCE, mode="token_mean", share=share), plain * share)
 
 
+def test_a_share_over_its_mean_takes_the_mean_over_copies_as_over_one():
+    """Sequences 0 and 1 begin with copies of one prefix of 2 expert tokens, sequence 2 with another of 1."""
+    role = torch.tensor([2, 2, 1, 2, 2, 1, 2, 1], dtype=torch.uint8)
+    share, mine = torch.where(torch.arange(8) < 6, 0.5, 1.0), role == Role.EXPERT
+    weight = aggregate(role, mode="role_mean", share=share / share[mine].mean())[mine]
+    torch.testing.assert_close(weight, torch.tensor([1 / 6] * 4 + [1 / 3]))
+
+
 def test_a_role_without_tokens_and_an_empty_batch_give_no_nan():
     only_rollouts = torch.ones(3, dtype=torch.uint8)
     assert torch.isfinite(aggregate(only_rollouts, torch.zeros(3, dtype=torch.int64), mode="role_mean")).all()
