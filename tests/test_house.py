@@ -201,7 +201,7 @@ def test_readme_grpo_of_two_ranks_is_that_of_all_sequences(name):
     merged = []
     for rank in (slice(0, 3), slice(3, 5)):
         names = {"torch": torch, "model": model, "dist": SimpleNamespace(all_reduce=all_reduce), "world_size": 2}
-        names |= vars(trapo_kernels) | {name: x[rank] for name, x in given.items()}
+        names |= {name: x[rank] for name, x in given.items()}
         exec("".join(_readme_python()[i] for i in (1, 3)), names)
         merged.append(names["metrics"])
     for weight, exact in zip(weights, expected, strict=True):
