@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
+from trapo_train.objective import extreme_objectives
 from trapo_train.optimizer import OptimizerConfig
 from trapo_train.parallel import World
 
@@ -28,6 +29,7 @@ def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world
         _unguided(config, objective),
         _unclipped(config, objective),
         _unheld(objective),
+        _without_beta(config),
         _uncorrected(config, objective),
         _truncated(config, objective),
         _warmup(config),
@@ -111,6 +113,15 @@ def _unheld(objective: Objective) -> str | None:
         "samples its gradient is zero in expectation, noise that holds nothing. Set the estimator k2, or k3_corrected, whose "
         "gradient is the KL's after several updates, too"
     )
+
+
+def _without_beta(config: RunConfig) -> str | None:
+    """A preset reads these options for its KL alone; a function of the user's own may do what it likes with them."""
+    section = config.objective
+    given = " ".join(f"{name}={section.options[name]}" for name in ("kl", "kl_clamp") if name in section.options)
+    if not given or section.name not in objectives.PRESETS or any(extreme.has_kl for extreme in extreme_objectives(section)):
+        return None
+    return f"objective.options has {given}, and no KL at any step, because beta is 0. Set beta above 0, or leave them out"
 
 
 def _uncorrected(config: RunConfig, objective: Objective) -> str | None:

@@ -48,7 +48,7 @@ class ObjectiveConfig:
     """A preset of trapo_kernels.objectives, such as trapo, sft, dr_grpo, luffy or chord_mu, or a path to your own function that
     returns a trapo_kernels.Objective: my_objectives:mine."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the preset or function, such as alpha in [1e-37, 1] of trapo; a number may be a schedule over the rollout steps,
+    """Arguments of the preset or function, such as alpha in [1e-30, 1] of trapo; a number may be a schedule over the rollout steps,
     such as {schedule: cosine, start: 0.9, end: 0.05, steps: 200}."""
     chooser: str | None = None
     """Path to your own function, my_choosers:choose, that says before every step which terms it trains; null for all."""
@@ -87,11 +87,9 @@ def extreme_objectives(config: ObjectiveConfig) -> list[Objective]:
 
 
 def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
-    preset, options = _preset(config), config.options | scheduled
-    if config.name in objectives.PRESETS and scheduled.get("beta") == 0 and _schedules(config)["beta"].bounds[1] > 0:
-        options = {name: option for name, option in options.items() if name not in ("kl", "kl_clamp")}  # those of its other steps
+    preset = _preset(config)
     with refused(f"objective: {config.name} refuses its options", TypeError, ValueError):
-        objective = preset(**options)
+        objective = preset(**config.options | scheduled)
     if not isinstance(objective, Objective):
         raise UserError(f"objective.name {config.name!r} must return a trapo_kernels.Objective, got {type(objective).__name__}.")
     if config.kl is None:

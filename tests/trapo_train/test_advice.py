@@ -109,6 +109,16 @@ def test_a_kl_whose_gradient_holds_nothing(advised, estimator):
         )
 
 
+def test_options_of_a_kl_that_has_no_weight_at_any_step(advised):
+    grpo = ("plan.name=grpo", "objective.name=grpo", "advantage.normalise=group_std", "packing.aggregation=sequence_mean")
+    ramp = "{schedule: linear, start: 0.0, end: %s, steps: 5}"
+    for beta in ("", "beta: 0, ", f"beta: {ramp % 0.0}, "):
+        (sentence,) = advised(*grpo, f"objective.options={{{beta}kl: k2, kl_clamp: 3.0}}")
+        assert sentence.startswith("objective.options has kl=k2 kl_clamp=3.0, and no KL at any step, because beta is 0. Set beta")
+    for options in ("{}", "{beta: 0}", "{beta: 0.1, kl: k2}", "{beta: %s, kl: k2}" % (ramp % 0.1)):
+        assert advised(*grpo, f"objective.options={options}") == []
+
+
 @pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
 def test_a_correction_with_logprobs_over_the_tokens_that_were_kept(advised, engine):
     sampled, corrected = f"rollout.engine={engine}", "updates.correction={name: mis}"

@@ -27,10 +27,10 @@ def test_options_may_be_schedules():
     [
         (("trappo",), "name must be one of trapo, sft, .*got 'trappo'"),
         (("trapo", {"alhpa": 0.1}), "options of trapo are alpha, entropy_coef, got 'alhpa'. Did you mean 'alpha'"),
-        (("trapo", {"alpha": 2.0}), r"alpha must lie in \[1e-37, 1\], got 2"),
+        (("trapo", {"alpha": 2.0}), r"alpha must lie in \[1e-30, 1\], got 2"),
         (
             ("trapo", {"alpha": {"schedule": "linear", "start": 1, "end": 0, "steps": 9}}),
-            r"alpha must lie in \[1e-37, 1\], got 0",
+            r"alpha must lie in \[1e-30, 1\], got 0",
         ),
         (("trapo", {"alpha": {"schedule": "linear", "start": 1}}), "linear.end, linear.steps must be set"),
         (("trapo", {}, ""), "chooser must be a path"),
