@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_train.metrics import Mean
+from trapo_train.records import THINK
 from trapo_train.reward_checks import takes
 from trapo_train.schema import UserError
 from trapo_train.workers import Answer, WorkerPool
@@ -110,7 +111,7 @@ class MathVerify(Grader):
         self, prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
     ) -> list[float | None]:
         asked = [i for i, truth in enumerate(solution) if truth is not None]
-        answers = self.ask([(completions[i], solution[i]) for i in asked])
+        answers = self.ask([(completions[i], solution[i], prompts[i].rstrip().endswith(THINK)) for i in asked])
         values: list[float | None] = [None] * len(completions)
         for i, answer in zip(asked, answers, strict=True):
             values[i] = answer.value if answer.outcome == "ok" else 0.0

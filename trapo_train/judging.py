@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from trapo_train.prefix import answer_in_prefix
-from trapo_train.records import Sample
+from trapo_train.records import Problem, Sample
 from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
 from trapo_train.tokenizer import decode
 
@@ -26,6 +26,7 @@ class _Case:
 
     owner: Any
     samples: Sequence[Sample]
+    problems: list[Problem]
     texts: list[str]
     future: Future | None = field(default=None)
 
@@ -53,10 +54,9 @@ class Judging:
 
     def start(self, owner: Any, samples: Sequence[Sample]) -> None:
         """Judge `samples`; `take` gives back their owner."""
-        case = _Case(owner, samples, _texts(samples, self._tokenizer, self._config))
+        case = _Case(owner, samples, *_shown(samples, self._tokenizer, self._config))
         if self._threads is not None:
-            problems = [sample.problem for sample in samples]
-            case.future = self._threads.submit(judge, self._reward, problems, case.texts, _about(samples))
+            case.future = self._threads.submit(judge, self._reward, case.problems, case.texts, _about(samples))
         self._cases.append(case)
 
     def take(self, *, wait: bool) -> list[Any]:
@@ -78,8 +78,9 @@ class Judging:
 
     def _judge_all(self) -> list[list[float | None]]:
         samples = [sample for case in self._cases for sample in case.samples]
+        problems = [problem for case in self._cases for problem in case.problems]
         texts = [text for case in self._cases for text in case.texts]
-        values = iter(judge(self._reward, [sample.problem for sample in samples], texts, _about(samples)))
+        values = iter(judge(self._reward, problems, texts, _about(samples)))
         return [[next(values) for _ in case.samples] for case in self._cases]
 
     def __enter__(self) -> Self:
@@ -95,22 +96,23 @@ def judge_samples(
 ) -> int:
     """Set `reward`, `verdict`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many were None.
 
-    With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has
-    written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
+    With verify="completion" the reward sees the completion alone, the prefix at the end of its prompt, except for full expert
+    traces: there the model has written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
     """
-    problems = [sample.problem for sample in samples]
-    values = judge(reward, problems, _texts(samples, tokenizer, config), _about(samples))
+    values = judge(reward, *_shown(samples, tokenizer, config), _about(samples))
     return _settle(samples, values, tokenizer, config)
 
 
-def _texts(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[str]:
-    texts = []
+def _shown(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> tuple[list[Problem], list[str]]:
+    problems, texts = [], []
     for sample in samples:
-        alone = config.verify == "completion" and sample.prefix_ratio < 1.0
-        texts.append(
-            decode(tokenizer, sample.completion_ids if alone else sample.prefix_ids + sample.completion_ids, special=False)
-        )
-    return texts
+        problem, token_ids = sample.problem, sample.prefix_ids + sample.completion_ids
+        if config.verify == "completion" and sample.prefix_ratio < 1.0 and sample.guided:
+            problem = replace(problem, prompt=problem.prompt + decode(tokenizer, sample.prefix_ids, special=False))
+            token_ids = sample.completion_ids
+        problems.append(problem)
+        texts.append(decode(tokenizer, token_ids, special=False))
+    return problems, texts
 
 
 def _about(samples: Sequence[Sample]) -> dict[str, list[Any]]:

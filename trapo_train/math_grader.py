@@ -1,8 +1,9 @@
 r"""Grading of mathematical answers by math-verify; as a program, a worker for `trapo_train.workers`.
 
 The answer is what stands in \boxed{}, after words such as "the final answer is" or, as in GSM8K, in a last line "#### 72"; a bare
-number is none, so that a response cut off in mid-reasoning earns nothing. Of a response with thoughts what stands behind its last
-</think> counts alone; one without </think>, as models write it that have no such tag, is an answer from its beginning.
+number is none, so that a response cut off in mid-reasoning earns nothing. Of a response with thoughts what stands behind its first
+</think> counts alone, nothing where <think> stands in it or at the end of its prompt and </think> does not; one with neither, as
+models write it that have no such tags, is an answer from its beginning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 from itertools import product
 from typing import Any
 
-from trapo_train.records import END_THINK
+from trapo_train.records import END_THINK, THINK
 from trapo_train.schema import MissingPackage
 from trapo_train.workers import OutOfTime
 
@@ -37,9 +38,12 @@ def load_library() -> Any:
     return math_verify
 
 
-def grade(completion: str, solution: str) -> float | None:
+def grade(completion: str, solution: str, opened: bool = False) -> float | None:
     """1.0 where the completion's answer behind its thoughts equals the solution, else 0.0; None where math-verify cannot parse the
     solution, or not within TIME_LIMIT_S.
+
+    Args:
+        opened: whether the prompt ends with <think>.
 
     Raises: OutOfTime where parsing the completion or a comparison took more than TIME_LIMIT_S, unless another comparison says that
         they are equal; RuntimeError outside the main thread.
@@ -61,7 +65,7 @@ def grade(completion: str, solution: str) -> float | None:
         library.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),
         library.ExprExtractionConfig(try_extract_without_anchor=False),
     ]
-    answer = _parse(anchored_answer(completion.rpartition(END_THINK)[2]), library, extraction_config=anchored)
+    answer = _parse(anchored_answer(behind_thoughts(completion, opened)), library, extraction_config=anchored)
     late = False
     for pair in product(gold, answer):  # as verify does with lists, where an exception of one pair would hide the others
         try:
@@ -74,6 +78,14 @@ def grade(completion: str, solution: str) -> float | None:
     if late:
         raise OutOfTime
     return 0.0
+
+
+def behind_thoughts(completion: str, opened: bool) -> str:
+    """The completion without its thoughts, which are all of it where they never end; it may stand in thoughts that are `opened`."""
+    thoughts, end, rest = completion.partition(END_THINK)
+    if end:
+        return rest
+    return "" if opened or THINK in thoughts else completion
 
 
 def anchored_answer(completion: str) -> str:

@@ -110,8 +110,9 @@ class RewardFn(Protocol):
     """A reward as TRL calls one for text data, a function or an async one: one number per row, or None where it has no opinion.
 
     `prompts` and `completions` are texts, one per row, those of a chat too; a completion is the whole response, expert prefix
-    included and special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with
-    one value per row, and no `completion_ids`. Declare the ones you read and take the rest with `**columns`.
+    included, which `rollout.verify` may move to the end of the prompt, and special tokens left out. `columns` holds `solution` and
+    every further column of the dataset, each as a list with one value per row, and no `completion_ids`. Declare the ones you read
+    and take the rest with `**columns`.
 
     Two columns are about the responses, for rewards that declare them or take `**columns`: `completion_tokens` (list[int]), the
     tokens of the whole response, expert prefix and end-of-sequence token included, whatever `rollout.verify` shows of its text; and

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trapo_train import math_grader
+from trapo_train.grading import MathVerify
 from trapo_train.math_grader import anchored_answer, grade
 from trapo_train.workers import OutOfTime
 
@@ -76,12 +77,20 @@ def test_answers_as_they_are_written(completion, solution, expected):
         ("<think>try \\boxed{4}</think>\n#### 3", 1.0),
         ("try \\boxed{4}</think>\n**Answer: 3**", 1.0),  # <think> stood in the prompt
         ("<think>a</think> \\boxed{3} <think>b</think> So \\boxed{4}.", 0.0),
+        ("<think>no, \\boxed{4}</think>\\boxed{3}\n</think>", 1.0),
         ("<think>\nSo it is 3.\n</think>\n\n## Solution\n1 + 2 = 3.\n\n$\\boxed{3}$", 1.0),  # as LUFFY's traces
-        ("<think>still at it, \\boxed{3}", 1.0),
+        ("<think>still at it, \\boxed{3}", 0.0),
+        ("First \\boxed{3}. <think>Or is it?", 0.0),
     ],
 )
-def test_thoughts_are_no_answer_once_they_have_ended(completion, expected):
+def test_thoughts_are_no_answer(completion, expected):
     assert grade(completion, "3") == expected
+
+
+def test_thoughts_that_the_prompt_opens_are_no_answer_until_they_end():
+    opened, closed = "What is 1 + 2? <think>\n", "Think in <think>. What is 1 + 2?<think>\n\n</think>\n\n"
+    responses = ["still at it, \\boxed{3}", "So it is 3.\n</think>\n\n$\\boxed{3}$", "still at it, \\boxed{3}"]
+    assert MathVerify()([opened, opened, closed], responses, ["3"] * 3) == [0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("text", ["2**3**2", "Answer: 2**3**2", "Answer: **a\nb**", "**Answer:** 2", "**2**", "answers **two**"])
