@@ -21,6 +21,7 @@ from trapo_train.rows import (
     tools_of,
     trace_texts,
     wants_chat,
+    with_files,
     with_think_tags,
     without_start,
 )
@@ -209,7 +210,7 @@ class RowReader:
         for text in trace_texts(expert, at):
             text = with_think_tags(text, config.think_tags, prompt, at)
             traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
-        columns = {column: row[column] for column in self.columns}
+        columns = {column: with_files(row[column], at) for column in self.columns}
         problem = Problem(index, prompt, prompt_ids, solution, columns=columns)
         counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not wants_chat(value, config)}
         if traces and self._are_conversations and config.learned_turns == "last":

@@ -83,6 +83,22 @@ def cell(row: dict[str, Any], column: str, where: str) -> Any:
     return value
 
 
+def with_files(value: Any, where: str) -> Any:
+    """A cell with the content of the files in it, images, audio and the like, as datasets names them by their absolute path where
+    it reads a folder: what it says does not depend on where that lies."""
+    if isinstance(value, list):
+        return [with_files(item, where) for item in value]
+    if not isinstance(value, dict):
+        return value
+    path = value.get("path")
+    if value != {"bytes": None, "path": path} or not isinstance(path, str) or not Path(path).is_absolute():
+        return {key: with_files(item, where) for key, item in value.items()}
+    try:
+        return {"bytes": Path(path).read_bytes(), "path": Path(path).name}
+    except OSError as error:
+        raise UserError(f"{where}: a file of the dataset must be readable, got {error}. Put it there or remove the row.") from error
+
+
 def prompt_text(
     value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, tools: list[Any] | None = None
 ) -> str:

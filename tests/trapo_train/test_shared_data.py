@@ -169,6 +169,29 @@ def test_data_with_images_is_the_same_at_every_start_and_their_bytes_reach_the_r
     assert problems.fingerprint != load_problems(_images(tmp_path, 2)[0], TOKENIZER, None).fingerprint
 
 
+def test_a_folder_of_images_is_the_same_data_wherever_it_lies_and_other_data_with_another_image(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def load(name, shade):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        image.new("RGB", (8, 8), (shade, 0, 0)).save(folder / "a.png")
+        row = {"file_name": "a.png", "prompt": "ab|", "solution": "bc", "notes": [{"bytes": None, "path": "a.png"}]}
+        (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+        return load_problems(DataConfig(path=str(folder)), TOKENIZER, None)
+
+    here = load("here", 1)
+    png = {"bytes": (tmp_path / "here" / "a.png").read_bytes(), "path": "a.png"}
+    assert here[0].columns == {"image": png, "notes": [{"bytes": None, "path": "a.png"}]}
+    assert here.fingerprint == load("there", 1).fingerprint
+    assert here.fingerprint != load("here", 2).fingerprint
+    problems = load("gone", 1)
+    (tmp_path / "gone" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"row 0: a file of the dataset must be readable, got .*gone/a\.png'\. Put it there"):
+        problems.at([0])[0]  # not from the cache
+
+
 def test_a_checkpoint_of_other_data_is_refused_whatever_was_rejected(tmp_path):
     settings = ("reward=tests.trapo_train.test_shared_data:moody", "data.on_rejected_expert=drop", "steps=2")
     train_to_end(build_config(tmp_path, "run", *settings))
