@@ -28,7 +28,7 @@ def check_free(output_dir: Path) -> None:
 @contextmanager
 def held(output_dir: Path, world: World) -> Iterator[str | None]:
     """Inside, no other run can begin in `output_dir`; every rank enters. Gives a note where the disk takes no locks. The lock ends
-    with the process, whatever ends that.
+    with the process, whatever ends that and whatever it has forked.
 
     Raises: UserError, on every rank, where another run writes there.
     """
@@ -38,6 +38,7 @@ def held(output_dir: Path, world: World) -> Iterator[str | None]:
             output_dir.mkdir(parents=True, exist_ok=True)
             file = files.enter_context((output_dir / LOCK_FILE).open("a+", encoding="utf-8"))
             note = _take(file, fcntl.LOCK_EX)
+            os.register_at_fork(after_in_child=file.close)  # or the lock would last as long as a child, which shares it
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

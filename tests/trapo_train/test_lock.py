@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import socket
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import output_dir, train
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.export import export_checkpoint
-from trapo_train.lock import held
+from trapo_train.lock import check_free, held
 from trapo_train.parallel import World
 from trapo_train.plots import plot_run
 from trapo_train.schema import UserError
@@ -60,6 +61,38 @@ def test_of_two_runs_that_load_at_the_same_time_one_goes_on(configure, monkeypat
         train_to_end(config)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [".lock"]
     train_to_end(config)
+
+
+def test_a_process_that_was_killed_holds_no_lock_through_what_it_forked(tmp_path):
+    """The child of a run lives on, as a worker of a data loader may."""
+    ready, finish = os.pipe(), os.pipe()
+    run = os.fork()
+    if run == 0:
+        try:
+            with held(tmp_path, World.alone()):
+                if os.fork() == 0:
+                    os.write(ready[1], b"x")
+                    os.read(finish[0], 1)
+                else:
+                    os.read(ready[0], 1)
+                    os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(0)
+    try:
+        assert os.WIFSIGNALED(os.waitpid(run, 0)[1])
+        check_free(tmp_path)
+    finally:
+        os.write(finish[1], b"x")
+
+
+def test_a_fork_inside_leaves_the_lock_to_its_process(tmp_path):
+    with held(tmp_path, World.alone()):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(UserError, match=OWN):
+            check_free(tmp_path)
 
 
 def test_what_only_reads_works_beside_a_run(configure):
