@@ -24,7 +24,7 @@ from trapo_train.parallel import ParallelConfig
 from trapo_train.plans import PlanConfig
 from trapo_train.rewards import RewardTerm
 from trapo_train.rollout import RolloutConfig
-from trapo_train.schema import ConfigError, KeyPath, UserError, build, check, expand_home
+from trapo_train.schema import ConfigError, KeyPath, UserError, build, check, expand_home, quotes_for
 from trapo_train.trackers import TrackingConfig
 from trapo_train.updates import UpdateConfig
 
@@ -150,8 +150,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a YAML file, or a recipe of the package by its name, and apply overrides such as "plan.name=grpo".
 
     An override's value is YAML too: 3, 1e-6, true, null, [1, 2]; a text without quotes is taken as it stands, with # and all behind
-    it. It replaces the value at its key; missing sections on the way are created. One of steps and epochs, overridden alone, takes
-    the place of the other.
+    it, unless YAML reads it as something else, as "a: b" or "[a]". It replaces the value at its key; missing sections on the way
+    are created. One of steps and epochs, overridden alone, takes the place of the other.
 
     Raises:
         ConfigError: naming the key, the rule, the value and where it was set, for anything that is not a valid
@@ -194,7 +194,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 _NUMBERS = {  # of YAML 1.1 without 010, there an 8, and 1:30, there 90, and with 1e-6
-    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$",
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F][\da-fA-F_]*|0b[01][01_]*)$",
     "tag:yaml.org,2002:float": r"([-+]?(\d[\d_]*(\.[\d_]*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d[\d_]*([eE][-+]?\d+)?)"
     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
 }
@@ -265,7 +265,10 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
 
 def _override_value(key: str, text: str, where: str) -> Any:
     """What an override's text says as YAML, or the text itself, of which YAML would drop a comment and white space at its ends."""
-    value, first = _parse_yaml(text, where), text.lstrip()[:1]
+    try:
+        value, first = _parse_yaml(text, where), text.lstrip()[:1]
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{quotes_for(key)}") from error
     is_quoted = first in tuple("'\"|>!")
     if is_quoted or not (isinstance(value, str) or first == "#"):
         return value

@@ -197,7 +197,14 @@ def _wrong_type(
     known = {item.name for item in fields(section)} if section is not None and isinstance(value, str) else set()
     named = [name for name in ("path", "name_or_path", "name") if name in known]
     meant = f" Did you mean {key}.{named[0]}={value}?" if named else ""
+    if "text" in expected.split(" or ") and value is not None and not path[-1].isdigit():
+        meant = f" {quotes_for(key)}"
     return ConfigError(f"{origin(path)}: {key} must be {expected}, got {got}.{meant}")
+
+
+def quotes_for(key: str) -> str:
+    """The remedy for a text that YAML reads as something else."""
+    return f"Put quotes around a text with characters or words that mean something in YAML: '{key}=\"…\"' on the command line."
 
 
 def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str], path: KeyPath) -> str:

@@ -153,6 +153,9 @@ def test_the_home_directory_takes_the_place_of_a_tilde_and_no_directory_is_calle
         assert f"got {path!r}. Write it out" in str(error.value)
 
 
+QUOTES = """Put quotes around a text with characters or words that mean something in YAML: 'data.system_prompt="…"' on the"""
+
+
 def test_to_yaml_and_back(tmp_path, file):
     config = load(file, "plan={name: ladder, rungs: [{samples: 2}, {samples: 1, threshold: 1e-7}]}", "eval_data.path=ä.jsonl")
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
@@ -193,6 +196,13 @@ def test_to_yaml_and_back(tmp_path, file):
         (["plan..name=3"], "must have the form"),
         (["steps.a=3"], "override 'steps.a=3': steps is no section, its value is 10."),
         (["steps=[1"], "override 'steps=[1': not valid YAML"),
+        (["data.system_prompt=[think] first"], QUOTES),
+        (["data.system_prompt=*Think*"], QUOTES),
+        (["data.system_prompt=Answer: in a box"], f"must be text, got {{'Answer': 'in a box'}} (a mapping). {QUOTES}"),
+        (["data.system_prompt=on"], f"data.system_prompt must be text, got True (true or false). {QUOTES}"),
+        (["model.eos_token=5"], "must be text or a list of text or null, got 5 (int). Put quotes around a text"),
+        (["seed=0x_"], "seed must be int, got '0x_' (text)."),
+        (["seed=0b__"], "seed must be int, got '0b__' (text)."),
         (["plan=grpo"], "got 'grpo' (text). Did you mean plan.name=grpo?"),
         (["objective=dapo"], "Did you mean objective.name=dapo?"),
         (["data=train.jsonl"], "Did you mean data.path=train.jsonl?"),
