@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -138,13 +144,14 @@ def trace_pass(
         cast: whether weights that are trained are cast from float32 where they are used, as in a single process; FSDP gathers
             them in the compute type.
 
-    Raises: UserError for a model whose operations depend on values, such as a mixture of experts.
+    Raises: UserError for a model whose operations depend on values, such as a mixture of experts that runs those alone that some
+        token takes.
     """
     dtype = torch.float32 if cast else DTYPES[config.dtype]
     layers = architecture.get_text_config().num_hidden_layers
     try:
         one, two = (_trace(config, architecture, depth, segments, head, dtype) for depth in (1, 2))
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
             f"plan-memory: memory must follow from the model's shape, {architecture.model_type} asks for values ({error}). "
             "Only a run can tell: see peak_memory_mib in metrics.jsonl."
@@ -231,6 +238,11 @@ class _AnyScalar(TorchDispatchMode):
         return 0.5 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
+def _grouped_product(left: Tensor, right: Tensor, *others: Any, **options: Any) -> Tensor:
+    """The product of a mixture of experts on fake tensors, which torch allows in bfloat16 alone there."""
+    return torch.ops.aten._grouped_mm(left.bfloat16(), right.bfloat16(), *others, **options).to(left.dtype)
+
+
 class LiveTensors(TorchDispatchMode):
     """While it is entered, counts the bytes of what operations allocate until it is freed; views and known tensors do not count.
 
@@ -248,7 +260,8 @@ class LiveTensors(TorchDispatchMode):
         self._live = {storage._cdata for storage in self._known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        is_grouped = func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+        result = (_grouped_product if is_grouped else func)(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._count(value)

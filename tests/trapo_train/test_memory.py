@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 import yaml
-from transformers import PhiConfig, Qwen2Config
+from transformers import AutoConfig, PhiConfig, Qwen2Config
 
 from benchmarks.memory_plan import TOLERANCE, Run, compare
 from trapo_train import cli, memory_trace
@@ -19,6 +19,7 @@ from trapo_train.memory import _candidates, changes, plan_memory
 from trapo_train.memory_trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
 from trapo_train.model import ModelConfig
 from trapo_train.optimizer import OptimizerConfig
+from trapo_train.schema import UserError
 
 SHAPE = Qwen2Config(
     vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
@@ -51,6 +52,37 @@ def test_a_pass_on_fake_tensors_is_that_of_real_ones(dtype, checkpointing, monke
     monkeypatch.setattr(memory_trace, "fake_tensors", nullcontext)
     assert memory_trace._trace(config, SHAPE, 4, (40, 24), head, torch.float32) == traced
     assert 0 < traced.activations <= traced.forward_peak < traced.backward_peak
+
+
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def _mixture(name):
+    sizes = {name: getattr(SHAPE, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    return AutoConfig.for_model(name, **sizes, **heads, tie_word_embeddings=False, **EXPERTS[name])
+
+
+@pytest.mark.parametrize("cast", [True, False], ids=["one process", "several"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts_is_planned_as_it_runs(name, cast, monkeypatch):
+    config, head = ModelConfig(name_or_path="none", dtype="bfloat16"), HeadSizes(64, 500)
+    traced = trace_pass(config, _mixture(name), (40, 24), head, cast=cast)
+    monkeypatch.setattr(memory_trace, "fake_tensors", nullcontext)
+    dtype = torch.float32 if cast else torch.bfloat16
+    real = memory_trace._trace(config, _mixture(name), 4, (40, 24), head, dtype)
+    assert traced.activations == real.activations
+    assert astuple(traced) == pytest.approx(astuple(real), rel=0.02)  # peaks, by when Python frees what
+
+
+def test_what_depends_on_values_is_not_planned():
+    loops = _mixture("mixtral")
+    loops._experts_implementation = "eager"
+    with pytest.raises(UserError, match=r"plan-memory: memory must follow from the model's shape, mixtral asks for values .* Only"):
+        trace_pass(ModelConfig(name_or_path="none"), loops, (32,), HeadSizes(32, 500), cast=True)
 
 
 def test_a_training_pass_keeps_no_second_copy_of_the_weights():
