@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from trapo_train.varlen import computed_in
 
-_ROUTERS = ("Router", "Gate", "Gating")  # how transformers ends the names of their classes
+_ROUTERS = ("Router", "Gate")  # how transformers ends the names of their classes, beside others: these stand beside `experts`
+_JETMOE = "TopKGating"  # whose experts have other names
 
 
 def embed_in_autocasts_type(model: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -38,7 +39,8 @@ def route_as_in_autocasts_type(model: PreTrainedModel) -> None:
     """
     kept = kept_in_float32(model)
     for path, module in model.named_modules():
-        if type(module).__name__.endswith(_ROUTERS):
+        name, holder = type(module).__name__, model.get_submodule(path.rpartition(".")[0])
+        if name.endswith(_JETMOE) or (name.endswith(_ROUTERS) and hasattr(holder, "experts")):
             module.kept_in_float32 = {
                 name for name, _ in module.named_parameters() if any(part in f"{path}.{name}" for part in kept)
             }
@@ -46,14 +48,28 @@ def route_as_in_autocasts_type(model: PreTrainedModel) -> None:
 
 
 def _route(router: nn.Module, *arguments: Any, **options: Any) -> Any:
-    kind = next(router.parameters()).device.type
+    hidden, *others = arguments
+    kind = hidden.device.type
     if not torch.is_autocast_enabled(kind):
         return type(router).forward(router, *arguments, **options)
     dtype = torch.get_autocast_dtype(kind)
-    weights = {name: weight if name in router.kept_in_float32 else weight.to(dtype) for name, weight in router.named_parameters()}
-    hidden, *others = arguments
+    weights = {
+        f"router.{name}": weight if name in router.kept_in_float32 else weight.to(dtype)
+        for name, weight in router.named_parameters()
+    }
     with torch.autocast(kind, enabled=False):
-        return torch.func.functional_call(router, weights, (hidden.to(dtype), *others), options)
+        return torch.func.functional_call(_OwnForward(router), weights, (hidden.to(dtype), *others), options)
+
+
+class _OwnForward(nn.Module):
+    """What its class computes in a router, as a module without its hooks, which the call that is under way fires."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return type(self.router).forward(self.router, *arguments, **options)
 
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trapo_train.autocast import route_as_in_autocasts_type
 from trapo_train.model import install_policy_head, precision
 
 SHAPE = {
@@ -44,6 +45,35 @@ def test_under_autocast_a_router_is_that_of_a_model_in_16_bits(name, options):
     found[0].float().square().sum().backward()
     assert router.weight.grad.dtype == torch.float32 and router.weight.grad.any()
     assert all(map(torch.equal, router(hidden), type(router).forward(router, hidden)))  # left alone without autocast
+
+
+def test_the_hooks_of_a_router_fire_once():
+    """By one of them transformers collects router_logits."""
+    model, router = build("qwen3_moe", head_dim=8, output_router_logits=True)
+    seen = []
+    router.register_forward_hook(lambda *_: seen.append(1))
+    with precision(model):
+        logits = model.model(torch.arange(6)[None]).router_logits
+    assert (len(logits), len(seen)) == (1, 1)
+
+
+class Gate(torch.nn.Module):
+    def forward(self, hidden):
+        return hidden.sigmoid()
+
+
+class TopKGating(Gate):
+    """JetMoE's, beside layers that are not called experts."""
+
+
+def test_a_gate_is_a_router_beside_experts_and_may_have_no_weight():
+    blocks = {"attention": {"gate": Gate()}, "mixture": {"gate": Gate(), "experts": Gate()}, "jetmoe": {"gate": TopKGating()}}
+    model = torch.nn.ModuleDict({name: torch.nn.ModuleDict(block) for name, block in blocks.items()})
+    model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = None
+    route_as_in_autocasts_type(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        types = {name: block["gate"](torch.randn(3)).dtype for name, block in model.items()}
+    assert types == {"attention": torch.float32, "mixture": torch.bfloat16, "jetmoe": torch.bfloat16}
 
 
 def test_what_transformers_keeps_in_float32_is_not_rounded():
