@@ -10,7 +10,7 @@ from trapo_train.attention import plain_attention
 from trapo_train.schema import UserError
 
 # Names of attributes. PhiMoE's router_jitter_noise is none of them: by it its router chooses in an evaluation, too.
-_SHARES = ("dropout", "layerdrop")
+_SHARES = ("dropout", "layerdrop", "pdrop")
 _NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 _PROBE_TOKENS = 16  # so that a router that draws where two experts are close meets a few such places
 
@@ -20,23 +20,28 @@ def switch_off_dropout(model: PreTrainedModel) -> bool:
 
     Sampler, old policy and update are separate passes: with other masks each, ratios and the sampler's mismatch are noise.
     """
-    found = False
+    found: set[str] = set()
     for module in model.modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
-            module.p, found = 0.0, True
+            module.p = 0.0
+            found.add("p")
         found |= _set_to_zero(module)  # such as attention_dropout, which transformers hands to attention functions
-    return _set_to_zero(model.config.get_text_config()) or found  # which Persimmon reads in every pass
+    config = model.config.get_text_config()
+    found |= _set_to_zero(config)  # which Persimmon reads in every pass
+    if "jitter_noise" in found:
+        config.router_jitter_noise = 0.0  # its name where the modules have it from (Mixtral, MiniMax)
+    return bool(found)
 
 
-def _set_to_zero(holder: object) -> bool:
-    names = [
+def _set_to_zero(holder: object) -> set[str]:
+    names = {
         name
         for name, value in vars(holder).items()
         if isinstance(value, float) and value > 0 and (name in _NOISES or any(share in name for share in _SHARES))
-    ]
+    }
     for name in names:
         setattr(holder, name, 0.0)
-    return bool(names)
+    return names
 
 
 @torch.no_grad()

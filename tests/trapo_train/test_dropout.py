@@ -15,6 +15,7 @@ SHAPE = {
 DRAWING = {
     "persimmon": {"attention_dropout": 0.5},  # which reads its configuration in every pass
     "opt": {"layerdrop": 0.9, "dropout": 0.1, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "gpt2": {},  # of whose 0.1 its configuration has three
     "mixtral": {"router_jitter_noise": 0.5, "num_local_experts": 4, "num_key_value_heads": 2},
     "minimax_m2": {
         "router_jitter_noise": 0.5, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 8,
@@ -40,6 +41,8 @@ def test_passes_in_training_are_those_of_evaluation(name):
         check_one_policy(model)
     prepare(model, ModelConfig(name_or_path="none"), device=torch.device("cpu"), tell=told.append)
     assert any("own dropout and noise are switched off" in text for text in told)
+    of_draws = {key: value for key, value in model.config.to_dict().items() if "drop" in key or "jitter" in key}
+    assert of_draws and set(of_draws.values()) == {0.0}
     row = segment_arguments(model, [9, 5], torch.device("cpu")) | {"input_ids": torch.arange(14)[None], "use_cache": False}
     row["position_ids"] = torch.cat([torch.arange(9), torch.arange(5)])[None]
     assert torch.equal(*(model.train(mode).base_model(**row).last_hidden_state for mode in (False, True)))
