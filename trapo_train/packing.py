@@ -33,7 +33,8 @@ class PackingConfig:
     TRAPO's release), token_mean (loss tokens), role_mean (loss tokens of the same role), sequence_mean (mean of each sequence,
     then of the sequences), sequence_sum (sequences) or prompt_mean (mean over each problem's tokens, then of the problems). Where
     token_mean, role_mean and prompt_mean count tokens, the k copies of an expert prefix, of weight 1/k each, are one; sequence_mean
-    divides by the length of a sample, whose prefix weighs less where others share it."""
+    divides by the length of a sample, whose prefix weighs less where others share it. The entropy bonus counts every copy in all of
+    them, as TRAPO's release does, which gives it to all response tokens alike."""
     train_on_prompt: bool = False
     """Whether the tokens of the prompt, from the second one on, count as expert tokens too, as in pretraining; with expert traces
     alone: a plan that samples nothing, and an objective without rollout term whose expert term reads no advantage. Each of
@@ -128,7 +129,8 @@ def pack(
     """Pack all samples of one optimizer step into micro-batches of at most `config.max_tokens` tokens.
 
     A prefix token is an EXPERT token whose weight is multiplied by `prefix_weight`, a completion token a ROLLOUT token with the
-    sample's advantage. A mean over tokens counts a prefix token as `prefix_weight` tokens, so that its weights sum to 1. A role
+    sample's advantage. A mean over tokens counts a prefix token as `prefix_weight` tokens, so that its weights sum to 1. The
+    entropy bonus counts every copy of a prefix as a token, as TRAPO's release does, where all response tokens get it alike. A role
     that the objective does not train enters no denominator, nor does a sequence or prompt that has none but its tokens, and
     carries at most the entropy bonus. Tokens whose gradient is exactly zero, such as rollouts with advantage 0,
     count in the denominators; then they are dropped, and so are samples without any token left. A masked completion is left out
