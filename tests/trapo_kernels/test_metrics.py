@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests import ranks
 from tests.trapo_kernels import cases
 from trapo_kernels import KL, Role, merged_metrics, metric_count, objectives, policy_loss
 
@@ -69,7 +69,7 @@ def _rank(rank, path):
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="gloo, on CPU tensors")
 def test_ranks_merge_by_two_reductions(tmp_path):
-    mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+    ranks.start(_rank, 2, str(tmp_path / "store"))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
+from tests import ranks
 from tests.trapo_kernels import cases
 from trapo_kernels import Role, TokenBatch, checks, linear_logprob, linear_policy_loss, objectives
 
@@ -40,7 +40,7 @@ def _inputs():
 
 
 def _in_two_ranks(check, path):
-    mp.spawn(_worker, (check, path / "store"), nprocs=2)
+    ranks.start(_worker, 2, check, path / "store")
 
 
 def _worker(rank, check, path):

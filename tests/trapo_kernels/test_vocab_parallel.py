@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests import ranks
 from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import native
@@ -118,10 +118,10 @@ def _check_unequal_chunks(rank, world_size):
     ("world_size", "scale", "dtype", "backend"),
     [
         (2, 40.0, torch.float64, "torch"),
-        pytest.param(3, 1.0, torch.float32, "native", marks=pytest.mark.slow),
-        pytest.param(2, 1.0, torch.bfloat16, "native", marks=pytest.mark.slow),
-        pytest.param(1, 1.0, torch.float64, "torch", marks=pytest.mark.slow),
-        pytest.param(4, 1.0, torch.float64, "torch", marks=pytest.mark.slow),
+        (3, 1.0, torch.float32, "native"),
+        (2, 1.0, torch.bfloat16, "native"),
+        (1, 1.0, torch.float64, "torch"),
+        (4, 1.0, torch.float64, "torch"),
         pytest.param(2, 1.0, torch.float32, "triton", marks=pytest.mark.slow),
     ],
 )
@@ -130,7 +130,7 @@ def test_sharded_equals_whole(tmp_path, monkeypatch, world_size, scale, dtype, b
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if backend == "native" and native.why_not("cpu"):
         pytest.skip(native.why_not("cpu"))
-    mp.spawn(_worker, (world_size, tmp_path / "store", scale, dtype, backend), nprocs=world_size)
+    ranks.start(_worker, world_size, world_size, tmp_path / "store", scale, dtype, backend)
 
 
 @pytest.mark.gpu

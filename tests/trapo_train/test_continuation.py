@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
-from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, rows, train_to_end
 from trapo_train import evaluate, output_dir, train
 from trapo_train import trainer as trainer_module
@@ -267,7 +267,7 @@ def test_ranks_that_see_different_directories_are_told_before_the_first_rollout(
 
 @pytest.mark.slow
 def test_two_ranks_make_a_dry_run(tmp_path):
-    _torchrun(2, tmp_path, "--dry-run")
+    ranks_train(2, tmp_path, "--dry-run")
     assert not (tmp_path / "run").exists()
 
 

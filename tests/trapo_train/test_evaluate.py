@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests import ranks
 from trapo_train import cli
 from trapo_train.cli import main
 from trapo_train.data import DataConfig
@@ -368,7 +366,7 @@ def test_config_refuses_values_out_of_range(fields, message):
 
 
 @pytest.mark.slow
-def test_torchrun_prints_the_table_that_one_process_prints(tmp_path, capsys):
+def test_ranks_print_the_table_that_one_process_prints(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     sets = {name: f"{{task: pointer_chasing, split: test, num_problems: {count}}}" for name, count in (("aime", 6), ("math", 9))}
     text = TINY.format(tmp=tmp_path, **sets).replace("reward: math_verify", "reward: pointer_chasing")
@@ -376,13 +374,7 @@ def test_torchrun_prints_the_table_that_one_process_prints(tmp_path, capsys):
     file.write_text(text)
     options = ["evaluation.samples_per_prompt=3", "evaluation.group_by=depth"]
     assert cli.main(["eval", str(file), *options]) == 0
-    tables = [capsys.readouterr().out]
+    table = capsys.readouterr().out
+    assert "aime depth 3" in table
     for size in (2, 3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        arguments = ["-m", "trapo_train", "eval", str(file), *options]
-        result = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
-        tables.append(result.stdout)
-    assert "aime depth 3" in tables[0]
-    assert tables[0] == tables[1] == tables[2]
+        assert ranks.run(size, tmp_path / f"log_{size}", "eval", file, *options).count(table) == 1

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, train_to_end
 from trapo_train import cli
 from trapo_train.checkpoint import CheckpointError
@@ -209,7 +209,7 @@ def test_an_adapter_is_refused_where_there_is_none_or_no_base(configure, finishe
 def test_of_a_run_of_two_ranks(settings, tmp_path):
     if "lora" in settings[0]:
         pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
-    _torchrun(2, tmp_path, "steps=2", "checkpoint.every=1", "optimizer.warmup_steps=0", *settings)
+    ranks_train(2, tmp_path, "steps=2", "checkpoint.every=1", "optimizer.warmup_steps=0", *settings)
     directory, step, _ = export_checkpoint(tmp_path / "run")
     assert step == 2 and equal(weights(directory), weights(tmp_path / "run" / "model"))
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import Qwen2Config
 
 from tests.trapo_train.test_evaluate import TOKENIZER, ids
-from tests.trapo_train.test_parallel import TINY, _torchrun
+from tests.trapo_train.test_parallel import TINY, ranks_train
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli, held_out
 from trapo_train.data import DataReport
@@ -275,7 +275,7 @@ def test_ranks_find_what_one_process_does(settings, tmp_path):
             (directory / "run.yaml").write_text(yaml.safe_dump(TINY))
             assert cli.main(["run", str(directory / "run.yaml"), f"output_dir={directory / 'run'}", *overrides]) == 0
         else:
-            _torchrun(size, directory, *overrides)
+            ranks_train(size, directory, *overrides)
         metrics = read_metrics(Path(directory, "run"))
         found[size] = [row["expert_nll"] for row in metrics if row["kind"] == "eval"]
     assert len(found[1]) == 3 and all(math.isfinite(value) for value in found[1])

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.trapo_train.fake_vllm import FakeServer
-from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.attention import longrope_limit, segment_arguments
 from trapo_train.display import read_metrics
@@ -273,7 +273,7 @@ def test_the_memory_of_a_multimodal_model_is_planned_and_a_decoder_without_layer
 
 @pytest.mark.slow
 def test_two_ranks_train_a_multimodal_model(multimodal, tmp_path):
-    _torchrun(2, tmp_path, f"model={{name_or_path: {multimodal}}}", "steps=1", "optimizer.warmup_steps=0")
+    ranks_train(2, tmp_path, f"model={{name_or_path: {multimodal}}}", "steps=1", "optimizer.warmup_steps=0")
     before, after = (load_file(directory / "model.safetensors") for directory in (multimodal, tmp_path / "run" / "model"))
     assert {name for name in before if torch.equal(before[name], after[name])} == of_vision(before).keys()
 

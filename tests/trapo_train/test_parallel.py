@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from tests import ranks
 from tests.trapo_train.test_step import make_model, make_samples
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
@@ -79,9 +79,7 @@ def _load(store, model, optimizer):
     return tensors
 
 
-def _worker(rank, size, parallel, tied, directory, port):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank, parallel, tied, directory):
     world = World(parallel)
     model, optimizer, metrics, sharded = _two_steps(world, tied)
     assert sharded[-1] != tied  # of the first layer: a head of its own was given up by then
@@ -94,22 +92,14 @@ def _worker(rank, size, parallel, tied, directory, port):
     os._exit(0)
 
 
-def _free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     ("size", "settings", "tied"),
     [
         (2, {}, False),
-        pytest.param(3, {}, True, marks=pytest.mark.slow),
-        pytest.param(4, {"replicate": 2}, False, marks=pytest.mark.slow),
-        pytest.param(2, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
-        pytest.param(3, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
+        (3, {}, True),
+        (4, {"replicate": 2}, False),
+        (2, {"vocab_parallel_head": True}, False),
+        (3, {"vocab_parallel_head": True}, False),
     ],
 )
 def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_path):
@@ -117,8 +107,7 @@ def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_pa
     model, optimizer, expected, _ = _two_steps(world, tied)
     _save(CheckpointStore(tmp_path / "alone", 1), model, optimizer)
     alone, _ = training_state(model, optimizer)
-    arguments = (size, ParallelConfig(timeout_s=60, **settings), tied, tmp_path, _free_port())
-    mp.start_processes(_worker, args=arguments, nprocs=size, start_method="spawn")
+    ranks.start(_worker, size, ParallelConfig(timeout_s=60, **settings), tied, tmp_path)
     loaded_by_ranks, metrics = torch.load(tmp_path / "rank_0.pt", weights_only=False)
     saved_by_ranks = _load(CheckpointStore(tmp_path / "ranks", 1), *_new(world, tied)[:2])
     assert alone.keys() == loaded_by_ranks.keys() == saved_by_ranks.keys() and any("exp_avg" in name for name in alone)
@@ -162,13 +151,11 @@ def _new_with_idle_weights(world):
     return model, optimizer, build_scheduler(optimizer, SETTINGS, steps=4)
 
 
-def _resume_with_idle_weights(rank, size, directory, port):
+def _resume_with_idle_weights(rank, directory):
     """A step, a checkpoint and another step, and that step out of the checkpoint: the same bits, and no state where no gradient
     was."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world, objective = World(ParallelConfig(timeout_s=60)), objectives.trapo()
-    packed = pack(make_samples(), PackingConfig(12), objective, max_response_tokens=16, ranks=size)
+    packed = pack(make_samples(), PackingConfig(12), objective, max_response_tokens=16, ranks=world.size)
 
     def step(run):
         optimizer_step(*run, world.share(packed), objective, 1.0, 1.0, world)
@@ -192,8 +179,7 @@ def _resume_with_idle_weights(rank, size, directory, port):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_weights_that_never_had_a_gradient_have_no_state_after_resuming_either(size, tmp_path):
-    arguments = (size, tmp_path, _free_port())
-    mp.start_processes(_resume_with_idle_weights, args=arguments, nprocs=size, start_method="spawn")
+    ranks.start(_resume_with_idle_weights, size, tmp_path)
 
 
 def test_a_loaded_state_leaves_the_implementation_that_was_chosen_for_these_parameters(tmp_path):
@@ -255,6 +241,12 @@ def test_a_tied_head_is_not_sharded_over_the_vocabulary():
         place_model(model, world)
 
 
+def ranks_train(size, directory, *overrides):
+    """What the ranks of a run with these overrides print."""
+    (directory / "run.yaml").write_text(yaml.safe_dump(TINY))
+    return ranks.run(size, directory / "log", "run", directory / "run.yaml", f"output_dir={directory / 'run'}", *overrides)
+
+
 def _torchrun(size, directory, *overrides, wait=True):
     (directory / "run.yaml").write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
@@ -271,12 +263,12 @@ def _torchrun(size, directory, *overrides, wait=True):
 @pytest.mark.slow
 def test_torchrun_trains_resumes_on_other_ranks_and_exports(tmp_path):
     _torchrun(2, tmp_path, "steps=2")
-    _torchrun(3, tmp_path, "steps=4", "checkpoint.resume=true")
-    output = _torchrun(1, tmp_path, "steps=6", "checkpoint.resume=true")
+    ranks_train(3, tmp_path, "steps=4", "checkpoint.resume=true")
+    output = ranks_train(1, tmp_path, "steps=6", "checkpoint.resume=true")
     assert "saved by 3 ranks, continued by 1" in " ".join(output.split())
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert "--shutdown-timeout" in output or "--shutdown-timeout" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "--shutdown-timeout" in (tmp_path / "run" / "metrics.jsonl").read_text()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
@@ -286,31 +278,31 @@ def torn(step, metrics):
 
 
 @pytest.mark.slow
-def test_torchrun_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without_a_fused_form_for_shards(tmp_path):
+def test_ranks_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without_a_fused_form_for_shards(tmp_path):
     settings = ("optimizer={name: SGD, learning_rate: 1e-2}", "objective={chooser: 'tests.trapo_train.test_parallel:torn'}")
-    _torchrun(1, tmp_path, "steps=1", *settings)  # fused
-    _torchrun(2, tmp_path, "steps=3", "checkpoint.resume=true", *settings)
+    ranks_train(1, tmp_path, "steps=1", *settings)  # fused
+    ranks_train(2, tmp_path, "steps=3", "checkpoint.resume=true", *settings)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["num_samples"] for row in rows] == [24, 24, 24]  # of the plan of the first rank's answer, on both
 
 
 @pytest.mark.slow
-def test_torchrun_with_lora_and_a_reference(tmp_path):
+def test_ranks_with_lora_and_a_reference(tmp_path):
     lora = ("model.lora={rank: 2}", "model.dtype=bfloat16", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")
-    _torchrun(2, tmp_path, "steps=2", "reward='tests.trapo_train.test_updates:coin'", *lora)
+    ranks_train(2, tmp_path, "steps=2", "reward='tests.trapo_train.test_updates:coin'", *lora)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2)])  # float32: test_ranks_train_and_save_what_one_process_does
-def test_torchrun_with_a_vocabulary_parallel_head_a_reference_and_old_logprobs(dtype, tolerance, tmp_path):
+def test_ranks_with_a_vocabulary_parallel_head_a_reference_and_old_logprobs(dtype, tolerance, tmp_path):
     settings = ("objective={name: grpo, options: {beta: 0.1}}", "updates={mini_batches: 3, correction: {name: tis}}")
     run = ("steps=2", f"model.dtype={dtype}", "reward='tests.trapo_train.test_updates:coin'", "plan.name=grpo", *settings)
     rows = {}
     for sharded in ("false", "true"):
         directory = tmp_path / sharded
         directory.mkdir()
-        _torchrun(2, directory, *run, f"parallel.vocab_parallel_head={sharded}")
+        ranks_train(2, directory, *run, f"parallel.vocab_parallel_head={sharded}")
         rows[sharded] = [row for row in read_metrics(directory / "run" / "metrics.jsonl") if row["kind"] == "train"]
         AutoModelForCausalLM.from_pretrained(directory / "run" / "model")
     assert len(rows["true"]) == 2

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import trainer as trainer_module
@@ -304,8 +304,8 @@ def test_bad_refills_are_refused(configure, overrides, message):
 
 
 @pytest.mark.slow
-def test_torchrun_refills_alike_on_every_rank(tmp_path):
-    _torchrun(2, tmp_path, *REFILL, "steps=4")
+def test_ranks_refill_alike_on_every_rank(tmp_path):
+    ranks_train(2, tmp_path, *REFILL, "steps=4")
     recorded = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert len(recorded) == 4 and any(row["rollout/groups_sampled"] % 2 for row in recorded)  # a rank without a problem, too
     assert all(row["num_samples"] == 2 * row["rollout/groups_sampled"] for row in recorded)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trapo_train.test_parallel import _torchrun
+from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli
 from trapo_train.advice import advice
@@ -177,7 +177,7 @@ def test_a_run_says_how_many_traces_its_plan_never_uses(configure, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_without_a_reward(tmp_path):
-    _torchrun(2, tmp_path, "steps=2", *SFT, *EVALUATED, "evaluation.sample=false")
+    ranks_train(2, tmp_path, "steps=2", *SFT, *EVALUATED, "evaluation.sample=false")
     found = read_metrics(tmp_path / "run")
     assert not [name for row in found for name in row if name.startswith("reward")]
     assert [row["num_samples"] for row in found if row["kind"] == "train"] == [3, 3]

@@ -357,10 +357,9 @@ def test_trainer_uses_the_configured_preset(configure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 1), (2, 1)])  # `python -m benchmarks.soak` does more
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(ranks, kills, tmp_path):
-    result = soak(tmp_path, kills=kills, ranks=ranks, seed=0)
-    assert result["kills"] == kills and sum(result["by"].values()) == kills
+def test_a_run_of_two_ranks_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path):  # `python -m benchmarks.soak` does more
+    result = soak(tmp_path, kills=1, ranks=2, seed=0)
+    assert result["kills"] == 1 and sum(result["by"].values()) == 1
 
 
 def silent(prompts, completions, **columns):
