@@ -83,6 +83,12 @@ class CheckpointStore:
         self.undeleted: str | None = None
         """What is wrong with an old checkpoint that the last `prune` could not delete; known to the first rank."""
 
+    @classmethod
+    def of(cls, output_dir: str | Path, config: CheckpointConfig | None = None, world: World | None = None) -> CheckpointStore:
+        """That of the run in `output_dir`; without `config` for one that only reads."""
+        config = config or CheckpointConfig()
+        return cls(Path(output_dir) / CHECKPOINT_DIR, config.keep, world, keep_best=config.keep_best)
+
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order; whether they are intact shows when they are loaded."""
         names = [path.name for path in self.directory.glob("step_*") if path.is_dir()]

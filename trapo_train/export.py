@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from trapo_train.checkpoint import CHECKPOINT_DIR, CheckpointError, CheckpointStore
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, load_config
 from trapo_train.loading import write_processor
 from trapo_train.lora import has_lora, names_as_they_are, other_layers
@@ -61,7 +61,7 @@ def export_checkpoint(
             f"export: --adapter needs a run with model.lora that started from a model.name_or_path, got one with {given}. Leave "
             "--adapter out."
         )
-    store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep)
+    store = CheckpointStore.of(run_dir)
     notes = [store.better_before()] if step == "best" else []
     step = _existing(store, step, run_dir)
     directory = Path(directory) if directory is not None else run_dir / f"{'adapter' if adapter else MODEL_DIR}_step_{step}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,14 +14,6 @@ from trapo_train.parallel import World
 from trapo_train.schema import UserError
 
 LOCK_FILE = ".lock"
-PATIENCE_S = 0.5  # for `check_free` of another process, which holds the file for a moment
-
-
-def check_free(output_dir: Path) -> None:
-    """Raise UserError where another run writes to `output_dir`."""
-    if (output_dir / LOCK_FILE).exists():
-        with (output_dir / LOCK_FILE).open(encoding="utf-8") as file:
-            _take(file, fcntl.LOCK_SH)
 
 
 @contextmanager
@@ -37,7 +28,7 @@ def held(output_dir: Path, world: World) -> Iterator[str | None]:
         def take() -> str | None:
             output_dir.mkdir(parents=True, exist_ok=True)
             file = files.enter_context((output_dir / LOCK_FILE).open("a+", encoding="utf-8"))
-            note = _take(file, fcntl.LOCK_EX)
+            note = _take(file)
             os.register_at_fork(after_in_child=file.close)  # or the lock would last as long as a child, which shares it
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -47,21 +38,16 @@ def held(output_dir: Path, world: World) -> Iterator[str | None]:
         yield world.attempt(take if world.first else lambda: None, OSError, UserError)[0]
 
 
-def _take(file: TextIO, kind: int) -> str | None:
+def _take(file: TextIO) -> str | None:
     """Lock an open file until it is closed; a sentence where its disk takes no locks."""
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError as error:
-            if time.monotonic() < until:
-                time.sleep(PATIENCE_S / 10)
-                continue
-            file.seek(0)
-            raise UserError(
-                f"output_dir must belong to one run at a time, got {Path(file.name).parent}, to which "
-                f"{file.read().strip() or 'another process'} writes. Wait for its end, stop it, or choose another output_dir."
-            ) from error
-        except OSError as error:  # as of some network disks
-            return f"nothing keeps a second run out of output_dir: its disk takes no locks ({error})"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"output_dir must belong to one run at a time, got {Path(file.name).parent}, to which "
+            f"{file.read().strip() or 'another process'} writes. Wait for its end, stop it, or choose another output_dir."
+        ) from error
+    except OSError as error:  # as of some network disks
+        return f"nothing keeps a second run out of output_dir: its disk takes no locks ({error})"
+    return None

@@ -5,36 +5,40 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from trapo_train.checkpoint import CHECKPOINT_DIR, CheckpointStore
+from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import METRICS_FILE
 from trapo_train.export import MODEL_DIR, check_replaceable
-from trapo_train.lock import check_free
 from trapo_train.parallel import World
 from trapo_train.schema import UserError
 
 SHARED_WITHIN_S = 20.0
 
 
-def check_output_dir(config: RunConfig) -> None:
-    """Raise UserError, or CheckpointError for a model/ that is no export, where the run may not write to its output_dir."""
+def check_place(config: RunConfig) -> None:
+    """Raise UserError where output_dir is no place for a run, whatever it holds."""
     output_dir = Path(config.output_dir)
     file = next((path for path in (output_dir, *output_dir.parents) if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise UserError(f"output_dir must be a directory or a new name, got {output_dir}, where {file} is a file. Choose another.")
-    exported = (Path(config.output_dir) / MODEL_DIR).resolve()
+    exported = (output_dir / MODEL_DIR).resolve()
     if config.model.name_or_path is not None and Path(config.model.name_or_path).resolve() == exported:
         raise UserError(
             f"output_dir must not hold the model to start from, which the export would replace: {exported}. Choose another."
         )
-    check_free(output_dir)
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Raise UserError, or CheckpointError for a model/ that is no export, where the run may not write to its output_dir because of
+    what that holds. What is found holds as long as no other run writes there (see `lock`)."""
+    output_dir = Path(config.output_dir)
     if _is_used(output_dir) and not config.checkpoint.resume:
-        saved = CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()
+        saved = CheckpointStore.of(output_dir).steps()
         go_on = "Continue it with checkpoint.resume=true, delete" if saved else "It has no checkpoint to continue from: delete"
         raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on} it, or choose another output_dir.")
     if config.steps is not None:  # those of epochs are known once the problems are loaded
         check_steps(config, config.steps)
-    check_replaceable(exported)
+    check_replaceable((output_dir / MODEL_DIR).resolve())
 
 
 def check_in_place(file: str | Path, config: RunConfig) -> None:
@@ -50,12 +54,12 @@ def check_in_place(file: str | Path, config: RunConfig) -> None:
 
 def _is_used(output_dir: Path) -> bool:
     metrics = output_dir / METRICS_FILE
-    return bool(CheckpointStore(output_dir / CHECKPOINT_DIR, 1).steps()) or (metrics.exists() and metrics.stat().st_size > 0)
+    return bool(CheckpointStore.of(output_dir).steps()) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def check_steps(config: RunConfig, steps: int) -> None:
     """Raise UserError where the run continues a checkpoint of more than `steps`, which are config.steps or those of its epochs."""
-    saved = CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, config.checkpoint.keep).steps()
+    saved = CheckpointStore.of(config.output_dir).steps()
     if saved and saved[-1] > steps:
         given, it = (f"{steps}", "it") if config.epochs is None else (f"{steps}, of epochs = {config.epochs:g}", "epochs")
         raise UserError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trapo_train.checkpoint import CHECKPOINT_DIR, CheckpointError, CheckpointStore
+from trapo_train.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import NullReporter, Reporter
 from trapo_train.evaluate import EvaluationStopped
@@ -25,7 +25,8 @@ from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 from trapo_train.lock import held
 from trapo_train.model_state import check_finite, non_finite_weight
 from trapo_train.objective import ObjectiveConfig, cap_of_ratios
-from trapo_train.output_dir import check_output_dir, check_shared, check_steps
+from trapo_train.output_dir import check_output_dir, check_place, check_shared, check_steps
+from trapo_train.parallel import World
 from trapo_train.postmortem import save_batch
 from trapo_train.preflight import check_disk
 from trapo_train.records import Sample
@@ -79,17 +80,18 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
         EngineError, each with a checkpoint of the state before; NonFiniteError in their place, and before any other checkpoint or
         the model is written, where weights are not finite; RankError when another rank dies or hangs.
     """
-    check_output_dir(config)
+    check_place(config)
     check_installed(config.tracking)
-    trainer = Trainer(config, rejected=_rejected_before(config), tell=reporter.doing)
-    check_steps(config, trainer.config.steps)
-    with trainer.world.together():
-        kept = config.checkpoint
-        store = CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, kept.keep, trainer.world, keep_best=kept.keep_best)
+    world = World(config.parallel)
+    # What output_dir holds is looked at inside: loading may take an hour, in which another run could begin and end there.
+    with world.together(), held(Path(config.output_dir), world) as of_lock:
+        rejected = world.attempt(lambda: _look_at_output_dir(config), Exception)[0]
+        trainer = Trainer(config, rejected=rejected, tell=reporter.doing)
+        check_steps(config, trainer.config.steps)
+        store = CheckpointStore.of(config.output_dir, config.checkpoint, world)
         of_disk = check_disk(trainer.config, trainer.model, store)
-        with held(Path(config.output_dir), trainer.world) as of_lock:
-            trainer.notes += [note for note in (of_disk, of_lock) if note is not None]
-            summary = _run(trainer, store, reporter if trainer.world.first else NullReporter())
+        trainer.notes += [note for note in (of_disk, of_lock) if note is not None]
+        summary = _run(trainer, store, reporter if world.first else NullReporter())
         trainer.close()
     return summary
 
@@ -127,9 +129,11 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
     return summary
 
 
-def _rejected_before(config: RunConfig) -> set[Place] | None:
-    """The expert traces that the run which this one continues has dropped; None where there is no such run."""
-    continues = config.checkpoint.resume and CheckpointStore(Path(config.output_dir) / CHECKPOINT_DIR, 1).steps()
+def _look_at_output_dir(config: RunConfig) -> set[Place] | None:
+    """Check that the run may write there. Returns the expert traces that the run which it continues has dropped; None where there
+    is no such run."""
+    check_output_dir(config)
+    continues = config.checkpoint.resume and CheckpointStore.of(config.output_dir).steps()
     return read_rejected(Path(config.output_dir)) if continues and config.data.on_rejected_expert == "drop" else None
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train import output_dir, train
+from trapo_train import train
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.export import export_checkpoint
-from trapo_train.lock import check_free, held
+from trapo_train.lock import held
 from trapo_train.parallel import World
 from trapo_train.plots import plot_run
 from trapo_train.schema import UserError
@@ -54,13 +54,27 @@ def test_a_second_run_is_refused_before_it_loads_anything_and_takes_nothing_from
     train_to_end(configure("run", "steps=5", "checkpoint.resume=true"))  # the first has ended
 
 
-def test_of_two_runs_that_load_at_the_same_time_one_goes_on(configure, monkeypatch):
-    config = configure("run", "steps=1")
-    monkeypatch.setattr(output_dir, "check_free", lambda output_dir: None)  # nobody had begun then
-    with held(Path(config.output_dir), World.alone()), pytest.raises(UserError, match=OWN):
-        train_to_end(config)
+@pytest.mark.parametrize("settings", [("checkpoint.every=0",), ("checkpoint={every: 1, resume: true}",)])
+def test_from_its_first_look_none_begins_beside_a_run_that_loads_and_one_that_fails_frees_the_directory(
+    settings, configure, monkeypatch
+):
+    config, other = (configure("run", *settings, f"steps={steps}") for steps in (2, 1))
+
+    def begin_another(*arguments):
+        with pytest.raises(UserError, match=OWN):
+            train_to_end(other)
+
+    def load(*arguments, **options):
+        begin_another()
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "check_output_dir", begin_another)
+        patched.setattr(train, "Trainer", load)
+        with pytest.raises(MemoryError):
+            train_to_end(config)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [".lock"]
-    train_to_end(config)
+    train_to_end(other)
 
 
 def test_a_process_that_was_killed_holds_no_lock_through_what_it_forked(tmp_path):
@@ -80,7 +94,8 @@ def test_a_process_that_was_killed_holds_no_lock_through_what_it_forked(tmp_path
             os._exit(0)
     try:
         assert os.WIFSIGNALED(os.waitpid(run, 0)[1])
-        check_free(tmp_path)
+        with held(tmp_path, World.alone()):
+            pass
     finally:
         os.write(finish[1], b"x")
 
@@ -91,8 +106,8 @@ def test_a_fork_inside_leaves_the_lock_to_its_process(tmp_path):
         if child == 0:
             os._exit(0)
         os.waitpid(child, 0)
-        with pytest.raises(UserError, match=OWN):
-            check_free(tmp_path)
+        with pytest.raises(UserError, match=OWN), held(tmp_path, World.alone()):
+            pytest.fail("two hold it")
 
 
 def test_what_only_reads_works_beside_a_run(configure):
