@@ -11,6 +11,7 @@ summary = run(config, Reporter(config.output_dir))
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from trapo_train.export import MODEL_DIR, export_model, other_tokenizer
 from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 from trapo_train.lock import held
-from trapo_train.model_state import check_finite, non_finite_weight
+from trapo_train.model_state import check_finite
 from trapo_train.objective import ObjectiveConfig, cap_of_ratios
 from trapo_train.output_dir import check_output_dir, check_place, check_shared, check_steps
 from trapo_train.parallel import World
@@ -119,7 +120,6 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
         left = trainer.step < config.steps or trainer.evaluation_due  # for the run that continues this one
         stopped_by = stop.received if left and failed is None else None  # what is in no checkpoint is exported
         if stopped_by is None:
-            check_finite(trainer.model, trainer.world, store, trainer.step)
             _export(trainer, store, reporter, failed)
             better = store.better_before() if config.checkpoint.keep_best else None
             if better is not None:
@@ -185,8 +185,8 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
 
 
 def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> CheckpointError | None:
-    """Step until the end or a signal to stop; after each step save, then evaluate, whichever is due. Returns why the last step
-    could not be saved, which must not keep the model from being written.
+    """Step until the end or a signal to stop; after each step save, then evaluate, whichever is due. What it ends with at the last
+    step is finite. Returns why that could not be saved, which must not keep the model from being written.
 
     An evaluation may take long: what ends the run meanwhile finds the step saved. Whatever takes long leads back to the top, where
     ranks agree on a signal, so that one that came meanwhile ends the run before anything else begins."""
@@ -206,6 +206,8 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             elif trainer.evaluation_due and not stopping:
                 _evaluate(trainer, store, reporter, stop, saved=saved_at == trainer.step)
             elif finished or stopping:
+                if not (due or stopping):  # what was to be saved has been checked
+                    check_finite(trainer.model, trainer.world, store, trainer.step)
                 return unsaved
             else:
                 told = _step(trainer, store, reporter, told)
@@ -232,7 +234,7 @@ def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, told: se
         _stop_if_broken(trainer, metrics, reporter)
     except NonFiniteError:  # nothing was taken from the updates that were skipped
         trainer.skipped_in_a_row = 0  # of the run that goes on from here
-        if non_finite_weight(trainer.model, trainer.world) is None:
+        with suppress(NonFiniteError):  # of the weights
             _save(trainer, store, reporter)
         raise
     return told

@@ -14,7 +14,7 @@ import torch
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import StopAfter, build_config, rows, train_to_end
 from trapo_kernels import objectives
-from trapo_train import postmortem, trainer
+from trapo_train import model_state, postmortem, train, trainer
 from trapo_train.display import Reporter, read_metrics
 from trapo_train.engine import EngineError
 from trapo_train.model import policy_forward
@@ -58,6 +58,18 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch, 
     assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
 
 
+def count_checks(monkeypatch):
+    """A list that gets an entry whenever weights are asked whether they are finite."""
+    checked = []
+
+    def ask(*arguments):
+        checked.append(non_finite_weight(*arguments))
+
+    for module in (model_state, train):  # the loop, too, if it asks by itself
+        monkeypatch.setattr(module, "non_finite_weight", ask, raising=False)
+    return checked
+
+
 def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, monkeypatch):
     real, calls = trainer.optimizer_step, []
 
@@ -68,10 +80,11 @@ def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, 
         return real(model, optimizer, scheduler, micro_batches, *arguments)
 
     monkeypatch.setattr(trainer, "optimizer_step", poisoned)
+    checked = count_checks(monkeypatch)
     settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0", "steps=5")
     with pytest.raises(NonFiniteError, match="2 steps in a row"):
         train_to_end(configure("poisoned", *settings))
-    assert len(calls) == 4
+    assert len(calls) == 4 and len(checked) == 1
     assert train_to_end(configure("poisoned", *settings, "checkpoint.resume=true")).steps == 5
     assert len(calls) == 5, "the weights after step 4, which are those after step 2, were saved"
 
@@ -179,6 +192,14 @@ def test_a_run_that_ends_early_saves_no_weights_that_are_not_finite(configure, m
     with pytest.raises(NonFiniteError, match=r"after step 1, first in lm_head\.weight; .*from the beginning"):
         run(config, reporter)
     assert not list((Path(config.output_dir) / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_weights_are_asked_once_before_they_are_written(configure, monkeypatch, every):
+    checked = count_checks(monkeypatch)
+    settings = ("plan.name=sft", "objective.name=sft", "steps=1", f"checkpoint.every={every}")
+    train_to_end(configure("run", *settings))
+    assert checked == [None]
 
 
 def test_ranks_agree_on_the_first_weight_that_is_not_finite():
