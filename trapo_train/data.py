@@ -14,7 +14,7 @@ from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprin
 from trapo_train.records import Problem
 from trapo_train.rejected import Place, rejected_experts, tell_failed_gradings
 from trapo_train.reward_checks import names
-from trapo_train.rewards import RewardError, RewardFn, WeightedSum, take_metrics
+from trapo_train.rewards import RewardFn, WeightedSum, take_metrics
 from trapo_train.rows import RENDERING
 from trapo_train.schema import UserError, check, expand_home
 from trapo_train.tasks import PointerChasingConfig
@@ -211,7 +211,7 @@ def load_problems(
         world: the ranks that load these problems together, each asking the reward about its share; None for a single process.
         rejected: the traces that an earlier start rejected, in place of asking again.
 
-    Raises, on every rank:
+    Raises, on every rank, what is raised on one:
         UserError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
             without chat template, a tokenizer without end-of-sequence token, a column of the wrong type, or ranks that read
             different problems.
@@ -227,7 +227,7 @@ def load_problems(
         found = _read(RowReader(config, tokenizer, end_ids), reward, verifier, correct_by, world)
         return found.told
 
-    parts = world.attempt(read, UserError, RewardError)
+    parts = world.attempt(read, Exception)  # such as too little memory of one rank, too
     where = found.reader.where
     _check_same(parts, where)
     if verifier is not None:

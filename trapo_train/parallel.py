@@ -8,6 +8,7 @@ number of ranks.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ class World:
             yield
         except RuntimeError as error:
             # gloo raises plain RuntimeErrors, which name its source file
-            if self.size == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+            if self.size == 1 or isinstance(error, RankError) or not lost:
                 raise
             raise RankError(
                 f"parallel: rank {self.rank} has lost another rank: {str(error).splitlines()[0]} Look at what the rank that ended "
@@ -123,10 +125,10 @@ class World:
             value = action()
         except kinds as raised:
             error = raised
-        parts = self.gather((value, error))
-        for _, failed in parts:
+        parts = self.gather((value, error and _portable(error)))
+        for rank, (_, failed) in enumerate(parts):
             if failed is not None:
-                raise failed
+                raise error if rank == self.rank else failed  # its own has a traceback
         return [part for part, _ in parts]
 
     def barrier(self) -> None:
@@ -145,6 +147,15 @@ class World:
         if replicas == 1:
             return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
         return init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or its words where it is none of those that can be sent to another rank."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of someone else's raises where it is not made to be pickled
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def interleave(parts: list[list[Any]]) -> list[Any]:

@@ -82,10 +82,11 @@ class Trainer:
         read = [str(config.data.path or config.data.task)] * trains + ["the held-out sets"] * (config.eval_data is not None)
         tell(f"reading {' and '.join(read)}")
         ends = end_ids(config.model.eos_token, self.model, self.tokenizer)
-        self.problems = self._load_problems(ends, rejected)
+        with self.world.together():
+            self.problems = self._load_problems(ends, rejected)
+            self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends, self.world)
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
-        self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends, self.world)
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}

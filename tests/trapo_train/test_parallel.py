@@ -25,8 +25,7 @@ from trapo_train.display import read_metrics
 from trapo_train.model_state import load_training_state, training_state
 from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.packing import PackingConfig, pack
-from trapo_train.parallel import ParallelConfig, World, gathered, interleave, place_model
-from trapo_train.schema import UserError
+from trapo_train.parallel import ParallelConfig, World, gathered, place_model
 from trapo_train.step import optimizer_step
 from trapo_train.trainer import Trainer
 from trapo_train.vocab_parallel import join_micro_batches
@@ -196,41 +195,6 @@ def test_a_loaded_state_leaves_the_implementation_that_was_chosen_for_these_para
     _load(store, fresh, for_shards)
     assert {group["fused"] for group in for_shards.param_groups} == {False} and for_shards.param_groups[0]["foreach"]
     assert [group["lr"] for group in for_shards.param_groups] == [0.05, 0.1]
-
-
-@pytest.mark.parametrize("length", range(8))
-def test_shares_put_together_are_the_whole(length):
-    items = list(range(length))
-    assert interleave([items[rank::3] for rank in range(3)]) == items
-
-
-def test_what_an_action_raises_on_some_ranks_is_raised_on_all_and_what_it_returns_is_known_to_all():
-    def raises(error):
-        raise error
-
-    here, there = UserError("of rank 0"), UserError("of rank 1")
-    world = World.alone()
-    world.gather = lambda mine: [mine, (2, None)]
-    assert world.attempt(lambda: 1, UserError) == [1, 2]
-    world.gather = lambda mine: [mine, (None, there)]
-    for action, raised in ((lambda: 1, there), (lambda: raises(here), here)):
-        with pytest.raises(UserError) as found:
-            world.attempt(action, OSError, UserError)
-        assert found.value is raised
-    world.gather = lambda mine: pytest.fail("a rank that ends for another reason tells nothing")
-    with pytest.raises(ZeroDivisionError):
-        world.attempt(lambda: raises(ZeroDivisionError()), UserError)
-
-
-def test_ranks_that_do_not_divide_into_replicas(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="parallel.replicate must divide the number of ranks, 3, got 2"):
-        World(ParallelConfig(replicate=2))
-    for never in (0, 31_536_001, 2**70):  # the last is none of the seconds that a timedelta takes
-        with pytest.raises(ValueError, match=f"timeout_s must be from 1 to 31536000, a year, got {never}"):
-            ParallelConfig(timeout_s=never)
-    with pytest.raises(ValueError, match="vocab_parallel_head needs replicate = 1, got 3"):
-        ParallelConfig(replicate=3, vocab_parallel_head=True)
 
 
 def test_a_tied_head_is_not_sharded_over_the_vocabulary():

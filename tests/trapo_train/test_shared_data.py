@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
+from trapo_train import data as problems_of
 from trapo_train.checkpoint import CheckpointError
 from trapo_train.data import DataConfig, load_problems
 from trapo_train.evaluate import EvalConfig, load_eval_sets
@@ -110,6 +111,17 @@ def test_what_one_rank_cannot_read_or_judge_is_raised_on_all(write):
     other = write("other.jsonl", [{"solution": "bc"}])
     errors = on_ranks(*(partial(load_problems, each, TOKENIZER, None) for each in (data, other)))
     assert all("has no column 'prompt'" in str(error) for error in errors)
+
+
+def test_a_rank_that_has_too_little_memory_for_the_data_ends_all(write, monkeypatch):
+    def read(reader, reward, verifier, correct_by, world, real=problems_of._read):
+        if world.rank == 1:
+            raise MemoryError("of this rank")
+        return real(reader, reward, verifier, correct_by, world)
+
+    monkeypatch.setattr(problems_of, "_read", read)
+    errors = on_ranks(*[partial(load_problems, write("rows.jsonl", ROWS), TOKENIZER, None)] * 2)
+    assert [repr(error) for error in errors] == ["MemoryError('of this rank')"] * 2
 
 
 ASKED, VERDICTS = [], [1.0, 0.0]
