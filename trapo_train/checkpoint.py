@@ -106,18 +106,22 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """The step of the checkpoint with the highest score, the later of equals; None where none has one."""
-        scores = {step: self._score(step) for step in self.steps()}
+        scores = {step: self._said(step) for step in self.steps()}
         known = [step for step, score in scores.items() if score is not None]
         return max(known, key=lambda step: (scores[step], step), default=None)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """That which the newest checkpoint was saved with; empty where there is none that can be read."""
+        return (self._said(self.steps()[-1], "fingerprint") if self.steps() else None) or {}
+
     def score_before(self) -> float | None:
         """What the newest checkpoint knows of the score of the model before training; None where it was not evaluated."""
-        return self._score(self.steps()[-1], "score_before") if self.steps() else None
+        return self._said(self.steps()[-1], "score_before") if self.steps() else None
 
     def better_before(self) -> str | None:
         """A sentence where the model before training, which has no checkpoint, scored higher than the best one; else None."""
         step, before = self.best(), self.score_before()
-        if step is None or before is None or before <= (score := self._score(step)):
+        if step is None or before is None or before <= (score := self._said(step)):
             return None
         of = "minus expert_nll, " if before < 0 else ""
         return f"the model before training scored higher: {of}{before:.3f} against {score:.3f} of step {step}, the best checkpoint"
@@ -286,10 +290,11 @@ class CheckpointStore:
             except OSError as error:
                 self.undeleted = f"{self.path(old)} could not be deleted, and takes space until it is: {_one_line(error)}"
 
-    def _score(self, step: int, which: str = "score") -> float | None:
+    def _said(self, step: int, which: str = "score") -> Any:
+        """What the manifest of `step` says, None where it does not; whether it is intact shows when the checkpoint is loaded."""
         try:
             return json.loads((self.path(step) / MANIFEST_FILE).read_text(encoding="utf-8")).get(which)
-        except (OSError, ValueError, AttributeError):  # a damaged one is no best one
+        except (OSError, ValueError, AttributeError):
             return None
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:

@@ -133,8 +133,12 @@ def _look_at_output_dir(config: RunConfig) -> set[Place] | None:
     """Check that the run may write there. Returns the expert traces that the run which it continues has dropped; None where there
     is no such run."""
     check_output_dir(config)
-    continues = config.checkpoint.resume and CheckpointStore.of(config.output_dir).steps()
-    return read_rejected(Path(config.output_dir)) if continues and config.data.on_rejected_expert == "drop" else None
+    store = CheckpointStore.of(config.output_dir)
+    if not (config.checkpoint.resume and store.steps() and config.data.on_rejected_expert == "drop"):
+        return None
+    if store.fingerprint().get("config", {}).get("data", {}).get("on_rejected_expert") == "keep":
+        return set()  # without asking about traces: to resume that run with another setting is refused once the data is known
+    return read_rejected(Path(config.output_dir))
 
 
 def _start(trainer: Trainer, reporter: Reporter) -> None:

@@ -151,6 +151,15 @@ def test_a_run_resumes_with_the_traces_that_it_began_with(tmp_path, monkeypatch)
         train_to_end(build_config(tmp_path, "run", *settings, "steps=6", "checkpoint.resume=true"))
 
 
+def test_a_run_that_kept_all_traces_is_not_resumed_by_one_that_drops_some_and_no_file_is_asked_for(tmp_path):
+    settings = ("reward=tests.trapo_train.test_shared_data:moody",)
+    train_to_end(build_config(tmp_path, "run", *settings, "steps=1", "checkpoint.every=1"))
+    ASKED.clear()
+    with pytest.raises(CheckpointError, match=r"data\.on_rejected_expert was 'keep', is 'drop'"):
+        train_to_end(build_config(tmp_path, "run", *settings, "steps=2", "data.on_rejected_expert=drop", "checkpoint.resume=true"))
+    assert not ASKED
+
+
 def test_a_start_without_a_checkpoint_asks_again(tmp_path, monkeypatch):
     settings = ("reward=tests.trapo_train.test_shared_data:moody", "data.on_rejected_expert=drop", "steps=1", "checkpoint.every=0")
     config = build_config(tmp_path, "run", *settings, "checkpoint.resume=true")
