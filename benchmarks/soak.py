@@ -192,7 +192,7 @@ def _last_lines(run: Run) -> str:
 def report(results: Sequence[dict[str, Any]]) -> str:
     """The counts as Markdown."""
     where = environment("cpu")
-    kinds = list(dict.fromkeys(kind for result in results for kind in result["by"]))
+    kinds = sorted({kind for result in results for kind in result["by"]})
     lines = [
         "# Killed and resumed",
         "",

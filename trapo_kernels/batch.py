@@ -65,7 +65,6 @@ class TokenBatch:
     sequence_id: Tensor | None = None
     scored_rows: Tensor | None = None
     kl_weight: Tensor | None = None
-    _cut = ()  # no field: the (role, sequence) pairs that `rows` was seen to cut, which `dataclasses.replace` forgets
 
     def __post_init__(self):
         batch_checks.token_batch(self)
@@ -220,17 +219,10 @@ class TokenBatch:
         """The tokens of some rows as a batch, such as a micro-batch; `index` is a slice, or int64 [M] on the device of the batch.
 
         Weights stay as they are, normalised over the whole optimizer step, so that losses, and gradients, of parts that cover the
-        batch add up to its own. An objective that pools over the tokens of a role needs all of a sequence, and refuses a
-        part with some where `rows` saw the others left out: on the CPU, and until `dataclasses.replace` makes a batch anew. Split
-        on the CPU, before `to`: what a batch on a GPU knows of active and silent rows does not reach its parts, and one with
-        `scored_rows` is refused.
+        batch add up to its own. An objective that pools over sequences needs whole ones. Split on the CPU, before `to`: what a
+        batch on a GPU knows of active and silent rows does not reach its parts, and one with `scored_rows` is refused.
         """
         batch_checks.row_index(self, index)
-        part = self._part(index)
-        object.__setattr__(part, "_cut", batch_checks.cut_by(self, index, part))
-        return part
-
-    def _part(self, index: slice | Tensor) -> TokenBatch:
         streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}
         part = {name: x if x is None else x[index] for name, x in streams.items() if name != "scored_rows"}
         if self.scored_rows is None:
@@ -256,7 +248,6 @@ class TokenBatch:
         there = TokenBatch(**{name: None if tensor is None else place(tensor) for name, tensor in streams.items()})
         pairs = zip(self._rows(), there._rows(), strict=True)  # what was known, and what the CPU has found anew
         there._note(_Rows(*(found if known is None else place(known) for known, found in pairs)))
-        object.__setattr__(there, "_cut", self._cut)
         return there
 
     def with_active_rows(self, rows: Tensor | None, silent_rows: Tensor | None = None) -> TokenBatch:
@@ -269,7 +260,6 @@ class TokenBatch:
         """
         batch_checks.row_hints(self, rows, silent_rows)
         told = replace(self)
-        object.__setattr__(told, "_cut", self._cut)
         pairs = zip((rows, silent_rows), told._rows(), strict=True)
         told._note(_Rows(*(found if given is None else given for given, found in pairs)))
         return told

@@ -100,26 +100,16 @@ def row_index(batch: TokenBatch, index: object) -> None:
             f"{where}: index must be a slice or int64 of shape [M] on {device}, got {checks.described(index)}. Pass "
             "slice(i, i + 1) for one row, mask.nonzero().squeeze(1) for those of a mask."
         )
+    if isinstance(index, slice) and index.step is not None and index.step < 1:
+        raise ValueError(
+            f"{where}: a slice must have a step of at least 1, got {index.step}. Pass the rows as indices, such as "
+            "torch.arange(len(batch)).flip(0)."
+        )
     if batch.scored_rows is not None and device.type != "cpu":
         raise ValueError(
             f"{where}: a batch with scored_rows must be on the CPU, where those of a part are found without a wait, got {device}. "
             "Split it before batch.to(...)."
         )
-
-
-def cut_by(batch: TokenBatch, index: slice | Tensor, part: TokenBatch) -> tuple[tuple[int, int], ...]:
-    """(role, sequence) of tokens in `part`, rows `index` of `batch`, others of which it lacks; none are seen on a GPU."""
-    if batch.sequence_id is None or not checks.may_look(batch.role):
-        return ()
-    left_out = torch.ones_like(batch.role, dtype=torch.bool)
-    left_out[index] = False
-    cut = []
-    for role in (Role.ROLLOUT, Role.EXPERT):
-        before = batch.sequence_id.new_tensor([sequence for of_role, sequence in batch._cut if of_role == role])
-        lacked = torch.cat([batch.sequence_id[left_out & (batch.role == role)], before])
-        there = part.sequence_id[part.role == role]
-        cut += [(role, sequence) for sequence in there[torch.isin(there, lacked)].unique().tolist()]
-    return tuple(cut)
 
 
 def loss_totals(totals: LossTotals) -> None:
@@ -205,13 +195,6 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
     must be finite where it is read."""
-    for role, terms in ((Role.ROLLOUT, objective.rollout_terms), (Role.EXPERT, objective.expert_terms)):
-        cut = [sequence for of_role, sequence in batch._cut if of_role == role]
-        if cut and any(term.reduces(batch.on_policy) for term in terms):
-            raise ValueError(
-                f"{where}: objective {objective.name!r} pools over sequences, of which a batch must have all tokens of a role, got "
-                f"one without some of sequence {cut[0]}, which batch.rows left out. Cut between sequences."
-            )
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")

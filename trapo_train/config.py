@@ -269,6 +269,8 @@ def _override_value(key: str, text: str, where: str) -> Any:
         value, first = _parse_yaml(text, where), text.lstrip()[:1]
     except ConfigError as error:
         raise ConfigError(f"{error}\n{quotes_for(key)}") from error
+    if value is None and first != "#" and text.strip().lower() not in ("", "~", "null"):  # an anchor, or a document's start
+        raise ConfigError(f"{where}: {key} would be null. {quotes_for(key)}")
     is_quoted = first in tuple("'\"|>!")
     if is_quoted or not (isinstance(value, str) or first == "#"):
         return value

@@ -108,10 +108,16 @@ class MathVerify(Grader):
         self.__name__ = "math_verify"
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        solution: Sequence[str | None],
+        thoughts_open: Sequence[bool] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
         asked = [i for i, truth in enumerate(solution) if truth is not None]
-        answers = self.ask([(completions[i], solution[i], prompts[i].rstrip().endswith(THINK)) for i in asked])
+        opened = [prompt.rstrip().endswith(THINK) for prompt in prompts] if thoughts_open is None else thoughts_open
+        answers = self.ask([(completions[i], solution[i], opened[i]) for i in asked])
         values: list[float | None] = [None] * len(completions)
         for i, answer in zip(asked, answers, strict=True):
             values[i] = answer.value if answer.outcome == "ok" else 0.0

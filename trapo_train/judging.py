@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from trapo_train.prefix import answer_in_prefix
-from trapo_train.records import Problem, Sample
+from trapo_train.records import END_THINK, THINK, Sample
 from trapo_train.rewards import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
 from trapo_train.tokenizer import decode
 
@@ -26,7 +26,6 @@ class _Case:
 
     owner: Any
     samples: Sequence[Sample]
-    problems: list[Problem]
     texts: list[str]
     future: Future | None = field(default=None)
 
@@ -54,9 +53,10 @@ class Judging:
 
     def start(self, owner: Any, samples: Sequence[Sample]) -> None:
         """Judge `samples`; `take` gives back their owner."""
-        case = _Case(owner, samples, *_shown(samples, self._tokenizer, self._config))
+        case = _Case(owner, samples, _texts(samples, self._tokenizer, self._config))
         if self._threads is not None:
-            case.future = self._threads.submit(judge, self._reward, case.problems, case.texts, _about(samples))
+            problems, about = [sample.problem for sample in samples], _about(samples, self._tokenizer, self._config)
+            case.future = self._threads.submit(judge, self._reward, problems, case.texts, about)
         self._cases.append(case)
 
     def take(self, *, wait: bool) -> list[Any]:
@@ -78,9 +78,9 @@ class Judging:
 
     def _judge_all(self) -> list[list[float | None]]:
         samples = [sample for case in self._cases for sample in case.samples]
-        problems = [problem for case in self._cases for problem in case.problems]
         texts = [text for case in self._cases for text in case.texts]
-        values = iter(judge(self._reward, problems, texts, _about(samples)))
+        about = _about(samples, self._tokenizer, self._config)
+        values = iter(judge(self._reward, [sample.problem for sample in samples], texts, about))
         return [[next(values) for _ in case.samples] for case in self._cases]
 
     def __enter__(self) -> Self:
@@ -96,31 +96,41 @@ def judge_samples(
 ) -> int:
     """Set `reward`, `verdict`, `correct` and `answer_in_prefix` of each sample in one reward call; return how many were None.
 
-    With verify="completion" the reward sees the completion alone, the prefix at the end of its prompt, except for full expert
-    traces: there the model has written nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
+    With verify="completion" the reward sees the completion alone, except for full expert traces: there the model has written
+    nothing, so there is nothing it could get for free. No opinion (None) counts as 0.
     """
-    values = judge(reward, *_shown(samples, tokenizer, config), _about(samples))
+    problems = [sample.problem for sample in samples]
+    values = judge(reward, problems, _texts(samples, tokenizer, config), _about(samples, tokenizer, config))
     return _settle(samples, values, tokenizer, config)
 
 
-def _shown(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> tuple[list[Problem], list[str]]:
-    problems, texts = [], []
-    for sample in samples:
-        problem, token_ids = sample.problem, sample.prefix_ids + sample.completion_ids
-        if config.verify == "completion" and sample.prefix_ratio < 1.0 and sample.guided:
-            problem = replace(problem, prompt=problem.prompt + decode(tokenizer, sample.prefix_ids, special=False))
-            token_ids = sample.completion_ids
-        problems.append(problem)
-        texts.append(decode(tokenizer, token_ids, special=False))
-    return problems, texts
+def _texts(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[str]:
+    return [
+        decode(tokenizer, (() if _is_alone(sample, config) else sample.prefix_ids) + sample.completion_ids, special=False)
+        for sample in samples
+    ]
 
 
-def _about(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+def _is_alone(sample: Sample, config: RolloutConfig) -> bool:
+    """Whether a reward sees the completion without its prefix."""
+    return config.verify == "completion" and sample.prefix_ratio < 1.0
+
+
+def _about(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> dict[str, list[Any]]:
     """The columns of `rewards.ABOUT_RESPONSES`."""
     return {
         "completion_tokens": [len(sample.prefix_ids) + len(sample.completion_ids) for sample in samples],
         "finish_reasons": [sample.finish_reason for sample in samples],
+        "thoughts_open": [_begins_in_thoughts(sample, tokenizer, config) for sample in samples],
     }
+
+
+def _begins_in_thoughts(sample: Sample, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> bool:
+    opened = sample.problem.prompt.rstrip().endswith(THINK)
+    if not _is_alone(sample, config):
+        return opened
+    prefix = decode(tokenizer, sample.prefix_ids, special=False)
+    return END_THINK not in prefix and (opened or THINK in prefix)
 
 
 def _settle(

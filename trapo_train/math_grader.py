@@ -43,7 +43,7 @@ def grade(completion: str, solution: str, opened: bool = False) -> float | None:
     solution, or not within TIME_LIMIT_S.
 
     Args:
-        opened: whether the prompt ends with <think>.
+        opened: whether the completion begins in thoughts, as behind a prompt that ends with <think>.
 
     Raises: OutOfTime where parsing the completion or a comparison took more than TIME_LIMIT_S, unless another comparison says that
         they are equal; RuntimeError outside the main thread.

@@ -108,9 +108,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            # gloo raises plain RuntimeErrors, which name its source file
-            lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
-            if self.size == 1 or isinstance(error, RankError) or not lost:
+            # gloo raises plain RuntimeErrors, which name its source file; an error of ours may name such a path
+            lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
+            if self.size == 1 or not lost:
                 raise
             raise RankError(
                 f"parallel: rank {self.rank} has lost another rank: {str(error).splitlines()[0]} Look at what the rank that ended "

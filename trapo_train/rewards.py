@@ -23,7 +23,7 @@ from trapo_train.schema import UserError, check, did_you_mean
 from trapo_train.tasks import pointer_chasing_reward
 from trapo_train.user_code import in_words, note_place, resolve
 
-ABOUT_RESPONSES = ("completion_tokens", "finish_reasons")  # what a reward is told besides the columns of the data
+ABOUT_RESPONSES = ("completion_tokens", "finish_reasons", "thoughts_open")  # what a reward is told besides the columns of the data
 SEARCH_S = 5.0  # most seconds that the row is looked for which a reward raised on: each row asked may be a call of a service
 
 
@@ -110,14 +110,14 @@ class RewardFn(Protocol):
     """A reward as TRL calls one for text data, a function or an async one: one number per row, or None where it has no opinion.
 
     `prompts` and `completions` are texts, one per row, those of a chat too; a completion is the whole response, expert prefix
-    included, which `rollout.verify` may move to the end of the prompt, and special tokens left out. `columns` holds `solution` and
-    every further column of the dataset, each as a list with one value per row, and no `completion_ids`. Declare the ones you read
-    and take the rest with `**columns`.
+    included, and special tokens left out. `columns` holds `solution` and every further column of the dataset, each as a list with
+    one value per row, and no `completion_ids`. Declare the ones you read and take the rest with `**columns`.
 
-    Two columns are about the responses, for rewards that declare them or take `**columns`: `completion_tokens` (list[int]), the
-    tokens of the whole response, expert prefix and end-of-sequence token included, whatever `rollout.verify` shows of its text; and
-    `finish_reasons` (list[str]), "stop", "length" (cut off by the budget) or "expert" (a whole expert trace). Columns of the data
-    that have one of these names are left out, as those called prompts or completions are, with a warning.
+    Three columns are about the responses, for rewards that declare them or take `**columns`: `completion_tokens` (list[int]), the
+    tokens of the whole response, expert prefix and end-of-sequence token included, whatever `rollout.verify` shows of its text;
+    `finish_reasons` (list[str]), "stop", "length" (cut off by the budget) or "expert" (a whole expert trace); and `thoughts_open`
+    (list[bool]), whether a text begins behind a <think> that the prompt, or a prefix that is not shown, leaves open. Columns of the
+    data that have one of these names are left out, as those called prompts or completions are, with a warning.
 
     An object may have `take_metrics()` besides, which returns what it counted since it was last asked, numbers by their names in
     metrics.jsonl: they add up over calls, rewards and ranks; a mean is a `metrics.Mean`. What the run itself reports under the same

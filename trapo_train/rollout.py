@@ -50,8 +50,7 @@ class RolloutConfig:
     """How far the cut may move forward to a paragraph break, as a share of the trace in [0, 1]; 0 cuts exactly, as the plans
     prefix_rft and uft do whatever this says: their ratio is drawn, and guidance and longest_prefix bound it."""
     verify: Literal["response", "completion"] = "response"
-    """What the reward sees: the response, or the completion alone, its expert prefix at the end of the prompt, so that an answer in
-    the prefix earns nothing."""
+    """What the reward sees: the response, or the completion alone so that an answer in the prefix earns nothing."""
     on_truncated: Literal["keep", "mask"] = "keep"
     """A completion that its budget cuts off: keep trains on it with the reward it got; mask takes its tokens out of the loss, the
     entropy bonus and every denominator, while its reward stays in the baseline and its expert prefix in TrSFT (DAPO's overlong

@@ -199,6 +199,8 @@ def test_to_yaml_and_back(tmp_path, file):
         (["data.system_prompt=[think] first"], QUOTES),
         (["data.system_prompt=*Think*"], QUOTES),
         (["data.system_prompt=Answer: in a box"], f"must be text, got {{'Answer': 'in a box'}} (a mapping). {QUOTES}"),
+        (["data.system_prompt=&abc"], f"data.system_prompt would be null. {QUOTES}"),
+        (["data.system_prompt=---"], f"data.system_prompt would be null. {QUOTES}"),
         (["data.system_prompt=on"], f"data.system_prompt must be text, got True (true or false). {QUOTES}"),
         (["model.eos_token=5"], "must be text or a list of text or null, got 5 (int). Put quotes around a text"),
         (["seed=0x_"], "seed must be int, got '0x_' (text)."),

@@ -5,10 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from trapo_train import math_grader
 from trapo_train.grading import MathVerify
+from trapo_train.judging import judge_samples
 from trapo_train.math_grader import anchored_answer, grade
+from trapo_train.records import Problem, Sample
+from trapo_train.rollout import RolloutConfig
 from trapo_train.workers import OutOfTime
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 in April and May.\n#### 72"
@@ -85,6 +90,31 @@ def test_answers_as_they_are_written(completion, solution, expected):
 )
 def test_thoughts_are_no_answer(completion, expected):
     assert grade(completion, "3") == expected
+
+
+WORDS = ["<pad>", "</s>", "<think> step one.", " step one.", "</think>", " so \\boxed{3}?"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix", "completion", "shown", "expected"),
+    [
+        ("1 + 2?<think>\n", (), (5,), "completion", 0.0),
+        ("1 + 2?<think>\n", (3,), (5,), "completion", 0.0),
+        ("1 + 2?<think>\n", (3,), (5,), "response", 0.0),
+        ("1 + 2?", (2,), (5,), "completion", 0.0),  # opened in a prefix that the reward does not see
+        ("1 + 2?<think>\n", (3, 4), (5,), "completion", 1.0),  # ended there
+        ("1 + 2?", (2,), (4, 5), "completion", 1.0),
+        ("1 + 2?", (3,), (5,), "completion", 1.0),
+    ],
+)
+def test_thoughts_of_a_prefix_are_open_until_they_end_whether_it_is_shown_or_not(prompt, prefix, completion, shown, expected):
+    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    vocabulary.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="</s>", pad_token="<pad>")
+    ratio = 0.5 if prefix else 0.0
+    sample = Sample(Problem(0, prompt, (3,), "3"), 1, ratio, prefix, completion, (0.0,) * len(completion), "length")
+    judge_samples([sample], MathVerify(), tokenizer, RolloutConfig(verify=shown))
+    assert sample.reward == expected
 
 
 def test_thoughts_that_the_prompt_opens_are_no_answer_until_they_end():

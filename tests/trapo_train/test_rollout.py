@@ -119,17 +119,15 @@ def test_reward_sees_the_response_or_the_completion_alone():
     seen = []
 
     def reward(prompts, completions, **columns):
-        seen.extend(zip(prompts, completions, strict=True))
+        seen.extend(completions)
         return pointer_chasing_reward(prompts, completions, **columns)
 
     plan = lambda problem: iter_requests([Request(1, 0.5), Request(1, 1.0)])  # noqa: E731
     run([problem()], plan, script=always("a#aa$"), reward=reward)
-    prompt = problem().prompt
-    assert seen == [(prompt, "ab|bc|cd|a#aa"), (prompt, "ab|bc|cd|de#de")]
+    assert seen == ["ab|bc|cd|a#aa", "ab|bc|cd|de#de"]
     seen.clear()
     run([problem()], plan, script=always("a#aa$"), reward=reward, config=replace(CONFIG, verify="completion"))
-    # Nothing was generated after a full trace, so it is judged whole.
-    assert seen == [(prompt + "ab|bc|cd|", "a#aa"), (prompt, "ab|bc|cd|de#de")]
+    assert seen == ["a#aa", "ab|bc|cd|de#de"]  # nothing was generated after a full trace, so it is judged whole
 
 
 def test_the_plans_that_draw_their_ratio_cut_exactly_there_and_no_paragraph_later():

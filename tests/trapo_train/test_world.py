@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_train import train, trainer
+from trapo_train.checkpoint import CheckpointError
 from trapo_train.parallel import ParallelConfig, RankError, World, interleave
 from trapo_train.schema import UserError
 
@@ -85,6 +86,13 @@ def test_the_loss_of_a_rank_while_data_is_read_is_told_once_as_such(name, tmp_pa
     with pytest.raises(RankError) as again, World(ParallelConfig()).together():  # as a run's trainer is built
         raise found.value
     assert again.value is found.value
+
+
+def test_an_error_of_ours_that_names_a_path_of_gloo_is_no_lost_rank():
+    world = World.alone()
+    world.size = 2
+    with pytest.raises(CheckpointError, match="/gloo/run is full"), world.together():
+        raise CheckpointError("/scratch/gloo/run is full")
 
 
 def test_all_ranks_go_by_what_the_first_finds_in_output_dir_and_end_where_one_cannot_look(tmp_path, monkeypatch):
