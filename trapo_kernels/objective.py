@@ -80,7 +80,8 @@ class KL:
     "k1": d; "k2": d²/2; "k3": e^(-d) - 1 + d; "k3_corrected": r·k3 with r = π/π_old. As losses they differ from what they estimate.
     Over samples of π the slope d of "k2" gives the gradient of KL(π ‖ π_ref), 1 - e^(-d) of "k3" that of KL(π_ref ‖ π), and 1 of
     "k1" zero: it holds nothing. The slope r·d of "k3_corrected" gives that of KL(π ‖ π_ref) over samples of π_old, too.
-    `clamp`: nats > 0; d is held within ±clamp, and beyond it the estimate is flat; infinite by default.
+    `clamp`: nats > 0; d is held within ±clamp, and beyond it the estimate is flat; infinite by default. With β = 0 it is only
+    watched: it reads `ref_logprob` for the metric `rollout/kl_ref`.
     """
 
     beta: float

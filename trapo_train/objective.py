@@ -19,7 +19,7 @@ class KLConfig:
     """A KL to the model before training, on rollout tokens."""
 
     beta: float
-    """Its weight, at least 0."""
+    """Its weight, at least 0. With 0 it is only watched, as `rollout/kl_ref`, at the cost of the frozen copy."""
     estimator: Literal["k1", "k2", "k3", "k3_corrected"] = "k3"
     """How a token's KL is estimated, see trapo_kernels.KL: k2 and k3_corrected have its gradient, k3 that of the KL the other way
     round; that of k1 is zero in expectation, whatever the reference."""
