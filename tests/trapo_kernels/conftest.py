@@ -17,10 +17,15 @@ def a_pretended_gpu(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def host_gpu_library(tmp_path_factory):
-    """csrc's CUDA code, compiled for the host."""
-    if shutil.which("g++") is None:  # trapo installs and works without one, and so do its other tests
+def compiler():
+    """The C++ compiler; trapo installs and works without one, and so do the other tests."""
+    if shutil.which("g++") is None:
         pytest.skip("no C++ compiler on this machine")
+
+
+@pytest.fixture(scope="session")
+def host_gpu_library(compiler, tmp_path_factory):
+    """csrc's CUDA code, compiled for the host."""
     return host_gpu.build(tmp_path_factory.mktemp("host_gpu"))
 
 

@@ -4,7 +4,6 @@ That it equals the other backends is tested where they are: see cases.COMPILED.
 """
 
 import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +17,7 @@ from trapo_kernels.backends import native
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
-def test_it_is_built_where_there_is_a_compiler():
+def test_it_is_built_where_there_is_a_compiler(compiler):
     assert native.why_not("cpu") is None
 
 

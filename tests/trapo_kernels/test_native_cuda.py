@@ -16,10 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
+def host(compiler, tmp_path_factory):
     """csrc's arithmetic, compiled for the host."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler on this machine")
     return host_gpu.build_arithmetic(tmp_path_factory.mktemp("arithmetic"))
 
 

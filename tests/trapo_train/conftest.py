@@ -2,6 +2,7 @@
 
 import signal
 
+import datasets
 import pytest
 import torch
 
@@ -13,6 +14,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What datasets reads goes into a cache of this test alone, without progress bars."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture

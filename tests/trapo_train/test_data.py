@@ -11,6 +11,7 @@ from trapo_train.data import DataConfig, load_problems
 from trapo_train.preflight import check_reward
 from trapo_train.rewards import RewardError, WeightedSum, exact_match
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 ROWS = [
@@ -18,12 +19,6 @@ ROWS = [
     {"prompt": "1+2=", "solution": "3", "expert": "4", "level": 2},
     {"prompt": "2+2=", "solution": "4", "expert": None, "level": 3},
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

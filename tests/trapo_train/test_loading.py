@@ -7,7 +7,6 @@ import re
 from contextlib import closing
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -279,8 +278,7 @@ def test_two_ranks_train_a_multimodal_model(multimodal, tmp_path):
 
 
 @pytest.mark.parametrize(("where", "what"), [("prompt", "prompt"), ("expert", "expert trace"), (None, None)])
-def test_a_token_that_the_model_has_no_embedding_for_is_refused_where_data_has_it(where, what, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_where_data_has_it(where, what, tmp_path, own_cache):
     tokenizer = build_tokenizer()
     small = LlamaConfig(vocab_size=len(tokenizer), **SMALL)
     tokenizer.add_tokens(["<image>"], special_tokens=True)

@@ -3,7 +3,6 @@
 import json
 import tracemalloc
 
-import datasets
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,18 +16,13 @@ from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.tokenizer import continuations, decode, line_break_behind
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TOKENIZER = build_tokenizer()
 ROWS = [
     {"prompt": "ab|", "solution": "bc", "expert": ["ab|bc#bc", "ab#ab"]},
     {"prompt": "ab|bc|", "solution": "cd", "expert": None},
     {"prompt": "a", "solution": "de", "expert": "de"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

@@ -20,15 +20,10 @@ from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TOKENIZER = build_tokenizer()
 ROWS = [{"prompt": "ab|", "solution": "bc", "expert": expert} for expert in (["ab", "bc"], ["cd"], ["bc", "de", "ef"])]
 REJECTED = {(0, 0), (1, 0), (2, 1), (2, 2)}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture
@@ -63,7 +58,7 @@ def on_ranks(*loads):
         with turn:  # threads of one process, as ranks are not, would read into one cache of datasets at once
             try:
                 return loads[rank](world=world)
-            except Exception as error:
+            except Exception as error:  # what a rank raises is what its test looks at
                 return error
 
     with ThreadPoolExecutor(len(loads)) as threads:
@@ -190,9 +185,8 @@ def test_data_with_images_is_the_same_at_every_start_and_their_bytes_reach_the_r
     assert problems.fingerprint != load_problems(_images(tmp_path, 2)[0], TOKENIZER, None).fingerprint
 
 
-def test_a_folder_of_images_is_the_same_data_wherever_it_lies_and_other_data_with_another_image(tmp_path, monkeypatch):
+def test_a_folder_of_images_is_the_same_data_wherever_it_lies_and_other_data_with_another_image(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def load(name, shade):
         folder = tmp_path / name

@@ -7,7 +7,6 @@ import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -56,8 +55,7 @@ def test_any_token_ends_a_response_and_is_none_of_its_text(directory, token):
     assert tokenizer.decode(written, skip_special_tokens=False) == f"a b{token}"
 
 
-def test_engine_traces_and_export_agree(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_engine_traces_and_export_agree(directory, tmp_path, own_cache):
     model, tokenizer = load_model_and_tokenizer(ModelConfig(str(directory), eos_token="<|user|>"))
     end = tokenizer.convert_tokens_to_ids("<|user|>")
     assert stop_ids(SamplingParams(4), tokenizer) == (end,)
@@ -90,8 +88,7 @@ def test_what_the_generation_config_names_of_the_special_tokens_ends_a_response_
     assert end_ids("<|user|>", model, tokenizer) == (user,) and end_ids(["<|end|>", "!"], model, tokenizer)[0] == end
 
 
-def test_several_tokens_end_a_response_and_the_first_ends_traces(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_several_tokens_end_a_response_and_the_first_ends_traces(directory, tmp_path, own_cache):
     plain = load_tokenizer(ModelConfig(str(directory)), None)
     config = build_config(tmp_path, "run", f"model={{name_or_path: '{directory}'}}", "model.eos_token=[<|end|>, <|user|>, '!']")
     assert config.model.eos_token == ["<|end|>", "<|user|>", "!"]
@@ -158,8 +155,7 @@ def test_an_end_that_the_template_or_the_model_has_otherwise_is_named(directory,
 
 
 @pytest.mark.parametrize(("own", "count"), [("", 1), (", eos_token: '<|end|>'", 0)])
-def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, monkeypatch, own, count):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, own_cache, own, count):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b", "expert": "b<|end|>"}))
     model = f"model={{name_or_path: '{directory}'{own}}}"
     config = build_config(tmp_path, "run", model, "plan.name=grpo", "objective.name=dr_grpo", "reward=exact_match")
