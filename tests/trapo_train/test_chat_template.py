@@ -9,7 +9,8 @@ from trapo_train.checkpoint import compare_fingerprints
 from trapo_train.continuation import split_settings
 from trapo_train.schema import UserError
 
-own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
+load, tokenizer = test_data.load, test_data.tokenizer  # fixtures
+pytestmark = pytest.mark.usefixtures("own_cache")
 SWITCHED = TURNS + "{% if add_generation_prompt %}<assistant>{% if not think %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 
 

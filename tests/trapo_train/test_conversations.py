@@ -13,7 +13,8 @@ from trapo_train.prefix import cut_prefix
 from trapo_train.rewards import exact_match
 from trapo_train.tokenizer import special_tokens
 
-own_cache, load, tokenizer = test_data.own_cache, test_data.load, test_data.tokenizer  # fixtures
+load, tokenizer = test_data.load, test_data.tokenizer  # fixtures
+pytestmark = pytest.mark.usefixtures("own_cache")
 # As gpt-oss writes a turn of the assistant: thoughts and answer in channels of one turn, the last of which ends with EOS.
 CHANNELS = (
     "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}{% if m.thinking %}<|channel|>analysis<|message|>"
