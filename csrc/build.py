@@ -44,6 +44,11 @@ class BuildNative(build_ext):
 
     in_source = False  # whether the library is copied beside the sources once it is built
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        for ext in self.extensions:  # a source distribution holds them, and a change of one of them builds anew
+            ext.depends = [str(file) for file in sorted(Path("csrc").rglob("*")) if file.is_file() and file.suffix != ".pyc"]
+
     def run(self) -> None:
         self.in_source = bool(self.inplace or self.editable_mode)
         super().run()

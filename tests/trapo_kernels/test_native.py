@@ -4,6 +4,7 @@ That it equals the other backends is tested where they are: see cases.COMPILED.
 """
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,16 @@ needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(
 
 def test_it_is_built_where_there_is_a_compiler(compiler):
     assert native.why_not("cpu") is None
+
+
+@pytest.mark.filterwarnings("ignore:.*ext-modules")
+def test_a_source_distribution_builds_it_with_its_cuda_part():
+    distribution = Distribution()
+    distribution.parse_config_files()  # pyproject.toml
+    held = distribution.get_command_obj("build_ext")
+    held.ensure_finalized()
+    needed = {str(file) for file in Path("csrc").rglob("*.*") if file.suffix in {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}}
+    assert len(needed) > 20 and needed <= set(held.get_source_files())
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
