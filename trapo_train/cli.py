@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def entry() -> NoReturn:
-    """The process of `trapo-train`: run one command and exit with its code."""
+def run_and_exit() -> NoReturn:
+    """Run one command and exit with its code."""
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # whoever started the ranks
         # A rank leaves without tearing the interpreter down: a gloo thread that drops a tensor meanwhile aborts the process
@@ -155,8 +155,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         check_in_place(args.config, config)
     if args.dry_run:
         from trapo_train.dry_run import dry_run
+        from trapo_train.extras import missing_packages
 
         metrics = dry_run(config).metrics
+        for missing in missing_packages(config):
+            say(console, f"the run itself would end at once: {missing}", "yellow")
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "loss_tokens") if name in metrics)
         say(console, f"dry run passed: {shown}")
         if not metrics["loss_tokens"]:
@@ -380,4 +383,4 @@ def _print_paths(paths: Sequence[Path], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    entry()
+    run_and_exit()

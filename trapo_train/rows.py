@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from trapo_train.records import END_THINK, THINK
-from trapo_train.schema import UserError, refused
+from trapo_train.schema import MissingPackage, UserError, refused
 from trapo_train.tasks import generate_rows
 
 if TYPE_CHECKING:
@@ -319,8 +319,13 @@ def _read_variables(template: str) -> frozenset[str]:
 
 def _reader(config: DataConfig) -> Callable[[], Any]:
     """What reads the dataset with the package datasets; raises UserError for a file that is not there, or a revision of a file or
-    folder."""
-    import datasets
+    folder, and MissingPackage."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise MissingPackage("data.path needs the package datasets: pip install 'trapo[train]'.") from error
 
     path, split, folder = config.path, config.split, Path(config.path)
     if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or glob.glob(path)):

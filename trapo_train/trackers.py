@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from trapo_train.schema import MissingPackage, UserError, check
+from trapo_train.schema import UserError, check
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +95,6 @@ class Trackers:
             except Exception as error:  # whatever a service does, the run goes on
                 logger.warning(_left_out(name, error))
                 del self._trackers[name]
-
-
-def check_installed(config: TrackingConfig) -> None:
-    """Raise MissingPackage for a destination whose package is missing, before a run has written anything."""
-    for name in config.to:
-        if sys.modules.get(name) is None and find_spec(name) is None:
-            raise MissingPackage(f"tracking.to: {name} needs its package: pip install 'trapo[{name}]'.")
 
 
 def _left_out(name: str, error: Exception) -> str:

@@ -21,6 +21,7 @@ from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.display import NullReporter, Reporter
 from trapo_train.evaluate import EvaluationStopped
 from trapo_train.export import MODEL_DIR, export_model, other_tokenizer
+from trapo_train.extras import check_packages
 from trapo_train.files import replace_text
 from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 from trapo_train.lock import held
@@ -37,7 +38,6 @@ from trapo_train.samples import write_samples
 from trapo_train.schema import UserError
 from trapo_train.signals import StopSignal
 from trapo_train.step import NonFiniteError
-from trapo_train.trackers import check_installed
 from trapo_train.trainer import Trainer
 
 
@@ -82,7 +82,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
         the model is written, where weights are not finite; RankError when another rank dies or hangs.
     """
     check_place(config)
-    check_installed(config.tracking)
+    check_packages(config)
     world = World(config.parallel)
     # What output_dir holds is looked at inside: loading may take an hour, in which another run could begin and end there.
     with world.together(), held(Path(config.output_dir), world) as of_lock:

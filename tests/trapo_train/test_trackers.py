@@ -128,14 +128,6 @@ def test_a_run_whose_id_cannot_be_written_is_ended_there(monkeypatch, tmp_path):
     assert [call[0] for call in calls] == ["init", "finish"] and "wandb failed and is left out" in trackers.notes[0]
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_missing_package_names_its_extra_before_anything_is_written(name, monkeypatch, tmp_path, configure):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf"pip install 'trapo\[{name}\]'"):
-        train_to_end(configure("run", f"tracking.to=[{name}]"))
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("name", ["wandb", "torch.utils.tensorboard"])
 def test_a_package_that_does_not_load_is_told_with_its_own_error(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)

@@ -165,7 +165,19 @@ def test_many_requests_are_in_flight_at_once_and_come_back_in_any_order(server, 
 
 def test_a_quick_problem_moves_on_while_a_slow_one_is_in_flight(server, engine):
     quick, slow = problem(0, "ab?a1:"), problem(1, "ab,bc?a2:")
-    server.delay = lambda body: 0.6 if tuple(body["prompt"][: len(slow.prompt_ids)]) == slow.prompt_ids else 0.0
+    engine._config = replace(engine._config, timeout_s=60.0)
+
+    def wait(body):  # the slow one for all four answers of the quick one
+        until = time.monotonic() + 50
+        while (
+            tuple(body["prompt"][: len(slow.prompt_ids)]) == slow.prompt_ids
+            and len(server.answered) < 4
+            and time.monotonic() < until
+        ):
+            time.sleep(0.01)
+        return 0.0
+
+    server.delay = wait
     plan = lambda problem: iter_requests([Request(2), Request(1, 0.25), Request(1, 0.5)])  # noqa: E731
     result = run_plans([slow, quick], plan, engine, pointer_chasing_reward, TOKENIZER, CONFIG)
     order = [tuple(body["prompt"][: len(quick.prompt_ids)]) == quick.prompt_ids for body in server.answered]
