@@ -25,6 +25,7 @@ ALLOWED = {
     "trapo_kernels/batch.py": {"batch_checks", "checks", "roles", "weights"},
     "trapo_kernels/weights.py": {"batch_checks", "checks", "objective", "roles", "sequence"},
     "trapo_kernels/gates.py": {"checks"},
+    "trapo_kernels/heads.py": set(),
     "trapo_kernels/lora.py": {"checks"},
     "trapo_kernels/memory.py": {"backends", "checks"},
     "trapo_kernels/metrics.py": {"checks"},
@@ -43,8 +44,8 @@ ALLOWED = {
         *("autograd", "inputs", "checks", "batch_checks", "dispatch", "terms", "backends", "batch", "lora", "objective", "roles"),
     },
     "trapo_kernels/__init__.py": {
-        *("api", "batch", "corrections", "flops", "gates", "lora", "memory", "metrics", "objective", "objectives", "roles"),
-        *("sequence", "weights"),
+        *("api", "batch", "corrections", "flops", "gates", "heads", "lora", "memory", "metrics", "objective", "objectives"),
+        *("roles", "sequence", "weights"),
     },
 }
 

@@ -11,6 +11,7 @@ from trapo_kernels.api import (
 )
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import Gate
+from trapo_kernels.heads import head_options
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import head_memory
 from trapo_kernels.metrics import merged_metrics, metric_count
@@ -34,6 +35,7 @@ __all__ = [
     "corrections",
     "gates",
     "head_memory",
+    "head_options",
     "linear_logprob",
     "linear_policy_loss",
     "loss_totals",

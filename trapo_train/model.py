@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo_kernels import Objective, PolicyLossOutput, linear_logprob, linear_policy_loss
+from trapo_kernels import Objective, PolicyLossOutput, head_options, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_architecture, check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.autocast import embed_in_autocasts_type, route_as_in_autocasts_type
 from trapo_train.dropout import check_one_policy, switch_off_dropout
@@ -91,24 +91,24 @@ class ModelConfig:
 class PolicyHead(nn.Linear):
     """A model's output head that can run the fused op on its own weight.
 
-    `compute_dtype` is what hidden states are cast to and the op computes in; `softcap` caps the logits inside it; `logit_scale` is
-    what the model multiplies them by after the head (Cohere, Granite), so that an op's temperature is divided by it.
+    `compute_dtype` is what hidden states are cast to and the op computes in; `softcap` caps the logits inside it; `divisor` is what
+    the model divides them by after the cap (Cohere, Granite), so that an op's temperature is multiplied by it.
     """
 
     compute_dtype: torch.dtype
     softcap: float | None
-    logit_scale: float
+    divisor: float
     process_group: ProcessGroup | None = None  # the ranks that the vocabulary is sharded over
     _whole: tuple[Tensor, Tensor | None] | None = None  # weight and bias while they are gathered
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, *, compute_dtype: torch.dtype, softcap: float | None, logit_scale: float = 1.0) -> PolicyHead:
+    def adopt(cls, linear: nn.Linear, *, compute_dtype: torch.dtype, softcap: float | None, divisor: float = 1.0) -> PolicyHead:
         """A head that holds the very parameters of `linear`, so that tied weights stay tied."""
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         head.weight = linear.weight
         head.bias = linear.bias
-        head.compute_dtype, head.softcap, head.logit_scale = compute_dtype, softcap, logit_scale
+        head.compute_dtype, head.softcap, head.divisor = compute_dtype, softcap, divisor
         return head
 
     def shard_over_vocabulary(self, mesh: DeviceMesh) -> None:
@@ -259,7 +259,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, check_logits: bool = True) -> PolicyHead:
     """Replace the model's output head by a `PolicyHead` over the same parameters, and check that the logits stay.
 
-    Raises: UserError where the model's logits are not logit_scale · softcap(head(hidden)), which is all that the fused op knows.
+    Raises: UserError where the model's logits are not softcap(head(hidden)) / divisor, which is all that the fused op knows.
     """
     linear = model.get_output_embeddings()
     if type(linear) not in (nn.Linear, PolicyHead):
@@ -267,10 +267,10 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
             f"model: the output head must be a torch.nn.Linear, {type(model).__name__} has {type(linear).__name__}. "
             "Load the model without quantisation or adapters on its head."
         )
-    settings = model.config.get_text_config()
-    softcap = getattr(settings, "final_logit_softcapping", None)
-    scale = getattr(settings, "logit_scale", None) or 1.0 / (getattr(settings, "logits_scaling", None) or 1.0)
-    head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap, logit_scale=scale)
+    with refused("model", ValueError):
+        options = head_options(model)
+    softcap, divisor = options["softcap"], options["temperature"]
+    head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap, divisor=divisor)
     model.set_output_embeddings(head)
     embed_in_autocasts_type(model, compute_dtype)
     route_as_in_autocasts_type(model)
@@ -292,12 +292,13 @@ def _check_logits(model: PreTrainedModel, head: PolicyHead) -> None:
     model.train(training)
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
-    expected = head.logit_scale * expected
+    expected = expected / head.divisor
     error = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not error < 1e-3:
         raise UserError(
-            f"model: logits must be the output head's, softcapped and times logit_scale or 1 / logits_scaling at most; those of "
-            f"{type(model).__name__} are off by {float(error):.2g} of their maximum. It is not supported: choose another model."
+            "model: logits must be the output head's, softcapped and scaled as head_options reads it from the configuration; "
+            f"those of {type(model).__name__} are off by {float(error):.2g} of their maximum. It is not supported: "
+            "choose another model."
         )
 
 
@@ -321,7 +322,7 @@ def policy_forward(
 
     Returns: what `linear_policy_loss` returns: loss (0-d), logprob and entropy [N], metrics.
     """
-    divisor = temperature / policy_head(model).logit_scale
+    divisor = temperature * policy_head(model).divisor
 
     def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> PolicyLossOutput:
         return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=divisor, **head_arguments)
@@ -332,7 +333,7 @@ def policy_forward(
 @torch.no_grad()
 def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """Logprob [N] in nats of the tokens of `micro_batch.batch` under the current policy, without gradients."""
-    divisor = temperature / policy_head(model).logit_scale
+    divisor = temperature * policy_head(model).divisor
 
     def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Tensor:
         return linear_logprob(hidden, weight, micro_batch.batch.target, temperature=divisor, **head_arguments).logprob

@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,8 +51,16 @@ def _arguments():
         ),
         "aggregate": ({"role": role, "mode": "token_mean"}, {}),
         "loss_totals": ({"role": role}, {}),
+        "head_options": ({"model": _model(bias)}, {}),
         "merged_metrics": ({"parts": [_metrics(-3 * entropy, batch), _metrics(-4 * entropy, batch)]}, {}),
     }
+
+
+def _model(bias):
+    text = SimpleNamespace(model_type="granite", final_logit_softcapping=3.0, logits_scaling=8.0)
+    head = torch.nn.Linear(6, 40)
+    head.bias = torch.nn.Parameter(bias)
+    return SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=lambda: text))
 
 
 def _metrics(logprob, batch):

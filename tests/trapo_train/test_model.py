@@ -17,6 +17,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -248,7 +249,12 @@ SCALED = dict(**SHAPE, initializer_range=0.5, pad_token_id=0, bos_token_id=1, eo
 
 @pytest.mark.parametrize(
     "config",
-    [CohereConfig(**SCALED, logit_scale=0.1), GraniteConfig(**SCALED, logits_scaling=8.0), LlamaConfig(**SCALED)],
+    [
+        CohereConfig(**SCALED, logit_scale=0.1),
+        GraniteConfig(**SCALED, logits_scaling=8.0),
+        HyperCLOVAXConfig(**SCALED, logits_scaling=0.125),  # by which it multiplies
+        LlamaConfig(**SCALED),
+    ],
     ids=lambda config: config.model_type,
 )
 def test_a_constant_that_logits_are_multiplied_by_is_part_of_the_temperature(config):
