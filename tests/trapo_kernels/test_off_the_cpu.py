@@ -1,6 +1,8 @@
 """What the chunked path does on any device but the CPU: the host never waits, nothing mixes devices, the results are the same."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +168,22 @@ def test_logprob_of_named_rows_puts_no_other_through_a_gemm(gpu, monkeypatch, ba
     gpu.waits.clear()
     _close(run(*there, "torch", batch_invariant=batch_invariant), reference, torch.bfloat16)
     assert gpu.waits == [] and ran == ([1024, 1024, 100, 100] if batch_invariant else [100] * 4)
+
+
+def test_a_batch_built_on_a_gpu_is_told_its_active_rows_as_the_readme_says(gpu, monkeypatch):
+    """At the price of one wait; 100 of 300 rows then reach a GEMM."""
+    (told,) = re.findall(r"`(batch\.with_active_rows\(.*?\))`", (Path(__file__).parents[2] / "README.md").read_text())
+    hidden, weight, _ = cases.head(N, D, V, torch.float32)
+    role = torch.where(torch.arange(N) % 3 == 0, Role.EXPERT, Role.IGNORED).to(torch.uint8)
+    batch = TokenBatch(torch.randint(V, (N,)), role, None, torch.full((N,), 0.01))
+    reference, moved = _policy(hidden, weight, batch, objectives.sft(), backend="reference"), _moved(hidden, weight)
+    streams = {name: getattr(batch, name).to(DEVICE) for name in ("target", "role", "weight")}
+    there, ran, logits = TokenBatch(advantage=None, **streams), [], HeadGemm.logits
+    monkeypatch.setattr(HeadGemm, "logits", lambda *a: ran.append(a[1].hidden.shape[0]) or logits(*a))
+    _close(_policy(*moved, there, objectives.sft(), backend="torch"), reference, torch.float32)
+    gpu.waits.clear()
+    _close(_policy(*moved, eval(told, {"batch": there}), objectives.sft(), backend="torch"), reference, torch.float32)
+    assert gpu.waits == ["aten::nonzero"] and ran == [300, 100]
 
 
 def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):

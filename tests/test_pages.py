@@ -1,0 +1,211 @@
+"""The public pages: their Python runs and is the model's own loss, or the frameworks', on one rank, under DDP and under FSDP2."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import trapo_kernels
+from tests import ranks
+from trapo_kernels import LossTotals, TokenBatch
+
+ROOT = Path(__file__).parents[1]
+README, PAGE = (ROOT / "README.md").read_text(), (ROOT / "trapo_kernels" / "README.md").read_text()
+# The first example and SFT; of the kernels' page the module, and a GRPO step from padded tensors and from packed ones.
+FIRST, SFT, MODULE, PADDED, PACKED = re.findall(r"```python\n(.*?)```", README + PAGE, re.S)
+
+_GEMMA = {"head_dim": 8, "final_logit_softcapping": 0.5, "layer_types": ["sliding_attention", "full_attention"]}
+_PER_LAYER = {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+_MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4}
+MODELS = {
+    "Qwen2": {},
+    "Phi": {},  # a bias
+    "Gemma2": _GEMMA | {"attn_implementation": "eager"},
+    "Gemma3nText": _GEMMA | _PER_LAYER | {"laurel_rank": 4, "activation_sparsity_pattern": None, "altup_num_inputs": 2},
+    "Gemma4": _GEMMA | _PER_LAYER | {"global_head_dim": 8},  # the cap is in the configuration of its text
+    "Granite": {"logits_scaling": 0.5},
+    "HyperCLOVAX": {"logits_scaling": 4.0},  # multiplies by it
+    "Cohere": {"logit_scale": 4.0},
+    "FalconH1": _MAMBA | {"lm_head_multiplier": 4.0},
+}
+
+
+def _model(name):
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    given = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | shape | MODELS[name]
+    if name == "Gemma4":
+        given = {"text_config": transformers.Gemma4TextConfig(**given), "vision_config": None, "audio_config": None}
+    config = getattr(transformers, f"{name}Config")(**given)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)  # logits that a cap and a scale change
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias, std=0.2)
+    return model
+
+
+def test_readme_python_runs(tmp_path):
+    result = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_readme_sft_is_the_model_s_own_loss(name):
+    model, input_ids = _model(name), torch.randint(3, 50, (2, 9))
+    labels = torch.where(torch.arange(9) < 3, -100, input_ids)
+    names = vars(trapo_kernels) | {"torch": torch, "model": model, "input_ids": input_ids, "labels": labels}
+    exec(SFT, names)
+    torch.testing.assert_close(names["loss"], model(input_ids, labels=labels).loss)
+
+
+def _sequences():
+    """Prompts of 4 tokens, padded on the left, completions of 6, on the right; seven of them."""
+    prompt, response = torch.tensor([4, 2, 3, 4, 1, 2, 4]), torch.tensor([6, 3, 0, 5, 2, 6, 1])
+    mask = (torch.arange(6) < response[:, None]).long()
+    return {
+        "input_ids": torch.randint(3, 50, (7, 10)),
+        "attention_mask": torch.cat([(torch.arange(4) >= 4 - prompt[:, None]).long(), mask], 1),
+        "mask": mask,
+        "old_logprob": -3.9 + 0.3 * torch.randn(7, 6),
+        "ref_logprob": -3.9 + 0.3 * torch.randn(7, 6),
+        "advantage": torch.randn(7),
+    }
+
+
+def _grpo_gradient(model, given):
+    """By autograd over whole logits, as TRL writes it, and the ratios [7, 6]."""
+    mask = given["mask"]
+    logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits[:, 3:-1]
+    logprob = logits.log_softmax(-1).gather(-1, given["input_ids"][:, 4:, None])[..., 0]
+    ratio, advantage = (logprob - given["old_logprob"]).exp(), given["advantage"][:, None]
+    d = given["ref_logprob"] - logprob
+    of_token = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + 0.04 * (d.exp() - d - 1)
+    loss = ((of_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True), ratio.detach()
+
+
+def _gradients(model):
+    return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in model.parameters()]
+
+
+def _check_gradient(found, exact):
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(max(x.abs().max() for x in exact)))
+
+
+def _names(step, world_size, given):
+    counted = {"torch": torch, "dist": dist, "step": step, "device": "cpu", "world_size": world_size}
+    return vars(trapo_kernels) | counted | given
+
+
+def _step(model):
+    names = vars(trapo_kernels) | {"torch": torch}
+    exec(MODULE, names)
+    return names["Step"](model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_page_s_grpo_of_two_ranks_is_that_of_all_sequences(name):
+    """Ranks of 3 and 4 sequences, one after the other, in micro-batches of 2."""
+    model, given = _model(name), _sequences()
+    exact, ratio = _grpo_gradient(model, given)
+
+    def all_reduce(counts):
+        counts.copy_(torch.stack([given["mask"].sum(), torch.tensor(7)]))
+
+    merged = []
+    for rank in (slice(0, 3), slice(3, 7)):
+        names = _names(_step(model), 2, {name: x[rank] for name, x in given.items()})
+        names["dist"] = SimpleNamespace(all_reduce=all_reduce)
+        exec(PADDED, names)
+        merged.append(names["metrics"])
+    _check_gradient([grad / 2 for grad in _gradients(model)], exact)  # their mean, as DDP takes it
+    whole = trapo_kernels.merged_metrics(merged)
+    assert whole["rollout/count"] == given["mask"].sum()
+    torch.testing.assert_close(whole["rollout/ratio"].float(), ratio[given["mask"] > 0].mean())
+
+
+def _rank(rank, wrapper):
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model, given = _model("Phi"), _sequences()
+    exact, _ = _grpo_gradient(model, given)
+    step = {"DDP": DistributedDataParallel, "FSDP2": fully_shard}[wrapper](_step(model))
+    mine = slice(0, 3) if rank == 0 else slice(3, 7)
+    exec(PADDED, _names(step, 2, {name: x[mine] for name, x in given.items()}))
+    _check_gradient([x.full_tensor() if wrapper == "FSDP2" else x for x in _gradients(model)], exact)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_the_page_s_grpo_is_reduced_over_two_ranks(wrapper):
+    ranks.start(_rank, 2, wrapper)
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma4", "HyperCLOVAX"])
+def test_the_page_s_packed_grpo_is_that_of_padded_sequences(name):
+    model, given = _model(name), _sequences()
+    exact, _ = _grpo_gradient(model, given)
+    real = given["attention_mask"] > 0
+
+    def of_completion(x):
+        return torch.nn.functional.pad(x, (4, 0))[real]  # 0 for the prompt's tokens
+
+    streams = {x: of_completion(given[x]) for x in ("old_logprob", "ref_logprob")}
+    streams |= {"response": of_completion(given["mask"]) > 0, "advantage": given["advantage"].repeat_interleave(real.sum(1))}
+    rows = {"input_ids": given["input_ids"][real][None], "position_ids": (real.cumsum(1) - 1)[real][None]}
+    cut = int(real[:3].sum())
+    more = {"parts": [slice(0, cut), slice(cut, None)], "totals": LossTotals(sequences=7)}
+    exec(PACKED, _names(_step(model), 1, streams | rows | more))
+    _check_gradient(_gradients(model), exact)
+
+
+TRL = {"max_completion_length": 9, "ga": 3, "num_items_in_batch": 67.0, "num_processes": 2, "steps_per_generation": 4}
+VERL = {"batch_num_tokens": 40, "global_batch_size": 11, "loss_scale_factor": 8}
+# As TRL 1.16 and verl's agg_loss write them; `x` [B, T] are the losses of tokens.
+FRAMEWORKS = {
+    "TRL grpo, sapo": lambda x, mask: ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / TRL["ga"],
+    "TRL bnpo": lambda x, mask: (x * mask).sum() / mask.sum().clamp(min=1.0) / TRL["ga"],
+    "TRL dr_grpo": lambda x, mask: (x * mask).sum() / (x.size(0) * TRL["max_completion_length"]) / TRL["ga"],
+    "TRL luspo": lambda x, mask: (x * mask).sum(-1).mean() / TRL["ga"],
+    "TRL dapo, cispo": lambda x, mask: (x * mask).sum() / (67.0 / 2 * TRL["ga"] / 4),
+    "verl token-mean": lambda x, mask: (x * mask).sum() / 40,
+    "verl seq-mean-token-mean": lambda x, mask: ((x * mask).sum(-1) / (mask.sum(-1) + 1e-8)).sum() / 11,
+    "verl seq-mean-token-sum": lambda x, mask: (x * mask).sum(-1).sum() / 11,
+    "verl seq-mean-token-sum-norm": lambda x, mask: (x * mask).sum(-1).sum() / 11 / 8,
+}
+
+
+def _framework_rows():
+    (table,) = re.findall(r"^\| setting \|.*?\n\n", PAGE, re.S | re.M)
+    return {name.replace("`", ""): cell for name, cell in re.findall(r"^\| (\w+ `.*?) \| .*?`(.*)` \|$", table, re.M)}
+
+
+@pytest.mark.parametrize("setting", FRAMEWORKS)
+def test_the_page_s_normalisers_are_the_frameworks(setting):
+    rows = _framework_rows()
+    assert list(rows) == list(FRAMEWORKS)
+    mask, x = (torch.arange(6) < torch.tensor([6, 1, 4, 2])[:, None]).long(), torch.rand(4, 6)
+    names = vars(trapo_kernels) | TRL | VERL | {"mask": mask, "B": 4, "replace": replace}
+    names["normalizer"] = eval(re.search(r"`normalizer` is `(.*?)`", PAGE)[1], names)
+    names["batch"] = TokenBatch.from_padded(torch.zeros_like(mask), mask, aggregation="token_mean")
+    call = rows[setting] if rows[setting].startswith("replace(") else f"TokenBatch.from_padded(mask, mask, {rows[setting]})"
+    batch = eval(call, names)
+    torch.testing.assert_close((batch.weight * x.flatten()).sum(), FRAMEWORKS[setting](x, mask))
+
+
+def test_the_page_s_entropy_weight_is_trl_s():
+    mask = (torch.arange(6) < torch.tensor([6, 1, 4])[:, None]).long()
+    batch = TokenBatch.from_padded(torch.zeros_like(mask), mask, aggregation="sequence_mean")
+    weight = eval(re.search(r"`entropy_weight=(.*?)`", PAGE)[1], {"mask": mask, "ga": 3})
+    entropy = torch.rand(3, 6)
+    found = (replace(batch, entropy_weight=weight).weight_of_entropy * entropy.flatten()).sum()
+    torch.testing.assert_close(found, (entropy * mask).sum() / mask.sum() / 3)
