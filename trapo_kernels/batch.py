@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ class TokenBatch:
         max_tokens: int | None = None,
         totals: LossTotals | None = None,
         share: Tensor | None = None,
+        correction: Tensor | None = None,
         prompt_id: Tensor | None = None,
     ) -> TokenBatch:
         """A batch of N = B·T tokens from padded tensors [B, T], a sequence per row; sequence b has tokens b·T to (b + 1)·T - 1.
@@ -109,7 +111,10 @@ class TokenBatch:
             role: Role.ROLLOUT or Role.EXPERT of all loss tokens, or [B, T] uint8.
             advantage: [B] fp32, or [B, T].
             old_logprob, ref_logprob, rollout_logprob: [B, T] fp32 nats, as in the class.
-            share: [B] or [B, T] fp32 factor of the weight, such as an importance correction; it is not counted.
+            share: [B] or [B, T] fp32 factor of the weight, and so of KL term and entropy bonus as well; it is not counted.
+            correction: [B] or [B, T] fp32 factor of the policy loss alone, such as one of `corrections`: it is in `weight`, not in
+                `kl_weight` and `entropy_weight`, for whose sake a token of factor 0 is not skipped: replace both by None where the
+                objective reads neither.
             prompt_id: [B] int64, which prompt a sequence answers, for "prompt_mean".
 
         Returns: the batch, on the device of target, without a host sync. Built on the CPU and then moved, it lets the GPU skip
@@ -119,18 +124,16 @@ class TokenBatch:
         where = "TokenBatch.from_padded"
         checks.one_of(where, "aggregation", aggregation, AGGREGATIONS)
         of_tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
-        of_either = {"advantage": advantage, "share": share}
+        of_either = {"advantage": advantage, "share": share, "correction": correction}
         batch_checks.padded(where, target, mask, role, of_tokens, of_either, {"prompt_id": prompt_id})
-
-        def flat(x: Tensor | None) -> Tensor | None:  # [B·T] of [B] or [B, T]
-            return None if x is None else (x if x.ndim == 2 else x[:, None]).expand(target.shape).reshape(-1)
-
+        flat = partial(_flat, shape=target.shape)
         role = flat(torch.where(mask != 0, role, Role.IGNORED).to(torch.uint8))
         sequence_id = flat(torch.arange(len(target), device=target.device))
         counted = {"max_tokens": max_tokens, "totals": totals, "share": flat(share), "prompt_id": flat(prompt_id)}
         weight = aggregate(role, sequence_id, mode=aggregation, **counted)
+        weights = {"weight": weight} if correction is None else _corrected(where, role, weight, flat(correction))
         streams = {name: flat(x) for name, x in of_tokens.items()}
-        return cls(flat(target), role, flat(advantage), weight, sequence_id=sequence_id, **streams)
+        return cls(flat(target), role, flat(advantage), **weights, sequence_id=sequence_id, **streams)
 
     @property
     def active_rows(self) -> Tensor | None:
@@ -263,3 +266,15 @@ class TokenBatch:
         pairs = zip((rows, silent_rows), told._rows(), strict=True)
         told._note(_Rows(*(found if given is None else given for given, found in pairs)))
         return told
+
+
+def _flat(x: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """[B·T] of [B] or [B, T] = `shape`."""
+    return None if x is None else (x if x.ndim == 2 else x[:, None]).expand(shape).reshape(-1)
+
+
+def _corrected(where: str, role: Tensor, weight: Tensor, factor: Tensor) -> dict[str, Tensor]:
+    """A batch's weights where `factor` [N] is of the policy loss alone."""
+    checks.vector(where, "correction", factor, len(role), role.device, (torch.float32, torch.float64))
+    corrected = torch.where(role != Role.IGNORED, weight * factor, 0.0).float()
+    return {"weight": corrected, "kl_weight": weight, "entropy_weight": weight}

@@ -136,8 +136,8 @@ def aggregate(
         max_tokens: L of "constant" and "length", tokens, > 0.
         totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone. DDP and FSDP
             average gradients over ranks: multiply the weight, or the loss before its backward, by their number.
-        share: [N] fp32 factor, such as an importance correction; it multiplies the weight and is not counted. 1/k for each of k
-            copies of an expert prefix makes a mean too small: for each mean, over the whole step and before any split, pass
+        share: [N] fp32 factor; it multiplies the weight and is not counted. 1/k for each of k copies of an expert prefix makes a
+            mean too small: for each mean, over the whole step and before any split, pass
             torch.where(mine, share / share[mine].mean(), share), `mine` the tokens of that mean.
         prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
 

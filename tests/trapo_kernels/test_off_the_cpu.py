@@ -237,6 +237,7 @@ def test_a_batch_of_padded_tensors_is_built_without_a_wait(gpu, mode, counted):
     """As on a GPU that sampled: there a wait would stand between two micro-batches."""
     mask = torch.arange(7) < torch.tensor([7, 3, 0, 5])[:, None]
     given = {"target": torch.randint(V, (4, 7)), "mask": mask, "advantage": torch.randn(4), "old_logprob": -torch.rand(4, 7)}
+    given["correction"] = torch.rand(4, 7)
     given["prompt_id"] = torch.tensor([5, 5, -2, 6])
     totals = {} if counted == "counted here" else {"rollout_tokens": torch.tensor(40), "sequences": torch.tensor(9), "prompts": 5}
     there = {name: x.to(DEVICE) for name, x in given.items()}
@@ -245,7 +246,8 @@ def test_a_batch_of_padded_tensors_is_built_without_a_wait(gpu, mode, counted):
     found = TokenBatch.from_padded(**there, aggregation=mode, max_tokens=9, totals=LossTotals(**totals_there) if totals else None)
     assert gpu.waits == [] and found.active_rows is None
     expected = TokenBatch.from_padded(**given, aggregation=mode, max_tokens=9, totals=LossTotals(**totals) if totals else None)
-    assert torch.equal(found.weight.values, expected.weight) and torch.equal(found.sequence_id.values, expected.sequence_id)
+    for name in ("weight", "kl_weight", "sequence_id"):
+        assert torch.equal(getattr(found, name).values, getattr(expected, name))
 
 
 def test_rows_of_a_batch_on_a_gpu_are_taken_without_a_wait(gpu):

@@ -3,14 +3,14 @@
 import inspect
 import re
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 import trapo_kernels
 from tests.trapo_kernels import cases
-from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, linear_policy_loss, objectives
+from trapo_kernels import LossTotals, Role, TokenBatch, aggregate, corrections, linear_policy_loss, objectives
 from trapo_kernels.weights import AGGREGATIONS
 
 B, T, D, V = 5, 7, 6, 40
@@ -68,12 +68,13 @@ def _head():
     return hidden.detach().view(B, T + 1, D).requires_grad_(), weight
 
 
-def _plain_grpo(hidden, weight, target, mask, old_logprob, ref_logprob, advantage, beta=0.04, epsilon=0.2):
+def _plain_grpo(hidden, weight, target, mask, old_logprob, ref_logprob, advantage, beta=0.04, epsilon=0.2, factor=None):
     """As TRL writes it: the mean over sequences of their token means."""
     log_p = (hidden[:, :-1] @ weight.T).log_softmax(-1)
     logprob = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0]
     ratio = torch.exp(logprob - old_logprob.nan_to_num())
     of_token = -torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - epsilon, 1 + epsilon) * advantage[:, None])
+    of_token = of_token if factor is None else of_token * factor.nan_to_num()
     d = ref_logprob.nan_to_num() - logprob
     of_token = of_token + beta * (d.exp() - d - 1)
     return ((of_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
@@ -103,6 +104,54 @@ def test_grpo_over_padded_tensors_however_they_are_split(how, backend):
         flat = hidden[part, :-1].flatten(0, 1)
         loss = loss + linear_policy_loss(flat, weight, batch, objectives.grpo(beta=0.04), backend=backend).loss
     _close([loss, *cases.gradients(loss, (hidden, weight))], [expected, *cases.gradients(expected, (hidden, weight))])
+
+
+def _factor(kind, given):
+    """ρ of the sampler, [B] or [B, T], as frameworks have it: NaN in the padding, and 0 on tokens that a mask takes out."""
+    log_ratio = torch.linspace(-1.5, 1.5, B * T, device=cases.DEVICE).view(B, T)
+    role, old, sampled = given["mask"].to(torch.uint8).flatten(), given["old_logprob"], given["old_logprob"] - log_ratio
+    if kind == "[B]":
+        return torch.tensor([0.5, 2.0, 0.0, 0.0, 1.5], device=cases.DEVICE)
+    limit = {"cap": 1.3} if kind == "tis" else {"high": 1.3}
+    factor = getattr(corrections, kind)(role, old.flatten(), sampled.flatten(), **limit).view(B, T)
+    return torch.where(given["mask"], factor, torch.nan)
+
+
+@pytest.mark.parametrize("kind", ["tis", "icepop", "[B]"])
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_a_correction_is_in_the_weight_alone_as_the_trainer_has_it(mode, kind):
+    given, prompt, share = _padded(), torch.tensor([3, 3, 3, 8, 8], device=cases.DEVICE), torch.rand(B, T, device=cases.DEVICE)
+    factor, options = _factor(kind, given), {"aggregation": mode, "max_tokens": 9, "prompt_id": prompt, "share": share}
+    plain = TokenBatch.from_padded(**given, **options)
+    of_token = (factor if factor.ndim == 2 else factor[:, None].expand(B, T)).flatten()
+    by_hand = replace(plain, weight=plain.weight * of_token.nan_to_num(), kl_weight=plain.weight, entropy_weight=plain.weight)
+    _same(TokenBatch.from_padded(**given, **options, correction=factor), by_hand)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("kind", ["tis", "icepop", "[B]"])
+def test_a_correction_leaves_kl_and_entropy_bonus_as_trl_and_verl_write_them(kind, backend):
+    given, (hidden, weight) = _padded(), _head()
+    given.pop("rollout_logprob")
+    factor, mask = _factor(kind, given), given["mask"]
+    plain = _plain_grpo(hidden, weight, **given, beta=0.3, factor=factor if factor.ndim == 2 else factor[:, None])
+    log_p = (hidden[:, :-1] @ weight.T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    expected = plain - 0.1 * ((entropy * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    b = TokenBatch.from_padded(**given, aggregation="sequence_mean", correction=factor)
+    objective = objectives.grpo(beta=0.3, entropy_coef=0.1)
+    out = linear_policy_loss(hidden[:, :-1].flatten(0, 1), weight, b, objective, backend=backend)
+    _close([out.loss, *cases.gradients(out.loss, (hidden, weight))], [expected, *cases.gradients(expected, (hidden, weight))])
+    assert out.metrics["rollout/kl_count"] == mask.sum()
+
+
+def test_a_token_of_factor_0_is_skipped_where_neither_kl_nor_bonus_reads_it():
+    given = _padded()
+    b = TokenBatch.from_padded(**given, aggregation="token_mean", correction=_factor("[B]", given))
+    assert torch.equal(b.active.view(B, T), given["mask"])
+    alone = replace(b, kl_weight=None, entropy_weight=None)
+    kept = torch.tensor([True, True, False, False, True], device=cases.DEVICE)[:, None]
+    assert torch.equal(alone.active.view(B, T), given["mask"] & kept)
 
 
 def test_expert_tokens_are_trained_as_cross_entropy_does():
@@ -146,6 +195,12 @@ def test_roles_may_differ_from_token_to_token():
         ({"aggregation": "mean"}, r"aggregation must be one of 'constant', .*, got 'mean'"),
         ({"aggregation": "constant"}, r'aggregate: mode "constant" needs an integer max_tokens > 0, got None'),
         ({"old_logprob": torch.ones(B, T, requires_grad=True)}, r"old_logprob is a constant of the loss.*Detach it"),
+        ({"correction": torch.ones(T)}, r"correction must be a tensor of shape \[B\] = \[5\] or \[B, T\] = \[5, 7\] on cpu"),
+        (
+            {"correction": torch.ones(B, dtype=torch.bfloat16)},
+            r"from_padded: correction must be torch\.float32 .*got torch\.bfloat16\. Convert it",
+        ),
+        ({"correction": torch.full((B, T), torch.nan)}, r"weight must be finite, got nan at row 0"),
         ({"advantage": torch.ones(B, dtype=torch.int64)}, r"advantage must be torch\.float32 .*got torch\.int64\. Convert it"),
     ],
 )

@@ -9,11 +9,12 @@ import torch
 
 from tests.trapo_train.test_step import make_model, make_samples, packed, step, with_stream
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_kernels import Role, corrections, objectives
+from trapo_kernels import Role, TokenBatch, corrections, objectives
 from trapo_train import updates as updates_module
 from trapo_train.display import read_metrics
 from trapo_train.metrics import Mean
 from trapo_train.model import policy_forward, score, score_all
+from trapo_train.packing import PackingConfig
 from trapo_train.tally import Tally, quantile
 from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy
 
@@ -82,6 +83,23 @@ def test_a_correction_leaves_the_kl_term_and_the_entropy_bonus_alone(name, in_se
     kl, bonus = (batch.weight * (torch.expm1(-d) + d)).sum(), (batch.entropy_weight * out.entropy).sum()
     expected = -(batch.weight * factor * batch.advantage).sum() + 0.2 * kl - 0.05 * bonus
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_batch_of_padded_tensors_takes_a_correction_as_the_trainer_does():
+    objective, correction = objectives.grpo(beta=0.2, entropy_coef=0.05), CorrectionConfig("tis", {"cap": 0.65})
+    (micro_batch,) = packed(make_samples(prefixes=(0, 0, 0)), objective)  # all ratios are between 0.6 and 0.8
+    (prepared,) = with_old_policy(make_model(), [micro_batch], objective, UpdateConfig(correction=correction), temperature=1.0)
+    packing, batch = PackingConfig(), prepared.batch
+    padded = TokenBatch.from_padded(
+        batch.target.view(3, 5),
+        torch.ones(3, 5),
+        aggregation=packing.aggregation,
+        max_tokens=10,
+        correction=prepared.correction["factor"].view(3, 5),
+    )
+    assert len(padded.weight.unique()) > 1
+    for name in ("weight", "kl_weight", "entropy_weight"):
+        torch.testing.assert_close(getattr(padded, name), getattr(batch, name))
 
 
 @pytest.mark.parametrize(
