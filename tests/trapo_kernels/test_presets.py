@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def test_the_table_has_a_row_per_preset_and_says_how_many_passes():
 def test_the_readme_has_the_table_of_the_presets():
     (block,) = re.findall(r"<!-- objectives -->\n(.*?)<!-- /objectives -->", README.read_text(), re.S)
     assert block.strip() == objectives.table().strip(), "paste objectives.table() between the marks"
+
+
+def test_grpo_takes_the_defaults_of_trls_configuration():
+    assert objectives.grpo(0.1, None, delta=None) == objectives.grpo(0.1, 0.1, delta=math.inf) == objectives.ppo(0.1, 0.1)
 
 
 def test_any_preset_takes_a_kl_as_the_documentation_says():

@@ -22,22 +22,25 @@ def ppo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual: float = math.
 
 def grpo(
     epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    epsilon_high: float | None = 0.2,
     beta: float = 0.0,
     kl: str = "k3",
     entropy_coef: float = 0.0,
     kl_clamp: float = math.inf,
-    delta: float = math.inf,
+    delta: float | None = math.inf,
 ) -> Objective:
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
     The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
     default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. Neither
     does anything where `beta` is 0. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least
-    1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`.
+    1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`. None is what TRL's configuration means by
+    it: an `epsilon_high` of `epsilon_low`, and no cap.
 
     Source: arXiv 2402.03300, equation 3.
     """
+    epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+    delta = math.inf if delta is None else delta
     objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, kl_or_none(KL(beta, kl, kl_clamp)))
     checks.in_range("objectives.grpo", "delta", delta, 1.0 + epsilon_high, math.inf)
     return objective
@@ -152,6 +155,8 @@ def clipped(
     name: str, epsilon_low: float, epsilon_high: float, dual: float, entropy_coef: float, kl: KL | None = None
 ) -> Objective:
     """An objective of PPO's clip on rollouts."""
+    checks.in_range(f"objectives.{name}", "epsilon_low", epsilon_low, 0.0, 1.0)
+    checks.in_range(f"objectives.{name}", "epsilon_high", epsilon_high, 0.0, math.inf)
     return Objective(rollout=clip_term(epsilon_low, epsilon_high, dual), kl=kl, entropy_coef=entropy_coef, name=name)
 
 
