@@ -80,9 +80,12 @@ def padded(
             if value is None and name != "mask":
                 continue
             if not isinstance(value, Tensor) or tuple(value.shape) not in shapes or value.device != target.device:
+                remedy = "Cut it to the tokens that are scored, and move it with .to(target.device)."
+                if sequences in shapes and isinstance(value, Tensor) and tuple(value.shape) == (*sequences, 1):
+                    remedy = f"Drop its last axis with {name}.squeeze(1)."
                 raise ValueError(
                     f"{where}: {name} must be a tensor of shape {rule} on {target.device}, as target is, got "
-                    f"{checks.described(value)}. Cut it to the tokens that are scored, and move it with .to(target.device)."
+                    f"{checks.described(value)}. {remedy}"
                 )
     if checks.may_look(mask) and bool((odd := (mask != 0) & (mask != 1)).any()):
         raise ValueError(
@@ -122,7 +125,7 @@ def loss_totals(totals: LossTotals) -> None:
         if not (isinstance(number, numbers.Real) and number >= 0 and float(number).is_integer()):
             raise ValueError(
                 f"LossTotals: {name} must be a whole number ≥ 0, got {value!r}. Pass the count over all micro-batches and ranks, "
-                "or totals=None to aggregate where there is none."
+                f"or totals=None to aggregate where there is none. {checks.NO_COUNT}"
             )
 
 

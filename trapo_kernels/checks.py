@@ -61,6 +61,7 @@ def may_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
+NO_COUNT = "A normaliser n that is no such count goes into the weight: TokenBatch(..., weight=mask / n)."
 _WHOLE_HEAD = (
     "Call inside the forward of the FSDP unit that has it; or pass "
     '.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim), which averages as FSDP does; or .to_local() of '
@@ -97,7 +98,10 @@ def vector(where: str, name: str, value: Tensor, length: int, device: torch.devi
     if value.dtype not in dtypes:
         names, remedy = " or ".join(str(dtype) for dtype in dtypes), f"Convert it with {name}.to({dtypes[0]})."
         if where == "TokenBatch" and value.dtype in (torch.bfloat16, torch.float16):  # and rounded already
-            remedy = "If FSDP's mixed precision cast it, set cast_forward_inputs=False in MixedPrecisionPolicy."
+            remedy = (
+                "If FSDP's mixed precision cast it, set cast_forward_inputs=False in MixedPrecisionPolicy; otherwise pass "
+                f"{name}.float()."
+            )
         if name == "role" and value.dtype == torch.bool:
             remedy = "Say what its tokens are: torch.where(role, Role.EXPERT, Role.IGNORED).to(torch.uint8), or Role.ROLLOUT."
         raise TypeError(f"{where}: {name} must be {names}, got {value.dtype}. {remedy}")
@@ -158,7 +162,7 @@ def totals(value: object, here: LossTotals, divisors: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{where}: totals must count all micro-batches and ranks, this call included, got {name} = "
                 f"{getattr(value, name)} where this call has {getattr(here, name)}. Add up their loss_totals(role, sequence_id, "
-                "prompt_id)."
+                f"prompt_id). {NO_COUNT}"
             )
 
 

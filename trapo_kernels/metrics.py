@@ -51,8 +51,8 @@ def merged_metrics(parts: Sequence[Mapping[str, Tensor]], process_group: Process
             are not to be counted twice. None: the parts at hand, which ranks can also gather and merge again.
 
     Returns: 0-d fp64 tensors by name, without a host sync; 0 for a mean or maximum over no tokens, as in a part.
-    Raises: ValueError for no parts, parts of several kinds, or a metric whose count is missing. With `process_group` every rank
-        needs parts of the same kind: where this raises on one, the others wait for it.
+    Raises: ValueError for no parts, parts of several kinds, or a metric whose count is missing; TypeError for one that is no
+        tensor. With `process_group` every rank needs parts of the same kind: where this raises on one, the others wait for it.
     Memory: a few floats per part. Determinism: exact up to the rounding of fp64 sums, in the order of the parts.
     Source: `metric_count`.
     """
@@ -64,6 +64,8 @@ def merged_metrics(parts: Sequence[Mapping[str, Tensor]], process_group: Process
         if part.keys() != parts[0].keys():
             odd = sorted(part.keys() ^ parts[0].keys())
             raise ValueError(f"{where}: all parts must have the same metrics, got {odd} in some. Merge those of one objective.")
+        for name, value in part.items():
+            checks.is_a(where, name, value, Tensor, "out.metrics as they are, before .item()")
     counts = [name for name in parts[0] if metric_count(name) == name]
     maxima = [name for name in parts[0] if name.endswith("_max")]
     means = [name for name in parts[0] if name not in {*counts, *maxima}]

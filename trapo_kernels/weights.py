@@ -135,7 +135,8 @@ def aggregate(
             token sum; "prompt_mean": the mean over prompts of the token mean over all sequences of a prompt.
         max_tokens: L of "constant" and "length", tokens, > 0.
         totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone. DDP and FSDP
-            average gradients over ranks: multiply the weight, or the loss before its backward, by their number.
+            average gradients over ranks: multiply the weight, or the loss before its backward, by their number. A normaliser n
+            that is no such count, such as an average over ranks or steps, needs no aggregate: weight = mask / n, [N] fp32.
         share: [N] fp32 factor; it multiplies the weight and is not counted. 1/k for each of k copies of an expert prefix makes a
             mean too small: for each mean, over the whole step and before any split, pass
             torch.where(mine, share / share[mine].mean(), share), `mine` the tokens of that mean.

@@ -129,9 +129,8 @@ def test_a_count_is_a_whole_number_of_any_kind(count):
 )
 def test_a_count_that_is_none_is_refused(count, field):
     got = re.escape(repr(count))
-    with pytest.raises(
-        ValueError, match=rf"^LossTotals: {field} must be a whole number ≥ 0, got {got}\. Pass the count .*totals=None"
-    ):
+    rule, remedy = rf"^LossTotals: {field} must be a whole number ≥ 0, got {got}\.", "Pass the count .*totals=None.*weight=mask / n"
+    with pytest.raises(ValueError, match=f"{rule} {remedy}"):
         LossTotals(**{field: count})
 
 
@@ -153,6 +152,8 @@ def test_unknown_mode_and_missing_length_are_refused():
         aggregate(ROLE, SEQUENCE, mode="prompt_mean", prompt_id=PROMPT, totals=loss_totals(ROLE, SEQUENCE))
     with pytest.raises(ValueError, match="totals must count all .* got tokens = 0 where"):
         aggregate(ROLE, SEQUENCE, mode="token_mean", totals=LossTotals(0, 0, 0))
+    with pytest.raises(ValueError, match=r"A normaliser n that is no such count goes into the weight: .*weight=mask / n\)\.$"):
+        aggregate(ROLE, SEQUENCE, mode="token_mean", totals=LossTotals(rollout_tokens=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

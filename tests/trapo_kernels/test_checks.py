@@ -104,7 +104,7 @@ def test_linear_logprob(arguments, options, message):
         ({"old_logprob": torch.zeros(N, requires_grad=True)}, "old_logprob is a constant of the loss.*Detach it"),
         (
             {"weight": torch.ones(N, dtype=torch.bfloat16)},
-            "weight must be .*got torch.bfloat16. If FSDP.*cast_forward_inputs",
+            r"weight must be .*got torch.bfloat16. If FSDP.*cast_forward_inputs.*; otherwise pass weight\.float\(\)\.$",
         ),
         ({"advantage": torch.ones(N, requires_grad=True)}, "advantage is a constant of the loss.*Detach it"),
     ],

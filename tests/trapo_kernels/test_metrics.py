@@ -93,6 +93,8 @@ def test_what_cannot_be_merged_is_refused():
         merged_metrics([])
     with pytest.raises(TypeError, match=r"a part must be a Mapping, got str\. Pass out\.metrics\."):
         merged_metrics(["rollout/count"])
+    with pytest.raises(TypeError, match=r"/count must be a Tensor, got float\. Pass out\.metrics as they are, before"):
+        merged_metrics([whole, {name: float(x) for name, x in whole.items()}])
     with pytest.raises(ValueError, match=r"the same metrics, got \['rollout/prob'\] in some\. Merge those of one objective"):
         merged_metrics([whole, {name: x for name, x in whole.items() if name != "rollout/prob"}])
     with pytest.raises(ValueError, match=r"rollout/clip_low is a mean over rollout/trained_count, got parts without it\."):

@@ -106,6 +106,22 @@ def test_grpo_over_padded_tensors_however_they_are_split(how, backend):
     _close([loss, *cases.gradients(loss, (hidden, weight))], [expected, *cases.gradients(expected, (hidden, weight))])
 
 
+@pytest.mark.parametrize("n", [44.6667, 5])
+def test_a_normaliser_that_is_no_count_of_the_step_divides_the_mask(n):
+    """As TRL's dapo has it: the items of a generation over ranks and steps, and the error of totals says."""
+    given, (hidden, weight) = _padded(), _head()
+    logprob = (hidden[:, :-1] @ weight.T).log_softmax(-1).gather(-1, given["target"].clamp(min=0)[..., None])[..., 0]
+    ratio, mask, a = torch.exp(logprob - given["old_logprob"].nan_to_num()), given["mask"], given["advantage"][:, None]
+    expected = -(torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a) * mask).sum() / n
+    role, a = mask.to(torch.uint8).flatten(), given["advantage"].repeat_interleave(T)
+    batch = TokenBatch(given["target"].flatten(), role, a, weight=mask.flatten() / n, old_logprob=given["old_logprob"].flatten())
+    out = linear_policy_loss(hidden[:, :-1].flatten(0, 1), weight, batch, objectives.dapo())
+    _close([out.loss, *cases.gradients(out.loss, (hidden, weight))], [expected, *cases.gradients(expected, (hidden, weight))])
+    if cases.DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"weight=mask / n"):
+            TokenBatch.from_padded(**given, aggregation="token_mean", totals=LossTotals(rollout_tokens=torch.tensor(n)))
+
+
 def _factor(kind, given):
     """ρ of the sampler, [B] or [B, T], as frameworks have it: NaN in the padding, and 0 on tokens that a mask takes out."""
     log_ratio = torch.linspace(-1.5, 1.5, B * T, device=cases.DEVICE).view(B, T)
@@ -186,6 +202,12 @@ def test_roles_may_differ_from_token_to_token():
             {"advantage": torch.ones(T)},
             r"advantage must be .* \[B\] = \[5\] or \[B, T\] = \[5, 7\] on cpu.*got .*\[7\]",
         ),
+        (
+            {"advantage": torch.ones(B, 1)},
+            r"advantage must be .*got torch\.float32 \[5, 1\] on cpu\. Drop its last axis with advantage\.squeeze\(1\)\.$",
+        ),
+        ({"prompt_id": torch.zeros(B, 1, dtype=torch.int64)}, r"Drop its last axis with prompt_id\.squeeze\(1\)\.$"),
+        ({"old_logprob": torch.ones(B, 1)}, r"old_logprob must be .*\. Cut it to the tokens"),
         ({"advantage": [1.0] * B}, r"advantage must be a tensor of .* got list\."),
         ({"old_logprob": torch.ones(B)}, r"old_logprob must be a tensor of shape \[B, T\] = \[5, 7\] on cpu"),
         ({"prompt_id": torch.zeros(B, T, dtype=torch.int64)}, r"prompt_id must be a tensor of shape \[B\] = \[5\] on cpu"),
