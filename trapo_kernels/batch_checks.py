@@ -198,6 +198,7 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
     must be finite where it is read."""
+    _refuse_an_idle_kl(where, batch, objective)
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")
@@ -223,6 +224,18 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
                     remedy = f"{_NO_ADVANTAGE} {remedy}" if pooled else _NO_ADVANTAGE
                 read = (of_term & (name in names)) | (of_role & in_kl & (name in of_kl))
                 checks.finite_tensor(where, f"batch.{name}", torch.where(read, getattr(batch, name), 0.0), remedy)
+
+
+def _refuse_an_idle_kl(where: str, batch: TokenBatch, objective: Objective) -> None:
+    """A KL must have a rollout token to hold, unless a term wants such tokens as well: a part of a batch may rightly have none."""
+    if not checks.may_look(batch.role) or not any(layer.kl and layer.kl.beta > 0 for layer in objective.layers):
+        return
+    reason, experts = objective.why_a_kl_is_idle, int((batch.role == Role.EXPERT).sum())
+    if reason and experts and not bool((batch.role == Role.ROLLOUT).any()):
+        raise ValueError(
+            f"{where}: {reason}, got a batch of {experts} expert tokens and none of rollouts. Leave the KL out for such a batch, "
+            "or set Role.ROLLOUT on the tokens that the policy sampled."
+        )
 
 
 def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:

@@ -125,10 +125,11 @@ class KL:
 
 @dataclass(frozen=True)
 class Objective:
-    """One policy loss: a term per role, an optional KL to a reference, an entropy bonus. Printing one shows its formula.
+    """One policy loss: a term per role, an optional KL to a reference on rollout tokens, an entropy bonus. Printing one shows its
+    formula.
 
-    A role without a term enters no policy loss; its tokens can still carry the entropy bonus. `plus` adds another objective on
-    the same batch, for a second term on one role.
+    A role without a term enters no policy loss; its tokens can still carry the entropy bonus, and rollout tokens the KL. `plus`
+    adds another objective on the same batch, for a second term on one role.
     """
 
     expert: Term | None = None
@@ -194,6 +195,11 @@ class Objective:
     def has_kl(self) -> bool:
         """Whether a layer has a KL term."""
         return any(layer.kl for layer in self.layers)
+
+    @property
+    def why_a_kl_is_idle(self) -> str | None:
+        """Why a KL has nothing to hold where only the tokens of the terms train, or None where a term is of rollouts."""
+        return None if self.rollout_terms else f"a KL is of rollout tokens, and {self.name!r} trains on expert tokens alone"
 
     @property
     def has_entropy_bonus(self) -> bool:

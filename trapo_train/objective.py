@@ -92,15 +92,13 @@ def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
         objective = preset(**config.options | scheduled)
     if not isinstance(objective, Objective):
         raise UserError(f"objective.name {config.name!r} must return a trapo_kernels.Objective, got {type(objective).__name__}.")
-    if config.kl is None:
-        return objective
-    if objective.has_kl:
+    if config.kl is not None and objective.has_kl:
         raise UserError(
             f"objective.kl must be null where the objective has one, got {config.kl} with {config.name} {config.options}."
         )
-    if not objective.rollout_terms:
-        raise UserError(f"objective.kl is of rollout tokens, and {config.name} trains on expert tokens alone. Leave it out.")
-    return with_kl(objective, config.kl.term())
+    if (config.kl is not None or objective.has_kl) and objective.why_a_kl_is_idle:
+        raise UserError(f"objective {config.name}: {objective.why_a_kl_is_idle}. Leave the KL out.")
+    return objective if config.kl is None else with_kl(objective, config.kl.term())
 
 
 def with_kl(objective: Objective, kl: KL) -> Objective:

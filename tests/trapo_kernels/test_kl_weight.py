@@ -1,5 +1,5 @@
-"""A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend. And what the
-gradient of each estimator is."""
+"""A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend. Where there is
+nothing for a KL, and what the gradient of each estimator is."""
 
 import pickle
 from dataclasses import replace
@@ -137,6 +137,44 @@ def test_what_the_kl_reads_must_be_finite_where_it_has_a_weight(estimator, name)
     broken[row] = torch.nan
     with pytest.raises(ValueError, match=f"batch.{name} must be finite, got nan at row {row}"):
         linear_policy_loss(hidden, weight, replace(b, **{name: broken}), _objective("grpo", estimator))
+
+
+def _of_roles(*role):
+    zero = torch.zeros(len(role), device=cases.DEVICE)
+    role = torch.tensor(role, dtype=torch.uint8, device=cases.DEVICE)
+    return TokenBatch(zero.long(), role, zero + 1, zero + 1, ref_logprob=zero - 1)
+
+
+def _with_kl(objective, beta, where):
+    layer = replace(objectives.sft(), kl=KL(beta))
+    return replace(objective, kl=layer.kl) if where == "its own layer" else replace(objective, plus=layer)
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which roles a batch has")
+@pytest.mark.parametrize("where", ["its own layer", "another"])
+def test_a_kl_without_a_token_to_hold_is_refused(where):
+    """As on the expert tokens of an SFT, whose loss is the same for every β."""
+    (hidden, weight, _), objective = cases.head(3, 7, 57, torch.float32), _with_kl(objectives.sft(), 0.1, where)
+    rule, got = "a KL is of rollout tokens, and 'sft' trains on expert tokens alone", "got a batch of 2 expert tokens and none of"
+    with pytest.raises(ValueError, match=f"^linear_policy_loss: {rule}, {got} rollouts. Leave the KL out for such a batch, or set"):
+        linear_policy_loss(hidden, weight, _of_roles(2, 0, 2), objective)
+    with pytest.raises(ValueError, match=f"^policy_loss: {rule}"):
+        policy_loss(torch.zeros(3) - 1, None, replace(_of_roles(2, 0, 2), ref_logprob=None), objective)
+
+
+@pytest.mark.parametrize("where", ["its own layer", "another"])
+@pytest.mark.parametrize(
+    ("objective", "roles", "beta"),
+    [
+        (objectives.sft(), (2, 1, 2), 0.1),
+        (objectives.relift(), (2, 2, 2), 0.1),  # a part of a batch of both
+        (objectives.sft(), (0, 0, 0), 0.1),  # a rank without tokens
+        (objectives.sft(), (2, 2, 2), 0.0),  # only watched
+    ],
+)
+def test_a_kl_beside_expert_tokens_is_taken_where_it_may_be_right(objective, roles, beta, where):
+    hidden, weight, _ = cases.head(3, 7, 57, torch.float32)
+    assert linear_policy_loss(hidden, weight, _of_roles(*roles), _with_kl(objective, beta, where)).loss.isfinite()
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)

@@ -18,7 +18,7 @@ from trapo_train.trainer import Trainer
 
 MODULE = """
 from dataclasses import replace
-from trapo_kernels import Objective, Term, gates, objectives
+from trapo_kernels import KL, Objective, Term, gates, objectives
 
 class Short(gates.Ratio):
     code = None
@@ -38,6 +38,9 @@ def sum():
 def apart():
     rollout = Term(gates.Ratio(), anchor="old", signal="advantage")
     return Objective(expert=Term(gates.One()), plus=Objective(rollout=rollout))
+
+def held():
+    return replace(objectives.sft(), kl=KL(0.1))
 
 def none():
     return 3
@@ -85,7 +88,10 @@ def test_a_kl_joins_the_rollout_term_of_a_sum_whose_first_has_none(module):
             lambda: ObjectiveConfig("grpo", {"beta": 0.04}, kl=KLConfig(0.1)),
             "kl must be null where the objective has one, got",
         ),
-        (lambda: ObjectiveConfig("sft", kl=KLConfig(0.1)), "kl is of rollout tokens, and sft trains on expert tokens alone"),
+        (
+            lambda: ObjectiveConfig("sft", kl=KLConfig(0.1)),
+            r"objective sft: a KL is of rollout tokens, and 'sft' trains on expert tokens alone\. Leave the KL out",
+        ),
         (lambda: KLConfig(1e39), r"the kernels refuse it: KL: beta must lie in \[0, inf\) in float32, got 1e\+39"),
         (lambda: KLConfig(-1.0), "beta must be a finite number of at least 0, got -1"),
         (lambda: KLConfig(0.1, clamp=0.0), "clamp must be null or above 0, got 0"),
@@ -112,6 +118,10 @@ def test_what_is_no_objective_is_refused(module, make, message):
             "^objective.name 'odd_objectives:nothing': the module 'odd_objectives' has no function",
         ),
         ("{name: 'odd_objectives:none'}", r"^objective.name 'odd_objectives:none' must return a trapo_kernels\.Objective, got int"),
+        (
+            "{name: 'odd_objectives:held'}",
+            "^objective odd_objectives:held: a KL is of rollout tokens, and 'sft' trains on expert tokens alone",
+        ),
         (
             "{name: 'odd_objectives:mine', options: {alpha: 1}}",
             "^objective: options of odd_objectives:mine are epsilon, got 'alpha'",

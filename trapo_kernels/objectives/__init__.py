@@ -1,6 +1,7 @@
 """Presets: each method of the field as data for the same kernels. `print(objectives.trapo())` shows its formula.
 
-`beta` of grpo, reinforce_pp and uft is the KL of their methods. It is a field of every objective, and any other takes one so:
+`beta` of grpo, reinforce_pp and uft is the KL of their methods, on rollout tokens. It is a field of every objective, and any other
+takes one so:
 
     >>> print(dataclasses.replace(objectives.dapo(), kl=KL(0.01)))
     dapo:
