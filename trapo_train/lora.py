@@ -121,12 +121,9 @@ def names_as_they_are() -> Iterator[None]:
         yield
 
 
-def _conversion() -> ModuleType | None:
-    """Where PEFT converts names; None in an older one, which leaves them as they are."""
-    try:
-        return importlib.import_module("peft.utils.transformers_weight_conversion")
-    except ModuleNotFoundError:
-        return None
+def _conversion() -> ModuleType:
+    """Where PEFT converts names."""
+    return importlib.import_module("peft.utils.transformers_weight_conversion")
 
 
 def other_layers(model: PreTrainedModel) -> str | None:

@@ -66,7 +66,7 @@ def _undecoded(feature: Any) -> Any:
         return [_undecoded(inner) for inner in feature]
     if hasattr(feature, "feature"):  # of a list
         return replace(feature, feature=_undecoded(feature.feature))
-    is_media = hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
+    is_media = hasattr(feature, "decode") and not isinstance(feature, datasets.Json)
     return replace(feature, decode=False) if is_media else feature
 
 
