@@ -99,15 +99,15 @@ inline Statistics new_statistics(const Tensor& like, int64_t rows, StatisticsOut
 }
 
 inline Gates check_gates(const char* op, const std::vector<int64_t>& codes, const std::vector<double>& s) {
-  STD_TORCH_CHECK(codes.size() == 3 && s.size() == 7, op, ": codes and scalars must have 3 and 7 entries, got ", codes.size(),
-                  " and ", s.size(), ". Take them from terms.gate_scalars(objective).");
+  STD_TORCH_CHECK(codes.size() == 3 && s.size() == kNumScalars, op, ": codes and scalars must have 3 and ", kNumScalars,
+                  " entries, got ", codes.size(), " and ", s.size(), ". Take them from terms.gate_scalars(objective).");
   const bool known = codes[0] >= 0 && codes[0] <= kLastGate && codes[1] >= 0 && codes[1] <= kLastGate && codes[2] >= 0 &&
                      codes[2] <= kLastKl;
   STD_TORCH_CHECK(known, op, ": codes must lie in [0, ", kLastGate, "], [0, ", kLastGate, "] and [0, ", kLastKl, "], got ", codes[0],
                   ", ", codes[1], " and ", codes[2], ". Install trapo again, so that csrc/gates.h has the gates of gates.py.");
   const auto f = [&](int i) { return static_cast<float>(s[i]); };
   return {static_cast<int>(codes[0]), static_cast<int>(codes[1]), static_cast<int>(codes[2]),
-          {f(0), f(1), f(2)},         {f(3), f(4), f(5)},         f(6)};
+          {f(0), f(1), f(2)},         {f(3), f(4), f(5)},         f(6), f(7)};
 }
 
 }  // namespace trapo

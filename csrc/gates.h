@@ -16,13 +16,14 @@ namespace trapo {
 constexpr int64_t kIgnoredTarget = -100;
 constexpr float kFloor = -1e30f;  // stands for -inf after the row maximum is subtracted: exp is 0, and 0 · kFloor is 0, not NaN
 constexpr int kLastGate = 9, kLastKl = 4;  // the codes of `slope` and of the KL terms in `coefficient`; 0 is none
+constexpr int kNumScalars = 8;  // three of each gate, two of the KL
 
 enum Role : uint8_t { kIgnored = 0, kRollout = 1, kExpert = 2 };
 
 // The codes and scalars of an objective's gates and KL term; what they mean is said in `slope` and `coefficient`.
 struct Gates {
   int expert, rollout, kl;
-  float e[3], r[3], clamp;
+  float e[3], r[3], kl_low, kl_high;
 };
 
 TRAPO_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -70,8 +71,8 @@ TRAPO_HD float coefficient(const Gates& gates, float logprob, uint8_t role, floa
   float c = signal == 0.0f ? 0.0f : -signal * g;  // 0 however large the ratio is
   if (gates.kl == 0 || role != kRollout || kl_weight == 0.0f) return c;
   const float d_ref = logprob - ref_logprob;
-  const float held = clamped(d_ref, -gates.clamp, gates.clamp);
-  const bool inside = held == d_ref;  // beyond the clamp the estimate is flat, and of k3_corrected only r has a slope
+  const float held = clamped(d_ref, gates.kl_low, gates.kl_high);
+  const bool inside = held == d_ref;  // beyond the bounds the estimate is flat, and of k3_corrected only r has a slope
   float k = 0.0f;
   switch (gates.kl) {
     case 1:  // k1

@@ -1,5 +1,5 @@
 // Schemas of the native operations. csrc/cpu and csrc/cuda both implement those on rows of logits, row_* and token_coefficient;
-// scoring and scale are of csrc/cuda alone, and gemm, bf16_units and instruction_set are of csrc/cpu alone. trapo_kernels/backends/native.py is
+// scoring and scale are of csrc/cuda alone, and gemm, bf16_units, num_scalars and instruction_set are of csrc/cpu alone. trapo_kernels/backends/native.py is
 // their only caller and says what the arguments mean.
 //
 // Shapes: logits [C, V] with unit stride in a row, bias [V], all other tensors [C]; in place of logits scoring has hidden [C, D] and
@@ -30,5 +30,6 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
   m.def("scale(Tensor(a!) x, Tensor factor) -> ()");
   m.def("gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
   m.def("bf16_units() -> str");
+  m.def("num_scalars() -> int");
   m.def("instruction_set(str? use=None) -> str");
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -73,6 +74,21 @@ def k3(d: Tensor) -> Tensor:
     return torch.expm1(-d) + d
 
 
+@cache
+def _d_of_k3(value: float) -> tuple[float, float]:
+    """Both d in nats, below and above 0, of k3 = value > 0, by bisection in fp64."""
+    if value == math.inf:
+        return -math.inf, math.inf
+
+    def root(far: float) -> float:
+        near = 0.0
+        while (middle := (near + far) / 2) not in (near, far):
+            near, far = (middle, far) if math.expm1(-middle) + middle <= value else (near, middle)
+        return near
+
+    return root(-100.0), root(value + 1.0)  # e^100 is more than fp32 has, and k3 is at least d - 1
+
+
 @dataclass(frozen=True)
 class KL:
     """β · KL(π ‖ π_ref) on rollout tokens, by a one-sample estimator of d = logp - ref_logprob.
@@ -80,22 +96,32 @@ class KL:
     "k1": d; "k2": d²/2; "k3": e^(-d) - 1 + d; "k3_corrected": r·k3 with r = π/π_old. As losses they differ from what they estimate.
     Over samples of π the slope d of "k2" gives the gradient of KL(π ‖ π_ref), 1 - e^(-d) of "k3" that of KL(π_ref ‖ π), and 1 of
     "k1" zero: it holds nothing. The slope r·d of "k3_corrected" gives that of KL(π ‖ π_ref) over samples of π_old, too.
-    `clamp`: nats > 0; d is held within ±clamp, and beyond it the estimate is flat; infinite by default. With β = 0 it is only
-    watched: it reads `ref_logprob` for the metric `rollout/kl_ref`.
+    `clamp`: nats > 0; d is held within ±clamp, and beyond it the estimate is flat; infinite by default. `cap`: nats > 0, the most
+    that the estimate "k3" can be, flat beyond; infinite by default. verl's low_var_kl is k3 with clamp 20 and cap 10, and its "k3+"
+    has the value of that and the gradient of "k2". With β = 0 it is only watched: it reads `ref_logprob` for the metric
+    `rollout/kl_ref`.
     """
 
     beta: float
     estimator: str = "k3"
     clamp: float = math.inf
+    cap: float = math.inf
 
     def __post_init__(self):
         checks.in_range("KL", "beta", self.beta, 0.0, math.inf, open_high=True)
+        if self.estimator == "k3+":
+            raise ValueError('KL: estimator must be one of ours, got verl\'s "k3+". Use "k2", which has the same gradient.')
         checks.one_of("KL", "estimator", self.estimator, KL_ESTIMATORS)
         checks.in_range("KL", "clamp", self.clamp, 0.0, math.inf, open_low=True)
+        checks.in_range("KL", "cap", self.cap, 0.0, math.inf, open_low=True)
+        if self.cap < math.inf and self.estimator != "k3":
+            raise ValueError(f'KL: cap is of the estimator "k3", got {self.cap:g} with {self.estimator!r}. Bound that by clamp.')
 
     def __str__(self):
         held = "" if self.clamp == math.inf else f", |log π/π_ref| ≤ {self.clamp:g}"
-        return f"{self.beta:g} · Σ w_K · {self.estimator}(π ‖ π_ref) on rollout tokens{held}"
+        estimate = f"{self.estimator}(π ‖ π_ref)"
+        estimate = estimate if self.cap == math.inf else f"min({estimate}, {self.cap:g})"
+        return f"{self.beta:g} · Σ w_K · {estimate} on rollout tokens{held}"
 
     @property
     def reads(self) -> frozenset[str]:
@@ -109,7 +135,16 @@ class KL:
             return d
         if self.estimator == "k2":
             return d * d / 2
+        if self.cap < math.inf:
+            beyond = k3(d) > self.cap  # no clamp(max=cap), whose gradient is 0 · inf where k3 overflows
+            return torch.where(beyond, self.cap, k3(torch.where(beyond, 0.0, d)))
         return k3(d) if self.estimator == "k3" else log_ratio.exp() * k3(d)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The d in nats between which the estimate has a slope, the clamp's or, where they are narrower, those of k3 = cap."""
+        low, high = _d_of_k3(self.cap)
+        return max(low, -self.clamp), min(high, self.clamp)
 
     def slope(self, d: Tensor, log_ratio: Tensor) -> Tensor:
         """K = d(value)/dlogp [N]."""
@@ -119,7 +154,8 @@ class KL:
         if self.estimator == "k2":
             return torch.where(free, d, 0.0)
         if self.estimator == "k3":
-            return torch.where(free, -torch.expm1(-d.clamp(-self.clamp, self.clamp)), 0.0)
+            held = d.clamp(-self.clamp, self.clamp)
+            return torch.where(free & (k3(held) <= self.cap), -torch.expm1(-held), 0.0)
         return torch.where(free, log_ratio.exp() * d, self.value(d, log_ratio))
 
 

@@ -20,6 +20,7 @@ from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Reduced, Sequences, Tokens
 
 _MAX_PARAMETERS = 3  # of a gate
+NUM_SCALARS = 8  # that the compiled backends read of an objective
 SELF = float("inf")  # an anchor that stands for the policy itself; no logprob is +inf, and NaN is left to mean trouble
 
 
@@ -257,16 +258,16 @@ def encode(objective: Objective) -> tuple[list[int], list[float]]:
         values = [] if term is None else [getattr(term.gate, field.name) for field in fields(term.gate)]
         parameters += values + [0.0] * (_MAX_PARAMETERS - len(values))
     codes.append(0 if objective.kl is None else 1 + KL_ESTIMATORS.index(objective.kl.estimator))
-    parameters.append(math.inf if objective.kl is None else objective.kl.clamp)
+    parameters += [math.inf, math.inf] if objective.kl is None else [objective.kl.clamp, objective.kl.cap]
     return codes, parameters
 
 
 def gate_scalars(objective: Objective) -> tuple[list[int], list[float]]:
-    """What the compiled backends read of an objective: codes of expert gate, rollout gate and KL; three scalars per gate, then the
-    clamp of the KL."""
-    codes, parameters = encode(objective)
-    terms = (objective.expert, objective.rollout)
-    return codes, [scalar for term in terms for scalar in (term.gate.scalars if term else (0.0,) * 3)] + parameters[-1:]
+    """What the compiled backends read of an objective: codes of expert gate, rollout gate and KL; NUM_SCALARS scalars, three per
+    gate, then the bounds of the KL."""
+    codes, _ = encode(objective)
+    gates = [scalar for term in (objective.expert, objective.rollout) for scalar in (term.gate.scalars if term else (0.0,) * 3)]
+    return codes, [*gates, *((-math.inf, math.inf) if objective.kl is None else objective.kl.bounds)]
 
 
 def decode(codes: list[int], parameters: list[float]) -> Objective:
@@ -276,7 +277,7 @@ def decode(codes: list[int], parameters: list[float]) -> Objective:
         if code:
             gate = GATES[code]
             terms[i] = Term(gate(*parameters[_MAX_PARAMETERS * i :][: len(fields(gate))]), anchor="old")
-    kl = KL(1.0, KL_ESTIMATORS[codes[2] - 1], parameters[-1]) if codes[2] else None
+    kl = KL(1.0, KL_ESTIMATORS[codes[2] - 1], *parameters[-2:]) if codes[2] else None
     return Objective(expert=terms[0], rollout=terms[1], kl=kl)
 
 

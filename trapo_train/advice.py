@@ -118,7 +118,7 @@ def _unheld(objective: Objective) -> str | None:
 def _without_beta(config: RunConfig) -> str | None:
     """A preset reads these options for its KL alone; a function of the user's own may do what it likes with them."""
     section = config.objective
-    given = " ".join(f"{name}={section.options[name]}" for name in ("kl", "kl_clamp") if name in section.options)
+    given = " ".join(f"{name}={section.options[name]}" for name in ("kl", "kl_clamp", "kl_cap") if name in section.options)
     if not given or section.name not in objectives.PRESETS or any(extreme.has_kl for extreme in extreme_objectives(section)):
         return None
     return f"objective.options has {given}, and no KL at any step, because beta is 0. Set beta above 0, or leave them out"

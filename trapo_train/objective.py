@@ -25,19 +25,24 @@ class KLConfig:
     round; that of k1 is zero in expectation, whatever the reference."""
     clamp: float | None = None
     """Nats within which a token's log ratio is held, above 0; null for no limit."""
+    cap: float | None = None
+    """Nats, the most that the estimate k3 of a token can be, above 0; null for no limit. verl's low_var_kl is k3 with clamp 20 and
+    cap 10."""
 
     def __post_init__(self) -> None:
         check(
             self,
             ("beta", 0 <= self.beta < math.inf, "a finite number of at least 0"),
             ("clamp", self.clamp is None or self.clamp > 0, "null or above 0"),
+            ("cap", self.cap is None or self.cap > 0, "null or above 0"),
         )
         with refused("the kernels refuse it", ValueError):  # what is no such number in float32
             self.term()
 
     def term(self) -> KL:
         """As the objective takes it."""
-        return KL(self.beta, self.estimator, math.inf if self.clamp is None else self.clamp)
+        clamp, cap = (math.inf if bound is None else bound for bound in (self.clamp, self.cap))
+        return KL(self.beta, self.estimator, clamp, cap)
 
 
 @dataclass(frozen=True)

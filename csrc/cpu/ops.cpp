@@ -238,6 +238,8 @@ std::string choose_instruction_set(std::optional<std::string> use) {
   return instruction_set();
 }
 
+int64_t num_scalars() { return kNumScalars; }
+
 }  // namespace
 }  // namespace trapo
 
@@ -252,4 +254,5 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&trapo::choose_instruction_set));
   m.impl("bf16_units", TORCH_BOX(&trapo::bf16_units));
+  m.impl("num_scalars", TORCH_BOX(&trapo::num_scalars));
 }

@@ -24,7 +24,11 @@ GATE_CASES = [
     Phi(),
     Sapo(1.0, 1.5),
 ]
-KL_CASES = [None, *(KL(0.3, estimator, clamp) for estimator in KL_ESTIMATORS for clamp in (math.inf, 0.8))]
+KL_CASES = [
+    None,
+    *(KL(0.3, estimator, clamp) for estimator in KL_ESTIMATORS for clamp in (math.inf, 0.8)),
+    *(KL(0.3, "k3", clamp, cap=0.5) for clamp in (math.inf, 0.8)),
+]
 
 
 def check_coefficients(compute, gate, kl):

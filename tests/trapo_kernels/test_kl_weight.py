@@ -1,6 +1,7 @@
 """A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend. Where there is
-nothing for a KL, and what the gradient of each estimator is."""
+nothing for a KL, and what the gradient of each estimator is, capped as well."""
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -191,3 +192,43 @@ def test_the_expected_gradient_of_an_estimate_is_the_one_that_its_docstring_name
     expected = (sampler.exp() * slope * logprob).sum()  # over all tokens, each as often as it is sampled
     found, right = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (expected, wanted))
     torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+def test_a_capped_k3_is_verls_low_var_kl(backend):
+    """Below, at and beyond the cap on both sides of 0, beyond verl's clamp of 20, and where k3 is infinite in fp32."""
+    objective = objectives.grpo(beta=0.5, kl_clamp=20.0, kl_cap=10.0)
+    low, high = objective.kl.bounds
+    far = [-200.0, -25.0, -21.0, low - 1e-4, 12.0, high + 1e-4, 25.0]
+    d = torch.tensor([*far, low + 1e-4, -1.5, -1e-3, 0.0, 0.7, 5.0, high - 1e-4], dtype=torch.float64, device=cases.DEVICE)
+    one, logprob = torch.ones_like(d).float(), -torch.rand_like(d)
+    b = TokenBatch(one.long(), one.to(torch.uint8), 0 * one, one, ref_logprob=(logprob - d).float())
+    policy = logprob.float().requires_grad_()
+    out = policy_loss(policy, None, b, objective, backend=backend)
+    (grad,) = torch.autograd.grad(out.loss, policy)
+
+    exact = policy.detach().double().requires_grad_()
+    kl = torch.clamp(b.ref_logprob.double() - exact, min=-20, max=20)
+    expected = 0.5 * torch.clamp(kl.exp() - kl - 1, min=-10, max=10)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    assert (slope[: len(far)] == 0).all() and slope[len(far) :].count_nonzero() == 6
+    assert (grad[: len(far)] == 0).all()
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.loss.double(), expected.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.metrics["rollout/kl_ref"].double(), 2 * expected.mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cap", [1e-12, 0.5, 10.0, 1e30])
+def test_a_kl_is_flat_from_its_cap_on(cap):
+    kl = KL(0.1, cap=cap)
+    bounds = torch.tensor(kl.bounds, dtype=torch.float64)
+    assert bounds[0] < 0 < bounds[1] <= cap + 1
+    torch.testing.assert_close(kl.value(bounds, bounds), torch.full_like(bounds, cap), rtol=1e-6, atol=0)
+    assert (kl.slope(bounds * (1 - 1e-6), bounds) != 0).all() and (kl.slope(bounds * (1 + 1e-3), bounds) == 0).all()
+    assert (kl.value(2 * bounds, bounds) == cap).all() and kl.value(torch.tensor([torch.nan]), bounds[:1]).isnan()
+    assert KL(0.1, clamp=1e-7, cap=cap).bounds == (-1e-7, 1e-7)
+    assert KL(0.1).bounds == (-math.inf, math.inf)
+
+
+def test_a_cap_is_printed():
+    assert str(KL(0.1, "k3", 20.0, 10.0)) == "0.1 · Σ w_K · min(k3(π ‖ π_ref), 10) on rollout tokens, |log π/π_ref| ≤ 20"

@@ -12,7 +12,7 @@ import torch
 from setuptools import Distribution, Extension
 
 from csrc.build import BuildNative
-from trapo_kernels import Role, TokenBatch, doctor, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import Role, TokenBatch, doctor, linear_logprob, linear_policy_loss, objectives, terms
 from trapo_kernels.backends import native
 
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
@@ -161,7 +161,7 @@ def test_a_gradient_of_another_shape_and_unknown_gates_are_refused():
     role = torch.ones(2, dtype=torch.uint8)
     for codes in ([10, 1, 0], [1, -1, 0], [1, 1, 5]):
         with pytest.raises(RuntimeError, match=r"token_coefficient: codes must lie in \[0, 9\], \[0, 9\] and \[0, 4\], got"):
-            torch.ops.trapo_native.token_coefficient(rows, role, rows, rows, rows, None, None, codes, [0.0] * 7)
+            torch.ops.trapo_native.token_coefficient(rows, role, rows, rows, rows, None, None, codes, [0.0] * terms.NUM_SCALARS)
 
 
 def _policy(logits, target, grad):
@@ -169,7 +169,8 @@ def _policy(logits, target, grad):
     rows = len(target)
     one, role = torch.ones(rows), torch.full((rows,), Role.EXPERT, dtype=torch.uint8)
     streams = (role, 0 * one, one, one, None, None, -0.1 * one)
-    return torch.ops.trapo_native.row_policy(logits, target, None, None, 1.0, 0.0, *streams, [1, 1, 0], [0.0] * 7, grad)
+    gates = ([1, 1, 0], [0.0] * terms.NUM_SCALARS)
+    return torch.ops.trapo_native.row_policy(logits, target, None, None, 1.0, 0.0, *streams, *gates, grad)
 
 
 @needs_native
@@ -251,8 +252,9 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch, tmp_path):
 
 @needs_native
 def test_an_extension_of_an_earlier_version_is_named(monkeypatch):
-    monkeypatch.setattr(native, "_OPS", object())
-    assert native._load() == "the native extension is older than this package. Install trapo again."
+    for ops in (SimpleNamespace(scale=None), SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS - 1)):
+        monkeypatch.setattr(native, "_OPS", ops)
+        assert native._load() == "the native extension is older than this package. Install trapo again."
 
 
 @needs_native

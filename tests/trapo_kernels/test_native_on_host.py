@@ -13,6 +13,7 @@ from csrc.build import CUDA_ARCHS
 from tests.trapo_kernels import cases, cuda_checks, host_gpu
 from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from tests.trapo_kernels.host_gpu import HostGpu
+from trapo_kernels import terms
 from trapo_kernels.backends import rows_torch, sweep
 from trapo_kernels.backends.logits import LogitTransform
 
@@ -236,11 +237,11 @@ def test_arguments_of_another_shape_or_gpu_are_refused(library):
     logits, rows, role = torch.zeros(2, 3), torch.zeros(2), torch.ones(2, dtype=torch.uint8)
     target, factor, weight = torch.zeros(2, dtype=torch.int64), torch.tensor(2.0), torch.zeros(5, 64, dtype=torch.bfloat16)
     hidden, transform, stats = torch.zeros(2, 64, dtype=torch.bfloat16), (None, None, 1.0, 0.0), (rows,) * 4
-    gradient = library.ops.row_gradient
+    gradient, gates = library.ops.row_gradient, ([1, 1, 0], [0.0] * terms.NUM_SCALARS)
     for name, home, elsewhere, call in (
         ("target", "logits", target, lambda: library.ops.row_statistics(logits, target, *transform)),
         ("grad", "logits", grad := torch.zeros(2, 3), lambda: gradient(logits, target, *transform, *stats, None, None, grad)),
-        ("role", "logprob", role, lambda: library.ops.token_coefficient(rows, role, *stats[:3], None, None, [1, 1, 0], [0.0] * 7)),
+        ("role", "logprob", role, lambda: library.ops.token_coefficient(rows, role, *stats[:3], None, None, *gates)),
         ("weight", "hidden", weight, lambda: library.ops.scoring(hidden, weight, target, *transform)),
         ("target", "hidden", target, lambda: library.ops.scoring(hidden, weight, target, *transform)),
         ("factor", "x", factor, lambda: library.ops.scale(rows, factor)),

@@ -113,8 +113,9 @@ def test_options_of_a_kl_that_has_no_weight_at_any_step(advised):
     grpo = ("plan.name=grpo", "objective.name=grpo", "advantage.normalise=group_std", "packing.aggregation=sequence_mean")
     ramp = "{schedule: linear, start: 0.0, end: %s, steps: 5}"
     for beta in ("", "beta: 0, ", f"beta: {ramp % 0.0}, "):
-        (sentence,) = advised(*grpo, f"objective.options={{{beta}kl: k2, kl_clamp: 3.0}}")
-        assert sentence.startswith("objective.options has kl=k2 kl_clamp=3.0, and no KL at any step, because beta is 0. Set beta")
+        (sentence,) = advised(*grpo, f"objective.options={{{beta}kl: k3, kl_clamp: 3.0, kl_cap: 2.0}}")
+        given = "objective.options has kl=k3 kl_clamp=3.0 kl_cap=2.0, and no KL at any step, because beta is 0. Set beta"
+        assert sentence.startswith(given)
     for options in ("{}", "{beta: 0}", "{beta: 0.1, kl: k2}", "{beta: %s, kl: k2}" % (ramp % 0.1)):
         assert advised(*grpo, f"objective.options={options}") == []
 

@@ -72,7 +72,8 @@ def test_a_kl_joins_an_objective_of_rollouts(name):
     assert isinstance(objective, Objective) and "ref_logprob" in objective.reads() - plain.reads()
     (layer,) = [layer for layer in objective.layers if layer.kl is not None]
     assert layer.kl == KL(0.02, "k2", 5.0) and layer.rollout is not None and objective.name == plain.name
-    assert KLConfig(0.02).term().clamp == math.inf
+    assert KLConfig(0.02).term().clamp == KLConfig(0.02).term().cap == math.inf
+    assert KLConfig(0.02, clamp=20.0, cap=10.0).term() == KL(0.02, "k3", 20.0, 10.0)
 
 
 def test_a_kl_joins_the_rollout_term_of_a_sum_whose_first_has_none(module):
@@ -95,6 +96,8 @@ def test_a_kl_joins_the_rollout_term_of_a_sum_whose_first_has_none(module):
         (lambda: KLConfig(1e39), r"the kernels refuse it: KL: beta must lie in \[0, inf\) in float32, got 1e\+39"),
         (lambda: KLConfig(-1.0), "beta must be a finite number of at least 0, got -1"),
         (lambda: KLConfig(0.1, clamp=0.0), "clamp must be null or above 0, got 0"),
+        (lambda: KLConfig(0.1, cap=0.0), "cap must be null or above 0, got 0"),
+        (lambda: KLConfig(0.1, "k2", cap=10.0), 'the kernels refuse it: KL: cap is of the estimator "k3", got 10 with'),
         (
             lambda: ObjectiveConfig("dapoo"),
             r"or a path to a function, .*got 'dapoo'\. Did you mean 'dapo'",

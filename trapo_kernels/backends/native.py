@@ -32,7 +32,7 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"the native extension does not load: {error}. Install trapo again under this version of torch."
-    if not hasattr(_OPS, "scale"):  # the newest of its ops
+    if not hasattr(_OPS, "num_scalars") or _OPS.num_scalars() != terms.NUM_SCALARS:  # the newest of its ops
         return _OLDER
     return None
 

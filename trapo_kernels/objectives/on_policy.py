@@ -28,20 +28,21 @@ def grpo(
     entropy_coef: float = 0.0,
     kl_clamp: float = math.inf,
     delta: float | None = math.inf,
+    kl_cap: float = math.inf,
 ) -> Objective:
     """GRPO: PPO's clip on group-normalised advantages, KL to a reference when `beta` > 0.
 
     The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
-    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. Neither
-    does anything where `beta` is 0. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least
-    1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`. None is what TRL's configuration means by
-    it: an `epsilon_high` of `epsilon_low`, and no cap.
+    default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. `kl_cap`:
+    nats, the most that "k3" can be; verl's low_var_kl has 20 and 10. All need a `beta` above 0. `delta`: cap on
+    r where A < 0, the two-sided clip of arXiv 2505.07291; at least 1 + `epsilon_high`, below which TRL's formula caps there, and
+    ours would at `delta`. None is what TRL's configuration means by it: an `epsilon_high` of `epsilon_low`, and no cap.
 
     Source: arXiv 2402.03300, equation 3.
     """
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
     delta = math.inf if delta is None else delta
-    objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, kl_or_none(KL(beta, kl, kl_clamp)))
+    objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, kl_or_none(KL(beta, kl, kl_clamp, kl_cap)))
     checks.in_range("objectives.grpo", "delta", delta, 1.0 + epsilon_high, math.inf)
     return objective
 

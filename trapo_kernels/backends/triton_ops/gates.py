@@ -63,12 +63,12 @@ def slope(GATE: tl.constexpr, d, advantage, s0, s1, s2):
 @triton.jit
 def coefficient(
     logprob, role, anchor, signal, advantage, kl_weight, ref_logprob,
-    e0, e1, e2, r0, r1, r2, k0,
+    e0, e1, e2, r0, r1, r2, k0, k1,
     EXPERT_GATE: tl.constexpr, ROLLOUT_GATE: tl.constexpr, KL_CODE: tl.constexpr,
 ):  # fmt: skip
     """c = dL/dlogp = -signal · G(d) + kl_weight · K(logp - ref); the anchor is +inf where it is the policy itself (d = 0).
 
-    k0 is the clamp on |logp - ref|: beyond it the estimate is flat, and of k3_corrected only r still has a slope.
+    k0 and k1 bound logp - ref: beyond them the estimate is flat, and of k3_corrected only r still has a slope.
     """
     d = tl.where(anchor == float("inf"), 0.0, logprob - anchor)
     g = tl.where(role == 2, slope(EXPERT_GATE, d, advantage, e0, e1, e2), slope(ROLLOUT_GATE, d, advantage, r0, r1, r2))
@@ -76,7 +76,7 @@ def coefficient(
     if KL_CODE > 0:
         weighted = (role == 1) & (kl_weight != 0)
         d_ref = tl.where(weighted, logprob - ref_logprob, 0.0)
-        held = tl.minimum(tl.maximum(d_ref, -k0), k0)
+        held = tl.minimum(tl.maximum(d_ref, k0), k1)
         beyond = 0.0
         if KL_CODE == 1:
             k = 1.0
@@ -95,5 +95,5 @@ def coefficient(
 def gate_arguments(objective: Objective) -> dict[str, float | int]:
     """The scalars and codes that `coefficient` takes, as keyword arguments of a kernel."""
     codes, scalars = terms.gate_scalars(objective)
-    names = ("e0", "e1", "e2", "r0", "r1", "r2", "k0")
+    names = ("e0", "e1", "e2", "r0", "r1", "r2", "k0", "k1")
     return dict(zip(names, scalars, strict=True)) | dict(zip(("EXPERT_GATE", "ROLLOUT_GATE", "KL_CODE"), codes, strict=True))

@@ -32,7 +32,7 @@ def row_policy_kernel(
     logits_ptr, row_stride, grad_ptr, grad_row_stride, target_ptr, vocab_size,
     logprob_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
     role_ptr, anchor_ptr, signal_ptr, advantage_ptr, kl_weight_ptr, ref_logprob_ptr, grad_entropy_ptr,
-    e0, e1, e2, r0, r1, r2, k0,
+    e0, e1, e2, r0, r1, r2, k0, k1,
     bias_ptr, temperature_ptr, temperature, softcap,
     EXPERT_GATE: tl.constexpr, ROLLOUT_GATE: tl.constexpr, KL_CODE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -56,7 +56,7 @@ def row_policy_kernel(
                 kl_weight, ref_logprob = tl.load(kl_weight_ptr + row), tl.load(ref_logprob_ptr + row)
             c = coefficient(
                 logprob, role, tl.load(anchor_ptr + row), tl.load(signal_ptr + row), tl.load(advantage_ptr + row),
-                kl_weight, ref_logprob, e0, e1, e2, r0, r1, r2, k0, EXPERT_GATE, ROLLOUT_GATE, KL_CODE,
+                kl_weight, ref_logprob, e0, e1, e2, r0, r1, r2, k0, k1, EXPERT_GATE, ROLLOUT_GATE, KL_CODE,
             )  # fmt: skip
             gradient_sweep(
                 logits_row, grad_ptr + row * grad_row_stride, bias_ptr, target, vocab_size, 1.0 / row_temperature, softcap,

@@ -25,7 +25,7 @@ TILE = OPTIONS | {"BLOCK_N": 256}
 def token_coefficient_kernel(
     logprob_ptr, coefficient_ptr, num_tokens,
     role_ptr, anchor_ptr, signal_ptr, advantage_ptr, kl_weight_ptr, ref_logprob_ptr,
-    e0, e1, e2, r0, r1, r2, k0,
+    e0, e1, e2, r0, r1, r2, k0, k1,
     EXPERT_GATE: tl.constexpr, ROLLOUT_GATE: tl.constexpr, KL_CODE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,7 +40,7 @@ def token_coefficient_kernel(
         tl.load(logprob_ptr + token, mask=counted, other=0.0), role,
         tl.load(anchor_ptr + token, mask=counted, other=0.0), tl.load(signal_ptr + token, mask=counted, other=0.0),
         tl.load(advantage_ptr + token, mask=counted, other=0.0), kl_weight, ref_logprob,
-        e0, e1, e2, r0, r1, r2, k0, EXPERT_GATE, ROLLOUT_GATE, KL_CODE,
+        e0, e1, e2, r0, r1, r2, k0, k1, EXPERT_GATE, ROLLOUT_GATE, KL_CODE,
     )  # fmt: skip
     tl.store(coefficient_ptr + token, tl.where(counted, c, 0.0), mask=inside)
 
