@@ -19,7 +19,7 @@ from torch import Tensor
 from trapo_kernels import checks
 from trapo_kernels.gates import GATES, Gate
 from trapo_kernels.roles import Role
-from trapo_kernels.sequence import Reduction
+from trapo_kernels.sequence import MeanRatio, Reduction
 
 ANCHORS = ("zero", "self", "old", "rollout", "ref")
 SIGNALS = ("one", "advantage")
@@ -95,7 +95,8 @@ class KL:
 
     "k1": d; "k2": d²/2; "k3": e^(-d) - 1 + d; "k3_corrected": r·k3 with r = π/π_old. As losses they differ from what they estimate.
     Over samples of π the slope d of "k2" gives the gradient of KL(π ‖ π_ref), 1 - e^(-d) of "k3" that of KL(π_ref ‖ π), and 1 of
-    "k1" zero: it holds nothing. The slope r·d of "k3_corrected" gives that of KL(π ‖ π_ref) over samples of π_old, too.
+    "k1" zero: it holds nothing. The slope r·d of "k3_corrected" gives that of KL(π ‖ π_ref) over samples of π_old, too. Beside
+    a term with the reduction MeanRatio r is that of the sequence, as TRL has it, and its gradient is part of the slope.
     `clamp`: nats > 0; d is held within ±clamp, and beyond it the estimate is flat; infinite by default. `cap`: nats > 0, the most
     that the estimate "k3" can be, flat beyond; infinite by default. verl's low_var_kl is k3 with clamp 20 and cap 10, and its "k3+"
     has the value of that and the gradient of "k2". With β = 0 it is only watched: it reads `ref_logprob` for the metric
@@ -185,10 +186,10 @@ class Objective:
             raise ValueError("Objective: needs a term for expert or rollout tokens, got neither. Pass expert= or rollout=.")
         if self.kl and self.kl.estimator == "k3_corrected":
             term = self.rollout
-            if term is None or term.anchor != "old" or term.reduction:
+            if term is None or term.anchor != "old" or not isinstance(term.reduction, MeanRatio | None):
                 raise ValueError(
-                    'Objective: the KL estimator "k3_corrected" needs a rollout term with anchor "old" and no reduction, got '
-                    f'{term}. Use the estimator "k3", or such a term.'
+                    'Objective: the KL estimator "k3_corrected" needs a rollout term with anchor "old" and no reduction but '
+                    f'MeanRatio, got {term}. Use the estimator "k3", or such a term.'
                 )
 
     def __str__(self):
@@ -249,9 +250,17 @@ class Objective:
                 return f"the gate {type(term.gate).__name__} has no compiled form and runs on the reference formula."
             if term.reduces(on_policy):
                 return f"{type(term.reduction).__name__} needs the logprobs of whole sequences first."
+        if any(layer.pools_kl for layer in self.layers):
+            return 'the KL "k3_corrected" is times the ratio of its sequence, whose gradient needs the KL of all its tokens first.'
         if max(len(self.expert_terms), len(self.rollout_terms)) > 1:
             return "a role has two terms, and the compiled loss has one gate per role."
         return "it adds an objective as `plus`, and the compiled loss takes one: give its terms to one." if self.plus else None
+
+    @property
+    def pools_kl(self) -> bool:
+        """Whether this layer's KL is times a ratio of whole sequences, whose gradient reaches all of their tokens."""
+        trained = self.kl is not None and self.kl.beta > 0
+        return trained and self.kl.estimator == "k3_corrected" and self.rollout.reduction is not None
 
     @property
     def pools(self) -> bool:
@@ -264,6 +273,7 @@ class Objective:
         needed = set().union(*(term.reads(on_policy) for term in self.terms))
         for layer in self.layers:
             needed |= layer.kl.reads if layer.kl else set()
+            needed |= {"sequence_id"} if layer.pools_kl else set()
         return needed
 
     def lives_by_advantage(self, role: int) -> bool:

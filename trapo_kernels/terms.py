@@ -147,6 +147,11 @@ def reduced(term: Term, code: Role, logprob: Tensor, entropy: Tensor, batch: Tok
         return term.reduction.applied(Tokens(*map(own, seen), Sequences(batch.sequence_id, mine)))
 
 
+def mean_of_sequence(x: Tensor, code: Role, batch: TokenBatch) -> Tensor:
+    """[N]: the mean of x [N], which loses its gradient, over the tokens with role `code` of each token's sequence."""
+    return Sequences(batch.sequence_id, batch.role == code).mean(x.detach()).to(x.dtype)
+
+
 def gate_inputs(
     logprob: Tensor, entropy: Tensor, s: Streams, batch: TokenBatch, objective: Objective
 ) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,5 @@
 """A KL term with a weight of its own: a correction or a mask on the policy loss leaves it alone, on every backend. Where there is
-nothing for a KL, and what the gradient of each estimator is, capped as well."""
+nothing for a KL, and what the gradient of each estimator is, capped and times a pooled ratio as well."""
 
 import math
 import pickle
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import KL, TokenBatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels import KL, Objective, Term, TokenBatch, linear_policy_loss, objectives, policy_loss
+from trapo_kernels.gates import Ratio
 from trapo_kernels.objective import KL_ESTIMATORS
+from trapo_kernels.sequence import MeanRatio, TopEntropy
 
 BETA = 0.2
 PASSES = {"grpo": 1, "gmpo": 2}
@@ -232,3 +234,45 @@ def test_a_kl_is_flat_from_its_cap_on(cap):
 
 def test_a_cap_is_printed():
     assert str(KL(0.1, "k3", 20.0, 10.0)) == "0.1 · Σ w_K · min(k3(π ‖ π_ref), 10) on rollout tokens, |log π/π_ref| ≤ 20"
+
+
+def _sequences(dtype, **changes):
+    """30 rollout tokens of 4 interleaved sequences, whose weights are constant within each; the last one has no KL."""
+    labels = torch.arange(30, device=cases.DEVICE) % 4
+    b = cases.batch(30, 50, dtype, roles=(1,), sequence_id=labels, old_logprob=torch.rand(30, dtype=dtype) - 4.5)
+    per_sequence = torch.tensor([1.5, -0.7, 0.4, -2.0], dtype=dtype, device=cases.DEVICE)[labels]
+    return replace(b, advantage=per_sequence, weight=1 / (4 + labels.to(dtype)), kl_weight=(labels != 3) * b.weight, **changes)
+
+
+@pytest.mark.parametrize("clip", [math.inf, 0.4])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_corrected_kl_beside_a_pooled_ratio_is_times_that_ratio_and_its_gradient_too(backend, on_policy, clip):
+    """TRL's importance_sampling_level="sequence" with use_bias_correction_kl: no stop-gradient, autograd of whole sequences."""
+    hidden, weight, _ = cases.head(30, 6, 50)
+    b = _sequences(torch.float64, **({"old_logprob": None} if on_policy else {}))
+    logprob, _ = cases.eager_statistics(hidden, weight, b.target)
+    old, expected = logprob.detach() if on_policy else b.old_logprob, 0
+    for label in range(4):
+        rows = b.sequence_id == label
+        a, d = b.advantage[rows][0], (logprob - old)[rows]
+        ratio = (d.clamp(max=clip) if a >= 0 else d.clamp(min=-clip)).mean().exp()
+        d_ref = (logprob - b.ref_logprob)[rows]
+        k3 = (-d_ref).exp() - 1 + d_ref
+        expected = expected + (-a * ratio * b.weight[rows] + BETA * b.kl_weight[rows] * ratio * k3).sum()
+    term = Term(Ratio(), "old", "advantage", reduction=MeanRatio(clip))
+    out = linear_policy_loss(hidden, weight, b, Objective(rollout=term, kl=KL(BETA, "k3_corrected")), backend=backend)
+    assert out.passes == 2 and cases.error(out.loss, expected) < 1e-12
+    for ours, theirs in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
+        assert theirs.any() and cases.error(ours, theirs) < 1e-12
+
+
+def test_a_corrected_kl_beside_a_pooled_ratio_reads_the_sequences_on_policy_too_and_says_why():
+    objective = replace(objectives.gspo(), kl=KL(BETA, "k3_corrected"))
+    assert "is times the ratio of its" in objective.why_two_passes(on_policy=True)
+    assert "sequence_id" in objective.reads(on_policy=True)
+    for beta, estimator in ((BETA, "k3"), (0.0, "k3_corrected")):
+        plain = replace(objectives.gspo(), kl=KL(beta, estimator))
+        assert "sequence_id" not in plain.reads(on_policy=True) and plain.why_two_passes(on_policy=True) is None
+    with pytest.raises(ValueError, match='needs a rollout term with anchor "old" and no reduction but MeanRatio, got .*entropy'):
+        replace(objective, rollout=replace(objective.rollout, reduction=TopEntropy()))

@@ -64,12 +64,7 @@ def policy_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: 
                 mine = active & (batch.role == code) & (weight != 0)
                 loss = loss + term_loss(logprob, entropy, batch, term, code, mine)
         if layer.kl is not None and layer.kl.beta:
-            kl_weight = savable(batch.weight_of_kl).to(logprob.dtype)
-            mine = active & (batch.role == Role.ROLLOUT) & (kl_weight != 0)
-            logp = torch.where(mine, logprob, 0.0)
-            ratio_d = log_ratio(logp, batch, layer.rollout) if layer.rollout else torch.zeros_like(logp)
-            kl = layer.kl.value(torch.where(mine, logp - batch.ref_logprob.to(logp.dtype), 0.0), torch.where(mine, ratio_d, 0.0))
-            loss = loss + layer.kl.beta * torch.where(mine, kl_weight * kl, 0.0).sum()
+            loss = loss + layer.kl.beta * kl_loss(logprob, entropy, batch, layer)
         if layer.entropy_coef:
             entropy_weight = savable(batch.weight_of_entropy).to(logprob.dtype)
             loss = loss - layer.entropy_coef * (torch.where(active, entropy_weight, 0.0) * torch.where(active, entropy, 0.0)).sum()
@@ -88,6 +83,23 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, c
         amount = amount * pooled.factor
     d = torch.where(amount == 0, 0.0, d)  # an advantage of 0 keeps the loss at 0 however large the ratio is
     return -torch.where(mine, amount * term.gate.value(d, signal), 0.0).sum()
+
+
+def kl_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, layer: Objective) -> Tensor:
+    """0-d: Σ kl_weight · KL over the rollout tokens whose KL has a weight."""
+    term, rollout = layer.rollout, batch.active & (batch.role == Role.ROLLOUT)
+    weight = savable(batch.weight_of_kl).to(logprob.dtype)
+    mine = rollout & (weight != 0)
+    logp = torch.where(mine, logprob, 0.0)
+    d_ref = torch.where(mine, logp - batch.ref_logprob.to(logp.dtype), 0.0)
+    if not layer.pools_kl:
+        d = torch.zeros_like(logp) if term is None else torch.where(mine, log_ratio(logp, batch, term), 0.0)
+        return torch.where(mine, weight * layer.kl.value(d_ref, d), 0.0).sum()
+    pooled = terms.reduced(term, Role.ROLLOUT, logprob, entropy, batch)
+    kl = torch.where(mine, weight * layer.kl.value(d_ref, pooled.log_ratio), 0.0)
+    # The ratio is a factor of every KL of its sequence: each of n tokens moves them all, by a share of 1/n.
+    share = terms.mean_of_sequence(kl, Role.ROLLOUT, batch)
+    return (kl + torch.where(rollout & pooled.flows, share * _nothing(torch.where(rollout, logprob, 0.0)), 0.0)).sum()
 
 
 def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:

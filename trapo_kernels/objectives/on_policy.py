@@ -123,7 +123,7 @@ def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: fl
     """GSPO: PPO's clip on the sequence ratio s = exp(mean_t log r_t).
 
     Written as GSPO-token, s = sg(s)·π/sg(π), whose gradient is that of GSPO where advantage and weight are constant in a sequence.
-    Pack as `PUBLISHED` says.
+    Pack as `PUBLISHED` says. `replace(gspo(), kl=KL(beta, "k3_corrected"))` has TRL's KL beside it, which is times s as well.
 
     Source: arXiv 2507.18071.
     """
