@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import logging
 import os
@@ -20,10 +19,25 @@ from trapo_kernels.backends import native
 BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused")
 DEVICES = ("cpu", "cuda", "meta")  # "meta": shapes alone
 FUSED = ("triton_fused", "native_fused")  # scoring whose logits stay on the chip; all else as the backend before the underscore
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found out here, because torch.compile cannot trace the search
 _log = logging.getLogger("trapo_kernels")
 # Measured times of scoring, by GPU, dtype and shape; `python -m benchmarks.scoring_table` writes them. Read once, at import.
 _MEASURED = json.loads((Path(__file__).parent / "scoring.json").read_text(encoding="utf-8"))["entries"]
+
+
+def _load_triton() -> str | None:
+    """Import triton; None, or a sentence with the reason why not."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "the package triton is not installed; pip install triton."
+        return f"the package triton does not load: {error}. Install one that runs on this system, or use another backend."
+    return None
+
+
+# Found out at import, so that choosing a backend inside torch.compile reads constants; triton reads the variable then, too.
+_WHY_NO_TRITON = _load_triton()
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Scoring(NamedTuple):
@@ -82,10 +96,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, scoring: Sco
         return _why_no_wgmma(device, dtype) or _why_not_native(device) or _why_not_fused(backend, scoring)
     if backend == "native":
         return _why_not_native(device)
-    if not _HAS_TRITON:
-        return "the package triton is not installed; pip install triton."
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing triton to interpret the kernels there."
+    if _WHY_NO_TRITON:
+        return _WHY_NO_TRITON
+    if device.type == "cpu" and not _INTERPRETED:
+        return "the tensors are on the CPU; set TRITON_INTERPRET=1 before importing trapo_kernels to interpret the kernels there."
     return (_why_no_tensor_cores(device, dtype) if backend == "triton_fused" else None) or _why_not_fused(backend, scoring)
 
 

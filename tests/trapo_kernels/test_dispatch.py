@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +156,39 @@ def test_a_gpu_that_the_extension_was_not_compiled_for_has_a_sentence(measured, 
     sentence = f"and this GPU is sm_{capability}. Install trapo with TRAPO_CUDA=1 TRAPO_CUDA_ARCHS={capability}."
     assert sentence in dispatch.why_not("native", CUDA, torch.float32)
     assert doctor._verdict("native", CUDA) == (f"missing: {dispatch.why_not('native', CUDA, torch.float32)}", True)
+
+
+WITHOUT_TRITON = """
+import logging, torch
+from types import SimpleNamespace
+from trapo_kernels import dispatch, doctor
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)
+cuda = torch.device("cuda")
+print(dispatch.why_not("triton_fused", cuda, torch.bfloat16), dispatch.choose("here", "auto", cuda, torch.float32), sep="\\n")
+print(*doctor.report(), sep="\\n")
+try:
+    dispatch.choose("here", "triton", cuda, torch.float32)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("ImportError('libtriton: GLIBC_2.99 not found')", "the package triton does not load: libtriton: GLIBC_2.99 not found."),
+        ("ModuleNotFoundError(\"No module named 'triton'\", name='triton')", "the package triton is not installed; pip install"),
+    ],
+)
+def test_a_triton_that_does_not_load_is_missing_with_its_reason(tmp_path, error, reason):
+    (tmp_path / "triton.py").write_text(f"raise {error}")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    why, chosen, *report, refused = done.stdout.splitlines()
+    assert why.startswith(reason) and chosen == "torch" and 'here: backend="auto" chose "torch" on cuda' in done.stderr
+    assert f"missing: {reason}" in "".join(report) and refused.startswith(f'here: backend="triton" cannot run: {reason}')
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
