@@ -156,7 +156,7 @@ def aggregation(
 def totals(value: object, here: LossTotals, divisors: tuple[str, ...]) -> None:
     """The totals of an optimizer step, which contain those `here`, of one call; `divisors` are the counts that matter."""
     where = "aggregate"
-    is_a(where, "totals", value, type(here), "the sum of loss_totals(...) over all micro-batches and ranks")
+    is_a(where, "totals", value, type(here), "sum(parts, LossTotals()) of the loss_totals(...) of all micro-batches and ranks")
     for name in divisors:
         if getattr(value, name) < getattr(here, name):
             raise ValueError(
@@ -384,6 +384,11 @@ def reverse_mode(where: str, backend: str, *inputs: object, batch: TokenBatch | 
         raise RuntimeError(
             f'{where}: gradients inside of torch.func are not supported by backend "{backend}", got an input that requires grad '
             'under one of its transforms. Use backward or torch.autograd.grad, or backend="reference".'
+        )
+    if batch is not None and any(torch._C._functorch.is_batchedtensor(x) for x in tensors):
+        raise RuntimeError(  # torch loops over a custom op under vmap, but for those with a list of tensors
+            f'{where}: torch.func.vmap is not supported by backend "{backend}", got an input under it. Call it once for each, or '
+            'use backend="reference".'
         )
 
 

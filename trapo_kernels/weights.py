@@ -24,10 +24,10 @@ class LossTotals:
     Raises: ValueError for anything else, None among it.
     """
 
-    expert_tokens: int = 0
-    rollout_tokens: int = 0
-    sequences: int = 0
-    prompts: int = 0
+    expert_tokens: int | Tensor = 0
+    rollout_tokens: int | Tensor = 0
+    sequences: int | Tensor = 0
+    prompts: int | Tensor = 0
 
     def __post_init__(self):
         batch_checks.loss_totals(self)
@@ -41,7 +41,7 @@ class LossTotals:
         )
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> int | Tensor:
         """Loss tokens of either role."""
         return self.expert_tokens + self.rollout_tokens
 
@@ -62,7 +62,7 @@ def loss_totals(role: Tensor, sequence_id: Tensor | None = None, prompt_id: Tens
             all ignored: an empty sequence still belongs to the mean. A negative id of ignored tokens is padding, which is in no
             sequence and of no prompt.
 
-    Returns: `LossTotals`; add those of all micro-batches and ranks of an optimizer step.
+    Returns: `LossTotals`; those of an optimizer step are `sum(parts, LossTotals())` over all its micro-batches and ranks.
     Raises: TypeError or ValueError for a tensor of another shape or dtype, and for a role that is none.
     Memory: O(N). Determinism: whole numbers, the same in any order. Source: the denominators of `aggregate`.
     """

@@ -71,7 +71,8 @@ def test_a_sequence_whose_tokens_are_all_ignored_counts_and_padding_does_not():
 
 def test_totals_add_up_with_sum():
     parts = [loss_totals(ROLE, SEQUENCE, PROMPT)] * 2
-    assert sum(parts) == parts[0] + parts[1]
+    assert sum(parts) == sum(parts, LossTotals()) == parts[0] + parts[1]
+    assert sum([], LossTotals()) == LossTotals()
     with pytest.raises(TypeError, match="loss_totals: role must be torch.uint8, got torch.bool"):
         loss_totals(ROLE > 0, SEQUENCE)
 

@@ -15,6 +15,7 @@ from trapo_kernels import (
     Term,
     TokenBatch,
     aggregate,
+    dispatch,
     gates,
     linear_logprob,
     linear_policy_loss,
@@ -321,8 +322,9 @@ def test_token_logprob():
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match='backend="triton" cannot run: the tensors are on the CPU'):
+    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    message = 'backend="triton" cannot run: the tensors are on the CPU; set TRITON_INTERPRET=1 before importing trapo_kernels'
+    with pytest.raises(RuntimeError, match=message):
         linear_logprob(HIDDEN, WEIGHT, TARGET, backend="triton")
 
 
@@ -366,7 +368,7 @@ def test_a_0_d_target_and_totals_of_another_type():
     with pytest.raises(ValueError, match=r"target must have shape \[N\]"):
         linear_logprob(HIDDEN, WEIGHT, torch.tensor(1))
     role, sequence = torch.ones(2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="totals must be a LossTotals, got int"):
+    with pytest.raises(TypeError, match=r"totals must be a LossTotals, got int. Pass sum\(parts, LossTotals\(\)\) of the"):
         aggregate(role, sequence, mode="token_mean", totals=3)
     with pytest.raises(ValueError, match=r"role must be Role.IGNORED, ROLLOUT or EXPERT \(0, 1, 2\), got 3"):
         aggregate(role * 3, sequence, mode="token_mean")

@@ -222,6 +222,10 @@ def test_torch_func_and_batches_of_gradients_are_refused_and_reference_has_them(
             torch.func.vmap(lambda grad, loss=loss: torch.autograd.grad(loss, hidden, grad)[0])(several)
     with torch.no_grad():  # what asks for no gradient is not refused
         assert torch.func.vmap(lambda h: ops["linear_logprob"](h, backend))(hidden[None]).isfinite()
+        for op in ("linear_policy_loss", "policy_loss"):
+            with pytest.raises(RuntimeError, match=f'^{op}: torch.func.vmap is not supported by backend "{backend}"'):
+                torch.func.vmap(lambda h, op=op: ops[op](h, backend))(hidden[None])
+            assert torch.func.vmap(lambda h, op=op: ops[op](h, "reference"))(hidden[None]).isfinite()
 
 
 def test_fakes_of_strided_inputs_have_the_strides_of_the_real_outputs():
