@@ -1,14 +1,7 @@
 """Fused kernels for RL/SFT post-training: logprobs, entropy and policy losses from hidden states, a chunk of logits at a time."""
 
 from trapo_kernels import corrections, flops, gates, objectives, sequence  # noqa: F401  flops registers its formulas
-from trapo_kernels.api import (
-    LogprobOutput,
-    PolicyLossOutput,
-    linear_logprob,
-    linear_policy_loss,
-    policy_loss,
-    token_logprob,
-)
+from trapo_kernels.api import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import Gate
 from trapo_kernels.heads import head_options
@@ -16,6 +9,7 @@ from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import head_memory
 from trapo_kernels.metrics import merged_metrics, metric_count
 from trapo_kernels.objective import KL, Objective, Term
+from trapo_kernels.outputs import LogprobOutput, PolicyLossOutput
 from trapo_kernels.roles import IGNORE_INDEX, Role
 from trapo_kernels.weights import LossTotals, aggregate, loss_totals, silenced_weight
 

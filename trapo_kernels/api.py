@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,35 +12,25 @@ from trapo_kernels import autograd, batch_checks, checks, dispatch, terms
 from trapo_kernels.backends import reference
 from trapo_kernels.backends.logits import LogitTransform, savable, split_temperature, statistics_dtype
 from trapo_kernels.batch import TokenBatch
-from trapo_kernels.inputs import Inputs, Settings, per_row, prepared
+from trapo_kernels.dispatch import Backend, ScoringBackend
+from trapo_kernels.inputs import Inputs, LogitOptions, ScoringOptions, Settings, per_row, prepared
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective
+from trapo_kernels.outputs import Entropy, LogprobOutput, PolicyLossOutput
 from trapo_kernels.roles import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class LogprobOutput(NamedTuple):
-    """Nats, fp32 (fp64 for fp64 inputs), in the shape of target; zeros where target is -100. logsumexp carries no gradient."""
-
-    logprob: Tensor
-    entropy: Tensor | None
-    logsumexp: Tensor
-
-
-class PolicyLossOutput(NamedTuple):
-    """loss: 0-d, differentiable. logprob, entropy [N] nats, detached; no entropy, and none in the metrics, where `policy_loss` got
-    none. metrics: 0-d tensors (see `terms.metrics`). passes: 1 when the gradients came from the forward sweep, 2 when the loss was
-    built on `linear_logprob`."""
-
-    loss: Tensor
-    logprob: Tensor
-    entropy: Tensor | None
-    metrics: dict[str, Tensor]
-    passes: int
-
-
+@overload
+def linear_logprob(
+    hidden: Tensor, lm_head_weight: Tensor, target: Tensor, *, with_entropy: Literal[True], **options: Unpack[ScoringOptions]
+) -> LogprobOutput[Tensor]: ...
+@overload
+def linear_logprob(
+    hidden: Tensor, lm_head_weight: Tensor, target: Tensor, *, with_entropy: bool = False, **options: Unpack[ScoringOptions]
+) -> LogprobOutput[Tensor | None]: ...
 def linear_logprob(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -55,8 +45,8 @@ def linear_logprob(
     process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
     active_rows: Tensor | None = None,
-    backend: str = "auto",
-) -> LogprobOutput:
+    backend: ScoringBackend = "auto",
+) -> LogprobOutput[Tensor | None]:
     """Log-probability of each target token, and the entropy of its distribution, straight from the hidden states.
 
     Equivalent to:
@@ -134,8 +124,8 @@ def linear_policy_loss(
     logits_dtype: torch.dtype = torch.float32,
     process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
-    backend: str = "auto",
-) -> PolicyLossOutput:
+    backend: Backend = "auto",
+) -> PolicyLossOutput[Tensor]:
     """A policy loss straight from the hidden states in a single pass: its gradients come out of the forward sweep, 3 GEMMs.
 
     Equivalent to:
@@ -207,8 +197,8 @@ def linear_policy_loss(
 
 
 def policy_loss(
-    logprob: Tensor, entropy: Tensor | None, batch: TokenBatch, objective: Objective, backend: str = "auto"
-) -> PolicyLossOutput:
+    logprob: Tensor, entropy: Entropy, batch: TokenBatch, objective: Objective, backend: Backend = "auto"
+) -> PolicyLossOutput[Entropy]:
     """The same objective on any logprobs: of another head, of a reduced sequence, of your own kernel.
 
     Equivalent to, for `objectives.trapo(alpha=0.1, entropy_coef=0.001)`:
@@ -251,9 +241,18 @@ def policy_loss(
     out = _policy_loss(where, logprob, entropy, batch, objective, dispatch.choose(where, backend, device, logprob.dtype))
     if known:
         return out
-    return out._replace(entropy=None, metrics={name: x for name, x in out.metrics.items() if not name.endswith("/entropy")})
+    metrics = {name: x for name, x in out.metrics.items() if not name.endswith("/entropy")}
+    return PolicyLossOutput(out.loss, out.logprob, None, metrics, out.passes)
 
 
+@overload
+def token_logprob(
+    logits: Tensor, target: Tensor, *, with_entropy: Literal[True], backend: Backend = "auto", **options: Unpack[LogitOptions]
+) -> LogprobOutput[Tensor]: ...
+@overload
+def token_logprob(
+    logits: Tensor, target: Tensor, *, with_entropy: bool = False, backend: Backend = "auto", **options: Unpack[LogitOptions]
+) -> LogprobOutput[Tensor | None]: ...
 def token_logprob(
     logits: Tensor,
     target: Tensor,
@@ -261,8 +260,8 @@ def token_logprob(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     with_entropy: bool = False,
-    backend: str = "auto",
-) -> LogprobOutput:
+    backend: Backend = "auto",
+) -> LogprobOutput[Tensor | None]:
     """logprob and entropy from logits at hand; contiguous ones are not copied whole in the forward pass.
 
     Equivalent to:
@@ -323,7 +322,7 @@ def token_logprob(
 
 def _policy_loss(
     where: str, logprob: Tensor, entropy: Tensor, batch: TokenBatch, objective: Objective, chosen: str
-) -> PolicyLossOutput:
+) -> PolicyLossOutput[Tensor]:
     """`policy_loss` of inputs that were checked, on a backend that was chosen."""
     s = terms.streams(batch, objective, logprob.dtype)
     if chosen == "reference" or objective.why_two_passes(batch.on_policy):
@@ -342,7 +341,7 @@ def _policy_output(
     s: terms.Streams,
     objective: Objective,
     passes: int,
-) -> PolicyLossOutput:
+) -> PolicyLossOutput[Tensor]:
     with torch.no_grad():
         logprob, entropy = logprob.detach(), entropy.detach()
         return PolicyLossOutput(loss, logprob, entropy, terms.metrics(logprob, entropy, s, objective, batch), passes)
@@ -356,7 +355,7 @@ def _linear_logprob(
     scored_rows: Tensor | None,
     settings: Settings,
     with_entropy: bool,
-) -> LogprobOutput:
+) -> LogprobOutput[Tensor | None]:
     """`linear_logprob` of checked inputs on a backend that was chosen; `active_rows` [M] and `scored_rows` [K], which need no
     gradient, are together the rows with a target, where the caller knows them."""
     hidden, weight, bias, *lora = inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trapo_kernels import batch_checks, checks
 from trapo_kernels.roles import IGNORE_INDEX, Role
-from trapo_kernels.weights import AGGREGATIONS, LossTotals, aggregate
+from trapo_kernels.weights import AGGREGATIONS, Aggregation, LossTotals, aggregate
 
 _NO_TOKEN = -2  # in no vocabulary; -1 is a token of another rank's shard
 
@@ -79,7 +79,7 @@ class TokenBatch:
         target: Tensor,
         mask: Tensor,
         *,
-        aggregation: str,
+        aggregation: Aggregation,
         role: int | Tensor = Role.ROLLOUT,
         advantage: Tensor | None = None,
         old_logprob: Tensor | None = None,

@@ -12,6 +12,7 @@ GSPO-token. Everything is tensor arithmetic without a host sync, on the host or 
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from trapo_kernels import checks
 from trapo_kernels.roles import Role
 from trapo_kernels.sequence import Sequences
 
-LEVELS = ("token", "sequence", "geometric")
+__all__ = ["drop_overlong", "duplicate_share", "icepop", "mis", "sequence_mask", "tis"]
+
+Level = Literal["token", "sequence", "geometric"]
+LEVELS = get_args(Level)
 
 
 def tis(
@@ -29,7 +33,7 @@ def tis(
     rollout_logprob: Tensor,
     *,
     cap: float = 2.0,
-    level: str = "token",
+    level: Level = "token",
     sequence_id: Tensor | None = None,
 ) -> Tensor:
     """Truncated importance sampling: min(ρ, cap) on rollout tokens.
@@ -58,7 +62,7 @@ def mis(
     *,
     low: float = 0.0,
     high: float = 2.0,
-    level: str = "sequence",
+    level: Level = "sequence",
     sequence_id: Tensor | None = None,
 ) -> Tensor:
     """Masked importance sampling: ρ where low ≤ ρ ≤ high, else 0; arguments as in `tis`.
@@ -166,7 +170,7 @@ def drop_overlong(role: Tensor, sequence_id: Tensor, finished: Tensor) -> Tensor
 
 
 def _log_ratio(
-    where: str, role: Tensor, old_logprob: Tensor, rollout_logprob: Tensor, level: str, sequence_id: Tensor | None
+    where: str, role: Tensor, old_logprob: Tensor, rollout_logprob: Tensor, level: Level, sequence_id: Tensor | None
 ) -> Tensor:
     """log ρ [N] at the given level, 0 on tokens that are no rollout."""
     checks.one_of(where, "level", level, LEVELS)

@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from trapo_kernels import checks
 from trapo_kernels.backends import native
 
-BACKENDS = ("auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused")
+ScoringBackend = Literal["auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused"]
+BACKENDS = get_args(ScoringBackend)
 DEVICES = ("cpu", "cuda", "meta")  # "meta": shapes alone
 FUSED = ("triton_fused", "native_fused")  # scoring whose logits stay on the chip; all else as the backend before the underscore
+Backend = Literal["auto", "reference", "torch", "triton", "native"]  # of what is no scoring
 _log = logging.getLogger("trapo_kernels")
 # Measured times of scoring, by GPU, dtype and shape; `python -m benchmarks.scoring_table` writes them. Read once, at import.
 _MEASURED = json.loads((Path(__file__).parent / "scoring.json").read_text(encoding="utf-8"))["entries"]
@@ -82,8 +84,7 @@ def choose(where: str, backend: str, device: torch.device, dtype: torch.dtype, s
 
 def check_name(where: str, backend: str) -> None:
     """`backend` must be one that the function `where` has; scoring alone has fused ones."""
-    backends = BACKENDS if where == "linear_logprob" else tuple(name for name in BACKENDS if name not in FUSED)
-    checks.one_of(where, "backend", backend, backends)
+    checks.one_of(where, "backend", backend, BACKENDS if where == "linear_logprob" else get_args(Backend))
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, scoring: Scoring | None = None) -> str | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trapo_kernels import checks
 
+__all__ = ["Band", "Clip", "Gate", "One", "Phi", "Power", "Ratio", "Sapo", "Shape", "Truncate"]
+
 
 class Gate:
     """How strongly a token is trained, as a potential V(d) and its derivative G(d) = dV/dd.

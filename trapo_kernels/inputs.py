@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from trapo_kernels import checks, dispatch
 from trapo_kernels.backends.logits import statistics_dtype
+from trapo_kernels.dispatch import ScoringBackend
 from trapo_kernels.lora import LoraHead
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class LogitOptions(TypedDict, total=False):
+    """What the public functions that take logits or make them do to these."""
+
+    temperature: float | Tensor
+    softcap: float | None
+
+
+class HeadOptions(LogitOptions, total=False):
+    """What the public functions on hidden states have in common."""
+
+    bias: Tensor | None
+    lora: LoraHead | None
+    logits_dtype: torch.dtype
+    process_group: ProcessGroup | None
+    batch_invariant: bool
+
+
+class ScoringOptions(HeadOptions, total=False):
+    """What `linear_logprob` takes besides, but for `with_entropy`, which decides what it returns."""
+
+    active_rows: Tensor | None
+    backend: ScoringBackend
 
 
 class Inputs(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from trapo_kernels.gates import GATES, Gate
 from trapo_kernels.roles import Role
 from trapo_kernels.sequence import MeanRatio, Reduction
 
-ANCHORS = ("zero", "self", "old", "rollout", "ref")
-SIGNALS = ("one", "advantage")
-KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
+Anchor = Literal["zero", "self", "old", "rollout", "ref"]
+ANCHORS = get_args(Anchor)
+Signal = Literal["one", "advantage"]
+SIGNALS = get_args(Signal)
+Estimator = Literal["k1", "k2", "k3", "k3_corrected"]
+KL_ESTIMATORS = get_args(Estimator)
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Term:
     """
 
     gate: Gate
-    anchor: str = "zero"
-    signal: str = "one"
+    anchor: Anchor = "zero"
+    signal: Signal = "one"
     scale: float = 1.0
     reduction: Reduction | None = None
 
@@ -104,7 +108,7 @@ class KL:
     """
 
     beta: float
-    estimator: str = "k3"
+    estimator: Estimator = "k3"
     clamp: float = math.inf
     cap: float = math.inf
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from trapo_kernels import checks
 
+__all__ = ["EntropyWeight", "MeanRatio", "Reduced", "Reduction", "Sequences", "Tokens", "TopEntropy", "TrajectoryWeight"]
+
 
 class Sequences:
     """Sums and ranks within the sequences of N tokens, in any order, without atomics and without a host sync.

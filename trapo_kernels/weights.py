@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -96,8 +97,10 @@ def _distinct(label: Tensor, counted: Tensor) -> Tensor:
     return (new & (ordered != absent)).sum()
 
 
+Aggregation = Literal["constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean"]
+AGGREGATIONS = get_args(Aggregation)
 # The counts of `LossTotals` that a mode divides by.
-_DIVISORS = {
+_DIVISORS: dict[Aggregation, tuple[str, ...]] = {
     "constant": ("sequences",),
     "length": (),
     "token_mean": ("tokens",),
@@ -106,14 +109,13 @@ _DIVISORS = {
     "sequence_sum": ("sequences",),
     "prompt_mean": ("prompts",),
 }
-AGGREGATIONS = tuple(_DIVISORS)
 
 
 def aggregate(
     role: Tensor,
     sequence_id: Tensor | None = None,
     *,
-    mode: str,
+    mode: Aggregation,
     max_tokens: int | None = None,
     totals: LossTotals | None = None,
     share: Tensor | None = None,

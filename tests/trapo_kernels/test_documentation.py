@@ -16,7 +16,7 @@ from trapo_kernels import Role, corrections, objectives
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [f for f in (getattr(trapo_kernels, name) for name in trapo_kernels.__all__) if inspect.isfunction(f)]
-CORRECTIONS = [f for name, f in inspect.getmembers(corrections, inspect.isfunction) if not name.startswith("_")]
+CORRECTIONS = [getattr(corrections, name) for name in corrections.__all__]
 
 
 def _equivalent(function):

@@ -6,7 +6,7 @@ import math
 
 from trapo_kernels import checks
 from trapo_kernels.gates import Clip, One, Ratio, Sapo, Truncate
-from trapo_kernels.objective import KL, Objective, Term
+from trapo_kernels.objective import KL, Estimator, Objective, Term
 from trapo_kernels.sequence import MeanRatio
 
 
@@ -24,7 +24,7 @@ def grpo(
     epsilon_low: float = 0.2,
     epsilon_high: float | None = 0.2,
     beta: float = 0.0,
-    kl: str = "k3",
+    kl: Estimator = "k3",
     entropy_coef: float = 0.0,
     kl_clamp: float = math.inf,
     delta: float | None = math.inf,
@@ -108,7 +108,7 @@ def rloo(entropy_coef: float = 0.0) -> Objective:
 
 
 def reinforce_pp(
-    epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta: float = 0.0, kl: str = "k2", entropy_coef: float = 0.0
+    epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta: float = 0.0, kl: Estimator = "k2", entropy_coef: float = 0.0
 ) -> Objective:
     """REINFORCE++: PPO's clip on advantages normalised over the whole batch instead of the group (`PUBLISHED`).
 
