@@ -24,6 +24,30 @@ def test_a_preset_names_its_system_and_its_source(name):
     assert isinstance(preset(), Objective) and preset().name == name
 
 
+def _refusal(preset, name):
+    """The sentence in which a preset says what a parameter may be."""
+    for value in (-2.0, "?"):
+        try:
+            preset(**{name: value})
+        except ValueError as refused:
+            return str(refused)
+    pytest.fail(f"{preset.__name__} takes any {name}")
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_a_preset_names_its_parameters_with_their_ranges(name):
+    preset = objectives.PRESETS[name]
+    doc = " ".join(preset.__doc__.split())
+    for parameter in inspect.signature(preset).parameters:
+        assert f"`{parameter}`" in doc
+        refusal = _refusal(preset, parameter)
+        if interval := re.search(r"must lie in ([(\[].*?[)\]])", refusal):
+            found = "[1 + epsilon_high, inf]" if parameter == "delta" else interval[1]  # which Clip says of its own
+            assert f"`{parameter}` in {found}" in doc
+        elif "finite" in refusal:
+            assert f"`{parameter}` finite" in doc
+
+
 def test_the_presets_are_those_of_the_field():
     wanted = """trapo sft dft iw_sft_token psft ppo grpo dr_grpo dapo cispo sapo rloo reinforce_pp gspo luffy exgrpo prefix_rft
         chord_mu chord_phi srft uft relift hpt reft gmpo iw_sft trsft"""

@@ -14,11 +14,12 @@ def trapo(alpha: float = 0.1, entropy_coef: float = 0.001) -> Objective:
     """TRAPO: TrSFT on expert tokens, the unclipped ratio loss on rollout tokens, an entropy bonus.
 
     TrSFT has dL/dlogp = -min(p/α, 1), with the potential V = p/α below α and 1 + log(p/α) above. The authors' code reports the
-    value -p/max(sg(p), α) instead; the gradient is the same. α in [1e-30, 1]: α → 0 is SFT, α = 1 is DFT.
+    value -p/max(sg(p), α) instead; the gradient is the same. α → 0 is SFT, α = 1 is DFT.
 
     Paper and release share this loss. They differ in the prefix schedule, and the release sums over tokens and divides by the
     longest response alone: `aggregate(mode="length", max_tokens=8192)`.
 
+    Ranges: `alpha` in [1e-30, 1], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2512.17636, sections 3.1 (TrSFT) and 3.3 (the mixed objective).
     """
     return Objective(expert=trsft_term("trapo", alpha), rollout=_ratio_term(), entropy_coef=entropy_coef, name="trapo")
@@ -27,6 +28,7 @@ def trapo(alpha: float = 0.1, entropy_coef: float = 0.001) -> Objective:
 def luffy(gamma: float = 0.1, entropy_coef: float = 0.0) -> Objective:
     """LUFFY: shaped off-policy loss A·p/(p+γ) on the demonstration, unclipped ratio on rollouts.
 
+    Ranges: `gamma` in (0, inf), `entropy_coef` finite; ValueError outside.
     Source: arXiv 2504.14945, equation 7.
     """
     expert = Term(Shape(gamma), signal="advantage")
@@ -38,6 +40,7 @@ def exgrpo(gamma: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0
 
     r of the experience is π/π_rollout, against the past policy that sampled it: `rollout_logprob` must be that policy's.
 
+    Ranges: `gamma` in (0, inf), `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2510.02245.
     """
     expert = Term(Shape(gamma), anchor="rollout", signal="advantage")
@@ -50,6 +53,7 @@ def prefix_rft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float
     The quantile is taken per prefix, so that it does not depend on the micro-batch. Expert tokens carry the sample's advantage, and
     their ratio is against the policy at the start of the batch's updates.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `share` in (0, 1], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2507.01679.
     """
     rollout = clip_term(epsilon_low, epsilon_high)
@@ -60,8 +64,9 @@ def prefix_rft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float
 def chord_mu(mu: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
     """CHORD-μ: μ·SFT + (1-μ)·GRPO, each a mean over its own tokens: pack as `PUBLISHED` says.
 
-    `mu` in [0, 1] is scheduled in the paper, warm-up then decay: build the objective with the value of the step.
+    `mu` is scheduled in the paper, warm-up then decay: build the objective with the value of the step.
 
+    Ranges: `mu` in [0, 1], `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2508.11408.
     """
     return _chord("chord_mu", Term(One(), scale=mu), mu, epsilon_low, epsilon_high, entropy_coef)
@@ -72,6 +77,7 @@ def chord_phi(mu: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0
 
     The paper's value is -sg(φ)·logp, ours the potential p - p²/2 with the same gradient. Pack as `PUBLISHED` says.
 
+    Ranges: `mu` in [0, 1], `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2508.11408.
     """
     return _chord("chord_phi", Term(Phi(), scale=mu), mu, epsilon_low, epsilon_high, entropy_coef)
@@ -84,6 +90,7 @@ def srft(gamma: float = 0.1, expert_coef: float = 0.5, positive_coef: float = 0.
     rewards ±1 in the place of A. H is the entropy without gradient, pooled here over the sequence, so that it does not depend
     on the micro-batch.
 
+    Ranges: `gamma` in (0, inf), `expert_coef` finite, `positive_coef` finite, `entropy_coef` finite; ValueError outside.
     Source: arXiv 2506.19767.
     """
     return Objective(
@@ -106,6 +113,8 @@ def uft(
 
     Each is a mean over its own tokens: pack as `PUBLISHED` says. The length of the hint is scheduled.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `hint_coef` finite,
+        `entropy_coef` finite; ValueError outside.
     Source: arXiv 2505.16984.
     """
     return Objective(
@@ -120,6 +129,7 @@ def uft(
 def relift(entropy_coef: float = 0.0) -> Objective:
     """ReLIFT: the unclipped ratio loss on rollouts, interleaved with SFT steps on demonstrations of the hardest prompts.
 
+    Ranges: `entropy_coef` finite; ValueError outside.
     Source: arXiv 2506.07527.
     """
     return Objective(expert=Term(One()), rollout=_ratio_term(), entropy_coef=entropy_coef, name="relift")
@@ -128,6 +138,7 @@ def relift(entropy_coef: float = 0.0) -> Objective:
 def hpt(entropy_coef: float = 0.0) -> Objective:
     """HPT: per prompt either SFT on the demonstration or the ratio loss on its rollouts, switched by their success.
 
+    Ranges: `entropy_coef` finite; ValueError outside.
     Source: arXiv 2509.04419.
     """
     return Objective(expert=Term(One()), rollout=_ratio_term(), entropy_coef=entropy_coef, name="hpt")
@@ -136,6 +147,7 @@ def hpt(entropy_coef: float = 0.0) -> Objective:
 def reft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
     """ReFT: SFT on expert tokens as the warm-up, then PPO's clip on rollouts with GAE and a k1 KL in the reward.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2401.08967.
     """
     return Objective(expert=Term(One()), rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="reft")

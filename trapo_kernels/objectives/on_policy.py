@@ -13,8 +13,9 @@ from trapo_kernels.sequence import MeanRatio
 def ppo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual: float = math.inf, entropy_coef: float = 0.0) -> Objective:
     """PPO: -min(r·A, clip(r, 1-ε_low, 1+ε_high)·A), on advantages from GAE or anywhere else.
 
-    `dual` ≥ 1 also caps r at it where A < 0: the dual clip of arXiv 1912.09729.
+    `dual` also caps r at it where A < 0: the dual clip of arXiv 1912.09729.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `dual` in [1, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 1707.06347, equation 7.
     """
     return clipped("ppo", epsilon_low, epsilon_high, dual, entropy_coef)
@@ -38,6 +39,8 @@ def grpo(
     r where A < 0, the two-sided clip of arXiv 2505.07291; at least 1 + `epsilon_high`, below which TRL's formula caps there, and
     ours would at `delta`. None is what TRL's configuration means by it: an `epsilon_high` of `epsilon_low`, and no cap.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `kl_clamp` in (0, inf],
+        `delta` in [1 + epsilon_high, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2402.03300, equation 3.
     """
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
@@ -50,6 +53,7 @@ def grpo(
 def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
     """Dr.GRPO: GRPO's clip without its biases: advantages without std and a constant divisor, as `PUBLISHED` says.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2503.20783, section 3.2.
     """
     return clipped("dr_grpo", epsilon_low, epsilon_high, math.inf, entropy_coef)
@@ -58,6 +62,7 @@ def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: f
 def dapo(epsilon_low: float = 0.2, epsilon_high: float = 0.28, entropy_coef: float = 0.0) -> Objective:
     """DAPO: the clip-higher asymmetric clip, no KL; pack as `PUBLISHED` says.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2503.14476, equation 8.
     """
     return clipped("dapo", epsilon_low, epsilon_high, math.inf, entropy_coef)
@@ -72,6 +77,7 @@ def cispo(
     and no floor. "relative", as in verl: 1 - `epsilon_low` ≤ r ≤ 1 + `epsilon_high` (0.2 each by default). The published value is
     -sg(clip(r))·A·logp, ours the potential with the same gradient. Pack as `PUBLISHED` says.
 
+    Ranges: `epsilon_high` in (0, inf], `epsilon_low` in [0, 1] where relative, `entropy_coef` finite; ValueError outside.
     Source: arXiv 2506.13585.
     """
     checks.one_of("objectives.cispo", "bounds", bounds, ("absolute", "relative"))
@@ -93,6 +99,7 @@ def cispo(
 def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, entropy_coef: float = 0.0) -> Objective:
     """SAPO: a sigmoid instead of a clip, -A·4σ(τ(r-1))/τ; τ by the sign of the advantage. Pack as `PUBLISHED` says.
 
+    Ranges: `tau_positive` in [1e-06, inf), `tau_negative` in [1e-06, inf), `entropy_coef` finite; ValueError outside.
     Source: arXiv 2511.20347.
     """
     term = Term(Sapo(tau_positive, tau_negative), anchor="old", signal="advantage")
@@ -102,6 +109,7 @@ def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, entropy_coef: fl
 def rloo(entropy_coef: float = 0.0) -> Objective:
     """RLOO: REINFORCE, -A·logp, on advantages with a leave-one-out baseline (`PUBLISHED`); no ratio, so one update per batch.
 
+    Ranges: `entropy_coef` finite; ValueError outside.
     Source: arXiv 2402.14740.
     """
     return Objective(rollout=Term(One(), signal="advantage"), entropy_coef=entropy_coef, name="rloo")
@@ -112,8 +120,9 @@ def reinforce_pp(
 ) -> Objective:
     """REINFORCE++: PPO's clip on advantages normalised over the whole batch instead of the group (`PUBLISHED`).
 
-    The KL is part of the reward in the plain version; the version with a baseline has it in the loss: `beta` > 0, k2.
+    The KL is part of the reward in the plain version; the version with a baseline has it in the loss: `beta` > 0, `kl` "k2".
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `entropy_coef` finite; ValueError outside.
     Source: arXiv 2501.03262.
     """
     return clipped("reinforce_pp", epsilon_low, epsilon_high, math.inf, entropy_coef, kl_or_none(KL(beta, kl)))
@@ -125,6 +134,7 @@ def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: fl
     Written as GSPO-token, s = sg(s)·π/sg(π), whose gradient is that of GSPO where advantage and weight are constant in a sequence.
     Pack as `PUBLISHED` says. `replace(gspo(), kl=KL(beta, "k3_corrected"))` has TRL's KL beside it, which is times s as well.
 
+    Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2507.18071.
     """
     term = Term(Clip(epsilon_low, epsilon_high), anchor="old", signal="advantage", reduction=MeanRatio())
@@ -136,6 +146,7 @@ def gmpo(clip: float = 0.4, entropy_coef: float = 0.0) -> Objective:
 
     Pack as `PUBLISHED` says.
 
+    Ranges: `clip` in (0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2507.20673.
     """
     term = Term(Ratio(), anchor="old", signal="advantage", reduction=MeanRatio(clip))
