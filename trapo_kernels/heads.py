@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from torch import Tensor, nn
 
 
-def head_options(model: nn.Module) -> dict[str, Tensor | float | None]:
+class ModelOptions(TypedDict):
+    """What of a head's options a model decides."""
+
+    bias: Tensor | None
+    softcap: float | None
+    temperature: float
+
+
+def head_options(model: nn.Module) -> ModelOptions:
     """The options `bias`, `softcap` and `temperature` that give the head functions the logits of a causal LM of transformers.
 
     Equivalent to, for most models:

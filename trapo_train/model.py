@@ -312,7 +312,7 @@ def policy_head(model: PreTrainedModel) -> PolicyHead:
 
 def policy_forward(
     model: PreTrainedModel, micro_batch: MicroBatch, objective: Objective, temperature: float = 1.0
-) -> PolicyLossOutput:
+) -> PolicyLossOutput[Tensor]:
     """Run one packed micro-batch and its loss; only the positions that carry a loss reach the head.
 
     Args:
@@ -324,7 +324,7 @@ def policy_forward(
     """
     divisor = temperature * policy_head(model).divisor
 
-    def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> PolicyLossOutput:
+    def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> PolicyLossOutput[Tensor]:
         return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=divisor, **head_arguments)
 
     return model.run_head(micro_batch, loss_fn)

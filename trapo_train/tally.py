@@ -24,7 +24,7 @@ class Tally:
         self._mismatches: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, out: PolicyLossOutput, micro_batch: MicroBatch, objective: Objective) -> None:
+    def add(self, out: PolicyLossOutput[Tensor], micro_batch: MicroBatch, objective: Objective) -> None:
         """Take in one micro-batch."""
         batch = micro_batch.batch
         self._parts.append(out.metrics)
@@ -106,7 +106,7 @@ def quantile(values: Tensor, share: float) -> Tensor:
     return torch.lerp(below, above, place - place.floor())
 
 
-def _log_ratio(out: PolicyLossOutput, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+def _log_ratio(out: PolicyLossOutput[Tensor], micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """The trainer's logprob less the sampler's, [N] fp32, and of which tokens it is read, [N] bool: those of rollouts in the loss.
 
     A correction has measured it on those that it masked as well.

@@ -22,6 +22,7 @@ from trapo_kernels import (
     corrections,
     dispatch,
     gates,
+    head_options,
     inputs,
     linear_logprob,
     linear_policy_loss,
@@ -53,6 +54,8 @@ def test_the_options_of_a_head_are_those_of_the_policy_loss():
     taken = _hints(linear_policy_loss)
     shared = {name: taken[name] for name in inspect.getfullargspec(linear_policy_loss).kwonlyargs if name != "backend"}
     assert shared == _hints(inputs.HeadOptions) and taken["return"] == PolicyLossOutput[torch.Tensor]
+    read = _hints(head_options)["return"]
+    assert _hints(read) == {name: shared[name] for name in ("bias", "softcap")} | {"temperature": float}
 
 
 def _calls():
