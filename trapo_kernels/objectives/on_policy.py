@@ -40,7 +40,7 @@ def grpo(
     ours would at `delta`. None is what TRL's configuration means by it: an `epsilon_high` of `epsilon_low`, and no cap.
 
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `kl_clamp` in (0, inf],
-        `delta` in [1 + epsilon_high, inf], `entropy_coef` finite; ValueError outside.
+        `kl_cap` in (0, inf], `delta` in [1 + epsilon_high, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2402.03300, equation 3.
     """
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
