@@ -93,6 +93,11 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def _cuda_objects(self, torch: Path, macros: list[str]) -> list[str]:
+        if not (torch / "lib" / "libtorch_cuda.so").exists():
+            raise RuntimeError(
+                f"TRAPO_CUDA=1 needs a torch that was built for CUDA; that in {torch} has no libtorch_cuda.so. "
+                "Install one, then trapo again."
+            )
         archs = (os.environ.get("TRAPO_CUDA_ARCHS") or CUDA_ARCHS).split()
         targets = [gencode(arch) for arch in archs]
         changed = max(file.stat().st_mtime for file in Path("csrc").rglob("*") if file.is_file())

@@ -247,7 +247,7 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch, tmp_path):
     (tmp_path / "reason.txt").write_text("command 'g++' failed: No such file or directory\n")
     assert "command 'g++' failed" in native._load()
     (tmp_path / "none.so").write_text("not a library")
-    assert "does not load" in native._load()
+    assert "does not load" in native._load() and "Could not load this library" not in native._load()  # but the loader's own words
 
 
 @needs_native
@@ -284,6 +284,14 @@ def test_an_installation_without_a_compiler_leaves_the_reason(in_source, monkeyp
     monkeypatch.setenv("TRAPO_CUDA", "1")
     with pytest.raises(RuntimeError, match="the native backend was asked for by name: no C"):
         command.build_extension(Extension("trapo_kernels._native", []))
+
+
+def test_a_cuda_part_needs_a_torch_with_cuda(tmp_path):
+    """Said before nvcc works for minutes on what could not be linked."""
+    command = BuildNative(Distribution())
+    command.initialize_options()
+    with pytest.raises(RuntimeError, match=r"needs a torch that was built for CUDA; .* has no libtorch_cuda\.so\. Install one"):
+        command._cuda_objects(tmp_path, [])
 
 
 def test_a_missing_extension_leaves_the_package_working(monkeypatch):

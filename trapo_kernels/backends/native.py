@@ -31,7 +31,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
-        return f"the native extension does not load: {error}. Install trapo again under this version of torch."
+        reason = error.__cause__ or error  # torch puts a sentence without it before the loader's own
+        return f"the native extension does not load: {reason}. Install trapo again under this version of torch."
     if not hasattr(_OPS, "num_scalars") or _OPS.num_scalars() != terms.NUM_SCALARS:  # the newest of its ops
         return _OLDER
     return None
