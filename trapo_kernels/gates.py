@@ -128,8 +128,8 @@ class Clip(Gate):
 
     def value(self, d, advantage):
         floor, ceiling, dual = self.scalars
-        ratio = torch.where(advantage >= 0, d.clamp(max=math.log(ceiling)), d.clamp(max=_log(dual))).exp()
-        return torch.where(advantage >= 0, ratio, ratio.clamp(min=floor))
+        ratio = torch.where(advantage >= 0, bounded(d, high=math.log(ceiling)), bounded(d, high=_log(dual))).exp()
+        return torch.where(advantage >= 0, ratio, bounded(ratio, low=floor))
 
     def slope(self, d, advantage):
         low, high = self.clipped(d, advantage)
@@ -169,9 +169,9 @@ class Truncate(Gate):
 
     def value(self, d, advantage):
         log_low, log_high = _log(self.low), _log(self.high)
-        value = d.clamp(log_low, log_high).exp()  # r within the bounds, the bound itself outside: no overflow, no NaN gradient
+        value = bounded(d, log_low, log_high).exp()  # r within the bounds, the bound itself outside: no overflow, no NaN gradient
         if self.low > 0:
-            value = value - self.low * torch.relu(log_low - d)  # relu, whose gradient at a bound is 0: there the clamp's counts
+            value = value - self.low * torch.relu(log_low - d)  # relu, whose gradient at a bound is 0: there the other counts
         if self.high < math.inf:
             value = value + self.high * torch.relu(d - log_high)
         return self.scale * value
@@ -202,7 +202,7 @@ class Band(Gate):
         return (self.low, self.high, 0.0)
 
     def value(self, d, advantage):
-        return d.clamp(_log(self.low), _log(self.high)).exp()
+        return bounded(d, _log(self.low), _log(self.high)).exp()
 
     def slope(self, d, advantage):
         low, high = self.clipped(d, advantage)
@@ -308,6 +308,11 @@ class Sapo(Gate):
 
 
 GATES = {gate.code: gate for gate in (One, Ratio, Clip, Truncate, Band, Shape, Power, Phi, Sapo)}
+
+
+def bounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """x.clamp(low, high) whose gradient is 1 at the bounds, too: that of torch's own is 0 there from 2.14 on."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 def _sigmoid(x: Tensor) -> Tensor:

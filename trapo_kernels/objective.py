@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import checks
-from trapo_kernels.gates import GATES, Gate
+from trapo_kernels.gates import GATES, Gate, bounded
 from trapo_kernels.roles import Role
 from trapo_kernels.sequence import MeanRatio, Reduction
 
@@ -135,7 +135,7 @@ class KL:
 
     def value(self, d: Tensor, log_ratio: Tensor) -> Tensor:
         """The estimate [N] in nats; `log_ratio` = logp - old_logprob is used by "k3_corrected" alone."""
-        d = d.clamp(-self.clamp, self.clamp)
+        d = bounded(d, -self.clamp, self.clamp)
         if self.estimator == "k1":
             return d
         if self.estimator == "k2":

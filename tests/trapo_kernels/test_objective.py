@@ -67,6 +67,14 @@ def test_values_are_continuous_where_the_potential_changes_branch():
                 assert abs(below - above) < 1e-7
 
 
+@pytest.mark.parametrize("gate", [Clip(0.0), Truncate(high=1.0), Truncate(low=1.0), Band(0.5, 1.0), Band(1.0, 2.0)], ids=str)
+def test_a_ratio_on_a_bound_is_within(gate):
+    """As every ratio on-policy is here; from torch 2.14 on the gradient of its clamp is 0 on a bound."""
+    d, advantage = torch.zeros(2, requires_grad=True), torch.tensor([1.0, -1.0])
+    (grad,) = torch.autograd.grad(gate.value(d, advantage).sum(), d)
+    assert grad.tolist() == gate.slope(d.detach(), advantage).tolist() == [1.0, 1.0]
+
+
 def test_extreme_log_ratios_give_no_nan():
     d = torch.tensor([-1e4, -200.0, 0.0, 200.0, 1e4])
     for gate in GATE_CASES:
@@ -91,6 +99,15 @@ def test_kl_slope_is_the_derivative_of_its_value(estimator, clamp):
     if clamp < math.inf and estimator != "k3_corrected":
         outside = (x + 1.3).abs() > clamp
         assert outside.any() and (slope[outside] == 0).all()
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_a_kl_on_a_bound_is_within(estimator):
+    d, kl = torch.tensor([-1.0, 1.0], requires_grad=True), KL(0.1, estimator, clamp=1.0)
+    (grad,) = torch.autograd.grad(kl.value(d, d).sum(), d)
+    slope = kl.slope(d.detach(), d.detach())
+    assert slope.all()
+    torch.testing.assert_close(grad, slope)
 
 
 def test_a_clamped_kl_stays_finite_where_the_plain_one_overflows():
