@@ -110,13 +110,12 @@ def test_a_spent_budget_ends_with_what_there_is(tmp_path, capsys):
 
 
 def test_the_budget_interrupts_a_case_and_keeps_the_finished_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "RESERVE_SECONDS", 0)
     first = Bench._time
 
     def endless(self, case, *rest):
         if case.peaked:
             return first(self, case, *rest)
-        signal.setitimer(signal.ITIMER_REAL, 0.1)  # the rest of the budget
+        signal.setitimer(signal.ITIMER_REAL, 0.5)  # the budget's own alarm, early, however long a busy machine took to get here
         while True:
             try:
                 sum(range(1000))
@@ -124,7 +123,7 @@ def test_the_budget_interrupts_a_case_and_keeps_the_finished_ones(tmp_path, monk
                 continue
 
     monkeypatch.setattr(Bench, "_time", endless)
-    assert run(tmp_path, "accuracy", seconds=60) == 0
+    assert run(tmp_path, "accuracy") == 0
     assert "min is spent" in capsys.readouterr().err
     rows = store.read(_results(tmp_path))
     assert rows and all(row["case"]["peaked"] for row in rows)
