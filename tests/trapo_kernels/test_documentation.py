@@ -21,7 +21,7 @@ CORRECTIONS = [getattr(corrections, name) for name in corrections.__all__]
 
 def _equivalent(function):
     """The code under "Equivalent to" of a docstring."""
-    return textwrap.dedent(re.search(r"Equivalent to[^\n]*:\n\n((?: {8}.*\n)+)", function.__doc__)[1])
+    return textwrap.dedent(re.search(r"Equivalent to[^\n]*:\n\n((?: {4}.*\n)+)", inspect.getdoc(function))[1])
 
 
 def _arguments():
@@ -91,7 +91,7 @@ def test_what_a_docstring_calls_equivalent_is(function, with_options):
 @pytest.mark.parametrize("function", [*PUBLIC, *CORRECTIONS], ids=lambda f: f.__name__)
 def test_a_public_function_says_what_it_returns_raises_holds_and_repeats(function):
     for item in ("Returns", "Raises", "Memory", "Determinism", "Source"):
-        assert re.search(rf"(^ {{4}}|\. ){item}: ", function.__doc__, re.M), f"{function.__name__} says nothing of {item}"
+        assert re.search(rf"(^|\. ){item}: ", inspect.getdoc(function), re.M), f"{function.__name__} says nothing of {item}"
 
 
 KERNELS = [p for p in (ROOT / "trapo_kernels" / "backends" / "triton_ops").glob("*.py") if "_kernel(" in p.read_text()]

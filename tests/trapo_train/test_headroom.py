@@ -65,7 +65,7 @@ def test_a_length_penalty_beside_the_verifier_changes_no_pass_rate():
     reward = WeightedSum([("right", pointer_chasing_reward, 1.0), ("short", short, 1.0)])
     problems = [problem(0, 4), problem(1, 6)]
     found = measure_headroom(PrefixEngine(num_right), problems, reward, TOKENIZER, CONFIG, replace(ROLLOUT, correct_by="right"))
-    assert found == measure(num_right)[0]
+    assert repr(found) == repr(measure(num_right)[0])  # a standard error of NaN equals none
     with pytest.raises(ValueError, match="the verifier accepts, got 0 of 2"):
         measure_headroom(PrefixEngine(num_right), problems, reward, TOKENIZER, CONFIG, ROLLOUT)
 
