@@ -13,9 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from trapo_train.schema import MissingPackage, UserError
 
 LABEL_SIZE = 11.5  # points, of the names beside lines
+MOST_DOTS = 5000  # of one series: more lie on top of each other
 INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B07C00", "#2E91C9", "#7A5C46", "#5B5B5B")
 STYLE = {
@@ -138,10 +141,21 @@ def run_colours(names: Iterable[str]) -> list[str]:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean over `window` values (odd); shorter at both ends, so that nothing is shifted."""
-    half = window // 2
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in windows]
+    """Centred mean over `window` values (odd); shorter at both ends, so that nothing is shifted.
+
+    A window covers the end of one block of `window` values and the beginning of the next, whose sums are there: nothing is
+    subtracted again, so what is not finite, or huge, is in the means of its own windows alone.
+    """
+    count, half = len(values), window // 2
+    blocks = numpy.zeros((-(-(count + 2 * half) // window), window))  # beyond both ends of the values: zeros
+    blocks.reshape(-1)[half : half + count] = values
+    start = numpy.arange(count)  # of each window, in the blocks
+    with numpy.errstate(over="ignore", invalid="ignore"):  # ∞ and -∞ in one window: NaN
+        to_end = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].reshape(-1)
+        from_beginning = blocks.cumsum(axis=1).reshape(-1)
+        sums = to_end[start] + numpy.where(start % window, from_beginning[start + window - 1], 0.0)  # at 0: one whole block
+        counted = numpy.minimum(start + half + 1, count) - numpy.maximum(start - half, 0)
+        return (sums / counted).tolist()
 
 
 def window_of(count: int) -> int:
@@ -150,9 +164,10 @@ def window_of(count: int) -> int:
 
 
 def draw_smoothed(axis: Any, steps: list[int], values: list[float], colour: Any, linewidth: float = 2.2) -> float:
-    """Faint dots for each step and their running mean as a line; returns where the line ends."""
+    """Faint dots for each step, of more than MOST_DOTS for every k-th, and the running mean of all as a line; returns its end."""
     smooth = running_mean(values, window_of(len(values)))
-    axis.plot(steps, values, ".", color=colour, alpha=0.3, markersize=6, markeredgewidth=0)
+    apart = max(1, -(-len(steps) // MOST_DOTS))
+    axis.plot(steps[::apart], values[::apart], ".", color=colour, alpha=0.3, markersize=6, markeredgewidth=0)
     axis.plot(steps, smooth, color=colour, linewidth=linewidth, solid_capstyle="round")
     return smooth[-1]
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +222,31 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
 def test_running_mean_is_centred_and_keeps_the_length():
     assert figures.running_mean([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
     assert figures.running_mean([1, 2], 1) == [1, 2]
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 25])
+@pytest.mark.parametrize("odd_ones", [{}, {4: math.nan}, {9: math.inf, 12: -math.inf}, {3: 1e30}, {0: -math.inf, 19: math.nan}])
+def test_running_mean_of_a_window_knows_its_own_values_alone(window, odd_ones):
+    values = [odd_ones.get(i, math.sin(i)) for i in range(20)]
+    windows = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(20)]
+    expected = [sum(part) / len(part) for part in windows]
+    assert figures.running_mean(values, window) == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)
+
+
+def test_running_mean_of_a_long_run_takes_memory_for_its_values_and_not_for_its_windows():
+    tracemalloc.start()
+    figures.running_mean([0.5] * 20_000, figures.window_of(20_000))
+    peak_mib = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    assert peak_mib < 10  # the windows have 33 million values
+
+
+def test_a_long_run_is_drawn_with_some_of_its_dots_and_all_of_its_mean():
+    _, (axis,) = figures.new_figure("", "")
+    end = figures.draw_smoothed(axis, list(range(12_000)), [0.0] * 11_999 + [1.0], figures.INK)
+    dots, line = axis.get_lines()
+    assert list(dots.get_xdata()) == list(range(0, 12_000, 3))
+    assert len(line.get_xdata()) == 12_000 and end > 0
 
 
 @pytest.mark.parametrize("positions", [[0.5, 0.5, 0.5], [1, 0, 0.05, 0.95], [0.0], [0.3, 0.31, 0.35, 0.36, 0.9]])
