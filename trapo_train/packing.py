@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from heapq import heapreplace
 from typing import Literal
 
 import torch
@@ -253,29 +254,33 @@ def _balanced(members: list[int], lengths: Sequence[int], max_tokens: int, ranks
     fitted = _first_fit_decreasing(members, lengths, max_tokens)
     count = -(-max(len(fitted), 1) // ranks) * ranks
     bins: list[list[int]] = [[] for _ in range(count)]
-    tokens = [0] * count
+    tokens = [(0, b) for b in range(count)]  # a heap: the lightest bin is on top, of equal ones the first
     for i in sorted(members, key=lambda i: -lengths[i]):
-        lightest = min(range(count), key=tokens.__getitem__)
+        load, lightest = tokens[0]
         bins[lightest].append(i)
-        tokens[lightest] += lengths[i]
-    if max(tokens) > max_tokens:  # nearly full: first fit is about even then, and needs no further round
+        heapreplace(tokens, (load + lengths[i], lightest))
+    if max(tokens)[0] > max_tokens:  # nearly full: first fit is about even then, and needs no further round
         bins = fitted + [[] for _ in range(count - len(fitted))]
     return sorted(bins, key=lambda members: -sum(lengths[i] for i in members))
 
 
 def _first_fit_decreasing(members: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Bins of at most `max_tokens`, longest first; equal lengths become neighbours, as packed attention wants."""
-    bins: list[list[int]] = []
-    free: list[int] = []
+    bins: list[list[int]] = [[] for _ in members]
+    leaves = 1 << (len(bins) - 1).bit_length()
+    # A binary tree, the children of node n at 2n and 2n + 1, its leaves the bins: the most room in a bin below each node. From the
+    # root to the left wherever there is room leads to the first bin that has it, and one never used has room for any sample.
+    room = [max_tokens] * (2 * leaves)
     for i in sorted(members, key=lambda i: -lengths[i]):
-        found = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
-        if found is None:
-            found = len(bins)
-            bins.append([])
-            free.append(max_tokens)
-        bins[found].append(i)
-        free[found] -= lengths[i]
-    return bins
+        node = 1
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= lengths[i] else 2 * node + 1
+        bins[node - leaves].append(i)
+        room[node] -= lengths[i]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [members for members in bins if members]
 
 
 def _micro_batch(samples: Sequence[Sample], tokens: _LossTokens, rows: Sequence[Tensor]) -> MicroBatch:
