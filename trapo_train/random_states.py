@@ -10,6 +10,18 @@ from typing import Any
 import numpy
 import torch
 
+from trapo_train.draws import request_key
+
+_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
+
+
+def rank_seed(seed: int, step: int, size: int, rank: int) -> int:
+    """Of the engine and the global generators of a rank of `size` that starts at `step` of a run, at least 0.
+
+    At step 0 ranks have the same whatever their number; a later start, on another number of ranks, has seeds of its own.
+    """
+    return seed + _RANK_SEED * rank if step == 0 else request_key(seed, step, size, rank) & (2**63 - 1)
+
 
 def seed_generators(seed: int) -> None:
     """Start every global generator, those of all CUDA devices too, from `seed`, at least 0."""

@@ -32,7 +32,7 @@ from trapo_train.packing import MicroBatch, pack
 from trapo_train.parallel import World, place_model
 from trapo_train.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.problems import ProblemSet
-from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
+from trapo_train.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
 from trapo_train.refill import sample_with_refill
 from trapo_train.rejected import Place
@@ -44,7 +44,6 @@ from trapo_train.tokenizer import end_ids, other_endings
 from trapo_train.updates import merge_updates, split_groups, with_old_policy, with_reference
 from trapo_train.vocab_parallel import own_micro_batches
 
-_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
 Tell = Callable[[str], None]
 
 
@@ -225,7 +224,7 @@ class Trainer:
 
     def _rank_seed(self, step: int) -> int:
         """Of this rank's engine and global generators; `step` > 0 for a run that resumes on another number of ranks."""
-        return self.config.seed + _RANK_SEED * (self.world.rank + self.world.size * step)
+        return rank_seed(self.config.seed, step, self.world.size, self.world.rank)
 
     def _next(self) -> tuple[list[int], PlanConfig, Objective]:
         """Positions of the problems of the next step, how they are sampled, and the loss.
@@ -327,7 +326,7 @@ class Trainer:
             own = state["ranks"][self.world.rank]
             self.engine.load_state_dict(own["engine"])
             restore_rng_state(own["rng"])
-        else:  # no state fits: every rank draws anew, from seeds that no other step of this run has used
+        else:  # no state fits: every rank draws anew, from seeds that no other start of this run has used
             self.engine.reseed(self._rank_seed(self.step))
             seed_generators(self._rank_seed(self.step))
             self.notes.append(f"saved by {len(state['ranks'])} ranks, continued by {self.world.size}: new random states")
