@@ -68,6 +68,17 @@ class Row(NamedTuple):
     counts: dict[str, int]  # what it adds to those of a DataReport
 
 
+class _Texts(NamedTuple):
+    """What a row is as texts, before anything is tokenised."""
+
+    at: str  # the row, as errors name it
+    value: Any  # the prompt as it stands in its column
+    expert: Any  # and the expert traces, None where it has none
+    prompt: str
+    rendered: bool  # with the chat template, which writes its own special tokens
+    is_bare: bool  # whether the answer of a conversation is its content alone
+
+
 class ProblemSet(Sequence[Problem]):
     """The loaded problems and what loading found. A problem is read and tokenised when it is asked for."""
 
@@ -171,7 +182,7 @@ class RowReader:
         by_row = groupby(enumerate(self._examples), key=lambda numbered: numbered[1].row)
         rows = ((index, row) for row, (_, of_row) in zip(self._rows, by_row, strict=True) for index, _ in of_row)
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            read = [self._read(index, row) for index, row in chunk]
+            read = self._read(chunk)
             named = [(row.problem.index, text) for row in read if row.problem is not None for text in row.traces]
             experts = self._experts(named)  # all of the chunk's, in order
             yield [
@@ -181,16 +192,20 @@ class RowReader:
 
     def problem(self, entry: Entry) -> Problem:
         """The problem of an entry, with the traces that are in use."""
-        read = self._read(entry.index, self._rows[self._examples[entry.index].row])
+        (read,) = self._read([(entry.index, self._rows[self._examples[entry.index].row])])
         named = [(entry.index, read.traces[trace.number]) for trace in entry.traces]
         return replace(read.problem, experts=tuple(self._experts(named)))
 
-    def _read(self, index: int, row: dict[str, Any]) -> Row:
-        config, tokenizer, at = self.config, self.tokenizer, f"{self.where}, {self._examples[index]}"
-        value, expert, prompt, is_bare = self._texts(row, self._examples[index].messages, at)
-        prompt += config.response_start
-        with _encoding(f"{at}: the prompt"):
-            prompt_ids, twice = _prompt_ids(prompt, tokenizer, add_special_tokens=not wants_chat(value, config))
+    def _read(self, chunk: Sequence[tuple[int, dict[str, Any]]]) -> list[Row]:
+        """What examples, given by index and row, are read as: their prompts are tokenised together, their traces not yet."""
+        texts = [self._texts(index, row) for index, row in chunk]
+        encoded = _encode_prompts(texts, self.tokenizer)
+        return [self._row(*example, *parts) for example, *parts in zip(chunk, texts, encoded, strict=True)]
+
+    def _row(self, index: int, row: dict[str, Any], texts: _Texts, token_ids: list[int]) -> Row:
+        config, tokenizer = self.config, self.tokenizer
+        at, value, expert, prompt, rendered, is_bare = texts
+        prompt_ids, twice = (token_ids, False) if rendered else _without_ends(prompt, token_ids, tokenizer)
         if twice and not self._told:
             self._told = True
             logger.warning("%s: the prompt begins with %s, which the tokenizer adds: one is left out", at, tokenizer.bos_token)
@@ -209,30 +224,29 @@ class RowReader:
         traces: list[str] = []
         for text in trace_texts(expert, at):
             text = with_think_tags(text, config.think_tags, prompt, at)
-            traces.append(without_start(text, prompt, config.response_start, rendered=wants_chat(value, config)))
+            traces.append(without_start(text, prompt, config.response_start, rendered))
         columns = {column: with_files(row[column], at) for column in self.columns}
-        problem = Problem(index, prompt, prompt_ids, solution, columns=columns)
-        counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not wants_chat(value, config)}
+        problem = Problem(index, prompt, tuple(prompt_ids), solution, columns=columns)
+        counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not rendered}
         if traces and self._are_conversations and config.learned_turns == "last":
             counts["context_turns"] = sum(message["role"] == "assistant" for message in value)
         if config.system_prompt is not None:
             counts["own_system"] = isinstance(value, list) and value[0]["role"] == "system"
         return Row(problem, traces, counts)
 
-    def _texts(self, row: dict[str, Any], messages: int | None, at: str) -> tuple[Any, Any, str, bool]:
-        """The prompt of a row and its expert traces as they stand in its columns, None where it has none, the prompt as text, and
-        whether the answer of a conversation, of which the first `messages` count, is its content alone."""
-        config, tokenizer = self.config, self.tokenizer
-        value, answer = cell(row, config.prompt_column, at), None
+    def _texts(self, index: int, row: dict[str, Any]) -> _Texts:
+        config, tokenizer, example = self.config, self.tokenizer, self._examples[index]
+        at = f"{self.where}, {example}"
+        value, answer, is_written = cell(row, config.prompt_column, at), None, True
         if self._are_conversations:
-            value, answer = split_conversation(value, messages, at)
-        tools = tools_of(row, at) if wants_chat(value, config) else None
+            value, answer = split_conversation(value, example.messages, at)
+        rendered = wants_chat(value, config)
+        tools = tools_of(row, at) if rendered else None
         prompt = prompt_text(value, config, tokenizer, at, tools)
-        if answer is None:
-            expert = cell(row, config.expert_column, at) if self._has_experts and not self._are_conversations else None
-            return value, expert, prompt, False
-        text, is_written = answer_text(value, answer, prompt, config, tokenizer, self._endings, at, tools)
-        return value, text, prompt, not is_written
+        expert = cell(row, config.expert_column, at) if self._has_experts and not self._are_conversations else None
+        if answer is not None:
+            expert, is_written = answer_text(value, answer, prompt, config, tokenizer, self._endings, at, tools)
+        return _Texts(at, value, expert, prompt + config.response_start, rendered, not is_written)
 
     def _experts(self, named: Sequence[tuple[int, str]]) -> Iterator[ExpertTrace]:
         """Tokenise traces, each given with the index of its example; one without a token that ends a response gets the first."""
@@ -308,15 +322,28 @@ def _encoding(what: str) -> Iterator[None]:
         raise UserError(f"{what} must be text that the tokenizer knows: {error}. Set model.tokenizer to one that does.") from error
 
 
-def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> tuple[tuple[int, ...], bool]:
-    """The prompt's token ids, and whether a second beginning-of-sequence token was left out of them."""
-    token_ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-    if not token_ids or not add_special_tokens:  # a chat template writes its own special tokens
-        return tuple(token_ids), False
+def _encode_prompts(texts: Sequence[_Texts], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of every prompt, with the tokenizer's special tokens where it is not `rendered`."""
+    found: list[list[int]] = []
+    for rendered, alike in groupby(texts, key=lambda text: text.rendered):
+        group = list(alike)
+        try:
+            found += tokenizer([text.prompt for text in group], add_special_tokens=not rendered)["input_ids"]
+        except Exception:  # as in _encoding; by itself each shows which it is
+            for text in group:
+                with _encoding(f"{text.at}: the prompt"):
+                    tokenizer(text.prompt, add_special_tokens=not rendered)
+            raise
+    return found
+
+
+def _without_ends(prompt: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+    """The token ids of a text prompt less what the tokenizer added that does not belong there, and whether that is a second
+    beginning-of-sequence token."""
     # Some tokenizers end every text; a prompt must stay open.
-    if token_ids[-1] == tokenizer.eos_token_id:
+    if token_ids and token_ids[-1] == tokenizer.eos_token_id:
         token_ids = token_ids[:-1]
     # A text that was rendered before has one already; transformers adds another.
     twice = tokenizer.bos_token_id is not None and token_ids[:2] == [tokenizer.bos_token_id] * 2
     twice = twice and len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) < len(token_ids)  # or both are the text's own
-    return tuple(token_ids[1:] if twice else token_ids), twice
+    return token_ids[1:] if twice else token_ids, twice

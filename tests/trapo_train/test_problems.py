@@ -4,7 +4,7 @@ import json
 import tracemalloc
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trapo_train.data import DataConfig, load_problems
@@ -73,6 +73,36 @@ def test_rows_in_more_than_one_chunk_keep_their_order_and_their_traces(load):
     assert [problem.prompt for problem in problems] == words
     assert all(problem.experts[0].text == f"{problem.prompt}$" for problem in problems)
     assert all(len(problem.experts) == 1 for problem in problems if problem.prompt != "ab")
+
+
+class Counting(PreTrainedTokenizerFast):
+    """Notes how many texts each call has: 1 for a text, not a list."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = []
+
+    def __call__(self, text, *args, **kwargs):
+        self.calls.append(1 if isinstance(text, str) else len(text))
+        return super().__call__(text, *args, **kwargs)
+
+
+def test_prompts_are_tokenised_together_and_are_what_each_would_be_alone(tmp_path):
+    words = {word: number for number, word in enumerate(("<s>", "</s>", "?", "a", "b", "user"))}
+    inner = Tokenizer(models.WordLevel(words, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    template = "{% for message in messages %}user {{ message.content }}{% endfor %}"
+    tokenizer = Counting(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template)
+    chat = [{"role": "user", "content": "b </s>"}]
+    ids = {"a b": (0, 3, 4), "<s> a": (0, 3), "a </s>": (0, 3, 1), "<s> <s> b": (0, 0, 4), "a ?": (0, 3, 2)}
+    prompts = [*ids, chat, "b"] + ["a b b a"] * CHUNK_ROWS
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": prompt, "solution": "a"}) for prompt in prompts))
+    problems = load_problems(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, None)
+    # One call for the texts before the chat, one for it, one for the rest of either chunk; two doubtful beginnings are looked at.
+    assert {len(ids), CHUNK_ROWS - len(ids) - 1, 7} <= set(tokenizer.calls) and len(tokenizer.calls) < 20
+    alone = [problem.prompt_ids for problem in problems]
+    assert alone == [*ids.values(), (5, 4, 1), (0, 4)] + [(0, 3, 4, 4, 3)] * CHUNK_ROWS
 
 
 def test_memory_does_not_grow_with_the_length_of_the_traces(load):
