@@ -100,13 +100,15 @@ def _centred(peers: list[Sample], config: AdvantageConfig) -> list[float]:
     if equal_rewards(rewards):
         return [0.0] * len(peers)
     baseline = _baseline(peers, config)
+    of_all = fmean(baseline) if baseline else None
     centred = []
     for sample, reward in zip(peers, rewards, strict=True):
-        others = baseline
+        mean = of_all
         if config.center == "leave_one_out" and _baseline([sample], config):
             others = list(baseline)
             others.remove(reward)
-        centred.append(reward - fmean(others) if others else 0.0)
+            mean = fmean(others) if others else None
+        centred.append(0.0 if mean is None else reward - mean)
     return centred
 
 

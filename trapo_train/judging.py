@@ -69,9 +69,11 @@ class Judging:
             opinions = self._judge_all()
             taken, self._cases = self._cases, []
         else:
-            taken = [case for case in self._cases if wait or case.future.done()]
+            taken, left = [], []
+            for case in self._cases:  # each asked once: it may be done a moment later
+                (taken if wait or case.future.done() else left).append(case)
             opinions = [case.future.result() for case in taken]
-            self._cases = [case for case in self._cases if case not in taken]
+            self._cases = left
         for case, values in zip(taken, opinions, strict=True):
             self.none_count += _settle(case.samples, values, self._tokenizer, self._config)
         return [case.owner for case in taken]

@@ -296,21 +296,22 @@ class DeferredProblems:
 
     def __init__(self, size: int | None) -> None:
         self.size = size  # None for a plan that defers nothing
-        self._waiting: list[int] = []
+        self._waiting: dict[int, None] = {}  # a set that keeps the order
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, positions: Iterable[int]) -> None:
         """Let the problems at `positions` wait; those that wait already keep their place."""
-        self._waiting += [position for position in dict.fromkeys(positions) if position not in self._waiting]
+        self._waiting |= dict.fromkeys(positions)
 
     def take(self) -> list[int]:
         """The positions of the next step on expert traces, `size` of them; empty while fewer are waiting."""
         if self.size is None or len(self._waiting) < self.size:
             return []
-        taken, self._waiting = self._waiting[: self.size], self._waiting[self.size :]
-        return taken
+        waiting = list(self._waiting)
+        self._waiting = dict.fromkeys(waiting[self.size :])
+        return waiting[: self.size]
 
     def state_dict(self) -> dict[str, Any]:
         """What waits, as plain values."""
@@ -318,7 +319,7 @@ class DeferredProblems:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self._waiting = list(state["waiting"])
+        self._waiting = dict.fromkeys(state["waiting"])
 
 
 def _generator(problem: Problem, step: int, seed: int) -> random.Random:

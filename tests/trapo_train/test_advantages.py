@@ -41,6 +41,13 @@ def test_the_last_digits_of_a_weighted_sum_are_no_difference(normalise):
     assert advantages([sample(1.0 + 2**-20), sample(1.0)], normalise=normalise)[0] > 0  # which is one
 
 
+def test_the_mean_of_a_group_is_computed_once_for_all_of_its_samples(monkeypatch):
+    means = []
+    monkeypatch.setattr("trapo_train.advantages.fmean", lambda values: means.append(len(values)) or fmean(values))
+    assert advantages([sample(float(i)) for i in range(5)]) == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert means == [5]
+
+
 def test_unguided_baseline():
     group = [sample(0.0), sample(1.0), sample(1.0, (7,)), sample(0.25, (7,))]
     assert advantages(group, baseline="unguided") == [-0.5, 0.5, 0.5, -0.25]

@@ -13,11 +13,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.trapo_train.scripted import Rounds, ScriptedEngine, ScriptedStream
-from tests.trapo_train.test_rollout import CONFIG, RIGHT, TOKENIZER, WRONG, iter_requests, problem
+from tests.trapo_train.test_rollout import CONFIG, RIGHT, TOKENIZER, WRONG, ids, iter_requests, problem
 from tests.trapo_train.test_stream import ConstantModel
 from trapo_train.engine import TransformersEngine
+from trapo_train.judging import Judging
 from trapo_train.plans import PlanConfig, build_plan
-from trapo_train.records import Request
+from trapo_train.records import Request, Sample
 from trapo_train.rewards import RewardError, WeightedSum, may_overlap
 from trapo_train.rollout import RolloutConfig, run_plans
 from trapo_train.tasks import pointer_chasing_reward
@@ -265,3 +266,26 @@ def test_waiting_for_rewards_is_measured(model):
     assert result.metrics["time/reward_s"] > 0.04
     started = time.perf_counter()
     assert ladder(embedded(model), problems=PROBLEMS[:1]).metrics["time/reward_s"] < time.perf_counter() - started
+
+
+def test_rewards_that_are_there_are_taken_in_their_order_and_not_compared_with_each_other(monkeypatch):
+    def compared(case, other):
+        raise AssertionError("of n rewards these would be n² comparisons")
+
+    monkeypatch.setattr("trapo_train.judging._Case.__eq__", compared)
+    opened = threading.Event()
+
+    async def reward(prompts, completions, **columns):
+        if prompts[0] == PROBLEMS[2].prompt:
+            await asyncio.to_thread(opened.wait, 20)
+        return [1.0] * len(completions)
+
+    samples = [Sample(problem, 1, 0.0, (), ids(RIGHT), (-1.0,) * len(ids(RIGHT)), "stop") for problem in PROBLEMS[:6]]
+    with Judging(reward, TOKENIZER, CONFIG) as judging:
+        for owner, sample in enumerate(samples):
+            judging.start(owner, [sample])
+        wait([future for owner, future in enumerate(judging.futures) if owner != 2])
+        assert judging.take(wait=False) == [0, 1, 3, 4, 5] and len(judging) == 1
+        opened.set()
+        assert judging.take(wait=True) == [2] and len(judging) == 0
+    assert [sample.reward for sample in samples] == [1.0] * 6

@@ -202,6 +202,22 @@ def test_deferred_problems_wait_in_order_each_once():
     assert none.take() == []
 
 
+def test_a_problem_that_is_deferred_is_not_compared_with_all_that_wait():
+    class Position(int):
+        compared = 0
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            Position.compared += 1
+            return int(self) == int(other)
+
+    deferred = DeferredProblems(500)
+    for start in (0, 100, 300):
+        deferred.add(Position(start + i) for i in range(300))
+    assert Position.compared < 1000  # 200 wait already; one by one it would be more than 100 000
+    assert deferred.take() == list(range(500))
+
+
 @pytest.mark.parametrize(
     ("config", "largest", "thresholds"),
     [
