@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from trapo_train.parallel import World
 from trapo_train.problems import Entry, ProblemSet, RowReader, Trace, fingerprint
 from trapo_train.records import Problem
@@ -327,7 +329,7 @@ class ProblemOrder:
         self.num_problems = num_problems
         self.seed = seed
         self.epoch = 0  # epochs begun
-        self._remaining: list[int] = []
+        self._remaining = torch.zeros(0, dtype=torch.int64)  # of the epoch, in order; a view that nobody writes to: states share it
 
     @property
     def passes(self) -> float:
@@ -340,20 +342,20 @@ class ProblemOrder:
             raise ValueError(f"ProblemOrder.next: count must be at least 1, got {count}.")
         taken: list[int] = []
         while len(taken) < count:
-            if not self._remaining:
+            if len(self._remaining) == 0:
                 self._begin_epoch(avoid={*taken, *avoid})
             missing = count - len(taken)
-            taken += self._remaining[:missing]
+            taken += self._remaining[:missing].tolist()
             self._remaining = self._remaining[missing:]
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain values that JSON can hold."""
+        """Return the position: plain values, and what is left of the epoch as a tensor, which is not copied."""
         return {
             "num_problems": self.num_problems,
             "seed": self.seed,
             "epoch": self.epoch,
-            "remaining": list(self._remaining),
+            "remaining": self._remaining,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -365,12 +367,12 @@ class ProblemOrder:
                     "Resume with the data of the saved run, or start a new one."
                 )
         self.epoch = state["epoch"]
-        self._remaining = list(state["remaining"])
+        self._remaining = torch.as_tensor(state["remaining"], dtype=torch.int64)  # older checkpoints have a list
 
     def _begin_epoch(self, avoid: set[int]) -> None:
         order = random.Random(f"{self.seed}/{self.epoch}").sample(range(self.num_problems), self.num_problems)
         # Problems that this step has taken from the old epoch come last in the new one (a stable sort by False < True).
-        self._remaining = sorted(order, key=avoid.__contains__)
+        self._remaining = torch.tensor(sorted(order, key=avoid.__contains__))
         self.epoch += 1
 
 

@@ -132,7 +132,7 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         stateful = [part for part in (self.order, self.deferred, self.chooser, self.engine) if hasattr(part, "state_dict")]
-        # The order's is a copy, which it takes long to copy again: it has all problems that are left of an epoch.
+        # The order's has all problems that are left of an epoch, in a tensor that nobody writes to: it is not copied.
         before = [part.state_dict() if part is self.order else copy.deepcopy(part.state_dict()) for part in stateful]
         generators = rng_state()
         try:
