@@ -169,8 +169,9 @@ def gate_inputs(
 
 
 def metrics(logprob: Tensor, entropy: Tensor, s: Streams, objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:
-    """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens. Those of
-    several calls become one by `merged_metrics`.
+    """Means per role over the tokens of this batch as 0-d tensors, without a host sync; 0 for a role without tokens. Counts are
+    fp32 too: above 2^24 tokens in one call they are rounded, by at most 6e-8 of their value. The metrics of several calls become
+    one by `merged_metrics`, which adds counts in fp64.
 
     For each role, expert and rollout:
 
