@@ -237,8 +237,8 @@ def _unsaved(config: RunConfig) -> str | None:
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
     return (
-        "no checkpoint is saved, but on SIGTERM or Ctrl-C and when sampling, a reward, the chooser, non-finite steps or the export "
-        "end the run. Set checkpoint.every=N"
+        "no checkpoint is saved, but on SIGTERM, SIGHUP or Ctrl-C and when sampling, a reward, the chooser, non-finite steps or "
+        "the export end the run. Set checkpoint.every=N"
     )
 
 

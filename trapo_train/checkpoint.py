@@ -43,9 +43,9 @@ class CheckpointConfig:
     """When a run saves its state and how many states it keeps."""
 
     every: int = 0
-    """Rollout steps between checkpoints, at least 0. 0 saves no periodic checkpoints; one is still saved on SIGTERM or Ctrl-C,
-    when an error in sampling, reward, chooser or export, or too many non-finite steps, ends the run, and by several ranks after
-    the last step. Weights that are not finite are never saved: they end the run with an error."""
+    """Rollout steps between checkpoints, at least 0. 0 saves no periodic checkpoints; one is still saved on a signal (SIGTERM,
+    SIGHUP or Ctrl-C), when an error in sampling, reward, chooser or export, or too many non-finite steps, ends the run, and by
+    several ranks after the last step. Weights that are not finite are never saved: they end the run with an error."""
     keep: int = 2
     """Newest checkpoints to keep, at least 1."""
     keep_best: bool = False

@@ -2,7 +2,8 @@
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative,
-130 that Ctrl-C ended it, 143 that SIGTERM ended a run: it has saved by then, unless Ctrl-C was pressed twice.
+130 that Ctrl-C ended it, 143 that SIGTERM ended a run, 129 that a closed terminal did (SIGHUP): it has saved by then, unless
+Ctrl-C was pressed twice. Where stdout takes nothing more, as when `tee` has ended, a command goes on without it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-
+from trapo_train.console import stdout_console
 from trapo_train.display import say
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trapo_train.config import RunConfig
     from trapo_train.trainer import Trainer
 
-EXIT_OK, EXIT_NEGATIVE, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
+EXIT_OK, EXIT_NEGATIVE, EXIT_USER_ERROR, EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 129, 130, 143
 CONFIG_HELP = "YAML file, packaged recipe such as demo_trapo, or (not for run) the directory of a finished run"
 
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parse(argv)
     try:
-        return args.command(args, Console())
+        return args.command(args, stdout_console())
     except KeyboardInterrupt:
         print("trapo-train: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -173,7 +175,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             summary = train.run(config, reporter)
         if summary.steps and not summary.interrupted:
             _print_paths(plot_run(config.output_dir), console)
-    return {None: EXIT_OK, "SIGINT": EXIT_INTERRUPTED, "SIGTERM": EXIT_TERMINATED}[summary.stopped_by]
+    stopped = {"SIGHUP": EXIT_HUNG_UP, "SIGINT": EXIT_INTERRUPTED, "SIGTERM": EXIT_TERMINATED}
+    return EXIT_OK if summary.stopped_by is None else stopped[summary.stopped_by]
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:

@@ -13,7 +13,8 @@ from trapo_train.parallel import World
 
 
 class StopSignal:
-    """Catches SIGTERM and the first SIGINT (Ctrl-C) while it is entered, so that a run can save at the next step boundary.
+    """Catches SIGTERM, SIGHUP (a closed terminal) and the first SIGINT (Ctrl-C) while it is entered, so that a run can save at the
+    next step boundary.
 
     `received` is the name of the first one. A second SIGINT is handled as if nothing had been entered: it interrupts at once.
 
@@ -36,9 +37,9 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         # Only the main thread may install handlers; elsewhere signals keep their meaning.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # a background job: Ctrl-C is meant for another
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if number != signal.SIGTERM and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # a background job, whose Ctrl-C is meant for another, or nohup
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

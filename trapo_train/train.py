@@ -48,7 +48,7 @@ class RunSummary:
     steps: int
     """Rollout steps taken in total, those before a resume included."""
     stopped_by: str | None
-    """SIGTERM or SIGINT where that ended the run before its last step, which can be resumed."""
+    """SIGTERM, SIGHUP or SIGINT where that ended the run before its last step, which can be resumed."""
     output_dir: Path
     """Where metrics, checkpoints and the trained model are."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -73,9 +73,9 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     """Train as configured, from the start or from the newest checkpoint, and export the model.
 
     Everything that can be wrong with the configuration, the data or a checkpoint shows before the first rollout. Writes
-    config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM or SIGINT the run saves a
-    checkpoint after the current step and returns, and gives up an evaluation before its next engine call; a second SIGINT
-    interrupts it at once. Under torchrun every rank calls this; the first one writes and reports.
+    config.yaml, checkpoints/ and model/ to `config.output_dir`; metrics go to `reporter`. On SIGTERM, SIGHUP or SIGINT the run
+    saves a checkpoint after the current step and returns, and gives up an evaluation before its next engine call; a second
+    SIGINT interrupts it at once. Under torchrun every rank calls this; the first one writes and reports.
 
     Raises: UserError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
         EngineError, each with a checkpoint of the state before; NonFiniteError in their place, and before any other checkpoint or

@@ -207,11 +207,11 @@ class _Worker:
 def serve(function: Callable[..., Any]) -> int:
     """Answer requests from standard input with `function(*arguments)` until it ends.
 
-    An exception is the answer, `OutOfTime` the outcome "timeout", but running out of memory ends the worker. SIGTERM and SIGINT do
-    not: a job manager sends them to every process of the job, and the one that trains still wants its answers, then ends its
-    workers. The first command-line argument is the limit on the address space in MiB.
+    An exception is the answer, `OutOfTime` the outcome "timeout", but running out of memory ends the worker. SIGTERM, SIGHUP
+    and SIGINT do not: a job manager sends them to every process of the job, and the one that trains still wants its answers, then
+    ends its workers. The first command-line argument is the limit on the address space in MiB.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         # A handler, which programs that the function starts do not take over, as they would SIG_IGN; nor do forks.
         previous = signal.signal(number, lambda *_: None)
         os.register_at_fork(after_in_child=partial(signal.signal, number, previous or signal.SIG_DFL))

@@ -285,7 +285,7 @@ def test_ctrl_c_ends_cleanly(config, monkeypatch, capsys):
     assert capsys.readouterr().err == "trapo-train: interrupted\n"
 
 
-@pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 143), (None, 0)])
+@pytest.mark.parametrize(("stopped_by", "code"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143), (None, 0)])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_run_that_a_signal_stopped_says_so_by_its_exit_code(config, monkeypatch, tmp_path, stopped_by, code, rank):
     monkeypatch.setenv("RANK", rank)

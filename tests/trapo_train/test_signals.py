@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C are noted and acted upon where a step ends; ranks agree on them."""
+"""SIGTERM, SIGHUP and Ctrl-C are noted and acted upon where a step ends; ranks agree on them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from trapo_train.signals import StopSignal
 from trapo_train.train import run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_stop_signal_catches_a_signal_and_gives_it_back(default_sigint, capfd, number):
     before = signal.getsignal(number)
     with StopSignal("saving\n") as stop:
@@ -36,12 +36,16 @@ def test_a_second_ctrl_c_interrupts_and_what_came_first_is_named(default_sigint)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_that_is_ignored_stays_ignored(default_sigint):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts a job in the background
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received is None
-    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # of a shell's job in the background, and under nohup
+def test_what_is_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.received is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_ranks_agree_on_a_signal_and_none_is_forgotten():

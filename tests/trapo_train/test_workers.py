@@ -95,7 +95,7 @@ def test_a_faulty_request_is_told_and_the_others_are_answered(pool, fault, outco
     assert pool.map([("echo", 4)])[0].value[0] == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_to_every_process_of_the_job_costs_no_answer_and_no_worker(pool, number):
     pids = {answer.value[1] for answer in pool.map([("echo", i) for i in range(20)])}
     for pid in pids:
