@@ -74,14 +74,16 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; overrides may stand behind options, too, where argparse no longer looks for them."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    """The arguments; overrides and export's directory may stand behind options, too, where argparse no longer looks for them."""
+    args, rest = _parser().parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(args, "overrides")]
-    if len(late) < len(rest):
-        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    rest = [word for word in rest if word not in late]
     if late:
         args.overrides = [*args.overrides, *late]
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "directory", "") is None:
+        args.directory = rest.pop()
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, command: Any, parent: argparse.ArgumentParser, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[parent], help=text, description=text)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, parser=sub)
         return sub
 
     run = add("run", _run, configured, "Train as configured; metrics, plots and the model go to output_dir.")

@@ -228,7 +228,18 @@ def test_overrides_may_stand_behind_options(config, capsys):
     for wrong in (["plan-memory", config, "--gpu", "1", "word"], ["recipes", "steps=1"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(wrong)
-        assert stop.value.code == 2 and f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"trapo-train {wrong[0]}: error: unrecognized arguments: {wrong[-1]}" in error
+
+
+def test_export_s_directory_may_stand_behind_options(capsys):
+    for words in (["out", "--step", "3"], ["--step", "3", "out"], ["--adapter", "--dtype", "bfloat16", "out"], ["--adapter"]):
+        assert cli._parse(["export", "runs/my", *words]).directory == ("out" if "out" in words else None)
+    for wrong in (["out", "--step", "3", "again"], ["--step", "3", "out", "again"], ["--steps", "3", "out"], ["--stp=3"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", "runs/my", *wrong])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("usage: trapo-train export") and "unrecognized arguments" in error
 
 
 def test_a_step_that_is_none_is_said_to_be(capsys):
