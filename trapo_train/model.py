@@ -205,10 +205,9 @@ def load_model_and_tokenizer(
             model, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **hub, **common, output_loading_info=True)
         unplaced = set(info["unexpected_keys"])
         keep_processor(model, config.name_or_path, config.revision)
-    if tokenizer.eos_token_id is not None:
-        ends = end_ids(config.eos_token, model, tokenizer)
-        check_ends(model, tokenizer, ends)
-        end_generation_too(model, ends)
+    ends = end_ids(config.eos_token, model, tokenizer)
+    check_ends(model, tokenizer, ends)
+    end_generation_too(model, ends)
     leave_out_what_is_not_loaded(model, unplaced, tell)
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)

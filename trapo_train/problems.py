@@ -26,7 +26,7 @@ from trapo_train.rows import (
     without_start,
 )
 from trapo_train.schema import UserError, did_you_mean
-from trapo_train.tokenizer import continuations, line_break_behind
+from trapo_train.tokenizer import check_end, continuations, line_break_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,8 +159,7 @@ class RowReader:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] | None = None) -> None:
         self.where = f"{config.path or config.task}, split {config.split}"
-        if tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has no end-of-sequence token, so no response could end. Set model.eos_token.")
+        check_end(tokenizer)
         self.config = config
         self.tokenizer = tokenizer
         self._endings = Endings.of(tokenizer, end_ids or [tokenizer.eos_token_id])

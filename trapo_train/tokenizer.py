@@ -40,7 +40,7 @@ def load_tokenizer(
     Args:
         tell: that the tokens are those of tokenizer.json, and not of the class that transformers chooses, is told to it.
 
-    Raises: UserError for no tokenizer, or a model.eos_token that is none of its tokens.
+    Raises: UserError for no tokenizer, one without end-of-sequence token, or a model.eos_token that is none of its tokens.
     """
     source = config.tokenizer or config.name_or_path
     if source is None and task_tokenizer is None:
@@ -60,7 +60,19 @@ def load_tokenizer(
             tokenizer = tokenizer if plain else _as_published(tokenizer, source, hub, tell)
     if config.eos_token is not None:
         _end_with(tokenizer, config.eos_token)
+    check_end(tokenizer)
     return tokenizer
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a tokenizer without an end-of-sequence token."""
+    if tokenizer.eos_token_id is not None:
+        return
+    turn = _turn_end(tokenizer)
+    remedy = "model.eos_token to the token that ends the model's turns"
+    if turn is not None:
+        remedy = f"{_setting(turn)}, with which the chat template ends turns"
+    raise UserError(f"The tokenizer must have an end-of-sequence token, or no response could end, got none. Set {remedy}.")
 
 
 def _as_published(
@@ -201,7 +213,12 @@ def other_endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         said += "If it is one"
     else:
         return None
-    return f"{said}, set {shlex.quote(f'model.eos_token={json.dumps(choice, ensure_ascii=False)}')}"
+    return f"{said}, set {_setting(choice)}"
+
+
+def _setting(eos_token: str | list[str]) -> str:
+    """The override that a shell is given."""
+    return shlex.quote(f"model.eos_token={json.dumps(eos_token, ensure_ascii=False)}")
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -347,7 +347,7 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
 
 def test_a_tokenizer_without_end_of_sequence(load, tokenizer):
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="must have an end-of-sequence token"):
         load(ROWS)
 
 

@@ -78,6 +78,23 @@ def test_a_token_that_is_none_is_refused(directory, tmp_path):
     assert dry_config(config, str(tmp_path)).model.eos_token is None  # whose tokenizer is another
 
 
+@pytest.mark.parametrize(("template", "turn"), [(TEMPLATE, "<|end|>"), (None, None)])
+def test_a_tokenizer_without_an_end_is_refused_before_the_model_is_read_with_the_end_of_a_turn(directory, tmp_path, template, turn):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.eos_token, tokenizer.chat_template = None, template
+    tokenizer.save_pretrained(tmp_path / "endless")
+    config = ModelConfig(str(directory), tokenizer=str(tmp_path / "endless"))
+    with pytest.raises(ValueError, match="must have an end-of-sequence token, or no response could end, got none") as error:
+        load_model_and_tokenizer(replace(config, name_or_path=str(tmp_path / "endless")))  # where there is no model
+    said = str(error.value).partition(". Set ")[2]
+    if turn is None:
+        assert said == "model.eos_token to the token that ends the model's turns."
+        return
+    (setting,) = shlex.split(said.partition(", with which")[0])  # as a shell hands it over
+    chosen = build_config(tmp_path, "run", setting).model.eos_token
+    assert chosen == turn and load_tokenizer(replace(config, eos_token=chosen), None).eos_token == turn
+
+
 def test_what_the_generation_config_names_of_the_special_tokens_ends_a_response_too(directory):
     model, tokenizer = load_model_and_tokenizer(ModelConfig(str(directory)))
     plain, end, user = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>", "<|user|>"])
