@@ -198,6 +198,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.held_out import model_label, responses_file
     from trapo_train.objective import ObjectiveConfig
     from trapo_train.plans import PlanConfig
+    from trapo_train.symptoms import about_evaluation
     from trapo_train.tables import evaluation_table
     from trapo_train.updates import UpdateConfig
 
@@ -216,6 +217,8 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
+        for text in filter(None, (about_evaluation(name, metrics) for name, metrics in evaluations.items())):
+            say(console, text, "yellow")
         if config.evaluation.save_samples:
             _print_paths([responses_file(config.output_dir, name, label) for name in evaluations], console)
     trainer.close()

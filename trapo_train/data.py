@@ -171,6 +171,8 @@ class DataReport:
     """Text prompts that go in as they are although the tokenizer has a chat template."""
     own_system: int = 0
     """Chats that bring a system message, where `system_prompt` is set, which is not put before those."""
+    without_solution: int = 0
+    """Problems among them whose row has no solution in `solution_column`."""
     unread_columns: tuple[str, ...] = ()
     """Columns that no reward is handed, because rewards have an argument of that name."""
 
@@ -184,6 +186,7 @@ class DataReport:
         notes = {
             "problems equal an earlier one in prompt, solution, expert traces and the columns that the reward names: a pass visits "
             "that several times, and a step may (on_duplicate: drop leaves them out)": self.duplicates,
+            "problems have no solution": self.without_solution,
             "answers are their content alone, which the chat template writes in another way": self.bare_answers,
             "assistant turns before the last are context only (learned_turns: all)": self.context_turns,
             "prompts go in as the texts they are (as_chat: true renders them with the chat template)": self.plain_prompts,

@@ -23,7 +23,7 @@ from trapo_train.model import ModelConfig
 from trapo_train.optimizer import OptimizerConfig, build_optimizer
 from trapo_train.packing import check_expert_streams, check_prompt_training
 from trapo_train.problems import RESERVED_COLUMNS, ProblemSet
-from trapo_train.reward_checks import check_takes
+from trapo_train.reward_checks import check_takes, names
 from trapo_train.rewards import RewardFn, WeightedSum
 from trapo_train.schema import UserError
 from trapo_train.vllm_server import longest_of_server
@@ -100,8 +100,8 @@ def _check_nothing_is_compared(config: RunConfig) -> None:
         "advantage": (config.advantage, ("normalise", "baseline", "center")),
         "rollout": (config.rollout, ("on_truncated", "temperature")),  # which would divide the logits of the traces, too
     }
-    for section, (values, names) in sections.items():
-        for name in names:
+    for section, (values, settings) in sections.items():
+        for name in settings:
             value, default = getattr(values, name), getattr(type(values)(), name)
             if value != default:
                 raise UserError(
@@ -136,8 +136,7 @@ def check_reward(reward: RewardFn | WeightedSum | None, problems: Mapping[str, P
     in a worker with a column that cannot be sent there."""
     if reward is None:
         return
-    name = getattr(reward, "__name__", type(reward).__name__)
-    terms = {name: term for name, term, _ in reward.terms} if isinstance(reward, WeightedSum) else {name: reward}
+    terms = _terms(reward)
     check_takes(terms, {section: [*RESERVED_COLUMNS, *entry[0].columns] for section, entry in problems.items()})
     for section, entry in problems.items():
         for term in terms.values():
@@ -145,6 +144,26 @@ def check_reward(reward: RewardFn | WeightedSum | None, problems: Mapping[str, P
                 term.sent(entry[0].columns)
         for column in entry.report.unread_columns:
             logger.warning("%s: rewards do not get the column %r, they have an argument of that name; rename it", section, column)
+
+
+def _terms(reward: RewardFn | WeightedSum) -> dict[str, RewardFn]:
+    """The rewards of a sum by name, or the one."""
+    if isinstance(reward, WeightedSum):
+        return {name: term for name, term, _ in reward.terms}
+    return {getattr(reward, "__name__", type(reward).__name__): reward}
+
+
+def about_solutions(reward: RewardFn | WeightedSum | None, problems: Mapping[str, ProblemSet]) -> list[str]:
+    """Sentences on problems without a solution, by the section of the data, where a reward has that argument by name."""
+    terms = {} if reward is None else _terms(reward)
+    readers = " and ".join(name for name, term in terms.items() if names(term, "solution"))
+    missing = {section: entry.report.without_solution for section, entry in problems.items()}
+    return [
+        f"{section}: {count} of {problems[section].report.problems} problems have no solution, which the reward {readers} takes: "
+        "where it has no opinion (None), samples count as 0. Leave such rows out, or set solution_column to the answers"
+        for section, count in missing.items()
+        if count and readers
+    ]
 
 
 def check_traces(config: RunConfig, problems: ProblemSet) -> None:

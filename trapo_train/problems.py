@@ -227,6 +227,7 @@ class RowReader:
         columns = {column: with_files(row[column], at) for column in self.columns}
         problem = Problem(index, prompt, tuple(prompt_ids), solution, columns=columns)
         counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not rendered}
+        counts["without_solution"] = self._has_solutions and self._examples[index].ends_row and solution is None
         if traces and self._are_conversations and config.learned_turns == "last":
             counts["context_turns"] = sum(message["role"] == "assistant" for message in value)
         if config.system_prompt is not None:

@@ -23,7 +23,6 @@ from trapo_train.evaluate import EvaluationStopped
 from trapo_train.export import MODEL_DIR, export_model, other_tokenizer
 from trapo_train.extras import check_packages
 from trapo_train.files import replace_text
-from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 from trapo_train.lock import held
 from trapo_train.model_state import check_finite
 from trapo_train.objective import ObjectiveConfig, cap_of_ratios
@@ -38,6 +37,7 @@ from trapo_train.samples import write_samples
 from trapo_train.schema import UserError
 from trapo_train.signals import StopSignal
 from trapo_train.step import NonFiniteError
+from trapo_train.symptoms import Symptoms
 from trapo_train.trainer import Trainer
 
 
@@ -196,7 +196,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
     ranks agree on a signal, so that one that came meanwhile ends the run before anything else begins."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
-    told: set[str] = set()
+    symptoms = Symptoms(config.rollout.max_response_tokens, trainer.tokenizer.eos_token, trainer.last_metrics)
     every, unsaved = config.checkpoint.every, None
     last_is_due = every > 0 or trainer.world.size > 1  # or all would be lost where one rank fails to gather the model
     while True:
@@ -208,13 +208,15 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                 _save(trainer, store, reporter)
                 saved_at = trainer.step
             elif trainer.evaluation_due and not stopping:
-                _evaluate(trainer, store, reporter, stop, saved=saved_at == trainer.step)
+                _evaluate(trainer, store, reporter, stop, symptoms, saved=saved_at == trainer.step)
             elif finished or stopping:
                 if not (due or stopping):  # what was to be saved has been checked
                     check_finite(trainer.model, trainer.world, store, trainer.step)
+                for text in symptoms.at_the_end():
+                    reporter.event(text)
                 return unsaved
             else:
-                told = _step(trainer, store, reporter, told)
+                _step(trainer, store, reporter, symptoms)
         except CheckpointError as error:
             if not finished:
                 raise
@@ -225,12 +227,13 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             raise
 
 
-def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, told: set[str]) -> set[str]:
-    """Train a step and report it; returns what has been `told` by now. After too many skipped steps in a row a checkpoint is saved,
-    unless weights are not finite, before NonFiniteError is raised."""
+def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, symptoms: Symptoms) -> None:
+    """Train a step and report it. After too many skipped steps in a row a checkpoint is saved, unless weights are not finite,
+    before NonFiniteError is raised."""
     metrics = trainer.train_step()
     reporter.step(metrics)
-    told = _tell(trainer, reporter, metrics, told)
+    for text in symptoms.of_step(metrics):
+        reporter.event(text)
     samples_every = trainer.config.tracking.samples_every
     if trainer.world.first and samples_every and trainer.step % samples_every == 0:
         _write_samples(trainer, reporter)
@@ -241,10 +244,11 @@ def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, told: se
         with suppress(NonFiniteError):  # of the weights
             _save(trainer, store, reporter)
         raise
-    return told
 
 
-def _evaluate(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal, *, saved: bool) -> None:
+def _evaluate(
+    trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal, symptoms: Symptoms, *, saved: bool
+) -> None:
     """Evaluate this step and, where it is `saved`, rate its checkpoint; an evaluation that a signal ends leaves nothing."""
     reporter.doing("evaluating")
     try:
@@ -253,6 +257,8 @@ def _evaluate(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop
         return
     for name, metrics in found.items():
         reporter.evaluation({**metrics, "step": trainer.step}, name)
+        for text in symptoms.of_evaluation(name, metrics):
+            reporter.event(text)
     if saved:
         told = store.undeleted
         evaluated = {"evaluated_at": trainer.evaluated_at, "last_evaluation": trainer.last_evaluation}
@@ -276,30 +282,6 @@ def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
     reporter.event(f"saved {trainer.save(store)}")
     if store.undeleted is not None:
         reporter.event(store.undeleted)
-
-
-def _tell(trainer: Trainer, reporter: Reporter, metrics: dict[str, Any], told: set[str]) -> set[str]:
-    """Report what a step shows to be wrong, unless it has been `told`; returns what has been by now."""
-    found = {}
-    if "finished_share" in metrics and metrics.get("reward/none_count", 0) >= metrics["num_samples"]:
-        found["silent"] = "the reward had no opinion (None) on any sample, and each counts as 0"
-    for key, share in metrics.items():
-        if key.startswith(FAILED_SHARE) and share >= 0.5:
-            found[key] = about_failed_gradings(key.removeprefix(FAILED_SHARE), share)
-    if metrics.get("finished_share") == 0:
-        longest, end = trainer.config.rollout.max_response_tokens, trainer.tokenizer.eos_token
-        found["endless"] = (
-            f"no completion has an end: all ran to rollout.max_response_tokens = {longest}. Either that is too small, or the model "
-            f"ends its turns with another token than {end} (model.eos_token)"
-        )
-    if metrics["loss_tokens"] == 0:
-        equal = metrics.get("reward/equal_share") == 1.0
-        why = "every problem's rewards were equal" if equal else "no token was in the loss"
-        found["nothing"] = f"nothing was trained, {why}"
-    for name, text in found.items():
-        if name not in told:
-            reporter.event(f"step {trainer.step}: {text}")
-    return (told - {"nothing"}) | set(found)  # a step that trains something ends what is said of those before
 
 
 def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:

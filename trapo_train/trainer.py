@@ -91,7 +91,9 @@ class Trainer:
         held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
         preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
         check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
-        preflight.check_reward(self.reward, {"data": self.problems} | (held_out if config.evaluation.sample else {}))
+        judged = {"data": self.problems} | (held_out if config.evaluation.sample else {})
+        preflight.check_reward(self.reward, judged)
+        self.notes += preflight.about_solutions(self.reward, judged)
         place_model(self.model, self.world)
         self.reference = None
         if any("ref_logprob" in objective.reads() for objective in extremes):

@@ -4,7 +4,6 @@ import re
 import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,7 @@ from trapo_train.display import read_metrics
 from trapo_train.grading import FAILED_SHARE, MathVerify
 from trapo_train.metrics import merge_metrics
 from trapo_train.rewards import RewardError, RewardTerm, judge, load_reward
-from trapo_train.train import _tell
+from trapo_train.symptoms import Symptoms
 from trapo_train.trainer import Trainer
 
 MODULE = """
@@ -125,11 +124,11 @@ def test_a_reward_that_fails_on_most_rows_is_said_once(configure):
 
 
 def test_each_reward_of_which_half_the_gradings_fail_is_named_and_no_other():
-    said, told, trainer = [], set(), SimpleNamespace(step=1)
+    said, symptoms = [], Symptoms(16, "</s>", {})
     mine, math = f"{FAILED_SHARE}mine:reward", f"{FAILED_SHARE}math_verify"
     failed = {"reward/timeouts": 9.0, "reward/crashes": 9.0, "num_samples": 4}
     for shares in ({mine: 0.49, math: 0.0}, {mine: 0.5, math: 0.49}, {mine: 0.75, math: 0.5}):
-        told = _tell(trainer, SimpleNamespace(event=said.append), {"loss_tokens": 7, **failed, **shares}, told)
+        said += symptoms.of_step({"step": 1, "loss_tokens": 7, **failed, **shares})
     assert said == [
         "step 1: 50% of the gradings of mine:reward timed out or crashed, and each counts as 0. Raise its time_limit_s or "
         "memory_limit_mib, or try it with in_worker: false",

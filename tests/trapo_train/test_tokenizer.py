@@ -22,7 +22,7 @@ from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.parallel import World
 from trapo_train.scratch import ScratchConfig
 from trapo_train.tokenizer import end_ids, load_tokenizer, other_endings
-from trapo_train.train import Trainer, _tell
+from trapo_train.train import Trainer
 
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=80)
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|> {% endfor %}"
@@ -181,17 +181,3 @@ def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, own_cache
     for problems in (trainer.problems, trainer.eval_sets[""].problems):
         assert problems[0].experts[0].text == "b<|end|>"  # which a response may end with either way
     assert sum("""set 'model.eos_token=["<|end|>", "</s>"]'""" in note for note in trainer.notes) == count
-
-
-def test_a_step_without_an_end_is_told_once():
-    events, told = [], set()
-    rollout = SimpleNamespace(max_response_tokens=16)
-    tokenizer = SimpleNamespace(eos_token="</s>")
-    trainer = SimpleNamespace(step=3, config=SimpleNamespace(rollout=rollout), tokenizer=tokenizer)
-    reporter = SimpleNamespace(event=events.append)
-    metrics = {"reward/none_count": 0.0, "num_samples": 8.0, "loss_tokens": 5}
-    for share in ({}, {"finished_share": 0.5}, {"finished_share": 0.0}, {"finished_share": 0.0}):
-        told = _tell(trainer, reporter, metrics | share, told)
-    (event,) = events
-    assert event.startswith("step 3: no completion has an end") and "max_response_tokens = 16" in event
-    assert event.endswith("another token than </s> (model.eos_token)")

@@ -374,7 +374,8 @@ def test_a_reward_without_an_opinion_is_said_once_and_a_start_without_a_checkpoi
         run(config, reporter)
     rows = read_metrics(config.output_dir)
     told = [row["text"] for row in rows if row["kind"] == "event" and "no opinion" in row["text"]]
-    assert told == ["step 1: the reward had no opinion (None) on any sample, and each counts as 0"]
+    silence = "the reward had no opinion (None) on any sample, and each counts as 0"
+    assert told == [f"eval_data: {silence}", f"step 1: {silence}"]
     assert all(row["reward/none_count"] == 4 for row in rows if row["kind"] == "eval")
     again = configure("silent", *overrides, "checkpoint.resume=true")
     with Reporter(again.output_dir) as reporter:
