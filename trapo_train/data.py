@@ -204,6 +204,7 @@ def load_problems(
     *,
     world: World | None = None,
     rejected: Collection[Place] | None = None,
+    section: str = "data",
 ) -> ProblemSet:
     """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
     expert traces stay (None: all), of several rewards the one named `correct_by` (None: their weighted sum).
@@ -215,6 +216,7 @@ def load_problems(
     Args:
         world: the ranks that load these problems together, each asking the reward about its share; None for a single process.
         rejected: the traces that an earlier start rejected, in place of asking again.
+        section: what errors call this part of the configuration.
 
     Raises, on every rank, what is raised on one:
         UserError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
@@ -229,7 +231,7 @@ def load_problems(
 
     def read() -> _Told:
         nonlocal found
-        found = _read(RowReader(config, tokenizer, end_ids), reward, verifier, correct_by, world)
+        found = _read(RowReader(config, tokenizer, end_ids, section), reward, verifier, correct_by, world)
         return found.told
 
     parts = world.attempt(read, Exception)  # such as too little memory of one rank, too
@@ -302,7 +304,7 @@ def _read(
     if not entries:
         raise UserError(
             f"{reader.where} has no problem to offer: it has {rows} rows, and no prompt in them is within "
-            f"max_prompt_tokens = {config.max_prompt_tokens}."
+            f"{reader.section}.max_prompt_tokens = {config.max_prompt_tokens}."
         )
     gradings = {} if verifier is None else take_metrics(verifier)  # here, so that the first step does not report them as its own
     return _Found(reader, entries, counts, _Told(len(entries), digest.hexdigest(), rejected, gradings))

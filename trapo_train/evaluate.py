@@ -174,14 +174,17 @@ def load_eval_sets(
         column group_by that no set has, or a set that has nothing to report.
     """
     named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
-    loaded = {name: load_problems(entry, tokenizer, None, end_ids=end_ids, world=world) for name, entry in named.items()}
-    sets = {name: EvalSet.of(problems, config, name) for name, problems in loaded.items()}
+    sets: dict[str, EvalSet] = {}
+    for name, entry in named.items():
+        section = f"eval_data.{name}" if name else "eval_data"
+        problems = load_problems(entry, tokenizer, None, end_ids=end_ids, world=world, section=section)
+        sets[name] = EvalSet.of(problems, config, name)
     if not sets:
         return sets
-    for name, entry in sets.items():
+    for entry in sets.values():
         if not config.sample and not any(entry.problems[row].experts for row in entry.members):
             raise UserError(
-                f"evaluation.sample=false reports the loss of expert traces alone, and {name or 'eval_data'} has none. Set its "
+                f"evaluation.sample=false reports the loss of expert traces alone, and {entry.problems.section} has none. Set its "
                 "expert_column to the column that holds them, or evaluation.sample=true."
             )
     if not config.sample:

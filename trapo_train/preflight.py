@@ -240,16 +240,19 @@ def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSe
     engine = {name: limit, **model_limit}
     longest = rollout.max_response_tokens
     if problems is not None and (config.plan.largest_request or not all(problems.traces)):
-        _check_fits("prompt and", "rollout.max_response_tokens", (problems.longest_prompt_tokens, longest), packing | engine)
+        sizes = problems.longest_prompt_tokens, longest
+        _check_fits("prompt and", "rollout.max_response_tokens", sizes, packing | engine, problems.section)
     elif problems is not None:  # nothing is sampled
         traces = "prompt and its expert trace of at most"
-        _check_fits(traces, "rollout.max_response_tokens", problems.longest_with_expert(longest), packing | model_limit)
+        sizes = problems.longest_with_expert(longest)
+        _check_fits(traces, "rollout.max_response_tokens", sizes, packing | model_limit, problems.section)
     for entry in held_out:
         if config.evaluation.sample:
             setting = f"{'rollout' if own is None else 'evaluation'}.max_response_tokens"
-            _check_fits("held-out prompt and", setting, (entry.longest_prompt_tokens, own or longest), engine)
+            _check_fits("held-out prompt and", setting, (entry.longest_prompt_tokens, own or longest), engine, entry.section)
         traces = "held-out prompt and its expert trace of at most"
-        _check_fits(traces, "rollout.max_response_tokens", entry.longest_with_expert(longest), packing | model_limit)
+        sizes = entry.longest_with_expert(longest)
+        _check_fits(traces, "rollout.max_response_tokens", sizes, packing | model_limit, entry.section)
 
 
 def _engine_limit(config: RunConfig) -> tuple[str, int | None]:
@@ -275,8 +278,7 @@ def _check_vllm_takes_short_factors(setting: str, longest: int | None, short: in
         )
 
 
-def _check_fits(what: str, setting: str, sizes: tuple[int, int], limits: dict[str, int | None]) -> None:
-    section = "eval_data" if what.startswith("held-out") else "data"
+def _check_fits(what: str, setting: str, sizes: tuple[int, int], limits: dict[str, int | None], section: str) -> None:
     for name, limit in limits.items():
         if limit is not None and sum(sizes) > limit:
             raise UserError(

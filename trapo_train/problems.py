@@ -108,6 +108,11 @@ class ProblemSet(Sequence[Problem]):
         return self._problem(self._entries[index])
 
     @property
+    def section(self) -> str:
+        """The section of the configuration that they come from, such as eval_data.aime."""
+        return self._reader.section
+
+    @property
     def longest_prompt_tokens(self) -> int:
         """Tokens of the longest prompt."""
         return max((entry.prompt_tokens for entry in self._entries), default=0)
@@ -154,24 +159,27 @@ class ProblemSet(Sequence[Problem]):
 class RowReader:
     """Turns rows of the configured dataset into problems.
 
-    Raises: UserError as `data.load_problems` says, naming the dataset, its split and the row.
+    Raises: UserError as `data.load_problems` says, naming the section of the configuration, the dataset, its split and the row.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] | None = None) -> None:
-        self.where = f"{config.path or config.task}, split {config.split}"
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] | None = None, section: str = "data"
+    ) -> None:
+        self.section = section
+        self.where = f"{section}: {config.path or config.task}, split {config.split}"
         check_end(tokenizer)
         self.config = config
         self.tokenizer = tokenizer
         self._endings = Endings.of(tokenizer, end_ids or [tokenizer.eos_token_id])
         self._line_break = line_break_behind(tokenizer)
-        columns, self._rows = load_rows(config)
+        columns, self._rows = load_rows(config, section)
         self._told = False  # of prompts that begin twice
         self._are_conversations = config.prompt_column == config.expert_column
         self._has_experts = _has(columns, config.expert_column)
         self._has_solutions = config.solution_column is not None and (
             config.preset != "messages" or _has(columns, config.solution_column)
         )
-        further = _further_columns(config, columns, self.where)
+        further = _further_columns(config, columns, self.where, section)
         self.unread_columns = tuple(column for column in further if column in RESERVED_COLUMNS)
         self.columns = [column for column in further if column not in RESERVED_COLUMNS]
         self._examples = examples(self._rows, config, self.where)
@@ -214,8 +222,8 @@ class RowReader:
             if config.on_long_prompt == "drop":
                 return Row(None, [], {})
             raise UserError(
-                f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. "
-                "Raise max_prompt_tokens, or drop such rows with on_long_prompt: drop."
+                f"{at}: the prompt has {len(prompt_ids)} tokens, max_prompt_tokens is {config.max_prompt_tokens}. Raise "
+                f"{self.section}.max_prompt_tokens, or drop such rows with {self.section}.on_long_prompt=drop."
             )
         solution = None
         if self._has_solutions and self._examples[index].ends_row:
@@ -280,7 +288,7 @@ def identity(problem: Problem) -> tuple[Any, ...]:
     return problem.prompt_ids, problem.solution if problem.solution is not None else repr(problem.columns)
 
 
-def _further_columns(config: DataConfig, columns: list[str], where: str) -> list[str]:
+def _further_columns(config: DataConfig, columns: list[str], where: str, section: str) -> list[str]:
     """Check that the configured columns exist; return the others, which go to the reward."""
     named = {name: getattr(config, name) for name in ("prompt_column", "solution_column", "expert_column")}
     for name, column in named.items():
@@ -290,7 +298,7 @@ def _further_columns(config: DataConfig, columns: list[str], where: str) -> list
             layout, near = _layout_hint(config, columns), did_you_mean(column, columns)
             hint = (layout or near) if config.is_default(name) else (near or layout)  # a name that somebody typed may be misspelt
             preset = f"remove preset: {config.preset} and " if config.preset is not None else ""
-            remedy = f"{preset}set {name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
+            remedy = f"{preset}set {section}.{name} to one of them" + ("." if name == "prompt_column" else ", or to null.")
             raise UserError(f"{where} has no column {column!r} ({name}); it has {columns}.{hint} {remedy[0].upper()}{remedy[1:]}")
     return [column for column in columns if column not in named.values()]
 

@@ -33,13 +33,14 @@ Message = dict[str, Any]  # role, content and whatever else the chat template re
 BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what else an assistant says in a message
 
 
-def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
-    """Return the column names and the rows of the configured task or dataset, at most `num_problems` of them."""
+def load_rows(config: DataConfig, section: str = "data") -> tuple[list[str], Sequence[dict[str, Any]]]:
+    """Return the column names and the rows of the configured task or dataset, at most `num_problems` of them;
+    `section` is what errors call that configuration."""
     if config.task is not None:
         num_problems = config.num_problems or DEFAULT_TASK_PROBLEMS
         rows = generate_rows(config.task_options, num_problems=num_problems, split=config.split, seed=config.seed)
         return list(rows[0]), rows
-    read = _reader(config)
+    read = _reader(config, section)
     try:
         dataset = read()
     except Exception as error:  # what datasets, pyarrow and the hub raise has no class in common
@@ -47,8 +48,8 @@ def load_rows(config: DataConfig) -> tuple[list[str], Sequence[dict[str, Any]]]:
         reason = error.__cause__ or error
         of = f"revision {config.revision!r}, " if config.revision is not None else ""
         raise UserError(
-            f"Reading the dataset {config.path!r}, {of}split {config.split!r}, failed: {type(reason).__name__}: {reason}. "
-            "Check that it is there, readable and not empty."
+            f"{section}: reading the dataset {config.path!r}, {of}split {config.split!r}, failed: {type(reason).__name__}: {reason}"
+            ". Check that it is there, readable and not empty."
         ) from error
     dataset.info.features = _undecoded(dataset.features)  # of an image each read would be another object, with another repr
     if config.num_problems is not None:
@@ -317,7 +318,7 @@ def _read_variables(template: str) -> frozenset[str]:
     return frozenset(found - RENDERING - {"raise_exception", "strftime_now"})
 
 
-def _reader(config: DataConfig) -> Callable[[], Any]:
+def _reader(config: DataConfig, section: str) -> Callable[[], Any]:
     """What reads the dataset with the package datasets; raises UserError for a file that is not there, or a revision of a file or
     folder, and MissingPackage."""
     try:
@@ -325,23 +326,27 @@ def _reader(config: DataConfig) -> Callable[[], Any]:
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
-        raise MissingPackage("data.path needs the package datasets: pip install 'trapo[train]'.") from error
+        raise MissingPackage(f"{section}.path needs the package datasets: pip install 'trapo[train]'.") from error
 
     path, split, folder = config.path, config.split, Path(config.path)
     if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or glob.glob(path)):
-        raise UserError(f"revision must be null but for a dataset on the hub, got {config.revision!r} with {path!r}. Remove it.")
+        raise UserError(
+            f"{section}.revision must be null but for a dataset on the hub, got {config.revision!r} with {path!r}. Remove it."
+        )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return partial(_from_disk, path, split)
     suffix = folder.suffix.lower()
     found = glob.glob(path)
     if any(character in path for character in "*?[") and not found:
-        raise UserError(f"path must match files: no file matches {path!r}. Correct it.")
+        raise UserError(f"{section}.path must match files: no file matches {path!r}. Correct it.")
     if suffix not in FILE_SUFFIXES and any(Path(file).is_file() for file in found):  # which datasets would ask the hub for
-        raise UserError(f"path must be a folder, a name on the hub or a file {', '.join(FILE_SUFFIXES)}, got {path!r}. Convert it.")
+        raise UserError(
+            f"{section}.path must be a folder, a name on the hub or a file {', '.join(FILE_SUFFIXES)}, got {path!r}. Convert it."
+        )
     if suffix not in FILE_SUFFIXES:
         return partial(datasets.load_dataset, path, config.name, split=split, revision=config.revision)
     if not found:
-        raise UserError(f"path must name a file: there is no file {path!r}. Correct it.")
+        raise UserError(f"{section}.path must name a file: there is no file {path!r}. Correct it.")
     # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read
     # it too, but asks the hub to count the download first and waits for an answer where there is no network.
     files = {re.match(r"\w*", split).group(): path}

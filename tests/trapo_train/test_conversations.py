@@ -312,7 +312,11 @@ OF_CONVERSATIONS = {"prompt_column": "conversations", "expert_column": "conversa
             MESSAGES,
             "For SFT on them set no preset, prompt_column: prompt, expert_col",
         ),
-        ({"prompt": "a", "completion": "b"}, {}, r"expert_column: completion and solution_column: null\. Set solution_column to"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {},
+            r"expert_column: completion and solution_column: null\. Set data.solution_column to",
+        ),
         (
             {"instruction": "a", "output": "b"},
             {},

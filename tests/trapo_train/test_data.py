@@ -273,7 +273,7 @@ def test_whole_numbers_are_solutions(load):
     ("rows", "options", "error", "words"),
     [
         (ROWS, {"prompt_column": "question"}, ValueError, "no column 'question' (prompt_column); it has ['prompt',"),
-        (ROWS, {"solution_column": "answer"}, ValueError, "Set solution_column to one of them, or to null."),
+        (ROWS, {"solution_column": "answer"}, ValueError, "Set data.solution_column to one of them, or to null."),
         (ROWS, {"expert_column": "traces"}, ValueError, "no column 'traces' (expert_column)"),
         (
             [{"prompt": "p", "solution": {"a": "s"}, "expert": "e"}],

@@ -1,8 +1,12 @@
 """The settings of a dataset, and the generated task as one."""
 
+import json
+
 import pytest
 
 from trapo_train.data import DataConfig, load_problems
+from trapo_train.evaluate import EvalConfig, load_eval_sets
+from trapo_train.schema import UserError
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
 
@@ -49,3 +53,31 @@ def test_bad_options(options, words):
 def test_an_unknown_preset():
     with pytest.raises(ValueError, match=r"preset must be one of luffy, messages or null, got 'verl'"):
         DataConfig(path="d", preset="verl")
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"path": "trian.jsonl"}, "{section}.path must name a file: there is no file 'trian.jsonl'"),
+        ({"path": "*.jsonl.gz"}, "{section}.path must match files"),
+        ({"revision": "v1"}, "{section}.revision must be null but for a dataset on the hub, got 'v1'"),
+        ({"split": "train[:0]"}, "{section}: reading the dataset "),
+        ({"solution_column": "answer"}, "Set {section}.solution_column to one of them, or to null."),
+        ({"max_prompt_tokens": 1}, "Raise {section}.max_prompt_tokens, or drop such rows with {section}.on_long_prompt=drop."),
+        ({"max_prompt_tokens": 1, "on_long_prompt": "drop"}, "within {section}.max_prompt_tokens = 1."),
+        ({"think_tags": "require"}, "{section}: rows.jsonl, split train, row 0: an expert trace must open with <think>"),
+    ],
+)
+def test_an_error_names_the_section_whose_key_it_is_about(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "ab|", "solution": "bc", "expert": "de"}))
+    config, tokenizer = DataConfig(**{"path": "rows.jsonl"} | options), build_tokenizer()
+    for section, load in {
+        "data": lambda: load_problems(config, tokenizer, None),
+        "eval_data": lambda: load_eval_sets(config, EvalConfig(), tokenizer),
+        "eval_data.aime": lambda: load_eval_sets({"aime": config}, EvalConfig(), tokenizer),
+    }.items():
+        with pytest.raises(UserError) as raised:
+            load()
+        assert words.format(section=section) in str(raised.value)

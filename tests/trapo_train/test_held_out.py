@@ -205,7 +205,9 @@ def test_an_evaluation_may_be_longer_than_the_rollouts_where_engine_and_model_ho
 def test_a_set_that_has_nothing_to_report_is_refused(configure, tmp_path):
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"prompt": "ab?a1:", "solution": "b"}\n')
-    with pytest.raises(ValueError, match=r"evaluation\.sample=false reports .* alone, and second has none\. Set its expert_column"):
+    with pytest.raises(
+        ValueError, match=r"evaluation\.sample=false reports .* alone, and eval_data\.second has none\. Set its expert_column"
+    ):
         sets = f"eval_data={{first: {{task: pointer_chasing, split: test}}, second: {{path: {path}}}}}"
         train_to_end(configure("run", *EVALUATED, sets, "evaluation.sample=false"))
 
@@ -238,15 +240,19 @@ def test_a_held_out_prompt_needs_room_for_what_an_evaluation_makes_of_it(setting
     lengths = ["rollout.max_response_tokens=3000", "packing.max_tokens=4096"]
     config = configure("run", *EVALUATED, *lengths, *settings)
     problems, entry = (
-        SimpleNamespace(longest_prompt_tokens=prompt, longest_with_expert=lambda longest: (2000, trace)) for prompt in (500, 2000)
+        SimpleNamespace(longest_prompt_tokens=prompt, longest_with_expert=lambda longest: (2000, trace), section=section)
+        for prompt, section in ((500, "data"), (2000, "eval_data.aime"))
     )
-    with nullcontext() if message is None else pytest.raises(ValueError, match=f"train: the longest .*{message}"):
+    told = rf"train: the longest .*{message}.*, or drop long prompts with eval_data\.aime\.max_prompt_tokens and"
+    with nullcontext() if message is None else pytest.raises(ValueError, match=told):
         check_lengths(config, model, problems, [entry])
 
 
 def test_where_nothing_is_sampled_the_longest_trace_counts_not_the_longest_response(configure):
     model = SimpleNamespace(config=Qwen2Config(max_position_embeddings=512))
-    problems = SimpleNamespace(longest_prompt_tokens=400, longest_with_expert=lambda longest: (47, 465), traces=[1, 2])
+    problems = SimpleNamespace(
+        longest_prompt_tokens=400, longest_with_expert=lambda longest: (47, 465), traces=[1, 2], section="data"
+    )
     lengths = ["rollout.max_response_tokens=4096", "packing.max_tokens=16384"]
     sft = configure("run", *lengths, "plan.name=sft", "objective.name=sft", "reward=null", "packing.aggregation=token_mean")
     check_lengths(sft, model, problems, [])

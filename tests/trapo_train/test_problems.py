@@ -146,7 +146,7 @@ def test_the_fingerprint_knows_order_and_number(load):
 
 
 def test_a_misspelt_column_gets_a_proposal(load):
-    with pytest.raises(ValueError, match="no column 'experts'.*Did you mean 'expert'\\? Set expert_column"):
+    with pytest.raises(ValueError, match="no column 'experts'.*Did you mean 'expert'\\? Set data.expert_column"):
         load(ROWS, expert_column="experts")
 
 

@@ -74,7 +74,7 @@ def test_a_dataset_is_of_the_revision(monkeypatch):
     for revision in ("v1.0", None):
         load_rows(DataConfig(path="owner/set", name="main", revision=revision))
     assert asked == [("owner/set", "main", {"split": "train", "revision": revision}) for revision in ("v1.0", None)]
-    with pytest.raises(UserError, match=r"Reading the dataset 'owner/set', revision 'gone', split 'train', failed"):
+    with pytest.raises(UserError, match=r"data: reading the dataset 'owner/set', revision 'gone', split 'train', failed"):
         load_rows(DataConfig(path="owner/set", revision="gone"))
 
 
