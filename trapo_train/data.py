@@ -48,7 +48,8 @@ class DataConfig:
     task: Literal["pointer_chasing"] | None = None
     """A task generated offline. Give either this or path."""
     path: str | None = None
-    """A Hugging Face dataset name, a folder, or a .parquet, .jsonl or .json file (patterns such as data/*.parquet too)."""
+    """A Hugging Face dataset name, a folder, or a .parquet, .jsonl, .json or .csv file (patterns such as data/*.parquet
+    too). Each cell of a .csv file is text, null where it is empty."""
     name: str | None = None
     """The configuration of the Hugging Face dataset, if it has several."""
     revision: str | None = None

@@ -15,7 +15,6 @@ from trapo_train.records import ExpertTrace, Problem
 from trapo_train.rewards import ABOUT_RESPONSES
 from trapo_train.rows import (
     cell,
-    load_rows,
     prompt_text,
     solution_text,
     tools_of,
@@ -26,6 +25,7 @@ from trapo_train.rows import (
     without_start,
 )
 from trapo_train.schema import UserError, did_you_mean
+from trapo_train.sources import load_rows
 from trapo_train.tokenizer import check_end, continuations, line_break_behind
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.test_step import make_model
-from trapo_train import cli, dry_run, rows, train
+from trapo_train import cli, dry_run, sources, train
 from trapo_train.display import read_metrics
 from trapo_train.held_out import model_label
 from trapo_train.optimizer import OptimizerConfig
@@ -282,7 +282,7 @@ def test_a_bug_in_a_check_of_the_configuration_keeps_its_traceback(config, monke
 
 
 def test_a_bug_in_reading_data_is_not_told_as_unreadable_data(config, monkeypatch):
-    monkeypatch.setattr(rows, "FILE_SUFFIXES", None)
+    monkeypatch.setattr(sources, "FILE_SUFFIXES", None)
     with pytest.raises(TypeError):
         cli.main(["run", config, "eval_data={path: data.jsonl}"])
 

@@ -329,16 +329,16 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
     empty.write_text("")
     no_rows = tmp_path / "no_rows.json"
     no_rows.write_text("[]")
-    table = tmp_path / "table.csv"
-    table.write_text("prompt,solution\n1+1=,2\n")
+    table = tmp_path / "table.tsv"
+    table.write_text("prompt\tsolution\n1+1=\t2\n")
     for path, words in [
         ("no_such_file.jsonl", "there is no file 'no_such_file.jsonl'"),
         (str(broken), "broken.parquet', split 'train', failed"),
         (str(empty), "not empty."),
         (str(no_rows), "not empty."),
         (str(tmp_path / "*.jsonl.gz"), "no file matches"),
-        (str(table), "table.csv'. Convert it."),
-        (str(tmp_path / "*.csv"), "*.csv'. Convert it."),
+        (str(table), "table.tsv'. Convert it."),
+        (str(tmp_path / "*.tsv"), "*.tsv'. Convert it."),
     ]:
         with pytest.raises(ValueError) as error:
             load_problems(DataConfig(path=path), tokenizer, None)

@@ -19,8 +19,8 @@ from trapo_train.held_out import model_label
 from trapo_train.lora import LoraConfig, add_lora
 from trapo_train.model import ModelConfig
 from trapo_train.preflight import check_places, name_model_in_hub_errors
-from trapo_train.rows import load_rows
 from trapo_train.schema import UserError
+from trapo_train.sources import load_rows
 from trapo_train.tasks import build_tokenizer
 
 SHOW = """
