@@ -286,7 +286,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
 
 def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.memory import GIB, changes, plan_memory
-    from trapo_train.tables import changes_table, memory_table
+    from trapo_train.tables import changes_table, memory_summary, memory_table
 
     config = _load(args)
     if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
@@ -295,14 +295,7 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
     where = {"context": args.context, "device_type": args.device, "gpu_bytes": gpu_bytes}
     plan = plan_memory(config, gpus=args.gpus, **where)
     console.print(memory_table(plan))
-    console.print(
-        f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
-        f"{plan.micro_batch_tokens} tokens, {plan.sequences} responses of at most {plan.generated} tokens, prompt included, "
-        f"generated together on a rank (those of {plan.generated_by}). Before that, each rank takes "
-        f"{plan.loading_bytes / GIB:.2f} GiB of host memory to load the model in float32. Not counted: the "
-        "CUDA context, the allocator's fragmentation.",
-        highlight=False,
-    )
+    console.print(memory_summary(plan, args.device), highlight=False)
     if args.memory_gib is None:
         return EXIT_OK
     if plan.peak_bytes <= args.memory_gib * GIB:

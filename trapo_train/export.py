@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,7 +157,9 @@ def export_adapter(
     with (
         torch.device("meta"),
         names_as_they_are(),
+        warnings.catch_warnings(),
     ):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT 0.21 asks for it
         wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"], revision=revision)
     weights = {f"base_model.model.{name}": p.detach().to(dtype) for name, p in model.named_parameters() if ".lora_" in name}
     with _in_place_of(directory) as unfinished:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trapo_train.parallel import World
-from trapo_train.schema import UserError
+from trapo_train.schema import UserError, refused
 
 LOCK_FILE = ".lock"
 
@@ -21,21 +21,23 @@ def held(output_dir: Path, world: World) -> Iterator[str | None]:
     """Inside, no other run can begin in `output_dir`; every rank enters. Gives a note where the disk takes no locks. The lock ends
     with the process, whatever ends that and whatever it has forked.
 
-    Raises: UserError, on every rank, where another run writes there.
+    Raises: UserError, on every rank, where another run writes there or the directory cannot be written to.
     """
+    writable = f"output_dir must be a directory that can be written to, got {output_dir}. Choose another, or mend what it lacks"
     with ExitStack() as files:
 
         def take() -> str | None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            file = files.enter_context((output_dir / LOCK_FILE).open("a+", encoding="utf-8"))
-            note = _take(file)
-            os.register_at_fork(after_in_child=file.close)  # or the lock would last as long as a child, which shares it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with refused(writable, OSError):
+                output_dir.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context((output_dir / LOCK_FILE).open("a+", encoding="utf-8"))
+                note = _take(file)
+                os.register_at_fork(after_in_child=file.close)  # or the lock would last as long as a child, which shares it
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
             return note
 
-        yield world.attempt(take if world.first else lambda: None, OSError, UserError)[0]
+        yield world.attempt(take if world.first else lambda: None, UserError)[0]
 
 
 def _take(file: TextIO) -> str | None:

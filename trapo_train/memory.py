@@ -1,8 +1,9 @@
 """How much memory a run will need on each GPU, by component and phase, before anything is loaded.
 
 Weights, gradients and optimizer state are counted on the model's own shapes, activations are traced through its own code on fake
-tensors (see `memory_trace`), buffers of head and rollouts follow from their sizes. Not included: the CUDA context, the allocator's
-fragmentation, and what other processes hold. What a run has held so far is `peak_memory_mib`.
+tensors (see `memory_trace`), buffers of head and rollouts follow from their sizes. Not included: the CUDA context or, on a CPU,
+Python and its libraries, the allocator's fragmentation, and what other processes hold. What a run has held so far is
+`peak_memory_mib`.
 """
 
 from __future__ import annotations

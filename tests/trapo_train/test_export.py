@@ -170,7 +170,7 @@ def test_lora_is_added(configure, tmp_path):
     assert equal(weights(directory), weights(Path(config.output_dir) / "model"))
 
 
-def test_an_adapter_alone_is_what_peft_loads_beside_the_base(configure, finished, capsys):
+def test_an_adapter_alone_is_what_peft_loads_beside_the_base(configure, finished, capsys, recwarn):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
     base = str(finished / "model")
     lora = (
@@ -179,6 +179,7 @@ def test_an_adapter_alone_is_what_peft_loads_beside_the_base(configure, finished
     config = configure("adapter", lora, "steps=2", "optimizer.warmup_steps=0")
     train_to_end(config)
     assert cli.main(["export", config.output_dir, "--adapter"]) == 0
+    assert not [told for told in recwarn if told.category is FutureWarning]  # of libraries to each other
     directory = Path(config.output_dir) / "adapter_step_2"
     assert f"step 2: wrote {directory}" in capsys.readouterr().out.replace("\n", "")
     saved = load_file(directory / "adapter_model.safetensors")

@@ -121,6 +121,14 @@ def test_what_only_reads_works_beside_a_run(configure):
     assert (Path(config.output_dir) / "model_step_1").is_dir()
 
 
+def test_an_output_dir_that_cannot_be_made_is_named_as_such(tmp_path):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "run"
+    told = rf"^output_dir must be a directory that can be written to, got {place}\. Choose another, or mend what it lacks: \[Errno"
+    with pytest.raises(UserError, match=told), held(place, World.alone()):
+        pytest.fail("it is held")
+
+
 def test_a_disk_without_locks_is_noted_and_the_run_goes_on(configure, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -20,6 +20,7 @@ from trapo_train.memory_trace import HeadSizes, LiveTensors, trace_optimizer, tr
 from trapo_train.model import ModelConfig
 from trapo_train.optimizer import OptimizerConfig
 from trapo_train.schema import UserError
+from trapo_train.tables import changes_table, memory_summary
 
 SHAPE = Qwen2Config(
     vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
@@ -170,6 +171,14 @@ def test_what_samples_nothing_is_planned_no_responses(recipe):
     sft = ["plan.name=sft", "objective.name=sft", "reward=null", "evaluation.every=5", "eval_data={path: held_out.jsonl}"]
     plans = [plan_memory(load_config(recipe, [*sft, f"evaluation.sample={sample}"])) for sample in ("false", "true")]
     assert [plan.sequences for plan in plans] == [0, 8] and plans[0].total("rollout") < plans[1].total("rollout")
+    assert "micro-batches of 4096 tokens. Before" in memory_summary(plans[0], "cuda")
+    assert "micro-batches of 4096 tokens, 8 responses of at most" in memory_summary(plans[1], "cuda")
+
+
+@pytest.mark.parametrize(("device", "outside"), [("cuda", "the CUDA context"), ("cpu", "Python and its libraries")])
+def test_what_is_not_counted_depends_on_the_device(recipe, device, outside):
+    told = memory_summary(plan_memory(load_config(recipe), device_type=device), device)
+    assert told.endswith(f"Not counted: {outside}, the allocator's fragmentation.")
 
 
 def test_an_evaluation_of_longer_responses_counts(recipe):
@@ -228,6 +237,9 @@ def test_changes_lower_the_peak(recipe):
     assert "model.gradient_checkpointing=true" in [setting for setting, _ in found]
     peaks = [other.peak_bytes for _, other in found]
     assert peaks == sorted(peaks) and peaks[-1] < plan.peak_bytes
+    for limit, title, columns in ((1.0, "one change at a time", 4), (0.001, "one change at a time, none of which is enough", 3)):
+        table = changes_table(found, limit)
+        assert (table.title, len(table.columns), table.row_count) == (title, columns, len(found))
 
 
 def test_an_evaluation_is_cut_at_the_positions_from_its_own_length(recipe):
