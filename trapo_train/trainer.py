@@ -88,7 +88,7 @@ class Trainer:
         self.config = config = config.for_problems(len(self.problems))
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
-        held_out = {f"eval_data {name}".strip(): entry.problems for name, entry in self.eval_sets.items()}
+        held_out = {entry.problems.section: entry.problems for entry in self.eval_sets.values()}
         preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
         check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
         judged = {"data": self.problems} | (held_out if config.evaluation.sample else {})

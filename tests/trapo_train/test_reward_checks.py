@@ -80,8 +80,10 @@ def test_a_reward_may_need_what_the_data_brings_in_every_set(configure, tmp_path
     ):
         Trainer(configure(f"reward={reward}"))
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "ab?a1:", "solution": "b"}')
-    held_out = (*EVALUATED, "reward=odd_rewards:of_depth", "eval_data={path: held_out.jsonl}")
-    with pytest.raises(ValueError, match=r"needs depth as well, .* no columns of eval_data; there it is called with prompts, "):
+    held_out = (*EVALUATED, "reward=odd_rewards:of_depth", "eval_data={aime: {path: held_out.jsonl}}")
+    with pytest.raises(
+        ValueError, match=r"needs depth as well, .* no columns of eval_data\.aime; there it is called with prompts, "
+    ):
         Trainer(configure(*held_out))
 
 
