@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
+from trapo_train.evaluate import section_of
 from trapo_train.objective import extreme_objectives
 from trapo_train.optimizer import OptimizerConfig
 from trapo_train.parallel import World
@@ -224,7 +225,7 @@ def _rendered(config: RunConfig) -> list[str]:
     """A section of held-out problems takes nothing over from that of the training problems."""
     sets = config.eval_data if isinstance(config.eval_data, dict) else {"": config.eval_data} if config.eval_data else {}
     return [
-        f"data.{setting} is {getattr(config.data, setting)!r}, that of {f'eval_data {name}'.strip()} {getattr(entry, setting)!r}: "
+        f"data.{setting} is {getattr(config.data, setting)!r}, that of {section_of(name)} {getattr(entry, setting)!r}: "
         "the model is evaluated on other prompts than it is trained on. Set the same in both, unless the data brings it"
         for name, entry in sets.items()
         for setting in ("chat_template_kwargs", "system_prompt", "response_start")

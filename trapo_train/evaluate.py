@@ -160,6 +160,11 @@ class EvalSet:
         return min(self.samples)
 
 
+def section_of(name: str) -> str:
+    """What a set is called in the configuration and in what is said of it: eval_data.aime."""
+    return f"eval_data.{name}" if name else "eval_data"
+
+
 def load_eval_sets(
     data: DataConfig | Mapping[str, DataConfig] | None,
     config: EvalConfig,
@@ -176,8 +181,7 @@ def load_eval_sets(
     named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
     sets: dict[str, EvalSet] = {}
     for name, entry in named.items():
-        section = f"eval_data.{name}" if name else "eval_data"
-        problems = load_problems(entry, tokenizer, None, end_ids=end_ids, world=world, section=section)
+        problems = load_problems(entry, tokenizer, None, end_ids=end_ids, world=world, section=section_of(name))
         sets[name] = EvalSet.of(problems, config, name)
     if not sets:
         return sets

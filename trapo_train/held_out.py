@@ -57,8 +57,8 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataR
     texts as prompts that are rendered as chats, and the `trained` problems, None where nothing is trained, have not, or the other
     way round."""
     notes = []
-    for name, entry in eval_sets.items():
-        section = f"eval_data {name}".strip()
+    for entry in eval_sets.values():
+        section = entry.problems.section
         report = replace(entry.problems.report, duplicates=0)  # of which there is more to say here
         notes.append(f"{section}: {report}{_repeated(entry)}")
         if dropped := entry.problems.at(entry.members).without_long_experts(longest)[1]:
@@ -75,10 +75,10 @@ def loading_notes(eval_sets: Mapping[str, EvalSet], longest: int, trained: DataR
 def trained_too(eval_sets: Mapping[str, EvalSet], problems: ProblemSet) -> list[str]:
     """Which sets have prompts that are among the training `problems`, and how many."""
     trained, notes = set(problems.prompt_keys), []
-    for name, entry in eval_sets.items():
+    for entry in eval_sets.values():
         shared = sum(key in trained for key in entry.problems.at(entry.rows).prompt_keys)
         if shared:
-            section = f"eval_data {name}".strip()
+            section = entry.problems.section
             notes.append(f"{shared} of the {len(entry.rows)} problems of {section} are training problems, too (equal prompts)")
     return notes
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from trapo_train.evaluate import section_of
 from trapo_train.grading import FAILED_SHARE, about_failed_gradings
 
 SILENT_SHARE = 0.1  # of the samples; the odd solution that a grader cannot read is no symptom
@@ -79,7 +80,7 @@ def about_evaluation(name: str, metrics: Mapping[str, Any]) -> str | None:
     if "samples_per_problem" not in metrics:  # nothing was sampled
         return None
     silent = _about_silence(metrics, round(metrics["num_problems"] * metrics["samples_per_problem"]))
-    return silent and f"{f'eval_data {name}'.strip()}: {silent}"
+    return silent and f"{section_of(name)}: {silent}"
 
 
 def _about_silence(metrics: Mapping[str, Any], samples: float) -> str | None:

@@ -221,7 +221,7 @@ def test_held_out_chats_that_are_rendered_otherwise(advised):
     think = "chat_template_kwargs: {think: false}"
     trained = "data.chat_template_kwargs={think: false}"
     (sentence,) = advised(trained, f"eval_data={{same: {{path: a.jsonl, {think}}}, other: {{path: b.jsonl}}}}")
-    assert sentence.startswith("data.chat_template_kwargs is {'think': False}, that of eval_data other {}: the model is evaluated")
+    assert sentence.startswith("data.chat_template_kwargs is {'think': False}, that of eval_data.other {}: the model is evaluated")
     (sentence,) = advised("eval_data={path: a.jsonl, chat_template_kwargs: {think: true}}")
     assert "is {}, that of eval_data {'think': True}" in sentence
     assert advised(trained, f"eval_data={{path: a.jsonl, {think}}}") == advised(trained) == []

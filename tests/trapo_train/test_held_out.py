@@ -121,7 +121,7 @@ def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, c
     train_to_end(config)
     told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
     assert (
-        "eval_data short: 4 problems (4 without expert; 1 more dropped for a long prompt), 0 expert traces; 3 different ones in 4 "
+        "eval_data.short: 4 problems (4 without expert; 1 more dropped for a long prompt), 0 expert traces; 3 different ones in 4 "
         "rows: equal rows are one problem, with as many times the samples"
     ) in told
     assert {row["dropped_prompts"] for row in rows(config) if row["kind"] == "eval"} == {1.0}
@@ -134,11 +134,12 @@ def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, c
 @pytest.mark.parametrize(("trained", "held"), [(0, 0), (2, 3), (2, 0), (0, 3)])
 def test_texts_beside_chats_are_noted_whichever_of_the_two_is_held_out(trained, held):
     report = DataReport(problems=3, without_expert=3, experts=0, dropped_experts=0, dropped_prompts=0, plain_prompts=held)
-    problems = SimpleNamespace(report=report, at=lambda members: SimpleNamespace(without_long_experts=lambda longest: (None, 0)))
+    some = SimpleNamespace(without_long_experts=lambda longest: (None, 0))
+    problems = SimpleNamespace(report=report, section="eval_data.a", at=lambda members: some)
     entry = SimpleNamespace(problems=problems, rows=[0], members=[0])
     _, *noted = held_out.loading_notes({"a": entry}, 9, replace(report, plain_prompts=trained))
     assert len(held_out.loading_notes({"a": entry}, 9, None)) == 1  # an evaluation by itself
-    chats, texts = ("eval_data a", "data") if trained else ("data", "eval_data a")
+    chats, texts = ("eval_data.a", "data") if trained else ("data", "eval_data.a")
     said = f"prompts of {chats} are rendered with the chat template, those of {texts} are not all: the model is evaluated on other"
     assert [sentence.startswith(said) for sentence in noted] == [True] * ((trained > 0) != (held > 0))
 
@@ -157,15 +158,15 @@ def test_held_out_problems_that_are_trained_too_are_counted(configure, tmp_path)
     data = (f"data={trained}", f"model.tokenizer={tmp_path / 'tokenizer'}", "steps=1", "prompts_per_step=1", *EVALUATED, sets)
     trainer = Trainer(configure("grpo", *data, "plan.name=grpo", "objective.name=dr_grpo"))
     assert [note for note in trainer.notes if "training problems, too" in note] == [
-        "2 of the 3 problems of eval_data both are training problems, too (equal prompts)",
-        "3 of the 3 problems of eval_data all are training problems, too (equal prompts)",
+        "2 of the 3 problems of eval_data.both are training problems, too (equal prompts)",
+        "3 of the 3 problems of eval_data.all are training problems, too (equal prompts)",
     ]
     config = configure("run", *data, "plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
     train_to_end(config)  # not on the problem without a trace
     told = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
     assert [text.split(" are ")[0] for text in told if "training problems, too" in text] == [
-        "1 of the 3 problems of eval_data both",
-        "2 of the 3 problems of eval_data all",
+        "1 of the 3 problems of eval_data.both",
+        "2 of the 3 problems of eval_data.all",
     ]
     evaluates = Trainer(config, trains=False)  # as `trapo-train eval`, whose problems are held-out ones
     assert not any("training problems, too" in note for note in evaluates.notes)
@@ -177,7 +178,7 @@ def test_held_out_traces_that_are_too_long_are_noted(configure, tmp_path):
     )
     sets = f"{{all: {{path: {tmp_path}/a.jsonl}}, first: {{path: {tmp_path}/a.jsonl, split: 'train[:2]'}}}}"
     notes = Trainer(configure("run", f"eval_data={sets}")).notes
-    assert "eval_data all: left out 2 expert traces longer than rollout.max_response_tokens = 16" in notes
+    assert "eval_data.all: left out 2 expert traces longer than rollout.max_response_tokens = 16" in notes
     assert not any("first: left out" in note for note in notes)
 
 

@@ -63,7 +63,7 @@ def test_a_share_of_samples_without_an_opinion_is_told_once(silent, which):
     expected = [] if which is None else [f"the reward had no opinion (None) on {which}, and each counts as 0"]
     assert said([metrics, metrics])[0] == [f"step 1: {text}" for text in expected]
     evaluation = {"reward/none_count": float(silent), "num_problems": 40.0, "samples_per_problem": 2.0}
-    assert about_evaluation("aime", evaluation) == (f"eval_data aime: {expected[0]}" if expected else None)
+    assert about_evaluation("aime", evaluation) == (f"eval_data.aime: {expected[0]}" if expected else None)
     assert about_evaluation("", {"expert_nll": 1.0}) is None
 
 
@@ -77,7 +77,7 @@ def test_rows_without_a_solution_are_counted_and_what_that_costs_is_told(tmp_pat
     summary = train_to_end(replace(config, prompts_per_step=4))
     assert "4 problems (4 without expert" in (out := capsys.readouterr().out) and "; 2 problems have no solution" in out
     events = [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
-    for section in ("data", "eval_data a"):
+    for section in ("data", "eval_data.a"):
         assert any(
             text.startswith(f"{section}: 2 of 4 problems have no solution, which the reward exact_match takes") for text in events
         )
@@ -85,7 +85,7 @@ def test_rows_without_a_solution_are_counted_and_what_that_costs_is_told(tmp_pat
     told = f"the reward had no opinion (None) on {count // 2} of {count} samples, and each counts as 0"
     assert [text for text in events if "no opinion (None) on" in text] == [
         f"step 1: {told}",
-        "eval_data a: the reward had no opinion (None) on 2 of 4 samples, and each counts as 0",
+        "eval_data.a: the reward had no opinion (None) on 2 of 4 samples, and each counts as 0",
     ]
     assert cli.main(["eval", config.output_dir]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "eval_data a: " + told.replace(f"{count // 2} of {count}", "2 of 4")
+    assert capsys.readouterr().out.splitlines()[-1] == "eval_data.a: " + told.replace(f"{count // 2} of {count}", "2 of 4")
