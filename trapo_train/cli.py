@@ -217,8 +217,9 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
-        for text in filter(None, (about_evaluation(name, metrics) for name, metrics in evaluations.items())):
-            say(console, text, "yellow")
+        for name, metrics in evaluations.items():
+            for text in about_evaluation(name, metrics).values():
+                say(console, text, "yellow")
         if config.evaluation.save_samples:
             _print_paths([responses_file(config.output_dir, name, label) for name in evaluations], console)
     trainer.close()

@@ -30,10 +30,7 @@ class Symptoms:
 
     def of_step(self, metrics: Mapping[str, Any]) -> list[str]:
         """Sentences on a training step."""
-        found = {}
-        silent = _about_silence(metrics, metrics["num_samples"]) if "finished_share" in metrics else None
-        if silent is not None:
-            found["silent"] = silent
+        found = _about_silence(metrics, metrics["num_samples"]) if "finished_share" in metrics else {}
         for key, share in metrics.items():
             if key.startswith(FAILED_SHARE) and share >= 0.5:
                 found[key] = about_failed_gradings(key.removeprefix(FAILED_SHARE), share)
@@ -53,9 +50,9 @@ class Symptoms:
 
     def of_evaluation(self, name: str, metrics: Mapping[str, Any]) -> list[str]:
         """Sentences on an evaluation of the set of this name."""
-        text = about_evaluation(name, metrics)
-        new = [text] if text is not None and f"eval {name}" not in self._told else []
-        self._told |= {f"eval {name}"} if new else set()
+        found = {f"eval {name}: {kind}": text for kind, text in about_evaluation(name, metrics).items()}
+        new = [text for key, text in found.items() if key not in self._told]
+        self._told |= set(found)
         return new
 
     def at_the_end(self) -> list[str]:
@@ -75,18 +72,19 @@ class Symptoms:
         return "endless", why
 
 
-def about_evaluation(name: str, metrics: Mapping[str, Any]) -> str | None:
-    """A sentence on an evaluation of the set `name` where its reward had no opinion on many responses; else None."""
+def about_evaluation(name: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """By its kind, a sentence on an evaluation of the set `name` where its reward had no opinion on many responses; else {}."""
     if "samples_per_problem" not in metrics:  # nothing was sampled
-        return None
-    silent = _about_silence(metrics, round(metrics["num_problems"] * metrics["samples_per_problem"]))
-    return silent and f"{section_of(name)}: {silent}"
+        return {}
+    found = _about_silence(metrics, round(metrics["num_problems"] * metrics["samples_per_problem"]))
+    return {kind: f"{section_of(name)}: {text}" for kind, text in found.items()}
 
 
-def _about_silence(metrics: Mapping[str, Any], samples: float) -> str | None:
-    """A sentence where the reward had no opinion on at least SILENT_SHARE of the `samples`; else None."""
+def _about_silence(metrics: Mapping[str, Any], samples: float) -> dict[str, str]:
+    """A sentence where the reward had no opinion on at least SILENT_SHARE of the `samples`; else {}. On all of them is a kind of
+    its own, so that it is told after some, too."""
     silent = metrics.get("reward/none_count", 0)
     if not silent or silent < SILENT_SHARE * samples:
-        return None
-    which = "any sample" if silent >= samples else f"{silent:.0f} of {samples:.0f} samples"
-    return f"the reward had no opinion (None) on {which}, and each counts as 0"
+        return {}
+    kind, which = ("all silent", "any sample") if silent >= samples else ("silent", f"{silent:.0f} of {samples:.0f} samples")
+    return {kind: f"the reward had no opinion (None) on {which}, and each counts as 0"}

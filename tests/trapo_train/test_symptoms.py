@@ -63,8 +63,19 @@ def test_a_share_of_samples_without_an_opinion_is_told_once(silent, which):
     expected = [] if which is None else [f"the reward had no opinion (None) on {which}, and each counts as 0"]
     assert said([metrics, metrics])[0] == [f"step 1: {text}" for text in expected]
     evaluation = {"reward/none_count": float(silent), "num_problems": 40.0, "samples_per_problem": 2.0}
-    assert about_evaluation("aime", evaluation) == (f"eval_data.aime: {expected[0]}" if expected else None)
-    assert about_evaluation("", {"expert_nll": 1.0}) is None
+    assert list(about_evaluation("aime", evaluation).values()) == [f"eval_data.aime: {text}" for text in expected]
+    assert about_evaluation("", {"expert_nll": 1.0}) == {}
+
+
+def test_a_reward_that_falls_silent_altogether_is_told_after_one_that_was_silent_on_some():
+    some, other, every = (FINE | {"reward/none_count": silent} for silent in (1.0, 2.0, 8.0))
+    told = ["the reward had no opinion (None) on 1 of 8 samples", "the reward had no opinion (None) on any sample"]
+    texts, _ = said([some, other, every, FINE, every, some])
+    assert texts == [f"step {step}: {text}, and each counts as 0" for step, text in zip((1, 3), told, strict=True)]
+    symptoms, size = Symptoms(16, "</s>", {}), {"num_problems": 4.0, "samples_per_problem": 2.0}
+    for name in ("aime", "math"):
+        texts = [text for metrics in (some, other, every, FINE, every) for text in symptoms.of_evaluation(name, metrics | size)]
+        assert texts == [f"eval_data.{name}: {text}, and each counts as 0" for text in told]
 
 
 def test_rows_without_a_solution_are_counted_and_what_that_costs_is_told(tmp_path, own_cache, capsys):
