@@ -31,6 +31,8 @@ def load_rows(config: DataConfig, section: str = "data") -> tuple[list[str], Seq
     read = _reader(config, section)
     try:
         dataset = read()
+    except UserError:
+        raise
     except Exception as error:  # what datasets, pyarrow and the hub raise has no class in common
         # datasets hides the reason of a failed read in the cause.
         reason = error.__cause__ or error
@@ -70,14 +72,14 @@ def _reader(config: DataConfig, section: str) -> Callable[[], Any]:
         raise MissingPackage(f"{section}.path needs the package datasets: pip install 'trapo[train]'.") from error
 
     path, split, folder = config.path, config.split, Path(config.path)
-    if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or glob.glob(path)):
+    if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or _files(path)):
         raise UserError(
             f"{section}.revision must be null but for a dataset on the hub, got {config.revision!r} with {path!r}. Remove it."
         )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return partial(_from_disk, path, split)
     suffix = folder.suffix.lower()
-    found = glob.glob(path)
+    found = _files(path)
     if any(character in path for character in "*?[") and not found:
         raise UserError(f"{section}.path must match files: no file matches {path!r}. Correct it.")
     if suffix not in FILE_SUFFIXES and any(Path(file).is_file() for file in found):  # which datasets would ask the hub for
@@ -91,9 +93,14 @@ def _reader(config: DataConfig, section: str) -> Callable[[], Any]:
     # A file has no splits of its own: it is the split that is asked for, so that slices work. load_dataset would read
     # it too, but asks the hub to count the download first and waits for an answer where there is no network.
     files = {re.match(r"\w*", split).group(): path}
-    readers = {".parquet": datasets.Dataset.from_parquet, ".csv": partial(_from_csv, found)}
+    readers = {".parquet": datasets.Dataset.from_parquet, ".csv": partial(_from_csv, found, section)}
     reader = readers.get(suffix, datasets.Dataset.from_json)
     return partial(_from_file, reader, files, split)
+
+
+def _files(path: str) -> list[str]:
+    """What a path or pattern matches; ** reaches into folders, as it does where datasets reads the files."""
+    return glob.glob(path, recursive=True)
 
 
 def _from_disk(path: str, split: str) -> Any:
@@ -110,7 +117,7 @@ def _from_file(reader: Callable[..., Any], files: dict[str, str], split: str) ->
         raise ValueError(f"{', '.join(files.values())} holds no rows") from None
 
 
-def _from_csv(found: list[str], files: dict[str, str], split: str) -> Any:
+def _from_csv(found: list[str], section: str, files: dict[str, str], split: str) -> Any:
     """The `found` files, whose cells are the texts that they hold, and null where they are empty: types that are guessed would make
     7 of a solution 007."""
     import datasets
@@ -118,9 +125,12 @@ def _from_csv(found: list[str], files: dict[str, str], split: str) -> Any:
 
     headers = {file: list(pandas.read_csv(file, nrows=0, index_col=False).columns) for file in found}
     columns = headers[found[0]]
-    other = next((file for file in found if headers[file] != columns), None)
+    other = next((file for file in found if set(headers[file]) != set(columns)), None)
     if other is not None:
-        raise ValueError(f"{found[0]} has the columns {columns}, and {other} has {headers[other]}")
+        raise UserError(
+            f"{section}.path: CSV files that are read together must have the same columns, got {columns} in {found[0]} and "
+            f"{headers[other]} in {other}. Give all files the same columns."
+        )
     as_it_is = {"features": datasets.Features(dict.fromkeys(columns, datasets.Value("string"))), "keep_default_na": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # of a row that is longer than the header and would be cut

@@ -42,6 +42,26 @@ def test_several_csv_files_a_split_of_them_and_one_that_changed(load):
     assert [row["solution"] for row in load(first, second.replace("03", "003"))[1]] == ["1", "2", "003"]
 
 
+def test_columns_of_several_csv_files_are_read_by_name_whatever_their_order(load):
+    rows = [{"prompt": "a", "solution": "7"}, {"prompt": "b", "solution": "8"}]
+    assert [row for row in load("prompt,solution\na,7\n", "solution,prompt\n8,b\n")[1]] == rows
+
+
+def test_csv_files_of_other_columns_are_refused_in_whatever_folder_a_pattern_finds_them(tmp_path):
+    (tmp_path / "more" / "yet").mkdir(parents=True)
+    (tmp_path / "a.csv").write_text("prompt,solution,expert\na,1,ab\n")
+    for file, header, trace in (("more/b.csv", "prompt,solution,expert", ",bc"), ("more/yet/c.csv", "prompt,solution", "")):
+        (tmp_path / file).write_text(f"{header}\nb,2{trace}\n")
+    with pytest.raises(UserError, match=r"^eval_data.a.path: CSV files .* same columns, got ") as raised:
+        load_rows(DataConfig(path=str(tmp_path / "**" / "*.csv")), "eval_data.a")
+    assert f"['prompt', 'solution'] in {tmp_path / 'more/yet/c.csv'}. Give all files the same columns." in str(raised.value)
+    (tmp_path / "more" / "yet" / "c.csv").unlink()
+    _, rows = load_rows(DataConfig(path=str(tmp_path / "**" / "*.csv")))
+    assert [row["expert"] for row in rows] == ["ab", "bc"]
+    _, rows = load_rows(DataConfig(path=f"{tmp_path}/**/b.csv"))  # none beside the others
+    assert [row["prompt"] for row in rows] == ["b"]
+
+
 def test_an_index_that_pandas_has_written_is_a_further_column_and_a_byte_order_mark_belongs_to_none(load):
     assert load("\ufeff,prompt,solution\n0,a,7\n")[1] == [{"Unnamed: 0": "0", "prompt": "a", "solution": "7"}]
     assert load("\ufeffprompt,solution\na,7\n")[1] == [{"prompt": "a", "solution": "7"}]
@@ -52,7 +72,6 @@ def test_an_index_that_pandas_has_written_is_a_further_column_and_a_byte_order_m
     [
         (["prompt,solution\nHello, you,5\na,7\n"], "Length of header or names does not match length of data"),
         (["prompt,solution\na,7\nHello, you,5\n"], "Expected 2 fields in line 3, saw 3"),
-        (["prompt,solution\na,7\n", "solution,prompt\n7,a\n"], "0.csv has the columns ['prompt', 'solution'], and"),
         (["prompt,solution\n"], "not empty."),
         ([""], "not empty."),
     ],
