@@ -8,6 +8,7 @@ ordered groups run from light to dark.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy
 from trapo_train.schema import MissingPackage, UserError
 
 LABEL_SIZE = 11.5  # points, of the names beside lines
-MOST_DOTS = 5000  # of one series: more lie on top of each other
+MOST_DOTS = 5000  # of one series, beside its last: more lie on top of each other
 INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B07C00", "#2E91C9", "#7A5C46", "#5B5B5B")
 STYLE = {
@@ -164,12 +165,28 @@ def window_of(count: int) -> int:
 
 
 def draw_smoothed(axis: Any, steps: list[int], values: list[float], colour: Any, linewidth: float = 2.2) -> float:
-    """Faint dots for each step, of more than MOST_DOTS for every k-th, and the running mean of all as a line; returns its end."""
+    """Faint dots for each step, of more than MOST_DOTS for some (see `_dots`), and the running mean of all as a line; returns its
+    end."""
     smooth = running_mean(values, window_of(len(values)))
-    apart = max(1, -(-len(steps) // MOST_DOTS))
-    axis.plot(steps[::apart], values[::apart], ".", color=colour, alpha=0.3, markersize=6, markeredgewidth=0)
+    dots = _dots(values)
+    where = [steps[i] for i in dots], [values[i] for i in dots]
+    axis.plot(*where, ".", color=colour, alpha=0.3, markersize=6, markeredgewidth=0)
     axis.plot(steps, smooth, color=colour, linewidth=linewidth, solid_capstyle="round")
     return smooth[-1]
+
+
+def _dots(values: Sequence[float]) -> Sequence[int]:
+    """Positions of the values to draw: all, or of more than MOST_DOTS the last, and the least and the greatest of each few finite
+    ones in a row, so that every spike is seen."""
+    if len(values) <= MOST_DOTS:
+        return range(len(values))
+    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+    apart = -(-2 * len(values) // MOST_DOTS)
+    kept = {len(values) - 1}
+    for start in range(0, len(finite), apart):
+        block = finite[start : start + apart]
+        kept |= {min(block, key=values.__getitem__), max(block, key=values.__getitem__)}
+    return sorted(kept)
 
 
 def require(points: Sequence[Any], what: str) -> None:

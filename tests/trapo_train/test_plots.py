@@ -243,10 +243,23 @@ def test_running_mean_of_a_long_run_takes_memory_for_its_values_and_not_for_its_
 
 def test_a_long_run_is_drawn_with_some_of_its_dots_and_all_of_its_mean():
     _, (axis,) = figures.new_figure("", "")
-    end = figures.draw_smoothed(axis, list(range(12_000)), [0.0] * 11_999 + [1.0], figures.INK)
+    values = [math.sin(step) for step in range(12_000)]
+    values[-1] = 0.5  # neither the least nor the greatest of those around it
+    spikes = {7001: 50.0, 7004: -50.0, 9002: 60.0, 9999: -60.0}
+    for step, value in {**spikes, 9001: math.nan, 9003: math.inf, 9998: -math.inf}.items():
+        values[step] = value
+    figures.draw_smoothed(axis, list(range(12_000)), values, figures.INK)
     dots, line = axis.get_lines()
-    assert list(dots.get_xdata()) == list(range(0, 12_000, 3))
-    assert len(line.get_xdata()) == 12_000 and end > 0
+    drawn = dict(zip(dots.get_xdata(), dots.get_ydata(), strict=True))
+    assert len(drawn) <= figures.MOST_DOTS + 1 and drawn.items() >= spikes.items() and drawn[11_999] == 0.5
+    assert list(drawn) == sorted(drawn) and all(values[step] == value for step, value in drawn.items())
+    assert len(line.get_xdata()) == 12_000
+
+
+def test_a_long_run_that_changes_nothing_has_dots_all_along():
+    _, (axis,) = figures.new_figure("", "")
+    assert figures.draw_smoothed(axis, list(range(12_000)), [1.0] * 12_000, figures.INK) == 1.0
+    assert list(axis.get_lines()[0].get_xdata()) == [*range(0, 12_000, 5), 11_999]
 
 
 @pytest.mark.parametrize("positions", [[0.5, 0.5, 0.5], [1, 0, 0.05, 0.95], [0.0], [0.3, 0.31, 0.35, 0.36, 0.9]])
