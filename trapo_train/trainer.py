@@ -289,13 +289,15 @@ class Trainer:
     def save(self, store: CheckpointStore) -> Path:
         """Write all state of the run; every rank calls this and writes its shards. See `CheckpointStore.save`."""
         tensors, training = training_state(self.model, self.optimizer)
+        order = self.order.state_dict()
+        order["remaining"] = order["remaining"].clone()  # a view, of which torch.save would write the whole epoch
         state = {
             "step": self.step,
             "evaluated_at": self.evaluated_at,
             "skipped_in_a_row": self.skipped_in_a_row,
             "training": training,
             "scheduler": self.scheduler.state_dict(),
-            "order": self.order.state_dict(),
+            "order": order,
             "deferred": self.deferred.state_dict(),
             "chooser": self.chooser.state_dict() if hasattr(self.chooser, "state_dict") else {},
             "last_metrics": self.last_metrics,

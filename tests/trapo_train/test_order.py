@@ -1,6 +1,7 @@
 """The order in which problems are visited: once per epoch, by the seed, and resumable."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_a_step_does_not_copy_the_problems_that_are_left(tmp_path, monkeypatch):
     trainer.train_step()
     assert remaining.equal(as_it_was)  # what a step that fails goes back to
     assert trainer.order._remaining.data_ptr() > remaining.data_ptr()  # a view of the same memory
+
+
+def test_a_checkpoint_holds_the_problems_that_are_left_and_not_the_whole_epoch(tmp_path):
+    trainer = Trainer(build_config(tmp_path, "run"))
+    trainer.order.next(trainer.order.num_problems - 2)
+    store = SimpleNamespace(save=lambda step, state, *others: state)
+    remaining = trainer.save(store)["order"]["remaining"]
+    assert remaining.equal(trainer.order._remaining) and len(remaining) == 2
+    assert remaining.untyped_storage().nbytes() == 2 * remaining.element_size()  # torch.save writes all of it
 
 
 def _refuse(tensor, memo):
