@@ -308,6 +308,14 @@ def test_head_that_is_not_linear_is_refused():
         policy_head(model)
 
 
+def test_a_head_with_rows_that_the_model_leaves_out_is_refused_in_words_for_who_trains():
+    model = build("llama")
+    model.config.unpadded_vocab_size = 11
+    words = r"^model: all rows .* LlamaForCausalLM leaves out .* unpadded_vocab_size = 11 of 13\. .*: choose another model\.$"
+    with pytest.raises(ValueError, match=words):
+        install_policy_head(model, compute_dtype=torch.float32)
+
+
 def test_head_bias_takes_part():
     model = build("llama")
     head = nn.Linear(16, 13, dtype=torch.float64)
