@@ -112,9 +112,9 @@ class TokenBatch:
             advantage: [B] fp32, or [B, T].
             old_logprob, ref_logprob, rollout_logprob: [B, T] fp32 nats, as in the class.
             share: [B] or [B, T] fp32 factor of the weight, and so of KL term and entropy bonus as well; it is not counted.
-            correction: [B] or [B, T] fp32 factor of the policy loss alone, such as one of `corrections`: it is in `weight`, not in
-                `kl_weight` and `entropy_weight`, for whose sake a token of factor 0 is not skipped: replace both by None where the
-                objective reads neither.
+            correction: [B] or [B, T] fp32 factor of the policy loss alone, such as one of `corrections` as `.view(mask.shape)`: it
+                is in `weight`, not in `kl_weight` and `entropy_weight`, for whose sake a token of factor 0 is not skipped: replace
+                both by None where the objective reads neither.
             prompt_id: [B] int64, which prompt a sequence answers, for "prompt_mean".
 
         Returns: the batch, on the device of target, without a host sync. Built on the CPU and then moved, it lets the GPU skip

@@ -81,8 +81,11 @@ def padded(
                 continue
             if not isinstance(value, Tensor) or tuple(value.shape) not in shapes or value.device != target.device:
                 remedy = "Cut it to the tokens that are scored, and move it with .to(target.device)."
-                if sequences in shapes and isinstance(value, Tensor) and tuple(value.shape) == (*sequences, 1):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else None
+                if sequences in shapes and shape == (*sequences, 1):
                     remedy = f"Drop its last axis with {name}.squeeze(1)."
+                if tokens in shapes and shape == (target.numel(),):
+                    remedy = f"Restore its axes with {name}.view(target.shape)."
                 raise ValueError(
                     f"{where}: {name} must be a tensor of shape {rule} on {target.device}, as target is, got "
                     f"{checks.described(value)}. {remedy}"

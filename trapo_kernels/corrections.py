@@ -3,10 +3,10 @@
     kl_weight = aggregate(role, sequence_id, mode=...)  # of a KL term, which they leave alone, as entropy_weight is
     weight = kl_weight * tis(role, old_logprob, rollout_logprob)
 
-`TokenBatch.from_padded` takes the factor as `correction`. The sampler and the trainer compute different logprobs for the same
-policy; ρ = exp(old - rollout) of a rollout token corrects for it. Expert tokens always get factor 1. Beside a ratio pooled over the
-sequence (GSPO, GMPO) take the level "sequence" or "geometric": factors that differ within a sequence make the gradient that of
-GSPO-token. Everything is tensor arithmetic without a host sync, on the host or on a GPU.
+`TokenBatch.from_padded` takes those of flattened tensors as `correction=tis(...).view(mask.shape)`. The sampler and the trainer
+compute different logprobs for the same policy; ρ = exp(old - rollout) of a rollout token corrects for it. Expert tokens always get
+factor 1. Beside a ratio pooled over the sequence (GSPO, GMPO) take the level "sequence" or "geometric": factors that differ within
+a sequence make the gradient that of GSPO-token. Everything is tensor arithmetic without a host sync, on the host or on a GPU.
 """
 
 from __future__ import annotations
