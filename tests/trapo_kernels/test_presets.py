@@ -41,8 +41,9 @@ def test_a_preset_names_its_parameters_with_their_ranges(name):
     for parameter in inspect.signature(preset).parameters:
         assert f"`{parameter}`" in doc
         refusal = _refusal(preset, parameter)
+        assert f": {parameter} must " in refusal  # the name that the caller knows
         if interval := re.search(r"must lie in ([(\[].*?[)\]])", refusal):
-            found = "[1 + epsilon_high, inf]" if parameter == "delta" else interval[1]  # which Clip says of its own
+            found = "[1 + epsilon_high, inf]" if parameter == "delta" else interval[1]  # of the default here
             assert f"`{parameter}` in {found}" in doc
         elif "finite" in refusal:
             assert f"`{parameter}` finite" in doc
@@ -90,7 +91,7 @@ def test_any_preset_takes_a_kl_as_the_documentation_says():
     assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which both name
 
 
-@pytest.mark.parametrize("options", [{"kl": "k2", "kl_clamp": 2.0}, {"kl": "k3_corrected"}, {"kl": "k1"}], ids=str)
+@pytest.mark.parametrize("options", [{"kl": "k2", "kl_clamp": 2.0}, {"kl": "k3", "kl_cap": 9.0}, {"kl": "k3_corrected"}], ids=str)
 def test_a_beta_that_is_scheduled_to_zero_leaves_no_kl_whatever_its_other_options(options):
     assert objectives.grpo(beta=0.0, **options) == objectives.grpo()
     assert objectives.reinforce_pp(beta=0.0, kl=options["kl"]) == objectives.reinforce_pp()

@@ -101,7 +101,7 @@ def test_a_kl_whose_weight_reaches_zero_keeps_its_options_for_the_other_steps():
     config = ObjectiveConfig("grpo", {"beta": ramp, "kl": "k2", "kl_clamp": 3.0})
     assert [build_objective(config, step).kl for step in (0, 1, 2)] == [None, KL(0.05, "k2", 3.0), KL(0.1, "k2", 3.0)]
     for beta in (ramp, 0.0):
-        with pytest.raises(ValueError, match="estimator must be one of .*got 'zz'"):
+        with pytest.raises(ValueError, match="objectives.grpo: kl must be one of .*got 'zz'"):
             ObjectiveConfig("grpo", {"beta": beta, "kl": "zz"})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trapo_kernels import checks
 from trapo_kernels.gates import One, Phi, Ratio, Shape
-from trapo_kernels.objective import KL, Objective, Term
+from trapo_kernels.objective import Objective, Term
 from trapo_kernels.objectives.imitation import trsft_term
 from trapo_kernels.objectives.on_policy import clip_term, kl_or_none
 from trapo_kernels.sequence import EntropyWeight, TopEntropy
@@ -44,7 +46,8 @@ def exgrpo(gamma: float = 0.1, epsilon_low: float = 0.2, epsilon_high: float = 0
     Source: arXiv 2510.02245.
     """
     expert = Term(Shape(gamma), anchor="rollout", signal="advantage")
-    return Objective(expert=expert, rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="exgrpo")
+    rollout = clip_term("exgrpo", epsilon_low, epsilon_high)
+    return Objective(expert=expert, rollout=rollout, entropy_coef=entropy_coef, name="exgrpo")
 
 
 def prefix_rft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float = 0.2, entropy_coef: float = 0.0) -> Objective:
@@ -56,8 +59,8 @@ def prefix_rft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, share: float
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `share` in (0, 1], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2507.01679.
     """
-    rollout = clip_term(epsilon_low, epsilon_high)
-    expert = Term(rollout.gate, anchor="old", signal="advantage", reduction=TopEntropy(share))
+    rollout = clip_term("prefix_rft", epsilon_low, epsilon_high)
+    expert = replace(rollout, reduction=TopEntropy(share))
     return Objective(expert=expert, rollout=rollout, entropy_coef=entropy_coef, name="prefix_rft")
 
 
@@ -93,6 +96,8 @@ def srft(gamma: float = 0.1, expert_coef: float = 0.5, positive_coef: float = 0.
     Ranges: `gamma` in (0, inf), `expert_coef` finite, `positive_coef` finite, `entropy_coef` finite; ValueError outside.
     Source: arXiv 2506.19767.
     """
+    for name, coef in (("expert_coef", expert_coef), ("positive_coef", positive_coef)):
+        checks.finite("objectives.srft", name, coef)
     return Objective(
         expert=Term(One(), reduction=EntropyWeight(expert_coef, sign=-1)),
         rollout=Term(One(), signal="advantage", reduction=EntropyWeight(positive_coef, sign=1, positive_only=True)),
@@ -117,10 +122,11 @@ def uft(
         `entropy_coef` finite; ValueError outside.
     Source: arXiv 2505.16984.
     """
+    checks.finite("objectives.uft", "hint_coef", hint_coef)
     return Objective(
         expert=Term(One(), scale=hint_coef),
-        rollout=clip_term(epsilon_low, epsilon_high),
-        kl=kl_or_none(KL(beta, "k3")),
+        rollout=clip_term("uft", epsilon_low, epsilon_high),
+        kl=kl_or_none("uft", beta, "k3"),
         entropy_coef=entropy_coef,
         name="uft",
     )
@@ -150,7 +156,8 @@ def reft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: floa
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2401.08967.
     """
-    return Objective(expert=Term(One()), rollout=clip_term(epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="reft")
+    rollout = clip_term("reft", epsilon_low, epsilon_high)
+    return Objective(expert=Term(One()), rollout=rollout, entropy_coef=entropy_coef, name="reft")
 
 
 def _ratio_term() -> Term:
@@ -159,7 +166,7 @@ def _ratio_term() -> Term:
 
 def _chord(name: str, expert: Term, mu: float, epsilon_low: float, epsilon_high: float, entropy_coef: float) -> Objective:
     checks.in_range(f"objectives.{name}", "mu", mu, 0.0, 1.0)
-    rollout = clip_term(epsilon_low, epsilon_high, scale=1.0 - mu)
+    rollout = replace(clip_term(name, epsilon_low, epsilon_high), scale=1.0 - mu)
     return Objective(expert=expert, rollout=rollout, entropy_coef=entropy_coef, name=name)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from trapo_kernels import checks
 from trapo_kernels.gates import Clip, One, Ratio, Sapo, Truncate
-from trapo_kernels.objective import KL, Estimator, Objective, Term
+from trapo_kernels.objective import KL, KL_ESTIMATORS, Estimator, Objective, Term
 from trapo_kernels.sequence import MeanRatio
 
 
@@ -18,7 +19,7 @@ def ppo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual: float = math.
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `dual` in [1, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 1707.06347, equation 7.
     """
-    return clipped("ppo", epsilon_low, epsilon_high, dual, entropy_coef)
+    return Objective(rollout=clip_term("ppo", epsilon_low, epsilon_high, dual), entropy_coef=entropy_coef, name="ppo")
 
 
 def grpo(
@@ -35,9 +36,10 @@ def grpo(
 
     The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
     default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. `kl_cap`:
-    nats, the most that "k3" can be; verl's low_var_kl has 20 and 10. All need a `beta` above 0. `delta`: cap on
-    r where A < 0, the two-sided clip of arXiv 2505.07291; at least 1 + `epsilon_high`, below which TRL's formula caps there, and
-    ours would at `delta`. None is what TRL's configuration means by it: an `epsilon_high` of `epsilon_low`, and no cap.
+    nats, the most that "k3" can be; verl's low_var_kl has 20 and 10. With a `beta` of 0, where a schedule may begin or end, there
+    is no KL, and all three do nothing. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least
+    1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`. None is what TRL's configuration means by
+    it: an `epsilon_high` of `epsilon_low`, and no cap.
 
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `kl_clamp` in (0, inf],
         `kl_cap` in (0, inf], `delta` in [1 + epsilon_high, inf], `entropy_coef` finite; ValueError outside.
@@ -45,9 +47,10 @@ def grpo(
     """
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
     delta = math.inf if delta is None else delta
-    objective = clipped("grpo", epsilon_low, epsilon_high, delta, entropy_coef, kl_or_none(KL(beta, kl, kl_clamp, kl_cap)))
+    term = clip_term("grpo", epsilon_low, epsilon_high)
     checks.in_range("objectives.grpo", "delta", delta, 1.0 + epsilon_high, math.inf)
-    return objective
+    term = replace(term, gate=replace(term.gate, dual=delta))
+    return Objective(rollout=term, kl=kl_or_none("grpo", beta, kl, kl_clamp, kl_cap), entropy_coef=entropy_coef, name="grpo")
 
 
 def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
@@ -56,7 +59,7 @@ def dr_grpo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: f
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2503.20783, section 3.2.
     """
-    return clipped("dr_grpo", epsilon_low, epsilon_high, math.inf, entropy_coef)
+    return Objective(rollout=clip_term("dr_grpo", epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="dr_grpo")
 
 
 def dapo(epsilon_low: float = 0.2, epsilon_high: float = 0.28, entropy_coef: float = 0.0) -> Objective:
@@ -65,7 +68,7 @@ def dapo(epsilon_low: float = 0.2, epsilon_high: float = 0.28, entropy_coef: flo
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2503.14476, equation 8.
     """
-    return clipped("dapo", epsilon_low, epsilon_high, math.inf, entropy_coef)
+    return Objective(rollout=clip_term("dapo", epsilon_low, epsilon_high), entropy_coef=entropy_coef, name="dapo")
 
 
 def cispo(
@@ -86,13 +89,12 @@ def cispo(
             f'objectives.cispo: epsilon_low must be None with bounds="absolute", which have no floor, got {epsilon_low}. '
             'Use bounds="relative" for 1 ± ε.'
         )
-    if bounds == "absolute":
-        gate = Truncate(high=5.0 if epsilon_high is None else epsilon_high)
-    else:
-        low, high = (0.2 if epsilon is None else epsilon for epsilon in (epsilon_low, epsilon_high))
-        checks.in_range("objectives.cispo", "epsilon_low", low, 0.0, 1.0)
-        checks.in_range("objectives.cispo", "epsilon_high", high, 0.0, math.inf, open_low=True)
-        gate = Truncate(low=1.0 - low, high=1.0 + high)
+    absolute = bounds == "absolute"
+    low = (1.0 if absolute else 0.2) if epsilon_low is None else epsilon_low  # a floor of 1 - 1 is none
+    high = (5.0 if absolute else 0.2) if epsilon_high is None else epsilon_high
+    checks.in_range("objectives.cispo", "epsilon_low", low, 0.0, 1.0)
+    checks.in_range("objectives.cispo", "epsilon_high", high, 0.0, math.inf, open_low=True)
+    gate = Truncate(low=1.0 - low, high=high if absolute else 1.0 + high)
     return Objective(rollout=Term(gate, anchor="old", signal="advantage"), entropy_coef=entropy_coef, name="cispo")
 
 
@@ -125,7 +127,8 @@ def reinforce_pp(
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `entropy_coef` finite; ValueError outside.
     Source: arXiv 2501.03262.
     """
-    return clipped("reinforce_pp", epsilon_low, epsilon_high, math.inf, entropy_coef, kl_or_none(KL(beta, kl)))
+    term = clip_term("reinforce_pp", epsilon_low, epsilon_high)
+    return Objective(rollout=term, kl=kl_or_none("reinforce_pp", beta, kl), entropy_coef=entropy_coef, name="reinforce_pp")
 
 
 def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: float = 0.0) -> Objective:
@@ -137,7 +140,7 @@ def gspo(epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, entropy_coef: fl
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2507.18071.
     """
-    term = Term(Clip(epsilon_low, epsilon_high), anchor="old", signal="advantage", reduction=MeanRatio())
+    term = replace(clip_term("gspo", epsilon_low, epsilon_high), reduction=MeanRatio())
     return Objective(rollout=term, entropy_coef=entropy_coef, name="gspo")
 
 
@@ -153,23 +156,21 @@ def gmpo(clip: float = 0.4, entropy_coef: float = 0.0) -> Objective:
     return Objective(rollout=term, entropy_coef=entropy_coef, name="gmpo")
 
 
-def clip_term(epsilon_low: float, epsilon_high: float, dual: float = math.inf, scale: float = 1.0) -> Term:
+def clip_term(preset: str, epsilon_low: float, epsilon_high: float, dual: float = math.inf) -> Term:
     """PPO's clip of π/π_old on the advantage."""
-    return Term(Clip(epsilon_low, epsilon_high, dual), anchor="old", signal="advantage", scale=scale)
+    checks.in_range(f"objectives.{preset}", "epsilon_low", epsilon_low, 0.0, 1.0)
+    checks.in_range(f"objectives.{preset}", "epsilon_high", epsilon_high, 0.0, math.inf)
+    return Term(Clip(epsilon_low, epsilon_high, dual), anchor="old", signal="advantage")
 
 
-def kl_or_none(kl: KL) -> KL | None:
+def kl_or_none(preset: str, beta: float, estimator: Estimator, clamp: float = math.inf, cap: float = math.inf) -> KL | None:
     """The KL term, or None where its β is 0: an objective without one reads no `ref_logprob`."""
+    if estimator != "k3+":  # of which `KL` says more
+        checks.one_of(f"objectives.{preset}", "kl", estimator, KL_ESTIMATORS)
+    for name, bound in (("kl_clamp", clamp), ("kl_cap", cap)):
+        checks.in_range(f"objectives.{preset}", name, bound, 0.0, math.inf, open_low=True)
+    kl = KL(beta, estimator, clamp, cap)
     return kl if kl.beta else None
-
-
-def clipped(
-    name: str, epsilon_low: float, epsilon_high: float, dual: float, entropy_coef: float, kl: KL | None = None
-) -> Objective:
-    """An objective of PPO's clip on rollouts."""
-    checks.in_range(f"objectives.{name}", "epsilon_low", epsilon_low, 0.0, 1.0)
-    checks.in_range(f"objectives.{name}", "epsilon_high", epsilon_high, 0.0, math.inf)
-    return Objective(rollout=clip_term(epsilon_low, epsilon_high, dual), kl=kl, entropy_coef=entropy_coef, name=name)
 
 
 PRESETS = (ppo, grpo, dr_grpo, dapo, cispo, sapo, rloo, reinforce_pp, gspo, gmpo)
