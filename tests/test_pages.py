@@ -163,8 +163,10 @@ def test_the_page_s_packed_grpo_is_that_of_padded_sequences(name):
     streams |= {"response": of_completion(given["mask"]) > 0, "advantage": given["advantage"].repeat_interleave(real.sum(1))}
     rows = {"input_ids": given["input_ids"][real][None], "position_ids": (real.cumsum(1) - 1)[real][None]}
     cut = int(real[:3].sum())
-    more = {"parts": [slice(0, cut), slice(cut, None)], "totals": LossTotals(sequences=7)}
-    exec(PACKED, _names(_step(model), 1, streams | rows | more))
+    more = {"parts": [slice(0, cut), slice(cut, None)], "dist": SimpleNamespace(all_reduce=lambda counts: None)}
+    names = _names(_step(model), 1, streams | rows | more)
+    exec(PACKED, names)
+    assert names["totals"] == LossTotals(rollout_tokens=int(given["mask"].sum()), sequences=7)
     _check_gradient(_gradients(model), exact)
 
 
@@ -189,11 +191,21 @@ def _framework_rows():
     return {name.replace("`", ""): cell for name, cell in re.findall(r"^\| (\w+ `.*?) \| .*?`(.*)` \|$", table, re.M)}
 
 
+@pytest.mark.parametrize("mode", ["sequence_mean", "sequence_sum"])
+def test_the_page_s_sequences_are_those_that_verl_counts_without_a_global_batch_size(mode):
+    mask, x = (torch.arange(6) < torch.tensor([6, 0, 4, 2])[:, None]).long(), torch.rand(4, 6)
+    kept = eval(re.search(r"Without a `global_batch_size` verl counts only [^`]*`(.*?)`: drop the others", PAGE)[1], {"mask": mask})
+    batch = TokenBatch.from_padded(mask[kept], mask[kept], aggregation=mode)
+    of_sequence = (x * mask).sum(-1) / ((mask.sum(-1) + 1e-8) if mode == "sequence_mean" else 1)
+    seq_mask = (mask.sum(-1) > 0).float()
+    torch.testing.assert_close((batch.weight * x[kept].flatten()).sum(), (of_sequence * seq_mask).sum() / seq_mask.sum())
+
+
 @pytest.mark.parametrize("setting", FRAMEWORKS)
 def test_the_page_s_normalisers_are_the_frameworks(setting):
     rows = _framework_rows()
     assert list(rows) == list(FRAMEWORKS)
-    mask, x = (torch.arange(6) < torch.tensor([6, 1, 4, 2])[:, None]).long(), torch.rand(4, 6)
+    mask, x = (torch.arange(6) < torch.tensor([6, 0, 4, 2])[:, None]).long(), torch.rand(4, 6)
     names = vars(trapo_kernels) | TRL | VERL | {"mask": mask, "B": 4, "replace": replace}
     names["normalizer"] = eval(re.search(r"`normalizer` is `(.*?)`", PAGE)[1], names)
     names["batch"] = TokenBatch.from_padded(torch.zeros_like(mask), mask, aggregation="token_mean")

@@ -170,20 +170,32 @@ def test_logprob_of_named_rows_puts_no_other_through_a_gemm(gpu, monkeypatch, ba
     assert gpu.waits == [] and ran == ([1024, 1024, 100, 100] if batch_invariant else [100] * 4)
 
 
-def test_a_batch_built_on_a_gpu_is_told_its_active_rows_as_the_readme_says(gpu, monkeypatch):
-    """At the price of one wait; 100 of 300 rows then reach a GEMM."""
-    (told,) = re.findall(r"`(batch\.with_active_rows\(.*?\))`", (Path(__file__).parents[2] / "README.md").read_text())
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_a_batch_built_on_a_gpu_is_told_its_rows_as_the_readme_says(gpu, monkeypatch, preset):
+    """At the price of a wait for either kind; 60 active ones of 300 then reach a GEMM, and 40 silent ones where they are pooled."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (told,) = re.findall(r"`(batch\.with_active_rows\(.*?)\)`", text)
+    (silent,) = re.findall(r"`(\(\(batch\.role.*?\))`", text)
+    told, waits = (f"{told})", 1) if preset == "grpo" else (f"{told}, {silent})", 2)
     hidden, weight, _ = cases.head(N, D, V, torch.float32)
-    role = torch.where(torch.arange(N) % 3 == 0, Role.EXPERT, Role.IGNORED).to(torch.uint8)
-    batch = TokenBatch(torch.randint(V, (N,)), role, None, torch.full((N,), 0.01))
-    reference, moved = _policy(hidden, weight, batch, objectives.sft(), backend="reference"), _moved(hidden, weight)
-    streams = {name: getattr(batch, name).to(DEVICE) for name in ("target", "role", "weight")}
-    there, ran, logits = TokenBatch(advantage=None, **streams), [], HeadGemm.logits
+    row, objective = torch.arange(N), getattr(objectives, preset)()
+    streams = {
+        "target": torch.randint(V, (N,)),
+        "advantage": torch.randn(N),
+        "old_logprob": -torch.rand(N),
+        "sequence_id": row // 60,
+    }
+    streams["role"] = torch.where(row % 3 == 0, Role.ROLLOUT, Role.IGNORED).to(torch.uint8)
+    streams["weight"] = 0.01 * (row % 5 < 3)
+    reference = _policy(hidden, weight, TokenBatch(**streams), objective, backend="reference")
+    there, moved = TokenBatch(**{name: x.to(DEVICE) for name, x in streams.items()}), _moved(hidden, weight)
+    ran, logits = [], HeadGemm.logits
     monkeypatch.setattr(HeadGemm, "logits", lambda *a: ran.append(a[1].hidden.shape[0]) or logits(*a))
-    _close(_policy(*moved, there, objectives.sft(), backend="torch"), reference, torch.float32)
+    _close(_policy(*moved, there, objective, backend="torch"), reference, torch.float32)
     gpu.waits.clear()
-    _close(_policy(*moved, eval(told, {"batch": there}), objectives.sft(), backend="torch"), reference, torch.float32)
-    assert gpu.waits == ["aten::nonzero"] and ran == [300, 100]
+    ran.clear()
+    _close(_policy(*moved, eval(told, {"batch": there, "Role": Role}), objective, backend="torch"), reference, torch.float32)
+    assert gpu.waits == ["aten::nonzero"] * waits and ran == {"grpo": [60], "gspo": [60, 40, 60]}[preset]
 
 
 def test_a_replaced_weight_is_not_read_through_the_rows_of_the_old_one(gpu):
