@@ -16,7 +16,7 @@ from trapo_kernels.dispatch import Backend, ScoringBackend
 from trapo_kernels.inputs import Inputs, LogitOptions, ScoringOptions, Settings, per_row, prepared
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.objective import Objective
-from trapo_kernels.outputs import Entropy, LogprobOutput, PolicyLossOutput
+from trapo_kernels.outputs import GivenEntropy, LogprobOutput, PolicyLossOutput
 from trapo_kernels.roles import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -197,8 +197,8 @@ def linear_policy_loss(
 
 
 def policy_loss(
-    logprob: Tensor, entropy: Entropy, batch: TokenBatch, objective: Objective, backend: Backend = "auto"
-) -> PolicyLossOutput[Entropy]:
+    logprob: Tensor, entropy: GivenEntropy, batch: TokenBatch, objective: Objective, backend: Backend = "auto"
+) -> PolicyLossOutput[GivenEntropy]:
     """The same objective on any logprobs: of another head, of a reduced sequence, of your own kernel.
 
     Equivalent to, for `objectives.trapo(alpha=0.1, entropy_coef=0.001)`:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 # Tensor where one was asked for; Tensor | None where the call alone does not say.
 Entropy = TypeVar("Entropy", bound=Tensor | None, covariant=True)
+GivenEntropy = TypeVar("GivenEntropy", bound=Tensor | None)  # of a parameter, which may not be covariant
 
 
 class LogprobOutput(NamedTuple, Generic[Entropy]):

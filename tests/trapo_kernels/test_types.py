@@ -58,6 +58,12 @@ def test_the_options_of_a_head_are_those_of_the_policy_loss():
     assert _hints(read) == {name: shared[name] for name in ("bias", "softcap")} | {"temperature": float}
 
 
+def test_the_entropy_of_a_policy_loss_is_that_which_it_was_given():
+    hints = _hints(policy_loss)
+    assert hints["return"] == PolicyLossOutput[hints["entropy"]] and hints["entropy"].__bound__ == torch.Tensor | None
+    assert not hints["entropy"].__covariant__  # which type checkers refuse of a parameter
+
+
 def _calls():
     """By name, functions of the hidden states that return an output."""
     hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
