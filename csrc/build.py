@@ -9,7 +9,7 @@
 
 `pip install -e .` takes the same. Without a compiler, or without torch in the environment that installs, the package installs and
 works without the native backend; `python -m trapo_kernels.doctor` then gives the reason, which is left in
-trapo_kernels/_native_build.txt. The sources and this class are named in pyproject.toml.
+trapo_kernels/_native_build.txt. The sources and the classes here are named in pyproject.toml.
 """
 
 import os
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 CUDA_SOURCES = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the stable ABI of that version is all that the sources use
@@ -114,6 +115,14 @@ class BuildNative(build_ext):
         for process in [process for process in running if process.wait() != 0]:
             raise subprocess.CalledProcessError(process.returncode, process.args)
         return objects
+
+
+class SourceDistribution(sdist):
+    """Holds no tests: setuptools takes those named tests/test*.py by itself, without their helpers."""
+
+    def make_distribution(self) -> None:
+        self.filelist.exclude_pattern(None, prefix="tests")
+        super().make_distribution()
 
 
 def gencode(arch: str) -> str:

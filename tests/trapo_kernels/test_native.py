@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from setuptools import Distribution, Extension
+from setuptools.command.egg_info import FileList
 
 from csrc.build import BuildNative
 from trapo_kernels import Role, TokenBatch, doctor, linear_logprob, linear_policy_loss, objectives, terms
@@ -30,6 +31,20 @@ def test_a_source_distribution_builds_it_with_its_cuda_part():
     held.ensure_finalized()
     needed = {str(file) for file in Path("csrc").rglob("*.*") if file.suffix in {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}}
     assert len(needed) > 20 and needed <= set(held.get_source_files())
+
+
+@pytest.mark.filterwarnings("ignore:.*ext-modules")
+def test_a_source_distribution_holds_no_test_without_its_helpers(monkeypatch):
+    distribution, packed = Distribution(), []
+    distribution.parse_config_files()
+    command = distribution.get_command_obj("sdist")
+    command.ensure_finalized()
+    monkeypatch.setattr(command, "make_release_tree", lambda folder, files: packed.extend(files))
+    monkeypatch.setattr(command, "make_archive", lambda *args, **options: "archive")
+    command.keep_temp, command.filelist = True, FileList()
+    command.filelist.extend(["tests/test_house.py", "trapo_kernels/api.py"])
+    command.make_distribution()
+    assert packed == ["trapo_kernels/api.py"]
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
