@@ -3,7 +3,7 @@
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative,
 130 that Ctrl-C ended it, 143 that SIGTERM ended a run, 129 that a closed terminal did (SIGHUP): it has saved by then, unless
-Ctrl-C was pressed twice. Where stdout takes nothing more, as when `tee` has ended, a command goes on without it.
+Ctrl-C was pressed twice. Where stdout or stderr takes nothing more, as when `tee` has ended, a command goes on without it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trapo_train.console import stdout_console
+from rich.console import Console
+
+from trapo_train.console import outlived_readers
 from trapo_train.display import say
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from trapo_train.config import RunConfig
     from trapo_train.trainer import Trainer
 
@@ -34,20 +34,21 @@ CONFIG_HELP = "YAML file, packaged recipe such as demo_trapo, or (not for run) t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parse(argv)
-    try:
-        return args.command(args, stdout_console())
-    except KeyboardInterrupt:
-        print("trapo-train: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception as error:
-        if not isinstance(error, _user_errors()):
-            raise
-        if args.traceback:
-            traceback.print_exc()
-        else:
-            print(f"trapo-train: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    with outlived_readers():
+        args = _parse(argv)
+        try:
+            return args.command(args, Console())
+        except KeyboardInterrupt:
+            print("trapo-train: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            if not isinstance(error, _user_errors()):
+                raise
+            if args.traceback:
+                traceback.print_exc()
+            else:
+                print(f"trapo-train: error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
 
 
 def run_and_exit() -> NoReturn:
@@ -55,9 +56,7 @@ def run_and_exit() -> NoReturn:
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # whoever started the ranks
         # A rank leaves without tearing the interpreter down: a gloo thread that drops a tensor meanwhile aborts the process
-        # (pytorch/pytorch#179291), and the exit code of a finished run would be lost. Files are closed by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # (pytorch/pytorch#179291), and the exit code of a finished run would be lost. Files are closed by now, and all is printed.
         os._exit(code)
     sys.exit(code)
 

@@ -21,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from trapo_train.columns import COLUMNS, Column, value_of, written
-from trapo_train.console import stdout_console
 from trapo_train.figures import group_accuracies, group_label
 from trapo_train.files import replace_text
 from trapo_train.schema import UserError
@@ -210,7 +209,7 @@ class Reporter:
 
     def __init__(self, output_dir: str | Path, console: Console | None = None, row_seconds: float = 30.0) -> None:
         self.log = MetricsLog(Path(output_dir) / METRICS_FILE)
-        self.console = console or stdout_console()
+        self.console = console or Console()
         self.row_seconds = row_seconds
         self._steps = 0
         self._last_step = 0
