@@ -27,7 +27,7 @@ from trapo_train.lora import (
 from trapo_train.memory import load_architecture
 from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
-from trapo_train.schema import ConfigError
+from trapo_train.schema import ConfigError, MissingPackage
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
 
@@ -263,6 +263,12 @@ def test_an_adapter_that_peft_reads_as_it_is_needs_no_word():
     model = make_model()
     add_lora(model, LoraConfig(rank=2))
     assert other_layers(model) is None
+
+
+def test_an_older_peft_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.utils.transformers_weight_conversion", None)  # which 0.18 does not have
+    with pytest.raises(MissingPackage, match=r"model.lora needs PEFT 0.20 or newer, got .*: pip install -U 'trapo\[peft\]'"):
+        add_lora(make_model(), LoraConfig(rank=2))
 
 
 def test_a_model_without_linear_layers_is_refused_for_what_it_is():
