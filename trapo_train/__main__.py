@@ -4,15 +4,16 @@ Nothing of the extra [train] is imported here before it is known to be there: `p
 """
 
 import sys
-from importlib.util import find_spec
 from typing import NoReturn
 
-NEEDED = ("rich", "yaml", "jinja2", "transformers")
+from trapo_train.extras import is_installed
+
+NEEDED = ("rich", "yaml", "jinja2", "transformers", "datasets", "matplotlib")
 
 
 def entry() -> NoReturn:
     """Run one command and exit with its code; with 2 and one line where the packages of the extra are missing."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    missing = [name for name in NEEDED if not is_installed(name)]
     if missing:
         print(f"trapo-train: error: it needs {', '.join(missing)}: pip install 'trapo[train]'.", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,6 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trapo_kernels import head_memory
 from trapo_train.cache import ROOM, SMALL
 from trapo_train.config import RunConfig
+from trapo_train.extras import is_installed
 from trapo_train.lora import LoraConfig, check_no_adapter
 from trapo_train.memory_trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.model import DTYPES
@@ -299,7 +299,7 @@ def _candidates(config: RunConfig, plan: MemoryPlan) -> Iterator[tuple[str, RunC
         yield model("dtype=bfloat16", dtype="bfloat16")
     if not config.model.gradient_checkpointing:
         yield model("gradient_checkpointing=true", gradient_checkpointing=True)
-    if config.model.lora is None and find_spec("peft"):
+    if config.model.lora is None and is_installed("peft"):
         yield model("lora={rank: 16}", lora=LoraConfig(rank=16))
     if plan.micro_batch_tokens > plan.context:
         tokens = max(plan.context, plan.micro_batch_tokens // 2)
