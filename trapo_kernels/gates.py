@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trapo_kernels import checks
 
-__all__ = ["Band", "Clip", "Gate", "One", "Phi", "Power", "Ratio", "Sapo", "Shape", "Truncate"]
+__all__ = ["Band", "Clip", "Gate", "One", "Phi", "Power", "Ratio", "Sapo", "Shape", "Truncate", "bounded"]
 
 
 class Gate:
