@@ -201,7 +201,6 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
     must be finite where it is read."""
-    _refuse_an_idle_kl(where, batch, objective)
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")
@@ -213,7 +212,9 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
         return
     active = batch.active
     weighted, in_kl = active & (batch.weight != 0), active & (batch.weight_of_kl != 0)
-    _warn_of_an_idle_loss(where, batch.role[weighted | in_kl], objective)
+    contributing = batch.role[weighted | in_kl]
+    _warn_of_an_idle_loss(where, contributing, objective)
+    _warn_of_an_idle_kl(where, contributing, objective)
     for layer in objective.layers:
         for code, term in ((Role.ROLLOUT, layer.rollout), (Role.EXPERT, layer.expert)):
             names = set() if term is None else term.reads(batch.on_policy) - {"sequence_id"}
@@ -229,18 +230,6 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
                 checks.finite_tensor(where, f"batch.{name}", torch.where(read, getattr(batch, name), 0.0), remedy)
 
 
-def _refuse_an_idle_kl(where: str, batch: TokenBatch, objective: Objective) -> None:
-    """A KL must have a rollout token to hold, unless a term wants such tokens as well: a part of a batch may rightly have none."""
-    if not checks.may_look(batch.role) or not any(layer.kl and layer.kl.beta > 0 for layer in objective.layers):
-        return
-    reason, experts = objective.why_a_kl_is_idle, int((batch.role == Role.EXPERT).sum())
-    if reason and experts and not bool((batch.role == Role.ROLLOUT).any()):
-        raise ValueError(
-            f"{where}: {reason}, got a batch of {experts} expert tokens and none of rollouts. Leave the KL out for such a batch, "
-            "or set Role.ROLLOUT on the tokens that the policy sampled."
-        )
-
-
 def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:
     """Say that nothing will train, as with ROLLOUT on every token of an SFT; a part of a batch may be so rightly."""
     named = {
@@ -253,5 +242,16 @@ def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> Non
         warnings.warn(
             f"{where}: objective {objective.name!r} trains tokens of role {' and '.join(trained)}, of which this batch has none: "
             "its loss and its gradients are 0. Set TokenBatch.role, or use another objective.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_an_idle_kl(where: str, role: Tensor, objective: Objective) -> None:
+    """Say that a KL holds nothing, as on the expert tokens of an SFT; a part of a batch may be so rightly."""
+    trained, reason = any(layer.kl and layer.kl.beta > 0 for layer in objective.layers), objective.why_a_kl_is_idle
+    if trained and reason and bool((role == Role.EXPERT).any()) and not bool((role == Role.ROLLOUT).any()):
+        warnings.warn(
+            f"{where}: {reason}, which is all that this batch has: the loss is the same without the KL. Leave it out, or set "
+            "Role.ROLLOUT on the tokens that the policy sampled.",
             stacklevel=4,
         )

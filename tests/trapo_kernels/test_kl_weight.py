@@ -3,6 +3,7 @@ nothing for a KL, and what the gradient of each estimator is, capped and times a
 
 import math
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -155,29 +156,48 @@ def _with_kl(objective, beta, where):
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU is not asked which roles a batch has")
 @pytest.mark.parametrize("where", ["its own layer", "another"])
-def test_a_kl_without_a_token_to_hold_is_refused(where):
+def test_a_kl_without_a_token_to_hold_is_said(where):
     """As on the expert tokens of an SFT, whose loss is the same for every β."""
-    (hidden, weight, _), objective = cases.head(3, 7, 57, torch.float32), _with_kl(objectives.sft(), 0.1, where)
-    rule, got = "a KL is of rollout tokens, and 'sft' trains on expert tokens alone", "got a batch of 2 expert tokens and none of"
-    with pytest.raises(ValueError, match=f"^linear_policy_loss: {rule}, {got} rollouts. Leave the KL out for such a batch, or set"):
-        linear_policy_loss(hidden, weight, _of_roles(2, 0, 2), objective)
-    with pytest.raises(ValueError, match=f"^policy_loss: {rule}"):
-        policy_loss(torch.zeros(3) - 1, None, replace(_of_roles(2, 0, 2), ref_logprob=None), objective)
+    (hidden, weight, _), b = cases.head(3, 7, 57, torch.float32), _of_roles(2, 0, 2)
+    objective, other = (_with_kl(objectives.sft(), beta, where) for beta in (0.1, 50.0))
+    rule = "a KL is of rollout tokens, and 'sft' trains on expert tokens alone, which is all that this batch has"
+    with pytest.warns(UserWarning, match=f"^linear_policy_loss: {rule}: the loss is the same without the KL. Leave it out, or"):
+        loss = linear_policy_loss(hidden, weight, b, objective).loss
+        assert torch.equal(loss, linear_policy_loss(hidden, weight, b, other).loss)
+    with pytest.warns(UserWarning, match=f"^policy_loss: {rule}"):
+        policy_loss(torch.zeros(3) - 1, None, b, objective)
 
 
 @pytest.mark.parametrize("where", ["its own layer", "another"])
 @pytest.mark.parametrize(
-    ("objective", "roles", "beta"),
+    ("objective", "roles", "changes", "beta"),
     [
-        (objectives.sft(), (2, 1, 2), 0.1),
-        (objectives.relift(), (2, 2, 2), 0.1),  # a part of a batch of both
-        (objectives.sft(), (0, 0, 0), 0.1),  # a rank without tokens
-        (objectives.sft(), (2, 2, 2), 0.0),  # only watched
+        (objectives.sft(), (2, 1, 2), {}, 0.1),
+        (objectives.relift(), (2, 2, 2), {}, 0.1),  # a part of a batch of both
+        (objectives.sft(), (0, 0, 0), {}, 0.1),  # a rank without tokens
+        (objectives.sft(), (2, 2, 2), {"weight": torch.zeros(3, device=cases.DEVICE)}, 0.1),
+        (objectives.sft(), (2, 2, 2), {}, 0.0),  # only watched
     ],
 )
-def test_a_kl_beside_expert_tokens_is_taken_where_it_may_be_right(objective, roles, beta, where):
-    hidden, weight, _ = cases.head(3, 7, 57, torch.float32)
-    assert linear_policy_loss(hidden, weight, _of_roles(*roles), _with_kl(objective, beta, where)).loss.isfinite()
+def test_nothing_is_said_of_a_kl_beside_expert_tokens_where_it_may_be_right(objective, roles, changes, beta, where):
+    (hidden, weight, _), b = cases.head(3, 7, 57, torch.float32), replace(_of_roles(*roles), **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert linear_policy_loss(hidden, weight, b, _with_kl(objective, beta, where)).loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:linear_policy_loss. a KL is of rollout tokens")
+@pytest.mark.parametrize("where", ["its own layer", "another"])
+def test_parts_of_a_batch_with_a_kl_add_up_where_one_has_expert_tokens_alone(where):
+    (hidden, weight, _), b = cases.head(5, 7, 57), cases.batch(5, 57, role=torch.tensor([2, 2, 1, 2, 1], dtype=torch.uint8))
+    objective = _with_kl(objectives.sft(), 0.1, where)
+    losses = [
+        linear_policy_loss(hidden[rows], weight, b.rows(rows), objective, backend="torch").loss
+        for rows in (slice(None), slice(0, 2), slice(2, 5))
+    ]
+    whole, *parts = ([loss, *cases.gradients(loss, (hidden, weight))] for loss in losses)
+    for wanted, *found in zip(whole, *parts, strict=True):
+        assert cases.error(sum(found), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
