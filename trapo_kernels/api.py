@@ -388,9 +388,10 @@ def _rows_to_score(batch: TokenBatch, objective: Objective) -> tuple[Tensor | No
     active, silent, scored = batch.active_rows, batch.silent_rows, batch.scored_rows
     if active is None or not objective.pools:
         return active, scored
-    if silent is None:
+    flows = any(layer.pools_kl for layer in objective.layers)  # a gradient to silent rows, and to scored ones, maybe named twice
+    if silent is None or (flows and scored is not None):
         return None, scored
-    return active, silent if scored is None else torch.cat([scored, silent])
+    return (torch.cat([active, silent]), None) if flows else (active, silent if scored is None else torch.cat([scored, silent]))
 
 
 def _whole_vocab(weight: Tensor, process_group: ProcessGroup | None) -> int | None:

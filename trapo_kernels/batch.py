@@ -42,13 +42,15 @@ class TokenBatch:
         entropy_weight: fp32, weight of the entropy bonus; None means `weight`.
         rollout_logprob: fp32 nats as the sampler reported them; needed only by terms anchored at "rollout".
         scored_rows: int64 [K], rows that cannot contribute but whose logprob and entropy are wanted: they take part in the forward
-            GEMM alone and count in no metric. None: none; such rows then read 0, unless an objective pools over their sequence.
+            GEMM alone, as silent rows do, and count in no metric. None: none; such rows then read 0, unless an objective pools over
+            their sequence.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
         kl_weight: fp32, weight of the KL term on rollout tokens, read nowhere else; None means `weight`.
 
     `active_rows`, int64 [M], are the rows that can contribute, ascending, and `silent_rows` [K] those with a role that cannot, for
-    which an objective that pools over sequences takes the forward GEMM alone. They are found when the tensors are on the CPU (no
-    sync), and move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which
+    which an objective that pools over sequences takes the forward GEMM alone, unless it has a KL times the ratio of a sequence
+    ("k3_corrected" beside MeanRatio), whose gradient reaches them. They are found when the tensors are on the CPU (no sync), and
+    move to a GPU with the batch. None: not known, as after `dataclasses.replace` or an in-place write on a GPU, which
     may have changed a weight; every row then goes through the GEMMs with the inactive ones zeroed. See `with_active_rows`.
     Compiled code takes them as they were when last read: after an in-place write read them once, or build the batch anew.
 

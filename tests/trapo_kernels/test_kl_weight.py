@@ -257,34 +257,73 @@ def test_a_cap_is_printed():
 
 
 def _sequences(dtype, **changes):
-    """30 rollout tokens of 4 interleaved sequences, whose weights are constant within each; the last one has no KL."""
-    labels = torch.arange(30, device=cases.DEVICE) % 4
-    b = cases.batch(30, 50, dtype, roles=(1,), sequence_id=labels, old_logprob=torch.rand(30, dtype=dtype) - 4.5)
-    per_sequence = torch.tensor([1.5, -0.7, 0.4, -2.0], dtype=dtype, device=cases.DEVICE)[labels]
-    return replace(b, advantage=per_sequence, weight=1 / (4 + labels.to(dtype)), kl_weight=(labels != 3) * b.weight, **changes)
+    """30 rollout tokens of 4 interleaved sequences, a fifth of them without a KL, as is all of the last sequence; row 6 has a KL
+    alone, row 10 neither."""
+    row = torch.arange(30, device=cases.DEVICE)
+    labels = row % 4
+    old_logprob = torch.rand(30, dtype=torch.float64, generator=torch.manual_seed(0)).to(dtype) - 4.5
+    b = cases.batch(30, 50, dtype, roles=(1,), sequence_id=labels, old_logprob=old_logprob)
+    advantage = torch.tensor([1.5, -0.7, 0.4, -2.0], dtype=dtype, device=cases.DEVICE)[labels]
+    weight, in_kl = 1 / (4 + labels.to(dtype)), (labels != 3) & (row % 5 != 0)
+    b = replace(b, advantage=advantage, weight=torch.where((row == 6) | (row == 10), 0.0, weight), kl_weight=in_kl * weight)
+    return replace(b, entropy_weight=b.weight, **changes)
 
 
-@pytest.mark.parametrize("clip", [math.inf, 0.4])
-@pytest.mark.parametrize("on_policy", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_a_corrected_kl_beside_a_pooled_ratio_is_times_that_ratio_and_its_gradient_too(backend, on_policy, clip):
-    """TRL's importance_sampling_level="sequence" with use_bias_correction_kl: no stop-gradient, autograd of whole sequences."""
-    hidden, weight, _ = cases.head(30, 6, 50)
-    b = _sequences(torch.float64, **({"old_logprob": None} if on_policy else {}))
+def _eager_sequences(hidden, weight, b, clip):
+    """TRL's importance_sampling_level="sequence" with use_bias_correction_kl, whose ratio has its own gradient; GSPO's is of each
+    token."""
     logprob, _ = cases.eager_statistics(hidden, weight, b.target)
-    old, expected = logprob.detach() if on_policy else b.old_logprob, 0
+    old, loss = logprob.detach() if b.on_policy else b.old_logprob, 0
     for label in range(4):
         rows = b.sequence_id == label
         a, d = b.advantage[rows][0], (logprob - old)[rows]
-        ratio = (d.clamp(max=clip) if a >= 0 else d.clamp(min=-clip)).mean().exp()
-        d_ref = (logprob - b.ref_logprob)[rows]
+        bounded = d.clamp(max=clip) if a >= 0 else d.clamp(min=-clip)
+        ratio, d_ref = bounded.mean().exp(), (logprob - b.ref_logprob)[rows]
+        of_token = ratio.detach() * (bounded - bounded.detach()).exp()
         k3 = (-d_ref).exp() - 1 + d_ref
-        expected = expected + (-a * ratio * b.weight[rows] + BETA * b.kl_weight[rows] * ratio * k3).sum()
-    term = Term(Ratio(), "old", "advantage", reduction=MeanRatio(clip))
-    out = linear_policy_loss(hidden, weight, b, Objective(rollout=term, kl=KL(BETA, "k3_corrected")), backend=backend)
+        loss = loss + (-a * of_token * b.weight[rows] + BETA * b.kl_weight[rows] * ratio * k3).sum()
+    return loss
+
+
+def _pooled(clip):
+    return Objective(rollout=Term(Ratio(), "old", "advantage", reduction=MeanRatio(clip)), kl=KL(BETA, "k3_corrected"))
+
+
+@pytest.mark.parametrize("scored_rows", [None, [10]])
+@pytest.mark.parametrize("clip", [math.inf, 0.4])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_corrected_kl_beside_a_pooled_ratio_is_times_that_ratio_and_its_gradient_too(backend, on_policy, clip, scored_rows):
+    hidden, weight, _ = cases.head(30, 6, 50)
+    scored = None if scored_rows is None else torch.tensor(scored_rows, device=cases.DEVICE)
+    b = _sequences(torch.float64, scored_rows=scored, **({"old_logprob": None} if on_policy else {}))
+    assert b.active.sum() == 29
+    expected = _eager_sequences(hidden, weight, b, clip)
+    out = linear_policy_loss(hidden, weight, b, _pooled(clip), backend=backend)
     assert out.passes == 2 and cases.error(out.loss, expected) < 1e-12
     for ours, theirs in zip(cases.gradients(out.loss, (hidden, weight)), cases.gradients(expected, (hidden, weight)), strict=True):
-        assert theirs.any() and cases.error(ours, theirs) < 1e-12
+        assert theirs[10].any() and cases.error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("backend", cases.COMPILED)
+def test_a_corrected_kl_beside_a_pooled_ratio_on_a_compiled_backend(backend):
+    exact, eager = [], []
+    for dtype, found in ((torch.float64, exact), (torch.float32, eager)):
+        inputs, b = cases.head(30, 6, 50, dtype)[:2], _sequences(dtype)
+        loss = _eager_sequences(*inputs, b, 0.4)
+        found += [loss, *cases.gradients(loss, inputs)]
+    loss = linear_policy_loss(*inputs, b, _pooled(0.4), backend=backend).loss
+    cases.check_as_close_as_eager([loss, *cases.gradients(loss, inputs)], eager, exact)
+
+
+def test_a_corrected_kl_that_overflows_is_infinite():
+    one = torch.ones(2, device=cases.DEVICE)
+    logprob = (-one).requires_grad_()
+    streams = {"old_logprob": -one, "ref_logprob": 200 * one, "sequence_id": torch.zeros_like(one).long()}
+    b = TokenBatch(one.long(), one.to(torch.uint8), one, one, **streams)
+    loss = policy_loss(logprob, None, b, _pooled(math.inf)).loss
+    assert loss == math.inf
+    assert not cases.gradients(loss, (logprob,))[0].isfinite().any()
 
 
 def test_a_corrected_kl_beside_a_pooled_ratio_reads_the_sequences_on_policy_too_and_says_why():

@@ -10,6 +10,7 @@ import torch
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_kernels import cases
 from trapo_kernels import (
+    KL,
     LoraHead,
     LossTotals,
     Role,
@@ -94,6 +95,24 @@ def test_the_arithmetic_of_tokens_takes_few_launches(gpu, monkeypatch):
 @pytest.mark.parametrize("preset", ["trapo", "gspo"])  # one pass and two
 def test_policy_loss_of_the_rows_that_a_cpu_knew_to_be_active(gpu, preset, batch_invariant):
     _check_policy(gpu, preset, torch.bfloat16, known_rows=True, batch_invariant=batch_invariant)
+
+
+@pytest.mark.parametrize("rows", ["known", "unknown", "scored"])
+def test_a_pooled_kl_has_its_gradient_on_silent_rows(gpu, monkeypatch, rows):
+    """A tenth of the tokens has no weight, and belongs to the ratio of its sequence all the same."""
+    hidden, weight, _ = cases.head(N, D, V, torch.float32)
+    muted, objective = torch.arange(N) % 10 == 0, replace(objectives.gspo(), kl=KL(0.2, "k3_corrected"))
+    b = cases.batch(N, V, torch.float32, kl_weight=torch.where(muted, 0.0, 1 / N), entropy_weight=None)
+    silent = (muted & (b.role != Role.IGNORED)).nonzero().squeeze(1)
+    b = replace(b, weight=torch.where(muted, 0.0, b.weight), scored_rows=silent[[0, 0]] if rows == "scored" else None)
+    reference = _policy(hidden, weight, b, objective, backend="reference")
+    assert reference[1][silent].any(1).sum() > 9
+    there, moved, factors = replace(b.to(DEVICE)) if rows == "unknown" else b.to(DEVICE), _moved(hidden, weight), []
+    add = HeadGemm.add_grad_factor
+    monkeypatch.setattr(HeadGemm, "add_grad_factor", lambda gemm, x, *rest: factors.append(len(x)) or add(gemm, x, *rest))
+    gpu.waits.clear()
+    _close(_policy(*moved, there, objective, backend="torch"), reference, torch.float32)
+    assert gpu.waits == [] and sum(factors) == ((b.role != Role.IGNORED).sum() if rows == "known" else N)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -86,8 +86,8 @@ def term_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, term: Term, c
 
 
 def kl_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, layer: Objective) -> Tensor:
-    """0-d: Σ kl_weight · KL over the rollout tokens whose KL has a weight."""
-    term, rollout = layer.rollout, batch.active & (batch.role == Role.ROLLOUT)
+    """0-d: Σ kl_weight · KL over the rollout tokens whose KL has a weight; a pooled ratio of it is that of silent ones, too."""
+    term, rollout = layer.rollout, batch.role == Role.ROLLOUT
     weight = savable(batch.weight_of_kl).to(logprob.dtype)
     mine = rollout & (weight != 0)
     logp = torch.where(mine, logprob, 0.0)
@@ -97,9 +97,9 @@ def kl_loss(logprob: Tensor, entropy: Tensor, batch: TokenBatch, layer: Objectiv
         return torch.where(mine, weight * layer.kl.value(d_ref, d), 0.0).sum()
     pooled = terms.reduced(term, Role.ROLLOUT, logprob, entropy, batch)
     kl = torch.where(mine, weight * layer.kl.value(d_ref, pooled.log_ratio), 0.0)
-    # The ratio is a factor of every KL of its sequence: each of n tokens moves them all, by a share of 1/n.
+    # The ratio is a factor of every KL of its sequence: each of n tokens moves them all, by a share of 1/n, which may be infinite.
     share = terms.mean_of_sequence(kl, Role.ROLLOUT, batch)
-    return (kl + torch.where(rollout & pooled.flows, share * _nothing(torch.where(rollout, logprob, 0.0)), 0.0)).sum()
+    return (kl + torch.where(rollout & pooled.flows, _nothing(share * torch.where(rollout, logprob, 0.0)), 0.0)).sum()
 
 
 def log_ratio(logprob: Tensor, batch: TokenBatch, term: Term) -> Tensor:
