@@ -6,6 +6,18 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
+# (model, its text): types with a configuration of the text of which the model's own forward does what it says of logits. Many more
+# ignore theirs. tests/test_vision_language.py has each of these.
+_APPLIED = {
+    ("gemma3n", "gemma3n_text"),
+    ("gemma4", "gemma4_text"),
+    ("gemma4_unified", "gemma4_unified_text"),
+    ("hyperclovax_vision_v2", "hyperclovax"),
+    ("muse_glimmer", "muse_glimmer_text"),
+    ("muse_spark", "muse_spark_text"),
+    ("paligemma", "gemma2"),
+}
+
 
 class ModelOptions(TypedDict):
     """What of a head's options a model decides."""
@@ -25,7 +37,8 @@ def head_options(model: nn.Module) -> ModelOptions:
         softcap = getattr(config, "final_logit_softcapping", None)
         temperature = getattr(config, "logits_scaling", 1.0) / getattr(config, "logit_scale", 1.0)
 
-    Falcon-H1, Muse and Inkling scale before the cap, HyperCLOVA X multiplies by what Granite divides by. No model is run: of one
+    Falcon-H1, Muse and Inkling scale before the cap, HyperCLOVA X multiplies by what Granite divides by. A model of images and text
+    that is not known to do what the configuration of its text says is refused: many, such as LLaVA, do not. No model is run: of one
     that does more to its logits, or has a layer between its last hidden state and its head, as BERT, nothing is noticed. To be sure
     compare `linear_logprob(hidden, lm_head_weight, target, **options)` with `token_logprob(model(input_ids).logits, target)` once.
 
@@ -34,7 +47,8 @@ def head_options(model: nn.Module) -> ModelOptions:
 
     Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1.
     Raises: TypeError where the output head is no torch.nn.Linear, such as a LoRA'd one, whose `weight` is that of its base alone;
-        ValueError where the model leaves rows of its head out.
+        ValueError where the model leaves rows of its head out, or a cap or a scale is in the configuration of its text and it is
+        not known to apply that itself.
     Memory: none; the bias is the model's own. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.23.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -60,4 +74,12 @@ def head_options(model: nn.Module) -> ModelOptions:
     after = factor("logit_scale") * (scaling if config.model_type == "hyperclovax" else 1.0 / scaling)
     caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
     cap = next((cap for cap in caps if cap is not None), None)
-    return {"bias": head.bias, "softcap": None if cap is None else cap / before, "temperature": 1.0 / (before * after)}
+    softcap, temperature = None if cap is None else cap / before, 1.0 / (before * after)
+    types = (model.config.model_type, config.model_type)
+    if config is not model.config and types not in _APPLIED and (softcap, temperature) != (None, 1.0):
+        raise ValueError(
+            "head_options: a cap or a scale in the configuration of a model's text must be one that the model itself applies, got "
+            f"softcap = {softcap} and temperature = {temperature:g} of {types[1]} in {types[0]}, which may ignore them. Pass the "
+            f"options yourself: these, or none where the forward of {type(model).__name__} returns lm_head(hidden)."
+        )
+    return {"bias": head.bias, "softcap": softcap, "temperature": temperature}

@@ -57,10 +57,11 @@ def _arguments():
 
 
 def _model(bias):
-    text = SimpleNamespace(model_type="granite", final_logit_softcapping=3.0, logits_scaling=8.0)
+    config = SimpleNamespace(model_type="granite", final_logit_softcapping=3.0, logits_scaling=8.0)
+    config.get_text_config = lambda: config
     head = torch.nn.Linear(6, 40)
     head.bias = torch.nn.Parameter(bias)
-    return SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=lambda: text))
+    return SimpleNamespace(get_output_embeddings=lambda: head, config=config)
 
 
 def _metrics(logprob, batch):

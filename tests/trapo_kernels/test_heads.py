@@ -1,4 +1,5 @@
-"""What `head_options` reads from a model; whole models of transformers are in tests/test_pages.py."""
+"""What `head_options` reads from a model; whole models are in tests/test_pages.py and, of images and text, in
+tests/test_vision_language.py."""
 
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ D, V = 6, 40
 
 
 def _model(head=None, **settings):
-    text = SimpleNamespace(model_type="some", **settings)
+    config = SimpleNamespace(model_type="some", **settings)
+    config.get_text_config = lambda: config
     head = nn.Linear(D, V, device=cases.DEVICE) if head is None else head
-    return SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=lambda: text))
+    return SimpleNamespace(get_output_embeddings=lambda: head, config=config)
 
 
 @pytest.mark.parametrize(

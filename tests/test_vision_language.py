@@ -1,0 +1,89 @@
+"""`head_options` of whole models of images and text, whose configuration of the text says more than some of them do."""
+
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from trapo_kernels import head_options, heads, linear_logprob, token_logprob
+
+_SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+_TOKENS = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+_CAP = _LAYERS | {"final_logit_softcapping": 0.5}
+_PER_LAYER = {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+_GEMMA3N = _PER_LAYER | {"laurel_rank": 4, "activation_sparsity_pattern": None, "altup_num_inputs": 2}
+_MUSE = {"output_multiplier": 4.0, "final_logit_softcapping": 2.0}
+_EXPERTS = {"moe_intermediate_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_hidden_size": 16}
+_IMAGES = {"vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}}
+_SOUND = {"audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 16}}
+# (model, its text, the configuration of the text, that of the towers where they are not left out)
+APPLIED = [
+    ("Gemma3n", "Gemma3nText", _CAP | _GEMMA3N, {}),
+    ("Gemma4", "Gemma4Text", _CAP | _PER_LAYER | {"global_head_dim": 8}, {}),
+    ("Gemma4Unified", "Gemma4UnifiedText", _CAP | {"global_head_dim": 8}, {}),
+    ("PaliGemma", "Gemma2", _CAP, {}),
+    ("HyperCLOVAXVisionV2", "HyperCLOVAX", {"logits_scaling": 4.0}, {}),
+    ("MuseGlimmer", "MuseGlimmerText", _MUSE, _IMAGES),
+    ("MuseSpark", "MuseSparkText", _MUSE | _EXPERTS, _IMAGES | _SOUND),
+]
+IGNORED = [
+    ("AyaVision", "Cohere2", _LAYERS | {"logit_scale": 4.0}, {}),
+    ("LlavaNext", "Granite", {"logits_scaling": 0.5}, {}),
+    ("Llava", "Gemma2", _CAP, {}),
+    ("PaliGemma", "Granite", {"logits_scaling": 0.5, "use_bidirectional_attention": False}, {}),  # which would apply a cap
+]
+
+
+def _model(name, text, settings, towers):
+    given = _SHAPE | _TOKENS | {"head_dim": 8} | settings
+    text_config = getattr(transformers, f"{text}Config")(**given, attn_implementation="eager")
+    config = getattr(transformers, f"{name}Config")(text_config=text_config, **towers)
+    make = transformers.AutoModel.from_config
+
+    def language_model_alone(of):
+        return make(of) if of is config.text_config else nn.Identity()  # a tower, which may need timm or be large
+
+    with mock.patch.object(transformers.AutoModel, "from_config", language_model_alone):
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    nn.init.normal_(model.lm_head.weight, std=0.2)  # logits that a cap and a scale change
+    return model
+
+
+@torch.no_grad()
+def _logprobs(model, options):
+    """By the options, and by the model's own logits."""
+    input_ids, target = torch.randint(3, 40, (1, 7)), torch.randint(3, 50, (7,))
+    hidden = model.model(input_ids, use_cache=False).last_hidden_state[0]
+    own = token_logprob(model(input_ids, use_cache=False).logits[0], target).logprob
+    return linear_logprob(hidden, model.lm_head.weight, target, **options).logprob, own
+
+
+@pytest.mark.parametrize("case", APPLIED, ids=lambda case: case[0])
+def test_options_of_a_model_that_does_what_its_text_says_give_its_logits(case):
+    model = _model(*case)
+    options = head_options(model)
+    assert (options["softcap"], options["temperature"]) != (None, 1.0)
+    torch.testing.assert_close(*_logprobs(model, options))
+
+
+def test_each_of_these_models_is_tried():
+    types = {tuple(getattr(transformers, f"{name}Config").model_type for name in (case[0], case[1])) for case in APPLIED}
+    assert types == heads._APPLIED
+
+
+@pytest.mark.parametrize("case", IGNORED, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_model_that_may_ignore_what_its_text_says_is_refused(case):
+    """And does: its logits are those of its head."""
+    model = _model(*case)
+    types = f"{model.config.text_config.model_type} in {model.config.model_type}"
+    with pytest.raises(ValueError, match=rf"^head_options: .* got softcap = .* and temperature = [\d.]+ of {types}, which may"):
+        head_options(model)
+    torch.testing.assert_close(*_logprobs(model, {}))
+
+
+def test_a_text_that_says_nothing_of_logits_is_taken_in_any_model():
+    model = _model("Llava", "Gemma2", _LAYERS | {"final_logit_softcapping": None}, {})
+    torch.testing.assert_close(*_logprobs(model, head_options(model)))
