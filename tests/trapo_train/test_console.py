@@ -36,14 +36,6 @@ def command(monkeypatch):
     return lambda body: monkeypatch.setattr(cli, "_recipes", lambda args, console: body(console) or 0)
 
 
-@pytest.fixture
-def default_sighup():
-    """A closed terminal as Python has it, however pytest was started."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(
     ("opener", "number", "code"),
     [(os.pipe, None, 0), (os.pipe, signal.SIGINT, 130), (os.openpty, None, 0), (os.openpty, signal.SIGHUP, 129)],

@@ -16,7 +16,7 @@ from trapo_train.train import run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_stop_signal_catches_a_signal_and_gives_it_back(default_sigint, capfd, number):
+def test_stop_signal_catches_a_signal_and_gives_it_back(default_sigint, default_sighup, capfd, number):
     before = signal.getsignal(number)
     with StopSignal("saving\n") as stop:
         assert stop.received is None
