@@ -16,7 +16,8 @@ from trapo_train.metrics import Mean
 from trapo_train.model import policy_forward, score, score_all
 from trapo_train.packing import PackingConfig
 from trapo_train.tally import Tally, quantile
-from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy
+from trapo_train.trainer import Trainer
+from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy, with_reference
 
 
 @pytest.fixture
@@ -58,12 +59,12 @@ def test_a_single_update_without_correction_is_left_alone():
         (objectives.trapo(), {"correction": CorrectionConfig("tis")}, 1),
     ],
 )
-def test_the_policy_is_scored_only_where_that_is_read(objective, updates, passes, monkeypatch):
-    ran = []
-    monkeypatch.setattr(updates_module, "score_all", lambda *given: ran.append(1) or score_all(*given))
+def test_the_policy_is_scored_only_where_that_is_read_and_in_the_mode_of_the_updates(objective, updates, passes, monkeypatch):
+    ran, model = [], make_model().eval()  # as evaluating and sampling leave it
+    monkeypatch.setattr(updates_module, "score_all", lambda *given: ran.append(model.training) or score_all(*given))
     micro_batches = packed(make_samples(), objective)
-    prepared = with_old_policy(make_model(), micro_batches, objective, UpdateConfig(**updates), temperature=1.0)
-    assert len(ran) == passes and (passes or prepared == micro_batches)
+    prepared = with_old_policy(model, micro_batches, objective, UpdateConfig(**updates), temperature=1.0)
+    assert ran == [True] * passes and (passes or prepared == micro_batches)
 
 
 @pytest.mark.parametrize("in_second_layer", [False, True])
@@ -259,6 +260,20 @@ def test_means_over_tokens_are_those_of_all_tokens_of_all_updates():
 def coin(prompts, completions, **columns):
     """A reward that an untrained model earns half of the time."""
     return [float(sum(map(ord, completion)) % 2) for completion in completions]
+
+
+def test_the_reference_of_a_model_with_lora_is_the_model_without_its_adapters(configure):
+    pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    trainer = Trainer(configure("run", "model.lora={rank: 2}", "objective={name: grpo, options: {beta: 0.1}}"))
+    micro_batches = packed(make_samples(), trainer.objective)
+    before = score_all(trainer.model, micro_batches, 1.0)  # adapters add 0 as yet
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    (scored,) = with_reference(trainer.reference, micro_batches, trainer.objective, 1.0)
+    torch.testing.assert_close(scored.batch.ref_logprob, before[0])
+    assert not torch.allclose(score(trainer.model, scored), before[0], atol=1e-3)
 
 
 def test_a_run_with_four_updates_per_step_leaves_the_old_policy(configure):
