@@ -68,6 +68,12 @@ def test_a_guided_sample_beside_unguided_ones_that_are_all_alike_is_divided_by_n
         assert advantages(group, normalise="group_std", baseline="unguided") == [0.0] * len(rewards) + [-0.75]
 
 
+def test_unguided_rewards_that_differ_in_their_last_digits_have_no_deviation():
+    group = [sample(0.1 + 0.2 + 0.3), sample(0.3 + 0.2 + 0.1), sample(1.0, (7,))]
+    assert group[0].reward != group[1].reward
+    assert advantages(group, normalise="group_std", baseline="unguided")[2] == pytest.approx(0.4)
+
+
 def test_unguided_baseline_without_unguided_sample_is_zero():
     assert advantages([sample(0.0, (7,)), sample(1.0, (7,))], baseline="unguided") == [0.0, 0.0]
 
@@ -143,6 +149,11 @@ def test_reinforce_pp_whitens_the_rewards_of_the_step():
     values = step_advantages(grouped([0.0, 1.0, 1.0], [2.0]), center="none", normalise="batch")
     deviation = stdev([0.0, 1.0, 1.0, 2.0])
     assert values == pytest.approx([-1.0 / deviation, 0.0, 0.0, 1.0 / deviation])
+
+
+def test_whitening_takes_a_mean_away_however_small_it_is_beside_the_deviation():
+    values = step_advantages(grouped([1.0], [-1.0], [1.0], [-0.998]), center="none", normalise="batch")
+    assert sum(values) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_reinforce_pp_with_a_baseline_whitens_what_the_group_mean_leaves():
