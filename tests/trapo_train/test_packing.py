@@ -66,6 +66,12 @@ def test_positions_score_the_next_token():
     torch.testing.assert_close(micro_batch.batch.rollout_logprob, torch.tensor([0.0, 0.0, -1.0, -1.1]))
 
 
+def test_positions_start_anew_in_every_segment():
+    micro_batch = one([make_sample(prompt=2, prefix=1, completion=3), make_sample(prompt=3, completion=2)], objectives.trapo())
+    assert micro_batch.segment_lengths == (5, 4)
+    assert micro_batch.position_ids.tolist() == [[*range(5), *range(4)]]
+
+
 def test_every_loss_token_of_a_packed_row_points_at_its_own_token():
     samples = mixed_samples()
     for micro_batch in pack(samples, PackingConfig(24), objectives.trapo(), max_response_tokens=MAX_RESPONSE):
@@ -128,6 +134,13 @@ def test_a_mean_over_expert_tokens_does_not_know_how_often_a_trace_was_copied():
     for aggregation in ("token_mean", "role_mean"):
         batch = one([*copied, make_sample(1, prefix=3, completion=0)], objectives.sft(), aggregation).batch
         torch.testing.assert_close(batch.weight, torch.where(batch.sequence_id < 2, 0.5 / 9, 1 / 9))
+
+
+def test_the_order_of_samples_changes_no_bit_of_a_mean_over_tokens():
+    samples = [make_sample(copies, prefix=1 + copies, completion=2, weight=1 / copies) for copies in (3, 7, 11, 13, 17)]
+    orders = [random.Random(seed).sample(samples, len(samples)) for seed in range(50)]
+    found = {tuple(one(order, objectives.trapo(), "token_mean").batch.weight.sort().values.tolist()) for order in orders}
+    assert len(found) == 1
 
 
 def test_zero_advantage_counts_but_is_dropped():
