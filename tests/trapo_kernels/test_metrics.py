@@ -56,7 +56,7 @@ def test_a_part_without_tokens_changes_nothing():
 def _rank(rank, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    b = _batch()
+    b, alone = _batch(), [dist.new_group([0]), dist.new_group([1])]
     for name in ("grpo", "sft"):  # with a maximum, and without one
         whole, of = _metrics(name, b)
         torch.manual_seed(0)
@@ -64,11 +64,13 @@ def _rank(rank, path):
         merged = merged_metrics(mine, process_group=dist.group.WORLD)
         for metric, value in whole.items():
             torch.testing.assert_close(merged[metric], value.double(), rtol=1e-5, atol=1e-6, msg=metric)
+        of_this_rank = merged_metrics(mine)
+        assert merged_metrics(mine, process_group=alone[rank]) == of_this_rank != merged
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="gloo, on CPU tensors")
-def test_ranks_merge_by_two_reductions(tmp_path):
+def test_the_ranks_of_a_group_merge_by_two_reductions(tmp_path):
     ranks.start(_rank, 2, str(tmp_path / "store"))
 
 

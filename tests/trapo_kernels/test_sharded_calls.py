@@ -83,8 +83,8 @@ def _check_rows_that_differ(rank):
     hidden, weight, target = _inputs()
     mine, b = weight[:50] if rank == 0 else weight[50:], _batch(target)
     group, half = dist.group.WORLD, slice(5 * rank, 5 * rank + 5)
-    unequal = slice(0, 4 + rank)
-    for rows, sizes in ((half, r"\[5, 5\]"), (unequal, r"\[4, 5\]")):
+    unequal, reversed_on_one = slice(0, 4 + rank), torch.arange(N).flip(0) if rank == 1 else torch.arange(N)
+    for rows, sizes in ((half, r"\[5, 5\]"), (unequal, r"\[4, 5\]"), (reversed_on_one, r"\[10, 10\]")):
         said = rf"all ranks of process_group must pass the same hidden and target, .* N = {sizes} rows .* pass the whole weight"
         with pytest.raises(ValueError, match=f"linear_logprob: {said}"):
             linear_logprob(hidden[rows], mine, target[rows], process_group=group)

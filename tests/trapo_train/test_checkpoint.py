@@ -21,6 +21,7 @@ from trapo_train.checkpoint import (
     CheckpointStore,
     compare_fingerprints,
 )
+from trapo_train.parallel import World
 from trapo_train.random_states import rng_state
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
@@ -267,6 +268,19 @@ def test_a_step_is_saved_once(store):
     store.save(1, make_state(), FINGERPRINT)
     with pytest.raises(CheckpointError, match="exists already"):
         store.save(1, make_state(), FINGERPRINT)
+
+
+def test_a_step_that_another_rank_sees_a_checkpoint_of_is_not_saved(tmp_path):
+    world = World.alone()
+    world.gather = lambda mine: [mine, True]
+    with pytest.raises(CheckpointError, match="step_00000001 exists already"):
+        CheckpointStore(tmp_path, keep=2, world=world).save(1, make_state(), FINGERPRINT)
+
+
+def test_a_model_that_scored_as_high_before_training_was_not_better(store):
+    for step, before, better in ((1, 0.5, False), (2, 0.6, True)):
+        store.save(step, {}, {}, score=0.5, score_before=before)
+        assert (store.better_before() is not None) == better
 
 
 def test_a_state_that_could_not_be_loaded_again_is_not_saved(store):

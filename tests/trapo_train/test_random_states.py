@@ -104,19 +104,21 @@ def test_the_seed_decides_what_a_reward_draws(configure):
     assert exported(configure("first")) != exported(configure("other"))
 
 
-def test_on_another_number_of_ranks_a_reward_draws_anew_and_repeatably(configure, store, monkeypatch):
+def test_on_another_number_of_ranks_reward_and_engine_draw_anew_and_repeatably(configure, store, monkeypatch):
     trainer = Trainer(configure("run", *DICE))
     at_the_start = draw()
     trainer.train_step()
     with monkeypatch.context() as patch:
         patch.setattr(trainer.world, "gather", lambda value: [value, value])
         trainer.save(store)
-    drawn = []
+    drawn, engines = [], []
     for _ in range(2):
         trainer = Trainer(configure("run", *DICE))
+        engines.append(trainer.engine.state_dict())
         assert trainer.resume(store) and any("saved by 2 ranks, continued by 1" in note for note in trainer.notes)
         drawn.append(draw())
-    assert drawn[0] == drawn[1]
+        engines.append(trainer.engine.state_dict())
+    assert drawn[0] == drawn[1] and engines[1] == engines[3] != engines[0] == engines[2]
     assert all(new != old for new, old in zip(drawn[0], at_the_start, strict=True))
 
 

@@ -69,6 +69,17 @@ def test_expert_traces_alone_gather_no_model_for_an_engine(configure, monkeypatc
         assert len(entered) == count
 
 
+def test_a_problem_without_a_trace_on_another_rank_has_this_one_gather_the_model_too(configure, monkeypatch):
+    trainer, entered = Trainer(configure("run", *SFT)), []
+    inner = trainer.ready_to_generate
+    monkeypatch.setattr(trainer, "ready_to_generate", lambda: entered.append(1) or inner())
+    for on_the_other, count in ((False, 0), (True, 1)):
+        others = [on_the_other]
+        monkeypatch.setattr(trainer.world, "gather", lambda mine, others=others: [mine] + others * isinstance(mine, bool))
+        trainer.train_step()
+        assert len(entered) == count
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
