@@ -7,6 +7,7 @@ import pytest
 from tests.trapo_train.test_train import build_config
 from trapo_kernels import KL, Objective, objectives
 from trapo_train.chooser import apply_choice, load_chooser
+from trapo_train.engine import EngineError
 from trapo_train.trainer import Trainer
 
 
@@ -31,6 +32,23 @@ def by_reward(step, metrics):
 
 def dapo(step, metrics):
     return "dapo"
+
+
+class Remembers:
+    """Hands out its own list as its state."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, step, metrics):
+        self.seen.append(step)
+        return "both"
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = list(state["seen"])
 
 
 not_callable = 3
@@ -75,6 +93,19 @@ def test_a_preset_has_the_configured_kl_where_it_has_rollouts(tmp_path):
     chosen = f"objective={{name: dr_grpo, kl: {{beta: 0.1}}, chooser: '{__name__}:dapo'}}"
     metrics = Trainer(build_config(tmp_path, "run", "plan={name: grpo, num_samples: 2}", chosen)).train_step()
     assert metrics["rollout/kl_ref"] == pytest.approx(0)
+
+
+def test_a_step_that_fails_leaves_a_chooser_as_it_was(tmp_path, monkeypatch):
+    trainer = Trainer(build_config(tmp_path, "run", f"objective={{name: trapo, chooser: '{__name__}:Remembers'}}"))
+    trainer.train_step()
+
+    def away(*arguments):
+        raise EngineError("the engine is away")
+
+    monkeypatch.setattr(trainer, "_sample", away)
+    with pytest.raises(EngineError, match="away"):
+        trainer.train_step()
+    assert trainer.chooser.seen == [0]
 
 
 def test_choosers_are_functions_or_classes():

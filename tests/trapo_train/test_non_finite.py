@@ -75,7 +75,7 @@ def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, 
 
     def poisoned(model, optimizer, scheduler, micro_batches, *arguments):
         calls.append(len(calls))
-        if len(calls) in (3, 4):
+        if len(calls) in (3, 4, 5):  # what is resumed counts anew
             micro_batches = [replace(m, batch=replace(m.batch, weight=m.batch.weight * 1e38)) for m in micro_batches]
         return real(model, optimizer, scheduler, micro_batches, *arguments)
 
@@ -87,6 +87,16 @@ def test_after_too_many_skipped_steps_the_state_before_them_is_saved(configure, 
     assert len(calls) == 4 and len(checked) == 1
     assert train_to_end(configure("poisoned", *settings, "checkpoint.resume=true")).steps == 5
     assert len(calls) == 5, "the weights after step 4, which are those after step 2, were saved"
+
+
+def test_steps_count_in_a_row_of_which_every_update_was_skipped(configure, monkeypatch):
+    trained = trainer.Trainer(configure("run", "plan.name=sft", "objective.name=sft", "updates.epochs=2"))
+    in_a_row = []
+    for skipped in (2, 1, 2, 2, 0, 2):
+        monkeypatch.setattr(trained, "_update", lambda *given, skipped=skipped: {"skipped_step": skipped, "loss_tokens": 1})
+        trained.train_step()
+        in_a_row.append(trained.skipped_in_a_row)
+    assert in_a_row == [1, 0, 1, 2, 0, 1]
 
 
 def test_steps_skipped_before_a_stop_count_after_it(configure, monkeypatch):
