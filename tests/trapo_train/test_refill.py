@@ -18,7 +18,7 @@ from trapo_train.metrics import Mean
 from trapo_train.records import Problem, Sample
 from trapo_train.refill import sample_with_refill, teaches
 from trapo_train.rewards import Overlong, RewardError
-from trapo_train.rollout import RolloutResult
+from trapo_train.rollout import RolloutResult, chain_results
 from trapo_train.train import Trainer, run
 
 DAPO = objectives.dapo()
@@ -141,6 +141,12 @@ def test_the_metrics_are_those_of_all_that_was_sampled():
     assert metrics["rollout/rows_in_flight"] == (1 * 2 + 2 * 4 + 3 * 8) / 14  # by the engine's steps, which resume exactly
     assert metrics["reward/one"] == 0.5 and metrics["reward/one"].count == 14
     assert result.seconds == 6.0
+
+
+def test_the_metrics_of_rounds_are_of_samples_that_were_not_kept_as_well():
+    group = [make_sample(0, 1.0), make_sample(0, 0.0)]
+    rounds = [RolloutResult([kept], {"reward/none_count": 0.0}, 1.0, [group]) for kept in ([], group)]
+    assert chain_results(rounds).metrics["num_samples"] == 4
 
 
 def test_the_rounds_are_limited_and_what_is_missing_then_stays_missing():

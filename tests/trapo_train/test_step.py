@@ -268,6 +268,14 @@ def test_presets_with_a_ratio_train_off_policy_too(name):
     assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-4)
 
 
+def test_a_step_reports_the_most_passes_that_one_of_its_micro_batches_took():
+    objective = objectives.gspo()
+    off_policy, on_policy = packed(make_samples(prefixes=(0, 0, 0))[:2], objective, 8)
+    off_policy = with_stream(off_policy, "old_logprob", score(make_model(), off_policy))
+    assert step(make_model(), [off_policy, on_policy], objective)["loss_passes"] == 2
+    assert step(make_model(), [on_policy], objective)["loss_passes"] == 1
+
+
 def test_a_missing_stream_is_named():
     objective = objectives.iw_sft()
     with pytest.raises(ValueError, match="ref_logprob"):

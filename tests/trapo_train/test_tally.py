@@ -12,6 +12,7 @@ from tests.trapo_train.test_step import make_model, make_samples, packed, step, 
 from trapo_kernels import objectives
 from trapo_train.model import policy_forward, score
 from trapo_train.tally import Tally, quantile
+from trapo_train.updates import CorrectionConfig, UpdateConfig, with_old_policy
 
 
 def test_the_quantile_is_that_of_torch_and_takes_any_number_of_values():
@@ -37,6 +38,18 @@ def test_metrics_of_a_kl_term_are_means_over_the_tokens_whose_kl_has_a_weight():
     whole, split = found
     assert (whole.pop("micro_batches"), split.pop("micro_batches")) == (1, 3)
     assert whole == pytest.approx(split, rel=1e-5) and whole["rollout/kl_ref"] != whole["rollout/kl_ref_k1"]
+
+
+@pytest.mark.parametrize("correction", [None, CorrectionConfig("tis")])
+def test_tokens_of_the_entropy_bonus_alone_tell_nothing_of_the_sampler(correction):
+    objective, config = objectives.dr_grpo(entropy_coef=0.1), UpdateConfig(correction=correction)
+    samples, found = make_samples((0.5, 0.0), (0, 0)), []
+    samples[1].completion_logprobs = (-9.0,) * 5
+    for part in (samples, samples[:1]):
+        model = make_model()
+        metrics = step(model, with_old_policy(model, packed(part, objective), objective, config, 1.0), objective)
+        found.append({name: value for name, value in metrics.items() if name.startswith(("rollout/mismatch", "correction/"))})
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and len(found[0]) == (3 if correction is None else 6)
 
 
 def test_a_maximum_is_that_of_all_ranks_in_any_order():
