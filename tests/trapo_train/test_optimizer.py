@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.trapo_train.test_step import make_model, make_samples, packed, step, weights
 from trapo_kernels import objectives
@@ -29,6 +32,20 @@ def test_optimizers_by_name(name):
     before = weights(model)
     step(model, packed(make_samples(), objective), objective, OptimizerConfig(name, learning_rate=1e-2))
     assert not torch.equal(weights(model), before)
+
+
+@pytest.fixture
+def sharded_model():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
+    dist.destroy_process_group()
+
+
+def test_optimizers_without_a_form_for_shards_are_refused_on_several_ranks(sharded_model):
+    for name in ("Adafactor", "Rprop"):
+        with pytest.raises(ValueError, match=f"{name} has no form for parameters sharded over ranks, .* Use AdamW"):
+            build_optimizer(sharded_model, OptimizerConfig(name))
+    build_optimizer(sharded_model, OptimizerConfig("AdamW"))
 
 
 def test_schedules_by_name():
