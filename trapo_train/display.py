@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column as TableColumn
 from rich.text import Text
 
 from trapo_train.columns import COLUMNS, Column, value_of, written
@@ -243,12 +244,15 @@ class Reporter:
         self._say(str(report), "dim")
         if self.console.is_terminal:
             self._progress = Progress(
-                BarColumn(bar_width=30),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.description}"),
+                TextColumn(
+                    "{task.description}", table_column=TableColumn(no_wrap=True, ratio=1)
+                ),  # which gives way, not the others
                 console=self.console,
                 transient=True,
+                expand=True,
             )
             self._progress.add_task(self._live, total=self._steps, completed=self._last_step)
             self._progress.start()

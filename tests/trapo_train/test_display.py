@@ -161,6 +161,17 @@ def test_on_a_terminal_the_bar_is_gone_after_close(tmp_path):
     assert output_of(reporter).rstrip().endswith("\x1b[2K")  # the live line erased
 
 
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_beside_the_bar_stand_the_steps_in_full_however_much_follows(tmp_path, width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with Reporter(tmp_path, console) as reporter:
+        reporter.start(config_of(tmp_path, steps=420), REPORT)
+        reporter.step({"step": 20, **dict.fromkeys(ROLLOUT_METRICS, 0.5)})
+        reporter._progress.refresh()
+        live = output_of(reporter).split("\x1b[2K")[-1]
+    assert " 20/420 0:00:00 ETA" in live and live.endswith("…") and len(live) == width
+
+
 def test_what_takes_a_while_is_said_before_the_first_step_and_beside_the_bar(tmp_path):
     reporter = reporter_to(tmp_path)
     reporter.doing("loading some/model")
