@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ _MEASURED = json.loads((Path(__file__).parent / "scoring.json").read_text(encodi
 def _load_triton() -> str | None:
     """Import triton; None, or a sentence with the reason why not."""
     try:
-        import triton  # noqa: F401
+        importlib.import_module("triton")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "the package triton is not installed; pip install triton."

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("trapo-train: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        except Exception as error:
+        except Exception as error:  # told apart below, where those classes are imported: most commands never need them
             if not isinstance(error, _user_errors()):
                 raise
             if args.traceback:

@@ -12,7 +12,10 @@ from trapo_train.packing import PackingConfig, _balanced, pack
 def bins_by_search(lengths: list[int], budget: int, ranks: int) -> list[list[int]]:
     """Into the first bin that has room, or the lightest of as many where none gets too heavy, looking at all of them."""
     fitted: list[list[int]] = []
-    weigh = lambda members: sum(lengths[i] for i in members)  # noqa: E731
+
+    def weigh(members: list[int]) -> int:
+        return sum(lengths[i] for i in members)
+
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for i in order:
         roomy = [members for members in fitted if weigh(members) + lengths[i] <= budget]
