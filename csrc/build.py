@@ -118,7 +118,8 @@ class BuildNative(build_ext):
 
 
 class SourceDistribution(sdist):
-    """Holds no tests: setuptools takes those named tests/test*.py by itself, without their helpers."""
+    """Holds no tests: setuptools takes those named tests/test*.py by itself, without their helpers. A MANIFEST.in would say so in a
+    line, and be one file more at the top level, which holds what a reader looks for."""
 
     def make_distribution(self) -> None:
         self.filelist.exclude_pattern(None, prefix="tests")

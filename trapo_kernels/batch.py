@@ -42,8 +42,8 @@ class TokenBatch:
         entropy_weight: fp32, weight of the entropy bonus; None means `weight`.
         rollout_logprob: fp32 nats as the sampler reported them; needed only by terms anchored at "rollout".
         scored_rows: int64 [K], rows that cannot contribute but whose logprob and entropy are wanted: they take part in the forward
-            GEMM alone, as silent rows do, and count in no metric. None: none; such rows then read 0, unless an objective pools over
-            their sequence.
+            GEMM alone, as silent rows do, and count in no metric; beside a KL times the ratio of a sequence every row takes all of
+            the GEMMs. None: none; such rows then read 0, unless an objective pools over their sequence.
         sequence_id: int64, any label per sequence, for objectives that pool over sequences; a sequence is never split over batches.
         kl_weight: fp32, weight of the KL term on rollout tokens, read nowhere else; None means `weight`.
 

@@ -81,11 +81,12 @@ def padded(
                 continue
             if not isinstance(value, Tensor) or tuple(value.shape) not in shapes or value.device != target.device:
                 remedy = "Cut it to the tokens that are scored, and move it with .to(target.device)."
-                shape = tuple(value.shape) if isinstance(value, Tensor) else None
+                shape, device = (tuple(value.shape), value.device) if isinstance(value, Tensor) else (None, target.device)
+                moved = "" if device == target.device else ".to(target.device)"
                 if sequences in shapes and shape == (*sequences, 1):
-                    remedy = f"Drop its last axis with {name}.squeeze(1)."
+                    remedy = f"Drop its last axis with {name}.squeeze(1){moved}."
                 if tokens in shapes and shape == (target.numel(),):
-                    remedy = f"Restore its axes with {name}.view(target.shape)."
+                    remedy = f"Restore its axes with {name}.reshape(target.shape){moved}."
                 raise ValueError(
                     f"{where}: {name} must be a tensor of shape {rule} on {target.device}, as target is, got "
                     f"{checks.described(value)}. {remedy}"

@@ -153,14 +153,14 @@ class KL:
 
     def slope(self, d: Tensor, log_ratio: Tensor) -> Tensor:
         """K = d(value)/dlogp [N]."""
-        free = d.abs() <= self.clamp
+        low, high = self.bounds
+        free = (d >= low) & (d <= high)
         if self.estimator == "k1":
             return free.to(d.dtype)
         if self.estimator == "k2":
             return torch.where(free, d, 0.0)
         if self.estimator == "k3":
-            held = d.clamp(-self.clamp, self.clamp)
-            return torch.where(free & (k3(held) <= self.cap), -torch.expm1(-held), 0.0)
+            return torch.where(free, -torch.expm1(-d.clamp(low, high)), 0.0)
         return torch.where(free, log_ratio.exp() * d, self.value(d, log_ratio))
 
 

@@ -60,6 +60,8 @@ class _Output:
         if nowhere != self._stream.fileno():  # equal where that was closed: its number is the next to be given out
             os.dup2(nowhere, self._stream.fileno())  # what the stream still holds goes there, too, or its end would raise again
             os.close(nowhere)
+        else:
+            os.set_inheritable(nowhere, True)  # as dup2 makes it: for what is started from here
         if self._told is not None:
             self._told.write(f"trapo-train: stdout takes nothing more ({error.strerror}); the command goes on without it\n")
             self._told.flush()

@@ -80,8 +80,8 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
 def dry_run(config: RunConfig) -> RunSummary:
     """Run `dry_config(config)` in a temporary directory; the configured rewards are loaded, too.
 
-    Which packages the run itself would need is not asked, for another machine may have them, but PEFT and math-verify are, which
-    the dry run uses itself.
+    Which packages the run itself would need is not asked, for another machine may have them, but PEFT, which the dry run uses
+    itself, and math-verify, which loading its reward imports.
 
     Raises: whatever the run itself would raise for its configuration; KeyboardInterrupt where a signal stopped it.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from trapo_train.extras import lacks
 from trapo_train.schema import MissingPackage, UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def _patch_function(model_type: str, device: torch.device) -> Any:
     try:
         from liger_kernel import transformers as liger
     except ImportError as error:
-        raise MissingPackage("model.liger needs liger-kernel: pip install 'trapo[liger]'.") from error
+        raise MissingPackage(lacks("model.liger", "liger_kernel", "liger")) from error
     if device.type != "cuda":
         raise UserError(f"model.liger: its kernels need a CUDA device, got {device}. Use model.liger=false, or auto.")
     prefix = "apply_liger_kernel_to_"

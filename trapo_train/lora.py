@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from trapo_train.autocast import kept_in_float32
+from trapo_train.extras import why_no_peft
 from trapo_train.schema import MissingPackage, UserError, check
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, tell: Callable[[str], N
     Raises: MissingPackage naming the extra, for an older PEFT, too; UserError for a module that the model does not have, its output
         head, one that is not linear, or a model without linear layers.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingPackage("model.lora needs PEFT: pip install 'trapo[peft]'.") from error
-    _conversion()  # refuses an older PEFT before the model is changed
+    if reason := why_no_peft():
+        raise MissingPackage(reason)
+    import peft
+
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()).split(".")[-1]
     named = [] if config.target_modules == "all-linear" else config.target_modules
     if head in named:
@@ -123,12 +123,8 @@ def names_as_they_are() -> Iterator[None]:
 
 
 def _conversion() -> ModuleType:
-    """Where PEFT converts names; MissingPackage for a PEFT so old that it does not."""
-    try:
-        return importlib.import_module("peft.utils.transformers_weight_conversion")
-    except ModuleNotFoundError as error:
-        found = version("peft")
-        raise MissingPackage(f"model.lora needs PEFT 0.20 or newer, got {found}: pip install -U 'trapo[peft]'.") from error
+    """Where PEFT converts names."""
+    return importlib.import_module("peft.utils.transformers_weight_conversion")
 
 
 def other_layers(model: PreTrainedModel) -> str | None:

@@ -14,6 +14,7 @@ import threading
 from itertools import product
 from typing import Any
 
+from trapo_train.extras import lacks
 from trapo_train.records import END_THINK, THINK
 from trapo_train.schema import MissingPackage
 from trapo_train.workers import OutOfTime
@@ -34,7 +35,7 @@ def load_library() -> Any:
         import math_verify
         import math_verify.errors
     except ImportError as error:
-        raise MissingPackage("reward 'math_verify' needs math-verify: pip install 'trapo[math]'.") from error
+        raise MissingPackage(lacks("reward math_verify", "math_verify", "math")) from error
     return math_verify
 
 

@@ -268,12 +268,9 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
         )
     try:
         options = head_options(model)
-    except ValueError as error:  # its remedy is for who calls the kernels
-        used = model.config.get_text_config().unpadded_vocab_size
-        raise UserError(
-            f"model: all rows of the output head must be used, {type(model).__name__} leaves out those beyond "
-            f"unpadded_vocab_size = {used} of {linear.out_features}. It is not supported: choose another model."
-        ) from error
+    except ValueError as error:
+        rule = str(error).removeprefix("head_options: ").split(". Pass ")[0]  # its remedy is for who calls the kernels
+        raise UserError(f"model: {rule}. {type(model).__name__} is not supported: choose another model.") from error
     softcap, divisor = options["softcap"], options["temperature"]
     head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap, divisor=divisor)
     model.set_output_embeddings(head)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trapo_train.extras import lacks
 from trapo_train.schema import MissingPackage, UserError
 from trapo_train.tasks import generate_rows
 
@@ -69,17 +70,17 @@ def _reader(config: DataConfig, section: str) -> Callable[[], Any]:
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
-        raise MissingPackage(f"{section}.path needs the package datasets: pip install 'trapo[train]'.") from error
+        raise MissingPackage(lacks(f"{section}.path", "datasets", "train")) from error
 
     path, split, folder = config.path, config.split, Path(config.path)
-    if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or _files(path)):
+    found = _files(path)
+    if config.revision is not None and (folder.exists() or folder.suffix.lower() in FILE_SUFFIXES or found):
         raise UserError(
             f"{section}.revision must be null but for a dataset on the hub, got {config.revision!r} with {path!r}. Remove it."
         )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return partial(_from_disk, path, split)
     suffix = folder.suffix.lower()
-    found = _files(path)
     if any(character in path for character in "*?[") and not found:
         raise UserError(f"{section}.path must match files: no file matches {path!r}. Correct it.")
     if suffix not in FILE_SUFFIXES and any(Path(file).is_file() for file in found):  # which datasets would ask the hub for

@@ -44,15 +44,18 @@ class Symptoms:
             why = "every problem's rewards were equal" if equal else "no token was in the loss"
             self._untrained[why] += 1
             found["nothing"] = f"nothing was trained, {why}"
-        new = [text for name, text in found.items() if name not in self._told]
-        self._told = (self._told - {"nothing"}) | set(found)  # a step that trains something ends what is said of those before
-        return [f"step {metrics['step']}: {text}" for text in new]
+        self._told -= {"nothing"} - set(found)  # a step that trains something ends what is said of those before
+        return [f"step {metrics['step']}: {text}" for text in self._new(found)]
 
     def of_evaluation(self, name: str, metrics: Mapping[str, Any]) -> list[str]:
         """Sentences on an evaluation of the set of this name."""
         found = {f"eval {name}: {kind}": text for kind, text in about_evaluation(name, metrics).items()}
-        new = [text for key, text in found.items() if key not in self._told]
-        self._told |= set(found)
+        return self._new(found)
+
+    def _new(self, found: Mapping[str, str]) -> list[str]:
+        """The sentences that were not told before; what holds of all samples is told of some as well."""
+        new = [text for kind, text in found.items() if kind not in self._told]
+        self._told |= {*found, *(kind.replace("all silent", "silent") for kind in found)}
         return new
 
     def at_the_end(self) -> list[str]:

@@ -219,9 +219,10 @@ def test_roles_may_differ_from_token_to_token():
         ({"old_logprob": torch.ones(B, T, requires_grad=True)}, r"old_logprob is a constant of the loss.*Detach it"),
         (
             {"correction": corrections.tis(torch.ones(B * T, dtype=torch.uint8), torch.zeros(B * T), torch.zeros(B * T))},
-            r"correction must be .*got torch\.float32 \[35\] on cpu\. Restore its axes with correction\.view\(target\.shape\)\.$",
+            r"correction must be .*got .* \[35\] on cpu\. Restore its axes with correction\.reshape\(target\.shape\)\.$",
         ),
-        ({"old_logprob": torch.ones(B * T)}, r"Restore its axes with old_logprob\.view\(target\.shape\)\.$"),
+        ({"old_logprob": torch.ones(B * T)}, r"Restore its axes with old_logprob\.reshape\(target\.shape\)\.$"),
+        ({"old_logprob": torch.ones(B * T, device="meta")}, r"old_logprob\.reshape\(target\.shape\)\.to\(target\.device\)\.$"),
         ({"prompt_id": torch.zeros(B * T, dtype=torch.int64)}, r"prompt_id must be .*\. Cut it to the tokens"),
         ({"correction": torch.ones(T)}, r"correction must be a tensor of shape \[B\] = \[5\] or \[B, T\] = \[5, 7\] on cpu"),
         (

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
-from trapo_train import memory
+from trapo_train import extras, memory
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.config import load_config
 from trapo_train.export import export_adapter, export_model
+from trapo_train.extras import check_packages
 from trapo_train.lora import (
     LoraConfig,
     adapted_layers,
@@ -265,10 +267,14 @@ def test_an_adapter_that_peft_reads_as_it_is_needs_no_word():
     assert other_layers(model) is None
 
 
-def test_an_older_peft_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft.utils.transformers_weight_conversion", None)  # which 0.18 does not have
-    with pytest.raises(MissingPackage, match=r"model.lora needs PEFT 0.20 or newer, got .*: pip install -U 'trapo\[peft\]'"):
+def test_an_older_peft_is_named(monkeypatch, configure):
+    monkeypatch.setattr(extras, "version", lambda package: "0.19.1")
+    words = r"model.lora needs PEFT 0.20 or newer, got 0.19.1: pip install -U 'trapo\[peft\]'"
+    with pytest.raises(MissingPackage, match=words):
         add_lora(make_model(), LoraConfig(rank=2))
+    with pytest.raises(MissingPackage, match=words):  # before anything is read
+        check_packages(configure("run", *RUN))
+    assert f'peft = ["peft>={extras.OLDEST_PEFT}"]' in Path("pyproject.toml").read_text()
 
 
 def test_a_model_without_linear_layers_is_refused_for_what_it_is():

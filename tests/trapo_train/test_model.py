@@ -311,7 +311,17 @@ def test_head_that_is_not_linear_is_refused():
 def test_a_head_with_rows_that_the_model_leaves_out_is_refused_in_words_for_who_trains():
     model = build("llama")
     model.config.unpadded_vocab_size = 11
-    words = r"^model: all rows .* LlamaForCausalLM leaves out .* unpadded_vocab_size = 11 of 13\. .*: choose another model\.$"
+    words = r"^model: .* all rows of its head, got unpadded_vocab_size = 11 of 13\. LlamaForCausalLM .*: choose another model\.$"
+    with pytest.raises(ValueError, match=words):
+        install_policy_head(model, compute_dtype=torch.float32)
+
+
+def test_a_model_that_may_ignore_the_cap_of_its_text_is_refused_in_words_for_who_trains():
+    model = build("llama")
+    text = model.config
+    text.final_logit_softcapping = 30.0
+    model.config = SimpleNamespace(model_type="llava", get_text_config=lambda: text)
+    words = r"^model: a cap or a scale .* of llama in llava, which may ignore them\. LlamaForCausalLM .*: choose another model\.$"
     with pytest.raises(ValueError, match=words):
         install_policy_head(model, compute_dtype=torch.float32)
 

@@ -37,8 +37,10 @@ def test_optimizers_by_name(name):
 @pytest.fixture
 def sharded_model():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
-    dist.destroy_process_group()
+    try:
+        yield fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_optimizers_without_a_form_for_shards_are_refused_on_several_ranks(sharded_model):

@@ -72,6 +72,7 @@ def test_a_reward_that_falls_silent_altogether_is_told_after_one_that_was_silent
     told = ["the reward had no opinion (None) on 1 of 8 samples", "the reward had no opinion (None) on any sample"]
     texts, _ = said([some, other, every, FINE, every, some])
     assert texts == [f"step {step}: {text}, and each counts as 0" for step, text in zip((1, 3), told, strict=True)]
+    assert len(said([every, some, every])[0]) == 1  # of a reward that recovers nothing new is said
     symptoms, size = Symptoms(16, "</s>", {}), {"num_problems": 4.0, "samples_per_problem": 2.0}
     for name in ("aime", "math"):
         texts = [text for metrics in (some, other, every, FINE, every) for text in symptoms.of_evaluation(name, metrics | size)]

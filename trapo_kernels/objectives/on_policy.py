@@ -37,9 +37,9 @@ def grpo(
     The paper averages over each sequence, then over sequences: pack as `PUBLISHED` says. `kl`: the estimator, as in `KL`; TRL's
     default since 1.16, `use_bias_correction_kl`, is "k3_corrected". `kl_clamp`: nats, bound on |log π/π_ref| in the KL. `kl_cap`:
     nats, the most that "k3" can be; verl's low_var_kl has 20 and 10. With a `beta` of 0, where a schedule may begin or end, there
-    is no KL, and all three do nothing. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at least
-    1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`. None is what TRL's configuration means by
-    it: an `epsilon_high` of `epsilon_low`, and no cap.
+    is no KL: all three are checked and do nothing else. `delta`: cap on r where A < 0, the two-sided clip of arXiv 2505.07291; at
+    least 1 + `epsilon_high`, below which TRL's formula caps there, and ours would at `delta`. None is what TRL's configuration
+    means by it: an `epsilon_high` of `epsilon_low`, and no cap.
 
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `beta` in [0, inf), `kl_clamp` in (0, inf],
         `kl_cap` in (0, inf], `delta` in [1 + epsilon_high, inf], `entropy_coef` finite; ValueError outside.
