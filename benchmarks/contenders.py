@@ -11,6 +11,7 @@ import importlib
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -267,14 +268,13 @@ def _verl_cannot(case: Case) -> str | None:
 @contextlib.contextmanager
 def _chunk(case: Case):
     """The chunk set to `case.chunk_rows` for one call. There is no public switch: a chunk is a pure function of the shapes."""
-    from trapo_kernels.backends import sweep
+    from trapo_kernels.backends import in_weight, sweep
 
-    own_rule = sweep.chunk_rows
-    sweep.chunk_rows = (lambda *_, **__: case.chunk_rows) if case.chunk_rows else own_rule
-    try:
+    if not case.chunk_rows:
         yield
-    finally:
-        sweep.chunk_rows = own_rule
+        return
+    with patch.object(sweep, "chunk_rows", lambda *_, **__: case.chunk_rows), patch.object(in_weight, "applies", lambda *_: False):
+        yield
 
 
 def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:

@@ -1,10 +1,12 @@
 // Schemas of the native operations. csrc/cpu and csrc/cuda both implement those on rows of logits, row_* and token_coefficient;
-// scoring and scale are of csrc/cuda alone, and gemm, bf16_units, num_scalars and instruction_set are of csrc/cpu alone. trapo_kernels/backends/native.py is
-// their only caller and says what the arguments mean.
+// scoring and scale are of csrc/cuda alone, and gemm, bf16_units, num_scalars and instruction_set are of csrc/cpu alone.
+// trapo_kernels/backends/native.py is their only caller and says what the arguments mean.
 //
 // Shapes: logits [C, V] with unit stride in a row, bias [V], all other tensors [C]; in place of logits scoring has hidden [C, D] and
-// weight [V, D]; scale has x of any shape and a 0-d factor; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none. `row_temperature`, where given, replaces
-// `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes their place.
+// weight [V, D]; scale has x of any shape and a 0-d factor; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none.
+// `row_temperature`, where given, replaces `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes
+// their place. Those of row_gradient and row_policy are lists: on a CPU the columns of the logits may lie in several tensors [C, V₁],
+// [C, V₂], …; no `grad` at all means that none is wanted.
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,13 +15,13 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
       "row_statistics(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
   m.def(
-      "row_gradient(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "row_gradient(Tensor(a!)[] logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor? grad_logprob, "
-      "Tensor? grad_entropy, Tensor(b!) grad) -> ()");
+      "Tensor? grad_entropy, Tensor(b!)[] grad) -> ()");
   m.def(
-      "row_policy(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "row_policy(Tensor(a!)[] logits, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
       "float softcap, Tensor role, Tensor anchor, Tensor signal, Tensor advantage, Tensor? kl_weight, "
-      "Tensor? ref_logprob, Tensor? grad_entropy, int[] codes, float[] scalars, Tensor(b!)? grad) "
+      "Tensor? ref_logprob, Tensor? grad_entropy, int[] codes, float[] scalars, Tensor(b!)[] grad) "
       "-> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
   m.def(
       "token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor signal, Tensor advantage, Tensor? kl_weight, "

@@ -14,7 +14,7 @@ from benchmarks.contenders import BY_NAME, CONTENDERS, _chunk
 from benchmarks.memory_plan import allocated_peak
 from benchmarks.problem import JOBS, Case, Result, build, errors, statistics, truth
 from trapo_kernels import Role
-from trapo_kernels.backends import sweep
+from trapo_kernels.backends import in_weight, sweep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,11 +105,13 @@ def test_active_rows_are_as_many_as_asked_and_weigh_one():
 def test_the_chunk_is_the_one_that_was_asked_for():
     case = Case("test", "trapo", 512, 16, 1000, "float32", chunk_rows=128)
     own = sweep.chunk_rows(512, 16, 1000, "cpu")
+    applies = in_weight.applies
     with _chunk(case):
         assert sweep.chunk_rows(512, 16, 1000, "cpu") == 128 != own
+        assert not in_weight.applies(None, None, 1)
     with _chunk(Case(**case.key | {"chunk_rows": 0})):
         assert sweep.chunk_rows(512, 16, 1000, "cpu") == own
-    assert sweep.chunk_rows(512, 16, 1000, "cpu") == own
+    assert sweep.chunk_rows(512, 16, 1000, "cpu") == own and in_weight.applies is applies
 
 
 def test_no_contender_gets_an_easier_job():

@@ -91,7 +91,8 @@ def linear_logprob(
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
     Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU those
-        of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32.
+        of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32,
+        where "native" on a CPU keeps the logits of up to D rows meanwhile, but for those of 8192 tokens at most.
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """

@@ -14,6 +14,7 @@ from torch import Tensor
 from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import Head
+from trapo_kernels.backends.gradients import Gradients, Needs
 from trapo_kernels.backends.logits import RowStatistics, joined_transform, savable, statistics_dtype
 
 
@@ -52,7 +53,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) ->
     return grad.to(dtype)
 
 
-def _or_empty(grads: sweep.Gradients, like: Tensor) -> tuple[Tensor, ...]:
+def _or_empty(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -138,12 +139,12 @@ def linear_logprob_backward(
         RowStatistics(*statistics),
         grad_logprob,
         grad_entropy,
-        sweep.Needs(*needs),
+        Needs(*needs),
         sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
     inputs = (hidden, weight, bias, lora_a, lora_b)
     rounded = (None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
-    return _or_empty(sweep.Gradients(*rounded), hidden)
+    return _or_empty(Gradients(*rounded), hidden)
 
 
 LinearLogprobBackward = _arguments(linear_logprob_backward)
@@ -218,7 +219,7 @@ def linear_policy_loss(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logprob, entropy, and the gradients in the order and dtypes of `sweep.Gradients`, empty where not needed."""
+    """loss, logprob, entropy, and the gradients in the order and dtypes of `Gradients`, empty where not needed."""
     objective = terms.decode(codes, parameters)
     s = terms.unpack(streams)
     stats, grads = sweep.policy(
@@ -231,7 +232,7 @@ def linear_policy_loss(
         objective,
         joined_transform(bias, softcap, row_temperature, temperature),
         with_entropy_gradient,
-        sweep.Needs(*needs),
+        Needs(*needs),
         sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
     return terms.total_loss(stats.logprob, stats.entropy, s, objective), stats.logprob, stats.entropy, *_or_empty(grads, hidden)

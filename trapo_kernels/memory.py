@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trapo_kernels import checks
+from trapo_kernels.backends import in_weight
 from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows, operand_dtype
 
 
@@ -34,9 +35,10 @@ def head_memory(
         in_place: False for backend "torch", which needs the chunk of logits three times.
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
-    Returns: "logits" (a chunk and its gradient, float32), "hidden chunk" (its hidden states and their gradient), "grad_hidden",
-        "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in another) and "rounding" (what
-        a gradient takes in a narrow dtype, beyond the room that chunk and copy have left by then).
+    Returns: "logits" (a chunk and its gradient, float32, as far as they do not lie where dWeight will), "hidden chunk" (its hidden
+        states and their gradient), "grad_hidden", "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the
+        weight is in another) and "rounding" (what a gradient takes in a narrow dtype, beyond the room that chunk and copy have
+        left by then).
     Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
     Memory: none; nothing is allocated.
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
@@ -46,12 +48,17 @@ def head_memory(
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
-    size = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
-    rows = max(end - start for start, end in chunk_bounds(num_rows, size))
+    whole = device_type == "cpu" and in_place and grad_weight and not vocab_parallel
+    if whole and in_weight.fits(num_rows, hidden_size, vocab_size):
+        rows, logits = num_rows, in_weight.spare_logits(num_rows, vocab_size)
+    else:
+        size = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
+        rows = max(end - start for start, end in chunk_bounds(num_rows, size))
+        logits = rows * vocab_size
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits, of which it gets a copy.
-    # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it beside the last chunk.
-    chunk = 4 * rows * vocab_size
+    # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it after the last chunk.
+    chunk = 4 * logits
     of_launches = ((not in_place) + (vocab_parallel and device_type == "cpu")) * chunk
     operand = rows * hidden_size * (gemm_dtype.itemsize if gemm_dtype != dtype else 0)
     gone = {
@@ -65,7 +72,7 @@ def head_memory(
         **gone,
         "grad_hidden": num_rows * hidden_size * (4 if vocab_parallel else dtype.itemsize),
         "grad_weight": 4 * matrix if grad_weight else 0,
-        "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - of_launches - gone["hidden chunk"]),
+        "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - gone["logits"] - gone["hidden chunk"]),
     }
 
 

@@ -11,6 +11,12 @@ namespace trapo {
 
 constexpr int64_t kBlock = 4096;  // logits; 16 KiB, half of a usual L1 cache
 
+// A stretch of a row; the columns of a row may lie in several.
+struct Part {
+  float* data;
+  int64_t count;
+};
+
 struct RowTransform {
   float softcap;  // 0: none
   float temperature;
@@ -42,10 +48,10 @@ typedef uint16_t BFloat16;
 
 struct RowSweeps {
   void (*transform)(float* x, const float* bias, int64_t count, const RowTransform& t);
-  Row (*statistics)(float* x, const float* bias, int64_t vocab_size, int64_t target, const RowTransform& t);
-  void (*gradient)(const float* held, float* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
+  Row (*statistics)(const Part* parts, int64_t num_parts, const float* bias, int64_t target, const RowTransform& t);
+  void (*gradient)(const float* held, float* grad, int64_t count, float row_max, float inverse_total, float e, float bracket,
                    const RowTransform& t);
-  void (*gradient_bf16)(const float* held, BFloat16* grad, int64_t vocab_size, float row_max, float inverse_total, float e,
+  void (*gradient_bf16)(const float* held, BFloat16* grad, int64_t count, float row_max, float inverse_total, float e,
                         float bracket, const RowTransform& t);
 };
 

@@ -69,21 +69,17 @@ void block_sums(const float* held, int64_t count, float unit, float row_max, dou
   *moment += sum_of_lanes(moment0 + moment1);
 }
 
-// Statistics of a row, NaN where the target lies outside the vocabulary; afterwards it holds what `transform_block` makes of raw
-// logits, and -inf in the target's place.
-Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t target, const RowTransform& t) {
-  const bool plain = bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
-  const float unit = t.unit();
-  float row_max = kFloor, target_held = NAN;  // of a target outside the vocabulary
-  double others = 0.0, moment = 0.0;  // over all columns but the target's
-  for (int64_t start = 0; start < vocab_size; start += kBlock) {
-    const int64_t count = vocab_size - start < kBlock ? vocab_size - start : kBlock;
-    float* held = x + start;
-    if (!plain) transform_block(held, bias ? bias + start : nullptr, count, t);
+// The running sums of a row over all columns but the target's, and what it held in the target's place.
+struct RunningRow {
+  float row_max = kFloor, target_held = NAN;  // NaN of a target outside the vocabulary
+  double others = 0.0, moment = 0.0;
+
+  // Takes in a block that is transformed; `target` counts from its first column. -inf is left in the target's place.
+  void add(float* held, int64_t count, int64_t target, float unit) {
     const float most = block_max(held, count) * unit;
-    if (target >= start && target < start + count) {
-      target_held = held[target - start];
-      held[target - start] = -INFINITY;
+    if (target >= 0 && target < count) {
+      target_held = held[target];
+      held[target] = -INFINITY;
     }
     if (most > row_max) {
       const double shift = static_cast<double>(row_max) - most, scale = std::exp(shift);
@@ -93,19 +89,36 @@ Row sweep_statistics(float* x, const float* bias, int64_t vocab_size, int64_t ta
     }
     block_sums(held, count, unit, row_max, &others, &moment);
   }
-  return finished_row(others, moment, row_max, target_held, unit);
+};
+
+// Statistics of a row, NaN where the target lies outside the vocabulary; afterwards it holds what `transform_block` makes of raw
+// logits, and -inf in the target's place.
+Row sweep_statistics(const Part* parts, int64_t num_parts, const float* bias, int64_t target, const RowTransform& t) {
+  const bool plain = bias == nullptr && t.softcap == 0.0f && t.temperature == 1.0f;
+  const float unit = t.unit();
+  RunningRow row;
+  int64_t column = 0;
+  for (const Part* part = parts; part != parts + num_parts; ++part) {
+    for (int64_t start = 0; start < part->count; start += kBlock) {
+      const int64_t count = part->count - start < kBlock ? part->count - start : kBlock;
+      if (!plain) transform_block(part->data + start, bias ? bias + column : nullptr, count, t);
+      row.add(part->data + start, count, target < 0 ? -1 : target - column, unit);
+      column += count;
+    }
+  }
+  return finished_row(row.others, row.moment, row.row_max, row.target_held, unit);
 }
 
-// dL/dz = c (1[v = target] - p) - e p (log p + H) over a row as `sweep_statistics` leaves it, then through temperature and softcap to
-// the raw logits. `bracket` = c + e (H - log_sum), so that the gradient of a column other than the target's is
+// dL/dz = c (1[v = target] - p) - e p (log p + H) over a part of a row as `sweep_statistics` leaves it, then through temperature and
+// softcap to the raw logits. `bracket` = c + e (H - log_sum), so that the gradient of a column other than the target's is
 // -p (e (z - row_max) + bracket). `grad` may begin where `held` does: a number is written when all that lies there has been read.
 template <typename T>
-void sweep_gradient(const float* held, T* grad, int64_t vocab_size, float row_max, float inverse_total, float e, float bracket,
+void sweep_gradient(const float* held, T* grad, int64_t count, float row_max, float inverse_total, float e, float bracket,
                     const RowTransform& t) {
   const Vec scale = splat(-inverse_total / t.temperature);
   const float unit = t.unit();
-  for (int64_t i = 0; i < vocab_size; i += kWidth) {
-    const int64_t rest = vocab_size - i;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const int64_t rest = count - i;
     const Vec own = rest >= kWidth ? load(held + i) : load_part(held + i, rest, 0.0f);
     const Vec below = centred(own, unit, row_max);
     Vec out = exp(below) * scale * (e * below + bracket);

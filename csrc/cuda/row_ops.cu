@@ -36,6 +36,12 @@ Matrix check_grad(const char* op, const Matrix& logits, const Tensor& x) {
   return check_matrix(op, "grad", x);
 }
 
+// What a list holds where a CPU may have several parts.
+const Tensor& only_part(const char* op, const char* name, const std::vector<Tensor>& parts) {
+  STD_TORCH_CHECK(parts.size() == 1, op, ": ", name, " must be in one part on a GPU, got ", parts.size(), ". Pass a list of one tensor.");
+  return parts[0];
+}
+
 RowArguments check_arguments(const char* op, const Matrix& logits, const Tensor& target, const std::optional<Tensor>& bias,
                              const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
   RowArguments a = {};
@@ -112,11 +118,13 @@ Statistics row_statistics(Tensor logits_tensor, Tensor target, std::optional<Ten
   return statistics;
 }
 
-void row_gradient(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
-                  double temperature, double softcap, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum,
-                  std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy, Tensor grad_tensor) {
+void row_gradient(std::vector<Tensor> logits_parts, Tensor target, std::optional<Tensor> bias,
+                  std::optional<Tensor> row_temperature, double temperature, double softcap, Tensor logprob, Tensor entropy,
+                  Tensor row_max, Tensor log_sum, std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
+                  std::vector<Tensor> grad_parts) {
   const char* op = "row_gradient";
-  const Matrix logits = check_matrix(op, "logits", logits_tensor), grad = check_grad(op, logits, grad_tensor);
+  const Tensor& logits_tensor = only_part(op, "logits", logits_parts);
+  const Matrix logits = check_matrix(op, "logits", logits_tensor), grad = check_grad(op, logits, only_part(op, "grad", grad_parts));
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
   a.grad = grad.data;
@@ -143,11 +151,13 @@ void put_streams(const char* op, const Device& device, RowArguments& a, int64_t 
   a.gates = check_gates(op, codes, scalars);
 }
 
-Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
-                      double temperature, double softcap, Tensor role, Tensor anchor, Tensor signal, Tensor advantage,
-                      std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob, std::optional<Tensor> grad_entropy,
-                      std::vector<int64_t> codes, std::vector<double> scalars, std::optional<Tensor> grad_tensor) {
+Statistics row_policy(std::vector<Tensor> logits_parts, Tensor target, std::optional<Tensor> bias,
+                      std::optional<Tensor> row_temperature, double temperature, double softcap, Tensor role, Tensor anchor,
+                      Tensor signal, Tensor advantage, std::optional<Tensor> kl_weight, std::optional<Tensor> ref_logprob,
+                      std::optional<Tensor> grad_entropy, std::vector<int64_t> codes, std::vector<double> scalars,
+                      std::vector<Tensor> grad_parts) {
   const char* op = "row_policy";
+  const Tensor& logits_tensor = only_part(op, "logits", logits_parts);
   const Matrix logits = check_matrix(op, "logits", logits_tensor);
   const torch::stable::accelerator::DeviceGuard guard(logits_tensor.get_device_index());
   RowArguments a = check_arguments(op, logits, target, bias, row_temperature, temperature, softcap);
@@ -157,8 +167,8 @@ Statistics row_policy(Tensor logits_tensor, Tensor target, std::optional<Tensor>
   const Statistics statistics = new_statistics(logits_tensor, logits.rows, &out);
   a.logprob = out.logprob, a.entropy = out.entropy, a.row_max = out.row_max, a.log_sum = out.log_sum;
   std::optional<Matrix> grad;
-  if (grad_tensor.has_value()) {
-    grad = check_grad(op, logits, *grad_tensor);
+  if (!grad_parts.empty()) {
+    grad = check_grad(op, logits, only_part(op, "grad", grad_parts));
     a.grad = grad->data;
     a.grad_stride = grad->stride;
   }

@@ -199,10 +199,10 @@ def check_refused_arguments(ops):
         grad = torch.zeros(shape, device=cases.DEVICE)
         message = rf"grad must have the shape of logits, \[2, 3\], got \{list(shape)}\. Pass the logits or"
         with pytest.raises(RuntimeError, match=f"row_gradient: {message}"):
-            ops.row_gradient(logits, target, *transform, rows, rows, rows, rows, None, None, grad)
+            ops.row_gradient([logits], target, *transform, rows, rows, rows, rows, None, None, [grad])
         with pytest.raises(RuntimeError, match=f"row_policy: {message}"):
             streams = role, rows, rows, rows, None, None, None
-            ops.row_policy(logits, target, *transform, *streams, [1, 1, 0], [0.0] * terms.NUM_SCALARS, grad)
+            ops.row_policy([logits], target, *transform, *streams, [1, 1, 0], [0.0] * terms.NUM_SCALARS, [grad])
     hidden, weight = (torch.zeros(2, size, dtype=torch.bfloat16, device=cases.DEVICE) for size in (64, 72))
     message = r"scoring: weight must have shape \[V, D\] with the D of hidden, 64, got \[2, 72\]\. Pass the head"
     with pytest.raises(RuntimeError, match=message):

@@ -14,6 +14,7 @@ from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows
 BOTH, SIZES = [True, False], (300, 48, 16001)
 CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], BOTH, BOTH, [SIZES]))
 SEVERAL_CHUNKS = ("native", torch.float32, True, False, (2100, 48, 16001))
+IN_WEIGHT = [("native", dtype, True, both, (200, 240, 16001)) for dtype in (torch.float32, torch.bfloat16) for both in BOTH]
 MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torch", torch.bfloat16, True, True, (600, 16001, 48))
 
 
@@ -21,7 +22,9 @@ def test_a_head_of_8b_on_a_gpu_takes_at_most_5_gib():
     assert sum(head_memory(8192, 4096, 151_936).values()) <= 5.0 * 2**30  # a chunk of logits, and 2.3 GiB of dWeight
 
 
-@pytest.mark.parametrize(("backend", "dtype", "trained", "two_phase", "sizes"), [*CASES, SEVERAL_CHUNKS, *MOSTLY_HIDDEN])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "trained", "two_phase", "sizes"), [*CASES, SEVERAL_CHUNKS, *IN_WEIGHT, *MOSTLY_HIDDEN]
+)
 def test_the_account_is_what_is_allocated(backend, dtype, trained, two_phase, sizes):
     _compare(backend, dtype, trained, two_phase, sizes)
 
@@ -118,8 +121,22 @@ def test_master_weights_without_instructions_for_16_bits_are_copied(monkeypatch)
 
 @pytest.mark.skipif(not native.BF16_UNITS, reason="this processor does not multiply bf16")
 def test_operands_of_16_bits_have_larger_chunks():
-    wide, narrow = (head_memory(512, 896, 151936, dtype=dtype, device_type="cpu") for dtype in (torch.float32, torch.bfloat16))
+    wide, narrow = (
+        head_memory(512, 896, 151936, dtype=dtype, device_type="cpu", grad_weight=False)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert (wide["logits"], narrow["logits"]) == tuple(4 * rows * 151936 for rows in (176, 256))
+
+
+@pytest.mark.parametrize(("rows", "block"), [(512, 8192), (896, 8192), (8, 8192)])
+def test_logits_that_find_room_in_a_trained_weight_take_none_of_their_own(rows, block):
+    """But for those of one block of tokens."""
+    assert head_memory(rows, 896, 151936, dtype=torch.float32, device_type="cpu")["logits"] == 4 * rows * block
+    apart = {"grad_weight": False}, {"in_place": False}, {"vocab_parallel": True}, {"device_type": "cuda"}, {"num_rows": 897}
+    for change in apart:
+        given = {"num_rows": rows, "device_type": "cpu"} | change
+        sizes = head_memory(hidden_size=896, vocab_size=151936, dtype=torch.float32, **given)
+        assert sizes["logits"] >= 4 * min(given["num_rows"], 128) * 151936
 
 
 def test_a_gpu_keeps_its_gemms_in_bf16_and_its_chunk_larger():

@@ -171,7 +171,7 @@ def test_a_gradient_of_another_shape_and_unknown_gates_are_refused():
     logits, target, rows = torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2)
     with pytest.raises(RuntimeError, match=r"row_gradient: grad must have the shape of logits, \[2, 3\], got \[2, 2\]"):
         torch.ops.trapo_native.row_gradient(
-            logits, target, None, None, 1.0, 0.0, rows, rows, rows, rows, None, None, torch.zeros(2, 2)
+            [logits], target, None, None, 1.0, 0.0, rows, rows, rows, rows, None, None, [torch.zeros(2, 2)]
         )
     role = torch.ones(2, dtype=torch.uint8)
     for codes in ([10, 1, 0], [1, -1, 0], [1, 1, 5]):
@@ -185,7 +185,7 @@ def _policy(logits, target, grad):
     one, role = torch.ones(rows), torch.full((rows,), Role.EXPERT, dtype=torch.uint8)
     streams = (role, 0 * one, one, one, None, None, -0.1 * one)
     gates = ([1, 1, 0], [0.0] * terms.NUM_SCALARS)
-    return torch.ops.trapo_native.row_policy(logits, target, None, None, 1.0, 0.0, *streams, *gates, grad)
+    return torch.ops.trapo_native.row_policy([logits], target, None, None, 1.0, 0.0, *streams, *gates, [grad])
 
 
 @needs_native

@@ -240,7 +240,7 @@ def test_arguments_of_another_shape_or_gpu_are_refused(library):
     gradient, gates = library.ops.row_gradient, ([1, 1, 0], [0.0] * terms.NUM_SCALARS)
     for name, home, elsewhere, call in (
         ("target", "logits", target, lambda: library.ops.row_statistics(logits, target, *transform)),
-        ("grad", "logits", grad := torch.zeros(2, 3), lambda: gradient(logits, target, *transform, *stats, None, None, grad)),
+        ("grad", "logits", grad := torch.zeros(2, 3), lambda: gradient([logits], target, *transform, *stats, None, None, [grad])),
         ("role", "logprob", role, lambda: library.ops.token_coefficient(rows, role, *stats[:3], None, None, *gates)),
         ("weight", "hidden", weight, lambda: library.ops.scoring(hidden, weight, target, *transform)),
         ("target", "hidden", target, lambda: library.ops.scoring(hidden, weight, target, *transform)),

@@ -15,11 +15,11 @@ from trapo_kernels.backends.logits import statistics_dtype
 
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 _CHUNK_LOGITS_GPU = 4096 * 152064
-# Rows per chunk on a CPU: as many as keep the chunk at an eighth of what eager PyTorch needs beside both gradients, or at an eighth
-# of dWeight, within these bounds and those of the processor (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager
-# holds 5 N V numbers at its peak, dWeight is D V of them. The GEMMs of a chunk pass over the weight, twice, and over dWeight. With
-# operands of 16 bits half of dWeight is allowed: half of the fp32 copy of the weight that others hold, and as much as rounding
-# dWeight takes when the chunk is gone.
+# Rows per chunk on a CPU, where not all rows are one (`in_weight.py`): as many as keep the chunk at an eighth of what eager
+# PyTorch needs beside both gradients, or at an eighth of dWeight, within these bounds and those of the processor
+# (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager holds 5 N V numbers at its peak, dWeight is D V of them.
+# The GEMMs of a chunk pass over the weight, twice, and over dWeight. With operands of 16 bits half of dWeight is allowed: half of
+# the fp32 copy of the weight that others hold, and as much as rounding dWeight takes when the chunk is gone.
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
 _NUM_PARTS = 3  # of an fp32 matrix for GEMMs of 16 bits
@@ -160,17 +160,18 @@ class HeadGemm:
         `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (fp16: `allow_fp16_...`) is on, which is the default.
         With bf16 logits of bf16 operands the low-rank part is added to rounded logits, and rounded again.
         """
-        hidden = self._padded(operands.hidden)
-        low_rank = None if operands.low_rank is None else self._padded(operands.low_rank)
-        out = buffer[: hidden.shape[0]]
-        vocab_size = self.weight.shape[0]
-        in_blocks = self.on_cpu and not self.mixed and not self.logits_in_tiles
-        step = cpu_gemm.tuning().block if in_blocks else vocab_size
-        with self._exact():
-            for start in range(0, vocab_size, step):
-                tokens = slice(start, start + step)
-                self._block_of_logits(hidden, low_rank, tokens, out[:, tokens])
+        padded = Operands(*(None if rows is None else self._padded(rows) for rows in operands))
+        self.put_logits(padded, slice(0, self.weight.shape[0]), buffer[: padded.hidden.shape[0]])
         return buffer[: operands.hidden.shape[0]]
+
+    def put_logits(self, operands: Operands, tokens: slice, out: Tensor) -> None:
+        """out [C, tokens] = the logits of some tokens, whose range has both ends."""
+        in_blocks = self.on_cpu and not self.mixed and not self.logits_in_tiles
+        step = cpu_gemm.tuning().block if in_blocks else tokens.stop - tokens.start
+        with self._exact():
+            for start in range(tokens.start, tokens.stop, step):
+                block = slice(start, min(start + step, tokens.stop))
+                self._block_of_logits(*operands, block, out[:, start - tokens.start : block.stop - tokens.start])
 
     def _block_of_logits(self, hidden: Tensor, low_rank: Tensor | None, tokens: slice, out: Tensor) -> None:
         weight = self.weight[tokens].t()
@@ -233,6 +234,15 @@ class HeadGemm:
         with self._exact():
             grad = self._multiply(padded, factor, self._empty_out(*shape, self.gradient_in_columns or self._is_thin(shape[1])))
         return grad[: grad_logits.shape[0]]
+
+    def empty_grad_rows(self, rows: int, columns: int) -> Tensor:
+        """Room for a gradient [rows, columns] that `add_grad_rows` puts together."""
+        return self._empty_out(rows, columns, self.gradient_in_columns)
+
+    def add_grad_rows(self, grad: Tensor, grad_logits: Tensor, tokens: slice, first: bool) -> None:
+        """grad [C, D] fp32 += grad_logits [C, tokens] · weight[tokens]; the first overwrites it unread."""
+        with self._exact():
+            self._add_product(grad, grad_logits, self.weight[tokens], beta=0 if first else 1)
 
     def add_grad_factor(self, grad_out: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:
         """grad [M, K] fp32 += grad_outᵀ [M, C] · rows [C, K], accumulated in fp32; the first chunk overwrites it unread."""

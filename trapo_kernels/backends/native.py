@@ -33,7 +33,9 @@ def _load() -> str | None:
     except OSError as error:
         reason = error.__cause__ or error  # torch puts a sentence without it before the loader's own
         return f"the native extension does not load: {reason}. Install trapo again under this version of torch."
-    if not hasattr(_OPS, "num_scalars") or _OPS.num_scalars() != terms.NUM_SCALARS:  # the newest of its ops
+    if not hasattr(_OPS, "num_scalars") or _OPS.num_scalars() != terms.NUM_SCALARS:
+        return _OLDER
+    if not isinstance(_OPS.row_policy.default._schema.arguments[0].type, torch.ListType):  # the newest change of a schema
         return _OLDER
     return None
 
@@ -109,8 +111,22 @@ def logprob_gradient(
     grad_dtype: torch.dtype,
 ) -> Tensor:
     """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; destroys `logits`."""
-    logits = _operand(logits)
-    grad = _gradient_buffer(logits, grad_dtype)
+    (grad,) = logprob_gradient_in_parts([logits], target, transform, stats, grad_logprob, grad_entropy, grad_dtype)
+    return grad
+
+
+def logprob_gradient_in_parts(
+    logits: list[Tensor],
+    target: Tensor,
+    transform: LogitTransform,
+    stats: RowStatistics,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_dtype: torch.dtype,
+) -> list[Tensor]:
+    """`logprob_gradient` of logits whose columns lie in several tensors [C, V₁], [C, V₂], …, which only a CPU takes."""
+    logits = [_operand(part) for part in logits]
+    grads = [_gradient_buffer(part, grad_dtype) for part in logits]
     _OPS.row_gradient(
         logits,
         target.contiguous(),
@@ -118,9 +134,9 @@ def logprob_gradient(
         *(part.contiguous() for part in stats),
         None if grad_logprob is None else grad_logprob.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),
-        grad,
+        grads,
     )
-    return grad.to(grad_dtype)
+    return [grad.to(grad_dtype) for grad in grads]
 
 
 def policy(
@@ -133,8 +149,23 @@ def policy(
     grad_dtype: torch.dtype | None,
 ) -> tuple[RowStatistics, Tensor | None]:
     """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss in one go; destroys `logits`."""
-    logits = _operand(logits)
-    grad = None if grad_dtype is None else _gradient_buffer(logits, grad_dtype)
+    stats, grads = policy_in_parts([logits], target, transform, streams, objective, with_entropy_gradient, grad_dtype)
+    return stats, (grads[0] if grads else None)
+
+
+def policy_in_parts(
+    logits: list[Tensor],
+    target: Tensor,
+    transform: LogitTransform,
+    streams: terms.Streams,
+    objective: Objective,
+    with_entropy_gradient: bool,
+    grad_dtype: torch.dtype | None,
+) -> tuple[RowStatistics, list[Tensor]]:
+    """`policy` of logits whose columns lie in several tensors [C, V₁], [C, V₂], …, which only a CPU takes; no gradients where
+    `grad_dtype` is None."""
+    logits = [_operand(part) for part in logits]
+    grads = [] if grad_dtype is None else [_gradient_buffer(part, grad_dtype) for part in logits]
     stats = _OPS.row_policy(
         logits,
         target.contiguous(),
@@ -142,9 +173,9 @@ def policy(
         *_streams(streams),
         streams.grad_entropy if with_entropy_gradient else None,
         *terms.gate_scalars(objective),
-        grad,
+        grads,
     )
-    return RowStatistics(*stats), None if grad is None else grad.to(grad_dtype)
+    return RowStatistics(*stats), [grad.to(grad_dtype) for grad in grads]
 
 
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:

@@ -4,13 +4,13 @@
                                   └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
                                                                    └─GEMM──▶ grad_weight[V, D] +=
 
-Memory: one chunk of logits beside the results (three with `rows_torch`). Order: chunks ascend and every sum has a fixed order,
-so results are bitwise repeatable.
+Memory: one chunk of logits beside the results (three with `rows_torch`), or almost none (`in_weight`). Order: chunks ascend and
+every sum has a fixed order, so results are bitwise repeatable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -20,21 +20,13 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
+from trapo_kernels.backends import in_weight
 from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows
+from trapo_kernels.backends.gradients import Gradients, Needs, accumulate, empty_gradients, put_rows, reduced
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, nan_where_unknown, target_for_statistics
 from trapo_kernels.objective import Objective
 from trapo_kernels.roles import IGNORE_INDEX, Role
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted; the GEMMs of the others are skipped."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_a: bool = False
-    lora_b: bool = False
 
 
 class Mode(NamedTuple):
@@ -47,16 +39,6 @@ class Mode(NamedTuple):
     def shard(self, where: str, weight: Tensor, target: Tensor) -> VocabShard | None:
         """This rank's shard of the vocabulary, or None."""
         return VocabShard(where, self.group_name, weight.shape[0], target) if self.group_name else None
-
-
-class Gradients(NamedTuple):
-    """None where not wanted; that of hidden in its dtype, those of the head in fp32 (fp64)."""
-
-    hidden: Tensor | None  # [N, D]
-    weight: Tensor | None  # [V, D]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [R, D]
-    lora_b: Tensor | None  # [V, R]
 
 
 def score(
@@ -143,23 +125,24 @@ def score_backward(
     if target.device.type == "cpu":
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
         active_rows = _active_rows((target != IGNORE_INDEX) & torch.stack(wanted).any(0))
-    grads = _empty_gradients(head, gemm, needs, shard, active_rows)
+    grads = empty_gradients(head, gemm, needs, shard, active_rows)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     given = None if grad_entropy is None else terms.streams_from_gradients(grad_logprob, grad_entropy, target != IGNORE_INDEX)
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
-        operands = _operands(gemm, head, index, target[index] != IGNORE_INDEX)
-        logits = gemm.logits(operands, buffer)
+
+    def gradient(index: Tensor | slice, logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        which = target[index], transform.rows(index)
+        in_parts = isinstance(logits, list)
         if given is None:
             c, known = grad_logprob[index], RowStatistics(*(part[index] for part in stats))
             c = c if shard is None else nan_where_unknown(c, known)
-            grad_logits = rows.logprob_gradient(logits, target[index], transform.rows(index), known, c, None, gemm.operand_dtype)
-        else:  # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
-            streams, objective = _streams_of_rows(given[0], index), given[1]
-            _, grad_logits = policy_rows(logits, target[index], transform.rows(index), streams, objective, True, gemm.operand_dtype)
-        del logits
-        _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
-        del grad_logits  # before the next chunk's logits, not after
-    return _reduced(grads, shard, head.hidden.dtype)
+            of_rows = rows.logprob_gradient_in_parts if in_parts else rows.logprob_gradient
+            return of_rows(logits, *which, known, c, None, gemm.operand_dtype)
+        # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
+        of_rows = rows.policy_in_parts if in_parts else policy_rows
+        return of_rows(logits, *which, _streams_of_rows(given[0], index), given[1], True, gemm.operand_dtype)[1]
+
+    _sweep_gradients(rows, gemm, head, grads, target != IGNORE_INDEX, active_rows, shard, gradient)
+    return reduced(grads, shard, head.hidden.dtype)
 
 
 def policy(
@@ -181,29 +164,52 @@ def policy(
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active_rows = _active_rows(streams.role != Role.IGNORED) if active_rows is None else active_rows
-    grads = _empty_gradients(head, gemm, needs, shard, active_rows)
+    grads = empty_gradients(head, gemm, needs, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
     scored, target = target, torch.where(streams.role != Role.IGNORED, target, IGNORE_INDEX)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, target.shape[0], active_rows, shard is not None)):
-        streams_chunk = _streams_of_rows(streams, index)
-        operands = _operands(gemm, head, index, streams_chunk.role != Role.IGNORED)
-        stats, grad_logits = policy_rows(
-            gemm.logits(operands, buffer),
-            target[index],
-            transform.rows(index),
-            streams_chunk,
-            objective,
-            with_entropy_gradient,
-            grad_dtype,
-        )
+
+    def gradient(index: Tensor | slice, logits: Tensor | list[Tensor]) -> Tensor | list[Tensor] | None:
+        of_rows = rows.policy_in_parts if isinstance(logits, list) else policy_rows
+        which = target[index], transform.rows(index), _streams_of_rows(streams, index)
+        stats, grad_logits = of_rows(logits, *which, objective, with_entropy_gradient, grad_dtype)
         _put(out, index, stats)
-        if grad_logits is not None:
-            _accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
-        del grad_logits  # before the next chunk's logits, not after
+        return grad_logits
+
+    _sweep_gradients(rows, gemm, head, grads, streams.role != Role.IGNORED, active_rows, shard, gradient)
     if scored_rows is not None:  # after the sweep, which may have put zeros there
         _score_rows(rows, gemm, head, scored, scored_rows, transform, True, shard, out)
-    return out, _reduced(grads, shard, head.hidden.dtype)
+    return out, reduced(grads, shard, head.hidden.dtype)
+
+
+def _sweep_gradients(
+    rows: ModuleType,
+    gemm: HeadGemm,
+    head: Head,
+    grads: Gradients,
+    active: Tensor,
+    active_rows: Tensor | None,
+    shard: VocabShard | None,
+    gradient: Callable[[Tensor | slice, Tensor | list[Tensor]], Tensor | list[Tensor] | None],
+) -> None:
+    """Adds to `grads` what all rows contribute. `gradient` turns the logits of the rows `index` into dLogits, or into nothing where
+    none is wanted; they come as one tensor, or in parts from a sweep whose logits lie in dWeight."""
+    num_rows = active.shape[0]
+    num_active = num_rows if active_rows is None else active_rows.shape[0]
+    if shard is None and grads.weight is not None and in_weight.applies(rows, gemm, num_active):
+        index = slice(0, num_rows) if num_active == num_rows else active_rows
+        with_hidden = grads.hidden is not None
+        of_rows = partial(gradient, index)
+        grad_hidden = in_weight.gradients(gemm, head.hidden[index], grads.weight, grads.bias, with_hidden, of_rows)
+        if with_hidden:
+            put_rows(grads.hidden, index, grad_hidden)
+        return
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, num_rows, active_rows, shard is not None)):
+        operands = _operands(gemm, head, index, active[index])
+        grad_logits = gradient(index, gemm.logits(operands, buffer))
+        if grad_logits is not None:
+            accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
+        del grad_logits  # before the next chunk's logits, not after
 
 
 def _streams_of_rows(streams: terms.Streams, index: Tensor | slice) -> terms.Streams:
@@ -287,62 +293,6 @@ def _empty_statistics(num_rows: int, dtype: torch.dtype, device: torch.device) -
 def _put(out: RowStatistics, index: Tensor | slice, chunk: RowStatistics) -> None:
     for whole, part in zip(out, chunk, strict=True):
         whole[index] = part
-
-
-def _empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None) -> Gradients:
-    """Room for the gradients; those of the head are uninitialised on a GPU where a first chunk will overwrite them.
-
-    On a CPU zeros cost less than they save: two threads that clear pages map them faster than a GEMM which runs into them
-    (dWeight of 512 rows, D = 896, V = 151936: 676 ms in fresh memory, 621 with the zeros, 499 in memory that is there).
-    """
-    rows_dtype = head.hidden.dtype if shard is None else gemm.statistics_dtype  # the ranks' parts are summed, then rounded
-    no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
-    new_factor = torch.zeros_like if no_chunk or head.hidden.device.type == "cpu" else torch.empty_like
-
-    def factor(like: Tensor | None, needed: bool) -> Tensor | None:
-        return new_factor(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
-
-    return Gradients(
-        hidden=torch.zeros_like(head.hidden, dtype=rows_dtype, memory_format=torch.contiguous_format) if needs.hidden else None,
-        weight=factor(head.weight, needs.weight),
-        bias=head.weight.new_zeros(head.weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
-        lora_a=factor(head.lora_a, needs.lora_a),
-        lora_b=factor(head.lora_b, needs.lora_b),
-    )
-
-
-def _reduced(grads: Gradients, shard: VocabShard | None, hidden_dtype: torch.dtype) -> Gradients:
-    """What all ranks hold whole, hidden and lora_a, summed over them; that of hidden rounded to its dtype."""
-    if shard is None:
-        return grads
-    for grad in (grads.hidden, grads.lora_a):
-        if grad is not None:
-            shard.sum_over_ranks(grad)
-    return grads._replace(hidden=None if grads.hidden is None else grads.hidden.to(hidden_dtype))
-
-
-def _accumulate(
-    gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, operands: Operands, index: Tensor | slice, first: bool
-) -> None:
-    """Add what a chunk's dLogits [C, V] contribute to every gradient wanted."""
-    count = grad_logits.shape[0]
-    through_a = gemm.has_lora and (grads.hidden is not None or grads.lora_a is not None)
-    grad_low_rank = gemm.grad_low_rank(grad_logits) if through_a else None
-    if grads.hidden is not None:
-        _put_rows(grads.hidden, index, gemm.grad_hidden(grad_logits, grad_low_rank))
-    if grads.lora_a is not None:
-        gemm.add_grad_factor(grad_low_rank, operands.hidden[:count], grads.lora_a, first)
-    if grads.weight is not None:
-        gemm.add_grad_factor(grad_logits, operands.hidden[:count], grads.weight, first)
-    if grads.lora_b is not None:
-        gemm.add_grad_factor(grad_logits, operands.low_rank[:count, : grads.lora_b.shape[1]], grads.lora_b, first)
-    if grads.bias is not None:
-        gemm.add_grad_bias(grads.bias, grad_logits)
-
-
-def _put_rows(out: Tensor, index: Tensor | slice, values: Tensor) -> None:
-    """out[index] = values, rounded to the dtype of `out`: on the way where `index` is a slice, in a pass of its own otherwise."""
-    out[index] = values if isinstance(index, slice) else values.to(out.dtype)
 
 
 def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: LogitTransform, with_entropy: bool) -> RowStatistics:

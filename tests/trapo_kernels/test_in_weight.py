@@ -1,0 +1,182 @@
+"""Batches of at most D rows on a CPU: their logits lie where dWeight will."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.trapo_kernels import cases
+from trapo_kernels import LoraHead, Role, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels.backends import in_weight, native
+
+pytestmark = [
+    pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu"))),
+    pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU sweeps in chunks"),
+]
+ROWS, HIDDEN_SIZE, VOCAB_SIZE = 40, 48, 1003
+SETTINGS = {"temperature": torch.linspace(0.5, 2.0, ROWS), "softcap": 4.0}
+
+
+@pytest.fixture(autouse=True)
+def small_batches_too(monkeypatch):
+    monkeypatch.setattr(in_weight, "_LEAST_LOGITS", 0)
+    monkeypatch.setattr(in_weight, "_BLOCK", 96)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows each call of the sweep had."""
+    seen, own = [], in_weight.gradients
+
+    def counted(gemm, hidden, *args):
+        seen.append(len(hidden))
+        return own(gemm, hidden, *args)
+
+    monkeypatch.setattr(in_weight, "gradients", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("rows", "hidden_size", "vocab_size"), itertools.product((1, 40, 48), (48, 64), (17, 96, 97, 1003, 5000)))
+def test_no_gradient_is_written_over_logits_that_are_still_needed(rows, hidden_size, vocab_size):
+    weight = torch.zeros(vocab_size, hidden_size)
+    blocks = in_weight._blocks(vocab_size)
+    assert [token for block in blocks for token in range(block.start, block.stop)] == list(range(vocab_size))
+    parts = in_weight._room(weight, blocks, rows)
+    for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
+        assert part.shape == (rows, block.stop - block.start)
+        part.fill_(number + 1)
+    for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
+        assert (part == number + 1).all()
+        weight[block] = -1
+    assert (weight == -1).all()
+    assert parts[-1].numel() <= in_weight.spare_logits(rows, vocab_size) <= rows * max(16, -(-vocab_size // 8) + 15)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("setting", [{}, SETTINGS], ids=["plain", "transformed"])
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_every_preset_is_as_close_to_fp64_as_fp32_eager(name, setting, scale, calls):
+    exact_inputs, exact_batch = cases.head(ROWS, HIDDEN_SIZE, VOCAB_SIZE, scale=scale), cases.batch(ROWS, VOCAB_SIZE)
+    inputs, b = cases.head(ROWS, HIDDEN_SIZE, VOCAB_SIZE, torch.float32, scale), cases.batch(ROWS, VOCAB_SIZE, torch.float32)
+
+    def eager(hidden, weight, bias, of):
+        loss = cases.eager_loss(name, *cases.eager_statistics(hidden, weight, of.target, bias, **setting), of, entropy_coef=0.03)
+        return loss, *cases.gradients(loss, (hidden, weight, bias))
+
+    objective = objectives.PRESETS[name](entropy_coef=0.03, **({"beta": 0.0} if name == "uft" else {}))
+    out = linear_policy_loss(*inputs[:2], b, objective, bias=inputs[2], backend="native", **setting)
+    found = [out.loss, *cases.gradients(out.loss, inputs)]
+    cases.check_as_close_as_eager(found, eager(*inputs, b), eager(*exact_inputs, exact_batch))
+    assert calls == [int((b.role != Role.IGNORED).sum())] or out.passes == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("units", [False, True], ids=["fp32 GEMMs", "bf16 GEMMs"])
+@pytest.mark.parametrize("of", ["logprob", "entropy", "both"])
+def test_arbitrary_gradients_of_logprob_and_entropy(of, units, dtype, calls, monkeypatch):
+    if units and not (native.BF16_UNITS and dtype == torch.bfloat16):
+        pytest.skip("bf16 of a processor that multiplies it")
+    monkeypatch.setattr(native, "BF16_UNITS", native.BF16_UNITS if units else "")
+    inputs, target = cases.head(ROWS, HIDDEN_SIZE, VOCAB_SIZE, dtype), torch.arange(ROWS)
+    upstream = torch.linspace(-1.0, 1.0, 2 * ROWS).view(2, ROWS) * torch.tensor([of != "entropy", of != "logprob"])[:, None]
+
+    def gradients(backend, inputs):
+        hidden, weight, bias = inputs
+        out = linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, backend=backend, **SETTINGS)
+        given = [(part, grad.to(part)) for part, grad in zip((out.logprob, out.entropy), upstream, strict=True) if grad.any()]
+        return torch.autograd.grad([part for part, _ in given], inputs, [grad for _, grad in given])
+
+    exact = gradients("reference", [x.detach().double().requires_grad_() for x in inputs])
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    for ours, truth in zip(gradients("native", inputs), exact, strict=True):
+        assert (ours.double() - truth).norm() <= bound * truth.norm()
+    assert calls == [ROWS]
+
+
+def test_rows_that_are_selected_are_those_that_count(calls):
+    inputs, b = cases.head(4 * ROWS, HIDDEN_SIZE, VOCAB_SIZE, torch.float32), cases.batch(4 * ROWS, VOCAB_SIZE, torch.float32)
+    role = torch.where(torch.arange(4 * ROWS) % 5 == 0, b.role, Role.IGNORED)
+    b = cases.batch(4 * ROWS, VOCAB_SIZE, torch.float32, role=role)
+    hidden = torch.where((role == Role.IGNORED)[:, None], float("nan"), inputs[0].detach()).requires_grad_()
+    out = linear_policy_loss(hidden, inputs[1], b, objectives.trapo(entropy_coef=0.03), backend="native")
+    ours = cases.gradients(out.loss, (hidden, inputs[1]))
+    active = int((role != Role.IGNORED).sum())
+    assert calls == [active] and 0 < active <= HIDDEN_SIZE < 4 * ROWS
+    exact = [x.detach().double().requires_grad_() for x in inputs[:2]]
+    b = cases.batch(4 * ROWS, VOCAB_SIZE, role=role)
+    truth = cases.gradients(linear_policy_loss(*exact, b, objectives.trapo(entropy_coef=0.03), backend="reference").loss, exact)
+    for grad, expected in zip(ours, truth, strict=True):
+        assert cases.error(grad, expected) <= 1e-6 * expected.abs().max()
+
+
+def test_it_is_repeatable_and_gradients_of_a_retained_graph_too(calls):
+    inputs, b = cases.head(ROWS, HIDDEN_SIZE, VOCAB_SIZE, torch.float32), cases.batch(ROWS, VOCAB_SIZE, torch.float32)
+    first, second = (linear_policy_loss(*inputs[:2], b, objectives.trapo(), backend="native").loss for _ in range(2))
+    again = cases.gradients(first, inputs[:2])
+    for one, two, three in zip(cases.gradients(first, inputs[:2]), cases.gradients(second, inputs[:2]), again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_invariant": True},
+        {"logits_dtype": torch.bfloat16, "dtype": torch.bfloat16},
+        {"backend": "torch"},
+        {"lora": LoraHead(torch.ones(2, HIDDEN_SIZE), torch.ones(VOCAB_SIZE, 2))},
+        {"frozen": True},
+        {"rows": HIDDEN_SIZE + 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_it_does_not_do_is_swept_in_chunks(change, calls):
+    change = {"backend": "native"} | change
+    rows, dtype, frozen = change.pop("rows", ROWS), change.pop("dtype", torch.float32), change.pop("frozen", False)
+    hidden, weight, _ = cases.head(rows, HIDDEN_SIZE, VOCAB_SIZE, dtype)
+    b = cases.batch(rows, VOCAB_SIZE, torch.float32, roles=(1, 2))
+    linear_policy_loss(hidden, weight.detach() if frozen else weight, b, objectives.trapo(), **change).loss.backward()
+    assert calls == []
+
+
+def _policy(logits, grad_dtype):
+    rows = len(logits[0])
+    one, role = torch.ones(rows), torch.full((rows,), Role.EXPERT, dtype=torch.uint8)
+    grads = [part.view(grad_dtype)[:, : part.shape[1]] for part in logits]
+    target, bias = 61 * torch.arange(rows), torch.linspace(-1, 1, sum(part.shape[1] for part in logits))
+    streams, gates = (role, 0 * one, one, one, None, None, -0.1 * one), ([1, 1, 0], [0.0] * 8)
+    stats = torch.ops.trapo_native.row_policy(logits, target, bias, one + 0.5, 1.0, 5.0, *streams, *gates, grads)
+    return *stats, torch.cat(grads, 1)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(4096, 904), (904, 4096), (1, 4999), (1000, 1000, 1000, 2000)])
+def test_rows_in_parts_are_rows(widths, grad_dtype):
+    """Bit for bit where parts begin with a block of the sweep."""
+    logits = 3 * torch.randn(80, sum(widths))
+    parts = [part.contiguous() for part in logits.split(list(widths), 1)]
+    for ours, expected in zip(_policy(parts, grad_dtype), _policy([logits], grad_dtype), strict=True):
+        if widths == (4096, 904):
+            assert torch.equal(ours, expected)
+        torch.testing.assert_close(ours, expected, rtol=2e-5 if grad_dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("logits", "grad", "message"),
+    [
+        ([], [], r"logits must be one tensor or more, got none\. Pass all columns"),
+        (
+            [(2, 3), (3, 3)],
+            [],
+            r"parts of logits must have as many rows as the first, 2, got \[3, 3\]\. Pass the columns",
+        ),
+        ([(2, 3), (2, 4)], [(2, 3)], r"grad must have as many parts as logits, 2, got 1\. Pass one for each"),
+        ([(2, 3), (2, 4)], [(2, 3), (2, 3)], r"grad must have the shape of logits, \[2, 4\], got \[2, 3\]"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(logits, grad, message):
+    logits, grad = ([torch.zeros(shape) for shape in shapes] for shapes in (logits, grad))
+    rows, role = torch.ones(2), torch.ones(2, dtype=torch.uint8)
+    streams, gates = (role, rows, rows, rows, None, None, None), ([1, 1, 0], [0.0] * 8)
+    with pytest.raises(RuntimeError, match=f"row_policy: {message}"):
+        torch.ops.trapo_native.row_policy(logits, torch.zeros(2).long(), None, None, 1.0, 0.0, *streams, *gates, grad)
