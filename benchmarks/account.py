@@ -45,8 +45,8 @@ def memory_formula(contender: str, case: Case, device_type: str) -> dict[str, in
     # A CPU finds the rows that count; a GPU is told by the batch, which only the single pass sees.
     told = device_type == "cpu" or not (scores or "two-phase" in contender)
     rows = max(1, int(case.num_rows * case.active)) if told else case.num_rows
-    in_place = "torch" not in contender
-    parts = head_memory(rows, case.hidden_size, case.vocab_size, dtype=dtype, device_type=device_type, in_place=in_place)
+    sizes, how = (rows, case.hidden_size, case.vocab_size), {"grad_weight": not scores, "in_place": "torch" not in contender}
+    parts = head_memory(*sizes, dtype=dtype, device_type=device_type, **how)
     if scores:
         return {name: parts[name] for name in ("logits", "weight")}
     return parts | {"grad_hidden": case.num_rows * case.hidden_size * dtype.itemsize}

@@ -146,7 +146,13 @@ def test_the_account_predicts_what_the_arithmetic_says():
 
 @pytest.mark.parametrize(
     ("name", "job", "active"),
-    [("ours (native)", "trapo", 0.3), ("ours, two-phase (torch)", "trapo", 1.0), ("ours (torch)", "score", 0.3)],
+    [
+        ("ours (native)", "trapo", 0.3),
+        ("ours (native)", "trapo", 0.1),  # fewer rows than D
+        ("ours (native)", "score", 0.1),
+        ("ours, two-phase (torch)", "trapo", 1.0),
+        ("ours (torch)", "score", 0.3),
+    ],
 )
 def test_the_memory_formula_is_what_is_allocated(name, job, active):
     if (reason := BY_NAME[name].absent(torch.device("cpu"))) is not None:

@@ -48,13 +48,8 @@ def head_memory(
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
-    whole = device_type == "cpu" and in_place and grad_weight and not vocab_parallel
-    if whole and in_weight.fits(num_rows, hidden_size, vocab_size):
-        rows, logits = num_rows, in_weight.spare_logits(num_rows, vocab_size)
-    else:
-        size = chunk_rows(num_rows, hidden_size, vocab_size, device_type, sharded=vocab_parallel, operands=gemm_dtype)
-        rows = max(end - start for start, end in chunk_bounds(num_rows, size))
-        logits = rows * vocab_size
+    shape, able = (num_rows, hidden_size, vocab_size), in_place and grad_weight and not vocab_parallel
+    rows, logits = _rows_and_logits(shape, device_type, gemm_dtype, vocab_parallel, in_grad_weight=able)
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits, of which it gets a copy.
     # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it after the last chunk.
@@ -74,6 +69,18 @@ def head_memory(
         "grad_weight": 4 * matrix if grad_weight else 0,
         "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - gone["logits"] - gone["hidden chunk"]),
     }
+
+
+def _rows_and_logits(
+    shape: tuple[int, int, int], device_type: str, gemm_dtype: torch.dtype, vocab_parallel: bool, in_grad_weight: bool
+) -> tuple[int, int]:
+    """Of the largest chunk: how many rows, and how many of their logits do not lie where dWeight will."""
+    num_rows, _, vocab_size = shape
+    if in_grad_weight and device_type == "cpu" and in_weight.fits(*shape):
+        return num_rows, in_weight.spare_logits(num_rows, vocab_size)
+    size = chunk_rows(*shape, device_type, sharded=vocab_parallel, operands=gemm_dtype)
+    rows = max(end - start for start, end in chunk_bounds(num_rows, size))
+    return rows, rows * vocab_size
 
 
 def _check(sizes: dict[str, int], dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str) -> None:

@@ -12,7 +12,7 @@ from trapo_kernels.backends import cpu_gemm, gemm, native
 needs_native = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 needs_bf16 = pytest.mark.skipif(not native.BF16_UNITS, reason="this processor does not multiply bf16")
 has_tiles = bool(native.BF16_UNITS) and torch.cpu._is_avx512_bf16_supported()  # also beside AMX, whose processors have both
-needs_tiles = pytest.mark.skipif(not has_tiles, reason="this processor multiplies by MKL's GEMMs")
+needs_tiles = pytest.mark.skipif(not has_tiles, reason="this processor has no AVX512_BF16")
 of_either_dtype = pytest.mark.parametrize(
     "dtype",
     [pytest.param(torch.bfloat16, marks=needs_bf16), pytest.param(torch.float32, marks=needs_tiles)],
