@@ -57,7 +57,7 @@ asan: $(VENV)/.ready  ## the native tests, CUDA kernels on the host included, wi
 	@rm -rf build/asan && mkdir -p build/asan && cp -r benchmarks csrc trapo_kernels tests pyproject.toml build/asan/ && rm -f build/asan/trapo_kernels/*.so
 	@TRAPO_SANITIZE=1 $(RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
 	@cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		../../$(RUN) -m pytest -q -m "not slow" -k "native or auto or cpu_gemm" tests/trapo_kernels
+		../../$(RUN) -m pytest -q -m "not slow" -k "native or auto or cpu_gemm or in_weight" tests/trapo_kernels
 
 doctor: $(VENV)/.ready  ## what is installed, which backends run here and why the others do not
 	@$(RUN) -m trapo_kernels.doctor
