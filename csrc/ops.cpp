@@ -6,7 +6,7 @@
 // weight [V, D]; scale has x of any shape and a 0-d factor; gemm has a [M, K], b [K, N] and out [M, N]. softcap 0 means none.
 // `row_temperature`, where given, replaces `temperature`. `grad` may be `logits` itself, or begin where they do: the gradient then takes
 // their place. Those of row_gradient and row_policy are lists: on a CPU the columns of the logits may lie in several tensors [C, V₁],
-// [C, V₂], …; no `grad` at all means that none is wanted.
+// [C, V₂], …; no `grad` at all means that none is wanted. (Marks of aliasing cannot say that it may be the logits.)
 
 #include <torch/csrc/stable/library.h>
 

@@ -92,7 +92,7 @@ def linear_logprob(
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
     Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU those
         of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32,
-        where "native" on a CPU keeps the logits of up to D rows meanwhile, but for those of 8192 tokens at most.
+        where "native" on a CPU keeps the logits of up to D rows meanwhile, but for those of 8192 tokens at most (V ≥ 16384).
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
@@ -146,8 +146,8 @@ def linear_policy_loss(
         ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
         in two, 4 GEMMs, and says so in `passes`; see `Objective.why_two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
-    Memory: chunks of logits as in `linear_logprob`, plus dHidden and dWeight (fp32) from forward until backward. A factor on the
-        loss costs one more read and write of each (on a GPU only of those that keep fp32); folded into `weight` it costs nothing.
+    Memory: as `linear_logprob` and its backward, and dHidden and dWeight (fp32) from forward until backward. A factor on the loss
+        costs one more read and write of each (on a GPU only of those that keep fp32); folded into `weight` it costs nothing.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """

@@ -23,7 +23,8 @@ def head_memory(
 ) -> dict[str, int]:
     """Bytes that a forward and backward of `linear_policy_loss` or `linear_logprob` hold at their peak, by what they hold.
 
-    Their sum is the peak of allocated memory during the call, above its inputs, up to vectors of [N].
+    Their sum is the peak of allocated memory during the call, above its inputs, up to vectors of [N] and, where some rows do not
+    count, up to a copy of the hidden states of a chunk.
 
     Args:
         num_rows: rows that reach the head, N ≥ 1; with a sharded head those of all ranks.
@@ -35,10 +36,9 @@ def head_memory(
         in_place: False for backend "torch", which needs the chunk of logits three times.
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
-    Returns: "logits" (a chunk and its gradient, float32, as far as they do not lie where dWeight will), "hidden chunk" (its hidden
-        states and their gradient), "grad_hidden", "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the
-        weight is in another) and "rounding" (what a gradient takes in a narrow dtype, beyond the room that chunk and copy have
-        left by then).
+    Returns: "logits" (a chunk and its gradient, float32, but for what lies where dWeight will), "hidden chunk" (its hidden states and
+        their gradient), "grad_hidden", "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in
+        another) and "rounding" (what a gradient takes in a narrow dtype, beyond the room that chunk and copy leave).
     Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
     Memory: none; nothing is allocated.
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
@@ -49,7 +49,7 @@ def head_memory(
     _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
     shape, able = (num_rows, hidden_size, vocab_size), in_place and grad_weight and not vocab_parallel
-    rows, logits = _rows_and_logits(shape, device_type, gemm_dtype, vocab_parallel, in_grad_weight=able)
+    rows, rows_of_grad, logits = _rows_and_logits(shape, device_type, gemm_dtype, vocab_parallel, in_grad_weight=able)
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits, of which it gets a copy.
     # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it after the last chunk.
@@ -58,7 +58,7 @@ def head_memory(
     operand = rows * hidden_size * (gemm_dtype.itemsize if gemm_dtype != dtype else 0)
     gone = {
         "logits": (1 if in_place else 2) * chunk + of_launches,
-        "hidden chunk": operand + max(0, 4 * rows * hidden_size - of_launches),
+        "hidden chunk": operand + max(0, 4 * rows_of_grad * hidden_size - of_launches),
         "weight": matrix * gemm_dtype.itemsize if {dtype, weight_dtype} != {gemm_dtype} else 0,
     }
     rounded = matrix * weight_dtype.itemsize if grad_weight and weight_dtype.itemsize < 4 else 0
@@ -73,14 +73,14 @@ def head_memory(
 
 def _rows_and_logits(
     shape: tuple[int, int, int], device_type: str, gemm_dtype: torch.dtype, vocab_parallel: bool, in_grad_weight: bool
-) -> tuple[int, int]:
-    """Of the largest chunk: how many rows, and how many of their logits do not lie where dWeight will."""
+) -> tuple[int, int, int]:
+    """Of the largest chunk: how many rows, of how many the gradient is held, how many logits do not lie where dWeight will."""
     num_rows, _, vocab_size = shape
     if in_grad_weight and device_type == "cpu" and in_weight.fits(*shape):
-        return num_rows, in_weight.spare_logits(num_rows, vocab_size)
+        return num_rows, in_weight.grad_rows(num_rows), in_weight.spare_logits(num_rows, vocab_size)
     size = chunk_rows(*shape, device_type, sharded=vocab_parallel, operands=gemm_dtype)
     rows = max(end - start for start, end in chunk_bounds(num_rows, size))
-    return rows, rows * vocab_size
+    return rows, rows, rows * vocab_size
 
 
 def _check(sizes: dict[str, int], dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str) -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import LoraHead, Role, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import LoraHead, Role, linear_logprob, linear_policy_loss, objectives, terms
 from trapo_kernels.backends import in_weight, native
+from trapo_kernels.backends.gemm import HeadGemm
+from trapo_kernels.backends.logits import LogitTransform
 
 pytestmark = [
     pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu"))),
@@ -19,20 +21,20 @@ SETTINGS = {"temperature": torch.linspace(0.5, 2.0, ROWS), "softcap": 4.0}
 
 @pytest.fixture(autouse=True)
 def small_batches_too(monkeypatch):
-    monkeypatch.setattr(in_weight, "_LEAST_LOGITS", 0)
-    monkeypatch.setattr(in_weight, "_BLOCK", 96)
+    for name, value in {"_LEAST_LOGITS": 0, "_LEAST_VOCABULARY": 0, "_BLOCK": 96, "_GRAD_ROWS": 16}.items():
+        monkeypatch.setattr(in_weight, name, value)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How many rows each call of the sweep had."""
-    seen, own = [], in_weight.gradients
+    seen, own = [], in_weight.add_gradients
 
     def counted(gemm, hidden, *args):
         seen.append(len(hidden))
         return own(gemm, hidden, *args)
 
-    monkeypatch.setattr(in_weight, "gradients", counted)
+    monkeypatch.setattr(in_weight, "add_gradients", counted)
     return seen
 
 
@@ -68,6 +70,26 @@ def test_every_preset_is_as_close_to_fp64_as_fp32_eager(name, setting, scale, ca
     found = [out.loss, *cases.gradients(out.loss, inputs)]
     cases.check_as_close_as_eager(found, eager(*inputs, b), eager(*exact_inputs, exact_batch))
     assert calls == [int((b.role != Role.IGNORED).sum())] or out.passes == 2
+
+
+@pytest.mark.parametrize("rows", [1, HIDDEN_SIZE])
+@pytest.mark.parametrize(
+    "of", [(0, 1, 2), (1, 2), (0, 1), (1,)], ids=lambda of: " ".join(("hidden", "weight", "bias")[i] for i in of)
+)
+def test_any_gradients_beside_that_of_the_weight(of, rows, calls, monkeypatch):
+    """The GEMMs of what nobody wants are skipped."""
+    done, own = [], HeadGemm.add_grad_rows
+    monkeypatch.setattr(HeadGemm, "add_grad_rows", lambda *args, **kwargs: done.append(1) or own(*args, **kwargs))
+    inputs = cases.head(rows, HIDDEN_SIZE, VOCAB_SIZE, torch.float32)
+    b, exact_batch = (cases.batch(rows, VOCAB_SIZE, dtype, roles=(1, 2)) for dtype in (torch.float32, torch.float64))
+    given = [x if i in of else x.detach() for i, x in enumerate(inputs)]
+    loss = linear_policy_loss(given[0], given[1], b, objectives.trapo(), bias=given[2], backend="native").loss
+    ours = cases.gradients(loss, [given[i] for i in of])
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = linear_policy_loss(*exact[:2], exact_batch, objectives.trapo(), bias=exact[2], backend="reference").loss
+    for grad, expected in zip(ours, cases.gradients(truth, [exact[i] for i in of]), strict=True):
+        assert cases.error(grad, expected) <= 2e-6 * expected.abs().max()
+    assert calls == [rows] and bool(done) == (0 in of)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,13 +131,15 @@ def test_rows_that_are_selected_are_those_that_count(calls):
         assert cases.error(grad, expected) <= 1e-6 * expected.abs().max()
 
 
-def test_it_is_repeatable_and_gradients_of_a_retained_graph_too(calls):
+def test_it_is_repeatable(calls):
     inputs, b = cases.head(ROWS, HIDDEN_SIZE, VOCAB_SIZE, torch.float32), cases.batch(ROWS, VOCAB_SIZE, torch.float32)
     first, second = (linear_policy_loss(*inputs[:2], b, objectives.trapo(), backend="native").loss for _ in range(2))
-    again = cases.gradients(first, inputs[:2])
-    for one, two, three in zip(cases.gradients(first, inputs[:2]), cases.gradients(second, inputs[:2]), again, strict=True):
-        assert torch.equal(one, two) and torch.equal(one, three)
+    for one, two in zip(cases.gradients(first, inputs[:2]), cases.gradients(second, inputs[:2]), strict=True):
+        assert torch.equal(one, two)
     assert len(calls) == 2
+    loss = linear_logprob(*inputs[:2], b.target, backend="native").logprob.sum()
+    once, again = (cases.gradients(loss, inputs[:2]) for _ in range(2))  # of a retained graph
+    assert all(map(torch.equal, once, again)) and calls[2:] == [ROWS, ROWS]
 
 
 @pytest.mark.parametrize(
@@ -127,11 +151,12 @@ def test_it_is_repeatable_and_gradients_of_a_retained_graph_too(calls):
         {"lora": LoraHead(torch.ones(2, HIDDEN_SIZE), torch.ones(VOCAB_SIZE, 2))},
         {"frozen": True},
         {"rows": HIDDEN_SIZE + 1},
+        {"process_group": "of this process alone"},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_it_does_not_do_is_swept_in_chunks(change, calls):
-    change = {"backend": "native"} | change
+def test_what_it_does_not_do_is_swept_in_chunks(change, calls, one_rank):
+    change = {"backend": "native"} | change | ({"process_group": one_rank} if "process_group" in change else {})
     rows, dtype, frozen = change.pop("rows", ROWS), change.pop("dtype", torch.float32), change.pop("frozen", False)
     hidden, weight, _ = cases.head(rows, HIDDEN_SIZE, VOCAB_SIZE, dtype)
     b = cases.batch(rows, VOCAB_SIZE, torch.float32, roles=(1, 2))
@@ -142,23 +167,36 @@ def test_what_it_does_not_do_is_swept_in_chunks(change, calls):
 def _policy(logits, grad_dtype):
     rows = len(logits[0])
     one, role = torch.ones(rows), torch.full((rows,), Role.EXPERT, dtype=torch.uint8)
+    role[3] = Role.IGNORED
     grads = [part.view(grad_dtype)[:, : part.shape[1]] for part in logits]
     target, bias = 61 * torch.arange(rows), torch.linspace(-1, 1, sum(part.shape[1] for part in logits))
-    streams, gates = (role, 0 * one, one, one, None, None, -0.1 * one), ([1, 1, 0], [0.0] * 8)
+    streams, gates = (role, 0 * one, one, one, None, None, -0.1 * one), ([1, 1, 0], [0.0] * terms.NUM_SCALARS)
     stats = torch.ops.trapo_native.row_policy(logits, target, bias, one + 0.5, 1.0, 5.0, *streams, *gates, grads)
     return *stats, torch.cat(grads, 1)
+
+
+def _gradient(logits, grad_dtype):
+    rows, target = len(logits[0]), torch.where(torch.arange(len(logits[0])) == 3, -100, 61 * torch.arange(len(logits[0])))
+    bias, one = torch.linspace(-1, 1, sum(part.shape[1] for part in logits)), torch.ones(rows)
+    stats = native.statistics(torch.cat(logits, 1), target, LogitTransform(bias, 5.0, one + 0.5), True)
+    grads = [part.view(grad_dtype)[:, : part.shape[1]] for part in logits]
+    torch.ops.trapo_native.row_gradient(logits, target, bias, one + 0.5, 1.0, 5.0, *stats, one, -0.1 * one, grads)
+    return (torch.cat(grads, 1),)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(4096, 904), (904, 4096), (1, 4999), (1000, 1000, 1000, 2000)])
 def test_rows_in_parts_are_rows(widths, grad_dtype):
-    """Bit for bit where parts begin with a block of the sweep."""
+    """Bit for bit where parts begin with a block of the sweep; a row that does not count gets zeros."""
     logits = 3 * torch.randn(80, sum(widths))
-    parts = [part.contiguous() for part in logits.split(list(widths), 1)]
-    for ours, expected in zip(_policy(parts, grad_dtype), _policy([logits], grad_dtype), strict=True):
-        if widths == (4096, 904):
-            assert torch.equal(ours, expected)
-        torch.testing.assert_close(ours, expected, rtol=2e-5 if grad_dtype == torch.float32 else 1e-2, atol=1e-6)
+    logits[3] = float("nan")
+    for of_rows in (_policy, _gradient):
+        parts = [part.contiguous() for part in logits.split(list(widths), 1)]
+        for ours, expected in zip(of_rows(parts, grad_dtype), of_rows([logits.clone()], grad_dtype), strict=True):
+            if widths == (4096, 904):
+                assert torch.equal(ours, expected)
+            torch.testing.assert_close(ours, expected, rtol=2e-5 if grad_dtype == torch.float32 else 1e-2, atol=1e-6)
+            assert not ours[3].any()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +215,10 @@ def test_rows_in_parts_are_rows(widths, grad_dtype):
 def test_parts_that_do_not_fit_are_refused(logits, grad, message):
     logits, grad = ([torch.zeros(shape) for shape in shapes] for shapes in (logits, grad))
     rows, role = torch.ones(2), torch.ones(2, dtype=torch.uint8)
-    streams, gates = (role, rows, rows, rows, None, None, None), ([1, 1, 0], [0.0] * 8)
+    streams, gates = (role, rows, rows, rows, None, None, None), ([1, 1, 0], [0.0] * terms.NUM_SCALARS)
     with pytest.raises(RuntimeError, match=f"row_policy: {message}"):
         torch.ops.trapo_native.row_policy(logits, torch.zeros(2).long(), None, None, 1.0, 0.0, *streams, *gates, grad)
+    mixed = [torch.zeros(2, 3), torch.zeros(2, 3).bfloat16()]
+    with pytest.raises(RuntimeError, match=r"row_policy: grad must be torch.float32, got torch.bfloat16"):
+        fp32 = [torch.zeros(2, 3) for _ in mixed]
+        torch.ops.trapo_native.row_policy(fp32, torch.zeros(2).long(), None, None, 1.0, 0.0, *streams, *gates, mixed)

@@ -8,13 +8,14 @@ import torch
 from benchmarks.memory_plan import allocated_peak
 from tests.trapo_kernels import cases
 from trapo_kernels import Role, TokenBatch, dispatch, head_memory, linear_logprob, linear_policy_loss, objectives, token_logprob
-from trapo_kernels.backends import native
+from trapo_kernels.backends import in_weight, native
 from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows
 
 BOTH, SIZES = [True, False], (300, 48, 16001)
 CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], BOTH, BOTH, [SIZES]))
 SEVERAL_CHUNKS = ("native", torch.float32, True, False, (2100, 48, 16001))
-IN_WEIGHT = [("native", dtype, True, both, (200, 240, 16001)) for dtype in (torch.float32, torch.bfloat16) for both in BOTH]
+OF_ROWS = (200, 240, 16400), (1600, 1600, 16384)
+IN_WEIGHT = [*itertools.product(["native"], [torch.float32, torch.bfloat16], [True], BOTH, OF_ROWS)]
 MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torch", torch.bfloat16, True, True, (600, 16001, 48))
 
 
@@ -132,6 +133,7 @@ def test_operands_of_16_bits_have_larger_chunks():
 def test_logits_that_find_room_in_a_trained_weight_take_none_of_their_own(rows, block):
     """But for those of one block of tokens."""
     assert head_memory(rows, 896, 151936, dtype=torch.float32, device_type="cpu")["logits"] == 4 * rows * block
+    assert not in_weight.fits(512, 896, 16383) and not in_weight.fits(63, 896, 16384) and in_weight.fits(64, 64, 16384)
     apart = {"grad_weight": False}, {"in_place": False}, {"vocab_parallel": True}, {"device_type": "cuda"}, {"num_rows": 897}
     for change in apart:
         given = {"num_rows": rows, "device_type": "cpu"} | change

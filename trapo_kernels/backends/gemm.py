@@ -15,8 +15,8 @@ from trapo_kernels.backends.logits import statistics_dtype
 
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
 _CHUNK_LOGITS_GPU = 4096 * 152064
-# Rows per chunk on a CPU, where not all rows are one (`in_weight.py`): as many as keep the chunk at an eighth of what eager
-# PyTorch needs beside both gradients, or at an eighth of dWeight, within these bounds and those of the processor
+# Rows per chunk on a CPU, where the logits do not lie in dWeight (`in_weight.py`): as many as keep the chunk at an eighth of what
+# eager PyTorch needs beside both gradients, or at an eighth of dWeight, within these bounds and those of the processor
 # (`cpu_gemm.tuning`); more rows while the logits are below 4 MiB. Eager holds 5 N V numbers at its peak, dWeight is D V of them.
 # The GEMMs of a chunk pass over the weight, twice, and over dWeight. With operands of 16 bits half of dWeight is allowed: half of
 # the fp32 copy of the weight that others hold, and as much as rounding dWeight takes when the chunk is gone.

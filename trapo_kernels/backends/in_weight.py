@@ -6,8 +6,9 @@
 The logits [M, width] of a block of tokens lie in the room of the next block's dWeight [width, D], M ≤ D, and become their own
 gradient there. dWeight is then written block after block, over gradients that have been used.
 
-Memory: the spare block beside the results, an eighth of the logits at most. Work: three GEMMs of all rows, and none of them adds to
-what an earlier chunk left. Order: blocks ascend, so results are bitwise repeatable.
+Memory: beside the results the spare block, dHidden of up to 512 rows in fp32, and the hidden states where rows are selected or are
+converted for the GEMMs. Work: three GEMMs of all rows, and dWeight is written once. Order: blocks ascend, so results are bitwise
+repeatable.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ import torch
 from torch import Tensor
 
 from trapo_kernels.backends.gemm import HeadGemm
+from trapo_kernels.backends.gradients import Gradients, put_rows
+from trapo_kernels.backends.vocab_parallel import VocabShard
 
-_LEAST_LOGITS = 2**20  # below it a chunk takes no memory worth saving, and blocks are calls without work
+_LEAST_LOGITS = 2**20  # below it a chunk takes no memory worth saving
+# Fewer tokens make blocks too narrow: of V = 1024 to 8192 they took up to 1.5 times as long as chunks (Xeon, D = 896 to 4096).
+_LEAST_VOCABULARY = 16384
 # Tokens per block. Intel Xeon, 2 cores, fp32, time over the floor in blocks of 2048, 4096 and 8192: 1.12, 1.11, 1.08 (512 rows,
 # D = 896, V = 151936), 1.15, 1.14, 1.12 (V = 32768), 1.11, 1.07, 1.06 (1024 rows, D = 2048).
 _BLOCK = 8192
-_LEAST_BLOCKS = 8  # so that the spare one is no more than an eighth of eager PyTorch's memory, which at few rows is the logits'
-_UNIT = 16
+_LEAST_BLOCKS = 8  # so that the spare one holds an eighth of the logits
+_WIDTH_UNIT = 16  # tokens; rows of a part then begin at whole cache lines
+_GRAD_ROWS = 512  # of dHidden at a time
 
 
 def fits(num_rows: int, hidden_size: int, vocab_size: int) -> bool:
     """Whether the logits of so many rows find room in dWeight, and are worth it: a pure function of the shapes."""
-    return num_rows <= hidden_size and num_rows * vocab_size >= _LEAST_LOGITS
+    return num_rows <= hidden_size and vocab_size >= _LEAST_VOCABULARY and num_rows * vocab_size >= _LEAST_LOGITS
 
 
 def spare_logits(num_rows: int, vocab_size: int) -> int:
@@ -38,45 +44,57 @@ def spare_logits(num_rows: int, vocab_size: int) -> int:
     return num_rows * _width(vocab_size)
 
 
-def applies(rows: ModuleType, gemm: HeadGemm, num_rows: int) -> bool:
-    """Whether this backend and these GEMMs can: row operations on logits in parts, fp32 logits and chunks of any size."""
-    able = gemm.on_cpu and hasattr(rows, "policy_in_parts")
+def grad_rows(num_rows: int) -> int:
+    """How many rows of dHidden are held in fp32 beside it."""
+    return min(num_rows, _GRAD_ROWS)
+
+
+def applies(rows: ModuleType, gemm: HeadGemm, shard: VocabShard | None, num_rows: int) -> bool:
+    """Whether this backend and these GEMMs can: rows in parts, a whole head without LoRA, fp32 logits, chunks of any size."""
+    able = gemm.on_cpu and getattr(rows, "TAKES_PARTS", False) and shard is None
     plain = not gemm.has_lora and not gemm.batch_invariant and gemm.logits_dtype == gemm.statistics_dtype == torch.float32
     vocab_size, hidden_size = gemm.weight.shape
     return able and plain and fits(num_rows, hidden_size, vocab_size)
 
 
-def gradients(
+def add_gradients(
     gemm: HeadGemm,
     hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    with_grad_hidden: bool,
+    grads: Gradients,
+    index: Tensor | slice,
     of_rows: Callable[[list[Tensor]], list[Tensor]],
-) -> Tensor | None:
-    """Fills `grad_weight` [V, D] fp32, adds to `grad_bias` [V] and returns dHidden [M, D] in fp32 where it is wanted.
+) -> None:
+    """Fills the gradient of the weight, adds to that of the bias and puts that of `hidden` [M, D] at the rows `index`.
 
-    `of_rows` turns the logits of all rows `hidden` [M, D], in parts [M, V₁], [M, V₂], …, into their gradient in the same memory.
+    `of_rows` turns the logits of all rows, in parts [M, V₁], [M, V₂], …, into their gradient in the same memory.
     """
     operands = gemm.operands(hidden)
     blocks = _blocks(gemm.weight.shape[0])
-    parts = _room(grad_weight, blocks, hidden.shape[0])
+    parts = _room(grads.weight, blocks, hidden.shape[0])
     for tokens, part in zip(blocks, parts, strict=True):
         gemm.put_logits(operands, tokens, part)
     parts = of_rows(parts)
-    grad_hidden = gemm.empty_grad_rows(*hidden.shape) if with_grad_hidden else None
+    if grads.hidden is not None:
+        for start in range(0, hidden.shape[0], _GRAD_ROWS):
+            some = slice(start, min(start + _GRAD_ROWS, hidden.shape[0]))
+            put_rows(grads.hidden, some if isinstance(index, slice) else index[some], _grad_hidden(gemm, parts, blocks, some))
+    for tokens, part in zip(blocks, parts, strict=True):
+        if grads.bias is not None:
+            gemm.add_grad_bias(grads.bias[tokens], part)
+        gemm.add_grad_factor(part, operands.hidden, grads.weight[tokens], first=True)
+
+
+def _grad_hidden(gemm: HeadGemm, parts: list[Tensor], blocks: list[slice], rows: slice) -> Tensor:
+    """dHidden of some rows in fp32."""
+    grad = gemm.empty_grad_rows(rows.stop - rows.start, gemm.weight.shape[1])
     for number, (tokens, part) in enumerate(zip(blocks, parts, strict=True)):
-        if grad_hidden is not None:
-            gemm.add_grad_rows(grad_hidden, part, tokens, first=number == 0)
-        if grad_bias is not None:
-            gemm.add_grad_bias(grad_bias[tokens], part)
-        gemm.add_grad_factor(part, operands.hidden, grad_weight[tokens], first=True)
-    return grad_hidden
+        gemm.add_grad_rows(grad, part[rows], tokens, first=number == 0)
+    return grad
 
 
 def _width(vocab_size: int) -> int:
     """Tokens of a block."""
-    return min(_BLOCK, -(-vocab_size // _LEAST_BLOCKS // _UNIT) * _UNIT)
+    return min(_BLOCK, -(-vocab_size // _LEAST_BLOCKS // _WIDTH_UNIT) * _WIDTH_UNIT)
 
 
 def _blocks(vocab_size: int) -> list[slice]:

@@ -18,6 +18,7 @@ from trapo_kernels.objective import Objective
 _LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 _REASON = Path(__file__).parents[1] / "_native_build.txt"
 _OPS = torch.ops.trapo_native
+TAKES_PARTS = True  # on a CPU: policy_in_parts and logprob_gradient_in_parts
 _OLDER = "the native extension is older than this package. Install trapo again."
 
 

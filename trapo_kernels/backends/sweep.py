@@ -4,8 +4,8 @@
                                   └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
                                                                    └─GEMM──▶ grad_weight[V, D] +=
 
-Memory: one chunk of logits beside the results (three with `rows_torch`), or almost none (`in_weight`). Order: chunks ascend and
-every sum has a fixed order, so results are bitwise repeatable.
+Memory: one chunk of logits beside the results (three with `rows_torch`), or an eighth of all (`in_weight`). Order: chunks ascend
+and every sum has a fixed order, so results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from trapo_kernels import terms
 from trapo_kernels.backends import in_weight
 from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows
-from trapo_kernels.backends.gradients import Gradients, Needs, accumulate, empty_gradients, put_rows, reduced
+from trapo_kernels.backends.gradients import Gradients, Needs, accumulate, empty_gradients, reduced
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, nan_where_unknown, target_for_statistics
 from trapo_kernels.objective import Objective
@@ -196,13 +196,9 @@ def _sweep_gradients(
     none is wanted; they come as one tensor, or in parts from a sweep whose logits lie in dWeight."""
     num_rows = active.shape[0]
     num_active = num_rows if active_rows is None else active_rows.shape[0]
-    if shard is None and grads.weight is not None and in_weight.applies(rows, gemm, num_active):
+    if grads.weight is not None and in_weight.applies(rows, gemm, shard, num_active):
         index = slice(0, num_rows) if num_active == num_rows else active_rows
-        with_hidden = grads.hidden is not None
-        of_rows = partial(gradient, index)
-        grad_hidden = in_weight.gradients(gemm, head.hidden[index], grads.weight, grads.bias, with_hidden, of_rows)
-        if with_hidden:
-            put_rows(grads.hidden, index, grad_hidden)
+        in_weight.add_gradients(gemm, head.hidden[index], grads, index, partial(gradient, index))
         return
     for number, (index, count, buffer) in enumerate(_chunks(gemm, num_rows, active_rows, shard is not None)):
         operands = _operands(gemm, head, index, active[index])
