@@ -36,7 +36,7 @@ def head_memory(
         in_place: False for backend "torch", which needs the chunk of logits three times.
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
-    Returns: "logits" (a chunk and its gradient, float32, but for what lies where dWeight will), "hidden chunk" (its hidden states and
+    Returns: "logits" (a chunk and its gradient, float32, but what lies where dWeight will), "hidden chunk" (hidden states and
         their gradient), "grad_hidden", "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in
         another) and "rounding" (what a gradient takes in a narrow dtype, beyond the room that chunk and copy leave).
     Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
