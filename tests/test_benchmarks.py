@@ -108,7 +108,7 @@ def test_the_chunk_is_the_one_that_was_asked_for():
     applies = in_weight.applies
     with _chunk(case):
         assert sweep.chunk_rows(512, 16, 1000, "cpu") == 128 != own
-        assert not in_weight.applies(None, None, 1)
+        assert not in_weight.applies(None, None, None, 1)
     with _chunk(Case(**case.key | {"chunk_rows": 0})):
         assert sweep.chunk_rows(512, 16, 1000, "cpu") == own
     assert sweep.chunk_rows(512, 16, 1000, "cpu") == own and in_weight.applies is applies

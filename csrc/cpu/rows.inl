@@ -102,7 +102,7 @@ Row sweep_statistics(const Part* parts, int64_t num_parts, const float* bias, in
     for (int64_t start = 0; start < part->count; start += kBlock) {
       const int64_t count = part->count - start < kBlock ? part->count - start : kBlock;
       if (!plain) transform_block(part->data + start, bias ? bias + column : nullptr, count, t);
-      row.add(part->data + start, count, target < 0 ? target : target - column, unit);  // nothing below the smallest int64
+      row.add(part->data + start, count, target < 0 ? target : target - column, unit);  // the difference could leave int64
       column += count;
     }
   }

@@ -18,7 +18,7 @@ from trapo_kernels.objective import Objective
 _LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 _REASON = Path(__file__).parents[1] / "_native_build.txt"
 _OPS = torch.ops.trapo_native
-TAKES_PARTS = True  # on a CPU: policy_in_parts and logprob_gradient_in_parts
+TAKES_PARTS = True  # on a CPU: logits may be a list of tensors [C, V₁], [C, V₂], … that hold their columns
 _OLDER = "the native extension is older than this package. Install trapo again."
 
 
@@ -103,33 +103,19 @@ def statistics(logits: Tensor, target: Tensor, transform: LogitTransform, with_e
 
 
 def logprob_gradient(
-    logits: Tensor,
+    logits: Tensor | list[Tensor],
     target: Tensor,
     transform: LogitTransform,
     stats: RowStatistics,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_dtype: torch.dtype,
-) -> Tensor:
-    """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; destroys `logits`."""
-    (grad,) = logprob_gradient_in_parts([logits], target, transform, stats, grad_logprob, grad_entropy, grad_dtype)
-    return grad
-
-
-def logprob_gradient_in_parts(
-    logits: list[Tensor],
-    target: Tensor,
-    transform: LogitTransform,
-    stats: RowStatistics,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_dtype: torch.dtype,
-) -> list[Tensor]:
-    """`logprob_gradient` of logits whose columns lie in several tensors [C, V₁], [C, V₂], …, which only a CPU takes."""
-    logits = [_operand(part) for part in logits]
-    grads = [_gradient_buffer(part, grad_dtype) for part in logits]
+) -> Tensor | list[Tensor]:
+    """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; destroys `logits`, and comes in parts where they do."""
+    parts = _parts(logits)
+    grads = [_gradient_buffer(part, grad_dtype) for part in parts]
     _OPS.row_gradient(
-        logits,
+        parts,
         target.contiguous(),
         *_transform(transform),
         *(part.contiguous() for part in stats),
@@ -137,38 +123,24 @@ def logprob_gradient_in_parts(
         None if grad_entropy is None else grad_entropy.contiguous(),
         grads,
     )
-    return [grad.to(grad_dtype) for grad in grads]
+    return _as_given(logits, grads, grad_dtype)
 
 
 def policy(
-    logits: Tensor,
+    logits: Tensor | list[Tensor],
     target: Tensor,
     transform: LogitTransform,
     streams: terms.Streams,
     objective: Objective,
     with_entropy_gradient: bool,
     grad_dtype: torch.dtype | None,
-) -> tuple[RowStatistics, Tensor | None]:
-    """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss in one go; destroys `logits`."""
-    stats, grads = policy_in_parts([logits], target, transform, streams, objective, with_entropy_gradient, grad_dtype)
-    return stats, (grads[0] if grads else None)
-
-
-def policy_in_parts(
-    logits: list[Tensor],
-    target: Tensor,
-    transform: LogitTransform,
-    streams: terms.Streams,
-    objective: Objective,
-    with_entropy_gradient: bool,
-    grad_dtype: torch.dtype | None,
-) -> tuple[RowStatistics, list[Tensor]]:
-    """`policy` of logits whose columns lie in several tensors [C, V₁], [C, V₂], …, which only a CPU takes; no gradients where
-    `grad_dtype` is None."""
-    logits = [_operand(part) for part in logits]
-    grads = [] if grad_dtype is None else [_gradient_buffer(part, grad_dtype) for part in logits]
+) -> tuple[RowStatistics, Tensor | list[Tensor] | None]:
+    """Statistics and, unless `grad_dtype` is None, dL/dlogits [C, V] of a policy loss in one go; destroys `logits`. The gradient
+    comes in parts where they do."""
+    parts = _parts(logits)
+    grads = [] if grad_dtype is None else [_gradient_buffer(part, grad_dtype) for part in parts]
     stats = _OPS.row_policy(
-        logits,
+        parts,
         target.contiguous(),
         *_transform(transform),
         *_streams(streams),
@@ -176,7 +148,7 @@ def policy_in_parts(
         *terms.gate_scalars(objective),
         grads,
     )
-    return RowStatistics(*stats), [grad.to(grad_dtype) for grad in grads]
+    return RowStatistics(*stats), None if grad_dtype is None else _as_given(logits, grads, grad_dtype)
 
 
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
@@ -203,6 +175,16 @@ def _on_gpu(logits: Tensor) -> bool:
 def _operand(logits: Tensor) -> Tensor:
     """The logits in a dtype that the rows run on: fp32 on a CPU; bf16 and fp16 as they are on a GPU."""
     return logits if _on_gpu(logits) else logits.float()
+
+
+def _parts(logits: Tensor | list[Tensor]) -> list[Tensor]:
+    return [_operand(part) for part in (logits if isinstance(logits, list) else [logits])]
+
+
+def _as_given(logits: Tensor | list[Tensor], grads: list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
+    """The gradient in as many parts as the logits came in."""
+    grads = [grad.to(dtype) for grad in grads]
+    return grads if isinstance(logits, list) else grads[0]
 
 
 def _gradient_buffer(logits: Tensor, grad_dtype: torch.dtype) -> Tensor:

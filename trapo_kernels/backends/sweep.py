@@ -131,15 +131,12 @@ def score_backward(
 
     def gradient(index: Tensor | slice, logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         which = target[index], transform.rows(index)
-        in_parts = isinstance(logits, list)
         if given is None:
             c, known = grad_logprob[index], RowStatistics(*(part[index] for part in stats))
             c = c if shard is None else nan_where_unknown(c, known)
-            of_rows = rows.logprob_gradient_in_parts if in_parts else rows.logprob_gradient
-            return of_rows(logits, *which, known, c, None, gemm.operand_dtype)
+            return rows.logprob_gradient(logits, *which, known, c, None, gemm.operand_dtype)
         # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
-        of_rows = rows.policy_in_parts if in_parts else policy_rows
-        return of_rows(logits, *which, _streams_of_rows(given[0], index), given[1], True, gemm.operand_dtype)[1]
+        return policy_rows(logits, *which, _streams_of_rows(given[0], index), given[1], True, gemm.operand_dtype)[1]
 
     _sweep_gradients(rows, gemm, head, grads, target != IGNORE_INDEX, active_rows, shard, gradient)
     return reduced(grads, shard, head.hidden.dtype)
@@ -163,20 +160,20 @@ def policy(
     shard = mode.shard("linear_policy_loss", head.weight, target)
     target = target if shard is None else shard.local_target(target)
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
-    active_rows = _active_rows(streams.role != Role.IGNORED) if active_rows is None else active_rows
+    active = streams.role != Role.IGNORED
+    active_rows = _active_rows(active) if active_rows is None else active_rows
     grads = empty_gradients(head, gemm, needs, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
-    scored, target = target, torch.where(streams.role != Role.IGNORED, target, IGNORE_INDEX)
+    scored, target = target, torch.where(active, target, IGNORE_INDEX)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
 
     def gradient(index: Tensor | slice, logits: Tensor | list[Tensor]) -> Tensor | list[Tensor] | None:
-        of_rows = rows.policy_in_parts if isinstance(logits, list) else policy_rows
         which = target[index], transform.rows(index), _streams_of_rows(streams, index)
-        stats, grad_logits = of_rows(logits, *which, objective, with_entropy_gradient, grad_dtype)
+        stats, grad_logits = policy_rows(logits, *which, objective, with_entropy_gradient, grad_dtype)
         _put(out, index, stats)
         return grad_logits
 
-    _sweep_gradients(rows, gemm, head, grads, streams.role != Role.IGNORED, active_rows, shard, gradient)
+    _sweep_gradients(rows, gemm, head, grads, active, active_rows, shard, gradient)
     if scored_rows is not None:  # after the sweep, which may have put zeros there
         _score_rows(rows, gemm, head, scored, scored_rows, transform, True, shard, out)
     return out, reduced(grads, shard, head.hidden.dtype)
