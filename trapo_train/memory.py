@@ -55,7 +55,7 @@ class MemoryPlan:
     longest: int
     """The longer of those two, tokens."""
     loading_bytes: int
-    """Host memory that each rank takes while it loads: the whole model in float32, from which its GPU gets its shard."""
+    """Host memory that the first rank takes to load: the whole model in float32, from which every GPU gets its shard."""
 
     def total(self, phase: str) -> int:
         """Bytes held in a phase."""

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import meta_device_safe_creation_ops
 
 from trapo_train.attention import PACKED_IMPLEMENTATION
 from trapo_train.loading import decoder_layers
@@ -100,8 +101,9 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = (text.layer_types + text.layer_types[-1:] * layers)[:layers]
-    with unset_fake_temporarily(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shallow, dtype=dtype, attn_implementation=PACKED_IMPLEMENTATION)
+    options = {"dtype": dtype, "attn_implementation": PACKED_IMPLEMENTATION, "trust_remote_code": config.trust_remote_code}
+    with unset_fake_temporarily(), torch.device("meta"), meta_device_safe_creation_ops():
+        model = AutoModelForCausalLM.from_config(shallow, **options)
         prepare(model, replace(config, liger=False), device=model.device, check_logits=False)
     fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for module in model.modules():

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, head_options, linear_logprob, linear_policy_loss
 from trapo_train.attention import check_architecture, check_attention, choose_attention, plain_attention, segment_arguments
 from trapo_train.autocast import embed_in_autocasts_type, route_as_in_autocasts_type
 from trapo_train.dropout import check_one_policy, switch_off_dropout
+from trapo_train.first_rank import shell
 from trapo_train.liger import apply_liger
 from trapo_train.loading import (
     check_ends,
@@ -165,6 +166,7 @@ def load_model_and_tokenizer(
     seed: int = 0,
     device: torch.device | str = "cpu",
     check_logits: bool = True,
+    weights: bool = True,
     tell: Callable[[str], None] = logger.info,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model into host memory, its output head replaced by a `PolicyHead`, and its tokenizer.
@@ -178,6 +180,8 @@ def load_model_and_tokenizer(
         device: where the model will run, which decides what `auto` chooses.
         check_logits: see `prepare`. False for a second one of the same architecture, whose layers
             Liger has made its own by then, so that they would not run in host memory.
+        weights: False for a model without values (see `first_rank.shell`), which is not checked: `parallel.place_model` gives it
+            the first rank's.
         tell: what `auto` chose is told to it.
 
     Raises: UserError for a model that the packed step would train wrongly, with what to use instead.
@@ -195,16 +199,9 @@ def load_model_and_tokenizer(
     implementation = choose_attention(
         config.attention, device=device, compute_dtype=DTYPES[config.dtype], architecture=architecture, tell=tell
     )
-    common = {"dtype": torch.float32, "attn_implementation": implementation}
-    torch.manual_seed(seed)  # adapters, too, are the same on every rank
-    unplaced: set[str] = set()
-    if config.scratch is not None:
-        model = AutoModelForCausalLM.from_config(architecture, **common)
-    else:
-        with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
-            model, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **hub, **common, output_loading_info=True)
-        unplaced = set(info["unexpected_keys"])
-        keep_processor(model, config.name_or_path, config.revision)
+    torch.manual_seed(seed)
+    options = {"dtype": torch.float32, "attn_implementation": implementation}
+    model, unplaced = _load(config, architecture, hub, options) if weights else (shell(config, architecture, hub, options), set())
     ends = end_ids(config.eos_token, model, tokenizer)
     check_ends(model, tokenizer, ends)
     end_generation_too(model, ends)
@@ -212,8 +209,20 @@ def load_model_and_tokenizer(
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)
     tell_of_untrained_balance(model, tell)
-    prepare(model, config, device=device, check_logits=check_logits, tell=tell)
+    prepare(model, config, device=device, check_logits=check_logits and weights, tell=tell)
     return model, tokenizer
+
+
+def _load(
+    config: ModelConfig, architecture: PretrainedConfig, hub: dict[str, Any], options: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model of transformers with its weights, and the names of those in its files that have no place in it."""
+    if config.scratch is not None:
+        return AutoModelForCausalLM.from_config(architecture, **options), set()
+    with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError, SafetensorError):
+        model, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **hub, **options, output_loading_info=True)
+    keep_processor(model, config.name_or_path, config.revision)
+    return model, set(info["unexpected_keys"])
 
 
 def prepare(

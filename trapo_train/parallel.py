@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from trapo_train.first_rank import hold_what_the_first_holds, take_values_of_the_first
 from trapo_train.loading import decoder_layers
 from trapo_train.model import policy_head
 from trapo_train.schema import UserError, check
@@ -168,18 +169,26 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
 
 def place_model(model: PreTrainedModel, world: World) -> None:
     """Move a model from host memory to this rank's device; of several ranks, each unit to its shards, so that no GPU ever holds
-    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest.
+    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest. Values are the first rank's: the
+    others need none (see `first_rank.shell`).
 
     Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
     inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
     With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
     Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
 
-    Raises: UserError for a vocabulary-parallel head that is the embedding, too, or a model without a list of layers.
+    Raises, on every rank: UserError for a vocabulary-parallel head that is the embedding, too, a model without a list of layers, or
+        a rank whose model has other tensors than the first rank's; RankError.
     """
     if world.size == 1:
         model.to(world.device)
         return
+    with world.together():
+        hold_what_the_first_holds(model, world)
+        _shard(model, world)
+
+
+def _shard(model: PreTrainedModel, world: World) -> None:
     head = policy_head(model)
     if world.vocab_parallel_head and _is_tied(model):
         raise UserError(
@@ -189,6 +198,7 @@ def place_model(model: PreTrainedModel, world: World) -> None:
     mesh = world.mesh()
     head_parameters: set[nn.Parameter] = set()
     if world.vocab_parallel_head:
+        take_values_of_the_first(head, world.device)
         head.shard_over_vocabulary(mesh)
         head_parameters = set(head.parameters())
     # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
@@ -196,9 +206,12 @@ def place_model(model: PreTrainedModel, world: World) -> None:
         head.compute_dtype, reduce_dtype=torch.promote_types(head.compute_dtype, torch.float32), cast_forward_inputs=False
     )
     for layer in decoder_layers(model):
+        take_values_of_the_first(layer, world.device)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if not _is_tied(model) and not world.vocab_parallel_head:
+        take_values_of_the_first(head, world.device)
         fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once
+    take_values_of_the_first(model, world.device)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=head_parameters)
     register_fsdp_forward_method(model, "run_head")
 

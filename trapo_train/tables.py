@@ -78,7 +78,7 @@ def memory_summary(plan: MemoryPlan, device_type: str) -> str:
     outside = "the CUDA context" if device_type == "cuda" else "Python and its libraries"
     return (
         f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
-        f"{plan.micro_batch_tokens} tokens{generated if plan.sequences else ''}. Before that, each rank takes "
+        f"{plan.micro_batch_tokens} tokens{generated if plan.sequences else ''}. Before that, the first rank takes "
         f"{plan.loading_bytes / GIB:.2f} GiB of host memory to load the model in float32. Not counted: {outside}, the allocator's "
         "fragmentation."
     )

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from trapo_kernels import Objective
 from trapo_train import preflight
 from trapo_train.advantages import assign_advantages, assign_prefix_weights
@@ -72,10 +74,9 @@ class Trainer:
         preflight.check_objective(config, self.objective)
         preflight.check_places(config.model)
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
-        placed = {"task_tokenizer": task_tokenizer, "seed": config.seed, "device": self.world.device}
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
         with preflight.name_model_in_hub_errors(config.model):
-            self.model, self.tokenizer = load_model_and_tokenizer(config.model, **placed, tell=self.notes.append)
+            self.model, self.tokenizer = self._load_model(task_tokenizer, tell=self.notes.append)
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
         read = [str(config.data.path or config.data.task)] * trains + ["the held-out sets"] * (config.eval_data is not None)
@@ -99,7 +100,7 @@ class Trainer:
         if any("ref_logprob" in objective.reads() for objective in extremes):
             self.reference = self.model  # with LoRA: without its adapters the model is its own reference
             if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
-                self.reference = load_model_and_tokenizer(config.model, check_logits=False, **placed)[0]
+                self.reference = self._load_model(task_tokenizer, check_logits=False)[0]
                 self.reference.requires_grad_(False).eval()
                 place_model(self.reference, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -112,6 +113,20 @@ class Trainer:
         self.last_evaluation: dict[str, dict[str, float]] = {}
         self.last_groups: list[list[Sample]] = []
         self.last_micro_batches: list[MicroBatch] = []
+
+    def _load_model(
+        self, task_tokenizer: PreTrainedTokenizerBase | None, **options: Any
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, with values on the first rank alone, and its tokenizer; what keeps a rank from it, every rank raises."""
+        placed = {"task_tokenizer": task_tokenizer, "seed": self.config.seed, "device": self.world.device}
+        loaded: list[tuple[PreTrainedModel, PreTrainedTokenizerBase]] = []
+
+        def load() -> None:
+            loaded.append(load_model_and_tokenizer(self.config.model, weights=self.world.first, **placed, **options))
+
+        with self.world.together():
+            self.world.attempt(load, Exception)
+        return loaded[0]
 
     @property
     def objective(self) -> Objective:

@@ -220,7 +220,7 @@ def test_the_command_says_what_loading_takes_of_each_ranks_host(recipe, capsys):
     assert plan_memory(load_config(recipe), gpus=8).loading_bytes == 4 * (MATRICES + VECTORS)
     assert cli.main(["plan-memory", recipe, "--gpus", "8"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "each rank takes 0.00 GiB of host memory to load the model in float32" in shown
+    assert "the first rank takes 0.00 GiB of host memory to load the model in float32" in shown
 
 
 def test_vllm_takes_its_share_while_it_generates(recipe):

@@ -20,6 +20,7 @@ from tests import ranks
 from tests.trapo_train.test_step import make_model, make_samples
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
+from trapo_train import trainer
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.model_state import load_training_state, training_state
@@ -200,7 +201,7 @@ def test_a_loaded_state_leaves_the_implementation_that_was_chosen_for_these_para
 def test_a_tied_head_is_not_sharded_over_the_vocabulary():
     model, world = make_model(), World.alone()
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    world.size, world.vocab_parallel_head = 2, True
+    world.size, world.vocab_parallel_head, world.gather = 2, True, lambda value: [value, value]
     with pytest.raises(ValueError, match="vocab_parallel_head needs an output head of its own"):
         place_model(model, world)
 
@@ -349,5 +350,6 @@ def _wait_for(condition):
 def test_the_first_rank_alone_tells_what_takes_a_while(tmp_path, monkeypatch, first):
     told = []
     monkeypatch.setattr(World, "first", first)
+    monkeypatch.setattr(trainer, "place_model", lambda model, world: model.to_empty(device=world.device))  # without the first
     Trainer(build_config(tmp_path, "run"), tell=told.append)
     assert told == (["loading a model from scratch", "reading pointer_chasing"] if first else [])
