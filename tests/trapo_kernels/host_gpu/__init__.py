@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -46,21 +47,18 @@ def build_arithmetic(directory: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(directory / "arithmetic.so"))
 
 
-def build(directory: Path, change: tuple[str, str, str] | None = None) -> Library:
+def build(directory: Path, changes: Sequence[tuple[str, str, str]] = ()) -> Library:
     """The library of kernels.cpp, from a copy of csrc in `directory` whose PTX is exchanged for its emulation.
 
-    `change`, a header of csrc/cuda and what to put there instead of what: a fault that the tests must find. Only the source that
-    includes it is compiled then.
+    `changes`, each a header of csrc/cuda and what to put there instead of what: faults that the tests must find. FAULT in it is
+    whether this one, of which the first is number 1, is made: `set_fault` says which.
     """
     shutil.copytree(ROOT / "csrc", directory / "csrc")
-    only = []
-    if change is not None:
-        file, old, new = change
-        (user,) = (path.name for path in (directory / "csrc" / "cuda").glob("*.cu") if f'#include "{file}"' in path.read_text())
-        only = [f'-DONLY="csrc/cuda/{user}"']
-        source = (directory / "csrc" / "cuda" / file).read_text()
+    for number, (file, old, new) in enumerate(changes, 1):
+        path = directory / "csrc" / "cuda" / file
+        source = path.read_text()
         assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}"
-        (directory / "csrc" / "cuda" / file).write_text(source.replace(old, new))
+        path.write_text(source.replace(old, new.replace("FAULT", f"(host_gpu::fault == {number})")))
     shutil.copy(HERE / "ptx.cuh", directory / "csrc" / "cuda")
     for source in (*HERE.glob("*.h"), HERE / "kernels.cpp"):
         shutil.copy(source, directory)
@@ -71,7 +69,6 @@ def build(directory: Path, change: tuple[str, str, str] | None = None) -> Librar
         *_compiler(),
         *("-fno-extern-tls-init", "-fno-gnu-unique"),  # __shared__ is thread_local, and no two libraries share their globals
         "-I.",
-        *only,
         f"-Dtrapo_native={namespace}",
         f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
         f"-DTRAPO_CUDA_ARCHS={CUDA_ARCHS.replace(' ', '_')}",

@@ -35,6 +35,9 @@
 
 namespace host_gpu {
 
+// Which of the faults that a test has put into the kernels is made; 0 for none.
+inline int fault = 0;
+
 constexpr int kWarpThreads = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedBytes = 227 << 10;  // what a block may have on sm_90
