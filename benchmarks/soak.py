@@ -30,7 +30,6 @@ from benchmarks.provenance import ROOT, environment, folder
 
 STEPS = 24
 CONFIG = {
-    "steps": STEPS,
     "prompts_per_step": 3,
     "reward": "pointer_chasing",
     "data": {"task": "pointer_chasing", "num_problems": 8, "task_options": {"depths": [1, 2]}},
@@ -57,10 +56,10 @@ _GIVE_UP_S = 300  # without a new row of metrics, or until the other ranks have 
 class Run:
     """One run in its own directory, which processes work on one after the other."""
 
-    def __init__(self, directory: Path, ranks: int) -> None:
+    def __init__(self, directory: Path, ranks: int, steps: int) -> None:
         self.directory, self.ranks = directory, ranks
         directory.mkdir(parents=True)
-        (directory / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "output_dir": str(directory / "out")}))
+        (directory / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "steps": steps, "output_dir": str(directory / "out")}))
 
     @property
     def out(self) -> Path:
@@ -158,17 +157,20 @@ def strike(run: Run, randomness: random.Random, seconds_per_step: float) -> str 
     return doing if alive else None
 
 
-def soak(directory: Path, kills: int, ranks: int, seed: int, say: Any = print) -> dict[str, Any]:
-    """Kill `kills` times; returns the counts. Raises RuntimeError for a run that ends with other bits than the untouched one."""
+def soak(directory: Path, kills: int, ranks: int, seed: int, steps: int = STEPS, say: Any = print) -> dict[str, Any]:
+    """Kill `kills` times in runs of `steps` steps; returns the counts.
+
+    Raises: RuntimeError for a run that ends with other bits than the untouched one.
+    """
     randomness = random.Random(seed)
-    untouched = Run(directory / "untouched", ranks)
+    untouched = Run(directory / "untouched", ranks, steps)
     started = time.monotonic()
     finish(untouched)
-    seconds_per_step = (time.monotonic() - started) / STEPS / 2  # half of it is the start
+    seconds_per_step = (time.monotonic() - started) / steps / 2  # half of it is the start
     counts: Counter[str] = Counter()
     runs = 0
     while counts.total() < kills:
-        run = Run(directory / f"killed_{runs}", ranks)
+        run = Run(directory / f"killed_{runs}", ranks, steps)
         while not run.finished and counts.total() < kills:
             doing = strike(run, randomness, seconds_per_step)
             if doing is not None:

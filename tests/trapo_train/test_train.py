@@ -358,7 +358,7 @@ def test_trainer_uses_the_configured_preset(configure):
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path):  # `python -m benchmarks.soak` does more
-    result = soak(tmp_path, kills=1, ranks=2, seed=0)
+    result = soak(tmp_path, kills=1, ranks=2, seed=0, steps=8)
     assert result["kills"] == 1 and sum(result["by"].values()) == 1
 
 
