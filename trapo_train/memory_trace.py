@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -218,19 +219,35 @@ def trace_prefill(config: ModelConfig, architecture: PretrainedConfig, tokens: i
 def trace_optimizer(
     model: ModelConfig, architecture: PretrainedConfig, config: OptimizerConfig, device_type: str
 ) -> tuple[int, int]:
-    """(bytes of state, bytes that a step holds besides) of the configured optimizer over the whole model."""
+    """(bytes of state, bytes that a step holds besides) of the configured optimizer over the whole model.
+
+    Raises: UserError for an optimizer of the user's own whose step needs values.
+    """
     with fake_tensors():
         whole = skeleton(model, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
         for parameter in whole.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer = build_optimizer(whole, config)
+        with _AnyScalar():
+            optimizer = build_optimizer(whole, config)
         if device_type == "cuda" and not optimizer.defaults.get("fused") and "foreach" in optimizer.defaults:
             for group in optimizer.param_groups:
                 group["foreach"] = True  # as torch chooses there
         with LiveTensors([x for p in whole.parameters() for x in (p, p.grad) if x is not None]) as live, _AnyScalar():
-            optimizer.step()
+            _step_without_values(optimizer, config.name)
             state = sum(x.nbytes for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor))
     return state, max(0, live.peak_bytes - state)
+
+
+def _step_without_values(optimizer: Optimizer, name: str) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever comes of fake tensors in a class of someone else's
+        if ":" not in name:
+            raise
+        raise UserError(
+            f"plan-memory: a step of optimizer.name={name} must run on tensors without values to be planned, got {error!r}. Plan "
+            "with an optimizer of torch.optim that holds as much."
+        ) from error
 
 
 class _AnyScalar(TorchDispatchMode):

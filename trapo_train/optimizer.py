@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, by their names in torch.optim and transformers."""
+"""Optimizer and learning-rate schedule, by their names in torch.optim and transformers, or an optimizer of the user's own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
 from trapo_train.schema import UserError, check
+from trapo_train.user_code import resolve
 
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
 _UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")  # place results of another sharding into a DTensor
+_UNSHARDED_PACKAGES = ("bitsandbytes.",)  # hands a DTensor to its kernels as if it were a plain one
 _LEAST_EPS = torch.finfo(torch.float32).tiny  # what is smaller may round to 0 there
 _UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metric every step
 
@@ -28,7 +30,7 @@ class OptimizerConfig:
     """How gradients become new weights."""
 
     name: str = "AdamW"
-    """Class of torch.optim."""
+    """Class of torch.optim, or the path of another that derives from its Optimizer, such as bitsandbytes.optim:AdamW8bit."""
     learning_rate: float = 1e-6
     """Peak learning rate, above 0."""
     betas: tuple[float, float] | None = None
@@ -76,8 +78,11 @@ class OptimizerConfig:
                     f"options must have eps of at least {_LEAST_EPS:.3g}, got {eps!r}: a weight whose gradient is 0 would become "
                     "0 / 0. Raise it, or leave it out."
                 )
-        # Building both on one tiny matrix finds every argument that they refuse, before a model is loaded.
-        optimizer = build_optimizer(nn.Linear(1, 1, bias=False), self)
+        # Building both on one tiny matrix finds every argument that they refuse, before a model is loaded. The module of one's own
+        # optimizer is asked for where it trains: who exports or plots needs none.
+        matrix = nn.Linear(1, 1, bias=False)
+        own = ":" in self.name
+        optimizer = torch.optim.SGD(matrix.parameters(), self.learning_rate) if own else build_optimizer(matrix, self)
         build_scheduler(optimizer, self, steps=max(2, self.warmup_steps + 1))
 
     def warmup(self, steps: int) -> int:
@@ -94,15 +99,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
     Raises: UserError for an unknown optimizer or an argument that it does not take.
     """
-    cls = getattr(torch.optim, config.name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls is Optimizer or config.name in _UNFIT_OPTIMIZERS:
-        known = [name for name in vars(torch.optim) if name not in (*_UNFIT_OPTIMIZERS, "Optimizer")]
-        known = [name for name in known if isinstance(getattr(torch.optim, name), type)]
-        raise UserError(f"name must be an optimizer of torch.optim ({', '.join(sorted(known))}), got {config.name!r}.")
+    cls = _optimizer_class(config.name)
     accepted = inspect.signature(cls).parameters
     arguments: dict[str, Any] = {"lr": config.learning_rate}
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if sharded and config.name in _UNSHARDED_OPTIMIZERS:
+    if sharded and (config.name in _UNSHARDED_OPTIMIZERS or config.name.startswith(_UNSHARDED_PACKAGES)):
         raise UserError(f"{config.name} has no form for parameters sharded over ranks, got several ranks. Use AdamW.")
     if "fused" in accepted and (not sharded or config.name in ("Adam", "AdamW")):  # the others' fused forms take no shards
         arguments["fused"] = True
@@ -129,6 +130,23 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         return cls([group for group in groups if group["params"]], **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{config.name} refuses its arguments: {error}.") from error
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    if ":" in name:
+        cls = resolve("optimizer.name", name, "bitsandbytes.optim:AdamW8bit")
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+            raise UserError(f"optimizer.name {name!r} must be a class that derives from torch.optim.Optimizer, got {cls!r}.")
+        return cls
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls is Optimizer or name in _UNFIT_OPTIMIZERS:
+        known = [name for name in vars(torch.optim) if name not in (*_UNFIT_OPTIMIZERS, "Optimizer")]
+        known = [name for name in known if isinstance(getattr(torch.optim, name), type)]
+        raise UserError(
+            f"name must be an optimizer of torch.optim ({', '.join(sorted(known))}), or a path such as "
+            f"bitsandbytes.optim:AdamW8bit, got {name!r}."
+        )
+    return cls
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, *, steps: int) -> LRScheduler:

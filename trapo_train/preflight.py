@@ -296,7 +296,8 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     handed_over = config.rollout.engine == "vllm_server" and config.rollout.vllm_server.sync_dir is None
     exported = sum(size for size, _ in sizes) * (2 if handed_over else 1)  # to the server, as files beside the model
-    checkpoint = int((1 + _optimizer_share(config.optimizer)) * sum(size for size, trained in sizes if trained))
+    share = _optimizer_share(config.optimizer, next(model.parameters()).device)
+    checkpoint = int((1 + share) * sum(size for size, trained in sizes if trained))
     free = shutil.disk_usage(place).free + store.unfinished_bytes()  # which the next save deletes
     saved, last = len(store.steps()), config.steps in store.steps()
     if free < exported + (0 if last else checkpoint):
@@ -315,13 +316,22 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
     return None
 
 
-def _optimizer_share(config: OptimizerConfig) -> float:
-    """Bytes of the optimizer's state per byte of a weight matrix, found out on a small one."""
-    matrix = nn.ParameterList([torch.zeros(256, 256)])
-    matrix[0].grad = torch.zeros(256, 256)
+def _optimizer_share(config: OptimizerConfig, device: torch.device) -> float:
+    """Bytes of the optimizer's state per byte of a weight matrix, found out by a step on a small one.
+
+    Raises: UserError for state that a checkpoint cannot hold.
+    """
+    matrix = nn.ParameterList([torch.zeros(256, 256, device=device)])
+    matrix[0].grad = torch.zeros(256, 256, device=device)
     optimizer = build_optimizer(matrix, config)
     optimizer.step()
-    state = (value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
+    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    for value in state:
+        if type(value) is not Tensor:  # of one whose data lie elsewhere (torchao's) safetensors finds nothing to write
+            raise UserError(
+                f"optimizer.name: the state must be plain tensors for a checkpoint to hold it, {config.name} keeps "
+                f"{type(value).__name__}. Use bitsandbytes.optim:AdamW8bit for one in 8 bits."
+            )
     return sum(value.nbytes for value in state) / matrix[0].nbytes
 
 

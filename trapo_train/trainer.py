@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective
@@ -73,6 +74,7 @@ class Trainer:
         extremes = extreme_objectives(config.objective)  # refuses what no schedule may reach before anything is loaded
         preflight.check_objective(config, self.objective)
         preflight.check_places(config.model)
+        build_optimizer(nn.Linear(1, 1, bias=False), config.optimizer)  # one's own had not been asked for
         task_tokenizer = build_tokenizer() if config.data.task is not None else None
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
         with preflight.name_model_in_hub_errors(config.model):
