@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from tests.trapo_train.test_loading import SMALL, gemma, publish, set_generation
 from tests.trapo_train.test_train import build_config
 from trapo_train.extras import is_installed
 from trapo_train.lora import LoraConfig
+from trapo_train.memory_trace import weigh
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.parallel import ParallelConfig, World, place_model
 from trapo_train.schema import UserError
@@ -83,6 +86,37 @@ def _place(rank, directory):
 
 def test_every_rank_gets_the_model_that_the_first_has_read(published):
     ranks.start(_place, 2, published)
+
+
+CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class Mine(LlamaForCausalLM):
+    config_class = MineConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.5, 3)]
+"""
+
+
+def test_a_model_that_brings_its_code_has_a_shell_and_a_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    directory = publish(tmp_path / "mine", PUBLISHED["a head of its own"])
+    (directory / "modeling_mine.py").write_text(CODE)
+    settings = json.loads((directory / "config.json").read_text())
+    places = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    settings |= {"model_type": "mine", "auto_map": places}
+    (directory / "config.json").write_text(json.dumps(settings))
+    config = ModelConfig(str(directory), trust_remote_code=True)
+    model, _ = load_model_and_tokenizer(config, weights=False)
+    assert type(model).__name__ == "Mine" and model.rates == [0.0, 0.25, 0.5] and model.device.type == "meta"
+    assert weigh(config, model.config).total == sum(parameter.numel() for parameter in model.parameters())
 
 
 def _refuse(rank):
