@@ -28,14 +28,17 @@ import json, sys
 from trapo_train.model import ModelConfig, load_model_and_tokenizer
 def show(**settings):
     model, tokenizer = load_model_and_tokenizer(ModelConfig(name_or_path="owner/name", **settings))
-    return model.get_input_embeddings().weight[0, 0].item(), tokenizer.eos_token
+    shell, _ = load_model_and_tokenizer(ModelConfig(name_or_path="owner/name", **settings), weights=False)  # of another rank
+    assert shell.generation_config.top_k == model.generation_config.top_k
+    return model.get_input_embeddings().weight[0, 0].item(), tokenizer.eos_token, shell.generation_config.top_k
 print(json.dumps([show(), show(revision="old"), show(revision="1" * 40), show(revision="old", tokenizer="owner/name"),
                   show(revision="old", tokenizer="owner/other")]))
 """
 
 
 def _cached(hub, name, revisions):
-    """A repository as the hub's cache holds it: by revision what the first weight is, and the token that ends a text."""
+    """A repository as the hub's cache holds it: by revision what the first weight is, and the token that ends a text; the n-th has a
+    top_k of 10 + n."""
     folder = hub / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     for number, (revision, (weight, end)) in enumerate(revisions.items()):
@@ -44,6 +47,7 @@ def _cached(hub, name, revisions):
         model, tokenizer = make_model(), build_tokenizer()
         model.get_input_embeddings().weight.data[0, 0] = weight
         tokenizer.eos_token = end
+        model.generation_config.top_k, model.generation_config.do_sample = 10 + number, True
         model.save_pretrained(snapshot)
         tokenizer.save_pretrained(snapshot)
 
@@ -57,7 +61,8 @@ def test_model_and_tokenizer_are_of_the_revision(tmp_path):
     done = subprocess.run([sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == [[2.0, first], [3.0, second], [3.0, second], [3.0, second], [3.0, third]]
+    old = [3.0, second, 11]
+    assert found == [[2.0, first, 10], old, old, old, [3.0, third, 11]]
 
 
 def test_a_dataset_is_of_the_revision(monkeypatch):
