@@ -38,9 +38,10 @@ def shell(config: ModelConfig, architecture: PretrainedConfig, hub: dict[str, An
 
 
 def _generation_config(name_or_path: str, revision: str) -> GenerationConfig:
+    """As from_pretrained of a model has it, of its config.json where there is no other."""
     try:
         return GenerationConfig.from_pretrained(name_or_path, revision=revision)
-    except OSError:  # a model without generation_config.json has these settings, if any, in its config.json
+    except OSError:
         return GenerationConfig.from_pretrained(name_or_path, "config.json", revision=revision, _from_model_config=True)
 
 

@@ -44,6 +44,7 @@ def published(tmp_path):
     for name, config in PUBLISHED.items():
         publish(tmp_path / name, config)
     PUBLISHED["tied"].save_pretrained(tmp_path / BY_CONFIGURATION)
+    (tmp_path / "buffers" / "generation_config.json").unlink()
     set_generation(tmp_path / "tied", eos_token_id=[3, 4], do_sample=True, temperature=0.6)
     return tmp_path
 

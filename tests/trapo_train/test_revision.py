@@ -37,8 +37,8 @@ print(json.dumps([show(), show(revision="old"), show(revision="1" * 40), show(re
 
 
 def _cached(hub, name, revisions):
-    """A repository as the hub's cache holds it: by revision what the first weight is, and the token that ends a text; the n-th has a
-    top_k of 10 + n."""
+    """A repository as the hub's cache holds it: by revision what the first weight is, and the token that ends a text; the top_k of
+    the n-th is 10 + n."""
     folder = hub / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     for number, (revision, (weight, end)) in enumerate(revisions.items()):
