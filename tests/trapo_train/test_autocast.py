@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trapo_train.autocast import route_as_in_autocasts_type
+from trapo_train.autocast import kept_in_float32, route_as_in_autocasts_type
 from trapo_train.model import install_policy_head, precision
 
 SHAPE = {
@@ -62,18 +62,31 @@ class Gate(torch.nn.Module):
         return hidden.sigmoid()
 
 
+class Experts(Gate):
+    """What stands beside a router."""
+
+
 class TopKGating(Gate):
     """JetMoE's, beside layers that are not called experts."""
 
 
 def test_a_gate_is_a_router_beside_experts_and_may_have_no_weight():
-    blocks = {"attention": {"gate": Gate()}, "mixture": {"gate": Gate(), "experts": Gate()}, "jetmoe": {"gate": TopKGating()}}
+    blocks = {"attention": {"gate": Gate()}, "mixture": {"gate": Gate(), "experts": Experts()}, "jetmoe": {"gate": TopKGating()}}
     model = torch.nn.ModuleDict({name: torch.nn.ModuleDict(block) for name, block in blocks.items()})
     model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = None
     route_as_in_autocasts_type(model)
     with torch.autocast("cpu", torch.bfloat16):
         types = {name: block["gate"](torch.randn(3)).dtype for name, block in model.items()}
+        experts = model["mixture"]["experts"](torch.randn(3)).dtype
     assert types == {"attention": torch.float32, "mixture": torch.bfloat16, "jetmoe": torch.bfloat16}
+    assert experts == torch.float32
+
+
+def test_what_a_model_keeps_in_float32_has_two_lists():
+    model = torch.nn.Module()
+    for rounded, never in ((["bias"], ["norm"]), (None, ["norm"]), (["bias"], None)):
+        model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = rounded, never
+        assert kept_in_float32(model) == {*(rounded or ()), *(never or ())}
 
 
 def test_what_transformers_keeps_in_float32_is_not_rounded():

@@ -101,12 +101,13 @@ def test_a_process_that_was_killed_holds_no_lock_through_what_it_forked(tmp_path
 
 
 def test_a_fork_inside_leaves_the_lock_to_its_process(tmp_path):
-    with held(tmp_path, World.alone()):
+    output_dir = tmp_path / "nowhere" / "yet"
+    with held(output_dir, World.alone()):
         child = os.fork()
         if child == 0:
             os._exit(0)
         os.waitpid(child, 0)
-        with pytest.raises(UserError, match=OWN), held(tmp_path, World.alone()):
+        with pytest.raises(UserError, match=OWN), held(output_dir, World.alone()):
             pytest.fail("two hold it")
 
 
