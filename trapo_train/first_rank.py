@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
@@ -75,11 +74,8 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def take_values_of_the_first(unit: nn.Module, device: torch.device) -> None:
     """Move what `unit` holds to `device`, with the first rank's values; every rank calls it. What is sharded stays as it is."""
-    sharded = {part for child in unit.modules() if isinstance(child, FSDPModule) for part in child.modules()}
     moved: dict[Tensor, Tensor] = {}  # what is one tensor stays one
     for module in unit.modules():
-        if module in sharded:
-            continue
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and not isinstance(tensor, DTensor):
@@ -89,6 +85,5 @@ def take_values_of_the_first(unit: nn.Module, device: torch.device) -> None:
 def _first_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     empty = tensor.is_meta
     there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if empty else tensor.detach().to(device).contiguous()
-    if there.numel():
-        dist.broadcast(there.view(-1).view(torch.uint8), src=0)  # bytes: not every backend sends every type
+    dist.broadcast(there.view(-1).view(torch.uint8), src=0)  # bytes: not every backend sends every type
     return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
