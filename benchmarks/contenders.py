@@ -95,14 +95,17 @@ def _without_entropy(jobs: tuple[str, ...], why: str = "") -> Callable[[Case], s
 # The floor: bare GEMMs, nothing else
 
 
-def _floor(gemms: int) -> Contender:
+def _floor(gemms: int, new_gradients: bool = False) -> Contender:
+    """`new_gradients`: in memory that the system hands out in every call, as every contender's are; nobody is measured by that."""
+
     def prepare(problem: Problem) -> Call:
         hidden, weight = problem.hidden.detach(), problem.weight.detach()
         rows = max(1, min(hidden.shape[0], 2**33 // weight.shape[0]))  # whole, unless the logits pass 2^33 elements
         logits = torch.empty(rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device).normal_()
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        kept = None if new_gradients else (torch.empty_like(hidden), torch.empty_like(weight))
 
         def call() -> Result:
+            grad_hidden, grad_weight = kept or (torch.empty_like(hidden), torch.empty_like(weight))
             for start in range(0, hidden.shape[0], rows):
                 part = hidden[start : start + rows]
                 out = logits[: part.shape[0]]
@@ -111,15 +114,20 @@ def _floor(gemms: int) -> Contender:
                 if gemms > 1:
                     torch.mm(out, weight, out=grad_hidden[start : start + rows])
                     torch.mm(out.t(), part, out=grad_weight)
-            return Result()
+            return Result(grad_hidden=grad_hidden, grad_weight=grad_weight)
 
         return call
+
+    def absent(device: torch.device) -> str | None:
+        return "there torch keeps memory for the next call." if new_gradients and device.type == "cuda" else None
 
     def cannot(case: Case) -> str | None:
         return None if (case.job == "score") == (gemms == 1) else "is the floor of another path."
 
-    about = f"the floor: {gemms} bare GEMM{'s' if gemms > 1 else ''} of torch.mm into preallocated outputs"
-    return Contender(f"floor, {gemms} GEMM{'s' if gemms > 1 else ''}", about, prepare, _nothing_wrong, cannot, floor=True)
+    name = f"floor, {gemms} GEMM{'s' if gemms > 1 else ''}{', new gradients' if new_gradients else ''}"
+    about = f"{gemms} bare GEMM{'s' if gemms > 1 else ''} of torch.mm into preallocated outputs"
+    about = f"{about} but for the gradients, which are new in every call, as every contender's are" if new_gradients else about
+    return Contender(name, about if new_gradients else f"the floor: {about}", prepare, absent, cannot, floor=True)
 
 
 # PyTorch
@@ -362,6 +370,7 @@ _THEIRS = [
 ]
 CONTENDERS: list[Contender] = [
     *(_floor(gemms) for gemms in (1, 3, 4)),
+    _floor(3, new_gradients=True),
     *(Contender(*peer) for peer in _THEIRS),
     *(ours for backend in ("triton", "torch", "native", "reference") for ours in _ours_both(backend)),
     *(_ours_fused(backend) for backend in ("triton_fused", "native_fused")),

@@ -60,6 +60,8 @@ def test_every_kind_of_loss_is_said():
     said = "\n".join(summary.losses([*GROUPS, bad]))
     assert "trapo, N=2048 D=896 V=32768, float32: torch.compile takes 1.04 × floor, ours (native) 1.20." in said
     assert "ours (native) takes 1.20 × floor, the target is 1.10." in said
+    beside = group(trapo(512), {"floor, 3 GEMMs": 1.0, "floor, 3 GEMMs, new gradients": 1.08, NATIVE: 1.2})
+    assert "target is 1.10; the bare GEMMs with new gradients, as ours are, 1.08." in "\n".join(summary.losses([beside]))
     assert "ours (native) 200 MiB, eager 800: 1/4.0." in said
     assert "flat logits: ours (native) in dWeight." in said
     assert "ours (torch), failed: ValueError: no." in said

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
-from benchmarks.questions.shapes import CPU_LONG, CPU_MAIN, SMALL
+from benchmarks.questions.shapes import CPU_FLOORS, CPU_LONG, CPU_MAIN, SMALL
 
 ABOUT = __doc__
-_CHOICE = ("floor, 3 GEMMs", "eager", "torch.compile", "F.linear_cross_entropy", "ours (native)")
+_CHOICE = (*CPU_FLOORS, "eager", "torch.compile", "F.linear_cross_entropy", "ours (native)")
 
 
 def cases(device: str, small: bool) -> list[Case]:

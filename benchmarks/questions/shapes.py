@@ -29,11 +29,12 @@ CPU_MATRIX = [
     CPU_WIDE,
     (256, 2048, 151936),
 ]
+CPU_FLOORS = ("floor, 3 GEMMs", "floor, 3 GEMMs, new gradients")
 # Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
-CPU_CHOICE = ("floor, 3 GEMMs", "eager", "torch.compile", "ours (native)")
+CPU_CHOICE = (*CPU_FLOORS, "eager", "torch.compile", "ours (native)")
 # Inactive rows and the longest context, where torch.compile would compile for every case, and TRL's chunks are of interest.
 CPU_UNCOMPILED = ("floor, 3 GEMMs", "eager", "TRL chunked logprob", "ours (native)")
-CPU_CROSS_ENTROPY = ("floor, 3 GEMMs", "eager", "F.linear_cross_entropy", "ours (native)")
+CPU_CROSS_ENTROPY = (*CPU_FLOORS, "eager", "F.linear_cross_entropy", "ours (native)")
 
 
 def main_cases(question: str, job: str, device: str, small: bool) -> list[Case]:
