@@ -48,12 +48,8 @@ def none():
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
-    (tmp_path / "odd_objectives.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield "odd_objectives"
-    sys.modules.pop("odd_objectives", None)
+def module(own_module):
+    return own_module("odd_objectives", MODULE)
 
 
 def test_a_function_by_its_path_is_an_objective_with_options_and_schedules(module, tmp_path):

@@ -63,12 +63,8 @@ LION = "optimizer={name: 'odd_optimizers:Lion', learning_rate: 1e-3, betas: [0.8
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
-    (tmp_path / "odd_optimizers.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield "odd_optimizers"
-    sys.modules.pop("odd_optimizers", None)
+def module(own_module):
+    return own_module("odd_optimizers", MODULE)
 
 
 def _resumed(tmp_path, settings):
