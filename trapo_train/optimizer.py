@@ -20,7 +20,7 @@ from trapo_train.user_code import resolve
 
 _UNFIT_OPTIMIZERS = ("LBFGS", "SparseAdam")  # need a closure, need sparse gradients
 _UNSHARDED_OPTIMIZERS = ("Adafactor", "Rprop")  # place results of another sharding into a DTensor
-_UNSHARDED_PACKAGES = ("bitsandbytes.",)  # hands a DTensor to its kernels as if it were a plain one
+_UNSHARDED_PACKAGES = ("bitsandbytes",)  # hands a DTensor to its kernels as if it were a plain one
 _LEAST_EPS = torch.finfo(torch.float32).tiny  # what is smaller may round to 0 there
 _UNFIT_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # need a validation metric every step
 
@@ -103,7 +103,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     accepted = inspect.signature(cls).parameters
     arguments: dict[str, Any] = {"lr": config.learning_rate}
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if sharded and (config.name in _UNSHARDED_OPTIMIZERS or config.name.startswith(_UNSHARDED_PACKAGES)):
+    if sharded and (config.name in _UNSHARDED_OPTIMIZERS or cls.__module__.split(".")[0] in _UNSHARDED_PACKAGES):
         raise UserError(f"{config.name} has no form for parameters sharded over ranks, got several ranks. Use AdamW.")
     if "fused" in accepted and (not sharded or config.name in ("Adam", "AdamW")):  # the others' fused forms take no shards
         arguments["fused"] = True

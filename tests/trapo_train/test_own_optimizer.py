@@ -143,11 +143,11 @@ def test_a_dry_run_takes_its_step(module, capsys):
 
 
 def test_those_of_bitsandbytes_are_refused_on_shards_and_others_not(module, sharded_model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", pytest)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", torch.optim)
-    with pytest.raises(UserError, match="bitsandbytes.optim:AdamW has no form for parameters sharded over ranks"):
-        build_optimizer(sharded_model, OptimizerConfig("bitsandbytes.optim:AdamW"))
-    assert build_optimizer(sharded_model, OptimizerConfig(f"{module}:Lion"))
+    config = OptimizerConfig(f"{module}:Lion")
+    cls = type(build_optimizer(sharded_model, config))
+    monkeypatch.setattr(cls, "__module__", "bitsandbytes.optim.lion")
+    with pytest.raises(UserError, match="odd_optimizers:Lion has no form for parameters sharded over ranks"):
+        build_optimizer(sharded_model, config)
 
 
 def test_eight_bits_resume_with_the_same_bits_in_a_quarter_of_the_memory(tmp_path):
