@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import pytest
-import torch
 
 from tests.trapo_train.test_optimizer import sharded_model as sharded_model
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
