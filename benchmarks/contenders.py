@@ -124,10 +124,11 @@ def _floor(gemms: int, new_gradients: bool = False) -> Contender:
     def cannot(case: Case) -> str | None:
         return None if (case.job == "score") == (gemms == 1) else "is the floor of another path."
 
-    name = f"floor, {gemms} GEMM{'s' if gemms > 1 else ''}{', new gradients' if new_gradients else ''}"
-    about = f"{gemms} bare GEMM{'s' if gemms > 1 else ''} of torch.mm into preallocated outputs"
-    about = f"{about} but for the gradients, which are new in every call, as every contender's are" if new_gradients else about
-    return Contender(name, about if new_gradients else f"the floor: {about}", prepare, absent, cannot, floor=True)
+    products = f"{gemms} bare GEMM{'s' if gemms > 1 else ''} of torch.mm into preallocated outputs"
+    name, about = f"floor, {gemms} GEMM{'s' if gemms > 1 else ''}", f"the floor: {products}"
+    if new_gradients:
+        name, about = f"{name}, new gradients", f"{products} but for the gradients, which are new in every call, as everyone's are"
+    return Contender(name, about, prepare, absent, cannot, floor=True)
 
 
 # PyTorch

@@ -45,15 +45,8 @@ def compile_source(source: Path, architecture: str, directory: Path) -> tuple[Pa
     target = directory / f"{source.stem}_{architecture}.o"
     command = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills"]
     command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
-    command += [
-        "-DUSE_CUDA",
-        "-isystem",
-        str(torch_directory() / "include"),
-        "-c" if architecture == HOST_WITH else "-cubin",
-        str(source),
-        "-o",
-        str(target),
-    ]
+    command += ["-DUSE_CUDA", "-isystem", str(torch_directory() / "include")]
+    command += ["-c" if architecture == HOST_WITH else "-cubin", str(source), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")

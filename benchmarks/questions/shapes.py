@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.problem import Case
+from benchmarks.summary import NEW_GRADIENTS
 
 TRAPO_MICRO_BATCH = (32768, 3584, 152064)  # Qwen2.5-Math-7B, the authors' micro-batch: the first shape of every GPU table
 MODELS = {  # name: (D, V)
@@ -29,7 +30,7 @@ CPU_MATRIX = [
     CPU_WIDE,
     (256, 2048, 151936),
 ]
-CPU_FLOORS = ("floor, 3 GEMMs", "floor, 3 GEMMs, new gradients")
+CPU_FLOORS = ("floor, 3 GEMMs", NEW_GRADIENTS)
 # Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
 CPU_CHOICE = (*CPU_FLOORS, "eager", "torch.compile", "ours (native)")
 # Inactive rows and the longest context, where torch.compile would compile for every case, and TRL's chunks are of interest.
