@@ -136,7 +136,7 @@ def allocated_peak(call: Callable[[], object]) -> int:
 def measure(arguments: list[str], head: str) -> dict[str, float]:
     """Peaks of the second training step in this process, MiB, and its tokens per second."""
     from trapo_train.config import load_config
-    from trapo_train.rollout import run_plans
+    from trapo_train.rollouts.rollout import run_plans
     from trapo_train.trainer import Trainer
 
     file, *overrides = arguments
@@ -204,7 +204,7 @@ def _head(name: str) -> AbstractContextManager[Any]:
 
         return model.run_head(micro_batch, loss_fn)
 
-    return mock.patch("trapo_train.step.policy_forward", eager)
+    return mock.patch("trapo_train.step.optimizer_step.policy_forward", eager)
 
 
 def _resident_mib(name: str) -> float:
@@ -239,7 +239,7 @@ def in_a_process(run: Run, head: str, arguments: list[str], device: str) -> dict
 def compare(run: Run, device: str) -> list[dict[str, Any]]:
     """One row per head: predicted and measured."""
     from trapo_train.config import load_config
-    from trapo_train.memory import plan_memory
+    from trapo_train.memory.plan import plan_memory
 
     with tempfile.TemporaryDirectory() as directory:
         file, *overrides = write_inputs(run, Path(directory))

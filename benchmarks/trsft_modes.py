@@ -132,7 +132,7 @@ def figure(students: dict[str, Tensor], free: dict[float, Tensor]) -> Any:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from trapo_train.figures import GREY, INK, PALETTE, STYLE
+    from trapo_train.reports.figures import GREY, INK, PALETTE, STYLE
 
     with rc_context(STYLE | {"font.size": 11}):
         whole = Figure(figsize=(9, 8.2), dpi=200, facecolor="white")

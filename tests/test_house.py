@@ -145,8 +145,21 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling():
         assert result.stdout == committed, "regenerate results/offline_compile.md"
 
 
-@pytest.mark.parametrize(("package", "folders"), [("trapo_train", [""]), ("trapo_kernels", ["", "backends"])])
-def test_the_map_of_a_package_names_every_file_once(package, folders):
-    (rooms,) = re.findall(r"^\| area \|.*?\n\n", (ROOT / package / "README.md").read_text(), re.S | re.M)
-    there = [path.name for folder in folders for path in (ROOT / package / folder).glob("*.py") if path.name != "__init__.py"]
-    assert sorted(re.findall(r"`(\w+\.py)`", rooms)) == sorted(there)
+def _map(package):
+    """(folder, file) of every file that the map in a package's README names; "" where its first column names no folder."""
+    (rows,) = re.findall(r"^\|---\|---\|---\|\n(.*?)\n\n", (ROOT / package / "README.md").read_text(), re.S | re.M)
+    folder = ""
+    for row in rows.splitlines():
+        _, area, files, _ = row.split("|", 3)
+        folder = "".join(re.findall(r"`(\w+)/`", area)) or folder
+        yield from ((folder, file) for file in re.findall(r"`(\w+\.py)`", files))
+
+
+def test_the_map_of_the_trainer_names_every_file_once_and_in_its_folder():
+    there = [path.relative_to(ROOT / "trapo_train") for path in (ROOT / "trapo_train").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(_map("trapo_train")) == sorted((path.parent.name, path.name) for path in there if path.parent.name != "tasks")
+
+
+def test_the_map_of_the_kernels_names_every_file_once():
+    there = [path.name for folder in ("", "backends") for path in (ROOT / "trapo_kernels" / folder).glob("*.py")]
+    assert sorted(file for _, file in _map("trapo_kernels")) == sorted(name for name in there if name != "__init__.py")

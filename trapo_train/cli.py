@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from trapo_train.console import outlived_readers
-from trapo_train.display import say
+from trapo_train.reports.console import outlived_readers
+from trapo_train.reports.display import say
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def run_and_exit() -> NoReturn:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user can correct: our own errors, and OSError, which files, disks and the hub raise. Anything else is a bug."""
-    from trapo_train.checkpoint import CheckpointError
-    from trapo_train.engine import EngineError
-    from trapo_train.parallel import RankError
-    from trapo_train.rewards import RewardError
-    from trapo_train.step import NonFiniteError
+    from trapo_train.checkpoints.checkpoint import CheckpointError
+    from trapo_train.engines.engine import EngineError
+    from trapo_train.parallel.world import RankError
+    from trapo_train.rewards.functions import RewardError
+    from trapo_train.step.optimizer_step import NonFiniteError
 
     return (UserError, OSError, CheckpointError, EngineError, RankError, RewardError, NonFiniteError)
 
@@ -149,16 +149,16 @@ def _step(text: str) -> int | str:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     from trapo_train import train
-    from trapo_train.display import NullReporter, Reporter
-    from trapo_train.output_dir import check_in_place
-    from trapo_train.plots import plot_run
+    from trapo_train.checkpoints.output_dir import check_in_place
+    from trapo_train.reports.display import NullReporter, Reporter
+    from trapo_train.reports.plots import plot_run
 
     config = _load(args, finished_run=False)
     if not any(override.startswith("output_dir=") for override in args.overrides):
         check_in_place(args.config, config)
     if args.dry_run:
-        from trapo_train.dry_run import dry_run
-        from trapo_train.extras import missing_packages
+        from trapo_train.checks.dry_run import dry_run
+        from trapo_train.checks.extras import missing_packages
 
         metrics = dry_run(config).metrics
         for missing in missing_packages(config):
@@ -193,13 +193,13 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.advantages import AdvantageConfig
-    from trapo_train.held_out import model_label, responses_file
-    from trapo_train.objective import ObjectiveConfig
-    from trapo_train.plans import PlanConfig
-    from trapo_train.symptoms import about_evaluation
-    from trapo_train.tables import evaluation_table
-    from trapo_train.updates import UpdateConfig
+    from trapo_train.checks.symptoms import about_evaluation
+    from trapo_train.evaluation.held_out import model_label, responses_file
+    from trapo_train.reports.tables import evaluation_table
+    from trapo_train.rollouts.plans import PlanConfig
+    from trapo_train.step.advantages import AdvantageConfig
+    from trapo_train.step.objective import ObjectiveConfig
+    from trapo_train.step.updates import UpdateConfig
 
     config = _load(args)
     if config.eval_data is None:
@@ -226,7 +226,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
 
 
 def _export(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.export import export_checkpoint
+    from trapo_train.checkpoints.export import export_checkpoint
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")
@@ -243,7 +243,7 @@ def _export(args: argparse.Namespace, console: Console) -> int:
 
 
 def _headroom(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.headroom import HeadroomConfig, measure, show_headroom
+    from trapo_train.evaluation.headroom import HeadroomConfig, measure, show_headroom
 
     config = _load(args)
     if config.reward is None:
@@ -257,9 +257,9 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.advantages import assign_advantages, assign_prefix_weights
-    from trapo_train.inspect import render_group
-    from trapo_train.rollout import run_plans
+    from trapo_train.reports.inspect import render_group
+    from trapo_train.rollouts.rollout import run_plans
+    from trapo_train.step.advantages import assign_advantages, assign_prefix_weights
 
     if args.max_tokens < 1:
         raise UserError(f"inspect: --max-tokens must be at least 1, got {args.max_tokens}.")
@@ -285,8 +285,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
 
 
 def _plan_memory(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.memory import GIB, changes, plan_memory
-    from trapo_train.tables import changes_table, memory_summary, memory_table
+    from trapo_train.memory.plan import GIB, changes, plan_memory
+    from trapo_train.reports.tables import changes_table, memory_summary, memory_table
 
     config = _load(args)
     if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
@@ -309,14 +309,14 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
 
 
 def _plot(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.plots import plot_run
+    from trapo_train.reports.plots import plot_run
 
     _print_paths(plot_run(args.run_dir), console)
     return EXIT_OK
 
 
 def _compare(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.plots import compare_runs
+    from trapo_train.reports.plots import compare_runs
 
     path = args.output or Path(args.run_dirs[0]).resolve().parent / "compare.png"
     _print_paths([compare_runs(args.run_dirs, path)], console)
@@ -351,8 +351,8 @@ def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
 
 def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
     """The configuration; for the directory of a finished run its own, with the model that it trained."""
+    from trapo_train.checkpoints.export import MODEL_DIR
     from trapo_train.config import CONFIG_FILE, load_config
-    from trapo_train.export import MODEL_DIR
 
     _quiet_libraries()
     directory = Path(args.config)

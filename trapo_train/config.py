@@ -12,21 +12,21 @@ from typing import Any, ClassVar
 
 import yaml
 
-from trapo_train.advantages import AdvantageConfig
-from trapo_train.checkpoint import CheckpointConfig
-from trapo_train.data import DataConfig
-from trapo_train.evaluate import EvalConfig
-from trapo_train.model import ModelConfig
-from trapo_train.objective import ObjectiveConfig
-from trapo_train.optimizer import OptimizerConfig
-from trapo_train.packing import PackingConfig
-from trapo_train.parallel import ParallelConfig
-from trapo_train.plans import PlanConfig
-from trapo_train.rewards import RewardTerm
-from trapo_train.rollout import RolloutConfig
+from trapo_train.checkpoints.checkpoint import CheckpointConfig
+from trapo_train.data.dataset import DataConfig
+from trapo_train.evaluation.evaluate import EvalConfig
+from trapo_train.models.model import ModelConfig
+from trapo_train.parallel.world import ParallelConfig
+from trapo_train.reports.trackers import TrackingConfig
+from trapo_train.rewards.functions import RewardTerm
+from trapo_train.rollouts.plans import PlanConfig
+from trapo_train.rollouts.rollout import RolloutConfig
 from trapo_train.schema import ConfigError, KeyPath, UserError, build, check, expand_home, quotes_for
-from trapo_train.trackers import TrackingConfig
-from trapo_train.updates import UpdateConfig
+from trapo_train.step.advantages import AdvantageConfig
+from trapo_train.step.objective import ObjectiveConfig
+from trapo_train.step.optimizer import OptimizerConfig
+from trapo_train.step.packing import PackingConfig
+from trapo_train.step.updates import UpdateConfig
 
 CONFIG_FILE = "config.yaml"  # of a run, in its output_dir
 

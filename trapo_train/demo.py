@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from trapo_train.checkpoints.export import MODEL_DIR
 from trapo_train.config import RunConfig, load_config
-from trapo_train.display import METRICS_FILE, Reporter, format_seconds, read_metrics, say
-from trapo_train.export import MODEL_DIR
-from trapo_train.figures import group_accuracies, group_label, group_order
-from trapo_train.headroom import HeadroomConfig, measure, show_headroom
-from trapo_train.inspect import render_group
-from trapo_train.plots import plot_accuracy_by_group, plot_comparison, plot_run
+from trapo_train.evaluation.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.records import Sample
-from trapo_train.tables import accuracy_cell
+from trapo_train.reports.display import METRICS_FILE, Reporter, format_seconds, read_metrics, say
+from trapo_train.reports.figures import group_accuracies, group_label, group_order
+from trapo_train.reports.inspect import render_group
+from trapo_train.reports.plots import plot_accuracy_by_group, plot_comparison, plot_run
+from trapo_train.reports.tables import accuracy_cell
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import RunSummary, Trainer, run
 

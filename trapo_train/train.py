@@ -1,7 +1,7 @@
 """The training loop: problems → plans and rollouts → advantages → packing → one optimizer step, again and again.
 
 from trapo_train.config import load_config
-from trapo_train.display import Reporter
+from trapo_train.reports.display import Reporter
 from trapo_train.train import run
 
 config = load_config("run.yaml")
@@ -16,28 +16,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trapo_train.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checkpoints.export import MODEL_DIR, export_model, other_tokenizer
+from trapo_train.checkpoints.lock import held
+from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps
+from trapo_train.checkpoints.postmortem import save_batch
+from trapo_train.checkpoints.signals import StopSignal
+from trapo_train.checks.extras import check_packages
+from trapo_train.checks.preflight import check_disk
+from trapo_train.checks.symptoms import Symptoms
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
-from trapo_train.display import NullReporter, Reporter
-from trapo_train.evaluate import EvaluationStopped
-from trapo_train.export import MODEL_DIR, export_model, other_tokenizer
-from trapo_train.extras import check_packages
+from trapo_train.data.rejected import Place, read_rejected, write_rejected
+from trapo_train.evaluation.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
-from trapo_train.lock import held
-from trapo_train.model_state import check_finite
-from trapo_train.objective import ObjectiveConfig, cap_of_ratios
-from trapo_train.output_dir import check_output_dir, check_place, check_shared, check_steps
-from trapo_train.parallel import World
-from trapo_train.postmortem import save_batch
-from trapo_train.preflight import check_disk
+from trapo_train.models.model_state import check_finite
+from trapo_train.parallel.world import World
 from trapo_train.records import Sample
-from trapo_train.rejected import Place, read_rejected, write_rejected
-from trapo_train.rollout import SAMPLING_ERRORS
-from trapo_train.samples import write_samples
+from trapo_train.reports.display import NullReporter, Reporter
+from trapo_train.rollouts.rollout import SAMPLING_ERRORS
+from trapo_train.rollouts.samples import write_samples
 from trapo_train.schema import UserError
-from trapo_train.signals import StopSignal
-from trapo_train.step import NonFiniteError
-from trapo_train.symptoms import Symptoms
+from trapo_train.step.objective import ObjectiveConfig, cap_of_ratios
+from trapo_train.step.optimizer_step import NonFiniteError
 from trapo_train.trainer import Trainer
 
 
@@ -309,8 +309,8 @@ def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporte
     raise NonFiniteError(
         f"train: {trainer.skipped_in_a_row} steps in a row had a gradient that is not finite, at most "
         f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
-        f"{directory} (see trapo_train.postmortem). Resume from the last checkpoint with a lower optimizer.learning_rate or "
-        "max_grad_norm."
+        f"{directory} (see trapo_train.checkpoints.postmortem). Resume from the last checkpoint with a lower "
+        "optimizer.learning_rate or max_grad_norm."
     )
 
 

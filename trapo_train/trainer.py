@@ -14,38 +14,38 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective
-from trapo_train import preflight
-from trapo_train.advantages import assign_advantages, assign_prefix_weights
-from trapo_train.advice import advice
-from trapo_train.checkpoint import CheckpointStore
-from trapo_train.chooser import ChooserError, apply_choice, load_chooser
+from trapo_train.checkpoints.checkpoint import CheckpointStore
+from trapo_train.checkpoints.continuation import about_dates, set_learning_rate, split_settings, what_changed
+from trapo_train.checkpoints.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
+from trapo_train.checks import preflight
+from trapo_train.checks.advice import advice
 from trapo_train.config import RunConfig
-from trapo_train.continuation import about_dates, set_learning_rate, split_settings, what_changed
-from trapo_train.data import ProblemOrder, load_problems
-from trapo_train.engines import build_engine, ready_to_generate
-from trapo_train.evaluate import evaluation_score, load_eval_sets, never
-from trapo_train.held_out import evaluate_sets, loading_notes, trained_too
-from trapo_train.loading import check_token_ids
-from trapo_train.memory import peak_memory_mib
-from trapo_train.model import load_model_and_tokenizer
-from trapo_train.model_state import load_training_state, training_state
-from trapo_train.objective import build_objective, extreme_objectives, scheduled_options
-from trapo_train.optimizer import build_optimizer, build_scheduler
-from trapo_train.packing import MicroBatch, pack
-from trapo_train.parallel import World, place_model
-from trapo_train.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
-from trapo_train.problems import ProblemSet
-from trapo_train.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
+from trapo_train.data.dataset import ProblemOrder, load_problems
+from trapo_train.data.problems import ProblemSet
+from trapo_train.data.rejected import Place
+from trapo_train.engines.configured import build_engine, ready_to_generate
+from trapo_train.evaluation.evaluate import evaluation_score, load_eval_sets, never
+from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
+from trapo_train.memory.plan import peak_memory_mib
+from trapo_train.models.loading import check_token_ids
+from trapo_train.models.model import load_model_and_tokenizer
+from trapo_train.models.model_state import load_training_state, training_state
+from trapo_train.models.tokenizer import end_ids, other_endings
+from trapo_train.parallel.vocab_parallel import own_micro_batches
+from trapo_train.parallel.world import World, place_model
 from trapo_train.records import Sample
-from trapo_train.refill import sample_with_refill
-from trapo_train.rejected import Place
-from trapo_train.rewards import load_reward
-from trapo_train.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
-from trapo_train.step import optimizer_step
+from trapo_train.rewards.functions import load_reward
+from trapo_train.rollouts.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
+from trapo_train.rollouts.refill import sample_with_refill
+from trapo_train.rollouts.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
+from trapo_train.step.advantages import assign_advantages, assign_prefix_weights
+from trapo_train.step.chooser import ChooserError, apply_choice, load_chooser
+from trapo_train.step.objective import build_objective, extreme_objectives, scheduled_options
+from trapo_train.step.optimizer import build_optimizer, build_scheduler
+from trapo_train.step.optimizer_step import optimizer_step
+from trapo_train.step.packing import MicroBatch, pack
+from trapo_train.step.updates import merge_updates, split_groups, with_old_policy, with_reference
 from trapo_train.tasks import build_tokenizer
-from trapo_train.tokenizer import end_ids, other_endings
-from trapo_train.updates import merge_updates, split_groups, with_old_policy, with_reference
-from trapo_train.vocab_parallel import own_micro_batches
 
 Tell = Callable[[str], None]
 

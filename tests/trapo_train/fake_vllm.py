@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from trapo_train.engine import SamplingParams, TransformersEngine
+from trapo_train.engines.engine import SamplingParams, TransformersEngine
 from trapo_train.tasks import build_tokenizer
 
 MODEL = "tiny"

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from trapo_train.attention import PACKED_IMPLEMENTATION
-from trapo_train.model import install_policy_head
+from trapo_train.models.attention import PACKED_IMPLEMENTATION
+from trapo_train.models.model import install_policy_head
 
 SHAPE = dict(
     vocab_size=13, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,

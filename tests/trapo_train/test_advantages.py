@@ -6,12 +6,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from trapo_train.advantages import (
+from trapo_train.records import Problem, Sample
+from trapo_train.step.advantages import (
     AdvantageConfig,
     assign_advantages,
     assign_prefix_weights,
 )
-from trapo_train.records import Problem, Sample
 
 NORMALISATIONS, BASELINES, CENTERS = (
     get_args(get_type_hints(AdvantageConfig)[name]) for name in ("normalise", "baseline", "center")
@@ -43,7 +43,7 @@ def test_the_last_digits_of_a_weighted_sum_are_no_difference(normalise):
 
 def test_the_mean_of_a_group_is_computed_once_for_all_of_its_samples(monkeypatch):
     means = []
-    monkeypatch.setattr("trapo_train.advantages.fmean", lambda values: means.append(len(values)) or fmean(values))
+    monkeypatch.setattr("trapo_train.step.advantages.fmean", lambda values: means.append(len(values)) or fmean(values))
     assert advantages([sample(float(i)) for i in range(5)]) == [-2.0, -1.0, 0.0, 1.0, 2.0]
     assert means == [5]
 

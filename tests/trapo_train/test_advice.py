@@ -11,10 +11,10 @@ import torch
 from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_kernels.objective import KL_ESTIMATORS
 from trapo_kernels.objectives import PRESETS, PUBLISHED
-from trapo_train.advice import advice
+from trapo_train.checks.advice import advice
 from trapo_train.config import load_config
-from trapo_train.objective import KLConfig, ObjectiveConfig, build_objective
-from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.step.objective import KLConfig, ObjectiveConfig, build_objective
+from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 
 ROOT = Path(__file__).parents[2]
 ALONE = SimpleNamespace(size=1, device=torch.device("cpu"))

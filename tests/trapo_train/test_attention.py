@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_train.small_models import CONFIGS, SHAPE
-from trapo_train import attention, varlen
-from trapo_train.attention import (
+from trapo_train.models import attention, varlen
+from trapo_train.models.attention import (
     FA2_IMPLEMENTATION,
     PACKED_IMPLEMENTATION,
     VARLEN_IMPLEMENTATION,

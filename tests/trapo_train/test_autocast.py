@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trapo_train.autocast import kept_in_float32, route_as_in_autocasts_type
-from trapo_train.model import install_policy_head, precision
+from trapo_train.models.autocast import kept_in_float32, route_as_in_autocasts_type
+from trapo_train.models.model import install_policy_head, precision
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

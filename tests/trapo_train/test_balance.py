@@ -6,7 +6,7 @@ import pytest
 
 from tests.trapo_train.test_packing import make_sample
 from trapo_kernels import Role, objectives
-from trapo_train.packing import PackingConfig, _balanced, pack
+from trapo_train.step.packing import PackingConfig, _balanced, pack
 
 
 def bins_by_search(lengths: list[int], budget: int, ranks: int) -> list[list[int]]:

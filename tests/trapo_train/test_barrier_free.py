@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.trapo_train.scripted import Rounds, ScriptedEngine, ScriptedStream
 from tests.trapo_train.test_rollout import CONFIG, RIGHT, TOKENIZER, WRONG, ids, iter_requests, problem
 from tests.trapo_train.test_stream import ConstantModel
-from trapo_train.engine import TransformersEngine
-from trapo_train.judging import Judging
-from trapo_train.plans import PlanConfig, build_plan
+from trapo_train.engines.engine import TransformersEngine
 from trapo_train.records import Request, Sample
-from trapo_train.rewards import RewardError, WeightedSum, may_overlap
-from trapo_train.rollout import RolloutConfig, run_plans
+from trapo_train.rewards.functions import RewardError, WeightedSum, may_overlap
+from trapo_train.rewards.judging import Judging
+from trapo_train.rollouts.plans import PlanConfig, build_plan
+from trapo_train.rollouts.rollout import RolloutConfig, run_plans
 from trapo_train.tasks import pointer_chasing_reward
 
 PROBLEMS = [problem(i, f"ab,bc?a{1 + i % 8}:") for i in range(10)]
@@ -233,7 +233,7 @@ def test_what_may_overlap():
     def declared(completions, **columns): ...
 
     declared.may_overlap = True
-    from trapo_train.rewards import load_reward
+    from trapo_train.rewards.functions import load_reward
 
     assert may_overlap(delayed(len)) and may_overlap(Asynchronous()) and may_overlap(declared)
     assert may_overlap(load_reward("math_verify"))
@@ -272,7 +272,7 @@ def test_rewards_that_are_there_are_taken_in_their_order_and_not_compared_with_e
     def compared(case, other):
         raise AssertionError("of n rewards these would be n² comparisons")
 
-    monkeypatch.setattr("trapo_train.judging._Case.__eq__", compared)
+    monkeypatch.setattr("trapo_train.rewards.judging._Case.__eq__", compared)
     opened = threading.Event()
 
     async def reward(prompts, completions, **columns):

@@ -5,8 +5,8 @@ import pytest
 from tests.trapo_train import test_data
 from tests.trapo_train.test_data import ROWS, TURNS
 from tests.trapo_train.test_train import build_config
-from trapo_train.checkpoint import compare_fingerprints
-from trapo_train.continuation import split_settings
+from trapo_train.checkpoints.checkpoint import compare_fingerprints
+from trapo_train.checkpoints.continuation import split_settings
 from trapo_train.schema import UserError
 
 load, tokenizer = test_data.load, test_data.tokenizer  # fixtures

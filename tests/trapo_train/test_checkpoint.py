@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from trapo_train import checkpoint
-from trapo_train.checkpoint import (
+from trapo_train.checkpoints import checkpoint
+from trapo_train.checkpoints.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     CheckpointStore,
     compare_fingerprints,
 )
-from trapo_train.parallel import World
-from trapo_train.random_states import rng_state
+from trapo_train.checkpoints.random_states import rng_state
+from trapo_train.parallel.world import World
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.trapo_train.test_train import build_config
 from trapo_kernels import KL, Objective, objectives
-from trapo_train.chooser import apply_choice, load_chooser
-from trapo_train.engine import EngineError
+from trapo_train.engines.engine import EngineError
+from trapo_train.step.chooser import apply_choice, load_chooser
 from trapo_train.trainer import Trainer
 
 

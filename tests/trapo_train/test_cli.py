@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.test_step import make_model
-from trapo_train import cli, dry_run, sources, train
-from trapo_train.display import read_metrics
-from trapo_train.held_out import model_label
-from trapo_train.optimizer import OptimizerConfig
+from trapo_train import cli, train
+from trapo_train.checks import dry_run
+from trapo_train.data import sources
+from trapo_train.evaluation.held_out import model_label
+from trapo_train.reports.display import read_metrics
+from trapo_train.step.optimizer import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 
 README = Path(cli.__file__).with_name("README.md").read_text()

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from tests.trapo_train.test_cli import TINY
-from trapo_train import cli, display
-from trapo_train.display import read_metrics
-from trapo_train.rewards import REWARDS
+from trapo_train import cli
+from trapo_train.reports import display
+from trapo_train.reports.display import read_metrics
+from trapo_train.rewards.functions import REWARDS
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_command_works_without_streams(monkeypatch, command):
 def test_what_is_printed_after_a_stream_was_closed_is_in_no_other_file(tmp_path, closed):
     code = f"""
 import os, sys
-from trapo_train.console import outlived_readers
+from trapo_train.reports.console import outlived_readers
 with outlived_readers():
     for number in {closed}:
         os.close(number)

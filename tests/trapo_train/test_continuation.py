@@ -16,17 +16,19 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, rows, train_to_end
-from trapo_train import evaluate, output_dir, train
+from trapo_train import train
 from trapo_train import trainer as trainer_module
-from trapo_train.attention import PACKED_IMPLEMENTATION
-from trapo_train.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.chooser import ChooserError
-from trapo_train.continuation import about_dates, set_learning_rate
-from trapo_train.data import DataConfig
-from trapo_train.display import read_metrics
-from trapo_train.lora import LoraConfig
-from trapo_train.model import ModelConfig, prepare
-from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.checkpoints import output_dir
+from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checkpoints.continuation import about_dates, set_learning_rate
+from trapo_train.data.dataset import DataConfig
+from trapo_train.evaluation import evaluate
+from trapo_train.models.attention import PACKED_IMPLEMENTATION
+from trapo_train.models.lora import LoraConfig
+from trapo_train.models.model import ModelConfig, prepare
+from trapo_train.reports.display import read_metrics
+from trapo_train.step.chooser import ChooserError
+from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
 

@@ -7,11 +7,11 @@ import pytest
 
 from tests.trapo_train import test_data
 from tests.trapo_train.test_data import CHAT, TEMPLATE
-from trapo_train.conversations import Example, examples
-from trapo_train.data import DataConfig, load_problems
-from trapo_train.prefix import cut_prefix
-from trapo_train.rewards import exact_match
-from trapo_train.tokenizer import special_tokens
+from trapo_train.data.conversations import Example, examples
+from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.models.tokenizer import special_tokens
+from trapo_train.rewards.functions import exact_match
+from trapo_train.rollouts.prefix import cut_prefix
 
 load, tokenizer = test_data.load, test_data.tokenizer  # fixtures
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -128,7 +128,9 @@ def test_a_turn_keeps_the_token_that_ends_it_where_a_response_may_end_with_it(tm
 
 def test_the_special_tokens_are_read_once(load, monkeypatch):  # Gemma 3 has thousands
     read = []
-    monkeypatch.setattr("trapo_train.conversations.special_tokens", lambda tokenizer: read.append(1) or special_tokens(tokenizer))
+    monkeypatch.setattr(
+        "trapo_train.data.conversations.special_tokens", lambda tokenizer: read.append(1) or special_tokens(tokenizer)
+    )
     load([{"messages": CHAT}] * 3, preset="messages", learned_turns="all")
     assert len(read) == 1
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from trapo_train.data import DataConfig, load_problems
-from trapo_train.evaluate import EvalConfig, load_eval_sets
+from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.evaluation.evaluate import EvalConfig, load_eval_sets
 from trapo_train.schema import UserError
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trapo_train.draws import draw_token, request_key, uniforms
+from trapo_train.engines.draws import draw_token, request_key, uniforms
 
 KEYS = [request_key(3, i) for i in range(4)] + [0, -1, 2**63 - 1, -(2**63)]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trapo_train.attention import PACKED_IMPLEMENTATION, segment_arguments
-from trapo_train.dropout import check_one_policy
-from trapo_train.model import ModelConfig, prepare
+from trapo_train.models.attention import PACKED_IMPLEMENTATION, segment_arguments
+from trapo_train.models.dropout import check_one_policy
+from trapo_train.models.model import ModelConfig, prepare
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

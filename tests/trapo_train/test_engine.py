@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from trapo_train.engine import SamplingParams, TransformersEngine
+from trapo_train.engines.engine import SamplingParams, TransformersEngine
 
 EOS, VOCAB = 1, 23
 TOKENIZER = SimpleNamespace(eos_token_id=EOS)
@@ -99,7 +99,7 @@ def test_padding_takes_no_positions():
 
 
 def test_packed_training_attention_generates_like_sdpa(model):
-    from trapo_train.attention import PACKED_IMPLEMENTATION
+    from trapo_train.models.attention import PACKED_IMPLEMENTATION
 
     params = SamplingParams(12, temperature=0.0)
     packed = tiny_model(attn_implementation=PACKED_IMPLEMENTATION)

@@ -13,15 +13,24 @@ from transformers import PreTrainedTokenizerFast
 from tests import ranks
 from trapo_train import cli
 from trapo_train.cli import main
-from trapo_train.data import DataConfig
-from trapo_train.engine import TransformersEngine
-from trapo_train.evaluate import EvalConfig, EvalSet, _calls, evaluate, group_problems, load_eval_sets, pass_at_k, standard_error
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.parallel import World
+from trapo_train.data.dataset import DataConfig
+from trapo_train.engines.engine import TransformersEngine
+from trapo_train.evaluation.evaluate import (
+    EvalConfig,
+    EvalSet,
+    _calls,
+    evaluate,
+    group_problems,
+    load_eval_sets,
+    pass_at_k,
+    standard_error,
+)
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.scratch import ScratchConfig
+from trapo_train.parallel.world import World
 from trapo_train.records import Completion, ExpertTrace, Problem
-from trapo_train.rewards import REWARDS, WeightedSum
-from trapo_train.rollout import RolloutConfig
-from trapo_train.scratch import ScratchConfig
+from trapo_train.rewards.functions import REWARDS, WeightedSum
+from trapo_train.rollouts.rollout import RolloutConfig
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()

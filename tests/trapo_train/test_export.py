@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, train_to_end
 from trapo_train import cli
-from trapo_train.checkpoint import CheckpointError
-from trapo_train.display import read_metrics
-from trapo_train.export import export_checkpoint, export_model, other_tokenizer
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.scratch import ScratchConfig
+from trapo_train.checkpoints.checkpoint import CheckpointError
+from trapo_train.checkpoints.export import export_checkpoint, export_model, other_tokenizer
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.scratch import ScratchConfig
+from trapo_train.reports.display import read_metrics
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import run
 

@@ -10,7 +10,7 @@ import torch
 from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import trainer
-from trapo_train.chooser import ChooserError
+from trapo_train.step.chooser import ChooserError
 from trapo_train.train import Trainer, run
 
 COSINE = "{schedule: cosine, start: 0.8, end: 0.2, steps: 6}"

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config, train_to_end
-from trapo_train import preflight, train
-from trapo_train.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.display import MetricsLog, read_metrics
+from trapo_train import train
+from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checks import preflight
+from trapo_train.reports.display import MetricsLog, read_metrics
 from trapo_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

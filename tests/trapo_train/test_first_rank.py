@@ -16,13 +16,13 @@ from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 from tests import ranks
 from tests.trapo_train.test_loading import SMALL, gemma, publish, set_generation
 from tests.trapo_train.test_train import build_config
-from trapo_train.extras import is_installed
-from trapo_train.lora import LoraConfig
-from trapo_train.memory_trace import weigh
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.parallel import ParallelConfig, World, place_model
+from trapo_train.checks.extras import is_installed
+from trapo_train.memory.trace import weigh
+from trapo_train.models.lora import LoraConfig
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.scratch import ScratchConfig
+from trapo_train.parallel.world import ParallelConfig, World, place_model
 from trapo_train.schema import UserError
-from trapo_train.scratch import ScratchConfig
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from trapo_train import grading
-from trapo_train.grading import WorkerReward, num_processors
-from trapo_train.preflight import check_reward
+from trapo_train.checks.preflight import check_reward
+from trapo_train.rewards import grading
+from trapo_train.rewards.grading import WorkerReward, num_processors
 from trapo_train.schema import UserError
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from tests.trapo_train.test_train import build_config
-from trapo_train.evaluate import standard_error
-from trapo_train.headroom import HeadroomConfig, measure_headroom
-from trapo_train.headroom import measure as measure_trainer
+from trapo_train.evaluation.evaluate import standard_error
+from trapo_train.evaluation.headroom import HeadroomConfig, measure_headroom
+from trapo_train.evaluation.headroom import measure as measure_trainer
 from trapo_train.records import Completion, ExpertTrace, Problem
-from trapo_train.rewards import WeightedSum
-from trapo_train.rollout import RolloutConfig
+from trapo_train.rewards.functions import WeightedSum
+from trapo_train.rollouts.rollout import RolloutConfig
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 from trapo_train.trainer import Trainer
 

@@ -16,18 +16,19 @@ from transformers import Qwen2Config
 from tests.trapo_train.test_evaluate import TOKENIZER, ids
 from tests.trapo_train.test_parallel import TINY, ranks_train
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
-from trapo_train import cli, held_out
-from trapo_train.data import DataReport
-from trapo_train.display import evaluation_line, read_metrics
-from trapo_train.evaluate import EvalConfig, EvalSet
-from trapo_train.held_out import expert_nll
-from trapo_train.lora import LoraConfig
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.packing import PackingConfig
-from trapo_train.preflight import check_lengths
+from trapo_train import cli
+from trapo_train.checks.preflight import check_lengths
+from trapo_train.data.dataset import DataReport
+from trapo_train.evaluation import held_out
+from trapo_train.evaluation.evaluate import EvalConfig, EvalSet
+from trapo_train.evaluation.held_out import expert_nll
+from trapo_train.models.lora import LoraConfig
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.scratch import ScratchConfig
 from trapo_train.records import ExpertTrace, Problem
-from trapo_train.rollout import RolloutConfig
-from trapo_train.scratch import ScratchConfig
+from trapo_train.reports.display import evaluation_line, read_metrics
+from trapo_train.rollouts.rollout import RolloutConfig
+from trapo_train.step.packing import PackingConfig
 from trapo_train.trainer import Trainer
 
 SHAPE = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16, max_position=64)

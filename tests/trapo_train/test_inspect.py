@@ -9,9 +9,9 @@ from rich.style import Style
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trapo_train.inspect import COMPLETION, PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, SEGMENTS, decode_after, render_group
 from trapo_train.records import Problem, Sample
-from trapo_train.samples import sample_record
+from trapo_train.reports.inspect import COMPLETION, PREFIX_WITH_LOSS, PREFIX_WITHOUT_LOSS, SEGMENTS, decode_after, render_group
+from trapo_train.rollouts.samples import sample_record
 
 
 class CharacterTokenizer:

@@ -14,11 +14,11 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from tests.trapo_train.test_step import make_samples
 from trapo_kernels import objectives
-from trapo_train.liger import apply_liger
-from trapo_train.model import ModelConfig, PolicyHead, load_model_and_tokenizer, policy_forward, policy_head
-from trapo_train.packing import PackingConfig, pack
-from trapo_train.parallel import World, place_model
-from trapo_train.scratch import ScratchConfig
+from trapo_train.models.liger import apply_liger
+from trapo_train.models.model import ModelConfig, PolicyHead, load_model_and_tokenizer, policy_forward, policy_head
+from trapo_train.models.scratch import ScratchConfig
+from trapo_train.parallel.world import World, place_model
+from trapo_train.step.packing import PackingConfig, pack
 from trapo_train.tasks import build_tokenizer
 
 SCRATCH = ScratchConfig("qwen2", hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)

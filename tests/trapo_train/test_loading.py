@@ -28,15 +28,15 @@ from transformers import (
 from tests.trapo_train.fake_vllm import FakeServer
 from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train.attention import longrope_limit, segment_arguments
-from trapo_train.display import read_metrics
-from trapo_train.export import export_model
-from trapo_train.loading import tell_of_untrained_balance
-from trapo_train.lora import LoraConfig
-from trapo_train.memory_trace import weigh
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.checkpoints.export import export_model
+from trapo_train.memory.trace import weigh
+from trapo_train.models.attention import longrope_limit, segment_arguments
+from trapo_train.models.loading import tell_of_untrained_balance
+from trapo_train.models.lora import LoraConfig
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.tokenizer import load_tokenizer
+from trapo_train.reports.display import read_metrics
 from trapo_train.tasks import build_tokenizer
-from trapo_train.tokenizer import load_tokenizer
 from trapo_train.trainer import Trainer
 
 SMALL = {

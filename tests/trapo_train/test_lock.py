@@ -12,11 +12,11 @@ import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import train
-from trapo_train.display import Reporter, read_metrics
-from trapo_train.export import export_checkpoint
-from trapo_train.lock import held
-from trapo_train.parallel import World
-from trapo_train.plots import plot_run
+from trapo_train.checkpoints.export import export_checkpoint
+from trapo_train.checkpoints.lock import held
+from trapo_train.parallel.world import World
+from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.reports.plots import plot_run
 from trapo_train.schema import UserError
 
 OWN = rf"process {os.getpid()} on {socket.gethostname()} writes\. Wait for its end"

@@ -11,12 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
-from trapo_train import extras, memory
-from trapo_train.checkpoint import CheckpointStore
+from trapo_train.checkpoints.checkpoint import CheckpointStore
+from trapo_train.checkpoints.export import export_adapter, export_model
+from trapo_train.checks import extras
+from trapo_train.checks.extras import check_packages
 from trapo_train.config import load_config
-from trapo_train.export import export_adapter, export_model
-from trapo_train.extras import check_packages
-from trapo_train.lora import (
+from trapo_train.memory import plan as memory
+from trapo_train.memory.plan import load_architecture
+from trapo_train.memory.trace import weigh
+from trapo_train.models.lora import (
     LoraConfig,
     adapted_layers,
     add_lora,
@@ -26,9 +29,7 @@ from trapo_train.lora import (
     other_layers,
     without_lora,
 )
-from trapo_train.memory import load_architecture
-from trapo_train.memory_trace import weigh
-from trapo_train.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
+from trapo_train.models.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
 from trapo_train.schema import ConfigError, MissingPackage
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
@@ -258,7 +259,7 @@ def test_dense_and_shared_layers_beside_fused_experts_get_adapters_that_can_be_e
     with names_as_they_are():
         loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(loaded.eval()(input_ids=IDS).logits, expected)
-    assert "Load it inside `with trapo_train.lora.names_as_they_are():`" in other_layers(model)
+    assert "Load it inside `with trapo_train.models.lora.names_as_they_are():`" in other_layers(model)
 
 
 def test_an_adapter_that_peft_reads_as_it_is_needs_no_word():

@@ -8,13 +8,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trapo_train import math_grader
-from trapo_train.grading import MathVerify
-from trapo_train.judging import judge_samples
-from trapo_train.math_grader import anchored_answer, grade
 from trapo_train.records import Problem, Sample
-from trapo_train.rollout import RolloutConfig
-from trapo_train.workers import OutOfTime
+from trapo_train.rewards import math_grader
+from trapo_train.rewards.grading import MathVerify
+from trapo_train.rewards.judging import judge_samples
+from trapo_train.rewards.math_grader import anchored_answer, grade
+from trapo_train.rewards.workers import OutOfTime
+from trapo_train.rollouts.rollout import RolloutConfig
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 in April and May.\n#### 72"
 

@@ -12,15 +12,16 @@ import yaml
 from transformers import AutoConfig, PhiConfig, Qwen2Config
 
 from benchmarks.memory_plan import TOLERANCE, Run, compare
-from trapo_train import cli, memory_trace
+from trapo_train import cli
 from trapo_train.config import load_config
-from trapo_train.lora import LoraConfig
-from trapo_train.memory import _candidates, changes, plan_memory
-from trapo_train.memory_trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
-from trapo_train.model import ModelConfig
-from trapo_train.optimizer import OptimizerConfig
+from trapo_train.memory import trace
+from trapo_train.memory.plan import _candidates, changes, plan_memory
+from trapo_train.memory.trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
+from trapo_train.models.lora import LoraConfig
+from trapo_train.models.model import ModelConfig
+from trapo_train.reports.tables import changes_table, memory_summary
 from trapo_train.schema import UserError
-from trapo_train.tables import changes_table, memory_summary
+from trapo_train.step.optimizer import OptimizerConfig
 
 SHAPE = Qwen2Config(
     vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
@@ -50,8 +51,8 @@ def test_a_pass_on_fake_tensors_is_that_of_real_ones(dtype, checkpointing, monke
     config = ModelConfig(name_or_path="none", dtype=dtype, gradient_checkpointing=checkpointing)
     head = HeadSizes(64, 500)
     traced = trace_pass(config, SHAPE, (40, 24), head, cast=True)
-    monkeypatch.setattr(memory_trace, "fake_tensors", nullcontext)
-    assert memory_trace._trace(config, SHAPE, 4, (40, 24), head, torch.float32) == traced
+    monkeypatch.setattr(trace, "fake_tensors", nullcontext)
+    assert trace._trace(config, SHAPE, 4, (40, 24), head, torch.float32) == traced
     assert 0 < traced.activations <= traced.forward_peak < traced.backward_peak
 
 
@@ -72,9 +73,9 @@ def _mixture(name):
 def test_a_mixture_of_experts_is_planned_as_it_runs(name, cast, monkeypatch):
     config, head = ModelConfig(name_or_path="none", dtype="bfloat16"), HeadSizes(64, 500)
     traced = trace_pass(config, _mixture(name), (40, 24), head, cast=cast)
-    monkeypatch.setattr(memory_trace, "fake_tensors", nullcontext)
+    monkeypatch.setattr(trace, "fake_tensors", nullcontext)
     dtype = torch.float32 if cast else torch.bfloat16
-    real = memory_trace._trace(config, _mixture(name), 4, (40, 24), head, dtype)
+    real = trace._trace(config, _mixture(name), 4, (40, 24), head, dtype)
     assert traced.activations == real.activations
     assert astuple(traced) == pytest.approx(astuple(real), rel=0.02)  # peaks, by when Python frees what
 
@@ -88,7 +89,7 @@ def test_what_depends_on_values_is_not_planned():
 
 def test_a_training_pass_keeps_no_second_copy_of_the_weights():
     config = ModelConfig(name_or_path="none", dtype="bfloat16", gradient_checkpointing=True)
-    shallow, deep = (memory_trace._trace(config, SHAPE, layers, (8,), HeadSizes(8, 500), torch.float32) for layers in (2, 4))
+    shallow, deep = (trace._trace(config, SHAPE, layers, (8,), HeadSizes(8, 500), torch.float32) for layers in (2, 4))
     residuals = 2 * 8 * 64 * 2  # what two layers more keep: their input
     assert deep.activations - shallow.activations == residuals
     assert deep.forward_peak - shallow.forward_peak == residuals

@@ -6,7 +6,7 @@ import pytest
 
 from tests.trapo_train.test_train import EVALUATED, build_config, rows, train_to_end
 from trapo_train.metrics import Mean, merge_metrics
-from trapo_train.rewards import RewardError, WeightedSum, take_metrics
+from trapo_train.rewards.functions import RewardError, WeightedSum, take_metrics
 
 
 def test_means_of_several_calls_are_weighted_by_their_counts_whatever_their_names():

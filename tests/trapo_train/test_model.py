@@ -25,8 +25,8 @@ from transformers import (
 from tests.trapo_train.small_models import SHAPE, assert_close, build
 from trapo_kernels import objectives
 from trapo_kernels.weights import AGGREGATIONS
-from trapo_train.attention import PACKED_IMPLEMENTATION
-from trapo_train.model import (
+from trapo_train.models.attention import PACKED_IMPLEMENTATION
+from trapo_train.models.model import (
     ModelConfig,
     PolicyHead,
     install_policy_head,
@@ -36,9 +36,9 @@ from trapo_train.model import (
     precision,
     score,
 )
-from trapo_train.packing import PackingConfig, pack
+from trapo_train.models.scratch import ScratchConfig
 from trapo_train.records import Problem, Sample
-from trapo_train.scratch import ScratchConfig
+from trapo_train.step.packing import PackingConfig, pack
 
 
 def make_samples() -> list[Sample]:

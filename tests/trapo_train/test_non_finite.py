@@ -14,13 +14,15 @@ import torch
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import StopAfter, build_config, rows, train_to_end
 from trapo_kernels import objectives
-from trapo_train import model_state, postmortem, train, trainer
-from trapo_train.display import Reporter, read_metrics
-from trapo_train.engine import EngineError
-from trapo_train.model import policy_forward
-from trapo_train.model_state import non_finite_weight
-from trapo_train.optimizer import OptimizerConfig
-from trapo_train.step import NonFiniteError
+from trapo_train import train, trainer
+from trapo_train.checkpoints import postmortem
+from trapo_train.engines.engine import EngineError
+from trapo_train.models import model_state
+from trapo_train.models.model import policy_forward
+from trapo_train.models.model_state import non_finite_weight
+from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.step.optimizer import OptimizerConfig
+from trapo_train.step.optimizer_step import NonFiniteError
 from trapo_train.train import run
 
 

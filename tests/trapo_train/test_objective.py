@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trapo_kernels import objectives
-from trapo_train.objective import ObjectiveConfig, build_objective, extreme_objectives, scheduled_options
+from trapo_train.step.objective import ObjectiveConfig, build_objective, extreme_objectives, scheduled_options
 
 
 def test_objective_options_reach_the_preset():

@@ -7,8 +7,9 @@ import torch
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_train.test_train import build_config
-from trapo_train import parallel, upload
-from trapo_train.packing import MicroBatch
+from trapo_train.parallel import world
+from trapo_train.step import upload
+from trapo_train.step.packing import MicroBatch
 from trapo_train.train import Trainer
 
 OPTIONS = [
@@ -23,7 +24,7 @@ COMPARED = ("loss", "grad_norm", "reward/mean", "entropy/rollout", "response_tok
 @pytest.fixture
 def on_a_pretended_gpu(monkeypatch):
     """A function that calls another one with the pretended GPU, on which every World then is."""
-    alone = parallel.World.__init__
+    alone = world.World.__init__
 
     def init(world, *arguments, **options):
         alone(world, *arguments, **options)
@@ -31,7 +32,7 @@ def on_a_pretended_gpu(monkeypatch):
 
     def call(run):
         with pretend(monkeypatch) as gpu, monkeypatch.context() as patch:
-            patch.setattr(parallel.World, "__init__", init)
+            patch.setattr(world.World, "__init__", init)
             patch.setattr(upload, "_PINNED_FOR", DEVICE)
             return run(gpu)
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.trapo_train.test_step import make_model, make_samples, packed, step, weights
 from trapo_kernels import objectives
-from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 
 OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items() if isinstance(value, type) and name != "Optimizer")
 

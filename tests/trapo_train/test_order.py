@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.trapo_train.test_train import build_config
-from trapo_train.data import ProblemOrder
+from trapo_train.data.dataset import ProblemOrder
 from trapo_train.train import Trainer
 
 

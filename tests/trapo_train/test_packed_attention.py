@@ -21,14 +21,14 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from tests.trapo_train.small_models import CONFIGS, SHAPE, assert_close, build
-from trapo_train import varlen
-from trapo_train.attention import (
+from trapo_train.models import varlen
+from trapo_train.models.attention import (
     FA2_IMPLEMENTATION,
     PACKED_IMPLEMENTATION,
     VARLEN_IMPLEMENTATION,
     segment_arguments,
 )
-from trapo_train.model import enable_gradient_checkpointing
+from trapo_train.models.model import enable_gradient_checkpointing
 
 OLDER_VARLEN = varlen.varlen_obstacle(Qwen2Config(**SHAPE | {"head_dim": 16})) or ""
 

@@ -11,9 +11,9 @@ import torch
 
 from trapo_kernels import KL, Objective, Role, objectives
 from trapo_kernels.weights import AGGREGATIONS
-from trapo_train.packing import PackingConfig, check_prompt_training, pack
 from trapo_train.records import Problem, Sample
-from trapo_train.updates import split_groups
+from trapo_train.step.packing import PackingConfig, check_prompt_training, pack
+from trapo_train.step.updates import split_groups
 
 MAX_RESPONSE = 16
 

@@ -20,15 +20,15 @@ from tests import ranks
 from tests.trapo_train.test_step import make_model, make_samples
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
-from trapo_train.checkpoint import CheckpointStore
-from trapo_train.display import read_metrics
-from trapo_train.model_state import load_training_state, training_state
-from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
-from trapo_train.packing import PackingConfig, pack
-from trapo_train.parallel import ParallelConfig, World, gathered, place_model
-from trapo_train.step import optimizer_step
+from trapo_train.checkpoints.checkpoint import CheckpointStore
+from trapo_train.models.model_state import load_training_state, training_state
+from trapo_train.parallel.vocab_parallel import join_micro_batches
+from trapo_train.parallel.world import ParallelConfig, World, gathered, place_model
+from trapo_train.reports.display import read_metrics
+from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.step.optimizer_step import optimizer_step
+from trapo_train.step.packing import PackingConfig, pack
 from trapo_train.trainer import Trainer
-from trapo_train.vocab_parallel import join_micro_batches
 
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 

@@ -6,8 +6,8 @@ from statistics import fmean
 
 import pytest
 
-from trapo_train.plans import DeferredProblems, Outcome, PlanConfig, Rung, build_plan, plan_rungs
 from trapo_train.records import ExpertTrace, Problem, Request
+from trapo_train.rollouts.plans import DeferredProblems, Outcome, PlanConfig, Rung, build_plan, plan_rungs
 
 
 def problem(num_experts=1):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trapo_train import figures, plots
+from trapo_train.reports import figures, plots
 
 matplotlib = pytest.importorskip("matplotlib")
 

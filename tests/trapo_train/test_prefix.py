@@ -6,11 +6,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trapo_train import prefix
-from trapo_train.prefix import answer_in_prefix, cut_prefix
+from trapo_train.models.tokenizer import decode
 from trapo_train.records import ExpertTrace
+from trapo_train.rollouts import prefix
+from trapo_train.rollouts.prefix import answer_in_prefix, cut_prefix
 from trapo_train.tasks import build_tokenizer
-from trapo_train.tokenizer import decode
 
 TRACE = (
     "First we add the two numbers, héllo wörld.\n\n"

@@ -7,14 +7,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trapo_train.data import DataConfig, load_problems
-from trapo_train.grading import WorkerReward
-from trapo_train.problems import CACHED_PROBLEMS, CHUNK_ROWS
-from trapo_train.rewards import WeightedSum, exact_match
-from trapo_train.rows import solution_text, with_think_tags, without_start
+from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.data.problems import CACHED_PROBLEMS, CHUNK_ROWS
+from trapo_train.data.rows import solution_text, with_think_tags, without_start
+from trapo_train.models.tokenizer import continuations, decode, line_break_behind
+from trapo_train.rewards.functions import WeightedSum, exact_match
+from trapo_train.rewards.grading import WorkerReward
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
-from trapo_train.tokenizer import continuations, decode, line_break_behind
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TOKENIZER = build_tokenizer()

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, train_to_end
-from trapo_train.checkpoint import CheckpointStore
-from trapo_train.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
-from trapo_train.rewards import RewardError
+from trapo_train.checkpoints.checkpoint import CheckpointStore
+from trapo_train.checkpoints.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
+from trapo_train.rewards.functions import RewardError
 from trapo_train.trainer import Trainer
 
 DICE = (f"reward='{__name__}:dice'", "plan.name=grpo", "objective.name=dr_grpo")

@@ -11,14 +11,14 @@ from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import StopAfter, build_config, exported, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import trainer as trainer_module
-from trapo_train.advantages import AdvantageConfig
-from trapo_train.data import ProblemOrder
-from trapo_train.display import Reporter, read_metrics
+from trapo_train.data.dataset import ProblemOrder
 from trapo_train.metrics import Mean
 from trapo_train.records import Problem, Sample
-from trapo_train.refill import sample_with_refill, teaches
-from trapo_train.rewards import Overlong, RewardError
-from trapo_train.rollout import RolloutResult, chain_results
+from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.rewards.functions import Overlong, RewardError
+from trapo_train.rollouts.refill import sample_with_refill, teaches
+from trapo_train.rollouts.rollout import RolloutResult, chain_results
+from trapo_train.step.advantages import AdvantageConfig
 from trapo_train.train import Trainer, run
 
 DAPO = objectives.dapo()

@@ -13,19 +13,19 @@ import pytest
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config
 from trapo_train import cli, train
-from trapo_train.data import DataConfig
-from trapo_train.export import export_adapter
-from trapo_train.held_out import model_label
-from trapo_train.lora import LoraConfig, add_lora
-from trapo_train.model import ModelConfig
-from trapo_train.preflight import check_places, name_model_in_hub_errors
+from trapo_train.checkpoints.export import export_adapter
+from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
+from trapo_train.data.dataset import DataConfig
+from trapo_train.data.sources import load_rows
+from trapo_train.evaluation.held_out import model_label
+from trapo_train.models.lora import LoraConfig, add_lora
+from trapo_train.models.model import ModelConfig
 from trapo_train.schema import UserError
-from trapo_train.sources import load_rows
 from trapo_train.tasks import build_tokenizer
 
 SHOW = """
 import json, sys
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 def show(**settings):
     model, tokenizer = load_model_and_tokenizer(ModelConfig(name_or_path="owner/name", **settings))
     shell, _ = load_model_and_tokenizer(ModelConfig(name_or_path="owner/name", **settings), weights=False)  # of another rank

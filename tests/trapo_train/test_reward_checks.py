@@ -9,13 +9,13 @@ import pytest
 
 from tests.trapo_train.test_rewards import problems
 from tests.trapo_train.test_train import EVALUATED, build_config, train_to_end
-from trapo_train import rewards
-from trapo_train.checkpoint import CheckpointError
-from trapo_train.display import read_metrics
-from trapo_train.grading import FAILED_SHARE, MathVerify
+from trapo_train.checkpoints.checkpoint import CheckpointError
+from trapo_train.checks.symptoms import Symptoms
 from trapo_train.metrics import merge_metrics
-from trapo_train.rewards import RewardError, RewardTerm, judge, load_reward
-from trapo_train.symptoms import Symptoms
+from trapo_train.reports.display import read_metrics
+from trapo_train.rewards import functions as rewards
+from trapo_train.rewards.functions import RewardError, RewardTerm, judge, load_reward
+from trapo_train.rewards.grading import FAILED_SHARE, MathVerify
 from trapo_train.trainer import Trainer
 
 MODULE = """

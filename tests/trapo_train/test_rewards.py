@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trapo_train.records import Problem
-from trapo_train.rewards import (
+from trapo_train.rewards.functions import (
     REWARDS,
     RewardError,
     RewardTerm,
@@ -165,7 +165,7 @@ def test_exact_match():
 def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
     assert load_reward("exact_match") is exact_match
     assert load_reward("pointer_chasing") is pointer_chasing_reward
-    assert load_reward("trapo_train.rewards:exact_match") is exact_match
+    assert load_reward("trapo_train.rewards.functions:exact_match") is exact_match
     (tmp_path / "my_own_rewards.py").write_text("def length(completions, **columns):\n    return [len(c) for c in completions]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -181,9 +181,9 @@ def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
         ("overlong", "reward overlong needs options: [{name: overlong"),
         ("no_such_module_here:f", "'no_such_module_here'. Modules are looked for where Python looks, and in "),
         ("my_rewards.py:f", "Leave out the ending .py."),
-        ("trapo_train.rewards:no_such", "has no function or class 'no_such'"),
-        ("trapo_train.rewards:SEARCH_S", "must name a function, got float"),
-        ("trapo_train.rewards:f:g", "reward must be a path like my_rewards:my_reward"),
+        ("trapo_train.rewards.functions:no_such", "has no function or class 'no_such'"),
+        ("trapo_train.rewards.functions:SEARCH_S", "must name a function, got float"),
+        ("trapo_train.rewards.functions:f:g", "reward must be a path like my_rewards:my_reward"),
         (":f", "reward must be a path like"),
         (".here:f", "reward must be a path like"),
     ],

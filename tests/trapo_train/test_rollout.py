@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from tests.trapo_train.scripted import ScriptedEngine
-from trapo_train.advantages import AdvantageConfig, assign_advantages
-from trapo_train.plans import PlanConfig, build_plan
 from trapo_train.records import ExpertTrace, Problem, Request
-from trapo_train.rewards import RewardError, WeightedSum
-from trapo_train.rollout import RolloutConfig, merge_results, run_plans
+from trapo_train.rewards.functions import RewardError, WeightedSum
+from trapo_train.rollouts.plans import PlanConfig, build_plan
+from trapo_train.rollouts.rollout import RolloutConfig, merge_results, run_plans
+from trapo_train.step.advantages import AdvantageConfig, assign_advantages
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 
 TOKENIZER = build_tokenizer()

@@ -9,12 +9,13 @@ import pytest
 
 from tests.trapo_train.test_evaluate import ROLLOUT, CyclingEngine, problem
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, train_to_end
-from trapo_train import cli, samples
-from trapo_train.evaluate import EvalConfig, EvalSet, evaluate
+from trapo_train import cli
+from trapo_train.evaluation.evaluate import EvalConfig, EvalSet, evaluate
 from trapo_train.files import replace_text
 from trapo_train.records import Problem, Sample
-from trapo_train.rewards import RewardTerm, load_reward
-from trapo_train.samples import write_samples
+from trapo_train.rewards.functions import RewardTerm, load_reward
+from trapo_train.rollouts import samples
+from trapo_train.rollouts.samples import write_samples
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import run
 

@@ -9,10 +9,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tests.trapo_train.test_train import build_config
 from trapo_kernels import KL
-from trapo_train.continuation import split_settings
-from trapo_train.objective import ObjectiveConfig, build_objective
-from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.checkpoints.continuation import split_settings
 from trapo_train.schedules import Constant, Cosine, Linear, WarmUp, build_schedule, is_schedule
+from trapo_train.step.objective import ObjectiveConfig, build_objective
+from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 
 
 def test_constant():
@@ -121,7 +121,7 @@ def test_a_schedule_of_very_many_steps_is_checked_at_some_of_them(warmup_steps, 
     def looked_at(name, optimizer, warmup, steps, options):
         return LambdaLR(optimizer, lambda step: tried.append(step) or (-1.0 if options and step == 10**9 - 1 else 1.0))
 
-    monkeypatch.setattr("trapo_train.optimizer.get_scheduler", looked_at)
+    monkeypatch.setattr("trapo_train.step.optimizer.get_scheduler", looked_at)
     config = OptimizerConfig(schedule="cosine", warmup_steps=warmup_steps)
     optimizer = build_optimizer(torch.nn.Linear(1, 1), config)
     tried.clear()

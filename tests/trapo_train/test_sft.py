@@ -9,11 +9,11 @@ import pytest
 from tests.trapo_train.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli
-from trapo_train.advice import advice
+from trapo_train.checks.advice import advice
 from trapo_train.config import load_config
-from trapo_train.display import read_metrics
-from trapo_train.objective import build_objective
-from trapo_train.parallel import World
+from trapo_train.parallel.world import World
+from trapo_train.reports.display import read_metrics
+from trapo_train.step.objective import build_objective
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
 

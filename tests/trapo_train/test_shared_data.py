@@ -10,12 +10,12 @@ import datasets
 import pytest
 
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
-from trapo_train import data as problems_of
-from trapo_train.checkpoint import CheckpointError
-from trapo_train.data import DataConfig, load_problems
-from trapo_train.evaluate import EvalConfig, load_eval_sets
-from trapo_train.parallel import World
-from trapo_train.rewards import RewardError
+from trapo_train.checkpoints.checkpoint import CheckpointError
+from trapo_train.data import dataset as problems_of
+from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.evaluation.evaluate import EvalConfig, load_eval_sets
+from trapo_train.parallel.world import World
+from trapo_train.rewards.functions import RewardError
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
-from trapo_train.checkpoint import CheckpointStore
-from trapo_train.parallel import World
-from trapo_train.signals import StopSignal
+from trapo_train.checkpoints.checkpoint import CheckpointStore
+from trapo_train.checkpoints.signals import StopSignal
+from trapo_train.parallel.world import World
 from trapo_train.train import run
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from trapo_train.data import DataConfig, load_problems
+from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.data.sources import load_rows
 from trapo_train.schema import UserError
-from trapo_train.sources import load_rows
 from trapo_train.tasks import build_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trapo_kernels import Role, objectives
-from trapo_train.attention import PACKED_IMPLEMENTATION
-from trapo_train.model import enable_gradient_checkpointing, install_policy_head, policy_forward, score
-from trapo_train.optimizer import OptimizerConfig, build_optimizer, build_scheduler
-from trapo_train.packing import PackingConfig, pack
+from trapo_train.models.attention import PACKED_IMPLEMENTATION
+from trapo_train.models.model import enable_gradient_checkpointing, install_policy_head, policy_forward, score
 from trapo_train.records import Problem, Sample
-from trapo_train.step import optimizer_step
+from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
+from trapo_train.step.optimizer_step import optimizer_step
+from trapo_train.step.packing import PackingConfig, pack
 
 
 def make_model() -> LlamaForCausalLM:

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from tests.trapo_train.test_engine import EOS, RAGGED, VOCAB, engine_of, full_logprobs, tiny_model
-from trapo_train import cache
-from trapo_train.engine import SamplingParams, TransformersEngine
+from trapo_train.engines import cache
+from trapo_train.engines.engine import SamplingParams, TransformersEngine
 
 PROMPTS = [[2 + (7 * i + k) % 20 for k in range(length)] for i, length in enumerate([3, 9, 1, 5, 12, 2, 7, 4])]
 BUDGETS = (4, 17, 9, 2, 11, 30, 1, 23)

@@ -10,9 +10,9 @@ import torch
 
 from tests.trapo_train.test_step import make_model, make_samples, packed, step, with_stream
 from trapo_kernels import objectives
-from trapo_train.model import policy_forward, score
-from trapo_train.tally import Tally, quantile
-from trapo_train.updates import CorrectionConfig, UpdateConfig, with_old_policy
+from trapo_train.models.model import policy_forward, score
+from trapo_train.step.tally import Tally, quantile
+from trapo_train.step.updates import CorrectionConfig, UpdateConfig, with_old_policy
 
 
 def test_the_quantile_is_that_of_torch_and_takes_any_number_of_values():

@@ -13,15 +13,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.trapo_train.test_train import build_config
-from trapo_train.data import DataConfig, load_problems
-from trapo_train.dry_run import dry_config
-from trapo_train.engine import SamplingParams, stop_ids
-from trapo_train.engines import build_engine
-from trapo_train.export import export_model
-from trapo_train.model import ModelConfig, load_model_and_tokenizer
-from trapo_train.parallel import World
-from trapo_train.scratch import ScratchConfig
-from trapo_train.tokenizer import end_ids, load_tokenizer, other_endings
+from trapo_train.checkpoints.export import export_model
+from trapo_train.checks.dry_run import dry_config
+from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.engines.configured import build_engine
+from trapo_train.engines.engine import SamplingParams, stop_ids
+from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.scratch import ScratchConfig
+from trapo_train.models.tokenizer import end_ids, load_tokenizer, other_endings
+from trapo_train.parallel.world import World
 from trapo_train.train import Trainer
 
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=80)

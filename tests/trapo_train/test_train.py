@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.soak import soak
 from trapo_kernels import objectives
 from trapo_train import trainer
+from trapo_train.checks.preflight import name_model_in_hub_errors
 from trapo_train.config import RunConfig, load_config
-from trapo_train.display import Reporter, read_metrics
-from trapo_train.preflight import name_model_in_hub_errors
 from trapo_train.records import Sample
+from trapo_train.reports.display import Reporter, read_metrics
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run

@@ -10,14 +10,14 @@ import torch
 from tests.trapo_train.test_step import make_model, make_samples, packed, step, with_stream
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import Role, TokenBatch, corrections, objectives
-from trapo_train import updates as updates_module
-from trapo_train.display import read_metrics
 from trapo_train.metrics import Mean
-from trapo_train.model import policy_forward, score, score_all
-from trapo_train.packing import PackingConfig
-from trapo_train.tally import Tally, quantile
+from trapo_train.models.model import policy_forward, score, score_all
+from trapo_train.reports.display import read_metrics
+from trapo_train.step import updates as updates_module
+from trapo_train.step.packing import PackingConfig
+from trapo_train.step.tally import Tally, quantile
+from trapo_train.step.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy, with_reference
 from trapo_train.trainer import Trainer
-from trapo_train.updates import CorrectionConfig, UpdateConfig, merge_updates, split_groups, with_old_policy, with_reference
 
 
 @pytest.fixture

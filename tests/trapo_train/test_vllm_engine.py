@@ -17,19 +17,19 @@ from tests.trapo_train.fake_vllm import FakeLLM, FakeVllm
 from tests.trapo_train.scripted import Rounds
 from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, problem
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train import model_state, trainer
-from trapo_train.checkpoint import CheckpointStore
-from trapo_train.display import read_metrics
-from trapo_train.engine import EngineError, SamplingParams
-from trapo_train.engines import build_engine, ready_to_generate
-from trapo_train.export import export_model
-from trapo_train.lora import LoraConfig, add_lora
-from trapo_train.model import install_policy_head
-from trapo_train.parallel import World
-from trapo_train.plans import PlanConfig, build_plan
-from trapo_train.rollout import run_plans
+from trapo_train import trainer
+from trapo_train.checkpoints.checkpoint import CheckpointStore
+from trapo_train.checkpoints.export import export_model
+from trapo_train.engines.configured import build_engine, ready_to_generate
+from trapo_train.engines.engine import EngineError, SamplingParams
+from trapo_train.engines.vllm_engine import VllmConfig, VllmEngine
+from trapo_train.models.lora import LoraConfig, add_lora
+from trapo_train.models.model import install_policy_head
+from trapo_train.parallel.world import World
+from trapo_train.reports.display import read_metrics
+from trapo_train.rollouts.plans import PlanConfig, build_plan
+from trapo_train.rollouts.rollout import run_plans
 from trapo_train.tasks import pointer_chasing_reward
-from trapo_train.vllm_engine import VllmConfig, VllmEngine
 
 PROMPTS = [[5, 6, 7], [8, 9], [5], [8, 9]]
 
@@ -107,7 +107,7 @@ def test_a_model_of_which_files_hold_several_weights_as_one_is_refused(vllm, tmp
     def fused(model, weights):
         return {re.sub("[qkv]_proj", "qkv_proj", name): weight for name, weight in weights.items()}
 
-    monkeypatch.setattr(model_state, "revert_weight_conversion", fused)
+    monkeypatch.setattr("trapo_train.models.model_state.revert_weight_conversion", fused)
     model = tiny()
     engine = build(model, tmp_path)
     message = (

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.trapo_train.test_train import TINY
-from trapo_train.display import read_metrics
+from trapo_train.reports.display import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32, "max_position": 128}
@@ -57,7 +57,7 @@ def test_in_the_process_that_trains(tmp_path, lora):
 def test_as_a_server(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from trapo_train.scratch import ScratchConfig, scratch_config
+    from trapo_train.models.scratch import ScratchConfig, scratch_config
     from trapo_train.tasks import build_tokenizer
 
     tokenizer = build_tokenizer()

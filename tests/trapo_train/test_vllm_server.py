@@ -17,17 +17,17 @@ from tests.trapo_train.fake_vllm import MODEL, FakeServer
 from tests.trapo_train.test_rollout import CONFIG, TOKENIZER, iter_requests, problem
 from tests.trapo_train.test_step import make_model
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train import vllm_server
-from trapo_train.display import Reporter, read_metrics
-from trapo_train.engine import EngineError, SamplingParams
-from trapo_train.export import export_model
+from trapo_train.checkpoints.export import export_model
+from trapo_train.engines import vllm_server
+from trapo_train.engines.engine import EngineError, SamplingParams
+from trapo_train.engines.vllm_server import VllmServerConfig, VllmServerEngine
 from trapo_train.records import Request
-from trapo_train.rewards import RewardError
-from trapo_train.rollout import run_plans
+from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.rewards.functions import RewardError
+from trapo_train.rollouts.rollout import run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward
 from trapo_train.train import run
 from trapo_train.trainer import Trainer
-from trapo_train.vllm_server import VllmServerConfig, VllmServerEngine
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from trapo_train.rewards.workers import Answer, WorkerError, WorkerPool
 from trapo_train.user_code import in_words
-from trapo_train.workers import Answer, WorkerError, WorkerPool
 
 WORKER = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from trapo_train.workers import OutOfTime, serve
+from trapo_train.rewards.workers import OutOfTime, serve
 
 def work(what, value):
     print("noise on standard output")
@@ -187,7 +187,7 @@ def test_busy_workers_end_when_the_process_that_asked_is_killed(tmp_path, monkey
     (tmp_path / "some_worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.getcwd()}")
     program = (
-        "from trapo_train.workers import WorkerPool\n"
+        "from trapo_train.rewards.workers import WorkerPool\n"
         "pool = WorkerPool('some_worker', num_workers=1, time_limit_s=600)\n"
         f"pool.map([('child', {str(tmp_path / 'pid')!r})])"
     )

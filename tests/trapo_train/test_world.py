@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_train import train, trainer
-from trapo_train.checkpoint import CheckpointError
-from trapo_train.parallel import ParallelConfig, RankError, World, interleave
+from trapo_train.checkpoints.checkpoint import CheckpointError
+from trapo_train.parallel.world import ParallelConfig, RankError, World, interleave
 from trapo_train.schema import UserError
 
 

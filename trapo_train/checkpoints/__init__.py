@@ -1,0 +1,1 @@
+"""What a run keeps: its directory, checkpoints, random states, the exported model; and how one goes on."""

@@ -1,0 +1,235 @@
+"""What was trained as a Hugging Face model or LoRA's adapter: at the end of a run, and out of a checkpoint of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
+from trapo_train.config import CONFIG_FILE, load_config
+from trapo_train.models.loading import write_processor
+from trapo_train.models.lora import has_lora, names_as_they_are, other_layers
+from trapo_train.models.model import DTYPES, load_model_and_tokenizer
+from trapo_train.models.model_state import load_trained_weights, whole_weights
+from trapo_train.parallel.world import World
+from trapo_train.schema import UserError
+from trapo_train.tasks import build_tokenizer
+
+MODEL_DIR = "model"  # in output_dir
+_MARKER = ".exported_by_trapo"
+
+
+def export_checkpoint(
+    run_dir: str | Path,
+    directory: str | Path | None = None,
+    *,
+    step: int | str | None = None,
+    dtype: str = "float32",
+    adapter: bool = False,
+) -> tuple[Path, int, list[str]]:
+    """Write the model of a checkpoint, LoRA's adapters added, in one process, whatever number of ranks saved it.
+
+    Args:
+        run_dir: output_dir of the run.
+        directory: where to; by default model_step_<step> in `run_dir`, or adapter_step_<step>.
+        step: of the checkpoint, or "best" for that of the best evaluation among those that are there; by default the newest.
+        dtype: float32 or bfloat16.
+        adapter: write LoRA's adapter alone, in PEFT's format, to be loaded beside the model that the run started from.
+
+    Returns: the directory, the step, and what there is to say: of "best" what `better_before` says, of the directory what
+        `other_tokenizer` does, of an adapter what `other_layers` does.
+    Memory: the whole model in float32 on the CPU, once more in `dtype` where that is another or adapters are added.
+    Raises: FileNotFoundError, CheckpointError or UserError for what is not there, damaged, of another model or not to be replaced.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"export: {run_dir} must be the output_dir of a run and hold {CONFIG_FILE}, this one does not.")
+    config = load_config(run_dir / CONFIG_FILE)
+    if adapter and (config.model.lora is None or config.model.name_or_path is None):
+        given = "no model.lora" if config.model.lora is None else "model.scratch"
+        raise UserError(
+            f"export: --adapter needs a run with model.lora that started from a model.name_or_path, got one with {given}. Leave "
+            "--adapter out."
+        )
+    store = CheckpointStore.of(run_dir)
+    notes = [store.better_before()] if step == "best" else []
+    step = _existing(store, step, run_dir)
+    directory = Path(directory) if directory is not None else run_dir / f"{'adapter' if adapter else MODEL_DIR}_step_{step}"
+    check_replaceable(directory)
+    origin = config.model.name_or_path
+    if origin is not None and Path(origin).resolve() == directory.resolve():
+        raise UserError(f"export: DIRECTORY must not be the model that the run started from, got {directory}. Choose another.")
+    store.check(step)
+    check_places(config.model)
+    task_tokenizer = build_tokenizer() if config.data.task is not None else None
+    anywhere = replace(config.model, attention="auto", liger=False)  # nothing runs: the weights are all that counts
+    with name_model_in_hub_errors(config.model):
+        model, tokenizer = load_model_and_tokenizer(anywhere, task_tokenizer=task_tokenizer, seed=config.seed)
+    load_trained_weights(model, store, step)
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if adapter:
+        notes.append(other_layers(model))
+        export_adapter(model, tokenizer, directory, DTYPES[dtype], config.model.revision)
+        return directory.resolve(), step, [note for note in notes if note is not None]
+    export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
+    # A generated task brings its tokenizer, too.
+    if config.data.task is None:
+        notes.append(other_tokenizer(directory, tokenizer, config.model.trust_remote_code))
+    return directory, step, [note for note in notes if note is not None]
+
+
+def _existing(store: CheckpointStore, step: int | str | None, run_dir: Path) -> int:
+    steps = store.steps()
+    if not steps:
+        trained = run_dir / MODEL_DIR
+        remedy = f"What it trained is in {trained}." if trained.is_dir() else "Set checkpoint.every=N in the next run."
+        raise CheckpointError(f"export: {store.directory} must hold a checkpoint, it has none. {remedy}")
+    if step == "best":
+        step = store.best()
+        if step is None:
+            raise CheckpointError(f"export: --step best must find an evaluated step among {steps}, it has none. Give one of these.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"export: --step must be one that has a checkpoint, {', '.join(map(str, steps))}, got {step}.")
+    return steps[-1] if step is None else step
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    world: World | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write model and tokenizer as Hugging Face files (safetensors), replacing an older export as a whole. LoRA's adapters are
+    added to the weights, which are then rounded to `dtype`.
+
+    Every rank of `world` must call this; the first one keeps the weights that all gather, and writes.
+
+    Raises: CheckpointError, on the first rank, when the disk is full or not writable or transformers refuses to save the model, or
+        for a directory that holds anything but an older export; what was there stays.
+    """
+    directory = Path(directory).resolve()  # a link to a larger disk stays one
+    sharded = world is not None and world.size > 1
+    first = world is None or world.first
+    weights = None
+    if sharded or has_lora(model) or dtype != torch.float32:
+        gathered = whole_weights(model, dtype)
+        weights = {name: value.cpu() for name, value in gathered if first}
+    if not first:
+        return directory
+    with _in_place_of(directory) as unfinished:
+        model.save_pretrained(unfinished, state_dict=weights)
+        _name_dtype(unfinished / "config.json", dtype if weights is not None else torch.float32)
+        tokenizer.save_pretrained(unfinished)
+        write_processor(model, unfinished)
+    return directory
+
+
+def export_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Path:
+    """Write LoRA's adapter alone, as PEFT saves and loads one, with the tokenizer; it names the model that it belongs to.
+
+    Args:
+        model: with an adapter, whole in this process.
+        revision: of the model that it belongs to, on the hub.
+
+    Raises: CheckpointError, as `export_model`.
+    """
+    import peft
+
+    directory = Path(directory).resolve()
+    with (
+        torch.device("meta"),
+        names_as_they_are(),
+        warnings.catch_warnings(),
+    ):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT 0.21 asks for it
+        wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"], revision=revision)
+    weights = {f"base_model.model.{name}": p.detach().to(dtype) for name, p in model.named_parameters() if ".lora_" in name}
+    with _in_place_of(directory) as unfinished:
+        wrapped.save_pretrained(unfinished, state_dict=weights, save_embedding_layers=False)
+        tokenizer.save_pretrained(unfinished)
+    return directory
+
+
+@contextmanager
+def _in_place_of(directory: Path) -> Iterator[Path]:
+    """Yields a new directory, which takes the place of an older export as a whole once it is written.
+
+    Raises: CheckpointError when it cannot be written or moved, or for a directory that holds anything but an older export.
+    """
+    check_replaceable(directory)
+    unfinished = directory.with_name(f".unfinished_{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    progress_bar = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield unfinished
+        (unfinished / _MARKER).write_text("Written by trapo-train, which replaces the whole directory with its next export.\n")
+    except Exception as error:  # transformers checks when it saves, and raises what it likes; a checkpoint is saved instead
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kind = "" if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"model: could not be written to {directory}: {kind}{str(error).rstrip('.')}.") from error
+    finally:
+        if progress_bar:
+            enable_progress_bar()
+    try:
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except OSError as error:  # the new one is whole, and stays
+        raise CheckpointError(
+            f"model: {unfinished} must take the place of {directory}, got {error}. It is complete: move it there by hand."
+        ) from error
+
+
+def _name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Have a saved configuration name the type of the saved weights, which loading follows; it names that of the model."""
+    values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def other_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> str | None:
+    """A sentence where AutoTokenizer, which many use, reads an exported plain tokenizer as something else; None where it does not.
+
+    transformers 5.23 makes every tokenizer beside a qwen2 model a Qwen2Tokenizer, with that one's pre-tokenisation.
+    """
+    if type(tokenizer) is not PreTrainedTokenizerFast:
+        return None
+    try:
+        loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # the run is over, and its model written
+        return f"transformers' AutoTokenizer cannot read the exported tokenizer: {error}"
+    theirs, ours = (json.loads(x.backend_tokenizer.to_str()) if x.is_fast else {} for x in (loaded, tokenizer))
+    if all(theirs.get(part) == ours[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")):
+        return None
+    return (
+        f"transformers' AutoTokenizer reads the exported tokenizer as a {type(loaded).__name__}, with other tokens than it was "
+        "trained with. Load it with PreTrainedTokenizerFast.from_pretrained"
+    )
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise CheckpointError for a directory that an export would replace and that is not one itself."""
+    if not directory.exists() or (directory / _MARKER).is_file() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    raise CheckpointError(
+        f"model: {directory} must be empty or an export of trapo-train, which replaces it as a whole, got other files. "
+        "Move them, or choose another directory."
+    )

@@ -1,0 +1,1 @@
+"""Rows of a dataset → texts → checked, tokenised problems in a resumable order."""

@@ -1,0 +1,1 @@
+"""What generates: the embedded engine, for any Hugging Face causal language model, and vLLM."""

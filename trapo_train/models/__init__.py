@@ -1,0 +1,1 @@
+"""Loading a model with its tokenizer, what is changed in it, and running it on packed rows."""

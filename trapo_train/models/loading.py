@@ -1,0 +1,191 @@
+"""What published models need before they are trained: configurations that can be saved, tokens that have an embedding, and of
+multimodal ones the text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from trapo_train.schema import UserError, refused
+
+if TYPE_CHECKING:
+    from trapo_train.data.problems import ProblemSet
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Of layers that predict tokens after the next one; Qwen has its own.
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def make_savable(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Have the configurations of a model pass the checks of transformers, which come when they are saved, by saving them once.
+
+    Many a generation_config of the hub has a temperature or top_p without do_sample, which is loaded, but not saved: by some
+    versions of transformers never, by others (5.23) not once it was changed, as model.eos_token changes it. What is greedy, by
+    do_sample: false or a temperature of 0, loses these settings, which it does not read; anything else samples.
+
+    Raises: UserError for a configuration that cannot be saved all the same.
+    """
+    mended = ""
+    with TemporaryDirectory() as folder:
+        if model.can_generate():
+            try:
+                model.generation_config.save_pretrained(folder)
+            except ValueError:
+                mended = _mend_sampling(model.generation_config)
+        remedy = "Mend its config.json or generation_config.json in a copy of the model"
+        with refused(f"model: transformers must be able to save the configuration of the model. {remedy}", ValueError):
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+    if mended:
+        tell(f"the model's generation_config has settings of sampling {mended}")
+
+
+def _mend_sampling(config: GenerationConfig) -> str:
+    """Leave settings of sampling to what samples alone; returns what was wrong and what the trained model has."""
+    if config.do_sample is not False and config.temperature != 0:
+        config.do_sample = True
+        return "and no do_sample: true, which transformers does not save; the trained model gets do_sample: true"
+    for name in _SAMPLING:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return "and is greedy, which transformers does not save; the trained model is greedy without them"
+
+
+def leave_out_what_is_not_loaded(model: PreTrainedModel, names: Collection[str], tell: Callable[[str], None]) -> None:
+    """Tell of the weights `names` in the model's files that transformers has no place for, and have the configuration count none of
+    the layers that predict tokens after the next one (GLM 4.5, DeepSeek V3), which it never loads and which are not written either.
+    """
+    if names:
+        tell(
+            f"the model's files have {len(names)} tensors that transformers has no place for, such as {min(names)}: they are not "
+            "trained, and the trained model is written without them"
+        )
+    if any("mtp" in path for path, _ in model.named_modules()):
+        return
+    settings = model.config.get_text_config()
+    for name in _FURTHER_LAYERS:
+        count = getattr(settings, name, None)
+        if count:
+            tell(
+                f"the model's layers that predict tokens after the next one ({name} = {count}) are not loaded: the trained model "
+                "has none, and its configuration says 0"
+            )
+            setattr(settings, name, 0)
+
+
+def tell_of_tokens_without_embedding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+) -> None:
+    """Tell which tokens of the tokenizer the model has no embedding for, as Gemma 3 1b for <image_soft_token>.
+
+    It has no logits for them either, so that it samples none; those in data are refused by `check_token_ids`.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    found = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= embeddings)
+    if found:
+        shown = ", ".join(token for _, token in found[:3]) + (", …" if len(found) > 3 else "")
+        tell(f"the model has no embedding for {shown} ({len(found)} of the tokenizer): it samples none, and data must have none")
+
+
+def check_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+    """Raise UserError for a token that is to end a response and that the model, without an embedding for it, cannot sample."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    for token_id in end_ids:
+        if token_id >= embeddings:
+            raise UserError(
+                f"model: a token that ends a response must have an embedding, of which the model has {embeddings}; "
+                f"{tokenizer.convert_ids_to_tokens(token_id)!r} is token {token_id}. Set model.eos_token to what ends the model's "
+                "turns, or model.tokenizer to the one it was trained with."
+            )
+
+
+def tell_of_untrained_balance(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Tell of a mixture of experts whose configuration asks for a load-balancing loss that the trainer does not have it.
+
+    It is a product of two means over a batch, the share of tokens that an expert gets and its mean probability, so that its
+    gradient depends on how the batch is split into micro-batches and over ranks.
+    """
+    settings = model.config.get_text_config()
+    experts = max(getattr(settings, name, None) or 0 for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    coefficient = getattr(settings, "router_aux_loss_coef", None) or 0.0
+    if experts > 1 and coefficient > 0:
+        tell(
+            f"no loss balances the {experts} experts of the model: that of its router_aux_loss_coef = {coefficient:g} is left out, "
+            "because its gradient would depend on the split into micro-batches"
+        )
+
+
+def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Mapping[str, ProblemSet]) -> None:
+    """Raise UserError for a token in `problems`, by the section of the data, that the model has no embedding for.
+
+    All of them are tokenised once more for that, but only where the tokenizer has such tokens.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) < embeddings:
+        return
+    remedy = "Remove it from the data, or set model.tokenizer to the one the model was trained with."
+    for section, entry in problems.items():
+        for problem in entry:
+            texts = {"prompt": problem.prompt_ids} | {"expert trace": [i for expert in problem.experts for i in expert.token_ids]}
+            for what, token_ids in texts.items():
+                found = next((token_id for token_id in token_ids if token_id >= embeddings), None)
+                if found is not None:
+                    raise UserError(
+                        f"{section}: the model must have an embedding for every token, it has {embeddings}; the {what} of problem "
+                        f"{problem.index} has {tokenizer.convert_ids_to_tokens(found)!r}, token {found}. {remedy}"
+                    )
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether the model has parts beside its text model, such as a vision tower (Gemma 3 from 4b on)."""
+    return model.config.get_text_config() is not model.config
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the text model.
+
+    Raises: UserError for a model that does not hold them as `layers`.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"model: several ranks and plan-memory need a decoder with its blocks in `layers`, that of {type(model).__name__} has "
+            "none. Train it in one process, or choose another model."
+        )
+    return layers
+
+
+def train_text_alone(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Freeze what of a multimodal model is neither decoder nor head: the text that is trained on never reaches it."""
+    if not is_multimodal(model):
+        return
+    text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    frozen = {name: parameter for name, parameter in model.named_parameters() if parameter not in text}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    if frozen:
+        parts = sorted({".".join(name.split(".")[:2]) for name in frozen})
+        tell(f"the model is trained on text alone: {', '.join(parts)} stay as they are")
+
+
+def keep_processor(model: PreTrainedModel, name_or_path: str, revision: str | None) -> None:
+    """Take over what a multimodal model's processor is made of, for `write_processor`; the hub may be away by then."""
+    model.processor_files = {}
+    for name in _PROCESSOR_FILES if is_multimodal(model) else ():
+        found = cached_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            model.processor_files[name] = Path(found).read_text(encoding="utf-8")
+
+
+def write_processor(model: PreTrainedModel, directory: Path) -> None:
+    """Write the files of the model's processor beside it."""
+    for name, text in getattr(model, "processor_files", {}).items():
+        (directory / name).write_text(text, encoding="utf-8")

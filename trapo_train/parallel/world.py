@@ -1,0 +1,246 @@
+"""Many ranks: the process group, the sharded model (FSDP2, or HSDP with replicas), and what the ranks tell each other.
+
+Every rank samples its share of a step's problems. Then all ranks exchange their samples, so each computes the same advantages,
+weights and micro-batches as one process would, and runs every size-th micro-batch. The gradient therefore does not depend on the
+number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from trapo_train.models.loading import decoder_layers
+from trapo_train.models.model import policy_head
+from trapo_train.parallel.first_rank import hold_what_the_first_holds, take_values_of_the_first
+from trapo_train.schema import UserError, check
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run that `torchrun` starts spreads over its ranks; unused in a single process."""
+
+    replicate: int = 1
+    """Copies of the sharded model (HSDP), at least 1, a divisor of the number of ranks; 1 shards over all ranks (FSDP2)."""
+    vocab_parallel_head: bool = False
+    """Whether each rank computes its part of the vocabulary for the tokens of all ranks, so that no rank holds the whole output
+    head or its gradient; needs replicate = 1 and a model whose head is not its embedding."""
+    timeout_s: int = 1800
+    """Longest wait for another rank, in seconds, from 1 to 31536000, a year; after it the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            ("replicate", self.replicate >= 1, "at least 1"),
+            ("timeout_s", 1 <= self.timeout_s <= 31_536_000, "from 1 to 31536000, a year"),
+        )
+        if self.vocab_parallel_head and self.replicate > 1:
+            raise UserError(
+                f"vocab_parallel_head needs replicate = 1, got {self.replicate}. Shard over all ranks, or leave the head to FSDP."
+            )
+
+
+class RankError(RuntimeError):
+    """Another rank has died, or did not answer within parallel.timeout_s."""
+
+
+class World:
+    """This process among the ranks of a run; alone, all of its methods are trivial."""
+
+    def __init__(self, config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> None:
+        self.size = int(environment.get("WORLD_SIZE", "1"))
+        self.rank = int(environment.get("RANK", "0"))
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if self.size % config.replicate:
+            raise UserError(
+                f"parallel.replicate must divide the number of ranks, {self.size}, got {config.replicate}. "
+                "Start as many ranks as replicas times shards."
+            )
+        self._shape = (config.replicate, self.size // config.replicate)
+        self.vocab_parallel_head = config.vocab_parallel_head and self.size > 1
+        if self.size > 1:
+            if cuda:
+                torch.cuda.set_device(self.device)
+            if not dist.is_initialized():
+                # Objects travel over gloo, gradients over NCCL where there is CUDA.
+                backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+                with self.together():
+                    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+
+    @classmethod
+    def alone(cls) -> World:
+        """A single process, whatever the environment says."""
+        return cls(ParallelConfig(), environment={})
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """This rank's part of a list that all ranks hold: every size-th item."""
+        return items[self.rank :: self.size]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, the loss of another rank is a RankError, whichever collective operation notices it."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises plain RuntimeErrors, which name its source file; an error of ours may name such a path
+            lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
+            if self.size == 1 or not lost:
+                raise
+            raise RankError(
+                f"parallel: rank {self.rank} has lost another rank: {str(error).splitlines()[0]} Look at what the rank that ended "
+                "first printed, then continue with checkpoint.resume=true; a slow rank needs a larger parallel.timeout_s."
+            ) from error
+
+    def attempt(self, action: Callable[[], Any], *kinds: type[Exception]) -> list[Any]:
+        """What `action` returns on each rank, as `gather`; where one of `kinds` is raised on a rank, every rank raises it, of
+        several the first rank's, so that none goes on to wait for another."""
+        value, error = None, None
+        try:
+            value = action()
+        except kinds as raised:
+            error = raised
+        parts = self.gather((value, error and _portable(error)))
+        for rank, (_, failed) in enumerate(parts):
+            if failed is not None:
+                raise error if rank == self.rank else failed  # its own has a traceback
+        return [part for part, _ in parts]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+    def close(self) -> None:
+        """Leave the process group together."""
+        if self.size > 1 and dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+    def mesh(self) -> DeviceMesh:
+        """[shards], or [replicas, shards]."""
+        replicas, shards = self._shape
+        if replicas == 1:
+            return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
+        return init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or its words where it is none of those that can be sent to another rank."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of someone else's raises where it is not made to be pickled
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def interleave(parts: list[list[Any]]) -> list[Any]:
+    """The list whose shares (see `World.share`) are `parts`."""
+    out: list[Any] = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        out[rank :: len(parts)] = part
+    return out
+
+
+def place_model(model: PreTrainedModel, world: World) -> None:
+    """Move a model from host memory to this rank's device; of several ranks, each unit to its shards, so that no GPU ever holds
+    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest. Values are the first rank's: the
+    others need none (see `first_rank.shell`).
+
+    Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
+    inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
+    With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
+    Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
+
+    Raises, on every rank: UserError for a vocabulary-parallel head that is the embedding, too, a model without a list of layers, or
+        a rank whose model has other tensors than the first rank's; RankError.
+    """
+    if world.size == 1:
+        model.to(world.device)
+        return
+    with world.together():
+        hold_what_the_first_holds(model, world)
+        _shard(model, world)
+
+
+def _shard(model: PreTrainedModel, world: World) -> None:
+    head = policy_head(model)
+    if world.vocab_parallel_head and _is_tied(model):
+        raise UserError(
+            "parallel.vocab_parallel_head needs an output head of its own, this model's is its embedding, which every rank needs "
+            "whole. Set parallel.vocab_parallel_head=false."
+        )
+    mesh = world.mesh()
+    head_parameters: set[nn.Parameter] = set()
+    if world.vocab_parallel_head:
+        take_values_of_the_first(head, world.device)
+        head.shard_over_vocabulary(mesh)
+        head_parameters = set(head.parameters())
+    # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
+    policy = MixedPrecisionPolicy(
+        head.compute_dtype, reduce_dtype=torch.promote_types(head.compute_dtype, torch.float32), cast_forward_inputs=False
+    )
+    for layer in decoder_layers(model):
+        take_values_of_the_first(layer, world.device)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if not _is_tied(model) and not world.vocab_parallel_head:
+        take_values_of_the_first(head, world.device)
+        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once
+    take_values_of_the_first(model, world.device)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=head_parameters)
+    register_fsdp_forward_method(model, "run_head")
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return policy_head(model).weight is model.get_input_embeddings().weight
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered copies of the weights; due after every pass without gradients, or the next forward sees stale ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, every rank holds the whole model and may run it as often as it likes without the others; costs its full size.
+
+    Afterwards the gathered copies are dropped, so that no later forward sees stale weights.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        with policy_head(model).gathered():
+            yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit not in (model, policy_head(model)), recurse=False)

@@ -1,0 +1,121 @@
+"""Tables that the commands print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from trapo_train.memory.plan import GIB, PHASES, MemoryPlan
+from trapo_train.reports.figures import group_accuracies, group_label
+
+if TYPE_CHECKING:
+    from trapo_train.evaluation.headroom import HeadroomReport
+
+
+def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
+    """Accuracy of each set and group, with several sets their mean too; below it a line per set with pass@k and the rest, which is
+    all where nothing was sampled.
+
+    Args:
+        evaluations: what `evaluate` returned, by the name of the set; the name of a single one may be empty.
+    """
+    if not all("accuracy" in row for row in evaluations.values()):
+        return Group(*(_line(name, row) for name, row in evaluations.items()))
+    table = Table(title="held-out accuracy", title_justify="left")
+    table.add_column("set", no_wrap=True)
+    for heading in ("problems", "samples", "accuracy", "± standard error"):
+        table.add_column(heading, justify="right")
+    for name, row in evaluations.items():
+        counts = f"{row['num_problems']:.0f}", f"{round(row['samples_per_problem'], 1):g}"
+        table.add_row(name or "all", *counts, f"{row['accuracy']:.3f}", _error(row["accuracy_stderr"]), style="bold")
+        for group, (value, error) in group_accuracies(row).items():
+            label = group_label(f"{name} {group}".strip())
+            table.add_row(label, "", "", f"{value:.3f}", _error(error))
+    if len(evaluations) > 1:
+        mean = fmean(row["accuracy"] for row in evaluations.values())
+        table.add_row("mean of the sets", "", "", f"{mean:.3f}", style="bold")
+    return Group(table, *(_line(name, row) for name, row in evaluations.items()))
+
+
+def _line(name: str, row: Mapping[str, Any]) -> Text:
+    """What the table does not show of a set."""
+    tabled = ("num_problems", "samples_per_problem")
+    rest = [f"{key} {value:.4g}" for key, value in row.items() if not key.startswith("accuracy") and key not in tabled]
+    return Text("  ".join([name, *rest] if name else rest))
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """What each GPU holds in each phase, GiB, with the peak marked."""
+    title = f"memory of each of {plan.gpus} GPUs, GiB" if plan.gpus > 1 else "memory, GiB"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for phase in PHASES:
+        table.add_column(phase, justify="right")
+    for name, sizes in plan.components.items():
+        table.add_row(name, *(_gib(sizes[phase]) if phase in sizes else "" for phase in PHASES))
+    totals = [f"[reverse]{_gib(plan.total(phase))}[/]" if phase == plan.peak_phase else _gib(plan.total(phase)) for phase in PHASES]
+    table.add_section()
+    table.add_row("together", *totals, style="bold")
+    return table
+
+
+def memory_summary(plan: MemoryPlan, device_type: str) -> str:
+    """The peak in a sentence, with what it was reckoned for and what is not in it."""
+    generated = (
+        f", {plan.sequences} responses of at most {plan.generated} tokens, prompt included, generated together on a rank (those of "
+        f"{plan.generated_by})"
+    )
+    outside = "the CUDA context" if device_type == "cuda" else "Python and its libraries"
+    return (
+        f"peak {plan.peak_bytes / GIB:.2f} GiB in {plan.peak_phase}: context {plan.context} tokens, micro-batches of "
+        f"{plan.micro_batch_tokens} tokens{generated if plan.sequences else ''}. Before that, the first rank takes "
+        f"{plan.loading_bytes / GIB:.2f} GiB of host memory to load the model in float32. Not counted: {outside}, the allocator's "
+        "fragmentation."
+    )
+
+
+def changes_table(found: Sequence[tuple[str, MemoryPlan]], limit_gib: float) -> Table:
+    """Settings that lower the peak, with what it would be, and which of them are enough."""
+    enough = any(plan.peak_bytes <= limit_gib * GIB for _, plan in found)
+    table = Table(title=f"one change at a time{'' if enough else ', none of which is enough'}", title_justify="left")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("peak, GiB", justify="right")
+    table.add_column("peak in")
+    if enough:
+        table.add_column("")
+    for setting, plan in found:
+        fits = plan.peak_bytes <= limit_gib * GIB
+        verdict = ["fits" if fits else ""] if enough else []
+        table.add_row(setting, _gib(plan.peak_bytes), plan.peak_phase, *verdict, style="green" if fits else "")
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def headroom_table(report: HeadroomReport) -> Table:
+    """Pass rates by group and by share of the expert trace, ± 1 standard error."""
+    table = Table("pass rate after …", *(f"{row.fraction:.0%}" for row in report.overall()))
+    for group in dict.fromkeys(row.group for row in report.rows):
+        rows = [row for row in report.rows if row.group == group]
+        table.add_row(group_label(group), *(accuracy_cell(row.pass_rate, row.standard_error) for row in rows))
+    stated = [f"{row.answer_in_prefix:.0%}" for row in report.overall()]
+    table.add_row("answer in the prefix", *stated, style="dim")
+    return table
+
+
+def accuracy_cell(value: float, standard_error: float | None) -> str:
+    """An accuracy and its standard error, where it is known."""
+    known = standard_error is not None and standard_error == standard_error
+    return f"{value:.2f} ± {standard_error:.2f}" if known else f"{value:.2f}"

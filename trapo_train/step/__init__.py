@@ -1,0 +1,1 @@
+"""Samples → advantages → micro-batches → one optimizer step, and what it reports."""
