@@ -64,9 +64,9 @@ def test_padding_with_a_negative_id_is_no_sequence(mode):
 
 
 def test_a_sequence_whose_tokens_are_all_ignored_counts_and_padding_does_not():
-    label = torch.tensor([0, 1, -1])
-    found = loss_totals(torch.tensor([1, 0, 0], dtype=torch.uint8), label, label)
-    assert found == LossTotals(rollout_tokens=1, sequences=2, prompts=2)
+    role = torch.tensor([1, 0, 0], dtype=torch.uint8)
+    for label in (torch.tensor([0, 1, -1]), torch.tensor([1, 0, -1])):
+        assert loss_totals(role, label, label) == LossTotals(rollout_tokens=1, sequences=2, prompts=2)
 
 
 def test_totals_add_up_with_sum():
@@ -75,6 +75,8 @@ def test_totals_add_up_with_sum():
     assert sum([], LossTotals()) == LossTotals()
     with pytest.raises(TypeError, match="loss_totals: role must be torch.uint8, got torch.bool"):
         loss_totals(ROLE > 0, SEQUENCE)
+    with pytest.raises(ValueError, match=r"loss_totals: prompt_id must have shape .*, got"):
+        loss_totals(ROLE, SEQUENCE, PROMPT[1:])
 
 
 def test_share_multiplies_and_is_not_counted():
@@ -327,6 +329,10 @@ def test_what_reads_no_advantage_silences_nothing_without_one_and_what_reads_it_
     assert torch.equal(silenced_weight(role, weight, None, objectives.sft()), weight)
     with pytest.raises(TypeError, match=r"advantage must be a tensor .*, got NoneType\. Pass one value per token\.$"):
         silenced_weight(role, weight, None, objectives.grpo())
+    with pytest.raises(ValueError, match=r"silenced_weight: weight must have shape .*, got"):
+        silenced_weight(role, weight[1:], weight, objectives.grpo())
+    with pytest.raises(TypeError, match=r"silenced_weight: role must be torch\.uint8, got torch\.bool"):
+        silenced_weight(role > 0, weight, weight, objectives.grpo())
 
 
 @pytest.mark.parametrize(("given", "kind"), [("grpo", "str"), (objectives.grpo, "function")])
