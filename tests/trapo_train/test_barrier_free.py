@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.trapo_train.engines.test_stream import ConstantModel
+from tests.trapo_train.rollouts.test_rollout import CONFIG, RIGHT, TOKENIZER, WRONG, ids, iter_requests, problem
 from tests.trapo_train.scripted import Rounds, ScriptedEngine, ScriptedStream
-from tests.trapo_train.test_rollout import CONFIG, RIGHT, TOKENIZER, WRONG, ids, iter_requests, problem
-from tests.trapo_train.test_stream import ConstantModel
 from trapo_train.engines.engine import TransformersEngine
 from trapo_train.records import Request, Sample
 from trapo_train.rewards.functions import RewardError, WeightedSum, may_overlap

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trapo_train.test_step import make_model
+from tests.trapo_train.step.test_optimizer_step import make_model
 from trapo_train import cli, train
 from trapo_train.checks import dry_run
 from trapo_train.data import sources

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trapo_train.test_parallel import ranks_train
+from tests.trapo_train.parallel.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli
 from trapo_train.checks.advice import advice
