@@ -66,14 +66,22 @@ inline int device_attribute(const char* op, cudaDeviceAttr which) {
   return value;
 }
 
+// Allows a kernel all the shared memory that a block can have, and of a multiprocessor's all that can be shared, so that as many blocks
+// fit as were counted on. Never what one launch needs: of another thread's, which may need more, the limit is the same.
+template <typename... Parameters>
+void allow_shared_memory(const char* op, void (*kernel)(Parameters...)) {
+  cudaFuncAttributes own;
+  check_cuda(op, cudaFuncGetAttributes(&own, kernel));
+  const int most = device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(own.sharedSizeBytes);
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
 // A launch of `blocks` blocks, `cluster` of which form a cluster, 0 for none; `attribute` must live as long.
 template <typename... Parameters>
 cudaLaunchConfig_t launch_config(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
                                  int64_t shared_bytes, cudaStream_t stream, cudaLaunchAttribute* attribute) {
-  if (shared_bytes > 0) {  // of a multiprocessor's memory all that can be shared, so that as many blocks fit as were counted on
-    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  }
+  if (shared_bytes > 0) allow_shared_memory(op, kernel);
   *attribute = {};
   attribute->id = cudaLaunchAttributeClusterDimension;
   attribute->val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -99,9 +107,11 @@ bool can_place(const char* op, void (*kernel)(Parameters...), int cluster, int t
   if (const auto found = known.find(key); found != known.end()) return found->second;
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(op, kernel, cluster, cluster, threads, shared_bytes, nullptr, &attribute);
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();  // or the launch of another kernel would be told of it
-  return known[key] = error == cudaSuccess && clusters > 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();  // or the launch of another kernel would be told of it
+    return false;        // not known: it may be asked again
+  }
+  return known[key] = clusters > 0;
 }
 
 // Launches a kernel on `blocks` blocks, `cluster` of which form a cluster; 0 for none.

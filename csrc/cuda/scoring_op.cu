@@ -50,6 +50,7 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   STD_TORCH_CHECK(weight.size(1) == hidden.size(1), op, ": weight must have shape [V, D] with the D of hidden, ", hidden.size(1), ", got ",
                   shape_of(weight), ". Pass the head of the model that hidden is of.");
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  check_cuda(op, cudaSetDevice(device.gpu));  // tensor maps want a context, which the guard need not give to a thread that is new
   const int major = device_attribute(op, cudaDevAttrComputeCapabilityMajor);
   STD_TORCH_CHECK(major == 9, op, ": the kernel is for sm_90, got sm_", major, "x. Use backend=\"triton\".");
   STD_TORCH_CHECK(!bias.has_value() && softcap == 0.0, op, ": the kernel has neither bias nor softcap, got ",

@@ -22,7 +22,7 @@ struct RunningSoftmax {
 };
 
 #if defined(__CUDA_ARCH__)
-TRAPO_HD float quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp, without the slow path for subnormal numbers
+TRAPO_HD float quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp; 0 for |b| > 2^126
 TRAPO_HD float power_of_2(float x) {  // 2 ulp in one instruction; 0 where it would be subnormal
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -34,7 +34,7 @@ TRAPO_HD float at_least_floor(float x) {  // NaN stays NaN
   return y;
 }
 #else
-TRAPO_HD float quotient(float a, float b) { return a / b; }
+TRAPO_HD float quotient(float a, float b) { return fabsf(b) > 0x1p126f ? 0.0f : a / b; }
 TRAPO_HD float power_of_2(float x) { return exp2f(x); }
 TRAPO_HD float at_least_floor(float x) { return x < kFloor ? kFloor : x; }
 #endif
@@ -94,8 +94,8 @@ struct Transform {
   float softcap, inverse_softcap, inverse_temperature, scale;
 
   TRAPO_HD Transform(float softcap, float temperature)
-      : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : quotient(1.0f, softcap)),
-        inverse_temperature(quotient(1.0f, temperature)), scale(inverse_temperature * kLog2E) {}
+      : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : 1.0f / softcap), inverse_temperature(1.0f / temperature),
+        scale(inverse_temperature * kLog2E) {}
   TRAPO_HD float capped(float x) const { return softcap == 0.0f ? x : softcap * tanh_of(x * inverse_softcap); }
   // dy/dx = 1 - tanh² from y, which is what a row keeps: softcap - y is exact where y comes near it, and 0 where it gets there.
   TRAPO_HD float slope(float y) const {

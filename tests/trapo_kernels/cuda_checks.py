@@ -134,6 +134,24 @@ def check_softcap(kernels, temperature):
     assert not kernels.logprob_gradient(x.clone(), target[:1], t, stats, one[:1], None, torch.float32).any()
 
 
+def check_huge_divisors(kernels):
+    """A softcap that caps nothing changes nothing, and a temperature at which all logits are equal makes them equally likely."""
+    x = torch.tensor([[0.5, -3.0, 20.0, -torch.inf], [1.0, 2.0, 3.0, 4.0]], device=cases.DEVICE)
+    target, one = torch.tensor([1, 2], device=cases.DEVICE), torch.ones(2, device=cases.DEVICE)
+
+    def run(given, t):
+        stats = kernels.statistics(given.clone(), target, t, True)
+        return *stats, kernels.logprob_gradient(given.clone(), target, t, stats, one, None, torch.float32)
+
+    for softcap in (1e38, 3e38):
+        for ours, plain in zip(run(x[:, :3], LogitTransform(softcap=softcap)), run(x[:, :3], LogitTransform()), strict=True):
+            torch.testing.assert_close(ours, plain)
+    for temperature in (1e38, 3e38):
+        logprob, entropy, *_ = run(x, LogitTransform(temperature=temperature))
+        uniform = torch.tensor([3.0, 4.0], device=cases.DEVICE).log()
+        torch.testing.assert_close((-logprob, entropy), (uniform, uniform))
+
+
 def policy_bits(kernels, vocab_size, given):
     """All results of one `policy` call on a copy of these logits, for comparison bit by bit."""
     objective, b = objectives.trapo(entropy_coef=0.1), batch(vocab_size, torch.float32)

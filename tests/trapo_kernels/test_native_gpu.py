@@ -3,11 +3,14 @@
 `make gpu-test` runs this file under compute-sanitizer, too. The same checks run on the host in test_native_on_host.py.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from tests.trapo_kernels import cases, cuda_checks
 from trapo_kernels.backends import native
+from trapo_kernels.backends.logits import LogitTransform
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +26,10 @@ WIDTHS = [1, 7, 1000, 4099, 28_000, 57_000, 100_000, 152_064, 250_001, 470_000]
 @pytest.mark.parametrize("vocab_size", WIDTHS)
 def test_rows_against_fp64(vocab_size, dtype, grad_dtype, aligned, plain):
     cuda_checks.check_rows(native, vocab_size, dtype, grad_dtype, aligned, plain)
+
+
+def test_a_softcap_or_temperature_near_the_largest_number():
+    cuda_checks.check_huge_divisors(native)
 
 
 def test_row_kernels_give_the_same_bits_twice():
@@ -49,6 +56,15 @@ hopper = pytest.mark.skipif(
 )
 def test_scoring_against_fp64(shape, scale):
     cuda_checks.check_scoring([native, native], shape, scale)
+
+
+@hopper
+def test_a_thread_that_has_used_no_gpu_yet_can_score():
+    hidden, weight = (torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16) for rows in (5, 300))
+    given = hidden, weight, torch.arange(5, device="cuda"), LogitTransform()
+    with ThreadPoolExecutor(1) as thread:
+        there = thread.submit(native.fused_scoring, *given).result()
+    assert torch.equal(there.logprob, native.fused_scoring(*given).logprob)
 
 
 @hopper

@@ -5,6 +5,7 @@ What asynchronous copies and products have not finished reads as NaN there, so a
 
 import ctypes
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +94,10 @@ def test_the_gradient_through_a_softcap(library, temperature):
     cuda_checks.check_softcap(HostGpu(library), temperature)
 
 
+def test_a_softcap_or_temperature_near_the_largest_number(library):
+    cuda_checks.check_huge_divisors(HostGpu(library))
+
+
 @pytest.mark.parametrize("cluster", [0, 2])
 def test_a_nan_logit_makes_its_row_nan_and_no_other(library, cluster):
     given = cuda_checks.logits(9001, torch.float32, True)
@@ -142,6 +147,20 @@ def test_scoring_of_a_target_outside_the_vocabulary_is_nan(library):
 
 def test_scoring_of_a_nan_logit_is_nan(library):
     cuda_checks.check_scoring_of_nan(HostGpu(library))
+
+
+def test_a_thread_that_has_used_no_gpu_yet_can_score(library):
+    hidden, weight = torch.randn(5, 64).bfloat16(), torch.randn(300, 64).bfloat16()
+    given, gpu = (hidden, weight, torch.arange(5), LogitTransform()), HostGpu(library)
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(gpu.fused_scoring, *given).result().logprob, gpu.fused_scoring(*given).logprob)
+
+
+def test_operands_that_lie_where_tma_cannot_read_are_moved(library):
+    hidden, weight = (torch.randn(rows * 64 + 1).bfloat16()[1:].view(rows, 64) for rows in (5, 300))
+    target, gpu = torch.arange(5), HostGpu(library)
+    moved, plain = (gpu.fused_scoring(*x, target, LogitTransform()) for x in ((hidden, weight), (hidden.clone(), weight.clone())))
+    assert torch.equal(moved.logprob, plain.logprob)
 
 
 def test_no_rows_launch_nothing(library):

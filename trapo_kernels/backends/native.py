@@ -153,8 +153,7 @@ def policy(
 
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """Statistics [N] of bf16 hidden [N, D] and weight [V, D] from a kernel that writes no logits; sm_90, no bias, no softcap."""
-    operands = (hidden.contiguous(), weight.contiguous(), target.contiguous())
-    return RowStatistics(*_OPS.scoring(*operands, *_transform(transform)))
+    return RowStatistics(*_OPS.scoring(_for_tma(hidden), _for_tma(weight), target.contiguous(), *_transform(transform)))
 
 
 def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
@@ -165,6 +164,12 @@ def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) 
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """Multiply a dense `grad` on a GPU in place, in fp32, by a 0-d `factor`; where that is 1, nothing is read or written."""
     _OPS.scale(grad, factor.float())
+
+
+def _for_tma(operand: Tensor) -> Tensor:
+    """The matrix itself, or a copy of one that is not dense or begins at no multiple of 16 bytes, as a view may."""
+    dense = operand.contiguous()
+    return dense.clone() if dense.data_ptr() % 16 else dense
 
 
 def _on_gpu(logits: Tensor) -> bool:

@@ -19,6 +19,7 @@ inline int device = 0;  // one of its own for every set of properties
 inline std::map<const void*, size_t> shared_allowed;  // by kernel
 inline std::string last_error;
 inline unsigned largest_cluster = 0;  // blocks of a cluster, over all launches since the properties were set; 0 without clusters
+inline thread_local bool has_context = false;  // which some calls of the runtime give to a thread, and the driver's do not
 
 }  // namespace host_gpu
 
@@ -49,6 +50,8 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+constexpr int kStaticShared = 256;  // bytes of a kernel's own; more than any has, which its __shared__ do not tell here
+
 inline cudaError_t failed(const std::string& message) {
   host_gpu::last_error = message;
   return cudaErrorUnknown;
@@ -68,10 +71,28 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   return cudaSuccess;
 }
 
+inline cudaError_t cudaSetDevice(int) {
+  host_gpu::has_context = true;
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+template <typename... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  *attributes = {kStaticShared};
+  return cudaSuccess;
+}
+
 template <typename... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, int bytes) {
+  host_gpu::has_context = true;
   if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (bytes > host_gpu::properties.shared_per_block) return failed("too much shared memory for a block: " + std::to_string(bytes));
+  const int most = host_gpu::properties.shared_per_block - kStaticShared;
+  if (bytes > most) return failed("too much shared memory for a block: " + std::to_string(bytes));
+  if (bytes < most) return failed("a limit of shared memory that another thread's launch may exceed: " + std::to_string(bytes));
   host_gpu::shared_allowed[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
@@ -106,6 +127,7 @@ template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x;
   const std::string fault = launch_fault(config, kernel);
+  host_gpu::has_context = true;
   if (!fault.empty()) return failed(fault);
   if (!has_room(config)) return failed("no room for a cluster of " + std::to_string(cluster));
   if (config->numAttrs > 0) host_gpu::largest_cluster = std::max(host_gpu::largest_cluster, cluster);
@@ -118,7 +140,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 // The driver's encoder of tensor maps and how it is found.
 using cuuint64_t = uint64_t;
 using cuuint32_t = uint32_t;
-enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE };
+enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_INVALID_CONTEXT = 201 };
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_128B };
@@ -131,6 +153,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
   const bool fits = rank == 2 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes[0] % 16 == 0 &&
                     stride_bytes[0] >= size[0] * 2 && size[0] > 0 && size[1] > 0 && box[1] >= 1 && box[1] <= 256 &&
                     element_stride[0] == 1 && element_stride[1] == 1;
+  if (!host_gpu::has_context) return CUDA_ERROR_INVALID_CONTEXT;
   if (!fits || box[0] * 2 != 128) return CUDA_ERROR_INVALID_VALUE;  // the machine copies rows of 128 bytes only
   *map = {static_cast<const uint16_t*>(data), static_cast<int64_t>(size[0]), static_cast<int64_t>(size[1]),
           static_cast<int64_t>(stride_bytes[0] / 2), static_cast<int>(box[0]), static_cast<int>(box[1])};
