@@ -118,7 +118,8 @@ def _why_no_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None
     if gpu.major >= 8:
         return None
     name, sm = str(dtype).removeprefix("torch."), f"sm_{gpu.major}{gpu.minor}"
-    return f'its kernel multiplies {name} on tensor cores from sm_80 on and this GPU is {sm}; backend="triton" does without.'
+    remedy = 'backend="triton" does without.' if dtype == torch.float16 else "so do all GEMMs of bfloat16 here; take float16."
+    return f"its kernel multiplies {name} on tensor cores from sm_80 on and this GPU is {sm}; {remedy}"
 
 
 def _why_no_wgmma(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -33,7 +33,7 @@ def head_memory(
         weight_dtype: of the head's weight; None for `dtype`.
         device_type: "cuda" or "cpu"; it decides the chunk, and a CPU computes in float32, but for bfloat16 with AMX or AVX512_BF16.
         grad_weight: whether the weight is trained.
-        in_place: False for backend "torch", which needs the chunk of logits three times.
+        in_place: False for backend "torch", which needs the chunk of logits three times (with a softcap four; not counted).
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
     Returns: "logits" (a chunk and its gradient, float32, but what lies where dWeight will), "hidden chunk" (hidden states and

@@ -1,6 +1,7 @@
 """What "auto" scores with: the fastest backend measured on this GPU at about this shape, the chunked path where nothing was."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from trapo_kernels import (
     policy_loss,
     token_logprob,
 )
-from trapo_kernels.backends import native, triton_ops
+from trapo_kernels.backends import gemm, native, triton_ops
 
 fused_scoring = importlib.import_module(f"{triton_ops.__name__}.fused_scoring")  # whose name there is the function's
 GPU, CUDA = "NVIDIA H200", torch.device("cuda")
@@ -227,13 +228,23 @@ def test_triton_scores_16_bits_on_the_chip_from_sm_80_on(measured, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
     reason = dispatch.why_not("triton_fused", CUDA, dtype)
     if major == 7 and dtype != torch.float32:
-        assert re.fullmatch(
-            r"its kernel multiplies b?float16 on tensor cores from sm_80 .* is sm_75; backend=.triton. .*\.", reason
-        )
+        remedy = "backend=.triton. does without" if dtype == torch.float16 else "so do all GEMMs .* take float16"
+        assert re.fullmatch(rf"its kernel multiplies b?float16 on tensor cores from sm_80 .* is sm_75; {remedy}\.", reason)
         assert _auto(4096, dtype=dtype) == "triton"
     else:
         assert reason is None
     assert dispatch.why_not("triton", CUDA, dtype) is None
+
+
+@pytest.mark.parametrize(("dtype", "major", "flag"), itertools.product((torch.bfloat16, torch.float16), (7, 8), (True, False)))
+def test_gemms_that_a_gpu_has_not_are_refused_before_anything_is_computed(monkeypatch, dtype, major, flag):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(major=major, minor=5))
+    monkeypatch.setattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: flag)
+    refused = {(torch.bfloat16, 7): r"sm_80 or later, got sm_75\. Pass .* in float16"}
+    for gpu in (7, 8) if flag else ():
+        refused[torch.float16, gpu] = r"got .*allow_fp16_accumulation = True\. Set it to False"
+    with pytest.raises(RuntimeError, match=refused[dtype, major]) if (dtype, major) in refused else nullcontext():
+        gemm.check_products(dtype, CUDA)
 
 
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU meets the tiles by dtype")

@@ -305,6 +305,19 @@ def test_fused_scoring_whatever_the_tiles_of_a_split(tiles, monkeypatch):
     assert found.logprob[4].isnan()
 
 
+@pytest.mark.parametrize("group", [1, 2, 5])
+def test_fused_scoring_whatever_the_blocks_of_a_group(group, monkeypatch):
+    hidden, weight, _ = (x.detach() for x in cases.head(300, 16, 301, torch.float32, 3.0))  # 5 blocks of 64 rows, 5 of columns
+    target = torch.randint(301, (300,), device=cases.DEVICE)
+    monkeypatch.setitem(triton_ops.fused_scoring.__globals__, "tiles_of_split", lambda *of: 2)
+    whole = triton_ops.fused_scoring(hidden, weight, target, LogitTransform())
+    exact = linear_logprob(hidden, weight, target, with_entropy=True, backend="torch")
+    monkeypatch.setitem(triton_ops.fused_scoring.__globals__, "GROUP", group)
+    found = triton_ops.fused_scoring(hidden, weight, target, LogitTransform())
+    assert all(torch.equal(ours, expected) for ours, expected in zip(found, whole, strict=True))
+    torch.testing.assert_close(found.logprob, exact.logprob, rtol=2e-6, atol=1e-5)
+
+
 def test_fused_scoring_of_a_nan_logit_is_nan():
     cuda_checks.check_scoring_of_nan(triton_ops)
 

@@ -14,7 +14,7 @@ from csrc.build import CUDA_ARCHS
 from tests.trapo_kernels import cases, cuda_checks, host_gpu
 from tests.trapo_kernels.gate_cases import GATE_CASES, KL_CASES, check_coefficients
 from tests.trapo_kernels.host_gpu import HostGpu
-from trapo_kernels import terms
+from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import rows_torch, sweep
 from trapo_kernels.backends.logits import LogitTransform
 
@@ -108,13 +108,21 @@ def test_a_nan_logit_makes_its_row_nan_and_no_other(library, cluster):
         assert result.isnan().tolist() == [False, False, False, True, False]
 
 
-def test_logits_at_hand_are_not_copied_for_their_statistics(library, monkeypatch):
-    given, target = 4 * torch.randn(5, 700).bfloat16(), torch.arange(5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", ["native", "triton"])
+def test_logits_at_hand_are_neither_copied_nor_changed(library, monkeypatch, rows, dtype):
+    rows = HostGpu(library) if rows == "native" else dispatch.rows(rows)
+    given, target = (4 * torch.randn(5, 700)).to(dtype), torch.arange(5)
+    kept, upstream = given.clone(), (torch.randn(5), torch.randn(5))
     expected = sweep.score_logits(rows_torch, given.float(), target, LogitTransform(), True)
+    gradient = sweep.score_logits_backward(rows_torch, given.float(), target, LogitTransform(), expected, *upstream)
     monkeypatch.setattr(sweep, "_own_copy", lambda *arguments: pytest.fail("copied"))
-    ours = sweep.score_logits(HostGpu(library), given, target, LogitTransform(), True)
+    ours = sweep.score_logits(rows, given, target, LogitTransform(), True)
     for part, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(part, wanted)
+    found = sweep.score_logits_backward(rows, given, target, LogitTransform(), ours, *upstream)
+    torch.testing.assert_close(found.float(), gradient, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert found.dtype == dtype and torch.equal(given, kept)
 
 
 def test_a_row_of_more_columns_than_32_bits_count_is_refused(library):

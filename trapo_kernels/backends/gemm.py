@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trapo_kernels.backends import cpu_gemm
@@ -25,12 +24,10 @@ _LEAST_LOGITS_CPU = 2**20
 _NUM_PARTS = 3  # of an fp32 matrix for GEMMs of 16 bits
 _THIN = 16  # columns; in a product with fewer MKL gives a row bits that depend on its place, unless it is written in columns
 _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
-# Rows of every GEMM in batch-invariant mode, the last chunk padded: one shape, so one kernel and one order of summation per row.
-_INVARIANT_ROWS = {"cpu": 64}
-_INVARIANT_ROWS_GPU = 1024
+# Rows of every GEMM in batch-invariant mode, the last chunk filled up: one shape, so one kernel and one order of summation per row.
+_INVARIANT_ROWS_CPU, _INVARIANT_ROWS_GPU = 64, 1024
 # Most rows per chunk where ranks share the vocabulary.
-_SHARDED_ROWS = {"cpu": 256}
-_SHARDED_ROWS_GPU = 4096
+_SHARDED_ROWS_CPU, _SHARDED_ROWS_GPU = 256, 4096
 
 
 def chunk_rows(
@@ -48,14 +45,31 @@ def chunk_rows(
     nor the processor may matter: all ranks meet once per chunk, and must have the same ones.
     """
     if batch_invariant:
-        return _invariant_rows(device_type)
+        return _INVARIANT_ROWS_CPU if device_type == "cpu" else _INVARIANT_ROWS_GPU
     if sharded:
-        return _even_chunk(num_rows, _SHARDED_ROWS.get(device_type, _SHARDED_ROWS_GPU), multiple=128)
+        return _even_chunk(num_rows, _SHARDED_ROWS_CPU if device_type == "cpu" else _SHARDED_ROWS_GPU, multiple=128)
     if device_type == "cpu":
         beside_grad = hidden_size // (2 if operands == torch.bfloat16 else 8)
         most = min(max((5 * num_rows - hidden_size) // 8, beside_grad, _LEAST_ROWS_CPU), cpu_gemm.tuning().most_rows)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
     return _even_chunk(num_rows, max(128, _CHUNK_LOGITS_GPU // vocab_size), multiple=128)
+
+
+def check_products(dtype: torch.dtype, device: torch.device) -> None:
+    """That a GPU multiplies operands of `dtype` with sums in float32; cuBLAS says the same in other words, and after the fact."""
+    if device.type != "cuda":
+        return
+    gpu = torch.cuda.get_device_properties(device)
+    if dtype == torch.bfloat16 and gpu.major < 8:
+        raise RuntimeError(
+            f"bfloat16 with sums in float32 needs a GPU of sm_80 or later, got sm_{gpu.major}{gpu.minor}. Pass hidden and "
+            'lm_head_weight in float16 or float32, or take backend="reference".'
+        )
+    if dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        raise RuntimeError(
+            "products of float16 must be added up in float32, got torch.backends.cuda.matmul.allow_fp16_accumulation = True. "
+            "Set it to False, or pass bfloat16."
+        )
 
 
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -66,10 +80,6 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if narrow and device_type == "cpu" and not cpu_gemm.supports(dtype) else dtype
-
-
-def _invariant_rows(device_type: str) -> int:
-    return _INVARIANT_ROWS.get(device_type, _INVARIANT_ROWS_GPU)
 
 
 def _even_chunk(num_rows: int, most: int, multiple: int) -> int:
@@ -116,11 +126,12 @@ class HeadGemm:
     A LoRA'd head adds two thin GEMMs: low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits. What is fp32 in
     them goes through GEMMs of 16 bits in three parts of 8 bits or more each, so that the logits lose nothing there either.
 
-    With `batch_invariant` every GEMM has the same number of rows, missing ones being zeros.
+    With `batch_invariant` every GEMM must get the same number of rows.
     """
 
     def __init__(self, head: Head, logits_dtype: torch.dtype, batch_invariant: bool = False):
         hidden, weight = head.hidden, head.weight
+        check_products(hidden.dtype, hidden.device)
         self.batch_invariant = batch_invariant
         self.on_cpu = hidden.device.type == "cpu"
         self.operand_dtype = operand_dtype(hidden.dtype, hidden.device.type)  # of hidden, weight and the logit gradient
@@ -146,10 +157,9 @@ class HeadGemm:
         hidden = hidden_chunk.to(self.operand_dtype)
         if not self.has_lora:
             return Operands(hidden, None)
-        padded = self._padded(hidden)
         with self._exact():
-            room = self._empty_out(padded.shape[0], self.lora_a.shape[0], self._is_thin(self.lora_a.shape[0]))
-            low_rank = _sum_of(self.num_a_parts, self._multiply(padded, self.lora_a.t(), room)[: hidden.shape[0]])
+            room = self._empty_out(hidden.shape[0], self.lora_a.shape[0], self._is_thin(self.lora_a.shape[0]))
+            low_rank = _sum_of(self.num_a_parts, self._multiply(hidden, self.lora_a.t(), room))
         parts = _parts(low_rank, self.operand_dtype)
         return Operands(hidden, torch.cat([parts[i] for i in self.low_rank_order], 1))
 
@@ -160,9 +170,9 @@ class HeadGemm:
         `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (fp16: `allow_fp16_...`) is on, which is the default.
         With bf16 logits of bf16 operands the low-rank part is added to rounded logits, and rounded again.
         """
-        padded = Operands(*(None if rows is None else self._padded(rows) for rows in operands))
-        self.put_logits(padded, slice(0, self.weight.shape[0]), buffer[: padded.hidden.shape[0]])
-        return buffer[: operands.hidden.shape[0]]
+        out = buffer[: operands.hidden.shape[0]]
+        self.put_logits(operands, slice(0, self.weight.shape[0]), out)
+        return out
 
     def put_logits(self, operands: Operands, tokens: slice, out: Tensor) -> None:
         """out [C, tokens] = the logits of some tokens, whose range has both ends."""
@@ -221,19 +231,16 @@ class HeadGemm:
         grad = self._grad_rows(grad_logits, self.weight)
         if grad_low_rank is None:
             return grad
-        whole = self._padded(grad)
         with self._exact():
-            self._add_product(whole, self._padded(grad_low_rank).repeat(1, self.num_a_parts), self.lora_a, beta=1)
-        return whole[: grad.shape[0]]
+            self._add_product(grad, grad_low_rank.repeat(1, self.num_a_parts), self.lora_a, beta=1)
+        return grad
 
     def _grad_rows(self, grad_logits: Tensor, factor: Tensor) -> Tensor:
         """grad_logits [C, V] · factor [V, K] in fp32 (fp64); not in the dtype of hidden, because cuBLAS may split V and add the
         parts in the dtype of its output."""
-        padded = self._padded(grad_logits)
-        shape = padded.shape[0], factor.shape[1]
+        shape = grad_logits.shape[0], factor.shape[1]
         with self._exact():
-            grad = self._multiply(padded, factor, self._empty_out(*shape, self.gradient_in_columns or self._is_thin(shape[1])))
-        return grad[: grad_logits.shape[0]]
+            return self._multiply(grad_logits, factor, self._empty_out(*shape, self.gradient_in_columns or self._is_thin(shape[1])))
 
     def empty_grad_rows(self, rows: int, columns: int) -> Tensor:
         """Room for a gradient [rows, columns] that `add_grad_rows` puts together."""
@@ -259,11 +266,6 @@ class HeadGemm:
     def _exact(self) -> torch.autocast:
         """The caller's autocast has chosen the inputs' dtype; it must not round what is computed from them."""
         return torch.autocast(self.weight.device.type, enabled=False)
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        if not self.batch_invariant:
-            return rows
-        return F.pad(rows, (0, 0, 0, _invariant_rows(rows.device.type) - rows.shape[0]))
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:

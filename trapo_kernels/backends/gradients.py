@@ -64,20 +64,20 @@ def reduced(grads: Gradients, shard: VocabShard | None, hidden_dtype: torch.dtyp
 
 
 def accumulate(
-    gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, operands: Operands, index: Tensor | slice, first: bool
+    gemm: HeadGemm, grads: Gradients, grad_logits: Tensor, operands: Operands, index: Tensor | slice, count: int, first: bool
 ) -> None:
-    """Add what a chunk's dLogits [C, V] contribute to every gradient wanted."""
-    count = grad_logits.shape[0]
+    """Add what a chunk's dLogits [C, V] contribute to every gradient wanted. Those beyond the first `count`, which are those of the
+    rows `index`, are zeros."""
     through_a = gemm.has_lora and (grads.hidden is not None or grads.lora_a is not None)
     grad_low_rank = gemm.grad_low_rank(grad_logits) if through_a else None
     if grads.hidden is not None:
-        put_rows(grads.hidden, index, gemm.grad_hidden(grad_logits, grad_low_rank))
+        put_rows(grads.hidden, index, gemm.grad_hidden(grad_logits, grad_low_rank)[:count])
     if grads.lora_a is not None:
-        gemm.add_grad_factor(grad_low_rank, operands.hidden[:count], grads.lora_a, first)
+        gemm.add_grad_factor(grad_low_rank, operands.hidden, grads.lora_a, first)
     if grads.weight is not None:
-        gemm.add_grad_factor(grad_logits, operands.hidden[:count], grads.weight, first)
+        gemm.add_grad_factor(grad_logits, operands.hidden, grads.weight, first)
     if grads.lora_b is not None:
-        gemm.add_grad_factor(grad_logits, operands.low_rank[:count, : grads.lora_b.shape[1]], grads.lora_b, first)
+        gemm.add_grad_factor(grad_logits, operands.low_rank[:, : grads.lora_b.shape[1]], grads.lora_b, first)
     if grads.bias is not None:
         gemm.add_grad_bias(grads.bias, grad_logits)
 

@@ -110,10 +110,12 @@ def logprob_gradient(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor | list[Tensor]:
-    """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; destroys `logits`, and comes in parts where they do."""
+    """dL/dlogits [C, V] from the gradients of logprob and entropy [C], in as many parts as `logits`, which are destroyed. On a GPU
+    it may go to `out`; they stay then."""
     parts = _parts(logits)
-    grads = [_gradient_buffer(part, grad_dtype) for part in parts]
+    grads = [_gradient_buffer(part, grad_dtype) for part in parts] if out is None else [out]
     _OPS.row_gradient(
         parts,
         target.contiguous(),

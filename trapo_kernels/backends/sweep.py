@@ -4,8 +4,8 @@
                                   └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
                                                                    └─GEMM──▶ grad_weight[V, D] +=
 
-Memory: one chunk of logits beside the results (three with `rows_torch`), or an eighth of all (`in_weight`). Order: chunks ascend
-and every sum has a fixed order, so results are bitwise repeatable.
+Memory: one chunk of logits beside the results (three with `rows_torch`, four with its softcap), or an eighth of all (`in_weight`).
+Order: chunks ascend and every sum has a fixed order, so results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def _sweep_gradients(
         operands = _operands(gemm, head, index, active[index])
         grad_logits = gradient(index, gemm.logits(operands, buffer))
         if grad_logits is not None:
-            accumulate(gemm, grads, grad_logits[:count], operands, _first(index, count), first=number == 0)
+            grad_logits[count:] = 0.0  # what a short chunk was filled up with
+            accumulate(gemm, grads, grad_logits, operands, _first(index, count), count, first=number == 0)
         del grad_logits  # before the next chunk's logits, not after
 
 
@@ -292,9 +293,9 @@ def score_logits(rows: ModuleType, logits: Tensor, target: Tensor, transform: Lo
     """`score` for logits [N, V] that exist already; they are left as they are, copied chunk by chunk where they would not be."""
     dtype = statistics_dtype(logits)
     out = _empty_statistics(logits.shape[0], dtype, logits.device)
+    as_they_are = _takes_as_they_are(rows, logits)
     for index in _logit_chunks(logits):
-        readable = not rows.statistics_overwrite(logits) and logits.stride(1) == 1
-        chunk = logits[index] if readable else _own_copy(logits[index], dtype)
+        chunk = logits[index] if as_they_are else _own_copy(logits[index], dtype)
         _put(out, index, rows.statistics(chunk, target[index], transform.rows(index), with_entropy))
         del chunk  # before the next one, not after
     return out
@@ -311,11 +312,10 @@ def score_logits_backward(
 ) -> Tensor:
     """dL/dlogits [N, V] in the dtype of logits."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    in_place = logits.dtype == stats.logprob.dtype
+    as_they_are, in_place = _takes_as_they_are(rows, logits), logits.dtype == stats.logprob.dtype
     for index in _logit_chunks(logits):
         room = grad[index]
-        result = rows.logprob_gradient(
-            room.copy_(logits[index]) if in_place else _own_copy(logits[index], stats.logprob.dtype),
+        known = (
             target[index],
             transform.rows(index),
             RowStatistics(*(part[index] for part in stats)),
@@ -323,9 +323,19 @@ def score_logits_backward(
             None if grad_entropy is None else grad_entropy[index],
             logits.dtype,
         )
+        if as_they_are:
+            rows.logprob_gradient(logits[index], *known, out=room)
+            continue
+        copy = room.copy_(logits[index]) if in_place else _own_copy(logits[index], stats.logprob.dtype)
+        result = rows.logprob_gradient(copy, *known)
         if result.data_ptr() != room.data_ptr():
             room.copy_(result)
     return grad
+
+
+def _takes_as_they_are(rows: ModuleType, logits: Tensor) -> bool:
+    """Whether these row operations read such logits where they lie, and leave them."""
+    return not rows.statistics_overwrite(logits) and logits.stride(1) == 1
 
 
 def _own_copy(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -103,10 +103,10 @@ class HostGpu:
         self._properties = (ctypes.c_uint64(seed), major, *sizes)
 
     def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             self._library.functions.set_properties(*self._properties)
             with patch.object(native, "_OPS", self._library.ops), patch.object(native, "_on_gpu", lambda logits: True):
-                return getattr(native, name)(*arguments)
+                return getattr(native, name)(*arguments, **named)
 
         return call
 

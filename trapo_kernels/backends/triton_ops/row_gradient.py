@@ -12,7 +12,7 @@ from trapo_kernels.backends.triton_ops.launch import gradient_buffer, tile, tran
 from trapo_kernels.backends.triton_ops.softmax import gradient_sweep, zero_row
 
 
-# One program per row, in place:
+# One program per row, in place or beside it:
 #
 #     logits row r ─▶ [BLOCK_V] ─ p, log p ─▶ dL/dlogits row r [BLOCK_V], in the dtype of the next GEMM
 #
@@ -56,9 +56,10 @@ def logprob_gradient(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dL/dlogits [C, V] from the gradients of logprob and entropy [C]; overwrites `logits` where the dtype allows."""
-    grad = gradient_buffer(logits, grad_dtype)
+    """dL/dlogits [C, V] from the gradients of logprob and entropy [C] into `out`; without it, over `logits` if the dtype allows."""
+    grad = gradient_buffer(logits, grad_dtype) if out is None else out
     grad_logprob = torch.zeros_like(stats.logprob) if grad_logprob is None else grad_logprob.contiguous()
     with torch.cuda.device_of(logits):  # where Triton launches; nothing on a CPU
         row_gradient_kernel[(logits.shape[0],)](
