@@ -89,13 +89,16 @@ TRAPO_HD float tanh_of(float x) {
   return copysignf(size < 0.25f ? near : x != x ? x : far, x);
 }
 
+// 1 / x up to the largest number.
+TRAPO_HD float reciprocal(float x) { return quotient(0.25f, 0.25f * x); }
+
 // From raw logits to bits: y = softcap · tanh(x / softcap), bits = y · scale; softcap 0 means none. Divisions are done once per row.
 struct Transform {
   float softcap, inverse_softcap, inverse_temperature, scale;
 
   TRAPO_HD Transform(float softcap, float temperature)
-      : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : 1.0f / softcap), inverse_temperature(1.0f / temperature),
-        scale(inverse_temperature * kLog2E) {}
+      : softcap(softcap), inverse_softcap(softcap == 0.0f ? 0.0f : reciprocal(softcap)),
+        inverse_temperature(reciprocal(temperature)), scale(inverse_temperature * kLog2E) {}
   TRAPO_HD float capped(float x) const { return softcap == 0.0f ? x : softcap * tanh_of(x * inverse_softcap); }
   // dy/dx = 1 - tanh² from y, which is what a row keeps: softcap - y is exact where y comes near it, and 0 where it gets there.
   TRAPO_HD float slope(float y) const {
