@@ -116,11 +116,12 @@ def _run(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> RunSum
     for note in trainer.notes:
         reporter.event(note)
     with StopSignal(_notice(trainer)) as stop:  # which also holds while the model is written
-        failed = _loop(trainer, store, reporter, stop)
+        failed, written = _loop(trainer, store, reporter, stop)
         left = trainer.step < config.steps or trainer.evaluation_due  # for the run that continues this one
         stopped_by = stop.received if left and failed is None else None  # what is in no checkpoint is exported
         if stopped_by is None:
-            _export(trainer, store, reporter, failed)
+            if not written:
+                _export(trainer, store, reporter, failed)
             better = store.better_before() if config.checkpoint.keep_best else None
             if better is not None:
                 reporter.event(better)
@@ -188,21 +189,25 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
     ) from failed
 
 
-def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> CheckpointError | None:
+def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: StopSignal) -> tuple[CheckpointError | None, bool]:
     """Step until the end or a signal to stop; after each step save, then evaluate, whichever is due. What it ends with at the last
-    step is finite. Returns why that could not be saved, which must not keep the model from being written.
+    step is finite. Returns why that could not be saved, which must not keep the model from being written, and whether it is.
 
     An evaluation may take long: what ends the run meanwhile finds the step saved. Whatever takes long leads back to the top, where
     ranks agree on a signal, so that one that came meanwhile ends the run before anything else begins."""
     config = trainer.config
     saved_at = trainer.step if config.checkpoint.resume and trainer.step in store.steps() else None
     symptoms = Symptoms(config.rollout.max_response_tokens, trainer.tokenizer.eos_token, trainer.last_metrics)
-    every, unsaved = config.checkpoint.every, None
+    every, unsaved, written = config.checkpoint.every, None, False
     last_is_due = every > 0 or trainer.world.size > 1  # or all would be lost where one rank fails to gather the model
     while True:
         stopping = stop.agree(trainer.world) is not None  # a signal to one rank stops all of them, at the same step
         finished = trainer.step >= config.steps
         due = trainer.step > 0 and (last_is_due if finished else every > 0 and trainer.step % every == 0)
+        if finished and trainer.evaluation_due and not (due or stopping or written):  # an evaluation may end what saved nothing
+            check_finite(trainer.model, trainer.world, store, trainer.step)
+            _export(trainer, store, reporter, None)
+            written = True
         try:
             if (due or stopping) and saved_at != trainer.step and unsaved is None:
                 _save(trainer, store, reporter)
@@ -214,7 +219,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
                     check_finite(trainer.model, trainer.world, store, trainer.step)
                 for text in symptoms.at_the_end():
                     reporter.event(text)
-                return unsaved
+                return unsaved, written
             else:
                 _step(trainer, store, reporter, symptoms)
         except CheckpointError as error:

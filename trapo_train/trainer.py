@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,7 +66,7 @@ class Trainer:
         self.config = config
         self.world = World(config.parallel)
         tell = tell if self.world.first else lambda text: None
-        seed_generators(self._rank_seed(0))  # for what draws in rewards and choosers; the model seeds torch's again
+        seed_generators(self._rank_seed(0))  # for what draws in rewards and choosers
         self.step = 0
         self.notes: list[str] = []
         self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
@@ -105,6 +106,7 @@ class Trainer:
                 self.reference = self._load_model(task_tokenizer, check_logits=False)[0]
                 self.reference.requires_grad_(False).eval()
                 place_model(self.reference, self.world)
+        torch.manual_seed(self._rank_seed(0))  # loading has seeded it, on every rank alike
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._rank_seed(0))
@@ -230,10 +232,10 @@ class Trainer:
         generates = plan.largest_request > 0 or any(self.world.gather(any(not problem.experts for problem in problems)))
 
         def sampled() -> RolloutResult:
-            with self.ready_to_generate() if generates else nullcontext():
-                return run_plans(problems, self._built(plan), self.engine, self.reward, self.tokenizer, self.config.rollout)
+            return run_plans(problems, self._built(plan), self.engine, self.reward, self.tokenizer, self.config.rollout)
 
-        return merge_results(self.world.attempt(sampled, *SAMPLING_ERRORS))
+        with self.ready_to_generate() if generates else nullcontext():  # which all ranks leave in one way
+            return merge_results(self.world.attempt(sampled, *SAMPLING_ERRORS))
 
     @contextmanager
     def ready_to_generate(self) -> Iterator[None]:

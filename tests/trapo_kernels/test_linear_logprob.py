@@ -312,7 +312,8 @@ def test_fused_scoring_whatever_the_blocks_of_a_group(group, monkeypatch):
     monkeypatch.setitem(triton_ops.fused_scoring.__globals__, "tiles_of_split", lambda *of: 2)
     whole = triton_ops.fused_scoring(hidden, weight, target, LogitTransform())
     exact = linear_logprob(hidden, weight, target, with_entropy=True, backend="torch")
-    monkeypatch.setitem(triton_ops.fused_scoring.__globals__, "GROUP", group)
+    scope = triton_ops.fused_scoring.__globals__
+    monkeypatch.setitem(scope, "TILE_FP32", scope["TILE_FP32"] | {"GROUP": group})
     found = triton_ops.fused_scoring(hidden, weight, target, LogitTransform())
     assert all(torch.equal(ours, expected) for ours, expected in zip(found, whole, strict=True))
     torch.testing.assert_close(found.logprob, exact.logprob, rtol=2e-6, atol=1e-5)

@@ -312,6 +312,11 @@ def test_a_dry_run_that_was_stopped_has_not_passed(config, monkeypatch, capsys):
     assert "passed" not in capsys.readouterr().out
 
 
+def test_a_dry_run_has_no_warm_up(config):
+    schedule = ("steps=100", "optimizer.schedule=polynomial", "optimizer.warmup_steps=10")
+    assert cli.main(["run", config, *schedule, "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize("command", ["run", "eval", "export", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:

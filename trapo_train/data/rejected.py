@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trapo_train.files import replace_text
 from trapo_train.parallel.world import World
-from trapo_train.records import Problem
+from trapo_train.records import THINK, Problem
 from trapo_train.rewards.functions import RewardFn, WeightedSum, judge, opinion_of
 from trapo_train.schema import UserError
 
@@ -35,7 +35,8 @@ def rejected_experts(
     traces = [problem.experts[number] for problem, number in pairs]
     texts = [trace.text.removesuffix(tokenizer.convert_ids_to_tokens(trace.token_ids[-1])) for trace in traces]
     lengths = [len(trace.token_ids) for trace in traces]
-    about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs)}
+    opened = [problem.prompt.rstrip().endswith(THINK) for problem, _ in pairs]
+    about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs), "thoughts_open": opened}
     opinions = [opinion_of(value, correct_by) for value in judge(reward, [problem for problem, _ in pairs], texts, about)]
     judged = zip(pairs, opinions, strict=True)
     return {(problem.index, number) for (problem, number), opinion in judged if opinion is not None and opinion <= 0}

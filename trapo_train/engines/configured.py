@@ -27,8 +27,8 @@ def build_engine(
 ) -> AnyEngine:
     """The engine of `rollout.engine` for this rank; all that ends a response ends one there.
 
-    Raises: EngineError for a server that does not answer, or vLLM that is not installed; CheckpointError for a sync_dir that holds
-        what is not the trainer's to replace.
+    Raises: EngineError for a server that does not answer or that another run uses, or vLLM that is not installed; CheckpointError
+        for a sync_dir that holds what is not the trainer's to replace.
     """
     engine = _engine(config, model, tokenizer, world, seed)
     engine.end_ids = end_ids(config.model.eos_token, model, tokenizer)
@@ -43,6 +43,7 @@ def _engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedToke
         weights = Path(config.output_dir) / "vllm_weights"
         engine = VllmServerEngine(rollout.vllm_server, config.model.name_or_path or "", weights, tokenizer, seed=seed)
         engine.check()
+        world.attempt(engine.claim if world.first else lambda: None, EngineError)
         check_replaceable(engine.sync_dir)
         return engine
     folder = Path(config.output_dir) / f"vllm_config_{world.rank}"

@@ -136,15 +136,30 @@ class VllmEngine(Engine):
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take `weights`: whole tensors under the names of the checkpoint, one after the other; then sample from them.
 
-        Raises: EngineError for what vLLM raises, when the last of `weights` was asked for: ranks put each together in turn.
+        Raises: EngineError for what vLLM raises, when the last of `weights` was asked for: ranks put each together in turn. What
+            `weights` itself raises, such as for too little memory, as it is: the other ranks wait for a part of this one.
         """
-        weights = iter(weights)
-        with _vllm_errors("reload_weights"):
+        ours: list[Exception] = []
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
             try:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            finally:
-                for _ in weights:  # the other ranks wait at each of them for this one
-                    pass
+                yield from weights
+            except Exception as error:  # told from what vLLM raises
+                ours.append(error)
+                raise
+
+        given = noted()
+        try:
+            with _vllm_errors("reload_weights"):
+                try:
+                    self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": given})
+                finally:
+                    for _ in given:  # the other ranks wait at each of them for this one
+                        pass
+        except EngineError:
+            if ours:
+                raise ours[0] from None
+            raise
         if self._sleeps:
             with _vllm_errors("wake_up"):
                 self._llm.wake_up(tags=["kv_cache"])

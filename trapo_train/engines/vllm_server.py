@@ -12,8 +12,12 @@ samples, the trainer writes its weights as safetensors to `sync_dir`, and the se
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
+import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -70,6 +74,11 @@ class VllmServerConfig:
         expand_home(self, "sync_dir")
 
 
+def claim_file(base_url: str) -> Path:
+    """The file that is locked by the process which samples from a server."""
+    return Path(tempfile.gettempdir()) / f"trapo_vllm_server_{os.getuid()}_{hashlib.sha256(base_url.encode()).hexdigest()[:16]}"
+
+
 class VllmServerEngine(Engine):
     """Samples from a vLLM server over its OpenAI-compatible protocol, one request per prompt, many at once.
 
@@ -107,6 +116,25 @@ class VllmServerEngine(Engine):
                 f"reports {', '.join(f'{logprob:.4g}' for logprob in reported)}: temperature and importance weights would be "
                 "wrong. Start it with --logprobs-mode processed_logprobs."
             )
+
+    def claim(self) -> None:
+        """Keep other runs of this user on this machine from the server, as long as the process lives.
+
+        Raises: EngineError where another has it: each would sample from the weights of the other.
+        """
+        self._claim = claim_file(self._config.base_url).open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._claim.seek(0)
+            raise EngineError(
+                f"vllm_server: a server must serve one run, or one evaluation, at a time, got {self._config.base_url}, which "
+                f"{self._claim.read().strip() or 'another process'} uses: each would sample from the weights of the other. Wait "
+                "for its end, stop it, or start a second server and set rollout.vllm_server.base_url."
+            ) from error
+        self._claim.truncate(0)
+        self._claim.write(f"process {os.getpid()}\n")
+        self._claim.flush()
 
     def load_weights(self) -> None:
         """Have the server read the weights in `sync_dir` and forget what it cached of the old ones."""

@@ -16,42 +16,16 @@ from typing import Any, Protocol
 
 from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.records import Problem
+from trapo_train.rewards.builtin import REWARDS, Overlong
 from trapo_train.rewards.grading import MathVerify, WorkerReward
 from trapo_train.rewards.math_grader import load_library
 from trapo_train.rewards.reward_checks import check_is_no_class, takes
+from trapo_train.rewards.surroundings import current_gpu, no_autocast, use_gpu
 from trapo_train.schema import UserError, check, did_you_mean
-from trapo_train.tasks import pointer_chasing_reward
 from trapo_train.user_code import in_words, note_place, resolve
 
 ABOUT_RESPONSES = ("completion_tokens", "finish_reasons", "thoughts_open")  # what a reward is told besides the columns of the data
 SEARCH_S = 5.0  # most seconds that the row is looked for which a reward raised on: each row asked may be a call of a service
-
-
-@dataclass(frozen=True)
-class Overlong:
-    """DAPO's soft overlong punishment: 0 up to max_tokens - buffer tokens, falling to -1 at max_tokens, -1 beyond.
-
-    Source: arXiv 2503.14476, equation 13.
-    """
-
-    max_tokens: int
-    """Tokens at which the punishment is whole, usually rollout.max_response_tokens."""
-    buffer: int
-    """Tokens over which it grows, in [1, max_tokens]."""
-
-    may_overlap = True
-
-    def __post_init__(self) -> None:
-        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.max_tokens, self.buffer))
-        if not whole or not 1 <= self.buffer <= self.max_tokens:
-            raise UserError(
-                f"overlong needs whole numbers 1 <= buffer <= max_tokens, got buffer = {self.buffer!r}, max_tokens = "
-                f"{self.max_tokens!r}. For example {{max_tokens: 8192, buffer: 2048}}."
-            )
-
-    def __call__(self, completion_tokens: Sequence[int], **columns: Any) -> list[float]:
-        free = self.max_tokens - self.buffer
-        return [min(max(free - tokens, -self.buffer), 0) / self.buffer for tokens in completion_tokens]
 
 
 @dataclass(frozen=True)
@@ -198,16 +172,6 @@ def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedS
     return reward
 
 
-def exact_match(
-    prompts: Sequence[str], completions: Sequence[str], solution: Sequence[str | None], **columns: Any
-) -> list[float | None]:
-    """Reward 1.0 where the completion is the solution, white space around both ignored; None without a solution."""
-    return [
-        None if truth is None else float(completion.strip() == truth.strip())
-        for completion, truth in zip(completions, solution, strict=True)
-    ]
-
-
 class Total(float):
     """A weighted sum that knows its parts by name, unweighted; None for no opinion."""
 
@@ -298,20 +262,14 @@ def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None
     a note of the line in the reward's module."""
     taken = {name: values for name, values in arguments.items() if name not in ABOUT_RESPONSES or takes(reward, name)}
     try:
-        values = reward(**taken)
+        with no_autocast():
+            values = reward(**taken)
         if not inspect.isawaitable(values):
             return values
-        return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+        return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop(current_gpu())).result()
     except Exception as error:  # the user's code may raise anything, and nothing is kept from the caller
         note_place(error, reward)
         raise
-
-
-REWARDS: dict[str, RewardFn] = {
-    "exact_match": exact_match,
-    "math_verify": MathVerify(),
-    "pointer_chasing": pointer_chasing_reward,
-}
 
 
 def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
@@ -333,10 +291,11 @@ def _load_sum(terms: Sequence[RewardTerm]) -> WeightedSum:
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop(gpu: int | None) -> asyncio.AbstractEventLoop:
     """The loop of all async rewards, so that what they share, such as a session or a semaphore, works between their calls. It runs
     in a thread of its own: the caller's may run one already, as in a notebook."""
     loop = asyncio.new_event_loop()
+    loop.call_soon(use_gpu, gpu)
     threading.Thread(target=loop.run_forever, name="async-rewards", daemon=True).start()
     return loop
 

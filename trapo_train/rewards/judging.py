@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from trapo_train.models.tokenizer import decode
 from trapo_train.records import END_THINK, THINK, Sample
 from trapo_train.rewards.functions import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
+from trapo_train.rewards.surroundings import current_gpu, use_gpu
 from trapo_train.rollouts.prefix import answer_in_prefix
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Judging:
         self.none_count = 0
         self._reward, self._tokenizer, self._config = reward, tokenizer, config
         self._cases: list[_Case] = []
-        self._threads = ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="reward") if may_overlap(reward) else None
+        own_gpu = {"initializer": use_gpu, "initargs": (current_gpu(),)}
+        self._threads = ThreadPoolExecutor(_CALLS_AT_ONCE, "reward", **own_gpu) if may_overlap(reward) else None
 
     def __len__(self) -> int:
         return len(self._cases)

@@ -103,7 +103,10 @@ def _built(config: ObjectiveConfig, scheduled: dict[str, float]) -> Objective:
         )
     if (config.kl is not None or objective.has_kl) and objective.why_a_kl_is_idle:
         raise UserError(f"objective {config.name}: {objective.why_a_kl_is_idle}. Leave the KL out.")
-    return objective if config.kl is None else with_kl(objective, config.kl.term())
+    if config.kl is None:
+        return objective
+    with refused(f"objective.kl does not go with {config.name}", ValueError):
+        return with_kl(objective, config.kl.term())
 
 
 def with_kl(objective: Objective, kl: KL) -> Objective:

@@ -22,6 +22,12 @@ def dice(prompts, completions, **columns):
     return [random.random() + numpy.random.random() + float(torch.rand(())) for _ in completions]
 
 
+def test_loading_leaves_each_rank_a_generator_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_rank_seed", lambda trainer, step: 77 + step)
+    Trainer(build_config(tmp_path, "run", "objective.kl={beta: 0.1}"))
+    assert torch.initial_seed() == 77 and torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(77).get_state())
+
+
 class Fails:
     """Draws and then raises, once."""
 

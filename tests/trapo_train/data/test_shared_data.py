@@ -82,6 +82,17 @@ def test_ranks_share_the_traces_that_the_reward_judges_and_drop_the_same(write):
     assert [[expert.text for expert in problem.experts] for problem in alone] == [["bc$"], [], ["bc$"]]
 
 
+def test_a_reward_that_judges_traces_is_told_what_it_is_told_of_samples(write):
+    told = []
+
+    def judge(completions, completion_tokens, finish_reasons, thoughts_open, **columns):
+        told.extend(zip(completions, completion_tokens, finish_reasons, thoughts_open, strict=True))
+        return [1.0] * len(completions)
+
+    load_problems(write("rows.jsonl", ROWS), TOKENIZER, judge)
+    assert told[0] == ("ab", 3, "expert", False)
+
+
 @pytest.mark.parametrize("change", [{"solution": "bd"}, {"level": 1}])
 def test_ranks_that_read_other_problems_are_named_on_all(change, write):
     data, stale = write("rows.jsonl", ROWS), write("stale.jsonl", [ROWS[0], ROWS[1] | change, ROWS[2]])

@@ -34,14 +34,6 @@ from trapo_train.tasks import pointer_chasing_reward
 PROMPTS = [[5, 6, 7], [8, 9], [5], [8, 9]]
 
 
-@pytest.fixture
-def vllm(monkeypatch):
-    fake = FakeVllm()
-    fake.install(monkeypatch)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # restored afterwards
-    return fake
-
-
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
@@ -269,46 +261,6 @@ def test_a_run_whose_vllm_runs_out_of_memory_in_its_second_step_keeps_the_first(
         "Lower rollout.vllm.gpu_memory_utilization."
     )
     assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=1).steps() == [1]
-
-
-def test_ranks_agree_before_they_put_weights_together_before_they_sample_and_after(vllm, tmp_path):
-    class Ranks(World):
-        def __init__(self, fails_at=None):
-            self.fails_at = fails_at
-
-        def gather(self, value):
-            llm.log.append("agree")
-            if len(llm.log) == self.fails_at:
-                raise EngineError("of another rank")
-            return [value]
-
-    model = tiny()
-    engine = build(model, tmp_path)
-    (llm,) = vllm.built
-    with ready(engine, model, Ranks()):
-        llm.log.append("sample")
-    assert llm.log == ["agree", "load", "reset", "agree", "sample", "agree"]
-    for fails_at, expected in ((1, ["agree"]), (4, ["agree", "load", "reset", "agree"])):
-        llm.log.clear()
-        with pytest.raises(EngineError, match="of another rank"), ready(engine, model, Ranks(fails_at)):
-            llm.log.append("sample")
-        assert llm.log == expected
-    llm.log.clear()
-    with pytest.raises(ZeroDivisionError), ready(engine, model, Ranks()):
-        raise ZeroDivisionError  # of this rank alone: the others are elsewhere
-    assert llm.log == ["agree", "load", "reset", "agree"]
-
-
-def test_where_vllm_fails_to_load_a_weight_the_others_are_put_together_all_the_same(vllm, tmp_path, monkeypatch):
-    def fail(llm, method, kwargs):
-        next(kwargs["weights_iterator"])
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(FakeLLM, "collective_rpc", fail)
-    engine, weights = build(tiny(), tmp_path), iter([("first", torch.ones(1)), ("second", torch.ones(1))])
-    with pytest.raises(EngineError, match="vllm: reload_weights failed with RuntimeError: no room$"):
-        engine.load(weights)
-    assert list(weights) == []
 
 
 @pytest.mark.parametrize(

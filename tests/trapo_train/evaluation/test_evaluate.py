@@ -29,7 +29,8 @@ from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
 from trapo_train.parallel.world import World
 from trapo_train.records import Completion, ExpertTrace, Problem
-from trapo_train.rewards.functions import REWARDS, WeightedSum
+from trapo_train.rewards.builtin import REWARDS
+from trapo_train.rewards.functions import WeightedSum
 from trapo_train.rollouts.rollout import RolloutConfig
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 

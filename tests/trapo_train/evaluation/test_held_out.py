@@ -16,7 +16,8 @@ from transformers import Qwen2Config
 from tests.trapo_train.evaluation.test_evaluate import TOKENIZER, ids
 from tests.trapo_train.parallel.test_parallel import TINY, ranks_train
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
-from trapo_train import cli
+from trapo_train import cli, train
+from trapo_train.checkpoints.export import export_model
 from trapo_train.checks.preflight import check_lengths
 from trapo_train.data.dataset import DataReport
 from trapo_train.evaluation import held_out
@@ -111,6 +112,21 @@ def test_a_run_may_evaluate_without_sampling_and_trains_as_before(configure, cap
     assert cli.main(["eval", config.output_dir, "evaluation={sample: false, pass_at: [8], group_by: none, top_p: 0.9}"]) == 0
     shown = capsys.readouterr().out
     assert f"expert_nll {found[-1]['expert_nll']:.4g}" in shown and "accuracy" not in shown
+
+
+def test_what_was_trained_is_written_before_the_last_evaluation_where_nothing_else_holds_it(configure, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings = (*EVALUATED, "evaluation.every=0", "checkpoint.every=0", "steps=2")
+    config, written = configure("run", *settings), []
+    monkeypatch.setattr(train, "export_model", lambda *given: written.append(given[2]) or export_model(*given))
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Trainer, "evaluate", fail)
+        train_to_end(config)
+    assert (Path(config.output_dir) / "model" / "model.safetensors").exists() and len(written) == 1
+    train_to_end(configure("other", *settings))
+    assert len(written) == 2  # once
 
 
 def test_what_loading_a_set_left_out_is_noted_and_counted(configure, tmp_path, capsys):

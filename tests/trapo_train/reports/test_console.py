@@ -11,7 +11,7 @@ from tests.trapo_train.test_cli import TINY
 from trapo_train import cli
 from trapo_train.reports import display
 from trapo_train.reports.display import read_metrics
-from trapo_train.rewards.functions import REWARDS
+from trapo_train.rewards.builtin import REWARDS
 
 
 @pytest.fixture

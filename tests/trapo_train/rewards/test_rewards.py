@@ -11,17 +11,8 @@ import pytest
 import torch
 
 from trapo_train.records import Problem
-from trapo_train.rewards.functions import (
-    REWARDS,
-    RewardError,
-    RewardTerm,
-    WeightedSum,
-    exact_match,
-    judge,
-    load_reward,
-    may_overlap,
-    take_metrics,
-)
+from trapo_train.rewards.builtin import REWARDS, exact_match
+from trapo_train.rewards.functions import RewardError, RewardTerm, WeightedSum, judge, load_reward, may_overlap, take_metrics
 from trapo_train.tasks import pointer_chasing_reward
 
 math_verify = REWARDS["math_verify"]
@@ -165,7 +156,7 @@ def test_exact_match():
 def test_load_reward_by_name_and_by_path(tmp_path, monkeypatch):
     assert load_reward("exact_match") is exact_match
     assert load_reward("pointer_chasing") is pointer_chasing_reward
-    assert load_reward("trapo_train.rewards.functions:exact_match") is exact_match
+    assert load_reward("trapo_train.rewards.builtin:exact_match") is exact_match
     (tmp_path / "my_own_rewards.py").write_text("def length(completions, **columns):\n    return [len(c) for c in completions]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

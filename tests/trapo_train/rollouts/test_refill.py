@@ -15,7 +15,8 @@ from trapo_train.data.dataset import ProblemOrder
 from trapo_train.metrics import Mean
 from trapo_train.records import Problem, Sample
 from trapo_train.reports.display import Reporter, read_metrics
-from trapo_train.rewards.functions import Overlong, RewardError
+from trapo_train.rewards.builtin import Overlong
+from trapo_train.rewards.functions import RewardError
 from trapo_train.rollouts.refill import sample_with_refill, teaches
 from trapo_train.rollouts.rollout import RolloutResult, chain_results
 from trapo_train.step.advantages import AdvantageConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trapo_kernels import objectives
-from trapo_train.step.objective import ObjectiveConfig, build_objective, extreme_objectives, scheduled_options
+from trapo_train.schema import UserError
+from trapo_train.step.objective import KLConfig, ObjectiveConfig, build_objective, extreme_objectives, scheduled_options
 
 
 def test_objective_options_reach_the_preset():
@@ -20,6 +21,11 @@ def test_options_may_be_schedules():
     assert build_objective(config, step=10) == objectives.chord_mu(mu=0.1, epsilon_low=0.1)
     assert scheduled_options(config, 10) == {"mu": 0.1}
     assert extreme_objectives(config) == [objectives.chord_mu(mu=mu, epsilon_low=0.1) for mu in (0.1, 0.9)]
+
+
+def test_a_kl_that_an_objective_cannot_have_is_refused_by_name():
+    with pytest.raises(UserError, match=r'objective\.kl does not go with rloo: .*the KL estimator "k3_corrected" needs'):
+        ObjectiveConfig("rloo", kl=KLConfig(0.01, "k3_corrected"))
 
 
 @pytest.mark.parametrize(

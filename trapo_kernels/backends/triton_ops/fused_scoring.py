@@ -16,19 +16,18 @@ from trapo_kernels.roles import IGNORE_INDEX
 
 # One tile for every shape: 128 × 128 fp32 accumulators over 8 warps are 64 registers per thread; three stages of two 128 × 64 bf16
 # operands are 96 KiB of shared memory. Chosen by the table in benchmarks/results/offline_compile.md (no spill); speed awaits a GPU.
-TILE = OPTIONS | {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+# GROUP: blocks of rows whose programs, of all splits, run before those of the next group. So their hidden states stay in L2, 15 MB
+# at D = 3584 beside 7 of weight tiles; those of 32768 rows, all at once, would not, and each tile would read them from memory.
+TILE = OPTIONS | {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
 # At a depth of 64 sm_120 spills (40 bytes of stack in that table's compiler). Half as deep, four stages are 48 KiB of its 99.
 TILE_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
 # fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_100 spills (16
 # bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
-TILE_FP32 = OPTIONS | {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+TILE_FP32 = OPTIONS | {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "GROUP": 16, "num_warps": 8, "num_stages": 2}
 # Whether Triton orders the copies of a pipeline before the asynchronous tensor cores of sm_90 to sm_110 that read them. Before
 # triton 3.8, some 3.7 excepted, a tile could be multiplied before it is there (triton-lang/triton#9610), so nothing is pipelined.
 FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 MULTIPROCESSORS = 132  # of an H200; where the kernel is interpreted
-# Blocks of rows in a group; the programs of a group, of all splits, run before those of the next. So its hidden states stay in L2,
-# 15 MB at D = 3584 beside 7 of weight tiles. Those of 32768 rows, all at once, would not: each tile would read them from memory.
-GROUP = 16
 
 
 # One program per BLOCK_N rows and split of the vocabulary, group by group of row blocks; within a group these vary fastest, so that
@@ -155,7 +154,7 @@ def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: Log
     with torch.cuda.device_of(hidden):  # where Triton launches; nothing on a CPU
         fused_scoring_kernel[(row_blocks * splits,)](
             hidden, hidden.stride(0), weight, weight.stride(0), target.contiguous(), row_max, others, moment, z_target,
-            num_rows, hidden_size, vocab_size, tiles_per_split, **transform_arguments(transform, row_max), **tile, GROUP=GROUP,
+            num_rows, hidden_size, vocab_size, tiles_per_split, **transform_arguments(transform, row_max), **tile,
         )  # fmt: skip
     return _merge(*(part.view(splits, num_rows) for part in (row_max, others, moment, z_target)), target, vocab_size)
 

@@ -1,0 +1,34 @@
+"""One run at a time samples from a vLLM server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.trapo_train.engines.test_vllm_server import overrides
+from tests.trapo_train.test_train import build_config
+from trapo_train.engines import vllm_server
+from trapo_train.engines.engine import EngineError
+from trapo_train.trainer import Trainer
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7", file=file, flush=True)
+print("held", flush=True)
+input()
+"""
+
+
+def test_a_server_that_another_process_samples_from_is_refused(server, tmp_path):
+    config = build_config(tmp_path, "run", *overrides(server))
+    command = [sys.executable, "-c", HOLDS, vllm_server.claim_file(server.url)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(EngineError, match=rf"one run, or one evaluation, at a time, got {server.url}, which process 7 uses"):
+            Trainer(config)
+        other.communicate(b"\n")
+    assert [Trainer(config).engine.sync_dir for _ in range(2)] == [tmp_path / "run" / "vllm_weights"] * 2  # of one process
