@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.trapo_train.engines.test_vllm_server import overrides
+from tests.trapo_train.engines.test_vllm_server import server_settings
 from tests.trapo_train.test_train import build_config
 from trapo_train.engines import vllm_server
 from trapo_train.engines.engine import EngineError
@@ -24,7 +24,7 @@ input()
 
 
 def test_a_server_that_another_process_samples_from_is_refused(server, tmp_path):
-    config = build_config(tmp_path, "run", *overrides(server))
+    config = build_config(tmp_path, "run", *server_settings(server))
     command = [sys.executable, "-c", HOLDS, vllm_server.claim_file(server.url)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

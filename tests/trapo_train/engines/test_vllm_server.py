@@ -205,7 +205,7 @@ def test_a_server_that_started_anew_gets_the_weights_before_it_samples_again(ser
 
 
 def test_what_is_longer_than_the_server_takes_is_refused_before_anything_is_sampled(server, tmp_path):
-    config = build_config(tmp_path, "run", *overrides(server))
+    config = build_config(tmp_path, "run", *server_settings(server))
     prompt = Trainer(config).problems.longest_prompt_tokens
     server.card["max_model_len"] = prompt + 16
     Trainer(config)
@@ -276,7 +276,7 @@ def test_bad_settings(settings, message):
         VllmServerConfig(**settings)
 
 
-def overrides(server):
+def server_settings(server):
     return (
         "rollout.engine=vllm_server",
         f"rollout.vllm_server={{base_url: '{server.url}', model: {MODEL}, max_retries: 1, timeout_s: 20, seed_requests: true}}",
@@ -288,7 +288,7 @@ def overrides(server):
 
 
 def test_a_run_samples_from_the_weights_that_it_has_just_trained(server, tmp_path):
-    config = build_config(tmp_path, "run", *overrides(server))
+    config = build_config(tmp_path, "run", *server_settings(server))
     train_to_end(config)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert len(rows) == 4 and len(server.loaded) == 4
@@ -300,7 +300,7 @@ def test_a_run_samples_from_the_weights_that_it_has_just_trained(server, tmp_pat
 def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch, where):
     """The step that could not be sampled is not begun, everything before it is saved, and the run goes on to the same bits."""
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
-    overrides = (*overrides(server), "checkpoint.every=0")
+    overrides = (*server_settings(server), "checkpoint.every=0")
     whole = build_config(tmp_path, "whole", *overrides)
     train_to_end(whole)
     config = build_config(tmp_path, "run", *overrides)
@@ -319,7 +319,7 @@ def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch, where):
 
 
 def test_weights_that_cannot_be_written_for_the_server_lose_nothing(server, tmp_path, monkeypatch):
-    config, writes = build_config(tmp_path, "run", *overrides(server), "checkpoint.every=0"), []
+    config, writes = build_config(tmp_path, "run", *server_settings(server), "checkpoint.every=0"), []
 
     def refuses(model, *arguments, inner=PreTrainedModel.save_pretrained, **options):
         writes.append(model)
@@ -369,7 +369,7 @@ def test_a_reward_that_fails_loses_nothing_either(tmp_path):
 def test_an_evaluation_that_fails_loses_nothing_either(server, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
     held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 4}"
-    overrides = (*overrides(server), "checkpoint.every=0", held_out, "evaluation.every=2")
+    overrides = (*server_settings(server), "checkpoint.every=0", held_out, "evaluation.every=2")
     config = build_config(tmp_path, "run", *overrides)
     complete, limit = server.complete, 3 + 4 + 2 * 24 + 2  # `check`, then two samples into the evaluation after the second step
     monkeypatch.setattr(server, "complete", dies_after(server, complete, limit))
