@@ -206,12 +206,14 @@ def test_the_page_s_normalisers_are_the_frameworks(setting):
     rows = _framework_rows()
     assert list(rows) == list(FRAMEWORKS)
     mask, x = (torch.arange(6) < torch.tensor([6, 0, 4, 2])[:, None]).long(), torch.rand(4, 6)
-    names = vars(trapo_kernels) | TRL | VERL | {"mask": mask, "B": 4, "replace": replace}
+    names = vars(trapo_kernels) | TRL | VERL | {"mask": mask, "B": 4, "torch": torch, "rho": torch.rand(4, 6)}
     names["normalizer"] = eval(re.search(r"`normalizer` is `(.*?)`", PAGE)[1], names)
-    names["batch"] = TokenBatch.from_padded(torch.zeros_like(mask), mask, aggregation="token_mean")
-    call = rows[setting] if rows[setting].startswith("replace(") else f"TokenBatch.from_padded(mask, mask, {rows[setting]})"
-    batch = eval(call, names)
-    torch.testing.assert_close((batch.weight * x.flatten()).sum(), FRAMEWORKS[setting](x, mask))
+    plain, corrected = (
+        eval(f"TokenBatch.from_padded(mask, mask, {rows[setting]}, correction={correction})", names) for correction in (None, "rho")
+    )
+    loss, of_kl = FRAMEWORKS[setting](x * names["rho"], mask), FRAMEWORKS[setting](x, mask)
+    for weight, expected in ((plain.weight, of_kl), (corrected.weight, loss), (corrected.kl_weight, of_kl)):
+        torch.testing.assert_close((weight * x.flatten()).sum(), expected)
 
 
 def test_the_page_s_entropy_weight_is_trl_s():

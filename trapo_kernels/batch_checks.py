@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trapo_kernels.objective import Objective
     from trapo_kernels.weights import LossTotals
 
+_MOST_LOGPROB = 1e-3  # what a sampler's rounding may leave above 0
 _NO_ADVANTAGE = "Check the rewards: a standard deviation of one sample or of equal ones is a usual cause."
 
 
@@ -201,7 +202,7 @@ def batch_fits(where: str, batch: TokenBatch, num_rows: int, vocab_size: int | N
 
 def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
     """Every stream that the objective reads must be there; only old_logprob may be absent (strictly on-policy). On the CPU each
-    must be finite where it is read."""
+    must be finite where it is read, and logprobs none above 0."""
     for name in sorted(objective.reads(batch.on_policy) - {"old_logprob"}):
         if getattr(batch, name) is None:
             reason = {"sequence_id": "reduction", "advantage": "signal"}.get(name, "KL term, anchor or reduction")
@@ -228,7 +229,21 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
                 if name == "advantage":
                     remedy = f"{_NO_ADVANTAGE} {remedy}" if pooled else _NO_ADVANTAGE
                 read = (of_term & (name in names)) | (of_role & in_kl & (name in of_kl))
-                checks.finite_tensor(where, f"batch.{name}", torch.where(read, getattr(batch, name), 0.0), remedy)
+                values = torch.where(read, getattr(batch, name), 0.0)
+                checks.finite_tensor(where, f"batch.{name}", values, remedy)
+                if name.endswith("logprob"):
+                    _check_logprobs(where, name, values)
+
+
+def _check_logprobs(where: str, name: str, values: Tensor) -> None:
+    """At most 0, up to rounding: what is above is a negative log-likelihood, or a density."""
+    above = values > _MOST_LOGPROB
+    if above.any():
+        row = int(above.nonzero()[0])
+        raise ValueError(
+            f"{where}: batch.{name} must hold logprobs, at most 0, got {values[row].item():.4g} at row {row}. Pass log p of each "
+            "token, not -log p."
+        )
 
 
 def _warn_of_an_idle_loss(where: str, role: Tensor, objective: Objective) -> None:

@@ -21,7 +21,8 @@ class Gate:
     """How strongly a token is trained, as a potential V(d) and its derivative G(d) = dV/dd.
 
     A gate of your own works in any `Term`; without a `code` it has no compiled form, runs on the reference formula only and takes
-    two passes (`linear_logprob`, then the loss), which the objective says when printed and `passes` says in the output:
+    two passes (`linear_logprob`, then the loss), which the objective says when printed and `passes` says in the output. Its loss
+    is `value`, whose gradient autograd finds; `slope` is what the metric expert/slope shows of expert tokens:
 
         class Tempered(Gate):
             formula = "3·r^(1/3)"
@@ -49,7 +50,7 @@ class Gate:
         raise NotImplementedError(f"{type(self).__name__} must implement value(d, advantage).")
 
     def slope(self, d: Tensor, advantage: Tensor) -> Tensor:
-        """G(d) = dV/dd [N]."""
+        """G(d) = dV/dd [N]; of a gate without a `code` for metrics alone."""
         raise NotImplementedError(f"{type(self).__name__} must implement slope(d, advantage).")
 
     def clipped(self, d: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:

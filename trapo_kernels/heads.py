@@ -6,6 +6,8 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
+from trapo_kernels.lora import LoraHead
+
 # (model, its text): types with a configuration of the text of which the model's own forward does what it says of logits. Many more
 # ignore theirs. tests/test_vision_language.py has each of these.
 _APPLIED = {
@@ -25,38 +27,41 @@ class ModelOptions(TypedDict):
     bias: Tensor | None
     softcap: float | None
     temperature: float
+    lora: LoraHead | None
 
 
 def head_options(model: nn.Module) -> ModelOptions:
-    """The options `bias`, `softcap` and `temperature` that give the head functions the logits of a causal LM of transformers.
+    """The options that give the head functions the logits of a causal LM of transformers, beside the `weight` of its head.
 
     Equivalent to, for most models:
 
         config = model.config.get_text_config()
-        bias = model.get_output_embeddings().bias
+        bias, lora = model.get_output_embeddings().bias, None
         softcap = getattr(config, "final_logit_softcapping", None)
         temperature = getattr(config, "logits_scaling", 1.0) / getattr(config, "logit_scale", 1.0)
 
+    With PEFT's LoRA on the head `lora` is `LoraHead.from_peft` of it, while the adapter is on and not merged; a head among
+    modules_to_save is a head like any other.
     Falcon-H1, Muse and Inkling scale before the cap, HyperCLOVA X multiplies by what Granite divides by. A model of images and text
     that is not known to do what the configuration of its text says is refused: many, such as LLaVA, do not. No model is run: of one
     that does more to its logits, or has a layer between its last hidden state and its head, as BERT, nothing is noticed. To be sure
     compare `linear_logprob(hidden, lm_head_weight, target, **options)` with `token_logprob(model(input_ids).logits, target)` once.
 
     Args:
-        model: what `from_pretrained` of a causal LM returns, not wrapped (DDP's `.module`).
+        model: what `from_pretrained` of a causal LM returns, not wrapped: DDP's `.module`, PEFT's `.get_base_model()`.
 
     Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1.
-    Raises: TypeError where the output head is no torch.nn.Linear, such as a LoRA'd one, whose `weight` is that of its base alone;
-        ValueError where the model leaves rows of its head out, or a cap or a scale is in the configuration of its text and it is
-        not known to apply that itself.
+    Raises: TypeError where the output head is no torch.nn.Linear, nor that with PEFT's LoRA; ValueError where it has an adapter
+        that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a scale is in the configuration of its
+        text and it is not known to apply that itself.
     Memory: none; the bias is the model's own. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.23.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
     if not isinstance(head, nn.Linear):
+        found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
         raise TypeError(
-            f"head_options: the model must have an output head that is a torch.nn.Linear, got {type(head).__name__} in "
-            f"{type(model).__name__}. Unwrap the model; keep lm_head out of an adapter's target_modules, or pass lora=LoraHead(…) "
-            "and the other options yourself."
+            f"head_options: the model must have an output head that is a torch.nn.Linear, got {found} in {type(model).__name__}. "
+            "Unwrap the model (DDP's .module, PEFT's .get_base_model()), or pass the options yourself."
         )
     config = model.config.get_text_config()
     used = getattr(config, "unpadded_vocab_size", None) or head.out_features
@@ -82,4 +87,13 @@ def head_options(model: nn.Module) -> ModelOptions:
             f"softcap = {softcap} and temperature = {temperature:g} of {types[1]} in {types[0]}, which may ignore them. Pass the "
             f"options yourself: these, or none where the forward of {type(model).__name__} returns lm_head(hidden)."
         )
-    return {"bias": head.bias, "softcap": softcap, "temperature": temperature}
+    return {"bias": head.bias, "softcap": softcap, "temperature": temperature, "lora": lora}
+
+
+def _without_adapter(head: nn.Module | None) -> tuple[nn.Module | None, LoraHead | None]:
+    """The layer of an output head that PEFT has wrapped, and the LoRA that it adds to that."""
+    if hasattr(head, "modules_to_save"):
+        return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]], None
+    if hasattr(head, "lora_A"):
+        return head.base_layer, None if head.disable_adapters or head.merged else LoraHead.from_peft(head)
+    return head, None

@@ -75,20 +75,35 @@ class Tokens(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What a reduction makes of them; tensors are [N]."""
+    """What a reduction makes of them; tensors are [N]. A token's loss is -weight · signal · factor · V(log_ratio)."""
 
-    log_ratio: Tensor  # d that the gate sees
-    factor: Tensor  # constant multiplier of the token's loss
-    flows: Tensor  # bool, whether the token carries gradient
+    log_ratio: Tensor  # float, the d that the gate sees; its gradient is that of the token's own logprob
+    factor: Tensor  # float, a constant
+    flows: Tensor  # bool, False for a token whose loss counts and has no gradient
 
 
 class Reduction:
-    """A step over whole sequences before the gate; frozen dataclasses, so that an objective stays data."""
+    """A step over whole sequences before the gate; frozen dataclasses, so that an objective stays data.
+
+    One of your own, here without sequences that are far from the policy which sampled them, makes a loss of two passes:
+
+        @dataclass(frozen=True)
+        class Near(Reduction):
+            limit: float = 1.0
+            formula = "only sequences whose mean |log r| is below {limit:g}"
+            idle_on_policy = True
+
+            def reduce(self, tokens):
+                near = tokens.sequences.mean(tokens.log_ratio.abs()) < self.limit
+                return Reduced(tokens.log_ratio, near.to(tokens.log_ratio.dtype), torch.ones_like(near))
+
+        objective = Objective(rollout=Term(Clip(), anchor="old", signal="advantage", reduction=Near()), name="near")
+    """
 
     formula: ClassVar[str] = ""
-    reads: ClassVar[frozenset[str]] = frozenset()  # batch tensors that it reads besides sequence_id
-    needs_entropy: ClassVar[bool] = False
-    idle_on_policy: ClassVar[bool] = False  # changes nothing where every log-ratio is zero
+    reads: ClassVar[frozenset[str]] = frozenset()  # batch tensors that must be there besides sequence_id, such as "ref_logprob"
+    needs_entropy: ClassVar[bool] = False  # whether it reads tokens.entropy
+    idle_on_policy: ClassVar[bool] = False  # whether it changes nothing where all log-ratios are zero, and is then left out
 
     def reduce(self, tokens: Tokens) -> Reduced:
         """The pooled quantities of `tokens`."""
@@ -96,9 +111,12 @@ class Reduction:
 
     def applied(self, tokens: Tokens) -> Reduced:
         """`reduce`, in the dtype of the log-ratios: sums over sequences are fp64."""
-        found, dtype = self.reduce(tokens), tokens.log_ratio.dtype
-        checks.is_a(type(self).__name__, "what reduce returns", found, Reduced, "Reduced(log_ratio, factor, flows), tensors [N]")
-        return Reduced(found.log_ratio.to(dtype), found.factor.to(dtype), found.flows)
+        where, found, log_ratio = type(self).__name__, self.reduce(tokens), tokens.log_ratio
+        checks.is_a(where, "what reduce returns", found, Reduced, "Reduced(log_ratio, factor, flows), tensors [N]")
+        for name, value in found._asdict().items():
+            dtypes = (torch.bool,) if name == "flows" else (log_ratio.dtype, torch.float64)
+            checks.vector(where, name, value, len(log_ratio), log_ratio.device, dtypes)
+        return Reduced(found.log_ratio.to(log_ratio.dtype), found.factor.to(log_ratio.dtype), found.flows)
 
     def __str__(self) -> str:
         return self.formula.format(**vars(self))

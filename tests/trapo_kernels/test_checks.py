@@ -161,6 +161,11 @@ def test_linear_policy_loss_and_policy_loss():
             "batch.ref_logprob .* got -inf at row 3",
         ),
         (
+            objectives.grpo(),
+            {"old_logprob": torch.tensor([0.0, 1e-4, 2.5, 0])},
+            "must hold logprobs, .* got 2.5 at row 2. Pass log p",
+        ),
+        (
             objectives.luffy(),
             {"advantage": torch.full((N,), float("nan")), "role": torch.full((N,), 2, dtype=torch.uint8)},
             "advantage",

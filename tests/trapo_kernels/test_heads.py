@@ -1,6 +1,7 @@
 """What `head_options` reads from a model; whole models are in tests/test_pages.py and, of images and text, in
 tests/test_vision_language.py."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.trapo_kernels import cases
-from trapo_kernels import head_options, linear_logprob, token_logprob
+from trapo_kernels import LoraHead, head_options, linear_logprob, token_logprob
 
 D, V = 6, 40
 
@@ -41,18 +42,65 @@ def test_options_give_the_logits(settings, logits):
 
 
 def test_a_wrapped_model_and_a_head_that_is_no_linear_layer_are_refused():
-    with pytest.raises(TypeError, match=r"^head_options: .* got NoneType in Sequential\. Unwrap the model"):
+    with pytest.raises(TypeError, match=r"^head_options: .* got no output head in Sequential\. Unwrap the model \(DDP's \.module"):
         head_options(nn.Sequential(nn.Linear(D, V)))
-    with pytest.raises(TypeError, match=r"got Embedding in SimpleNamespace\. .* pass lora=LoraHead\(…\)"):
+    with pytest.raises(
+        TypeError, match=r"got torch\.nn\.modules\.sparse\.Embedding in SimpleNamespace\. .* pass the options yourself"
+    ):
         head_options(_model(nn.Embedding(V, D)))
 
 
-def test_a_head_with_an_adapter_is_refused():
-    """Its `weight` is that of its base: the loss would be another without a word."""
+def _with_peft(**settings):
+    """A model whose head PEFT has wrapped, its adapters no longer zero."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
-    wrapped = peft.get_peft_model(nn.Sequential(nn.Linear(D, V)), peft.LoraConfig(target_modules=["0"]))
-    with pytest.raises(TypeError, match=r"got Linear in SimpleNamespace\. .*keep lm_head out of an adapter's target_modules"):
-        head_options(_model(wrapped.base_model.model[0]))
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, V)).to(cases.DEVICE)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
+    for name, parameter in wrapped.named_parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter) if "original" not in name else 0.0
+    return wrapped, wrapped.base_model.model[1]
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["1"]}, {"target_modules": ["0"], "modules_to_save": ["1"]}], ids=str)
+@pytest.mark.parametrize("state", ["on", "off", "merged"])
+def test_a_head_that_peft_has_wrapped_gives_its_own_logits_and_gradients(settings, state):
+    wrapped, head = _with_peft(**settings)
+    hidden, target = torch.randn(9, D, device=cases.DEVICE), torch.arange(9, device=cases.DEVICE)
+    if state == "merged":
+        wrapped.merge_adapter()
+    with wrapped.disable_adapter() if state == "off" else nullcontext():
+        found = linear_logprob(hidden, head.weight, target, **head_options(_model(head))).logprob
+        expected = token_logprob(head(hidden), target).logprob
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        torch.testing.assert_close(found, expected)
+        if state == "on":
+            for ours, theirs in zip(*(torch.autograd.grad(x.sum(), trained) for x in (found, expected)), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "actual"),
+    [
+        ({"use_dora": True}, "DoRA or another variant"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_dropout": 0.5}, r"lora_dropout = 0\.5 in training mode"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(settings, actual):
+    wrapped, head = _with_peft(target_modules=["1"], **settings)
+    with pytest.raises(ValueError, match=rf"^LoraHead\.from_peft: layer must add one plain LoRA to its base, got {actual}\. "):
+        head_options(_model(head))
+    if "lora_dropout" in settings:
+        assert head_options(_model(head.eval()))["lora"].scaling == head.scaling["default"]
+        wrapped.add_adapter("other", wrapped.peft_config["default"])
+        wrapped.base_model.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match=r"got the active adapters \['default', 'other'\]\. Activate one"):
+            head_options(_model(head))
+
+
+def test_what_is_no_lora_layer_is_refused():
+    with pytest.raises(TypeError, match=r"must be a LoRA layer of PEFT, got torch\.nn\.modules\.linear\.Linear\. Pass model"):
+        LoraHead.from_peft(nn.Linear(D, V))
 
 
 def test_a_head_with_rows_that_the_model_leaves_out_is_refused():

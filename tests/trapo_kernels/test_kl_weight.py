@@ -223,7 +223,7 @@ def test_a_capped_k3_is_verls_low_var_kl(backend):
     low, high = objective.kl.bounds
     far = [-200.0, -25.0, -21.0, low - 1e-4, 12.0, high + 1e-4, 25.0]
     d = torch.tensor([*far, low + 1e-4, -1.5, -1e-3, 0.0, 0.7, 5.0, high - 1e-4], dtype=torch.float64, device=cases.DEVICE)
-    one, logprob = torch.ones_like(d).float(), -torch.rand_like(d)
+    one, logprob = torch.ones_like(d).float(), d.clamp(max=0.0) - torch.rand_like(d)
     b = TokenBatch(one.long(), one.to(torch.uint8), 0 * one, one, ref_logprob=(logprob - d).float())
     policy = logprob.float().requires_grad_()
     out = policy_loss(policy, None, b, objective, backend=backend)
@@ -318,8 +318,8 @@ def test_a_corrected_kl_beside_a_pooled_ratio_on_a_compiled_backend(backend):
 
 def test_a_corrected_kl_that_overflows_is_infinite():
     one = torch.ones(2, device=cases.DEVICE)
-    logprob = (-one).requires_grad_()
-    streams = {"old_logprob": -one, "ref_logprob": 200 * one, "sequence_id": torch.zeros_like(one).long()}
+    logprob = (-201 * one).requires_grad_()
+    streams = {"old_logprob": -201 * one, "ref_logprob": -one, "sequence_id": torch.zeros_like(one).long()}
     b = TokenBatch(one.long(), one.to(torch.uint8), one, one, **streams)
     loss = policy_loss(logprob, None, b, _pooled(math.inf)).loss
     assert loss == math.inf

@@ -161,7 +161,7 @@ def test_a_clip_follows_the_sign_of_the_signal_and_not_of_an_advantage_it_does_n
 
 def test_the_custom_gate_of_the_docs_is_a_gate():
     """The example in `Gate`'s docstring, run as it stands."""
-    example = textwrap.dedent(gates.Gate.__doc__.split("in the output:\n")[1])
+    example = textwrap.dedent(gates.Gate.__doc__.split("of expert tokens:\n")[1])
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     scope = {"Gate": gates.Gate, "Objective": Objective, "Term": Term}
     exec(example, scope)

@@ -10,12 +10,12 @@ from tests.trapo_kernels import cases
 from trapo_kernels import KL, Objective, Role, Term, TokenBatch, checks, linear_policy_loss, objectives, policy_loss
 from trapo_kernels.backends import sweep
 from trapo_kernels.gates import Clip, One
-from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduced, Reduction, Sequences, TopEntropy, TrajectoryWeight
+from trapo_kernels.sequence import EntropyWeight, MeanRatio, Reduction, Sequences, TopEntropy, TrajectoryWeight
 
 REDUCED = [name for name, preset in objectives.PRESETS.items() if preset().why_two_passes(on_policy=False)]
 
 
-def _sequence_batch(dtype=torch.float64, **changes):
+def sequence_batch(dtype=torch.float64, **changes):
     """30 rollout tokens of 4 interleaved sequences; advantage and weight are constant in a sequence, as in GSPO's paper."""
     labels = torch.randint(4, (30,), generator=torch.Generator().manual_seed(3))
     advantage = torch.tensor([1.5, -0.7, 0.4, -2.0], dtype=dtype)[labels]
@@ -52,7 +52,7 @@ def test_sums_of_fp32_values_that_cancel_do_not_depend_on_their_order():
 def test_gspo_equals_the_loss_of_whole_sequences(backend, epsilon):
     """Without any stop-gradient: 1/G Σ_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean log r)."""
     hidden, weight, _ = cases.head(30, 6, 50)
-    b = _sequence_batch(old_logprob=torch.rand(30, dtype=torch.float64) - 4.5)
+    b = sequence_batch(old_logprob=torch.rand(30, dtype=torch.float64) - 4.5)
     logprob, _ = cases.eager_statistics(hidden, weight, b.target)
     expected = 0
     for label in range(4):
@@ -70,7 +70,7 @@ def test_gspo_equals_the_loss_of_whole_sequences(backend, epsilon):
 @pytest.mark.parametrize("clip", [0.05, 0.4, math.inf])
 def test_gmpo_equals_the_geometric_mean_of_whole_sequences(clip):
     hidden, weight, _ = cases.head(30, 6, 50)
-    b = _sequence_batch(old_logprob=torch.rand(30, dtype=torch.float64) - 4.5)
+    b = sequence_batch(old_logprob=torch.rand(30, dtype=torch.float64) - 4.5)
     logprob, _ = cases.eager_statistics(hidden, weight, b.target)
     expected, clipped = 0, 0
     for label in range(4):
@@ -91,7 +91,7 @@ def test_gmpo_equals_the_geometric_mean_of_whole_sequences(clip):
 @pytest.mark.parametrize(("sign", "side", "other"), [(1.0, "high", "low"), (-1.0, "low", "high")])
 def test_a_token_that_gmpo_stops_is_held_back_on_the_side_of_its_advantage(sign, side, other):
     role = torch.tensor([Role.ROLLOUT, Role.EXPERT], dtype=torch.uint8).repeat(15)
-    b = _sequence_batch(advantage=torch.full((30,), sign, dtype=torch.float64), role=role)
+    b = sequence_batch(advantage=torch.full((30,), sign, dtype=torch.float64), role=role)
     logprob = -3 * torch.rand(30, dtype=torch.float64, device=cases.DEVICE)
     term = Term(Clip(1.0, 1e9), "old", "advantage", reduction=MeanRatio(clip=0.4))
     metrics = policy_loss(logprob, None, b, Objective(expert=term, rollout=term)).metrics
@@ -121,7 +121,7 @@ def test_an_objective_reads_what_all_of_its_layers_read():
 
 
 def test_the_ratio_in_the_metrics_is_the_pooled_one():
-    b = _sequence_batch()
+    b = sequence_batch()
     logprob = -3 * torch.rand(30, dtype=torch.float64, device=cases.DEVICE)
     metrics = policy_loss(logprob, None, b, objectives.gspo()).metrics
     pooled = torch.stack([(logprob - b.old_logprob)[b.sequence_id == k].mean().exp() for k in range(4)])
@@ -135,7 +135,7 @@ def test_the_ratio_in_the_metrics_is_the_pooled_one():
 @pytest.mark.parametrize("name", ["gspo", "gmpo"])
 def test_the_kls_in_the_metrics_are_of_each_tokens_own_ratio(name, backend):
     hidden, weight, _ = cases.head(30, 6, 50)
-    b = _sequence_batch()
+    b = sequence_batch()
     found = linear_policy_loss(hidden, weight, b, objectives.PRESETS[name](), backend=backend).metrics
     logprob, _ = cases.eager_statistics(hidden, weight, b.target)
     d = logprob - b.old_logprob
@@ -150,8 +150,8 @@ def test_fast_path_where_old_is_current(name, backend):
     dtype = torch.float32
     hidden, weight, _ = cases.head(30, 6, 50, dtype)
     objective = objectives.PRESETS[name](entropy_coef=0.02)
-    old, _ = cases.eager_statistics(hidden.detach(), weight.detach(), _sequence_batch(dtype).target)
-    with_old, without = _sequence_batch(dtype, old_logprob=old), _sequence_batch(dtype, old_logprob=None, sequence_id=None)
+    old, _ = cases.eager_statistics(hidden.detach(), weight.detach(), sequence_batch(dtype).target)
+    with_old, without = sequence_batch(dtype, old_logprob=old), sequence_batch(dtype, old_logprob=None, sequence_id=None)
     slow = linear_policy_loss(hidden, weight, with_old, objective, backend=backend)
     fast = linear_policy_loss(hidden, weight, without, objective, backend=backend)
     assert (slow.passes, fast.passes) == (2, 2 if backend == "reference" else 1)
@@ -210,21 +210,6 @@ def test_a_token_without_weight_counts_in_its_sequence():
     torch.testing.assert_close(pooled, -0.5 * weight * math.exp(-2.5))
 
 
-def test_a_reduction_of_ones_own_may_return_fp64():
-    class Own(Reduction):
-        def reduce(self, tokens):
-            mean = tokens.sequences.mean(tokens.log_ratio)
-            return Reduced(mean, 2 * torch.ones_like(mean), mean == mean)
-
-    b, logprob = _sequence_batch(torch.float32), torch.full((30,), -2.0, device=cases.DEVICE)
-    loss, half = (
-        policy_loss(logprob, None, b, Objective(rollout=Term(Clip(1.0, 1e9), "old", "advantage", reduction=reduction))).loss
-        for reduction in (Own(), MeanRatio())
-    )
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, 2 * half)
-
-
 def test_a_reduction_of_imitation_reads_no_advantage():
     entropy = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     b = _expert_batch(entropy, advantage=-torch.ones(3, dtype=torch.float64))  # of a sample that is imitated all the same
@@ -236,7 +221,7 @@ def test_a_reduction_of_imitation_reads_no_advantage():
 def test_a_mask_in_the_weights_leaves_the_pooled_ratio_alone(backend):
     """IcePop beside GSPO: the ratio is of the whole response, the mask is on the loss; a weight that vanishes has no jump at 0."""
     hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
-    b = _sequence_batch(torch.float32, device="cpu", old_logprob=torch.rand(30) - 4.5)
+    b = sequence_batch(torch.float32, device="cpu", old_logprob=torch.rand(30) - 4.5)
     kept = torch.arange(30) % 3 != 0
     out = []
     for rest in (0.0, 1e-12):
@@ -263,7 +248,7 @@ POOLING = [name for name in REDUCED if objectives.PRESETS[name]().rollout]
 def test_the_logprobs_of_a_pass_are_the_old_ones_of_the_next_in_silent_tokens_too(name, backend, known, monkeypatch):
     """Without a change of parameters every ratio is 1, whatever a mask took out; `known`: as where a GPU was told the rows."""
     hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
-    b = _sequence_batch(torch.float32, device="cpu")
+    b = sequence_batch(torch.float32, device="cpu")
     b = replace(b, weight=torch.where(torch.arange(30) % 3 == 0, 0.0, b.weight), old_logprob=None).to(cases.DEVICE)
     if not known:
         monkeypatch.setattr(checks, "may_look", lambda x: False)
@@ -280,7 +265,7 @@ def test_the_logprobs_of_a_pass_are_the_old_ones_of_the_next_in_silent_tokens_to
 
 
 def test_what_a_pooled_ratio_reads_must_be_finite_in_silent_tokens_too():
-    b = _sequence_batch(torch.float32, device="cpu", old_logprob=torch.full((30,), -4.0))
+    b = sequence_batch(torch.float32, device="cpu", old_logprob=torch.full((30,), -4.0))
     b = replace(b, weight=torch.where(torch.arange(30) == 7, 0.0, b.weight))
     b.old_logprob[7] = torch.nan
     logprob = torch.full((30,), -4.0)
@@ -293,7 +278,7 @@ def test_what_a_pooled_ratio_reads_must_be_finite_in_silent_tokens_too():
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_scored_rows_beside_silent_ones(backend, on_policy):
     hidden, weight, _ = cases.head(30, 6, 50, torch.float32)
-    b = _sequence_batch(torch.float32, device="cpu", old_logprob=None if on_policy else torch.full((30,), -4.0))
+    b = sequence_batch(torch.float32, device="cpu", old_logprob=None if on_policy else torch.full((30,), -4.0))
     role = torch.where(torch.arange(30) < 2, 0, b.role).to(torch.uint8)
     silent = torch.where(torch.arange(30) < 5, 0.0, b.weight)
     b = replace(b, role=role, weight=silent, entropy_weight=None, scored_rows=torch.tensor([1, 3])).to(cases.DEVICE)

@@ -55,7 +55,7 @@ def test_the_options_of_a_head_are_those_of_the_policy_loss():
     shared = {name: taken[name] for name in inspect.getfullargspec(linear_policy_loss).kwonlyargs if name != "backend"}
     assert shared == _hints(inputs.HeadOptions) and taken["return"] == PolicyLossOutput[torch.Tensor]
     read = _hints(head_options)["return"]
-    assert _hints(read) == {name: shared[name] for name in ("bias", "softcap")} | {"temperature": float}
+    assert _hints(read) == {name: shared[name] for name in ("bias", "softcap", "lora")} | {"temperature": float}
 
 
 def test_the_entropy_of_a_policy_loss_is_that_which_it_was_given():

@@ -70,7 +70,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
             correct_by=config.rollout.correct_by and STAND_IN,
         ),
         packing=replace(config.packing, max_tokens=4 * _POSITIONS),
-        optimizer=replace(config.optimizer, warmup_steps=0, warmup_ratio=0.0),
+        optimizer=replace(config.optimizer, warmup_steps=0) if config.optimizer.schedule == "polynomial" else config.optimizer,
         updates=replace(config.updates, mini_batches=min(prompts, config.updates.mini_batches)),
         evaluation=replace(config.evaluation, num_problems=2, group_by=None, pass_at=None, max_response_tokens=None),
         checkpoint=CheckpointConfig(every=1),

@@ -10,7 +10,7 @@ from tests.trapo_train.data.test_dataset import CHAT, TEMPLATE
 from trapo_train.data.conversations import Example, examples
 from trapo_train.data.dataset import DataConfig, load_problems
 from trapo_train.models.tokenizer import special_tokens
-from trapo_train.rewards.functions import exact_match
+from trapo_train.rewards.builtin import exact_match
 from trapo_train.rollouts.prefix import cut_prefix
 
 load, tokenizer = test_data.load, test_data.tokenizer  # fixtures

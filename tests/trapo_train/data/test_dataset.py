@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trapo_train.checks.preflight import check_reward
 from trapo_train.data.dataset import DataConfig, load_problems
-from trapo_train.rewards.functions import RewardError, WeightedSum, exact_match
+from trapo_train.rewards.builtin import exact_match
+from trapo_train.rewards.functions import RewardError, WeightedSum
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

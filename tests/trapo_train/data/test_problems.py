@@ -11,7 +11,8 @@ from trapo_train.data.dataset import DataConfig, load_problems
 from trapo_train.data.problems import CACHED_PROBLEMS, CHUNK_ROWS
 from trapo_train.data.rows import solution_text, with_think_tags, without_start
 from trapo_train.models.tokenizer import continuations, decode, line_break_behind
-from trapo_train.rewards.functions import WeightedSum, exact_match
+from trapo_train.rewards.builtin import exact_match
+from trapo_train.rewards.functions import WeightedSum
 from trapo_train.rewards.grading import WorkerReward
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
