@@ -123,6 +123,7 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
     batch = _batch(case, target, length, torch.Generator().manual_seed(seed))
     old_logprob = _logprob(hidden, weight, target)
     old_logprob += 0.05 * torch.randn(case.num_rows, device=device, generator=generator)
+    old_logprob.clamp_(max=0.0)
     batch = batch.to(device)
     batch = replace(batch, old_logprob=old_logprob).with_active_rows(batch.active_rows, batch.silent_rows)
     needs_grad = JOBS[case.job].objective is not None

@@ -84,15 +84,15 @@ def linear_logprob(
             "native_fused" (scoring whose logits stay on the chip; backward as without "_fused"); a named one runs or raises. "auto"
             is triton on a GPU, native on a CPU, torch where those cannot run. On a GPU, scoring (this function, and the first pass
             of a two-pass loss; eager or compiled) takes the backend that trapo_kernels/scoring.json has as fastest at the nearest
-            shape; it holds no measurement yet. On a CPU with AMX or AVX512_BF16 a bf16 head has the GEMMs of the native extension
-            under every chunked backend, where it is installed; on one with AVX512_BF16 that is not Intel's a float32 head has its
-            GEMM into the logits.
+            shape; it holds no measurement yet. Where the native extension is installed, every chunked backend takes its GEMMs
+            for a bf16 head on a CPU with AMX or AVX512_BF16, and into the logits of a float32 head on one with AVX512_BF16 that is
+            not Intel's.
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
     Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU those
-        of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32,
-        where "native" on a CPU keeps the logits of up to D rows meanwhile, but for those of 8192 tokens at most (V ≥ 16384).
+        of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32;
+        "native" on a CPU holds the logits of up to D rows in it, but for one block of at most 8192 tokens (V ≥ 16384).
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from trapo_kernels.lora import LoraHead
 
-# (model, its text): types with a configuration of the text of which the model's own forward does what it says of logits. Many more
-# ignore theirs. tests/test_vision_language.py has each of these.
+# (model type, text model type) whose own forward applies the cap or scale in its text model's configuration; many others ignore
+# theirs. tests/test_vision_language.py has each of these.
 _APPLIED = {
     ("gemma3n", "gemma3n_text"),
     ("gemma4", "gemma4_text"),

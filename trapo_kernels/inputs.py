@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LogitOptions(TypedDict, total=False):
-    """What the public functions that take logits or make them do to these."""
+    """Options of every public function that takes or computes logits."""
 
     temperature: float | Tensor
     softcap: float | None
@@ -34,7 +34,7 @@ class HeadOptions(LogitOptions, total=False):
 
 
 class ScoringOptions(HeadOptions, total=False):
-    """What `linear_logprob` takes besides, but for `with_entropy`, which decides what it returns."""
+    """Further options of `linear_logprob`; `with_entropy`, which decides what it returns, is its overloads'."""
 
     active_rows: Tensor | None
     backend: ScoringBackend

@@ -201,8 +201,7 @@ def without_start(trace: str, prompt: str, response_start: str, rendered: bool) 
 
 
 def checked_messages(value: Any, what: str) -> list[Message]:
-    """The messages as they are, without fields that are null, as the rows of a dataset all have the fields of any of them, and with
-    content in parts of text as one text."""
+    """The messages without null fields (a dataset gives every row the fields of all), text parts of a content joined."""
     good = isinstance(value, list) and all(isinstance(message, dict) for message in value)
     messages = [_with_one_text(message) for message in _without_none(value)] if good else []
     good = bool(messages) and all(

@@ -1,5 +1,5 @@
-"""What autocast by itself would compute otherwise than a model whose weights are in the compute type, as FSDP gathers them and a
-sampler in 16 bits holds them."""
+"""Where autocast alone would differ from a model whose weights are in the compute type, as FSDP gathers them and a 16-bit sampler
+holds them."""
 
 from __future__ import annotations
 

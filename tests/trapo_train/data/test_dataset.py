@@ -251,7 +251,7 @@ def test_columns_called_like_what_a_reward_is_told_of_responses_are_left_out_and
     (problem,) = problems
     assert problem.columns == {"n": 1} and problems.report.unread_columns == ("completion_tokens", "finish_reasons")
     lengths = [len(expert.token_ids) for expert in problem.experts]
-    assert seen == [(lengths, ["expert", "expert"], ["n", "prompts", "solution"])]
+    assert seen == [(lengths, ["expert", "expert"], ["n", "prompts", "solution", "thoughts_open"])]
 
 
 def test_columns_may_be_absent_where_that_is_said(load):
