@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trapo_kernels import checks
 from trapo_kernels.roles import Role
-from trapo_kernels.sequence import Sequences
+from trapo_kernels.sequence import Sequences, starts
 
 __all__ = ["drop_overlong", "duplicate_share", "icepop", "mis", "sequence_mask", "tis"]
 
@@ -140,9 +140,7 @@ def duplicate_share(prefix_id: Tensor, sequence_id: Tensor) -> Tensor:
     # The first token of a (prefix, sequence) pair stands for the pair: sort by sequence, then stably by prefix.
     order = sequence_id.argsort(stable=True)
     order = order[prefix_id[order].argsort(stable=True)]
-    prefix, sequence = prefix_id[order], sequence_id[order]
-    first = torch.ones_like(inside)
-    first[1:] = (prefix[1:] != prefix[:-1]) | (sequence[1:] != sequence[:-1])
+    first = starts(prefix_id[order]) | starts(sequence_id[order])
     stands = torch.empty_like(inside).scatter_(0, order, first)
     copies = Sequences(prefix_id, inside).sum(stands.double())
     return torch.where(inside, 1.0 / copies.clamp(min=1), 1.0).float()

@@ -21,6 +21,13 @@ from trapo_kernels import checks
 __all__ = ["EntropyWeight", "MeanRatio", "Reduced", "Reduction", "Sequences", "Tokens", "TopEntropy", "TrajectoryWeight"]
 
 
+def starts(ordered: Tensor) -> Tensor:
+    """[N] bool: where a run of equal neighbours begins."""
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return new
+
+
 class Sequences:
     """Sums and ranks within the sequences of N tokens, in any order, without atomics and without a host sync.
 
@@ -31,10 +38,7 @@ class Sequences:
         num_tokens = sequence_id.shape[0]
         self.sequence_id, self.counted = sequence_id, counted
         self._order = sequence_id.argsort(stable=True)  # tokens of a sequence side by side
-        ordered = sequence_id[self._order]
-        new = torch.ones_like(ordered, dtype=torch.bool)
-        new[1:] = ordered[1:] != ordered[:-1]
-        self._segment = new.cumsum(0) - 1  # [N] which sequence, in that order
+        self._segment = starts(sequence_id[self._order]).cumsum(0) - 1  # [N] which sequence, in that order
         # Sequence s covers offsets[s] … offsets[s + 1]; there are at most N of them, and the rest are empty.
         self._offsets = torch.searchsorted(self._segment, torch.arange(num_tokens + 1, device=sequence_id.device))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trapo_kernels import batch_checks, checks
 from trapo_kernels.objective import Objective
 from trapo_kernels.roles import Role
-from trapo_kernels.sequence import Sequences
+from trapo_kernels.sequence import Sequences, starts
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,7 @@ class LossTotals:
         batch_checks.loss_totals(self)
 
     def __add__(self, other: LossTotals) -> LossTotals:
-        return LossTotals(
-            self.expert_tokens + other.expert_tokens,
-            self.rollout_tokens + other.rollout_tokens,
-            self.sequences + other.sequences,
-            self.prompts + other.prompts,
-        )
+        return LossTotals(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def tokens(self) -> int | Tensor:
@@ -92,9 +87,7 @@ def _distinct(label: Tensor, counted: Tensor) -> Tensor:
     """0-d: how many labels [N] the tokens `counted` [N] bool have; `unique` would make the host wait for a GPU."""
     absent = torch.iinfo(torch.int64).min
     ordered = torch.where(counted, label, absent).sort().values
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    return (new & (ordered != absent)).sum()
+    return (starts(ordered) & (ordered != absent)).sum()
 
 
 Aggregation = Literal["constant", "length", "token_mean", "role_mean", "sequence_mean", "sequence_sum", "prompt_mean"]

@@ -24,9 +24,9 @@ from trapo_train.checkpoints.export import MODEL_DIR
 from trapo_train.config import RunConfig, load_config
 from trapo_train.evaluation.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.records import Sample
-from trapo_train.reports.display import METRICS_FILE, Reporter, format_seconds, read_metrics, say
-from trapo_train.reports.figures import group_accuracies, group_label, group_order
+from trapo_train.reports.display import Reporter, format_seconds, say
 from trapo_train.reports.inspect import render_group
+from trapo_train.reports.metrics_log import METRICS_FILE, group_accuracies, group_label, group_order, read_metrics
 from trapo_train.reports.plots import plot_accuracy_by_group, plot_comparison, plot_run
 from trapo_train.reports.tables import accuracy_cell
 from trapo_train.tasks import build_tokenizer

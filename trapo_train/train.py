@@ -242,13 +242,13 @@ def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, symptoms
     samples_every = trainer.config.tracking.samples_every
     if trainer.world.first and samples_every and trainer.step % samples_every == 0:
         _write_samples(trainer, reporter)
-    try:
-        _stop_if_broken(trainer, metrics, reporter)
-    except NonFiniteError:  # nothing was taken from the updates that were skipped
-        trainer.skipped_in_a_row = 0  # of the run that goes on from here
+    _report_non_finite(trainer, metrics, reporter)
+    if trainer.skipped_in_a_row > trainer.config.optimizer.max_skipped_steps:
+        error = _given_up(trainer)
+        trainer.skipped_in_a_row = 0  # of the run that goes on from here: nothing was taken from the updates that were skipped
         with suppress(NonFiniteError):  # of the weights
             _save(trainer, store, reporter)
-        raise
+        raise error
 
 
 def _evaluate(
@@ -289,9 +289,8 @@ def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
         reporter.event(store.undeleted)
 
 
-def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
-    """Report skipped updates, and a loss that is not finite; after too many steps of nothing else keep the last batch and raise
-    NonFiniteError."""
+def _report_non_finite(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
+    """Report updates that were skipped, and a loss alone that is not finite."""
     config = trainer.config
     skipped, updates = metrics["skipped_step"], config.updates.per_step
     if not skipped:
@@ -307,11 +306,14 @@ def _stop_if_broken(trainer: Trainer, metrics: dict[str, Any], reporter: Reporte
         )
         + _about_ratios(config.objective, metrics)
     )
-    if trainer.skipped_in_a_row <= config.optimizer.max_skipped_steps:
-        return
+
+
+def _given_up(trainer: Trainer) -> NonFiniteError:
+    """Why the run ends after so many steps of nothing else, the last batch of which is kept."""
+    config = trainer.config
     directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
     save_batch(directory, trainer)
-    raise NonFiniteError(
+    return NonFiniteError(
         f"train: {trainer.skipped_in_a_row} steps in a row had a gradient that is not finite, at most "
         f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
         f"{directory} (see trapo_train.checkpoints.postmortem). Resume from the last checkpoint with a lower "

@@ -27,7 +27,6 @@ from trapo_train.data.rejected import Place
 from trapo_train.engines.configured import build_engine, ready_to_generate
 from trapo_train.evaluation.evaluate import evaluation_score, load_eval_sets, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
-from trapo_train.memory.plan import peak_memory_mib
 from trapo_train.models.loading import check_token_ids
 from trapo_train.models.model import load_model_and_tokenizer
 from trapo_train.models.model_state import load_training_state, training_state
@@ -46,7 +45,7 @@ from trapo_train.step.optimizer import build_optimizer, build_scheduler
 from trapo_train.step.optimizer_step import optimizer_step
 from trapo_train.step.packing import MicroBatch, pack
 from trapo_train.step.updates import merge_updates, split_groups, with_old_policy, with_reference
-from trapo_train.tasks import build_tokenizer
+from trapo_train.tasks import tokenizer_of
 
 Tell = Callable[[str], None]
 
@@ -76,7 +75,7 @@ class Trainer:
         preflight.check_objective(config, self.objective)
         preflight.check_places(config.model)
         build_optimizer(nn.Linear(1, 1, bias=False), config.optimizer)  # one's own had not been asked for
-        task_tokenizer = build_tokenizer() if config.data.task is not None else None
+        task_tokenizer = tokenizer_of(config.data.task)
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
         with preflight.name_model_in_hub_errors(config.model):
             self.model, self.tokenizer = self._load_model(task_tokenizer, tell=self.notes.append)
@@ -184,7 +183,7 @@ class Trainer:
             **scheduled,
             "epoch": self.order.passes,
             "tokens_per_s": rollout.metrics["response_tokens"] / (ended - started),
-            "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.world.device))),
+            "peak_memory_mib": self.world.peak_memory_mib(),
             "time/rollout_s": sampled - started,
             "time/update_s": ended - sampled,
         }

@@ -15,7 +15,7 @@ from trapo_train import cli, train
 from trapo_train.checks import dry_run
 from trapo_train.data import sources
 from trapo_train.evaluation.held_out import model_label
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.step.optimizer import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 

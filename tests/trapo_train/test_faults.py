@@ -30,7 +30,7 @@ from tests.trapo_train.test_train import EVALUATED, TINY, build_config, train_to
 from trapo_train import train
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checks import preflight
-from trapo_train.reports.display import MetricsLog, read_metrics
+from trapo_train.reports.metrics_log import MetricsLog, read_metrics
 from trapo_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

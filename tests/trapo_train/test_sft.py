@@ -12,7 +12,7 @@ from trapo_train import cli
 from trapo_train.checks.advice import advice
 from trapo_train.config import load_config
 from trapo_train.parallel.world import World
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.step.objective import build_objective
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer

@@ -20,7 +20,8 @@ from trapo_train import trainer
 from trapo_train.checks.preflight import name_model_in_hub_errors
 from trapo_train.config import RunConfig, load_config
 from trapo_train.records import Sample
-from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.reports.display import Reporter
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.schema import ConfigError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run

@@ -106,22 +106,22 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """The step of the checkpoint with the highest score, the later of equals; None where none has one."""
-        scores = {step: self._said(step) for step in self.steps()}
+        scores = {step: self._recorded(step, "score") for step in self.steps()}
         known = [step for step, score in scores.items() if score is not None]
         return max(known, key=lambda step: (scores[step], step), default=None)
 
     def fingerprint(self) -> dict[str, Any]:
         """That which the newest checkpoint was saved with; empty where there is none that can be read."""
-        return (self._said(self.steps()[-1], "fingerprint") if self.steps() else None) or {}
+        return self._newest("fingerprint") or {}
 
     def score_before(self) -> float | None:
         """What the newest checkpoint knows of the score of the model before training; None where it was not evaluated."""
-        return self._said(self.steps()[-1], "score_before") if self.steps() else None
+        return self._newest("score_before")
 
     def better_before(self) -> str | None:
         """A sentence where the model before training, which has no checkpoint, scored higher than the best one; else None."""
         step, before = self.best(), self.score_before()
-        if step is None or before is None or before <= (score := self._said(step)):
+        if step is None or before is None or before <= (score := self._recorded(step, "score")):
             return None
         of = "minus expert_nll, " if before < 0 else ""
         return f"the model before training scored higher: {of}{before:.3f} against {score:.3f} of step {step}, the best checkpoint"
@@ -191,9 +191,8 @@ class CheckpointStore:
         rest."""
 
         def write() -> None:
-            path = self.path(step) / MANIFEST_FILE
-            manifest = json.loads(path.read_text(encoding="utf-8")) | {"score": _finite(score), "state": dict(state or {})}
-            replace_text(path, json.dumps(manifest, indent=1))
+            manifest = self._manifest(step) | {"score": _finite(score), "state": dict(state or {})}
+            replace_text(self.path(step) / MANIFEST_FILE, json.dumps(manifest, indent=1))
 
         try:
             self._on_first_rank(write)
@@ -222,7 +221,7 @@ class CheckpointStore:
                 f"There is no intact one before it: delete {self.directory} to start anew."
             )  # fmt: skip
             raise CheckpointError(f"checkpoint: {path} is damaged: {damage}. {remedy}")
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = self._manifest(steps[-1])
         differences = compare_fingerprints(manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
         if differences:
             cause = f" {about_data}" if about_data and any(sentence.startswith("data ") for sentence in differences) else ""
@@ -290,12 +289,19 @@ class CheckpointStore:
             except OSError as error:
                 self.undeleted = f"{self.path(old)} could not be deleted, and takes space until it is: {_one_line(error)}"
 
-    def _said(self, step: int, which: str = "score") -> Any:
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return json.loads((self.path(step) / MANIFEST_FILE).read_text(encoding="utf-8"))
+
+    def _recorded(self, step: int, which: str) -> Any:
         """What the manifest of `step` says, None where it does not; whether it is intact shows when the checkpoint is loaded."""
         try:
-            return json.loads((self.path(step) / MANIFEST_FILE).read_text(encoding="utf-8")).get(which)
+            return self._manifest(step).get(which)
         except (OSError, ValueError, AttributeError):
             return None
+
+    def _newest(self, which: str) -> Any:
+        steps = self.steps()
+        return self._recorded(steps[-1], which) if steps else None
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         self._on_every_rank(action if self._ranks.first else lambda: None)
@@ -319,7 +325,7 @@ class CheckpointStore:
     def _damage_seen_here(self, step: int) -> str | None:
         path = self.path(step)
         try:
-            manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+            manifest = self._manifest(step)
             if manifest["format"] != FORMAT:
                 return f"its format is {manifest['format']}, this version reads {FORMAT}"
             expected = dict(manifest["files"])

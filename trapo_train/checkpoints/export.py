@@ -18,13 +18,14 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
 from trapo_train.config import CONFIG_FILE, load_config
+from trapo_train.files import UNFINISHED
 from trapo_train.models.loading import write_processor
 from trapo_train.models.lora import has_lora, names_as_they_are, other_layers
 from trapo_train.models.model import DTYPES, load_model_and_tokenizer
 from trapo_train.models.model_state import load_trained_weights, whole_weights
 from trapo_train.parallel.world import World
 from trapo_train.schema import UserError
-from trapo_train.tasks import build_tokenizer
+from trapo_train.tasks import tokenizer_of
 
 MODEL_DIR = "model"  # in output_dir
 _MARKER = ".exported_by_trapo"
@@ -72,7 +73,7 @@ def export_checkpoint(
         raise UserError(f"export: DIRECTORY must not be the model that the run started from, got {directory}. Choose another.")
     store.check(step)
     check_places(config.model)
-    task_tokenizer = build_tokenizer() if config.data.task is not None else None
+    task_tokenizer = tokenizer_of(config.data.task)
     anywhere = replace(config.model, attention="auto", liger=False)  # nothing runs: the weights are all that counts
     with name_model_in_hub_errors(config.model):
         model, tokenizer = load_model_and_tokenizer(anywhere, task_tokenizer=task_tokenizer, seed=config.seed)
@@ -175,7 +176,7 @@ def _in_place_of(directory: Path) -> Iterator[Path]:
     Raises: CheckpointError when it cannot be written or moved, or for a directory that holds anything but an older export.
     """
     check_replaceable(directory)
-    unfinished = directory.with_name(f".unfinished_{directory.name}")
+    unfinished = directory.with_name(f"{UNFINISHED}{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     progress_bar = is_progress_bar_enabled()
     disable_progress_bar()

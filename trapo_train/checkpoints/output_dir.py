@@ -9,7 +9,7 @@ from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.export import MODEL_DIR, check_replaceable
 from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
 from trapo_train.parallel.world import World
-from trapo_train.reports.display import METRICS_FILE
+from trapo_train.reports.metrics_log import METRICS_FILE
 from trapo_train.schema import UserError
 
 SHARED_WITHIN_S = 20.0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from trapo_train.engines.draws import request_key
+from trapo_train.engines.draws import request_seed
 
 _RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
 
@@ -20,7 +20,7 @@ def rank_seed(seed: int, step: int, size: int, rank: int) -> int:
 
     At step 0 ranks have the same whatever their number; a later start, on another number of ranks, has seeds of its own.
     """
-    return seed + _RANK_SEED * rank if step == 0 else request_key(seed, step, size, rank) & (2**63 - 1)
+    return seed + _RANK_SEED * rank if step == 0 else request_seed(seed, step, size, rank)
 
 
 def seed_generators(seed: int) -> None:

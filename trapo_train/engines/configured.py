@@ -14,7 +14,7 @@ from trapo_train.config import RunConfig
 from trapo_train.engines.engine import EngineError, TransformersEngine
 from trapo_train.engines.vllm_engine import VllmEngine
 from trapo_train.engines.vllm_server import VllmServerEngine
-from trapo_train.models.model import policy_head, precision
+from trapo_train.models.model import body_autocast, policy_head
 from trapo_train.models.model_state import weights_as_saved
 from trapo_train.models.tokenizer import end_ids
 from trapo_train.parallel.world import World, gathered
@@ -59,7 +59,7 @@ def ready_to_generate(
     Raises: EngineError on every rank, where they cannot be written or vLLM does not take them on one, or does not sleep afterwards.
     """
     if isinstance(engine, TransformersEngine):
-        with gathered(model), precision(model):
+        with gathered(model), body_autocast(model):
             yield
     elif isinstance(engine, VllmEngine):
         world.attempt(engine.wake, EngineError)  # before the weights, which all ranks put together

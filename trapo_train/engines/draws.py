@@ -62,6 +62,11 @@ def _invert(prob: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(prob.shape[1] - 1)
 
 
+def request_seed(*parts: int) -> int:
+    """`request_key` as others take a seed, at least 0 and below 2^63."""
+    return request_key(*parts) & (2**63 - 1)
+
+
 def _shift(z: Tensor, bits: int) -> Tensor:
     """`z` shifted right without its sign."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

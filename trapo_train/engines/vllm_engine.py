@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_train.checkpoints.random_states import keep_generators
-from trapo_train.engines.draws import request_key
+from trapo_train.engines.draws import request_seed
 from trapo_train.engines.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
 from trapo_train.records import Completion
 from trapo_train.schema import UserError, check
@@ -210,7 +210,7 @@ class VllmStream:
         Raises: EngineError for one that vLLM refuses.
         """
         self._tickets += 1
-        seed = request_key(self._key, key) & (2**63 - 1) if self._seeded else None
+        seed = request_seed(self._key, key) if self._seeded else None
         params = self._vllm.SamplingParams(max_tokens=budget, seed=seed, **self._options)
         with _vllm_errors("add_request"):
             self._engine.add_request(str(self._tickets), self._vllm.inputs.tokens_input(list(prompt)), params)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from trapo_train.engines.draws import request_key
+from trapo_train.engines.draws import request_seed
 from trapo_train.engines.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
 from trapo_train.records import Completion
 from trapo_train.schema import check, expand_home
@@ -201,7 +201,7 @@ class VllmServerStream:
         self._tickets += 1
         body = self._body | {"prompt": list(prompt), "max_tokens": budget}
         if self._key is not None:
-            body["seed"] = request_key(self._key, key) & (2**63 - 1)
+            body["seed"] = request_seed(self._key, key)
         self._running[self._threads.submit(self._complete, body)] = self._tickets
         return self._tickets
 

@@ -9,14 +9,12 @@ Python and its libraries, the allocator's fragmentation, and what other processe
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from trapo_kernels import head_memory
 from trapo_train.checks.extras import is_installed
@@ -24,13 +22,13 @@ from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
 from trapo_train.config import RunConfig
 from trapo_train.engines.cache import ROOM, SMALL
 from trapo_train.memory.trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
+from trapo_train.models.loading import read_architecture
 from trapo_train.models.lora import LoraConfig, check_no_adapter
 from trapo_train.models.model import DTYPES
-from trapo_train.models.scratch import scratch_config
 from trapo_train.models.tokenizer import load_tokenizer
-from trapo_train.schema import UserError, refused
+from trapo_train.schema import UserError
 from trapo_train.step.objective import extreme_objectives
-from trapo_train.tasks import build_tokenizer
+from trapo_train.tasks import tokenizer_of
 
 PHASES = ("rollout", "loss", "backward", "update")
 GIB = 2**30
@@ -141,16 +139,10 @@ def load_architecture(config: RunConfig) -> PretrainedConfig:
     """The configuration of the model, from its config.json or the shape of a model from scratch."""
     model = config.model
     check_places(model)
-    if model.scratch is not None:
-        tokenizer = load_tokenizer(model, build_tokenizer() if config.data.task is not None else None)
-        return scratch_config(model.scratch, tokenizer)
-    with (
-        name_model_in_hub_errors(model),
-        refused(f"model.name_or_path={model.name_or_path} cannot be loaded", ValueError, ImportError),
-    ):
+    tokenizer = None if model.scratch is None else load_tokenizer(model, tokenizer_of(config.data.task))
+    with name_model_in_hub_errors(model):
         check_no_adapter(model.name_or_path, model.revision)
-        hub = {"trust_remote_code": model.trust_remote_code, "revision": model.revision or "main"}
-        return AutoConfig.from_pretrained(model.name_or_path, **hub)
+        return read_architecture(model, tokenizer)
 
 
 def _training(
@@ -317,11 +309,3 @@ def _candidates(config: RunConfig, plan: MemoryPlan) -> Iterator[tuple[str, RunC
     if plan.gpus > 1 and config.parallel.replicate > 1:
         yield "parallel.replicate=1", replace(config, parallel=replace(config.parallel, replicate=1)), plan.gpus
     yield f"--gpus {2 * plan.gpus}", config, 2 * plan.gpus
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held at once so far, MiB: by tensors on a GPU, by the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

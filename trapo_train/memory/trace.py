@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
 
 from trapo_train.models.attention import PACKED_IMPLEMENTATION
-from trapo_train.models.loading import decoder_layers
-from trapo_train.models.model import DTYPES, ModelConfig, policy_head, precision, prepare
+from trapo_train.models.loading import decoder_layers, replace_tensors
+from trapo_train.models.model import DTYPES, ModelConfig, body_autocast, policy_head, prepare
 from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer
 from trapo_train.step.packing import MicroBatch
@@ -79,8 +79,7 @@ class Pass:
 
     def deeper(self, two: Pass, layers: int) -> Pass:
         """The pass of a model with `layers` layers; this one has one, `two` has two."""
-        grow = lambda name: getattr(self, name) + (layers - 1) * (getattr(two, name) - getattr(self, name))  # noqa: E731
-        return Pass(grow("forward_peak"), grow("activations"), grow("backward_peak"))
+        return Pass(*(one + (layers - 1) * (both - one) for one, both in zip(astuple(self), astuple(two), strict=True)))
 
 
 @contextmanager
@@ -91,7 +90,7 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+def fake_model(config: ModelConfig, architecture: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """The model as it will be trained, cut to `layers` layers, with weights in `dtype`; to be called inside `fake_tensors`. Without
     Liger's kernels, which need somewhat less.
 
@@ -106,14 +105,7 @@ def skeleton(config: ModelConfig, architecture: PretrainedConfig, layers: int, d
     with unset_fake_temporarily(), torch.device("meta"), meta_device_safe_creation_ops():
         model = AutoModelForCausalLM.from_config(shallow, **options)
         prepare(model, replace(config, liger=False), device=model.device, check_logits=False)
-    fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and tensor not in fakes:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-                held[name] = fakes.get(tensor)
+    replace_tensors(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     return model.train()
 
 
@@ -123,7 +115,7 @@ def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
     Raises: UserError for a model without a list of layers.
     """
     with fake_tensors():
-        model = skeleton(config, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
+        model = fake_model(config, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
     parameters = list(model.parameters())
     embedding, head = model.get_input_embeddings().weight, policy_head(model).weight
     return Weights(
@@ -167,7 +159,7 @@ def _trace(
 ) -> Pass:
     tokens = sum(segments)
     with fake_tensors():
-        model = skeleton(config, architecture, layers, dtype)
+        model = fake_model(config, architecture, layers, dtype)
         weight = policy_head(model).weight
         if head.vocab_size < len(weight):
             policy_head(model).weight = nn.Parameter(torch.empty_like(weight[: head.vocab_size]), weight.requires_grad)
@@ -209,9 +201,9 @@ class _HeadStandIn(torch.autograd.Function):
 def trace_prefill(config: ModelConfig, architecture: PretrainedConfig, tokens: int) -> int:
     """Bytes that one layer's pass over `tokens` prompt tokens holds without gradients, at its peak."""
     with fake_tensors(), torch.no_grad():
-        model = skeleton(config, architecture, 1, DTYPES[config.dtype]).eval()
+        model = fake_model(config, architecture, 1, DTYPES[config.dtype]).eval()
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        with LiveTensors([*model.parameters(), *model.buffers(), ids]) as live, precision(model):
+        with LiveTensors([*model.parameters(), *model.buffers(), ids]) as live, body_autocast(model):
             model.base_model(input_ids=ids, use_cache=False)
     return live.peak_bytes
 
@@ -224,7 +216,7 @@ def trace_optimizer(
     Raises: UserError for an optimizer of the user's own whose step needs values.
     """
     with fake_tensors():
-        whole = skeleton(model, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
+        whole = fake_model(model, architecture, architecture.get_text_config().num_hidden_layers, torch.float32)
         for parameter in whole.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with _AnyScalar():

@@ -16,7 +16,7 @@ _ROUTERS = ("Router", "Gate")  # how transformers ends the names of their classe
 _JETMOE = "TopKGating"  # whose experts have other names
 
 
-def embed_in_autocasts_type(model: nn.Module, compute_dtype: torch.dtype) -> None:
+def cast_embeddings(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Have every embedding, of tokens or positions, give autocast's type where that is on; a factor inside one (Gemma 3) is rounded
     to `compute_dtype`, as transformers does with weights in that type.
 
@@ -31,7 +31,7 @@ def embed_in_autocasts_type(model: nn.Module, compute_dtype: torch.dtype) -> Non
                 factor.copy_(factor.to(compute_dtype))
 
 
-def route_as_in_autocasts_type(model: PreTrainedModel) -> None:
+def cast_routers(model: PreTrainedModel) -> None:
     """Have the routers of a mixture of experts run without autocast, on weights in its type, where that is on.
 
     Most raise input and weight to float32 (DeepSeek, GLM), which autocast would undo: tokens would reach other experts than on

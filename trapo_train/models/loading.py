@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from trapo_train.models.scratch import scratch_config
 from trapo_train.schema import UserError, refused
 
 if TYPE_CHECKING:
     from trapo_train.data.problems import ProblemSet
+    from trapo_train.models.model import ModelConfig
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Of layers that predict tokens after the next one; Qwen has its own.
@@ -59,15 +61,49 @@ def _mend_sampling(config: GenerationConfig) -> str:
     return "and is greedy, which transformers does not save; the trained model is greedy without them"
 
 
-def leave_out_what_is_not_loaded(model: PreTrainedModel, names: Collection[str], tell: Callable[[str], None]) -> None:
-    """Tell of the weights `names` in the model's files that transformers has no place for, and have the configuration count none of
-    the layers that predict tokens after the next one (GLM 4.5, DeepSeek V3), which it never loads and which are not written either.
+def hub_options(config: ModelConfig) -> dict[str, Any]:
+    """What of `from_pretrained` says which files are read, and whether their code may run."""
+    return {"trust_remote_code": config.trust_remote_code, "revision": config.revision or "main"}
+
+
+def read_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+    """The model's configuration, from its config.json or, of one from scratch, its shape and the tokenizer.
+
+    Raises: UserError for a model that cannot be loaded.
     """
+    if config.scratch is not None:
+        return scratch_config(config.scratch, tokenizer)
+    with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
+        return AutoConfig.from_pretrained(config.name_or_path, **hub_options(config))
+
+
+def replace_tensors(module: nn.Module, other: Callable[[Tensor], Tensor]) -> None:
+    """Put `other` of each parameter and buffer in its place, a parameter for a parameter; what is one tensor stays one."""
+    found: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if tensor not in found:
+                    new = other(tensor)
+                    whole = isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter)
+                    found[tensor] = nn.Parameter(new, tensor.requires_grad) if whole else new
+                held[name] = found[tensor]
+
+
+def tell_of_unplaced(names: Collection[str], tell: Callable[[str], None]) -> None:
+    """Tell of the weights `names` in the model's files that transformers has no place for."""
     if names:
         tell(
             f"the model's files have {len(names)} tensors that transformers has no place for, such as {min(names)}: they are not "
             "trained, and the trained model is written without them"
         )
+
+
+def drop_further_layers(model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Have the configuration count none of the layers that predict tokens after the next one (GLM 4.5, DeepSeek V3), which
+    transformers never loads and which are not written either."""
     if any("mtp" in path for path, _ in model.named_modules()):
         return
     settings = model.config.get_text_config()

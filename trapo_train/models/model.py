@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,26 +21,29 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, head_options, linear_logprob, linear_policy_loss
 from trapo_train.models.attention import check_architecture, check_attention, choose_attention, plain_attention, segment_arguments
-from trapo_train.models.autocast import embed_in_autocasts_type, route_as_in_autocasts_type
+from trapo_train.models.autocast import cast_embeddings, cast_routers
 from trapo_train.models.dropout import check_one_policy, switch_off_dropout
 from trapo_train.models.liger import apply_liger
 from trapo_train.models.loading import (
     check_ends,
+    drop_further_layers,
+    hub_options,
     keep_processor,
-    leave_out_what_is_not_loaded,
     make_savable,
+    read_architecture,
     tell_of_tokens_without_embedding,
+    tell_of_unplaced,
     tell_of_untrained_balance,
     train_text_alone,
 )
 from trapo_train.models.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
-from trapo_train.models.scratch import ScratchConfig, scratch_config
+from trapo_train.models.scratch import ScratchConfig
 from trapo_train.models.tokenizer import end_generation_too, end_ids, load_tokenizer
-from trapo_train.parallel.first_rank import shell
+from trapo_train.parallel.first_rank import meta_model
 from trapo_train.parallel.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 from trapo_train.schema import UserError, check, expand_home, refused
 from trapo_train.step.packing import MicroBatch
@@ -180,7 +184,7 @@ def load_model_and_tokenizer(
         device: where the model will run, which decides what `auto` chooses.
         check_logits: see `prepare`. False for a second one of the same architecture, whose layers
             Liger has made its own by then, so that they would not run in host memory.
-        weights: False for a model without values (see `first_rank.shell`), which is not checked: `parallel.place_model` gives it
+        weights: False for a model without values (see `first_rank.meta_model`), which is not checked: `place_model` gives it
             the first rank's.
         tell: what `auto` chose is told to it.
 
@@ -189,23 +193,20 @@ def load_model_and_tokenizer(
     device = torch.device(device)
     check_no_adapter(config.name_or_path, config.revision)
     tokenizer = load_tokenizer(config, task_tokenizer, tell)
-    hub = {"trust_remote_code": config.trust_remote_code, "revision": config.revision or "main"}
-    if config.scratch is not None:
-        architecture = scratch_config(config.scratch, tokenizer)
-    else:
-        with refused(f"model.name_or_path={config.name_or_path} cannot be loaded", ValueError, ImportError):
-            architecture = AutoConfig.from_pretrained(config.name_or_path, **hub)
+    architecture = read_architecture(config, tokenizer)
     check_architecture(architecture)
     implementation = choose_attention(
         config.attention, device=device, compute_dtype=DTYPES[config.dtype], architecture=architecture, tell=tell
     )
     torch.manual_seed(seed)
     options = {"dtype": torch.float32, "attn_implementation": implementation}
-    model, unplaced = _load(config, architecture, hub, options) if weights else (shell(config, architecture, hub, options), set())
+    given = (config, architecture, hub_options(config), options)
+    model, unplaced = _load(*given) if weights else (meta_model(*given), set())
     ends = end_ids(config.eos_token, model, tokenizer)
     check_ends(model, tokenizer, ends)
     end_generation_too(model, ends)
-    leave_out_what_is_not_loaded(model, unplaced, tell)
+    tell_of_unplaced(unplaced, tell)
+    drop_further_layers(model, tell)
     make_savable(model, tell)
     tell_of_tokens_without_embedding(model, tokenizer, tell)
     tell_of_untrained_balance(model, tell)
@@ -283,8 +284,8 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
     softcap, divisor = options["softcap"], options["temperature"]
     head = PolicyHead.adopt(linear, compute_dtype=compute_dtype, softcap=softcap, divisor=divisor)
     model.set_output_embeddings(head)
-    embed_in_autocasts_type(model, compute_dtype)
-    route_as_in_autocasts_type(model)
+    cast_embeddings(model, compute_dtype)
+    cast_routers(model)
     model.run_head = types.MethodType(_run_head, model)  # a method, so that FSDP can gather the weights around it
     if check_logits:
         _check_logits(model, head)
@@ -334,22 +335,15 @@ def policy_forward(
     Returns: what `linear_policy_loss` returns: loss (0-d), logprob and entropy [N], metrics.
     """
     divisor = temperature * policy_head(model).divisor
-
-    def loss_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> PolicyLossOutput[Tensor]:
-        return linear_policy_loss(hidden, weight, micro_batch.batch, objective, temperature=divisor, **head_arguments)
-
-    return model.run_head(micro_batch, loss_fn)
+    loss = partial(linear_policy_loss, batch=micro_batch.batch, objective=objective, temperature=divisor)
+    return model.run_head(micro_batch, loss)
 
 
 @torch.no_grad()
 def score(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """Logprob [N] in nats of the tokens of `micro_batch.batch` under the current policy, without gradients."""
     divisor = temperature * policy_head(model).divisor
-
-    def score_fn(hidden: Tensor, weight: Tensor, **head_arguments: Any) -> Tensor:
-        return linear_logprob(hidden, weight, micro_batch.batch.target, temperature=divisor, **head_arguments).logprob
-
-    return model.run_head(micro_batch, score_fn)
+    return model.run_head(micro_batch, partial(linear_logprob, target=micro_batch.batch.target, temperature=divisor)).logprob
 
 
 def score_all(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
@@ -360,7 +354,7 @@ def score_all(model: PreTrainedModel, micro_batches: Sequence[MicroBatch], tempe
     return [logprob.cpu() for logprob in scored]
 
 
-def precision(model: PreTrainedModel, *, keep_casts: bool = True) -> torch.autocast:
+def body_autocast(model: PreTrainedModel, *, keep_casts: bool = True) -> torch.autocast:
     """A context in which the model's body computes in its `compute_dtype`, whatever its weights are stored in.
 
     FSDP gathers weights in that type; then it does nothing.
@@ -377,7 +371,7 @@ def precision(model: PreTrainedModel, *, keep_casts: bool = True) -> torch.autoc
 
 def _run_head(model: PreTrainedModel, micro_batch: MicroBatch, loss_fn: Callable[..., Any]) -> Any:
     device = micro_batch.input_ids.device
-    with precision(model, keep_casts=False):
+    with body_autocast(model, keep_casts=False):
         hidden = model.base_model(
             input_ids=micro_batch.input_ids,
             position_ids=micro_batch.position_ids,

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
 
+from trapo_train.models.loading import replace_tensors
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from trapo_train.parallel.world import World
 
 
-def shell(config: ModelConfig, architecture: PretrainedConfig, hub: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
+def meta_model(
+    config: ModelConfig, architecture: PretrainedConfig, hub: dict[str, Any], options: dict[str, Any]
+) -> PreTrainedModel:
     """A model of `architecture` whose tensors are on the meta device: shapes and types without memory or values.
 
     Args:
@@ -44,7 +47,7 @@ def _generation_config(name_or_path: str, revision: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(name_or_path, "config.json", revision=revision, _from_model_config=True)
 
 
-def hold_what_the_first_holds(model: PreTrainedModel, world: World) -> None:
+def match_first_rank(model: PreTrainedModel, world: World) -> None:
     """Give a model whose head has weights of its own on the first rank, because its files have them though its configuration says
     that they are the embedding's, such weights on the others; every rank calls it.
 
@@ -72,18 +75,13 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()}
 
 
-def take_values_of_the_first(unit: nn.Module, device: torch.device) -> None:
+def broadcast_from_first(unit: nn.Module, device: torch.device) -> None:
     """Move what `unit` holds to `device`, with the first rank's values; every rank calls it. What is sharded stays as it is."""
-    moved: dict[Tensor, Tensor] = {}  # what is one tensor stays one
-    for module in unit.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and not isinstance(tensor, DTensor):
-                    held[name] = moved[tensor] = moved[tensor] if tensor in moved else _first_ranks(tensor, device)
+    replace_tensors(unit, lambda tensor: tensor if isinstance(tensor, DTensor) else _first_ranks(tensor, device))
 
 
 def _first_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     empty = tensor.is_meta
     there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if empty else tensor.detach().to(device).contiguous()
     dist.broadcast(there.view(-1).view(torch.uint8), src=0)  # bytes: not every backend sends every type
-    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+    return there

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 
 from trapo_train.models.loading import decoder_layers
 from trapo_train.models.model import policy_head
-from trapo_train.parallel.first_rank import hold_what_the_first_holds, take_values_of_the_first
+from trapo_train.parallel.first_rank import broadcast_from_first, match_first_rank
 from trapo_train.schema import UserError, check
 
 
@@ -132,6 +134,13 @@ class World:
                 raise error if rank == self.rank else failed  # its own has a traceback
         return [part for part, _ in parts]
 
+    def peak_memory_mib(self) -> float:
+        """Most memory that a rank has held at once so far, MiB: by tensors on a GPU, by the process on a CPU."""
+        if self.device.type == "cuda":
+            return max(self.gather(torch.cuda.max_memory_allocated(self.device) / 2**20))
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return max(self.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20))
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
@@ -170,7 +179,7 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
 def place_model(model: PreTrainedModel, world: World) -> None:
     """Move a model from host memory to this rank's device; of several ranks, each unit to its shards, so that no GPU ever holds
     all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest. Values are the first rank's: the
-    others need none (see `first_rank.shell`).
+    others need none (see `first_rank.meta_model`).
 
     Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
     inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
@@ -184,7 +193,7 @@ def place_model(model: PreTrainedModel, world: World) -> None:
         model.to(world.device)
         return
     with world.together():
-        hold_what_the_first_holds(model, world)
+        match_first_rank(model, world)
         _shard(model, world)
 
 
@@ -198,7 +207,7 @@ def _shard(model: PreTrainedModel, world: World) -> None:
     mesh = world.mesh()
     head_parameters: set[nn.Parameter] = set()
     if world.vocab_parallel_head:
-        take_values_of_the_first(head, world.device)
+        broadcast_from_first(head, world.device)
         head.shard_over_vocabulary(mesh)
         head_parameters = set(head.parameters())
     # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
@@ -206,12 +215,12 @@ def _shard(model: PreTrainedModel, world: World) -> None:
         head.compute_dtype, reduce_dtype=torch.promote_types(head.compute_dtype, torch.float32), cast_forward_inputs=False
     )
     for layer in decoder_layers(model):
-        take_values_of_the_first(layer, world.device)
+        broadcast_from_first(layer, world.device)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if not _is_tied(model) and not world.vocab_parallel_head:
-        take_values_of_the_first(head, world.device)
+        broadcast_from_first(head, world.device)
         fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once
-    take_values_of_the_first(model, world.device)
+    broadcast_from_first(model, world.device)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=head_parameters)
     register_fsdp_forward_method(model, "run_head")
 

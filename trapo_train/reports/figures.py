@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,21 +141,12 @@ def run_colours(names: Iterable[str]) -> list[str]:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean over `window` values (odd); shorter at both ends, so that nothing is shifted.
-
-    A window covers the end of one block of `window` values and the beginning of the next, whose sums are there: nothing is
-    subtracted again, so what is not finite, or huge, is in the means of its own windows alone.
-    """
-    count, half = len(values), window // 2
-    blocks = numpy.zeros((-(-(count + 2 * half) // window), window))  # beyond both ends of the values: zeros
-    blocks.reshape(-1)[half : half + count] = values
-    start = numpy.arange(count)  # of each window, in the blocks
+    """Centred mean over `window` values (odd); shorter at both ends, so that nothing is shifted. What is not finite, or huge, is in
+    the means of its own windows alone."""
+    half, ones = window // 2, numpy.ones(window)
     with numpy.errstate(over="ignore", invalid="ignore"):  # ∞ and -∞ in one window: NaN
-        to_end = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].reshape(-1)
-        from_beginning = blocks.cumsum(axis=1).reshape(-1)
-        sums = to_end[start] + numpy.where(start % window, from_beginning[start + window - 1], 0.0)  # at 0: one whole block
-        counted = numpy.minimum(start + half + 1, count) - numpy.maximum(start - half, 0)
-        return (sums / counted).tolist()
+        sums, counts = (numpy.convolve(x, ones)[half : half + len(values)] for x in (values, numpy.ones(len(values))))
+        return (sums / counts).tolist()
 
 
 def window_of(count: int) -> int:
@@ -201,19 +191,3 @@ def percent_axis(axis: Any) -> None:
 
     axis.set_ylim(0, 1.02)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-
-
-def group_accuracies(row: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Accuracy and its standard error by group, such as depth_3, of an evaluation's metrics; those that are null are left out."""
-    groups = {key.partition("/")[2]: value for key, value in row.items() if key.startswith("accuracy/")}
-    return {name: (value, row.get(f"accuracy_stderr/{name}")) for name, value in groups.items() if value is not None}
-
-
-def group_label(group: str) -> str:
-    """`depth_3` → `depth 3`."""
-    return str(group).replace("_", " ")
-
-
-def group_order(group: str) -> tuple[Any, ...]:
-    """Sort key that puts `depth_10` after `depth_9`."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(group)))

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trapo_train.reports.display import read_metrics
 from trapo_train.reports.figures import (
     INK,
     PALETTE,
     draw_smoothed,
-    group_accuracies,
-    group_label,
-    group_order,
     label_right,
     new_figure,
     percent_axis,
@@ -26,6 +22,7 @@ from trapo_train.reports.figures import (
     save_figure,
     window_of,
 )  # fmt: skip
+from trapo_train.reports.metrics_log import group_accuracies, group_label, group_order, read_metrics
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
@@ -119,6 +116,13 @@ def plot_unguided(rows: Sequence[Row], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+def _save_over_steps(figure: Any, axis: Any, labels: Sequence[tuple[str, float, str]], ylabel: str, path: str | Path) -> Path:
+    axis.set_xlabel("step")
+    axis.set_ylabel(ylabel)
+    label_right(axis, labels)
+    return save_figure(figure, path)
+
+
 def plot_expert_nll(rows: Sequence[Row], path: str | Path) -> Path:
     """Negative log-likelihood of expert tokens over steps: of those that training saw, and of held-out traces."""
     (steps, values), held_out = _series(rows, "expert/logprob"), _held_out(rows, "expert_nll")
@@ -130,10 +134,7 @@ def plot_expert_nll(rows: Sequence[Row], path: str | Path) -> Path:
     for (name, evaluations), colour in zip(held_out.items(), itertools.cycle(PALETTE[1:])):
         labels.append((name, _draw_held_out(axis, evaluations, colour, "expert_nll"), colour))
     require(labels, "expert_nll")
-    axis.set_xlabel("step")
-    axis.set_ylabel("nats per token")
-    label_right(axis, labels)
-    return save_figure(figure, path)
+    return _save_over_steps(figure, axis, labels, "nats per token", path)
 
 
 def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
@@ -151,10 +152,7 @@ def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
     require(steps, "guided_share")
     labels.append(("all samples", draw_smoothed(axis, steps, values, INK, linewidth=3), INK))
     percent_axis(axis)
-    axis.set_xlabel("step")
-    axis.set_ylabel("guided samples")
-    label_right(axis, labels)
-    return save_figure(figure, path)
+    return _save_over_steps(figure, axis, labels, "guided samples", path)
 
 
 def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
@@ -175,10 +173,7 @@ def plot_entropy(rows: Sequence[Row], path: str | Path) -> Path:
             labels.append((name, draw_smoothed(axis, steps, values, colour), colour))
     require(labels, "entropy/sampled, entropy/rollout or entropy/expert")
     axis.set_ylim(0, None)
-    axis.set_xlabel("step")
-    axis.set_ylabel("entropy, nats per token")
-    label_right(axis, labels)
-    return save_figure(figure, path)
+    return _save_over_steps(figure, axis, labels, "entropy, nats per token", path)
 
 
 def plot_trsft_weights(rows: Sequence[Row], path: str | Path) -> Path:

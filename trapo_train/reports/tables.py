@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trapo_train.memory.plan import GIB, PHASES, MemoryPlan
-from trapo_train.reports.figures import group_accuracies, group_label
+from trapo_train.reports.metrics_log import group_accuracies, group_label
 
 if TYPE_CHECKING:
     from trapo_train.evaluation.headroom import HeadroomReport

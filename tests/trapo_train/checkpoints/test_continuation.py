@@ -26,7 +26,7 @@ from trapo_train.evaluation import evaluate
 from trapo_train.models.attention import PACKED_IMPLEMENTATION
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, prepare
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.step.chooser import ChooserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.tasks import build_tokenizer

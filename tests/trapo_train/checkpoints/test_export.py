@@ -20,7 +20,7 @@ from trapo_train.checkpoints.checkpoint import CheckpointError
 from trapo_train.checkpoints.export import export_checkpoint, export_model, other_tokenizer
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import run
 

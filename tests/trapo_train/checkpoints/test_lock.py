@@ -15,7 +15,8 @@ from trapo_train import train
 from trapo_train.checkpoints.export import export_checkpoint
 from trapo_train.checkpoints.lock import held
 from trapo_train.parallel.world import World
-from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.reports.display import Reporter
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.reports.plots import plot_run
 from trapo_train.schema import UserError
 

@@ -20,7 +20,8 @@ from trapo_train.engines.engine import EngineError
 from trapo_train.models import model_state
 from trapo_train.models.model import policy_forward
 from trapo_train.models.model_state import non_finite_weight
-from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.reports.display import Reporter
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.step.optimizer import OptimizerConfig
 from trapo_train.step.optimizer_step import NonFiniteError
 from trapo_train.train import run
@@ -128,6 +129,7 @@ def test_a_loss_that_overflows_alone_is_noted_and_its_step_taken(configure, monk
         return real(model, optimizer, scheduler, micro_batches, *arguments)
 
     monkeypatch.setattr(trainer, "optimizer_step", far)
+    monkeypatch.setattr("trapo_kernels.batch_checks._MOST_LOGPROB", 200.0)  # the model here has no logprob of -100
     objective = "objective={name: dr_grpo, kl: {beta: 0.01, estimator: k3_corrected}}"
     config = configure("far", objective, "plan.name=grpo", "reward='tests.trapo_train.step.test_updates:coin'", "steps=1")
     train_to_end(config)

@@ -8,7 +8,7 @@ import pytest
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import cli
 from trapo_train.checks.symptoms import Symptoms, about_evaluation
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.tasks import build_tokenizer
 
 FINE = {"reward/none_count": 0.0, "num_samples": 8.0, "loss_tokens": 5, "finished_share": 0.5}

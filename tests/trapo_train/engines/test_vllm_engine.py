@@ -26,7 +26,7 @@ from trapo_train.engines.vllm_engine import VllmConfig, VllmEngine
 from trapo_train.models.lora import LoraConfig, add_lora
 from trapo_train.models.model import install_policy_head
 from trapo_train.parallel.world import World
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rollouts.plans import PlanConfig, build_plan
 from trapo_train.rollouts.rollout import run_plans
 from trapo_train.tasks import pointer_chasing_reward

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.trapo_train.test_train import TINY
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[3]
 SHAPE = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32, "max_position": 128}

@@ -22,7 +22,8 @@ from trapo_train.engines import vllm_server
 from trapo_train.engines.engine import EngineError, SamplingParams
 from trapo_train.engines.vllm_server import VllmServerConfig, VllmServerEngine
 from trapo_train.records import Request
-from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.reports.display import Reporter
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rewards.functions import RewardError
 from trapo_train.rollouts.rollout import run_plans
 from trapo_train.tasks import build_tokenizer, pointer_chasing_reward

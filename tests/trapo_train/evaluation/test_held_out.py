@@ -27,7 +27,8 @@ from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
 from trapo_train.records import ExpertTrace, Problem
-from trapo_train.reports.display import evaluation_line, read_metrics
+from trapo_train.reports.display import evaluation_line
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rollouts.rollout import RolloutConfig
 from trapo_train.step.packing import PackingConfig
 from trapo_train.trainer import Trainer

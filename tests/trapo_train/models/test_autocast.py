@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trapo_train.models.autocast import kept_in_float32, route_as_in_autocasts_type
-from trapo_train.models.model import install_policy_head, precision
+from trapo_train.models.autocast import cast_routers, kept_in_float32
+from trapo_train.models.model import body_autocast, install_policy_head
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -39,7 +39,7 @@ def test_under_autocast_a_router_is_that_of_a_model_in_16_bits(name, options):
     model, router = build(name, **options)
     hidden = torch.randn(200, 64)
     expected = copy.deepcopy(router).bfloat16()(hidden.bfloat16())
-    with precision(model):
+    with body_autocast(model):
         found = router(hidden)
     assert all(map(torch.equal, found, expected))
     found[0].float().square().sum().backward()
@@ -52,7 +52,7 @@ def test_the_hooks_of_a_router_fire_once():
     model, router = build("qwen3_moe", head_dim=8, output_router_logits=True)
     seen = []
     router.register_forward_hook(lambda *_: seen.append(1))
-    with precision(model):
+    with body_autocast(model):
         logits = model.model(torch.arange(6)[None]).router_logits
     assert (len(logits), len(seen)) == (1, 1)
 
@@ -74,7 +74,7 @@ def test_a_gate_is_a_router_beside_experts_and_may_have_no_weight():
     blocks = {"attention": {"gate": Gate()}, "mixture": {"gate": Gate(), "experts": Experts()}, "jetmoe": {"gate": TopKGating()}}
     model = torch.nn.ModuleDict({name: torch.nn.ModuleDict(block) for name, block in blocks.items()})
     model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = None
-    route_as_in_autocasts_type(model)
+    cast_routers(model)
     with torch.autocast("cpu", torch.bfloat16):
         types = {name: block["gate"](torch.randn(3)).dtype for name, block in model.items()}
         experts = model["mixture"]["experts"](torch.randn(3)).dtype
@@ -96,6 +96,6 @@ def test_what_transformers_keeps_in_float32_is_not_rounded():
     torch.nn.init.normal_(bias)
     seen = []
     router.moe_statics.register_forward_hook(lambda module, inputs, output: seen.append(module.e_score_correction_bias.clone()))
-    with precision(model):
+    with body_autocast(model):
         router(torch.randn(5, 64))
     assert torch.equal(seen[0], bias)

@@ -35,7 +35,7 @@ from trapo_train.models.loading import tell_of_untrained_balance
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.tokenizer import load_tokenizer
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer
 

@@ -29,7 +29,7 @@ from trapo_train.models.lora import (
     other_layers,
     without_lora,
 )
-from trapo_train.models.model import ModelConfig, install_policy_head, load_model_and_tokenizer, precision
+from trapo_train.models.model import ModelConfig, body_autocast, install_policy_head, load_model_and_tokenizer
 from trapo_train.schema import ConfigError, MissingPackage
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
@@ -130,7 +130,7 @@ def test_frozen_weights_are_held_in_the_type_of_their_gemms_and_give_the_same_bi
         _perturbed(model)
         if hold:
             hold_frozen(model, torch.bfloat16)
-        with precision(model):
+        with body_autocast(model):
             logits[hold] = model(input_ids=IDS).logits
             logits[hold].float().logsumexp(-1).sum().backward()
         gradients[hold] = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
@@ -194,7 +194,7 @@ def test_frozen_experts_are_held_in_the_type_of_their_gemms_and_give_the_same_bi
             install_policy_head(model, compute_dtype=torch.bfloat16, check_logits=False)
             if hold:
                 hold_frozen(_perturbed(model), torch.bfloat16)
-            with precision(_perturbed(model)):
+            with body_autocast(_perturbed(model)):
                 outputs[hold] = model(input_ids=IDS % 8).logits
         assert torch.equal(outputs[True], outputs[False])
         dtypes = {

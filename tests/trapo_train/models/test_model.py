@@ -29,11 +29,11 @@ from trapo_train.models.attention import PACKED_IMPLEMENTATION
 from trapo_train.models.model import (
     ModelConfig,
     PolicyHead,
+    body_autocast,
     install_policy_head,
     load_model_and_tokenizer,
     policy_forward,
     policy_head,
-    precision,
     score,
 )
 from trapo_train.models.scratch import ScratchConfig
@@ -237,7 +237,7 @@ def test_the_residual_stream_is_in_the_compute_type_from_the_embedding_on(name):
         each.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
         each.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     ids = torch.arange(5)[None]
-    with precision(model):
+    with body_autocast(model):
         model.base_model(input_ids=ids, use_cache=False)
     whole.base_model(input_ids=ids, use_cache=False)
     assert streams[0].dtype == torch.bfloat16 == outputs[0].dtype and torch.equal(*streams)

@@ -10,7 +10,7 @@ import pytest
 from tests.trapo_train.test_cli import TINY
 from trapo_train import cli
 from trapo_train.reports import display
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rewards.builtin import REWARDS
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from trapo_train.config import RunConfig
 from trapo_train.data.dataset import DataConfig, DataReport
 from trapo_train.models.model import ModelConfig
-from trapo_train.reports.display import MetricsLog, NullReporter, Reporter, evaluation_line, format_seconds, read_metrics
-from trapo_train.reports.figures import group_accuracies
+from trapo_train.reports.display import NullReporter, Reporter, evaluation_line, format_seconds
+from trapo_train.reports.metrics_log import MetricsLog, group_accuracies, read_metrics
 
 REPORT = DataReport(problems=4, without_expert=0, experts=4, dropped_experts=0, dropped_prompts=0)
 

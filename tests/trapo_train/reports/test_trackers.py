@@ -10,7 +10,7 @@ import pytest
 
 from tests.trapo_train.test_train import StopAfter, build_config, train_to_end
 from trapo_train.records import Problem, Sample
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.reports.trackers import Trackers, TrackingConfig
 from trapo_train.rollouts.samples import write_samples
 from trapo_train.schema import UserError

@@ -12,7 +12,7 @@ from tests.trapo_train.test_train import EVALUATED, build_config, train_to_end
 from trapo_train.checkpoints.checkpoint import CheckpointError
 from trapo_train.checks.symptoms import Symptoms
 from trapo_train.metrics import merge_metrics
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rewards import functions as rewards
 from trapo_train.rewards.functions import RewardError, RewardTerm, judge, load_reward
 from trapo_train.rewards.grading import FAILED_SHARE, MathVerify

@@ -14,7 +14,8 @@ from trapo_train import trainer as trainer_module
 from trapo_train.data.dataset import ProblemOrder
 from trapo_train.metrics import Mean
 from trapo_train.records import Problem, Sample
-from trapo_train.reports.display import Reporter, read_metrics
+from trapo_train.reports.display import Reporter
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rewards.builtin import Overlong
 from trapo_train.rewards.functions import RewardError
 from trapo_train.rollouts.refill import sample_with_refill, teaches

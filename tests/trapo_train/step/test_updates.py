@@ -12,7 +12,7 @@ from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import Role, TokenBatch, corrections, objectives
 from trapo_train.metrics import Mean
 from trapo_train.models.model import policy_forward, score, score_all
-from trapo_train.reports.display import read_metrics
+from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.step import updates as updates_module
 from trapo_train.step.packing import PackingConfig
 from trapo_train.step.tally import Tally, quantile
