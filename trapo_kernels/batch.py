@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class TokenBatch:
     sequence_id: Tensor | None = None
     scored_rows: Tensor | None = None
     kl_weight: Tensor | None = None
+    # What `rows` took this from: sequence_id [M] and which tokens have a role [M], on the CPU, and its index.
+    _cut_from: ClassVar[tuple[Tensor, Tensor, slice | Tensor] | None] = None
 
     def __post_init__(self):
         batch_checks.token_batch(self)
@@ -174,8 +176,8 @@ class TokenBatch:
             return None
         return [x._version for x in deciding]
 
-    def __getstate__(self) -> dict:  # copies begin to count anew
-        return vars(self) | {"_noted": (self._rows(), None)}
+    def __getstate__(self) -> dict:  # copies begin to count anew, and take no whole batch along
+        return vars(self) | {"_noted": (self._rows(), None), "_cut_from": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -217,6 +219,17 @@ class TokenBatch:
             wanted = wanted.index_fill(0, self.scored_rows, True)
         return torch.where(wanted, torch.where(self.target == IGNORE_INDEX, _NO_TOKEN, self.target), IGNORE_INDEX)
 
+    def cut_sequence(self) -> int | None:
+        """The label of a sequence of which `rows` on a CPU has left a token with a role behind; None where none is known."""
+        if self._cut_from is None:
+            return None
+        sequence_id, real, index = self._cut_from
+        left = real.clone()
+        left[index] = False
+        here = sequence_id[index][real[index]]
+        cut = here[torch.isin(here, sequence_id[left])]
+        return int(cut[0]) if len(cut) else None
+
     def __len__(self) -> int:
         return self.target.shape[0]
 
@@ -224,16 +237,20 @@ class TokenBatch:
         """The tokens of some rows as a batch, such as a micro-batch; `index` is a slice, or int64 [M] on the device of the batch.
 
         Weights stay as they are, normalised over the whole optimizer step, so that losses, and gradients, of parts that cover the
-        batch add up to its own. An objective that pools over sequences needs whole ones. Split on the CPU, before `to`: what a
-        batch on a GPU knows of active and silent rows does not reach its parts, and one with `scored_rows` is refused.
+        batch add up to its own. An objective that pools over sequences needs whole ones: it refuses a part that cuts one, where
+        the batch was split on the CPU. Do that before `to`: what a batch on a GPU knows of active and silent rows does not reach
+        its parts, and one with `scored_rows` is refused.
         """
         batch_checks.row_index(self, index)
         streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}
-        part = {name: x if x is None else x[index] for name, x in streams.items() if name != "scored_rows"}
-        if self.scored_rows is None:
-            return TokenBatch(**part)
-        scored = torch.zeros_like(self.role, dtype=torch.bool).index_fill(0, self.scored_rows, True)
-        return TokenBatch(**part, scored_rows=scored[index].nonzero().squeeze(1))
+        streams = {name: x if x is None else x[index] for name, x in streams.items() if name != "scored_rows"}
+        if self.scored_rows is not None:
+            scored = torch.zeros_like(self.role, dtype=torch.bool).index_fill(0, self.scored_rows, True)
+            streams["scored_rows"] = scored[index].nonzero().squeeze(1)
+        part = TokenBatch(**streams)
+        if self.sequence_id is not None and checks.may_look(self.role):
+            object.__setattr__(part, "_cut_from", (self.sequence_id, self.role != Role.IGNORED, index))
+        return part
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenBatch:
         """The same batch on `device`; what a CPU knew of active and silent rows moves along, so that no sync follows on a GPU.
@@ -253,6 +270,7 @@ class TokenBatch:
         there = TokenBatch(**{name: None if tensor is None else place(tensor) for name, tensor in streams.items()})
         pairs = zip(self._rows(), there._rows(), strict=True)  # what was known, and what the CPU has found anew
         there._note(_Rows(*(found if known is None else place(known) for known, found in pairs)))
+        object.__setattr__(there, "_cut_from", self._cut_from)
         return there
 
     def with_active_rows(self, rows: Tensor | None, silent_rows: Tensor | None = None) -> TokenBatch:
@@ -265,6 +283,7 @@ class TokenBatch:
         """
         batch_checks.row_hints(self, rows, silent_rows)
         told = replace(self)
+        object.__setattr__(told, "_cut_from", self._cut_from)
         pairs = zip((rows, silent_rows), told._rows(), strict=True)
         told._note(_Rows(*(found if given is None else given for given, found in pairs)))
         return told

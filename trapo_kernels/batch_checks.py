@@ -210,6 +210,11 @@ def streams_fit(where: str, batch: TokenBatch, objective: Objective) -> None:
                 f"{where}: objective {objective.name!r} reads batch.{name}, got None. Pass TokenBatch(..., {name}=...), or use an "
                 f"objective without the {reason} that needs it."
             )
+    if "sequence_id" in objective.reads(batch.on_policy) and (cut := batch.cut_sequence()) is not None:
+        raise ValueError(
+            f"{where}: objective {objective.name!r} pools over sequences, which must be whole in a batch, got some tokens of "
+            f"sequence {cut}, of which TokenBatch.rows has left others behind. Split a batch between its sequences."
+        )
     if not checks.may_look(batch.role):  # on a GPU not even the masks are made
         return
     active = batch.active

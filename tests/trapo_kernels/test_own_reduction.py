@@ -1,5 +1,6 @@
 """A reduction of one's own: the example of the docs, and what it may return."""
 
+import pickle
 import textwrap
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ import torch
 
 from tests.trapo_kernels import cases
 from tests.trapo_kernels.test_sequence import sequence_batch
-from trapo_kernels import Objective, Term, policy_loss, sequence
+from trapo_kernels import Objective, Term, TokenBatch, objectives, policy_loss, sequence
 from trapo_kernels.gates import Clip
 from trapo_kernels.sequence import MeanRatio, Reduced, Reduction
 
@@ -40,6 +41,25 @@ def test_the_reduction_of_the_docs_leaves_far_sequences_out():
     expected = policy_loss(logprob, None, near, Objective(rollout=Term(Clip(), "old", "advantage"))).loss
     torch.testing.assert_close(ours, expected)
     assert str(scope["Near"](2.0)) == "only sequences whose mean |log r| is below 2" and scope["Near"]() == scope["Near"]()
+
+
+def test_a_part_that_cuts_a_sequence_is_refused_where_an_objective_pools():
+    labels = torch.tensor([5, 5, 5, 7, 7, 9, 9, 9])
+    role = torch.tensor([0, 1, 1, 1, 1, 1, 1, 0], dtype=torch.uint8)
+    ones = torch.ones(8)
+    b = TokenBatch(torch.zeros(8, dtype=torch.int64), role, ones, ones, -ones, sequence_id=labels)
+    logprob = -ones
+    for index in (slice(0, 4), torch.tensor([0, 1, 3, 4]), slice(4, 8)):
+        part = b.rows(index)
+        for cut in (part, part.to("cpu"), part.with_active_rows(None)):
+            with pytest.raises(ValueError, match=r"'gspo' pools .* whole .*, got some tokens of sequence [57], .* Split a"):
+                policy_loss(logprob[: len(part)], None, cut, objectives.gspo())
+        policy_loss(logprob[: len(part)], None, part, objectives.grpo())
+        assert pickle.loads(pickle.dumps(part)).cut_sequence() is None  # the whole batch stays where it was
+    whole = [b.rows(index) for index in (slice(0, 3), slice(1, 5), slice(5, 7))]  # what has no role counts nowhere
+    assert [part.cut_sequence() for part in whole] == [None] * 3
+    assert whole[1].rows(slice(0, 3)).cut_sequence() == 7 and whole[1].rows(slice(0, 2)).cut_sequence() is None
+    policy_loss(logprob[:4], None, whole[1], objectives.gspo())
 
 
 @pytest.mark.parametrize(
