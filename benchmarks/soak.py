@@ -89,7 +89,7 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """What the run recorded, without events and without what was measured."""
-        from trapo_train.reports.display import read_metrics
+        from trapo_train.reports.metrics_log import read_metrics
 
         recorded = [row for row in read_metrics(self.out) if row["kind"] != "event"]
         return [{name: value for name, value in row.items() if not _is_measured(name)} for row in recorded]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trapo_kernels import checks
 
-__all__ = ["EntropyWeight", "MeanRatio", "Reduced", "Reduction", "Sequences", "Tokens", "TopEntropy", "TrajectoryWeight"]
+__all__ = ["EntropyWeight", "MeanRatio", "Reduced", "Reduction", "Sequences", "Tokens", "TopEntropy", "TrajectoryWeight", "starts"]
 
 
 def starts(ordered: Tensor) -> Tensor:
