@@ -41,13 +41,18 @@ class Bench:
             return
         floor = next((c.name for c in able if c.floor and c.name in calls), None)
         rounds = min(2, self.rounds) if self.small else self.rounds
-        timings, failed = measure.interleave(calls, measure.clock(self.device), seconds * TIMED_SHARE, rounds, self.journal.enter)
+        timings: dict[str, measure.Timing] = {}
+        try:
+            given = (calls, measure.clock(self.device), seconds * TIMED_SHARE, rounds, self.journal.enter, timings)
+            _, failed = measure.interleave(*given)
+        finally:  # whole rounds count where the budget ends in the midst of one
+            whole = measure.whole_rounds(timings)
+            for name, timing in whole.items():
+                rows[name] |= measure.summary(timing, whole.get(floor))
         self.journal.leave()
         for name, error in failed.items():
             rows[name] |= self._failure(name, error)
             rows[name]["reason"] += " (while it was timed, beside the floor's buffers)"
-        for name, timing in timings.items():
-            rows[name] |= measure.summary(timing, timings.get(floor))
         if self.device == "cuda":
             for name in timings:
                 failed, found = self._attempt(name, lambda name=name: measure.cuda_counts(calls[name]))

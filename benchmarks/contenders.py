@@ -351,7 +351,7 @@ def _ours_both(backend: str) -> list[Contender]:
 
 _cross_entropy_only = _without_entropy(("sft", "grpo"))
 _liger_flce, _liger_chunked = _needs("liger_kernel.transformers", gpu=True), _needs("liger_kernel.chunked_loss", gpu=False)
-_cce, _trl_kernels = _needs("cut_cross_entropy", gpu=True), _needs("trl.kernels", gpu=False)
+_cce, _trl_kernels = _needs("cut_cross_entropy", gpu=True), _needs("trl.kernels", "trl.trainer.utils", gpu=False)
 _quack_lce, _verl_lce = (
     _needs(name, gpu=True) for name in ("quack.linear_cross_entropy", "verl.utils.kernel.linear_cross_entropy")
 )

@@ -223,18 +223,28 @@ def _only_ours(tool: str) -> list[str]:
     return next(([option, "kns=trapo"] for option in ("--kernel-regex", "--kernel-name") if option in known), [])
 
 
+_FOUND = 9  # exit code of a sanitizer that has found something; a program's own is pytest's
+
+
 def sanitize(tool: str, name: str, match: str, until: float, output: Path) -> str:
     """What one tool of compute-sanitizer says of the native kernels, in a sentence; its whole output goes to a file.
 
     Without the caching allocator every tensor is an allocation of its own, beyond whose end memcheck looks.
     """
-    command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", *_only_ours(tool)]
+    command = [tool, "--tool", name, "--error-exitcode", str(_FOUND), "--print-limit", "20", *_only_ours(tool)]
     command += [sys.executable, "-m", "pytest", "-q"]
     command += ["-p", "no:cacheprovider", "--rootdir", str(provenance.ROOT), str(NATIVE), "-k", match]
     code = _run(command, until, output, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
     summary = next((line.strip("= ") for line in reversed(text.splitlines()) if "SUMMARY" in line), "no summary")
-    return {0: f"clean ({summary})", None: "out of time"}.get(code, f"**failed**, exit code {code} ({summary})")
+    last = (text.strip().splitlines() or ["no output"])[-1]
+    known = {
+        0: f"clean ({summary})",
+        None: "out of time",
+        _FOUND: f"**found errors** ({summary})",
+        1: f"**a test failed** under it ({summary})",
+    }
+    return known.get(code, f"did not run, exit code {code}: {last}")
 
 
 def _item(o: Outcome) -> list[str]:
@@ -256,7 +266,7 @@ class Report:
     def passed(self) -> bool:
         """Whether tests ran and none of them, nor a sanitizer, found anything."""
         bad = any(o.outcome not in ("passed", "skipped") for o in self.outcomes)
-        return bool(self.outcomes) and not bad and not any("failed" in text for text in self.sanitized.values())
+        return bool(self.outcomes) and not bad and not any(text.startswith("**") for text in self.sanitized.values())
 
     def write(self, outputs: Iterable[Path] = ()) -> None:
         """Write the file, and beside it what the sanitizers' `outputs` hold, if anything."""

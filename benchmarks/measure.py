@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 import warnings
@@ -84,23 +85,26 @@ def interleave(
     seconds: float,
     most: int,
     announce: Callable[[str], None] = lambda name: None,
+    timings: dict[str, Timing] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Round after round of all calls, so that a drifting machine drifts for all; the order rotates, so that none is always first.
+    """Round after round of all calls, so that a drifting machine drifts for all; each in another order, the same in every run, so
+    that none is always first or behind the same one.
 
     At least MIN_ROUNDS (or `most`, if fewer), then as many as fit into about `seconds`, at most `most`; every call must have run
     once before, to warm up. A call that fails, for want of memory beside the others, say, leaves the rounds: its error is in the
-    second answer. `announce` is told whose turn it is.
+    second answer. `announce` is told whose turn it is. `timings`: where to put the first answer, of which a caller that is
+    interrupted reads what there is.
     """
-    timings = {name: Timing([], []) for name in calls}
+    timings = {} if timings is None else timings
+    timings |= {name: Timing([], []) for name in calls}
     failed: dict[str, Exception] = {}
-    names = list(calls)
+    names, order = list(calls), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         start, turn = time.perf_counter(), 0
         while turn < min(MIN_ROUNDS, most) or (turn < most and (time.perf_counter() - start) * (turn + 1) / turn < seconds):
-            first = turn % max(1, len(names))
-            for name in names[first:] + names[:first]:
+            for name in order.sample(names, len(names)):
                 announce(name)
                 try:
                     hot, cold = ticker.time(calls[name])
@@ -114,7 +118,15 @@ def interleave(
             turn += 1
     finally:
         gc.enable()
-    return {name: timings[name] for name in names}, failed
+    for name in failed:
+        del timings[name]
+    return timings, failed
+
+
+def whole_rounds(timings: dict[str, Timing]) -> dict[str, Timing]:
+    """The rounds in which every contender had its turn; {} before the first."""
+    rounds = min((len(timing.hot_ms) for timing in timings.values()), default=0)
+    return {name: Timing(timing.hot_ms[:rounds], timing.cold_ms[:rounds]) for name, timing in timings.items()} if rounds else {}
 
 
 def _without_frames(error: Exception) -> Exception:
@@ -138,6 +150,7 @@ def summary(timing: Timing, floor: Timing | None) -> dict[str, object]:
     if floor is not None:
         ratios = [mine / bare for mine, bare in zip(timing.hot_ms, floor.hot_ms, strict=True)]
         found |= dict(zip(("ratio_p20", "ratio", "ratio_p80"), quantiles(ratios), strict=True))
+        found |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     return found
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,7 +60,8 @@ def command() -> str:
     typed = sys.argv[1:]
     if "--out" in typed and Path(typed[typed.index("--out") + 1]).is_absolute():
         typed = [word for i, word in enumerate(typed) if i - typed.index("--out") not in (0, 1)]
-    return " ".join(["python -m benchmarks", *(typed[: typed.index(WORKER_FLAG)] if WORKER_FLAG in typed else typed)])
+    typed = typed[: typed.index(WORKER_FLAG)] if WORKER_FLAG in typed else typed
+    return shlex.join(["python", "-m", "benchmarks", *typed])
 
 
 def _device_name(device: str) -> str:
@@ -87,8 +89,8 @@ def smi(field: str) -> str | None:
 
 
 def clocks(call: Callable[[], object], median_ms: float) -> dict[str, str | None]:
-    """Clocks, power and temperature while `call` runs: enough calls are queued to keep the GPU busy while nvidia-smi looks."""
-    for _ in range(min(200, 2 + int(500 / max(median_ms, 0.1)))):
+    """Clocks, power and temperature while `call` runs: calls of 2 s are queued, for nvidia-smi takes about one to start."""
+    for _ in range(min(2000, 2 + int(2000 / max(median_ms, 0.1)))):
         call()
     line = smi(",".join(CLOCKS.values()))
     torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import tables
 from benchmarks.store import Row
 
 THRESHOLD = 1.05  # smaller changes of a ratio or a peak are not worth a line
@@ -9,7 +10,7 @@ THRESHOLD = 1.05  # smaller changes of a ratio or a peak are not worth a line
 
 def compare(old: list[list[Row]], new: list[list[Row]]) -> str:
     """A Markdown table of every case and contender in both sets whose status changed, whose peak moved by over 5 %, or
-    whose ratio to the floor did so with ranges (p20 to p80) that do not overlap."""
+    whose ratio to the floor did so with ranges that do not overlap (`tables.spread`)."""
     before = {_key(row): row for group in old for row in group}
     lines = ["| question | case | contender | × floor, old | new | change | peak MiB, old | new |", "|---" * 8 + "|"]
     for row in (row for group in new for row in group if _key(row) in before):
@@ -34,7 +35,8 @@ def _verdict(was: Row, now: Row) -> str:
     said = []
     if was.get("ratio") and now.get("ratio"):
         change = now["ratio"] / was["ratio"]
-        apart = now["ratio_p20"] > was["ratio_p80"] or now["ratio_p80"] < was["ratio_p20"]
+        (low, high), (low_before, high_before) = tables.spread(now), tables.spread(was)
+        apart = low > high_before or high < low_before
         if apart and not 1 / THRESHOLD <= change <= THRESHOLD:
             said.append(f"{change - 1:+.0%} {'slower' if change > 1 else 'faster'}")
     if was.get("peak_mib") and now.get("peak_mib"):

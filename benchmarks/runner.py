@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
     while True:
         left = max(0.0, end - time.monotonic())
         skipped = [word for name in BY_NAME if deaths[_backend(name)] >= most for word in ("--skip", name)]
-        process = subprocess.Popen([*worker, *skipped, provenance.WORKER_FLAG, f"{left:.1f}"])
+        process = subprocess.Popen([*worker, provenance.WORKER_FLAG, f"{left:.1f}", *skipped])
         try:
             code, death = _watch(process, journal, end + GRACE_SECONDS)
         finally:
@@ -206,10 +207,21 @@ def _say(text: str) -> None:
 def _pending(options: argparse.Namespace, path: Path) -> tuple[list[Case], int]:
     """The cases that the results file lacks, and how many it has."""
     names = options.questions or questions.NAMES
-    cases = [case for name in names for case in questions.load(name).cases(options.device, options.small)]
-    rows, environment = store.read(path), provenance.environment(options.device)
-    work = [c for c in cases if not {x.name for x in _chosen(c, options)} <= store.whole(rows, c, environment).keys()]
+    each = [questions.load(name).cases(options.device, options.small) for name in names]
+    cases = [case for level in itertools.zip_longest(*each) for case in level if case is not None]  # the most telling of each first
+    rows = store.read(path)
+    work = [case for case in cases if not {x.name for x in _chosen(case, options)} <= _there(rows, case, options.device).keys()]
     return work, len(cases) - len(work)
+
+
+def _there(rows: list[store.Row], case: Case, device: str) -> dict[str, store.Row]:
+    """By contender, the whole rows of a case; not of one that was absent then and is there now."""
+    found = store.whole(rows, case, provenance.environment(device))
+    return {
+        name: row
+        for name, row in found.items()
+        if name in BY_NAME and not (row["status"] == "absent" and BY_NAME[name].absent(torch.device(device)) is None)
+    }
 
 
 def _chosen(case: Case, options: argparse.Namespace) -> list[Contender]:
@@ -225,8 +237,8 @@ def _cost(case: Case, options: argparse.Namespace) -> float:
 def _one(case: Case, bench: Bench, chosen: list[Contender], path: Path, seconds: float) -> None:
     """Measure one case within about `seconds` and append its rows; those with figures also when the budget ends in its midst."""
     environment = provenance.environment(bench.device)
-    there = store.whole(store.read(path), case, environment)
-    kept = {name for name, row in there.items() if row["status"] == "crashed" or case.measure in ONE_BY_ONE}
+    there = _there(store.read(path), case, bench.device)
+    kept = {name for name in there if case.measure in ONE_BY_ONE or not BY_NAME[name].floor}  # others are timed beside a floor
     rows: Rows = {c.name: _excused(c, case, bench.device) for c in chosen if c.name not in kept}
     shared = {"case": case.key, "title": case.title, "environment": environment}
     partial = {} if case.measure in ONE_BY_ONE else {"partial": True}

@@ -91,7 +91,7 @@ def _slower(group: list[Row]) -> list[str]:
         return []
     return [
         f"{_title(group)}: {row['contender']} takes {row['ratio']:.2f} × floor, {mine['contender']} {mine['ratio']:.2f}"
-        f"{' (their ranges overlap)' if row['ratio_p80'] >= mine['ratio_p20'] else ''}."
+        f"{' (their ranges overlap)' if tables.spread(row)[1] >= tables.spread(mine)[0] else ''}."
         for row in _peers(group)
         if row["ratio"] < mine["ratio"]
     ]

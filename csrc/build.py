@@ -63,14 +63,14 @@ class BuildNative(build_ext):
         try:
             self._compile(ext)
         except Exception as error:  # whatever it was, the package works without the native backend and tells the reason
+            told = isinstance(error, RuntimeError)  # by this file, in a sentence
+            reason = error if told else f"the compiler failed ({type(error).__name__}); `pip install -v .` shows how."
+            reason_file.write_text(f"{reason}\n", encoding="utf-8")
             if os.environ.get("TRAPO_CUDA") == "1" or os.environ.get("TRAPO_SANITIZE") == "1":
                 raise RuntimeError(f"trapo: the native backend was asked for by name: {error}") from error  # not optional then
             for library in (built, installed):  # an older one would not be of these sources
                 library.unlink(missing_ok=True)
             print(f"trapo: no native backend: {error}", file=sys.stderr)
-            told = isinstance(error, RuntimeError)  # by this file, in a sentence
-            reason = error if told else f"the compiler failed ({type(error).__name__}); `pip install -v .` shows how."
-            reason_file.write_text(f"{reason}\n", encoding="utf-8")
 
     def _compile(self, ext: Extension) -> None:
         if os.environ.get("TRAPO_NATIVE") == "0":
@@ -111,9 +111,15 @@ class BuildNative(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             objects.append(str(target))
             if not target.exists() or target.stat().st_mtime <= changed:
-                running.append(subprocess.Popen([*command, "-c", source, "-o", str(target)]))  # all at once
-        for process in [process for process in running if process.wait() != 0]:
-            raise subprocess.CalledProcessError(process.returncode, process.args)
+                with target.with_suffix(".log").open("w") as log:
+                    compiling = subprocess.Popen([*command, "-c", source, "-o", str(target)], stdout=log, stderr=log)
+                running.append((source, target.with_suffix(".log"), compiling))  # all at once
+        for source, log, process in running:
+            failed, said = process.wait() != 0, log.read_text(errors="replace").strip()
+            print(said, file=sys.stderr, end="\n" if said else "")
+            if failed:
+                lines = [line for line in said.splitlines() if "error" in line] or said.splitlines() or ["nothing was said."]
+                raise RuntimeError(f"nvcc failed on {source}: {lines[0]}")
         return objects
 
 

@@ -144,6 +144,31 @@ def test_figures_of_an_interrupted_case_are_kept_and_measured_again(tmp_path, mo
     assert store.whole(store.read(path), case, provenance.environment("cpu")) == {}
 
 
+def test_what_was_absent_is_measured_once_it_is_there_beside_a_floor_and_nothing_else(tmp_path, monkeypatch):
+    names = ("floor, 3 GEMMs", "eager", "ours (torch)")
+    case, path, gone = Case("trapo", "trapo", 48, 32, 264, "float32"), tmp_path / "results.jsonl", {"ours (torch)"}
+    found = {name: BY_NAME[name]._replace(absent=lambda _, name=name: "is not here." if name in gone else None) for name in names}
+    monkeypatch.setattr(runner, "BY_NAME", found)
+    runner._one(case, bench(), list(found.values()), path, 1.0)
+    environment, rows = "cpu", store.read(path)
+    assert {row["contender"]: row["status"] for row in rows} == dict(zip(names, ("ok", "ok", "absent"), strict=True))
+    assert runner._there(rows, case, environment).keys() == set(names)
+    gone.clear()
+    assert runner._there(rows, case, environment).keys() == set(names[:2])
+    runner._one(case, bench(), list(found.values()), path, 1.0)
+    again = store.read(path)[len(rows) :]
+    assert {row["contender"] for row in again} == {"floor, 3 GEMMs", "ours (torch)"} and all(row["ratio"] > 0 for row in again)
+
+
+def test_the_first_case_of_every_question_comes_before_the_second_of_any(tmp_path, monkeypatch):
+    options = runner._parser().parse_args(["trapo", "scoring", "--device", "cuda", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        provenance, "environment", lambda device: {name: "" for name in ("device", "revision", "versions", "threads")}
+    )
+    work, _ = runner._pending(options, tmp_path / "results.jsonl")
+    assert [case.question for case in work] == ["trapo", "scoring"] * 3 and work[0].num_rows == work[1].num_rows == 32768
+
+
 def test_a_run_goes_on_in_the_midst_of_a_case_that_takes_contenders_one_by_one(tmp_path, monkeypatch):
     case = Case("longest", "trapo", 16, 32, 264, "float32", measure="longest")
     chosen, path = [BY_NAME["eager"], BY_NAME["ours (torch)"]], tmp_path / "results.jsonl"
@@ -184,7 +209,7 @@ def test_clocks_are_read_while_calls_are_queued(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronised"))
     monkeypatch.setattr(provenance, "smi", lambda fields: done.append("looked") or "1980 MHz, 1980 MHz, 3201 MHz, 690.1 W, 51")
     found = provenance.clocks(lambda: done.append("call"), median_ms=200.0)
-    assert done == ["call"] * 4 + ["looked", "synchronised"]
+    assert done == ["call"] * 12 + ["looked", "synchronised"]
     assert found["sm_clock"] == "1980 MHz" and found["power"] == "690.1 W"
 
 
@@ -253,7 +278,38 @@ def test_a_call_that_fails_leaves_the_rounds_and_says_why():
     timings, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3, announce=turns.append)
     assert set(timings) == {"good"} and len(timings["good"].hot_ms) == 3
     assert str(failed["bad"]) == "no room" and measure.out_of_memory(failed["bad"])
-    assert turns == ["good", "bad", "good", "good"]
+    assert sorted(turns[:2]) == ["bad", "good"] and turns[2:] == ["good", "good"]
+
+
+def test_each_round_has_another_order_the_same_in_every_run():
+    def turns():
+        told = []
+        measure.interleave(dict.fromkeys("abcde", lambda: None), measure.CpuClock(), 0.0, 3, announce=told.append)
+        return told
+
+    first = turns()
+    rounds = [first[i : i + 5] for i in (0, 5, 10)]
+    assert first == turns() and all(sorted(one) == list("abcde") for one in rounds) and len({*map(tuple, rounds)}) == 3
+
+
+def test_rounds_that_are_whole_count_where_the_budget_ends_in_the_midst_of_one(monkeypatch):
+    done = []
+
+    def eager():
+        done.append(1)
+        if len(done) == 7:
+            raise runner.BudgetSpent
+
+    monkeypatch.setattr(measure, "clock", lambda device: measure.CpuClock())
+    names, rows = ("floor, 3 GEMMs", "eager"), {}
+    bench = Bench("cpu", 15, small=False, journal=Journal(None))
+    monkeypatch.setattr(
+        bench, "_checked", lambda case, able, rows: rows.update({n: {"status": "ok"} for n in names}) or (None, calls)
+    )
+    calls = dict(zip(names, (lambda: None, eager), strict=True))
+    with pytest.raises(runner.BudgetSpent):
+        bench._time(SMALL, [BY_NAME[name] for name in names], 1e9, rows)
+    assert all(rows[name]["rounds"] == 6 and rows[name]["ratio"] > 0 for name in names)
 
 
 def test_nothing_of_a_failed_call_stays_in_memory_while_the_others_are_timed():
@@ -269,9 +325,9 @@ def test_nothing_of_a_failed_call_stays_in_memory_while_the_others_are_timed():
         except ValueError as error:
             raise torch.OutOfMemoryError("no room") from error
 
-    calls = {"bad": fails, "good": lambda: alive.append(tensors[0]() is not None)}
+    calls = {"bad": fails, "good": lambda: alive.append(bool(tensors) and tensors[0]() is not None)}
     _, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3)
-    assert alive == [False] * 3 and str(failed["bad"]) == "no room"
+    assert alive == [False] * 3 and len(tensors) == 1 and str(failed["bad"]) == "no room"
 
 
 @pytest.mark.slow
@@ -282,7 +338,7 @@ def test_regressions_between_two_result_sets_are_printed(small_run):
     row = next(row for group in new for row in group if row["contender"] == "ours (torch)" and "ratio" in row)
     row["ratio"] *= 2
     assert "No ratio" in regressions.compare(old, new), "within its spread"
-    row["ratio_p20"] = row["ratio_p80"] = 100.0
+    row |= dict.fromkeys(("ratio_min", "ratio_p20", "ratio_p80", "ratio_max"), 100.0)
     assert "+100% slower" in regressions.compare(old, new)
 
 

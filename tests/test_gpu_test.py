@@ -168,7 +168,15 @@ def test_every_tool_of_the_sanitizer_looks_at_rows_and_at_scoring_barriers_last(
     assert [tool for tool, _ in tools[-2:]] == ["synccheck"] * 2
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "clean (ERROR SUMMARY: 0 errors)"), (9, "**failed**, exit code 9")])
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (0, "clean (ERROR SUMMARY: 0 errors)"),
+        (9, "**found errors** (ERROR SUMMARY: 0 errors)"),
+        (1, "**a test failed** under it (ERROR"),
+        (255, "did not run, exit code 255: 1 --tool memcheck"),
+    ],
+)
 def test_the_sanitizer_is_believed(tmp_path, code, said):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(

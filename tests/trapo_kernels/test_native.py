@@ -302,6 +302,10 @@ def test_an_installation_without_a_compiler_leaves_the_reason(in_source, monkeyp
     monkeypatch.setenv("TRAPO_CUDA", "1")
     with pytest.raises(RuntimeError, match="the native backend was asked for by name: no C"):
         command.build_extension(Extension("trapo_kernels._native", []))
+    monkeypatch.setattr(native, "_REASON", tmp_path / ("trapo_kernels" if in_source else "built") / "_native_build.txt")
+    assert native._missing_kernels("cuda") == f"the native extension was built without kernels for cuda: {reason.strip()}"
+    native._REASON.unlink()
+    assert native._missing_kernels("cuda").endswith("for cuda. Install trapo with TRAPO_CUDA=1 and nvcc.")
 
 
 def test_a_cuda_part_needs_a_torch_with_cuda(tmp_path):

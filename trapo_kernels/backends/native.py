@@ -44,8 +44,10 @@ def _load() -> str | None:
 def _missing_kernels(device_type: str) -> str | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("trapo_native::row_policy", device_type.upper()):
         return None
-    remedy = " Install trapo with TRAPO_CUDA=1 and nvcc." if device_type == "cuda" else ""
-    return f"the native extension was built without kernels for {device_type}.{remedy}"
+    why = "the native extension was built without kernels for"
+    if device_type == "cuda" and _REASON.exists():  # of a later attempt, which left the extension as it was
+        return f"{why} {device_type}: {_REASON.read_text(encoding='utf-8').strip()}"
+    return f"{why} {device_type}.{' Install trapo with TRAPO_CUDA=1 and nvcc.' if device_type == 'cuda' else ''}"
 
 
 _NOT_LOADED = _load()
