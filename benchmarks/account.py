@@ -40,7 +40,7 @@ def memory_formula(contender: str, case: Case, device_type: str) -> dict[str, in
     """Bytes that our backends hold at their peak above the inputs, by what they hold: `head_memory`, and rows of dHidden that no
     GEMM reaches; None for contenders and settings whose allocations it does not state."""
     ours = contender.startswith("ours") and "reference" not in contender and "_fused" not in contender
-    if not ours or case.chunk_rows or case.logits_dtype != "float32":
+    if not ours or case.chunk_rows or case.logits_dtype != "float32" or case.setting:
         return None
     dtype, scores = getattr(torch, case.dtype), case.job == "score"
     # A CPU finds the rows that count; a GPU is told by the batch, which only the single pass sees.
@@ -128,7 +128,7 @@ SHAPES = [(32768, 3584, 152064), (8192, 4096, 151936), (8192, 4096, 128256), (81
 COMMANDS = [
     (
         "make -k gpu-native gpu-test gpu-bench GPU_SECONDS=200 GPU_MINUTES=4.5 "
-        "QUESTIONS='trapo scoring --skip torch.compile --skip \"ours (reference)\"'",
+        'QUESTIONS="trapo scoring active_rows settings --brief"',
         "where there are ten minutes: what the next two commands give, as far as it comes",
     ),
     (
@@ -137,8 +137,8 @@ COMMANDS = [
         "beside them, compute-sanitizer on the CUDA kernels: `tests.md`, `sanitizer.txt`",
     ),
     (
-        "make -k gpu-native gpu-bench GPU_MINUTES=8 QUESTIONS='trapo scoring --skip torch.compile --skip \"ours (reference)\"'",
-        "TRAPO's own micro-batch and the scoring kernels, without what compiles for minutes or runs out of memory",
+        'make -k gpu-native gpu-bench GPU_MINUTES=8 QUESTIONS="trapo scoring active_rows settings --brief"',
+        "TRAPO's own micro-batch first, then scoring, inactive rows, a frozen head and batch-invariant rows",
     ),
     (
         "make -k gpu-native gpu-bench GPU_MINUTES=8",
@@ -158,8 +158,9 @@ NOTES = """
 Each `make` call ends within 9 minutes and writes into `OUT` (an environment variable serves), else into `benchmarks/results`:
 three small files per GPU, as things become known; in `tests.md` `crashed` is followed by what the process said last, `running` is
 what the end of the time cut off. `gpu-bench` goes on from `benchmarks/results/<gpu>/results.jsonl`, so put what
-came back there before the next call. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets tests and
-benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for half a minute (2
+came back there before the next call. Peers are measured where they import: put liger-kernel, cut-cross-entropy, trl with datasets,
+quack-kernels and verl on PYTHONPATH. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets tests
+and benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for half a minute (2
 minutes for a peer, which may try many settings first), is recorded and passed over in that case; after the second time, in a call
 of under 6 minutes after the first, so are all contenders of its backend in what follows of the call.
 """

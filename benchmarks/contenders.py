@@ -36,9 +36,9 @@ class Contender(NamedTuple):
 
 def _finish(problem: Problem, loss: Tensor, logprob: Tensor | None = None, entropy: Tensor | None = None) -> Result:
     """The backward of every contender."""
-    grad_hidden, grad_weight = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    trained = [x for x in (problem.hidden, problem.weight) if x.requires_grad]
     detached = (None if x is None else x.detach() for x in (logprob, entropy))
-    return Result(*detached, loss.detach(), grad_hidden, grad_weight)
+    return Result(*detached, loss.detach(), *torch.autograd.grad(loss, trained))
 
 
 def _from_logprob(function: Callable[[Problem, bool], tuple[Tensor, Tensor | None]]) -> Callable[[Problem], Call]:
@@ -290,6 +290,7 @@ def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
     def prepare(problem: Problem) -> Call:
         hidden, weight, batch, objective = problem.hidden, problem.weight, problem.batch, problem.job.objective
         settings = {"backend": backend, "logits_dtype": getattr(torch, problem.case.logits_dtype)}
+        settings["batch_invariant"] = problem.case.setting == "batch_invariant"
 
         def call() -> Result:
             with _chunk(problem.case):

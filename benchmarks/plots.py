@@ -62,7 +62,10 @@ def _timed(groups: list[list[Row]], job: str) -> list[Row]:
         for row in group:
             case = row["case"]
             plain = (
-                case["measure"] == "time" and case["active"] == 1.0 and not case["chunk_rows"] and case["logits_dtype"] == "float32"
+                case["measure"] == "time"
+                and case["active"] == 1.0
+                and not (case["chunk_rows"] or case.get("setting"))
+                and case["logits_dtype"] == "float32"
             )
             if row["status"] == "ok" and plain and case["job"] == job and case["question"] not in ("active_rows", "narrow"):
                 found[row["contender"], case["num_rows"], *_head(row)] = row

@@ -28,8 +28,9 @@ ENTROPY_COEF = 0.05  # 50 times TRAPO's own, so that gradients without it are fa
 class Case:
     """What to compute at which shape. `job` is one of JOBS; `active` is the share of rows with a non-zero weight.
 
-    `chunk_rows` and `logits_dtype` are ours alone. `measure`: "time", "error" (accuracy only), "first_call", "step" or "longest".
-    `contenders`: names to run, empty for all. `with_memory`: measure the peak too; on a CPU that costs a process per contender.
+    `chunk_rows`, `logits_dtype` and `setting` ("frozen head" or "batch_invariant") are ours alone. `measure`: "time", "error"
+    (accuracy only), "first_call", "step" or "longest". `contenders`: names to run, empty for all. `with_memory`: measure the peak
+    too; on a CPU that costs a process per contender.
     """
 
     question: str
@@ -43,6 +44,7 @@ class Case:
     sequence_length: int = 0  # tokens; 0: an eighth of the rows, one group of 8 samples
     chunk_rows: int = 0  # 0: the backend's own rule
     logits_dtype: str = "float32"
+    setting: str = ""
     measure: str = "time"
     with_memory: bool = False
     contenders: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class Case:
             extra.append(f"chunk {self.chunk_rows} rows")
         if self.logits_dtype != "float32":
             extra.append(f"{self.logits_dtype} logits")
+        extra += [self.setting] if self.setting else []
         return ", ".join([f"{self.job}, {self.shape}, {self.dtype}", *extra])
 
     @property
@@ -97,7 +100,8 @@ JOBS = {
 
 
 class Problem(NamedTuple):
-    """The tensors of a case: hidden [N, D] and weight [V, D] in its dtype (leaves that require grad unless the job only scores),
+    """The tensors of a case: hidden [N, D] and weight [V, D] in its dtype (leaves that require grad unless the job only scores or,
+    of weight, the head is frozen),
     target [N] int64 with -100 on inactive rows, and the batch, whose sequences are `sequence_length` rows each."""
 
     case: Case
@@ -127,7 +131,8 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Problem:
     batch = batch.to(device)
     batch = replace(batch, old_logprob=old_logprob).with_active_rows(batch.active_rows, batch.silent_rows)
     needs_grad = JOBS[case.job].objective is not None
-    hidden, weight = hidden.to(dtype).requires_grad_(needs_grad), weight.requires_grad_(needs_grad)
+    hidden = hidden.to(dtype).requires_grad_(needs_grad)
+    weight.requires_grad_(needs_grad and case.setting != "frozen head")
     return Problem(case, hidden, weight, torch.where(batch.active, target, -100), batch, length)
 
 
@@ -238,7 +243,7 @@ def truth(problem: Problem) -> Result:
     logprob, entropy = (torch.empty(case.num_rows, dtype=torch.float64, device=weight.device) for _ in range(2))
     loss, grad_hidden = 0.0, []
     for block in _blocks(case.num_rows, weight, 8):
-        hidden = problem.hidden[block].detach().double().requires_grad_(weight.requires_grad)
+        hidden = problem.hidden[block].detach().double().requires_grad_(problem.hidden.requires_grad)
         log_p = (hidden @ weight.T).log_softmax(-1)
         logp = log_p.gather(1, target[block, None])[:, 0]
         h = -(log_p.exp() * log_p).sum(-1)

@@ -35,6 +35,10 @@ GRACE_SECONDS = 45  # after the budget, for a call that does not return to Pytho
 ONE_BY_ONE = ("first_call", "longest")  # measures that take a contender at a time, so that a run goes on in the midst of a case
 
 
+# What compiles for minutes or runs out of memory, and what nobody would choose on a GPU.
+_BRIEFLY_LEFT_OUT = ("torch.compile", "ours (reference)", "ours (torch)", "ours, two-phase (torch)", "floor, 4 GEMMs")
+
+
 class BudgetSpent(BaseException):
     """The budget is over: the case at hand is given up, the finished ones are kept. No `except Exception` may swallow it."""
 
@@ -159,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip", action="append", default=[], metavar="CONTENDER", type=_one_of(list(BY_NAME)), help="leave one out; repeatable"
     )
+    parser.add_argument("--brief", action="store_true", help=f"leave out {', '.join(_BRIEFLY_LEFT_OUT)}")
     parser.add_argument("--rounds", type=int, default=measure.MAX_ROUNDS, help="at most this many timed rounds per case")
     parser.add_argument("--no-report", dest="report", action="store_false", help="leave it to python -m benchmarks.report")
     parser.add_argument(provenance.WORKER_FLAG, type=float, help=argparse.SUPPRESS)
@@ -225,7 +230,8 @@ def _there(rows: list[store.Row], case: Case, device: str) -> dict[str, store.Ro
 
 
 def _chosen(case: Case, options: argparse.Namespace) -> list[Contender]:
-    return [c for c in CONTENDERS if c.name not in options.skip and (not case.contenders or c.name in case.contenders)]
+    left_out = {*options.skip, *(_BRIEFLY_LEFT_OUT if options.brief else ())}
+    return [c for c in CONTENDERS if c.name not in left_out and (not case.contenders or c.name in case.contenders)]
 
 
 def _cost(case: Case, options: argparse.Namespace) -> float:

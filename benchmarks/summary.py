@@ -6,6 +6,7 @@ from benchmarks import tables
 from benchmarks.store import Row
 
 GPU_TARGETS = {"score": 1.10, "sft": 1.12, "grpo": 1.12, "trapo": 1.14}  # ratio to the floor on one H200, N ≥ 4096, D ≥ 3584
+SETTING_TARGETS = {"frozen head": 0.75, "batch_invariant": 1.25}  # the same
 NEW_GRADIENTS = "floor, 3 GEMMs, new gradients"
 CPU_TARGET = 1.10  # forward and backward, D ≥ 896
 EXTRA_MEMORY_TARGET = 1 / 8  # of eager's
@@ -102,9 +103,10 @@ def _above_target(group: list[Row]) -> list[str]:
     if mine is None or case["active"] < 1.0:
         return []
     if _on_gpu(group):
-        target = GPU_TARGETS[case["job"]] if case["num_rows"] >= 4096 and case["hidden_size"] >= 3584 else None
+        large = case["num_rows"] >= 4096 and case["hidden_size"] >= 3584
+        target = SETTING_TARGETS.get(case.get("setting"), GPU_TARGETS[case["job"]]) if large else None
     else:
-        trained = case["job"] != "score" and case["dtype"] == "float32"
+        trained = case["job"] != "score" and case["dtype"] == "float32" and not case.get("setting")
         target = CPU_TARGET if case["hidden_size"] >= 896 and trained else None
     if target is None or mine["ratio"] <= target:
         return []

@@ -52,7 +52,8 @@ def required_mib(row: Row) -> float:
     """dHidden and dWeight in the inputs' dtype, which every contender must return; nothing where there is no backward."""
     case = row["case"]
     item = {"float32": 4, "float64": 8}.get(case["dtype"], 2)
-    return 0.0 if case["job"] == "score" else item * case["hidden_size"] * (case["num_rows"] + case["vocab_size"]) / 2**20
+    rows = case["num_rows"] + (0 if case.get("setting") == "frozen head" else case["vocab_size"])
+    return 0.0 if case["job"] == "score" else item * case["hidden_size"] * rows / 2**20
 
 
 def extra_mib(row: Row) -> float | None:

@@ -381,7 +381,7 @@ def test_the_slow_questions_and_torch_compile(tmp_path):
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         runner.main(["tarpo"])
-    assert "'tarpo' is not one of: trapo, sft" in capsys.readouterr().err
+    assert "'tarpo' is not one of: trapo, scoring" in capsys.readouterr().err
 
 
 def test_python_m_benchmarks_starts():

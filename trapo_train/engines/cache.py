@@ -38,12 +38,13 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
-        if self._buffers is None and self.keys.numel() < SMALL:
+        more = key_states.shape[2]
+        large, full = self.keys.numel() >= SMALL, self._buffers is not None and self._end + more > self._buffers[0].shape[2]
+        if full or (large and self._buffers is None):
+            self.place([(self.keys, self.values)], self.keys.shape[2])  # without room where rows have left that made it large
+        if self._buffers is None:
             self.keys, self.values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
             return self.keys, self.values
-        more = key_states.shape[2]
-        if self._buffers is None or self._end + more > self._buffers[0].shape[2]:
-            self.place([(self.keys, self.values)], self.keys.shape[2])
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[: len(states), :, self._end : self._end + more] = states
         self._end += more

@@ -142,6 +142,33 @@ def longrope_limit(architecture: PretrainedConfig) -> int | None:
     return min(limits, default=None)
 
 
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise UserError for a model that computes something else of a packed row than of its sequences alone."""
+    chosen, device = model.config._attn_implementation, model.get_input_embeddings().weight.device
+    if chosen not in _OURS.values():
+        return
+    lengths, training = (3, 2), model.training
+    parts = [torch.arange(length, device=device)[None] for length in lengths]
+    model.eval()
+    with plain_attention(model):
+        alone = torch.cat([model.base_model(input_ids=part, use_cache=False).last_hidden_state for part in parts], 1).float()
+    model.set_attn_implementation(PACKED_IMPLEMENTATION)  # which runs in host memory
+    try:
+        row = torch.cat(parts, 1)
+        inputs = {"input_ids": row, "position_ids": row, **segment_arguments(model, lengths, device)}
+        packed = model.base_model(**inputs, use_cache=False).last_hidden_state.float()
+    finally:
+        model.set_attn_implementation(chosen)
+        model.train(training)
+    error = (packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6)
+    if not error < 1e-3:
+        raise UserError(
+            f"model: a packed row must give what its sequences give alone; that of {type(model).__name__} is off by "
+            f"{float(error):.2g} of the largest hidden state. Choose another model."
+        )
+
+
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, attention is transformers' own in plain PyTorch, which runs on every device and in every type: FlashAttention would
@@ -204,6 +231,9 @@ def packed_attention_forward(
 
     Returns: [1, T, heads, head_dim] and no attention weights.
     """
+    for unsupported in ("softcap", "s_aux", "position_bias"):  # transformers' SDPA would leave them out without a word
+        if kwargs.get(unsupported) is not None:
+            raise UserError(f"attention: {type(module).__name__} asks for {unsupported}, which SDPA cannot do. Use another model.")
     if segment_lengths is None:
         if attention_mask is not None and attention_mask.numel() == 0:
             raise UserError(
@@ -212,11 +242,6 @@ def packed_attention_forward(
             )
         options = {"dropout": dropout, "scaling": scaling}  # a window is in the mask
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
-    for unsupported in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(unsupported) is not None:
-            raise UserError(
-                f"packed attention: {type(module).__name__} asks for {unsupported}, which it cannot do. Use another model."
-            )
     if sliding_window == _UNSAID:
         sliding_window = _own_window(module, max(segment_lengths))
     if flash:

@@ -24,7 +24,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, head_options, linear_logprob, linear_policy_loss
-from trapo_train.models.attention import check_architecture, check_attention, choose_attention, plain_attention, segment_arguments
+from trapo_train.models.attention import (
+    check_architecture,
+    check_attention,
+    check_packing,
+    choose_attention,
+    plain_attention,
+    segment_arguments,
+)
 from trapo_train.models.autocast import cast_embeddings, cast_routers
 from trapo_train.models.dropout import check_one_policy, switch_off_dropout
 from trapo_train.models.liger import apply_liger
@@ -238,7 +245,8 @@ def prepare(
 
     Args:
         device: where the model will run.
-        check_logits: compare the head's logits with the model's, and a training pass with an evaluation, which runs the model.
+        check_logits: compare the head's logits with the model's, a training pass with an evaluation, and a packed row with its
+            sequences, which runs the model.
         tell: what `auto` chose is told to it, and what is changed in the model.
 
     Raises: UserError for a model that the packed step would train wrongly.
@@ -249,6 +257,7 @@ def prepare(
     install_policy_head(model, compute_dtype=DTYPES[config.dtype], check_logits=check_logits)
     if check_logits:
         check_one_policy(model)
+        check_packing(model)
     train_text_alone(model, tell)
     apply_liger(model, config.liger, device, tell)
     if config.lora is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -225,3 +226,27 @@ def test_one_synchronisation_for_each_pass(monkeypatch):
     with CountSyncs() as others:
         engine.generate(PROMPTS * 2, SamplingParams(20))
     assert len(lists) == model.passes > 40 and others.counts == 0
+
+
+def test_a_cache_of_rows_that_come_and_go_holds_what_a_plain_one_would(monkeypatch):
+    """Through every change between small and large, as of the last rows of a batch that was large."""
+    monkeypatch.setattr(cache, "SMALL", 64)
+    monkeypatch.setattr(cache, "ROOM", 3)
+    changes = set()
+    for seed in range(40):
+        chance = random.Random(seed)
+        layer, plain = cache.RoomyLayer(), torch.empty(8, 2, 0, 2)
+        for _ in range(40):
+            states = torch.rand(len(plain), 2, chance.choice((1, 1, 1, 3)), 2)
+            plain = torch.cat([plain, states], 2)
+            before = layer._buffers is not None
+            keys, values = layer.update(states, -states)
+            assert torch.equal(keys, plain) and torch.equal(values, -plain)
+            changes.add((before, layer._buffers is not None))
+            if chance.random() < 0.3:
+                order = chance.sample(range(len(plain)), chance.randint(1, len(plain)))
+                columns = chance.randint(1, plain.shape[2])
+                plain = plain[order][:, :, -columns:]
+                layer.keep(order, columns)
+                assert torch.equal(layer.keys, plain) and torch.equal(layer.values, -plain)
+    assert changes == {(False, False), (False, True), (True, True), (True, False)}

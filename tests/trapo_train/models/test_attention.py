@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma2Config, GptOssConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests.pretended_gpu import DEVICE, pretend
@@ -18,11 +18,14 @@ from trapo_train.models.attention import (
     PACKED_IMPLEMENTATION,
     VARLEN_IMPLEMENTATION,
     check_attention,
+    check_packing,
     choose_attention,
     packed_attention_forward,
     plain_attention,
     segment_arguments,
 )
+from trapo_train.models.model import ModelConfig, prepare
+from trapo_train.schema import UserError
 
 
 def build(config, implementation=PACKED_IMPLEMENTATION):
@@ -207,6 +210,27 @@ def test_unsupported_attention_is_refused():
     old._supports_attention_backend = False
     with pytest.raises(ValueError, match="does not"):
         check_attention(old)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_attention_with_sinks_is_refused_before_anything_is_sampled_or_trained(prepared):
+    """transformers' SDPA would leave them out without a word."""
+    shape = SHAPE | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**shape), attn_implementation=PACKED_IMPLEMENTATION)
+    with pytest.raises(UserError, match="attention: GptOssAttention asks for s_aux, which SDPA cannot do"):
+        if prepared:
+            prepare(model, ModelConfig(name_or_path="none"), device="cpu")
+        else:
+            model(input_ids=torch.arange(4)[None])
+
+
+def test_a_model_whose_packed_sequences_see_each_other_is_refused(monkeypatch):
+    model = build(CONFIGS["llama"]).float()
+    check_packing(model)
+    monkeypatch.setattr("trapo_train.models.attention.segment_arguments", lambda *_: {"segment_lengths": (5,)})
+    with pytest.raises(UserError, match=r"a packed row must give .* that of LlamaForCausalLM is off by .* Choose another model"):
+        check_packing(model)
+    assert model.config._attn_implementation == PACKED_IMPLEMENTATION
 
 
 def test_plain_attention_gives_the_chosen_one_back_after_an_exception_too():
