@@ -199,6 +199,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.rollouts.plans import PlanConfig
     from trapo_train.step.advantages import AdvantageConfig
     from trapo_train.step.objective import ObjectiveConfig
+    from trapo_train.step.optimizer import OptimizerConfig
     from trapo_train.step.updates import UpdateConfig
 
     config = _load(args)
@@ -208,6 +209,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
     plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
     nothing = {"plan": PlanConfig(plan), "objective": ObjectiveConfig(objective), "updates": UpdateConfig()}
+    nothing |= {"optimizer": OptimizerConfig()}
     nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)

@@ -164,8 +164,10 @@ def test_plot_and_compare(finished_run, tmp_path, capsys):
     path = tmp_path / "[a] :eyes:.png"  # no markup
     assert cli.main(["compare", str(finished_run), "--output", str(path)]) == 0
     assert path.exists() and capsys.readouterr().out == f"wrote {path}\n"
-    assert cli.main(["compare", str(finished_run), str(finished_run)]) == 0
-    assert (tmp_path / "compare.png").exists()
+    other = tmp_path / "other"
+    shutil.copytree(finished_run, other)
+    assert cli.main(["compare", str(finished_run), str(other)]) == 0
+    assert (finished_run.parent / "compare.png").exists()
 
 
 DOWN = "{base_url: 'http://127.0.0.1:9', max_retries: 0}"
@@ -315,6 +317,7 @@ def test_a_dry_run_that_was_stopped_has_not_passed(config, monkeypatch, capsys):
 def test_a_dry_run_has_no_warm_up(config):
     schedule = ("steps=100", "optimizer.schedule=polynomial", "optimizer.warmup_steps=10")
     assert cli.main(["run", config, *schedule, "--dry-run"]) == 0
+    assert cli.main(["run", config, "model.lora={rank: 2, target_modules: [qkv_proj]}", "--dry-run"]) == 0  # another model's names
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "export", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])

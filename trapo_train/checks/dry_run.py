@@ -60,6 +60,7 @@ def dry_config(config: RunConfig, output_dir: str) -> RunConfig:
             eos_token=None,
             attention="auto",
             liger="auto" if config.model.liger else False,
+            lora=config.model.lora and replace(config.model.lora, target_modules="all-linear"),  # whose names are another model's
         ),
         rollout=replace(
             config.rollout,

@@ -13,6 +13,7 @@ import torch
 
 from trapo_train.data.problems import Entry, ProblemSet, RowReader, Trace, fingerprint
 from trapo_train.data.rejected import Place, rejected_experts, tell_failed_gradings
+from trapo_train.data.report import DataReport
 from trapo_train.data.rows import RENDERING
 from trapo_train.parallel.world import World
 from trapo_train.records import Problem
@@ -28,6 +29,12 @@ PRESETS = {
     "luffy": {"prompt_column": "prompt", "solution_column": "reward_model.ground_truth", "expert_column": "target"},
     "messages": {"prompt_column": "messages", "expert_column": "messages"},
 }
+
+
+class _NotGiven(str):
+    """The default name of a column, told from the same name set explicitly, which overrides a preset."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class DataConfig:
     """Columns of a known layout: luffy for LUFFY's and TRAPO's OpenR1 data (prompt, target, reward_model.ground_truth) and the
     evaluation sets beside it; messages for conversations, a list of {role, content} under messages, where solution may be missing.
     A column you set explicitly overrides the preset."""
-    prompt_column: str = "prompt"
+    prompt_column: str = _NotGiven("prompt")
     """Column with the prompt: text or chat messages. A dot reaches into a struct: reward_model.ground_truth. The same as
     expert_column for conversations: the last assistant turn, as the chat template writes it, is the expert trace, what comes before
     it the prompt. Messages reach the template with all their fields, such as tool_calls, and so does a column tools."""
@@ -69,9 +76,9 @@ class DataConfig:
     (none behind a system message or another assistant turn), each as a problem of its own whose prompt is what comes before it, as
     the chat template writes that for a model that is to answer. The row's solution is that of its last message: problems of earlier
     turns have none. Each problem computes its prompt again, so long chats of many turns cost more than their tokens."""
-    solution_column: str | None = "solution"
+    solution_column: str | None = _NotGiven("solution")
     """Column with the true answer that the reward compares with; null if the dataset has none."""
-    expert_column: str | None = "expert"
+    expert_column: str | None = _NotGiven("expert")
     """Column with expert responses: text, an assistant message, or a list of these; null takes none. Under its default name, or a
     preset's, it may be missing: then there are none either."""
     as_chat: bool = False
@@ -122,8 +129,7 @@ class DataConfig:
             raise UserError(f"task_options belong to a task, got path = {self.path!r}. Remove them.")
         if self.task is not None and self.revision is not None:
             raise UserError(f"revision must be null but for a dataset on the hub, got {self.revision!r} with a task. Remove it.")
-        if self.preset is not None:
-            self._apply_preset()
+        self._name_columns()
         if self.learned_turns == "all" and self.prompt_column != self.expert_column:
             raise UserError(
                 f"learned_turns: all needs conversations, prompts and expert traces in one column, got prompt_column = "
@@ -138,62 +144,12 @@ class DataConfig:
         default = DataConfig.__dataclass_fields__[name].default
         return getattr(self, name) == PRESETS.get(self.preset, {}).get(name, default)
 
-    def _apply_preset(self) -> None:
-        for name, column in PRESETS[self.preset].items():
-            if getattr(self, name) == DataConfig.__dataclass_fields__[name].default:
-                object.__setattr__(self, name, column)
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What loading found, in counts."""
-
-    problems: int
-    """Problems in the set."""
-    without_expert: int
-    """Problems among them that have no expert trace: they are never guided."""
-    experts: int
-    """Expert traces read, all problems together."""
-    dropped_experts: int
-    """Traces among them that were dropped because the reward gave 0 or less (`on_rejected_expert: drop`)."""
-    dropped_prompts: int
-    """Rows dropped because the prompt was too long (`on_long_prompt: drop`)."""
-
-    duplicates: int = 0
-    """Problems among them that equal an earlier one (see `DataConfig.on_duplicate`)."""
-    dropped_duplicates: int = 0
-    """Rows dropped because they do (`on_duplicate: drop`)."""
-    bare_answers: int = 0
-    """Last turns of conversations that are trained on as their content alone: the chat template does not write them after the
-    rendered prompt, or not all of their content."""
-    context_turns: int = 0
-    """Assistant turns before the last, where that alone is learned."""
-    plain_prompts: int = 0
-    """Text prompts that go in as they are although the tokenizer has a chat template."""
-    own_system: int = 0
-    """Chats that bring a system message, where `system_prompt` is set, which is not put before those."""
-    without_solution: int = 0
-    """Problems among them whose row has no solution in `solution_column`."""
-    unread_columns: tuple[str, ...] = ()
-    """Columns that no reward is handed, because rewards have an argument of that name."""
-
-    def __str__(self) -> str:
-        again = f"; {self.dropped_duplicates} more dropped as equal to an earlier one" if self.dropped_duplicates else ""
-        rejected = f" ({self.dropped_experts} rejected by the reward and dropped)" if self.dropped_experts else ""
-        found = (
-            f"{self.problems} problems ({self.without_expert} without expert; {self.dropped_prompts} more dropped for a "
-            f"long prompt{again}), {self.experts} expert traces{rejected}"
-        )
-        notes = {
-            "problems equal an earlier one in prompt, solution, expert traces and the columns that the reward names: a pass visits "
-            "that several times, and a step may (on_duplicate: drop leaves them out)": self.duplicates,
-            "problems have no solution": self.without_solution,
-            "answers are their content alone, which the chat template writes in another way": self.bare_answers,
-            "assistant turns before the last are context only (learned_turns: all)": self.context_turns,
-            "prompts go in as the texts they are (as_chat: true renders them with the chat template)": self.plain_prompts,
-            "chats have a system message of their own, which system_prompt does not replace": self.own_system,
-        }
-        return "; ".join([found, *(f"{count} {note}" for note, count in notes.items() if count)])
+    def _name_columns(self) -> None:
+        """Columns that were not given are the preset's, or called by their default names."""
+        for name in ("prompt_column", "solution_column", "expert_column"):
+            given = getattr(self, name)
+            if isinstance(given, _NotGiven):
+                object.__setattr__(self, name, PRESETS.get(self.preset, {}).get(name, str(given)))
 
 
 def load_problems(

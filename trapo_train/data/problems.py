@@ -206,13 +206,13 @@ class RowReader:
     def _read(self, chunk: Sequence[tuple[int, dict[str, Any]]]) -> list[Row]:
         """What examples, given by index and row, are read as: their prompts are tokenised together, their traces not yet."""
         texts = [self._texts(index, row) for index, row in chunk]
-        encoded = _encode_prompts(texts, self.tokenizer)
-        return [self._row(*example, *parts) for example, *parts in zip(chunk, texts, encoded, strict=True)]
+        encoded, end = _encode_prompts(texts, self.tokenizer), _added_end(self.tokenizer)
+        return [self._row(*example, *parts, end) for example, *parts in zip(chunk, texts, encoded, strict=True)]
 
-    def _row(self, index: int, row: dict[str, Any], texts: _Texts, token_ids: list[int]) -> Row:
+    def _row(self, index: int, row: dict[str, Any], texts: _Texts, token_ids: list[int], end: tuple[int, ...]) -> Row:
         config, tokenizer = self.config, self.tokenizer
         at, value, expert, prompt, rendered, is_bare = texts
-        prompt_ids, twice = (token_ids, False) if rendered else _without_ends(prompt, token_ids, tokenizer)
+        prompt_ids, twice = (token_ids, False) if rendered else _without_ends(prompt, token_ids, tokenizer, end)
         if twice and not self._told:
             self._told = True
             logger.warning("%s: the prompt begins with %s, which the tokenizer adds: one is left out", at, tokenizer.bos_token)
@@ -345,11 +345,22 @@ def _encode_prompts(texts: Sequence[_Texts], tokenizer: PreTrainedTokenizerBase)
     return found
 
 
-def _without_ends(prompt: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+def _added_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts behind every text: nothing, or its own end of sequence, whatever `model.eos_token` says."""
+    one, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    places = [i for i in range(len(one) - len(plain) + 1) if one[i : i + len(plain)] == plain]
+    return tuple(one[places[0] + len(plain) :]) if plain and places else ()
+
+
+def _without_ends(
+    prompt: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase, end: tuple[int, ...]
+) -> tuple[list[int], bool]:
     """The token ids of a text prompt less what the tokenizer added that does not belong there, and whether that is a second
     beginning-of-sequence token."""
     # Some tokenizers end every text; a prompt must stay open.
-    if token_ids and token_ids[-1] == tokenizer.eos_token_id:
+    if end and tuple(token_ids[-len(end) :]) == end:
+        token_ids = token_ids[: -len(end)]
+    elif token_ids and token_ids[-1] == tokenizer.eos_token_id:
         token_ids = token_ids[:-1]
     # A text that was rendered before has one already; transformers adds another.
     twice = tokenizer.bos_token_id is not None and token_ids[:2] == [tokenizer.bos_token_id] * 2

@@ -161,7 +161,7 @@ class Reporter:
     def rewind(self, step: int, evaluated: bool = True) -> None:
         """Drop what was recorded after `step`, and its evaluation unless it was `evaluated`, before training goes on from there."""
         dropped = self.log.rewind(step, evaluated)
-        self._last_step = self._resumed_at = step
+        self._resumed_at, self._last_step = step, max(step, 0)  # below 0 for a run that begins anew
         if dropped and step < 0:
             self._say(f"metrics: the {dropped} rows of before are in {self.log.path}.old", "dim")
         elif dropped:

@@ -92,10 +92,11 @@ def plot_unguided(rows: Sequence[Row], path: str | Path) -> Path:
     """Accuracy of unguided samples (of micro-group 1) and held-out accuracy over steps, and in a panel of its own the reward where
     that is another number, as a weighted sum is."""
     accuracy, reward, held_out = _series(rows, UNGUIDED), _series(rows, UNGUIDED_REWARD), _held_out(rows)
-    require(accuracy[0] or reward[0], f"{UNGUIDED} or {UNGUIDED_REWARD}")
+    require(accuracy[0] or reward[0] or held_out, f"{UNGUIDED}, {UNGUIDED_REWARD} or accuracy")
     panels = [name for name, shown in (("accuracy", accuracy[0] or held_out), ("reward", reward != accuracy)) if shown]
-    window = window_of(len(accuracy[0] or reward[0]))
-    explained = ["training: micro-group 1" + (f", line is the mean over {window} steps" if window > 1 else "")]
+    steps = accuracy[0] or reward[0]
+    window = window_of(len(steps))
+    explained = ["training: micro-group 1" + (f", line is the mean over {window} steps" if window > 1 else "")] * bool(steps)
     figure, axes = new_figure(
         f"{' and '.join(panels).capitalize()} without guidance",
         " · ".join(explained + ["held-out: ± 1 standard error"] * bool(held_out)),
@@ -144,10 +145,12 @@ def plot_guided_share(rows: Sequence[Row], path: str | Path) -> Path:
         "share of samples with an expert prefix · dots: one step · line: running mean",
     )
     labels = []
-    for micro_group, colour in zip((2, 3, 4), ramp(3), strict=True):
-        steps, values = _series(rows, f"guided_share/micro_group_{micro_group}")
-        if steps:
-            labels.append((f"micro-group {micro_group}", draw_smoothed(axis, steps, values, colour), colour))
+    prefix = "guided_share/micro_group_"
+    groups = sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
+    found = {group: _series(rows, f"{prefix}{group}") for group in groups}
+    found = {group: series for group, series in found.items() if group > 1 or any(series[1])}  # the first mostly has no prefix
+    for (micro_group, (steps, values)), colour in zip(found.items(), ramp(len(found)), strict=True):
+        labels.append((f"micro-group {micro_group}", draw_smoothed(axis, steps, values, colour), colour))
     steps, values = _series(rows, "guided_share")
     require(steps, "guided_share")
     labels.append(("all samples", draw_smoothed(axis, steps, values, INK, linewidth=3), INK))
@@ -319,7 +322,7 @@ def plot_accuracy_by_group(evaluations: dict[str, Row], path: str | Path) -> Pat
 
 
 RUN_PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row], Path], Path]]] = {  # with the metrics, one of which is needed
-    "unguided_reward.png": ((UNGUIDED, UNGUIDED_REWARD), plot_unguided),
+    "unguided_reward.png": ((UNGUIDED, UNGUIDED_REWARD, "accuracy"), plot_unguided),
     "guided_share.png": (("guided_share",), plot_guided_share),
     "expert_nll.png": (("expert_nll", "expert/logprob"), plot_expert_nll),
     "entropy.png": (("entropy/sampled", "entropy/rollout", "entropy/expert"), plot_entropy),
@@ -344,9 +347,12 @@ def plot_run(run_dir: str | Path) -> list[Path]:
 
 
 def compare_runs(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
-    """One figure for several runs, named after their directories (with parents where two share a name)."""
+    """One figure for several runs, named after their directories (with as many parents as tell them apart)."""
     directories = [Path(run_dir).resolve() for run_dir in run_dirs]
-    names = [directory.name for directory in directories]
-    if len(set(names)) < len(names):
-        names = [f"{directory.parent.name}/{directory.name}" for directory in directories]
+    if len(set(directories)) < len(directories):
+        raise UserError(f"compare: each run must be given once, got {', '.join(map(str, run_dirs))}.")
+    names, parts = [], 0
+    while len(set(names)) < len(directories):
+        parts += 1
+        names = ["/".join(directory.parts[-parts:]) for directory in directories]
     return plot_comparison({n: read_metrics(d) for n, d in zip(names, directories, strict=True)}, path)

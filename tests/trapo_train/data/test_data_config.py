@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.trapo_train.test_train import build_config
+from trapo_train.config import load_config, to_yaml
 from trapo_train.data.dataset import DataConfig, load_problems
 from trapo_train.evaluation.evaluate import EvalConfig, load_eval_sets
 from trapo_train.schema import UserError
@@ -81,3 +83,11 @@ def test_an_error_names_the_section_whose_key_it_is_about(options, words, tmp_pa
         with pytest.raises(UserError) as raised:
             load()
         assert words.format(section=section) in str(raised.value)
+
+
+def test_a_column_that_is_set_to_its_default_name_overrides_the_preset(tmp_path):
+    given = build_config(tmp_path, "run", "data={path: x.jsonl, preset: luffy, expert_column: expert}")
+    data = given.data
+    assert (data.prompt_column, data.solution_column, data.expert_column) == ("prompt", "reward_model.ground_truth", "expert")
+    (tmp_path / "again.yaml").write_text(to_yaml(given))
+    assert load_config(tmp_path / "again.yaml").data == data and type(data.prompt_column) is str

@@ -106,6 +106,18 @@ def test_prompts_are_tokenised_together_and_are_what_each_would_be_alone(tmp_pat
     assert alone == [*ids.values(), (5, 4, 1), (0, 4)] + [(0, 3, 4, 4, 3)] * CHUNK_ROWS
 
 
+def test_a_prompt_stays_open_whatever_ends_a_response(tmp_path):
+    words = {word: number for number, word in enumerate(("<s>", "</s>", "<end>", "a", "b"))}
+    inner = Tokenizer(models.WordLevel(words, unk_token="b"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a b", "solution": "a", "expert": "b"}))
+    for eos_token, end in (("</s>", 1), ("<end>", 2)):  # as model.eos_token says
+        tokenizer = Counting(tokenizer_object=inner, bos_token="<s>", eos_token=eos_token)
+        (problem,) = load_problems(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, None)
+        assert problem.prompt_ids == (0, 3, 4) and problem.experts[0].token_ids == (4, end)
+
+
 def test_memory_does_not_grow_with_the_length_of_the_traces(load):
     rows = 2 * CACHED_PROBLEMS
     trace_tokens = 1500

@@ -77,8 +77,8 @@ def test_plot_run_with_nothing_to_plot_is_refused(tmp_path):
 
 
 def test_a_missing_metric_is_named(tmp_path):
-    with pytest.raises(ValueError, match="accuracy/unguided or reward/unguided is not in these metrics"):
-        plots.plot_unguided([eval_row(0)], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="accuracy/unguided, reward/unguided or accuracy is not in these metrics"):
+        plots.plot_unguided(sft_rows(), tmp_path / "x.png")
 
 
 def test_headroom_labels_each_group_in_order_and_all(tmp_path, drawn):
@@ -205,6 +205,25 @@ def test_compare_runs_tells_equal_names_apart(tmp_path, drawn):
         (directory / "metrics.jsonl").write_text(json.dumps(eval_row(1)) + "\n")
     plots.compare_runs([tmp_path / "a" / "trapo", tmp_path / "b" / "trapo"], tmp_path / "compare.png")
     assert {"a/trapo", "b/trapo"} <= set(texts(drawn[0]))
+    for parent in ("a", "b"):
+        (tmp_path / parent / "seed" / "run").mkdir(parents=True)
+        (tmp_path / parent / "seed" / "run" / "metrics.jsonl").write_text(json.dumps(eval_row(1)) + "\n")
+    plots.compare_runs([tmp_path / "a" / "seed" / "run", tmp_path / "b" / "seed" / "run"], tmp_path / "compare.png")
+    assert {"a/seed/run", "b/seed/run"} <= set(texts(drawn[1]))
+    with pytest.raises(ValueError, match="each run must be given once"):
+        plots.compare_runs([tmp_path / "a" / "trapo", tmp_path / "a" / ".." / "a" / "trapo"], tmp_path / "compare.png")
+
+
+def test_held_out_accuracy_is_drawn_where_no_sample_is_unguided_and_every_rung_of_a_ladder_has_a_line(tmp_path, drawn):
+    rows = [{"kind": "train", "step": step, "expert/logprob": -1.0, "guided_share": 0.3} for step in range(1, 5)]
+    rows = [row | {f"guided_share/micro_group_{i}": 0.1 * (i - 1) for i in range(1, 7)} for row in rows] + [
+        eval_row(2),
+        eval_row(4),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "unguided_reward.png" in [path.name for path in plots.plot_run(tmp_path)]
+    share = next(figure for figure in drawn if "all samples" in texts(figure))
+    assert [text for text in texts(share) if text.startswith("micro-group")] == [f"micro-group {i}" for i in range(2, 7)]
 
 
 def test_accuracy_by_group_skips_groups_a_run_lacks(tmp_path, drawn):
