@@ -15,6 +15,7 @@ trapo_kernels/_native_build.txt. The sources and the classes here are named in p
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +34,8 @@ _STRICT = ["-Werror"] if os.environ.get("TRAPO_WERROR") == "1" else []
 
 def torch_directory() -> Path:
     """Where torch is installed; pip builds in an environment of its own, so it cannot simply be imported."""
-    places = [Path(p) for p in [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")] if p]
+    places = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages()]
+    places = [Path(place) for place in places if place]
     for place in places:
         if (place / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
             return place / "torch"
@@ -81,6 +83,7 @@ class BuildNative(build_ext):
         torch = torch_directory()
         macros = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
         ext.extra_compile_args = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", *_STRICT, *macros]
+        ext.extra_compile_args += ["-fno-fast-math"]  # whatever CXXFLAGS say: exp rounds by adding and subtracting
         ext.extra_compile_args += ["-isystem", str(torch / "include")]
         ext.library_dirs, ext.libraries = [str(torch / "lib")], ["torch_cpu", "torch", "c10"]
         if os.environ.get("TRAPO_SANITIZE") == "1":

@@ -141,9 +141,16 @@ class KL:
         if self.estimator == "k2":
             return d * d / 2
         if self.cap < math.inf:
-            beyond = k3(d) > self.cap  # no clamp(max=cap), whose gradient is 0 · inf where k3 overflows
+            beyond = (k3(d) > self.cap) | (d == -math.inf)  # no clamp(max=cap), whose gradient is 0 · inf where k3 overflows
             return torch.where(beyond, self.cap, k3(torch.where(beyond, 0.0, d)))
-        return k3(d) if self.estimator == "k3" else log_ratio.exp() * k3(d)
+        if self.estimator == "k3":
+            return k3(d)
+        ratio = log_ratio.exp()
+        if not log_ratio.requires_grad:
+            return ratio * k3(d)
+        # Autograd of the product would take π_ref/π_old = r·e^(-d), which no logprob moves, from itself: the slope r·d were lost.
+        far = (d < -1.0) & (d > -self.clamp)
+        return torch.where(far, (log_ratio - d).detach().exp() + ratio * (d - 1.0), ratio * k3(torch.where(far, 0.0, d)))
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "../gates.h"
 
@@ -36,7 +37,9 @@ inline Row finished_row(double others, double moment, float row_max, float targe
   const double shifted = static_cast<double>(target_held) * unit - row_max;
   const double at_target = std::exp(shifted), total = others + at_target;
   // p → 1: log1p keeps the digits of `others` that 1 + others has lost.
-  const double logprob = shifted < -1.0 ? shifted - std::log(total) : -std::log1p(others / at_target);
+  // A total of 0 is of logits so far below 0 that nothing is known of them.
+  const double of_total = total == 0.0 ? std::numeric_limits<double>::quiet_NaN() : std::log(total);
+  const double logprob = shifted < -1.0 ? shifted - of_total : -std::log1p(others / at_target);
   const double log_sum = shifted < -1.0 ? std::log(total) : shifted - logprob;
   const double moment_total = moment + (at_target == 0.0 ? 0.0 : at_target * shifted);
   return {logprob, log_sum - moment_total / total, log_sum, row_max, target_held, static_cast<float>(1.0 / total)};

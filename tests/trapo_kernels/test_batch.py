@@ -5,6 +5,7 @@ import pickle
 import re
 from dataclasses import fields, replace
 
+import numpy
 import numpy as np
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_a_sequence_whose_tokens_are_all_ignored_counts_and_padding_does_not():
     role = torch.tensor([1, 0, 0], dtype=torch.uint8)
     for label in (torch.tensor([0, 1, -1]), torch.tensor([1, 0, -1])):
         assert loss_totals(role, label, label) == LossTotals(rollout_tokens=1, sequences=2, prompts=2)
+
+
+@pytest.mark.skipif(cases.DEVICE != "cpu", reason="a GPU's tensors share no memory with numpy")
+def test_a_write_that_counts_no_version_is_noticed():
+    hidden, weight, _ = cases.head(4, 6, 20, torch.float32)
+    shared = numpy.array([1, 0, 0, 0], numpy.float32)
+    b = TokenBatch(torch.arange(4), torch.full((4,), 2, dtype=torch.uint8), None, torch.from_numpy(shared))
+    assert b.active_rows.tolist() == [0]
+    shared[:] = 1
+    assert b.active_rows.tolist() == [0, 1, 2, 3]
+    b.weight.data[1] = 0
+    losses = [linear_policy_loss(hidden, weight, b, objectives.sft(), backend=backend).loss for backend in ("native", "reference")]
+    torch.testing.assert_close(*losses)
 
 
 def test_totals_add_up_with_sum():

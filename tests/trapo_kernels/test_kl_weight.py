@@ -335,3 +335,26 @@ def test_a_corrected_kl_beside_a_pooled_ratio_reads_the_sequences_on_policy_too_
         assert "sequence_id" not in plain.reads(on_policy=True) and plain.why_two_passes(on_policy=True) is None
     with pytest.raises(ValueError, match='needs a rollout term with anchor "old" and no reduction but MeanRatio, got .*entropy'):
         replace(objective, rollout=replace(objective.rollout, reduction=TopEntropy()))
+
+
+@pytest.mark.parametrize("d", [-0.5, -1.5, -16.0, -20.0, -60.0, -89.0])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
+def test_the_slope_of_a_corrected_kl_far_below_the_reference_is_exact_in_two_passes_too(backend, d):
+    one = torch.ones(1, device=cases.DEVICE)
+    logprob, half = torch.full_like(one, d - 1.0), objectives.grpo(beta=0.04, kl="k3_corrected")
+    streams = {"old_logprob": logprob.clone(), "ref_logprob": -one}
+    b = TokenBatch(one.long(), one.to(torch.uint8), 0 * one, one, **streams)
+    for objective in (half, replace(half, plus=Objective(entropy_coef=0.0, expert=half.rollout))):  # the second takes two passes
+        policy = logprob.clone().requires_grad_()
+        out = policy_loss(policy, None, b, objective, backend=backend)
+        torch.testing.assert_close(cases.gradients(out.loss, (policy,))[0], 0.04 * d * one, rtol=1e-5, atol=0)
+        expected = 0.04 * (torch.tensor(-d).expm1() + d)  # infinite in fp32 at -89
+        torch.testing.assert_close(out.loss.cpu(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_cap_holds_where_the_policy_finds_a_token_impossible():
+    one = torch.ones(2, device=cases.DEVICE)
+    policy = torch.tensor([-math.inf, -1.0], device=cases.DEVICE).requires_grad_()
+    b = TokenBatch(one.long(), one.to(torch.uint8), 0 * one, one, ref_logprob=-one)
+    loss = policy_loss(policy, None, b, objectives.grpo(beta=1.0, kl_cap=10.0)).loss
+    assert loss == 10.0 and cases.gradients(loss, (policy,))[0].tolist() == [0.0, 0.0]

@@ -58,7 +58,8 @@ class VocabShard:
         global_log_sum = total.log()
         # p → 1 keeps its digits: the owner's logprob is exact there, and the other shards enter through log(1 + their mass).
         owner_mass = torch.where(owner > 0, mass, 0.0).sum(0)
-        others = torch.where(owner > 0, float("-inf"), mass - owner_mass).logsumexp(0)
+        nothing = (owner > 0) | (mass == float("-inf"))
+        others = torch.where(nothing, float("-inf"), mass - owner_mass).logsumexp(0)
         global_logprob = logprob.sum(0) - torch.logaddexp(torch.zeros_like(others), others)
         global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))
         moment = torch.where(share > 0, share * (mean + shift), 0.0).sum(0)
