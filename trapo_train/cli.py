@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from trapo_train.reports.console import outlived_readers
 from trapo_train.reports.display import say
-from trapo_train.schema import UserError
+from trapo_train.schema import UserError, refused
 
 if TYPE_CHECKING:
     from trapo_train.config import RunConfig
@@ -107,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="one step of a tiny model on generated problems: do the settings fit together?"
     )
     add("recipes", _recipes, common, "List the packaged configurations.")
+    settings = add("settings", _settings, common, "Every setting with its default and what it does.")
+    settings.add_argument("section", metavar="SECTION", nargs="?", default="", help="such as rollout.vllm (the top level)")
     add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
     export = add("export", _export, common, "Write the model of a checkpoint as Hugging Face files, LoRA's adapters added.")
     export.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, finished or interrupted")
@@ -181,14 +184,18 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:
-    from rich.table import Table
-
     from trapo_train.config import recipes
+    from trapo_train.reports.tables import recipes_table
 
-    table = Table.grid("", "", padding=(0, 2))
-    for name, about in recipes().items():
-        table.add_row(f"[bold]{name}[/]", about)
-    console.print(table)
+    console.print(recipes_table(recipes()))
+    return EXIT_OK
+
+
+def _settings(args: argparse.Namespace, console: Console) -> int:
+    from trapo_train.reports.settings import settings
+    from trapo_train.reports.tables import settings_table
+
+    console.print(settings_table(settings(args.section)))
     return EXIT_OK
 
 
@@ -250,6 +257,9 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
     config = _load(args)
     if config.reward is None:
         raise UserError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
+    with refused(f"output_dir must be a directory that can be written to, got {config.output_dir}", OSError):
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.output_dir).close()  # asked before it samples for minutes
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
     trainer = _trainer(config, console)
     report = measure(trainer, settings)
@@ -369,6 +379,7 @@ def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
             f"`trapo-train export {directory}`, and add model.name_or_path={directory / MODEL_DIR}_step_N."
         )
     trained = ["model.scratch=null", "model.revision=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
+    trained.append(f"output_dir={json.dumps(str(directory))}")  # wherever it was when it trained
     return load_config(directory / CONFIG_FILE, [*trained, *args.overrides])
 
 

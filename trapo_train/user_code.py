@@ -30,6 +30,9 @@ def resolve(setting: str, path: str, example: str) -> Any:
         where = f" Modules are looked for where Python looks, and in {working_directory}."
         where = " Leave out the ending .py." if module_name.endswith(".py") else where if error.name == module_name else ""
         raise UserError(f"{setting} {path!r}: importing the module {module_name!r} failed: {error}.{where}") from error
+    except SyntaxError as error:
+        at = f"{Path(error.filename or module_name).name}:{error.lineno}"
+        raise UserError(f"{setting} {path!r}: importing the module {module_name!r} failed at {at}: {error.msg}.") from error
     try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:

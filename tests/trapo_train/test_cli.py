@@ -16,6 +16,8 @@ from trapo_train.checks import dry_run
 from trapo_train.data import sources
 from trapo_train.evaluation.held_out import model_label
 from trapo_train.reports.metrics_log import read_metrics
+from trapo_train.reports.settings import settings
+from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 
@@ -314,13 +316,37 @@ def test_a_dry_run_that_was_stopped_has_not_passed(config, monkeypatch, capsys):
     assert "passed" not in capsys.readouterr().out
 
 
+def test_every_setting_is_listed_with_its_default_and_what_it_does(capsys):
+    assert cli.main(["settings", "rollout"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "rollout.max_response_tokens int = 1024" in out and "rollout.vllm_server VllmServerConfig" in out
+    seen, sections = set(), [""]
+    for section in sections:
+        for setting in settings(section):
+            seen.add(setting.key)
+            assert setting.about, f"{setting.key} says nothing"
+        sections += [name for name in (entry.key for entry in settings(section)) if _is_section(name)]
+    assert {"steps", "data.max_prompt_tokens", "plan.name", "evaluation.pass_at", "model.lora.alpha", "rollout.vllm.sleep"} <= seen
+    assert cli.main(["settings", "rolout"]) == 2 and "Did you mean 'rollout'" in capsys.readouterr().err
+
+
+def _is_section(name):
+    try:
+        return bool(settings(name))
+    except UserError:
+        return False
+
+
 def test_a_dry_run_has_no_warm_up(config):
     schedule = ("steps=100", "optimizer.schedule=polynomial", "optimizer.warmup_steps=10")
     assert cli.main(["run", config, *schedule, "--dry-run"]) == 0
     assert cli.main(["run", config, "model.lora={rank: 2, target_modules: [qkv_proj]}", "--dry-run"]) == 0  # another model's names
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "export", "headroom", "inspect", "plan-memory", "plot", "compare", "demo"])
+COMMANDS = "run recipes settings eval export headroom inspect plan-memory plot compare demo"
+
+
+@pytest.mark.parametrize("command", COMMANDS.split())
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

@@ -174,10 +174,11 @@ def check_traces(config: RunConfig, problems: ProblemSet) -> None:
         holds = "have conversations end with what the assistant says"
     else:
         holds = "set data.expert_column to the column that holds them"
+    rejected = f" that the reward accepts ({len(problems.rejected)} were dropped)" if problems.rejected else ""
     instead = "" if config.reward is None else ", or use plan.name=grpo with an objective for rollouts such as dr_grpo"
     raise UserError(
         f"plan {config.plan.name} takes expert traces, and none of the {len(problems)} problems has an expert trace of at most "
-        f"rollout.max_response_tokens = {config.rollout.max_response_tokens}. {holds[0].upper()}{holds[1:]}, or raise "
+        f"rollout.max_response_tokens = {config.rollout.max_response_tokens}{rejected}. {holds[0].upper()}{holds[1:]}, or raise "
         f"rollout.max_response_tokens{instead}."
     )
 

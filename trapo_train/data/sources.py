@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,15 +38,27 @@ def load_rows(config: DataConfig, section: str = "data") -> tuple[list[str], Seq
     except Exception as error:  # what datasets, pyarrow and the hub raise has no class in common
         # datasets hides the reason of a failed read in the cause.
         reason = error.__cause__ or error
+        reason = _bad_line(config.path) or f"{type(reason).__name__}: {reason}"
         of = f"revision {config.revision!r}, " if config.revision is not None else ""
         raise UserError(
-            f"{section}: reading the dataset {config.path!r}, {of}split {config.split!r}, failed: {type(reason).__name__}: {reason}"
+            f"{section}: reading the dataset {config.path!r}, {of}split {config.split!r}, failed: {reason}"
             ". Check that it is there, readable and not empty."
         ) from error
     dataset.info.features = _undecoded(dataset.features)  # of an image each read would be another object, with another repr
     if config.num_problems is not None:
         dataset = dataset.select(range(min(config.num_problems, len(dataset))))
     return dataset.column_names, dataset
+
+
+def _bad_line(path: str) -> str | None:
+    """The first line of these .jsonl files that is no JSON in UTF-8; None where there is none."""
+    for file in (file for file in _files(path) if file.endswith(".jsonl") and Path(file).is_file()):
+        for number, line in enumerate(Path(file).read_bytes().split(b"\n"), 1):
+            try:
+                json.loads(line.decode("utf-8-sig") or "null")
+            except ValueError as error:  # a UnicodeDecodeError is one
+                return f"line {number} of {file} is no JSON in UTF-8 ({error})"
+    return None
 
 
 def _undecoded(feature: Any) -> Any:

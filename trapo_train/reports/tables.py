@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from trapo_train.reports.metrics_log import group_accuracies, group_label
 
 if TYPE_CHECKING:
     from trapo_train.evaluation.headroom import HeadroomReport
+    from trapo_train.reports.settings import Setting
 
 
 def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
@@ -52,6 +54,24 @@ def _line(name: str, row: Mapping[str, Any]) -> Text:
 
 def _error(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def recipes_table(found: Mapping[str, str]) -> Table:
+    """Each recipe with what it says of itself."""
+    table = Table.grid("", "", padding=(0, 2))
+    for name, about in found.items():
+        table.add_row(f"[bold]{name}[/]", about)
+    return table
+
+
+def settings_table(found: Sequence[Setting]) -> Group:
+    """A paragraph for each setting: its key, type and default, and below them what it does."""
+    parts: list[Text | Padding] = []
+    for setting in found:
+        default = f" = {setting.default}" if setting.default else ""
+        parts.append(Text.assemble((setting.key, "bold"), (f"  {setting.type}", "dim"), default))
+        parts.append(Padding(Text(setting.about), (0, 0, 1, 4)))
+    return Group(*parts)
 
 
 def memory_table(plan: MemoryPlan) -> Table:

@@ -258,9 +258,9 @@ def may_overlap(reward: RewardFn | WeightedSum) -> bool:
 
 
 def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None]:
-    """What the reward returns; one that is async is run to its end. Of ABOUT_RESPONSES it gets what it takes. What it raises has
-    a note of the line in the reward's module."""
-    taken = {name: values for name, values in arguments.items() if name not in ABOUT_RESPONSES or takes(reward, name)}
+    """What the reward returns; one that is async is run to its end. It gets the columns that it takes. What it raises has a note of
+    the line in the reward's module."""
+    taken = {name: values for name, values in arguments.items() if takes(reward, name)}
     try:
         with no_autocast():
             values = reward(**taken)

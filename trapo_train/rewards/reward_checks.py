@@ -10,9 +10,9 @@ from trapo_train.schema import UserError
 
 
 def takes(reward: Callable[..., Any], name: str) -> bool:
-    """Whether the reward has an argument of this name."""
+    """Whether the reward has an argument of this name, or takes whatever there is."""
     parameters = _parameters(reward)
-    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return not parameters or name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def names(reward: Callable[..., Any], name: str) -> bool:
