@@ -114,6 +114,17 @@ def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, ca
     assert f"{last['accuracy']:.3f}" in shown
 
 
+def test_an_evaluation_of_a_run_that_was_moved_writes_beside_it(finished_run, tmp_path, monkeypatch, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished_run, moved)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = set(finished_run.rglob("*"))
+    assert cli.main(["eval", str(moved), "evaluation.save_samples=true"]) == 0
+    assert list((moved / "samples").glob("eval*_of_*.jsonl")) and set(finished_run.rglob("*")) == before
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_evaluations_of_two_models_leave_two_files(finished_run, tmp_path, capsys):
     other = tmp_path / "base" / "model"
     shutil.copytree(finished_run / "model", other)

@@ -15,6 +15,7 @@ from trapo_train.data.problems import Entry, ProblemSet, RowReader, Trace, finge
 from trapo_train.data.rejected import Place, rejected_experts, tell_failed_gradings
 from trapo_train.data.report import DataReport
 from trapo_train.data.rows import RENDERING
+from trapo_train.data.sources import bad_line
 from trapo_train.parallel.world import World
 from trapo_train.records import Problem
 from trapo_train.rewards.functions import RewardFn, WeightedSum, take_metrics
@@ -188,7 +189,10 @@ def load_problems(
 
     def read() -> _Told:
         nonlocal found
-        found = _read(RowReader(config, tokenizer, end_ids, section), reward, verifier, correct_by, world)
+        try:
+            found = _read(RowReader(config, tokenizer, end_ids, section), reward, verifier, correct_by, world)
+        except UnicodeDecodeError as error:  # of a row, where it is read
+            raise UserError(f"{section}: {bad_line(config.path or '') or error}. Save the file as UTF-8.") from error
         return found.told
 
     parts = world.attempt(read, Exception)  # such as too little memory of one rank, too

@@ -38,7 +38,7 @@ def load_rows(config: DataConfig, section: str = "data") -> tuple[list[str], Seq
     except Exception as error:  # what datasets, pyarrow and the hub raise has no class in common
         # datasets hides the reason of a failed read in the cause.
         reason = error.__cause__ or error
-        reason = _bad_line(config.path) or f"{type(reason).__name__}: {reason}"
+        reason = bad_line(config.path) or f"{type(reason).__name__}: {reason}"
         of = f"revision {config.revision!r}, " if config.revision is not None else ""
         raise UserError(
             f"{section}: reading the dataset {config.path!r}, {of}split {config.split!r}, failed: {reason}"
@@ -50,7 +50,7 @@ def load_rows(config: DataConfig, section: str = "data") -> tuple[list[str], Seq
     return dataset.column_names, dataset
 
 
-def _bad_line(path: str) -> str | None:
+def bad_line(path: str) -> str | None:
     """The first line of these .jsonl files that is no JSON in UTF-8; None where there is none."""
     for file in (file for file in _files(path) if file.endswith(".jsonl") and Path(file).is_file()):
         for number, line in enumerate(Path(file).read_bytes().split(b"\n"), 1):

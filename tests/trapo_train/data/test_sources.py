@@ -86,3 +86,11 @@ def test_problems_come_from_csv(tmp_path):
     (tmp_path / "train.csv").write_text("prompt,solution,expert\nab|,07,ab#b\nab|,7,\n")
     problems = load_problems(DataConfig(path=str(tmp_path / "train.csv")), build_tokenizer(), None)
     assert [(problem.solution, len(problem.experts)) for problem in problems] == [("07", 1), ("7", 0)]
+
+
+@pytest.mark.parametrize("line", [b'{"prompt": "x", "solution": "y"', '{"prompt": "é"}'.encode("latin-1")], ids=["cut", "latin-1"])
+def test_a_bad_line_is_located(tmp_path, line):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"prompt": "a", "solution": "b"}\n' * 2 + line + b"\n")
+    with pytest.raises(UserError, match=rf"^data: .*line 3 of {file} is no JSON in UTF-8 \(.*\)\. (Check|Save)"):
+        load_problems(DataConfig(path=str(file)), build_tokenizer(), None)

@@ -16,6 +16,7 @@ from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.rewards import functions as rewards
 from trapo_train.rewards.functions import RewardError, RewardTerm, judge, load_reward
 from trapo_train.rewards.grading import FAILED_SHARE, MathVerify
+from trapo_train.schema import UserError
 from trapo_train.trainer import Trainer
 
 MODULE = """
@@ -190,3 +191,16 @@ def test_what_was_saved_before_any_training_belongs_to_its_reward(configure):
     assert (summary.steps, summary.stopped_by) == (0, "SIGTERM")
     with pytest.raises(CheckpointError, match="a different run: .* of step 0, before any training: delete it, and the run starts"):
         train_to_end(configure("reward=odd_rewards:made", *settings))
+
+
+def test_a_reward_gets_the_columns_that_it_takes():
+    assert judge(lambda completions: [1.0] * len(completions), problems(2), ["a", "b"]) == [1.0, 1.0]
+    assert judge(lambda prompts, depth: depth, problems(2), ["a", "b"]) == [problem.columns["depth"] for problem in problems(2)]
+
+
+def test_a_module_with_a_mistake_in_its_syntax_is_told_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "bad_syntax.py").write_text("def f(completions):\n    return [1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(UserError, match=r"importing the module 'bad_syntax' failed at bad_syntax\.py:2: .*never closed\."):
+        load_reward("bad_syntax:f")
