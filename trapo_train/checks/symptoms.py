@@ -9,6 +9,7 @@ from typing import Any
 from trapo_train.evaluation.evaluate import section_of
 from trapo_train.rewards.grading import FAILED_SHARE, about_failed_gradings
 
+REJECTED_STEPS = 3
 SILENT_SHARE = 0.1  # of the samples; the odd solution that a grader cannot read is no symptom
 
 
@@ -27,6 +28,7 @@ class Symptoms:
         self._first, self._steps = int(before.get("step", 0)), 0
         self._untrained: Counter[str] = Counter()  # steps by why
         self._ended = before.get("finished_share", 0.0), self._first  # the largest share so far, and its step
+        self._rejected = 0  # steps in a row whose whole expert traces were all wrong
 
     def of_step(self, metrics: Mapping[str, Any]) -> list[str]:
         """Sentences on a training step."""
@@ -37,6 +39,13 @@ class Symptoms:
         if metrics.get("finished_share") == 0:
             name, why = self._why_endless()
             found[name] = f"no completion has an end: all ran to rollout.max_response_tokens = {self._longest}. {why}"
+        if "accuracy/expert" in metrics:
+            self._rejected = 0 if metrics["accuracy/expert"] > 0 else self._rejected + 1
+        if self._rejected >= REJECTED_STEPS:
+            found["rejected"] = (
+                f"the reward called no whole expert trace correct in {REJECTED_STEPS} steps that had some, and they are learned "
+                "all the same. Look at samples and solutions; data.on_rejected_expert=drop leaves out what it gives 0"
+            )
         self._ended = max(self._ended, (metrics.get("finished_share", 0.0), metrics["step"]), key=lambda pair: pair[0])
         self._steps += 1
         if metrics["loss_tokens"] == 0:

@@ -351,6 +351,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
                             correct one; where rewards are 0 and 1 the two add up to equal_share
     reward/unguided         unguided samples of micro-group 1 (those of later ones come from problems that failed before)
     accuracy/unguided       share of the same samples that are correct: what held-out accuracy is on the problems of training
+    accuracy/expert         share of the whole expert traces that the reward calls correct
     reward/micro_group_k    samples of micro-group k; guided_share and guided_share/micro_group_k likewise
     answer_in_prefix        share of the guided completions whose prefix already states the solution
     num_samples             all samples
@@ -371,6 +372,7 @@ def _metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
         "reward/none_correct_share": [not any(sample.correct for sample in group) for group in groups if group],
         "reward/unguided": [sample.reward for sample in first],
         "accuracy/unguided": [sample.correct for sample in first],
+        "accuracy/expert": [sample.correct for sample in samples if sample.finish_reason == "expert"],
         "guided_share": [sample.guided for sample in samples],
         "answer_in_prefix": [sample.answer_in_prefix for sample in completed if sample.guided],
         "completion_tokens_mean": [len(sample.completion_ids) for sample in completed],

@@ -101,3 +101,13 @@ def test_rows_without_a_solution_are_counted_and_what_that_costs_is_told(tmp_pat
     ]
     assert cli.main(["eval", config.output_dir]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "eval_data.a: " + told.replace(f"{count // 2} of {count}", "2 of 4")
+
+
+def test_traces_that_the_reward_rejects_are_told_once_they_are_no_accident():
+    symptoms, step = Symptoms(10, "</s>", {}), {"num_samples": 8, "loss_tokens": 5}
+    seen = [0.0, 0.0, 0.5, 0.0, None, 0.0, 0.0, 0.0]
+    told = [
+        symptoms.of_step(step | {"step": i} | ({} if share is None else {"accuracy/expert": share})) for i, share in enumerate(seen)
+    ]
+    assert [len(sentences) for sentences in told] == [0, 0, 0, 0, 0, 0, 1, 0]
+    assert "step 6: the reward called no whole expert trace correct in 3 steps" in told[6][0]
