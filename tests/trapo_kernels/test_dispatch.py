@@ -333,7 +333,8 @@ def test_a_loss_in_two_passes_scores_with_what_was_fastest(monkeypatch, known):
     expected = linear_policy_loss(hidden, weight, b, objective, backend="reference")
     monkeypatch.setattr(dispatch, "choose", lambda *given: asked.append(given[4]) or "triton_fused")
     if not known:
-        b._note(b._rows()._replace(active=None))
+        rows = b._rows()._replace(active=None)  # as on a GPU
+        monkeypatch.setattr(TokenBatch, "_rows", lambda batch: rows)
     out = linear_policy_loss(hidden, weight, b, objective)
     count = len(b.active_rows) + len(b.silent_rows) + 1 if known else 16
     assert out.passes == 2 and asked == [dispatch.Scoring(count, 6, 30)] and scored == [count]
