@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trapo_kernels import cases
-from trapo_kernels import Role, dispatch, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import Role, TokenBatch, dispatch, linear_logprob, linear_policy_loss, objectives
 from trapo_kernels.backends import sweep
 from trapo_kernels.backends.gemm import HeadGemm
 
@@ -76,7 +76,8 @@ def test_rows_that_are_only_scored_keep_their_values_where_all_rows_pass_through
     b = _batch_with_a_third_scored()
     told = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
     monkeypatch.setattr(sweep, "_active_rows", lambda active: None)
-    b._note(b._rows()._replace(active=None))
+    rows = b._rows()._replace(active=None)
+    monkeypatch.setattr(TokenBatch, "_rows", lambda batch: rows)
     untold = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend)
     assert told.logprob[8:16].all() and not told.logprob[16:].any()
     results = [[o.logprob, o.entropy, o.loss, *cases.gradients(o.loss, (hidden, weight))] for o in (untold, told)]
