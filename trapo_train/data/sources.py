@@ -55,7 +55,7 @@ def bad_line(path: str) -> str | None:
     for file in (file for file in _files(path) if file.endswith(".jsonl") and Path(file).is_file()):
         for number, line in enumerate(Path(file).read_bytes().split(b"\n"), 1):
             try:
-                json.loads(line.decode("utf-8-sig") or "null")
+                json.loads(line.decode("utf-8-sig").strip() or "null")
             except ValueError as error:  # a UnicodeDecodeError is one
                 return f"line {number} of {file} is no JSON in UTF-8 ({error})"
     return None

@@ -43,7 +43,7 @@ def _engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedToke
         weights = Path(config.output_dir) / "vllm_weights"
         engine = VllmServerEngine(rollout.vllm_server, config.model.name_or_path or "", weights, tokenizer, seed=seed)
         engine.check()
-        world.attempt(engine.claim if world.first else lambda: None, EngineError)
+        world.attempt(engine.claim if world.first else lambda: None, EngineError, OSError)
         check_replaceable(engine.sync_dir)
         return engine
     folder = Path(config.output_dir) / f"vllm_config_{world.rank}"

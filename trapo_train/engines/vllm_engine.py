@@ -144,7 +144,7 @@ class VllmEngine(Engine):
         def noted() -> Iterator[tuple[str, Tensor]]:
             try:
                 yield from weights
-            except Exception as error:  # told from what vLLM raises
+            except Exception as error:  # whatever it is: raised as it is, where vLLM would have it as a failure of its own
                 ours.append(error)
                 raise
 

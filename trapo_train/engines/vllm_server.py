@@ -12,7 +12,6 @@ samples, the trainer writes its weights as safetensors to `sync_dir`, and the se
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,11 +22,13 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 from urllib.parse import urlsplit
 
+from trapo_train.checkpoints.lock import lock, sign
 from trapo_train.engines.draws import request_seed
 from trapo_train.engines.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
 from trapo_train.records import Completion
@@ -79,6 +80,22 @@ def claim_file(base_url: str) -> Path:
     return Path(tempfile.gettempdir()) / f"trapo_vllm_server_{os.getuid()}_{hashlib.sha256(base_url.encode()).hexdigest()[:16]}"
 
 
+@cache
+def _claimed(base_url: str) -> TextIO:
+    """The file of `claim_file`, locked, and open as long as the process lives, whatever becomes of its engines."""
+    file = claim_file(base_url).open("a+", encoding="utf-8")
+    other = lock(file)
+    if other is not None:
+        file.close()
+        raise EngineError(
+            f"vllm_server: a server must serve one run, or one evaluation, at a time, got {base_url}, which {other} uses: each "
+            "would sample from the weights of the other. Wait for its end, stop it, or start a second server and set "
+            "rollout.vllm_server.base_url."
+        )
+    sign(file)
+    return file
+
+
 class VllmServerEngine(Engine):
     """Samples from a vLLM server over its OpenAI-compatible protocol, one request per prompt, many at once.
 
@@ -120,21 +137,10 @@ class VllmServerEngine(Engine):
     def claim(self) -> None:
         """Keep other runs of this user on this machine from the server, as long as the process lives.
 
-        Raises: EngineError where another has it: each would sample from the weights of the other.
+        Raises: EngineError where another has it: each would sample from the weights of the other. OSError where no file can be
+            locked in the directory for temporary ones.
         """
-        self._claim = claim_file(self._config.base_url).open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._claim.seek(0)
-            raise EngineError(
-                f"vllm_server: a server must serve one run, or one evaluation, at a time, got {self._config.base_url}, which "
-                f"{self._claim.read().strip() or 'another process'} uses: each would sample from the weights of the other. Wait "
-                "for its end, stop it, or start a second server and set rollout.vllm_server.base_url."
-            ) from error
-        self._claim.truncate(0)
-        self._claim.write(f"process {os.getpid()}\n")
-        self._claim.flush()
+        _claimed(self._config.base_url)
 
     def load_weights(self) -> None:
         """Have the server read the weights in `sync_dir` and forget what it cached of the old ones."""

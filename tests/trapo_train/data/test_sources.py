@@ -91,6 +91,6 @@ def test_problems_come_from_csv(tmp_path):
 @pytest.mark.parametrize("line", [b'{"prompt": "x", "solution": "y"', '{"prompt": "é"}'.encode("latin-1")], ids=["cut", "latin-1"])
 def test_a_bad_line_is_located(tmp_path, line):
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(b'{"prompt": "a", "solution": "b"}\n' * 2 + line + b"\n")
+    file.write_bytes(b'{"prompt": "a", "solution": "b"}\r\n\r\n' + line + b"\n")  # line 2 is empty
     with pytest.raises(UserError, match=rf"^data: .*line 3 of {file} is no JSON in UTF-8 \(.*\)\. (Check|Save)"):
         load_problems(DataConfig(path=str(file)), build_tokenizer(), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -16,10 +17,14 @@ from trapo_train.trainer import Trainer
 HOLDS = """
 import fcntl, sys
 file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 print("process 7", file=file, flush=True)
 print("held", flush=True)
 input()
+"""
+IS_FREE = """
+import fcntl, sys
+fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)
 """
 
 
@@ -32,3 +37,13 @@ def test_a_server_that_another_process_samples_from_is_refused(server, tmp_path)
             Trainer(config)
         other.communicate(b"\n")
     assert [Trainer(config).engine.sync_dir for _ in range(2)] == [tmp_path / "run" / "vllm_weights"] * 2  # of one process
+
+
+def test_a_server_stays_claimed_where_an_engine_of_the_process_is_gone(server, tmp_path):
+    config = build_config(tmp_path, "run", *server_settings(server))
+    first, second = Trainer(config), Trainer(config)
+    del first
+    gc.collect()
+    command = [sys.executable, "-c", IS_FREE, vllm_server.claim_file(server.url)]
+    tried = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert tried.returncode == 1 and "BlockingIOError" in tried.stderr and second.engine
