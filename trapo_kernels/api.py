@@ -90,9 +90,9 @@ def linear_logprob(
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
-    Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU those
-        of 256 rows at most (512 on Intel's), more of a small vocabulary while they are below 2^20. Backward adds dWeight in fp32;
-        "native" on a CPU holds the logits of up to D rows in it, but for one block of at most 8192 tokens (V ≥ 16384).
+    Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064 of them, 2.3 GiB in fp32, on a CPU 256
+        rows (Intel's: 512) or 2^20. Backward adds dWeight in fp32, or in bf16 (fp16) where such operands are one chunk, on a CPU up
+        to D rows; there "native" holds their logits in it, but for a block or what finds no room in 16 bits (V ≥ 16384).
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
@@ -146,8 +146,8 @@ def linear_policy_loss(
         ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
         in two, 4 GEMMs, and says so in `passes`; see `Objective.why_two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
-    Memory: as `linear_logprob` and its backward, and dHidden and dWeight (fp32) from forward until backward. A factor on the loss
-        costs one more read and write of each (on a GPU only of those that keep fp32); folded into `weight` it costs nothing.
+    Memory: as `linear_logprob` and its backward, and both gradients from forward until backward. A factor on the loss costs one
+        more read and write of each (on a GPU not of an fp32 one that is rounded); folded into `weight` it costs nothing.
     Determinism: bitwise repeatable for the same inputs; no atomics.
     Source: arXiv 2512.17636 (TRAPO) for the mixed loss; quack's linear cross-entropy for the single pass.
     """
@@ -192,6 +192,7 @@ def linear_policy_loss(
         batch_invariant,
         settings.group_name,
         needs,
+        settings.grad_weight_dtype(len(batch) if active is None else len(active), inputs),
         chosen,
     )
     return _policy_output(loss, logprob, entropy, batch, s, objective, passes=1)
@@ -218,8 +219,7 @@ def policy_loss(
         batch: `TokenBatch` of N tokens; `target` is not read. objective: as in `linear_policy_loss`.
         backend: as there; what has no compiled form or needs whole sequences first is the reference formula on each of them.
 
-    Returns: `PolicyLossOutput` with passes = 2.
-    Raises: ValueError for a shape that does not fit, a missing stream, or a missing entropy.
+    Returns: `PolicyLossOutput` with passes = 2. Raises: ValueError for a shape that does not fit, a missing stream or entropy.
     Memory: O(N). Determinism: bitwise repeatable. Source: objectives' docstrings.
     """
     where = "policy_loss"

@@ -217,9 +217,11 @@ def linear_policy_loss(
     batch_invariant: bool,
     group_name: str,
     needs: list[bool],
+    grad_weight_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logprob, entropy, and the gradients in the order and dtypes of `Gradients`, empty where not needed."""
+    """loss, logprob, entropy, and the gradients in the order and dtypes of `Gradients`, empty where not needed; that of the weight
+    in `grad_weight_dtype`, which the caller had from the function of that name."""
     objective = terms.decode(codes, parameters)
     s = terms.unpack(streams)
     stats, grads = sweep.policy(
@@ -233,6 +235,7 @@ def linear_policy_loss(
         joined_transform(bias, softcap, row_temperature, temperature),
         with_entropy_gradient,
         Needs(*needs),
+        grad_weight_dtype,
         sweep.Mode(logits_dtype, batch_invariant, group_name),
     )
     return terms.total_loss(stats.logprob, stats.entropy, s, objective), stats.logprob, stats.entropy, *_or_empty(grads, hidden)
@@ -246,9 +249,10 @@ def _(*args):
     given = LinearPolicyLoss(*args)
     hidden, dtype = given.hidden, statistics_dtype(given.hidden)
     vector = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    inputs = ((hidden, hidden.dtype), *((x, dtype) for x in _head(given)[1:]))
+    dtypes = Gradients(hidden.dtype, given.grad_weight_dtype, dtype, dtype, dtype)
     grads = (
-        x.new_empty(x.shape, dtype=to) if need else hidden.new_empty(0) for (x, to), need in zip(inputs, given.needs, strict=True)
+        x.new_empty(x.shape, dtype=to) if need else hidden.new_empty(0)
+        for x, to, need in zip(_head(given), dtypes, given.needs, strict=True)
     )
     return hidden.new_empty((), dtype=dtype), vector, torch.empty_like(vector), *grads
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import checks, dispatch
+from trapo_kernels.backends.gemm import grad_weight_dtype, operand_dtype
 from trapo_kernels.backends.logits import statistics_dtype
 from trapo_kernels.dispatch import ScoringBackend
 from trapo_kernels.lora import LoraHead
@@ -75,6 +76,12 @@ class Settings(NamedTuple):
         mode = (self.process_group is not None, self.batch_invariant)
         scoring = dispatch.Scoring(num_rows, *inputs.weight.shape[::-1], *kernel, *mode)
         return dispatch.choose(where, self.backend, inputs.hidden.device, inputs.hidden.dtype, scoring)
+
+    def grad_weight_dtype(self, num_rows: int, inputs: Inputs) -> torch.dtype:
+        """What the single pass over so many rows holds dWeight in, from forward until backward."""
+        weight, device_type = inputs.weight, inputs.hidden.device.type
+        what = (*weight.shape[::-1], weight.dtype, operand_dtype(inputs.hidden.dtype, device_type), device_type)
+        return grad_weight_dtype(num_rows, *what, self.batch_invariant, self.process_group is not None)
 
     @property
     def group_name(self) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from trapo_kernels import checks
 from trapo_kernels.backends import in_weight
-from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows, operand_dtype
+from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows, grad_weight_dtype, operand_dtype
 
 
 def head_memory(
@@ -37,8 +37,8 @@ def head_memory(
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
     Returns: "logits" (a chunk and its gradient, float32, but what lies where dWeight will), "hidden chunk" (hidden states and
-        their gradient), "grad_hidden", "grad_weight" (float32), "weight" (a copy in the dtype of the GEMMs, where the weight is in
-        another) and "rounding" (what a gradient takes in a narrow dtype, beyond the room that chunk and copy leave).
+        their gradient), "grad_hidden", "grad_weight" (float32; 16 bits where all rows are one chunk of such), "weight" (a copy in
+        another dtype, which the GEMMs take) and "rounding" (what a narrow gradient takes beyond the room of chunk and copy).
     Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
     Memory: none; nothing is allocated.
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
@@ -48,8 +48,9 @@ def head_memory(
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
     gemm_dtype = operand_dtype(dtype, device_type)
-    shape, able = (num_rows, hidden_size, vocab_size), in_place and grad_weight and not vocab_parallel
-    rows, rows_of_grad, logits = _rows_and_logits(shape, device_type, gemm_dtype, vocab_parallel, in_grad_weight=able)
+    shape = num_rows, hidden_size, vocab_size
+    held = grad_weight_dtype(*shape, weight_dtype, gemm_dtype, device_type, sharded=vocab_parallel) if grad_weight else None
+    rows, rows_of_grad, logits = _rows_and_logits(shape, device_type, gemm_dtype, vocab_parallel, held, in_place)
     matrix = vocab_size * hidden_size
     # The ranks agree on the statistics between two launches, and on a CPU the first overwrites its logits, of which it gets a copy.
     # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it after the last chunk.
@@ -61,23 +62,32 @@ def head_memory(
         "hidden chunk": operand + max(0, 4 * rows_of_grad * hidden_size - of_launches),
         "weight": matrix * gemm_dtype.itemsize if {dtype, weight_dtype} != {gemm_dtype} else 0,
     }
-    rounded = matrix * weight_dtype.itemsize if grad_weight and weight_dtype.itemsize < 4 else 0
+    rounded = matrix * weight_dtype.itemsize if grad_weight and held != weight_dtype else 0
     rounded_hidden = num_rows * hidden_size * dtype.itemsize if vocab_parallel and dtype.itemsize < 4 else 0
     return {
         **gone,
         "grad_hidden": num_rows * hidden_size * (4 if vocab_parallel else dtype.itemsize),
-        "grad_weight": 4 * matrix if grad_weight else 0,
+        "grad_weight": matrix * held.itemsize if grad_weight else 0,
         "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - gone["logits"] - gone["hidden chunk"]),
     }
 
 
 def _rows_and_logits(
-    shape: tuple[int, int, int], device_type: str, gemm_dtype: torch.dtype, vocab_parallel: bool, in_grad_weight: bool
+    shape: tuple[int, int, int],
+    device_type: str,
+    gemm_dtype: torch.dtype,
+    vocab_parallel: bool,
+    grad_weight: torch.dtype | None,
+    in_place: bool,
 ) -> tuple[int, int, int]:
-    """Of the largest chunk: how many rows, of how many the gradient is held, how many logits do not lie where dWeight will."""
+    """Of the largest chunk: how many rows, of how many the gradient is held, how many logits do not lie where dWeight will.
+    `grad_weight` is what that is held in, None where nobody wants it."""
     num_rows, _, vocab_size = shape
-    if in_grad_weight and device_type == "cpu" and in_weight.fits(*shape):
-        return num_rows, in_weight.grad_rows(num_rows), in_weight.spare_logits(num_rows, vocab_size)
+    if grad_weight is not None:
+        if device_type == "cpu" and in_place and not vocab_parallel and in_weight.fits(*shape, grad_weight):
+            return num_rows, in_weight.grad_rows(num_rows), in_weight.spare_logits(*shape, grad_weight)
+        if grad_weight.itemsize < torch.float32.itemsize:
+            return num_rows, num_rows, num_rows * vocab_size
     size = chunk_rows(*shape, device_type, sharded=vocab_parallel, operands=gemm_dtype)
     rows = max(end - start for start, end in chunk_bounds(num_rows, size))
     return rows, rows, rows * vocab_size

@@ -38,9 +38,10 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "hidden_size", "vocab_size"), itertools.product((1, 40, 48), (48, 64), (17, 96, 97, 1003, 5000)))
-def test_no_gradient_is_written_over_logits_that_are_still_needed(rows, hidden_size, vocab_size):
-    weight = torch.zeros(vocab_size, hidden_size)
+def test_no_gradient_is_written_over_logits_that_are_still_needed(rows, hidden_size, vocab_size, dtype):
+    weight = torch.zeros(vocab_size, hidden_size, dtype=dtype)
     blocks = in_weight._blocks(vocab_size)
     assert [token for block in blocks for token in range(block.start, block.stop)] == list(range(vocab_size))
     parts = in_weight._room(weight, blocks, rows)
@@ -51,7 +52,12 @@ def test_no_gradient_is_written_over_logits_that_are_still_needed(rows, hidden_s
         assert (part == number + 1).all()
         weight[block] = -1
     assert (weight == -1).all()
-    assert parts[-1].numel() <= in_weight.spare_logits(rows, vocab_size) <= rows * max(16, -(-vocab_size // 8) + 15)
+    first = weight.untyped_storage().data_ptr()
+    end = first + weight.untyped_storage().nbytes()
+    outside = sum(part.numel() for part in parts if not first <= part.data_ptr() < end)
+    assert outside == in_weight.spare_logits(rows, hidden_size, vocab_size, dtype)
+    no_room = max(0, 1 - hidden_size * dtype.itemsize / (4 * rows))  # of every logit, where dWeight is narrower
+    assert outside <= rows * (no_room * vocab_size + 2 * max(16, -(-vocab_size // 8) + 15))
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])

@@ -158,8 +158,8 @@ def test_opcheck():
     )
     torch.library.opcheck(autograd.linear_logprob, scoring, test_utils=checks)
     streams = terms.pack(terms.streams(b, objectives.trapo()))
-    settings = (None, 1.0, None, *terms.encode(objectives.trapo()), True, torch.float32, False, "", [True] * 5, "torch")
-    loss = (hidden, weight, bias, lora_a, lora_b, b.target, streams, b.active_rows, None, *settings)
+    settings = (None, 1.0, None, *terms.encode(objectives.trapo()), True, torch.float32, False, "", [True] * 5)
+    loss = (hidden, weight, bias, lora_a, lora_b, b.target, streams, b.active_rows, None, *settings, torch.float32, "torch")
     torch.library.opcheck(autograd.linear_policy_loss, loss, test_utils=checks)
 
 

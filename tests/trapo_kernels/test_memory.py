@@ -89,14 +89,17 @@ def test_logits_at_hand_are_copied_by_the_chunk_and_their_gradient_is_made_in_it
     assert allocated_peak(lambda: torch.autograd.grad(logprob, logits)) == pytest.approx(4 * logits.numel(), rel=0.02)
 
 
-@pytest.mark.parametrize(("rows", "hidden_size"), [(40, 512), (300, 48), (700, 300)])
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "vocab_size"),
+    [(40, 512, 16001), (300, 48, 16001), (700, 300, 16001), (200, 512, 16400), (400, 512, 16400), (512, 512, 24000)],
+)
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_narrow_weight_whose_gradient_is_rounded_at_the_end(rows, hidden_size, units, with_bias, monkeypatch):
+def test_a_narrow_weight_whose_gradient_is_rounded(rows, hidden_size, vocab_size, units, with_bias, monkeypatch):
+    """At the end; where the processor multiplies bf16 and at most D rows are one chunk, by the GEMM itself."""
     if native.why_not("cpu") or (units and not native.BF16_UNITS):
         pytest.skip("this machine has no native extension, or does not multiply bf16")
     monkeypatch.setattr(native, "BF16_UNITS", native.BF16_UNITS if units else "")
-    vocab_size = 16001
     hidden, weight = (torch.randn(n, hidden_size).bfloat16().requires_grad_() for n in (rows, vocab_size))
     bias = torch.zeros(vocab_size, requires_grad=True) if with_bias else None
     batch = TokenBatch(

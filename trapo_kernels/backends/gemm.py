@@ -21,6 +21,9 @@ _CHUNK_LOGITS_GPU = 4096 * 152064
 # the fp32 copy of the weight that others hold, and as much as rounding dWeight takes when the chunk is gone.
 _LEAST_ROWS_CPU = 128
 _LEAST_LOGITS_CPU = 2**20
+# Numbers of a dWeight that a GEMM rounds on a GPU. For a smaller one cuBLAS may split the sum over rows to fill the GPU, and would
+# add the parts in 16 bits; these are 512 tiles of 128 × 256, four for each of 132 multiprocessors.
+_LEAST_ROUNDED_GPU = 2**24
 _NUM_PARTS = 3  # of an fp32 matrix for GEMMs of 16 bits
 _THIN = 16  # columns; in a product with fewer MKL gives a row bits that depend on its place, unless it is written in columns
 _ROW_ALIGNMENT = 16  # logits; Triton's unit of divisibility, 64 bytes in fp32
@@ -47,12 +50,12 @@ def chunk_rows(
     if batch_invariant:
         return _INVARIANT_ROWS_CPU if device_type == "cpu" else _INVARIANT_ROWS_GPU
     if sharded:
-        return _even_chunk(num_rows, _SHARDED_ROWS_CPU if device_type == "cpu" else _SHARDED_ROWS_GPU, multiple=128)
+        return _even_chunk(num_rows, _SHARDED_ROWS_CPU if device_type == "cpu" else _most_rows_gpu(vocab_size, True), multiple=128)
     if device_type == "cpu":
         beside_grad = hidden_size // (2 if operands == torch.bfloat16 else 8)
         most = min(max((5 * num_rows - hidden_size) // 8, beside_grad, _LEAST_ROWS_CPU), cpu_gemm.tuning().most_rows)
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
-    return _even_chunk(num_rows, max(128, _CHUNK_LOGITS_GPU // vocab_size), multiple=128)
+    return _even_chunk(num_rows, _most_rows_gpu(vocab_size, False), multiple=128)
 
 
 def check_products(dtype: torch.dtype, device: torch.device) -> None:
@@ -80,6 +83,46 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if narrow and device_type == "cpu" and not cpu_gemm.supports(dtype) else dtype
+
+
+def grad_weight_dtype(
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    weight_dtype: torch.dtype,
+    operands: torch.dtype,
+    device_type: str,
+    batch_invariant: bool = False,
+    sharded: bool = False,
+) -> torch.dtype:
+    """What a sweep of at most `num_rows` rows holds dWeight in: fp32 (fp64), to which chunks add; or the 16 bits of the weight
+    where all rows are one chunk, whose GEMM rounds its sums itself.
+
+    On a GPU that is where they fit a chunk, on a CPU that multiplies such operands where their fp32 logits take no more than the
+    fp32 dWeight that they save.
+    """
+    exact = torch.float64 if operands == torch.float64 else torch.float32
+    if weight_dtype != operands or operands.itemsize > 2 or batch_invariant:
+        return exact
+    if device_type == "cpu":
+        most = 0 if sharded else hidden_size
+    else:
+        most = _most_rows_gpu(vocab_size, sharded) if vocab_size * hidden_size >= _LEAST_ROUNDED_GPU else 0
+    return weight_dtype if _known(num_rows <= most) else exact
+
+
+def _known(condition: bool) -> bool:
+    """False also where torch.compile cannot tell, because the number of rows is in the data."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, for half a second
+
+    return guard_or_false(condition)
+
+
+def _most_rows_gpu(vocab_size: int, sharded: bool) -> int:
+    """Rows of a full chunk on a GPU."""
+    return _SHARDED_ROWS_GPU if sharded else max(128, _CHUNK_LOGITS_GPU // vocab_size)
 
 
 def _even_chunk(num_rows: int, most: int, multiple: int) -> int:

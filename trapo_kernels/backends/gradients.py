@@ -22,7 +22,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """None where not wanted; that of hidden in its dtype, those of the head in fp32 (fp64)."""
+    """None where not wanted; that of hidden in its dtype, those of the head in fp32 (fp64), but see `grad_weight_dtype`."""
 
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
@@ -31,7 +31,9 @@ class Gradients(NamedTuple):
     lora_b: Tensor | None  # [V, R]
 
 
-def empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard | None, active_rows: Tensor | None) -> Gradients:
+def empty_gradients(
+    head: Head, gemm: HeadGemm, needs: Needs, weight_dtype: torch.dtype, shard: VocabShard | None, active_rows: Tensor | None
+) -> Gradients:
     """Room for the gradients; those of the head are uninitialised on a GPU where a first chunk will overwrite them.
 
     On a CPU zeros cost less than they save: two threads that clear pages map them faster than a GEMM which runs into them
@@ -41,12 +43,12 @@ def empty_gradients(head: Head, gemm: HeadGemm, needs: Needs, shard: VocabShard 
     no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
     new_factor = torch.zeros_like if no_chunk or head.hidden.device.type == "cpu" else torch.empty_like
 
-    def factor(like: Tensor | None, needed: bool) -> Tensor | None:
-        return new_factor(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
+    def factor(like: Tensor | None, needed: bool, dtype: torch.dtype = gemm.statistics_dtype) -> Tensor | None:
+        return new_factor(like, dtype=dtype, memory_format=torch.contiguous_format) if needed else None
 
     return Gradients(
         hidden=torch.zeros_like(head.hidden, dtype=rows_dtype, memory_format=torch.contiguous_format) if needs.hidden else None,
-        weight=factor(head.weight, needs.weight),
+        weight=factor(head.weight, needs.weight, weight_dtype),
         bias=head.weight.new_zeros(head.weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
         lora_a=factor(head.lora_a, needs.lora_a),
         lora_b=factor(head.lora_b, needs.lora_b),

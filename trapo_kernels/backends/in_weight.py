@@ -4,9 +4,10 @@
     logits              │ of 0 ─▶ │ of 1 ─▶ │    │ of B-2 ─▶ │ of B-1, in a spare block
 
 The logits [M, width] of a block of tokens lie in the room of the next block's dWeight [width, D], M ≤ D, and become their own
-gradient there. dWeight is then written block after block, over gradients that have been used.
+gradient there. dWeight is then written block after block, over gradients that have been used. In a dWeight of 16 bits fp32 logits
+take up to two rooms each; those of the last blocks, for which there are none, are spare too.
 
-Memory: beside the results the spare block, dHidden of up to 512 rows in fp32, and the hidden states where rows are selected or are
+Memory: beside the results the spare blocks, dHidden of up to 512 rows in fp32, and the hidden states where rows are selected or are
 converted for the GEMMs. Work: three GEMMs of all rows, and dWeight is written once. Order: blocks ascend, so results are bitwise
 repeatable.
 """
@@ -34,14 +35,17 @@ _WIDTH_UNIT = 16  # tokens; rows of a part then begin at whole cache lines
 _GRAD_ROWS = 512  # of dHidden at a time
 
 
-def fits(num_rows: int, hidden_size: int, vocab_size: int) -> bool:
-    """Whether the logits of so many rows find room in dWeight, and are worth it: a pure function of the shapes."""
-    return num_rows <= hidden_size and vocab_size >= _LEAST_VOCABULARY and num_rows * vocab_size >= _LEAST_LOGITS
+def fits(num_rows: int, hidden_size: int, vocab_size: int, grad_dtype: torch.dtype = torch.float32) -> bool:
+    """Whether fp32 logits of so many rows go into dWeight, as far as it has room: a pure function of the shapes."""
+    whole = hidden_size * grad_dtype.itemsize % torch.float32.itemsize == 0
+    return whole and num_rows <= hidden_size and vocab_size >= _LEAST_VOCABULARY and num_rows * vocab_size >= _LEAST_LOGITS
 
 
-def spare_logits(num_rows: int, vocab_size: int) -> int:
+def spare_logits(num_rows: int, hidden_size: int, vocab_size: int, grad_dtype: torch.dtype) -> int:
     """How many logits lie outside dWeight."""
-    return num_rows * _width(vocab_size)
+    blocks = _blocks(vocab_size)
+    inside = len(_places(blocks, num_rows, hidden_size, grad_dtype))
+    return num_rows * sum(block.stop - block.start for block in blocks[inside:])
 
 
 def grad_rows(num_rows: int) -> int:
@@ -49,12 +53,12 @@ def grad_rows(num_rows: int) -> int:
     return min(num_rows, _GRAD_ROWS)
 
 
-def applies(rows: ModuleType, gemm: HeadGemm, shard: VocabShard | None, num_rows: int) -> bool:
+def applies(rows: ModuleType, gemm: HeadGemm, shard: VocabShard | None, num_rows: int, grad_dtype: torch.dtype) -> bool:
     """Whether this backend and these GEMMs can: rows in parts, a whole head without LoRA, fp32 logits, chunks of any size."""
     able = gemm.on_cpu and getattr(rows, "TAKES_PARTS", False) and shard is None
     plain = not gemm.has_lora and not gemm.batch_invariant and gemm.logits_dtype == gemm.statistics_dtype == torch.float32
     vocab_size, hidden_size = gemm.weight.shape
-    return able and plain and fits(num_rows, hidden_size, vocab_size)
+    return able and plain and fits(num_rows, hidden_size, vocab_size, grad_dtype)
 
 
 def add_gradients(
@@ -104,9 +108,27 @@ def _blocks(vocab_size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], vocab_size], strict=True)]
 
 
+def _places(blocks: list[slice], num_rows: int, hidden_size: int, grad_dtype: torch.dtype) -> list[int]:
+    """Where in dWeight, counted in fp32 numbers, the logits of the first blocks begin: behind what dWeight has up to their own last
+    token and behind each other. Those of the other blocks find no room."""
+    per_token = hidden_size * grad_dtype.itemsize // torch.float32.itemsize
+    places, end = [], 0
+    for block in blocks:
+        start = max(end, block.stop * per_token)
+        end = start + num_rows * (block.stop - block.start)
+        if end > blocks[-1].stop * per_token:
+            break
+        places.append(start)
+    return places
+
+
 def _room(grad_weight: Tensor, blocks: list[slice], num_rows: int) -> list[Tensor]:
-    """A part [M, width] for the logits of each block, in the room of the next."""
-    rooms = [grad_weight[block].view(-1) for block in blocks[1:]]
-    rooms.append(grad_weight.new_empty(num_rows * (blocks[-1].stop - blocks[-1].start)))
-    widths = [block.stop - block.start for block in blocks]
+    """A part [M, width] for the logits of each block."""
+    flat, widths = grad_weight.view(-1).view(torch.float32), [block.stop - block.start for block in blocks]
+    places = _places(blocks, num_rows, grad_weight.shape[1], grad_weight.dtype)
+    spare = flat.new_empty(num_rows * sum(widths[len(places) :]))
+    rooms = [flat[start:] for start in places]
+    for width in widths[len(places) :]:
+        rooms.append(spare)
+        spare = spare[num_rows * width :]
     return [room[: num_rows * width].view(num_rows, width) for room, width in zip(rooms, widths, strict=True)]

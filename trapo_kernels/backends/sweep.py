@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trapo_kernels import terms
 from trapo_kernels.backends import in_weight
-from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows
+from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows, grad_weight_dtype
 from trapo_kernels.backends.gradients import Gradients, Needs, accumulate, empty_gradients, reduced
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
 from trapo_kernels.backends.vocab_parallel import VocabShard, nan_where_unknown, target_for_statistics
@@ -125,7 +125,10 @@ def score_backward(
     if target.device.type == "cpu":
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
         active_rows = _active_rows((target != IGNORE_INDEX) & torch.stack(wanted).any(0))
-    grads = empty_gradients(head, gemm, needs, shard, active_rows)
+    count = target.shape[0] if active_rows is None else active_rows.shape[0]
+    what = (*head.weight.shape[::-1], head.weight.dtype, gemm.operand_dtype, head.weight.device.type)
+    weight_dtype = grad_weight_dtype(count, *what, mode.batch_invariant, shard is not None)
+    grads = empty_gradients(head, gemm, needs, weight_dtype, shard, active_rows)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     given = None if grad_entropy is None else terms.streams_from_gradients(grad_logprob, grad_entropy, target != IGNORE_INDEX)
 
@@ -153,6 +156,7 @@ def policy(
     transform: LogitTransform,
     with_entropy_gradient: bool,
     needs: Needs,
+    weight_dtype: torch.dtype,
     mode: Mode,
 ) -> tuple[RowStatistics, Gradients]:
     """Statistics and the gradients of a policy loss from one sweep: three GEMMs, no recomputation; one GEMM for `scored_rows`."""
@@ -162,7 +166,7 @@ def policy(
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active = streams.role != Role.IGNORED
     active_rows = _active_rows(active) if active_rows is None else active_rows
-    grads = empty_gradients(head, gemm, needs, shard, active_rows)
+    grads = empty_gradients(head, gemm, needs, weight_dtype, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
     scored, target = target, torch.where(active, target, IGNORE_INDEX)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
@@ -193,11 +197,12 @@ def _sweep_gradients(
     none is wanted; they come as one tensor, or in parts from a sweep whose logits lie in dWeight."""
     num_rows = active.shape[0]
     num_active = num_rows if active_rows is None else active_rows.shape[0]
-    if grads.weight is not None and in_weight.applies(rows, gemm, shard, num_active):
+    if grads.weight is not None and in_weight.applies(rows, gemm, shard, num_active, grads.weight.dtype):
         index = slice(0, num_rows) if num_active == num_rows else active_rows
         in_weight.add_gradients(gemm, head.hidden[index], grads, index, partial(gradient, index))
         return
-    for number, (index, count, buffer) in enumerate(_chunks(gemm, num_rows, active_rows, shard is not None)):
+    at_once = grads.weight is not None and grads.weight.dtype != gemm.statistics_dtype
+    for number, (index, count, buffer) in enumerate(_chunks(gemm, num_rows, active_rows, shard is not None, at_once)):
         operands = _operands(gemm, head, index, active[index])
         grad_logits = gradient(index, gemm.logits(operands, buffer))
         if grad_logits is not None:
@@ -243,7 +248,9 @@ def _active_rows(active: Tensor) -> Tensor | None:
     return active.nonzero().squeeze(1) if active.device.type == "cpu" else None
 
 
-def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool) -> Iterator[tuple[Tensor | slice, int, Tensor]]:
+def _chunks(
+    gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool, at_once: bool = False
+) -> Iterator[tuple[Tensor | slice, int, Tensor]]:
     """(which rows, how many of them count, buffer for their logits); slices where all rows are active, so that nothing is copied.
 
     In batch-invariant mode a short chunk is filled up by repeating its last row: row operations then run on one shape, too.
@@ -260,7 +267,7 @@ def _chunks(gemm: HeadGemm, num_rows: int, active: Tensor | None, sharded: bool)
             places = torch.arange(start, start + size, device=gemm.weight.device).clamp(max=end - 1)
             yield (places if active is None else active[places]), end - start, buffer
         return
-    bounds = chunk_bounds(total, size)
+    bounds = [(0, total)] if at_once else chunk_bounds(total, size)
     buffer = gemm.buffer(max(end - start for start, end in bounds))
     for start, end in bounds:
         rows = slice(start, end)

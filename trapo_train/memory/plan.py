@@ -164,7 +164,9 @@ def _training(
         grad_weight=weights.head_trained,
         vocab_parallel=vocab_parallel,
     )
-    head = HeadSizes(tokens * ranks, text.vocab_size // ranks)
+    vocab_size = text.vocab_size // ranks
+    wide = memory["grad_weight"] == torch.float32.itemsize * text.hidden_size * vocab_size
+    head = HeadSizes(tokens * ranks, vocab_size, torch.float32 if wide else dtype)
     segments = tuple([context] * (tokens // context) + ([tokens % context] if tokens % context else []))
     found = trace_pass(config.model, architecture, segments, head, cast=not sharded)
     of_others = tokens * (ranks - 1) * text.hidden_size * dtype.itemsize

@@ -64,6 +64,8 @@ class HeadSizes:
     """Those of all ranks where it is sharded over the vocabulary."""
     vocab_size: int
     """This rank's part."""
+    grad_weight: torch.dtype = torch.float32
+    """What the gradient of its weight is held in until backward."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _trace(
 
         def loss_fn(hidden: Tensor, weight: Tensor, **_: Any) -> Tensor:
             seen.update(activations=live.now_bytes, forward_peak=live.peak_bytes)
-            return _HeadStandIn.apply(hidden, weight, head.rows)
+            return _HeadStandIn.apply(hidden, weight, head)
 
         with live:
             loss = model.run_head(micro_batch, loss_fn)
@@ -186,10 +188,10 @@ class _HeadStandIn(torch.autograd.Function):
     """Holds the gradients that the fused head computes in its forward until they are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: HeadSizes) -> Tensor:
         ctx.trained, ctx.dtype, ctx.rows = weight.requires_grad, weight.dtype, len(hidden)
-        grad_weight = weight.new_empty(weight.shape if ctx.trained else 0, dtype=torch.float32)
-        ctx.save_for_backward(hidden.new_empty(rows, hidden.shape[1]), grad_weight)
+        grad_weight = weight.new_empty(weight.shape if ctx.trained else 0, dtype=head.grad_weight)
+        ctx.save_for_backward(hidden.new_empty(head.rows, hidden.shape[1]), grad_weight)
         return hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod

@@ -121,6 +121,15 @@ def test_an_architecture_that_lists_its_layers_has_any_number_of_them(num_layers
     assert found.activations > 0
 
 
+def test_a_head_whose_gradient_is_narrow_has_no_fp32_one_in_backward():
+    config = ModelConfig(name_or_path="none", dtype="bfloat16")
+    wide, narrow = (
+        trace_pass(config, SHAPE, (8,), HeadSizes(8, 500, dtype), cast=False).backward_peak
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert wide - narrow == 4 * 500 * 64  # fp32 instead of bf16, and what rounding it takes
+
+
 def test_an_optimizer_that_looks_at_values_is_traced_too():
     size, transient = trace_optimizer(ModelConfig(name_or_path="none"), SHAPE, OptimizerConfig(name="Adafactor"), "cuda")
     assert 0 < size < 4 * MATRICES / 10 < transient
