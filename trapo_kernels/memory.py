@@ -47,8 +47,7 @@ def head_memory(
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     _check({"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}, dtype, weight_dtype, device_type)
-    gemm_dtype = operand_dtype(dtype, device_type)
-    shape = num_rows, hidden_size, vocab_size
+    gemm_dtype, shape = operand_dtype(dtype, device_type), (num_rows, hidden_size, vocab_size)
     held = grad_weight_dtype(*shape, weight_dtype, gemm_dtype, device_type, sharded=vocab_parallel) if grad_weight else None
     rows, rows_of_grad, logits = _rows_and_logits(shape, device_type, gemm_dtype, vocab_parallel, held, in_place)
     matrix = vocab_size * hidden_size
