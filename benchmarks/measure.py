@@ -140,8 +140,9 @@ def _without_frames(error: Exception) -> Exception:
 
 
 def summary(timing: Timing, floor: Timing | None) -> dict[str, object]:
-    """Median, p20 and p80; ratios are taken round by round against the floor of the same round, then summarised."""
-    found: dict[str, object] = {"rounds": len(timing.hot_ms)}
+    """Every round, and their median, p20 and p80; ratios are taken round by round against the floor of the same round, then
+    summarised."""
+    found: dict[str, object] = {"rounds": len(timing.hot_ms), "rounds_ms": [round(ms, 4) for ms in timing.hot_ms]}
     found |= dict(zip(("p20_ms", "median_ms", "p80_ms"), quantiles(timing.hot_ms), strict=True))
     if timing.cold_ms:
         found["cold_median_ms"] = statistics.median(timing.cold_ms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from benchmarks import tables
 from benchmarks.store import Row
 
@@ -43,7 +45,7 @@ def in_short(groups: list[list[Row]]) -> list[str]:
             continue
         name = mine["contender"]
         for row in _peers(group):
-            times.setdefault(row["contender"], []).append(row["ratio"] / mine["ratio"])
+            times.setdefault(row["contender"], []).append(median(tables.over(row, mine)))
             if tables.extra_mib(row) is not None and tables.extra_mib(mine) is not None:
                 extras.setdefault(row["contender"], []).append(tables.extra_mib(row) / max(1.0, tables.extra_mib(mine)))
     if not times:
@@ -90,12 +92,21 @@ def _slower(group: list[Row]) -> list[str]:
     mine = ours(group)
     if mine is None:
         return []
-    return [
-        f"{_title(group)}: {row['contender']} takes {row['ratio']:.2f} × floor, {mine['contender']} {mine['ratio']:.2f}"
-        f"{' (their ranges overlap)' if tables.spread(row)[1] >= tables.spread(mine)[0] else ''}."
-        for row in _peers(group)
-        if row["ratio"] < mine["ratio"]
-    ]
+    said = []
+    for row in _peers(group):
+        times = tables.over(row, mine)
+        if median(times) < 1.0:
+            faster = sum(time < 1.0 for time in times)
+            how = f"in {faster} of {len(times)} rounds" if len(times) > 1 else f"ranges {_overlap(row, mine)}"
+            said.append(
+                f"{_title(group)}: {row['contender']} takes {median(times):.2f} × the time of {mine['contender']}, which is "
+                f"{mine['ratio']:.2f} × floor ({how})."
+            )
+    return said
+
+
+def _overlap(row: Row, mine: Row) -> str:
+    return "overlap" if tables.spread(row)[1] >= tables.spread(mine)[0] else "apart"
 
 
 def _above_target(group: list[Row]) -> list[str]:

@@ -39,6 +39,15 @@ def spread(row: Row) -> tuple[float, float]:
     return (row["ratio_min"], row["ratio_max"]) if few else (row["ratio_p20"], row["ratio_p80"])
 
 
+def over(row: Row, mine: Row) -> list[float]:
+    """Times of one contender over another's, round by round; of rows that have no rounds in common the quotient of their ratios to
+    the floor."""
+    rounds = [r.get("rounds_ms", []) for r in (row, mine)]
+    if not all(rounds) or len(rounds[0]) != len(rounds[1]) or row["measured_at"] != mine["measured_at"]:
+        return [row["ratio"] / mine["ratio"]]
+    return [theirs / ours for theirs, ours in zip(*rounds, strict=True)]
+
+
 def _measure(group: list[Row]) -> str:
     return group[0]["case"]["measure"]
 

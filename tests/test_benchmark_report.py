@@ -58,7 +58,8 @@ def test_every_kind_of_loss_is_said():
     bad = group(trapo(512, peaked=False), {"floor, 3 GEMMs": 1.0, "eager": 1.6, NATIVE: 1.05}, error=1e-4)
     bad.append(bad[-1] | {"contender": "ours (torch)", "status": "failed", "reason": "ValueError: no."})
     said = "\n".join(summary.losses([*GROUPS, bad]))
-    assert "trapo, N=2048 D=896 V=32768, float32: torch.compile takes 1.04 × floor, ours (native) 1.20." in said
+    named = "trapo, N=2048 D=896 V=32768, float32: torch.compile takes 0.87 × the time of ours (native), which is 1.20 × floor"
+    assert f"{named} (ranges apart)." in said
     assert "ours (native) takes 1.20 × floor, the target is 1.10." in said
     beside = group(trapo(512), {"floor, 3 GEMMs": 1.0, "floor, 3 GEMMs, new gradients": 1.08, NATIVE: 1.2})
     assert "target is 1.10; the bare GEMMs with new gradients, as ours are, 1.08." in "\n".join(summary.losses([beside]))
@@ -78,7 +79,22 @@ def test_nothing_lost_is_said_too_and_a_gpu_has_its_own_targets():
 
 def test_overlapping_ranges_are_said():
     close = group(trapo(512), {"floor, 3 GEMMs": 1.0, "eager": 1.06, NATIVE: 1.08})
-    assert "(their ranges overlap)" in summary.losses([close])[2]
+    assert "(ranges overlap)" in summary.losses([close])[2]
+
+
+def test_peers_are_compared_with_us_round_by_round():
+    """A drift of the machine must not decide: here one round is twice as slow for all."""
+    rows = group(trapo(512), {"floor, 3 GEMMs": 1.0, "eager": 1.06, "torch.compile": 1.2, NATIVE: 1.05})
+    rounds = {"eager": [10.2, 20.6, 9.9], "torch.compile": [12, 24, 12], NATIVE: [10, 20, 10]}
+    measured = [row | {"rounds_ms": rounds.get(row["contender"], [9, 18, 9])} for row in rows]
+    assert summary.in_short([measured])[0].endswith("in time: torch.compile 1.20 × (one case); eager 1.02 × (one case).")
+    assert "A peer is faster" not in "\n".join(summary.losses([measured]))
+    measured[1]["rounds_ms"] = [9.9, 20.6, 9.8]
+    assert (
+        "eager takes 0.99 × the time of ours (native), which is 1.05 × floor (in 2 of 3 rounds)." in summary.losses([measured])[2]
+    )
+    measured[1]["measured_at"] = "another day"  # so no rounds in common
+    assert "eager 1.01 × (one case)" in summary.in_short([measured])[0]
 
 
 def test_memory_beyond_the_gradients():
