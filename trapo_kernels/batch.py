@@ -255,7 +255,9 @@ class TokenBatch:
             streams["scored_rows"] = scored[index].nonzero().squeeze(1)
         part = TokenBatch(**streams)
         if self.sequence_id is not None and checks.may_look(self.role):
-            object.__setattr__(part, "_cut_from", (self.sequence_id, self.role != Role.IGNORED, index))
+            whole = (self.sequence_id, self.role != Role.IGNORED, slice(None)) if self._cut_from is None else self._cut_from
+            sequence_id, real, rows = whole  # a part of a part is one of the whole
+            object.__setattr__(part, "_cut_from", (sequence_id, real, torch.arange(len(real))[rows][index]))
         return part
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenBatch:

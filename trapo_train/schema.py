@@ -14,7 +14,20 @@ from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 KeyPath = tuple[str, ...]
-_CALLED_HERE = {"trapo": "paper"}  # what is spelt quite differently: the plan of the TRAPO paper
+_CALLED_HERE = {  # what is spelt quite differently: the plan of the TRAPO paper, and settings that TRL's and others' users look for
+    "trapo": "paper",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "batch_size": "prompts_per_step",
+    "train_batch_size": "prompts_per_step",
+    "per_device_train_batch_size": "packing.max_tokens",
+    "num_generations": "plan.num_samples",
+    "max_completion_length": "rollout.max_response_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "reward_funcs": "reward",
+    "model_name_or_path": "model.name_or_path",
+    "dataset_name": "data.path",
+}
 
 
 class UserError(ValueError):
@@ -52,10 +65,10 @@ def build(cls: type[T], values: Any, origin: Callable[[KeyPath], str], path: Key
     if not isinstance(values, dict):
         raise _wrong_type(values, f"a section with the keys {_listed(cls)}", origin, path, cls)
     known = {item.name: item for item in fields(cls) if item.init}
+    hints = typing.get_type_hints(cls)
     for key in values:
         if key not in known:
-            raise ConfigError(_unknown_key(str(key), known, origin, path))
-    hints = typing.get_type_hints(cls)
+            raise ConfigError(_unknown_key(str(key), {name: hints[name] for name in known}, origin, path))
     arguments: dict[str, Any] = {}
     missing = []
     for name, item in known.items():
@@ -207,11 +220,21 @@ def quotes_for(key: str) -> str:
     return f"Put quotes around a text with characters or words that mean something in YAML: '{key}=\"…\"' on the command line."
 
 
-def _unknown_key(key: str, known: Iterable[str], origin: Callable[[KeyPath], str], path: KeyPath) -> str:
-    full = ".".join((*path, key))
-    near = did_you_mean(key, known, prefix="".join(f"{part}." for part in path))
+def _unknown_key(key: str, known: dict[str, Any], origin: Callable[[KeyPath], str], path: KeyPath) -> str:
+    """`known`: the types of the keys of this section."""
+    full, prefix = ".".join((*path, key)), "".join(f"{part}." for part in path)
+    renamed = "" if path else _CALLED_HERE.get(key, "")
+    elsewhere = [renamed] if "." in renamed else [prefix + inner for inner in _inside(key, known)]
+    near = f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else did_you_mean(key, known, prefix)
     section = f"section {'.'.join(path)!r}" if path else "the configuration"
     return f"{origin((*path, key))}: unknown key {full!r}.{near} The keys of {section} are: {', '.join(known)}."
+
+
+def _inside(key: str, known: dict[str, Any]) -> Iterator[str]:
+    """The keys of this name, or with these initials, in the sections among `known`."""
+    for name, expected in known.items():
+        for section in filter(is_dataclass, (expected, *typing.get_args(expected))):
+            yield from (f"{name}.{item.name}" for item in fields(section) if item.init and key in (item.name, _initials(item.name)))
 
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
@@ -219,9 +242,13 @@ def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
     learning_rate, or that has another name here; "" where none is near."""
     choices = list(choices)
     renamed = [choice for choice in choices if choice == _CALLED_HERE.get(word)]
-    abbreviated = [choice for choice in choices if word == "".join(part[:1] for part in choice.split("_"))]
+    abbreviated = [choice for choice in choices if word == _initials(choice)]
     near = renamed or abbreviated or difflib.get_close_matches(word, choices, n=1)
     return f" Did you mean {prefix + near[0]!r}?" if near else ""
+
+
+def _initials(name: str) -> str:
+    return "".join(part[:1] for part in name.split("_"))
 
 
 def _listed(cls: type) -> str:

@@ -60,6 +60,8 @@ def test_a_part_that_cuts_a_sequence_is_refused_where_an_objective_pools():
     assert [part.cut_sequence() for part in whole] == [None] * 3
     assert whole[1].rows(slice(0, 3)).cut_sequence() == 7 and whole[1].rows(slice(0, 2)).cut_sequence() is None
     policy_loss(logprob[:4], None, whole[1], objectives.gspo())
+    twice = [b.rows(slice(0, 4)).rows(index).rows(slice(None)) for index in (slice(0, 3), torch.tensor([3]), slice(3, 4))]
+    assert [part.cut_sequence() for part in twice] == [None, 7, 7]
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,10 @@ def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
 
 def test_headroom_of_a_random_model_fails_and_says_so(config, tmp_path, capsys):
     assert cli.main(["headroom", config, "--num-problems", "4", "--samples", "1"]) == 1
-    assert "No headroom" in capsys.readouterr().out
-    assert (tmp_path / "run" / "headroom.png").exists() and (tmp_path / "run" / "headroom.json").exists()
+    out = capsys.readouterr().out
+    assert "No headroom" in out and "4 problems of eval_data" in out
+    assert (tmp_path / "run" / "headroom.png").exists()
+    assert json.loads((tmp_path / "run" / "headroom.json").read_text())["section"] == "eval_data"
 
 
 def test_inspect_prints_a_group_without_training(config, tmp_path, capsys):
@@ -205,7 +207,7 @@ def truncated_model(directory):
         (["run", "CONFIG", "model.scratch=null", "model.name_or_path=/no/such/model"], "'/no/such/model', which does not exist"),
         (["run", "CONFIG", "model.tokenizer=./nowhere"], "model.tokenizer must be a hub name"),
         (["run", "CONFIG", "model.scratch=null", "model.name_or_path=EMPTY"], "a directory with config.json, got"),
-        (["plan-memory", "demo_trapo", "model.name_or_path=runs/nowhere/model"], "which does not exist"),
+        (["plan-memory", "demo_trapo", "model.name_or_path=runs/nowhere/model"], f"which does not exist in {Path.cwd()}. Give"),
         (["eval", "CONFIG", "eval_data=null"], "eval_data"),
         (["inspect", "CONFIG", "--problem", "8"], "must be in [0, 7], got 8"),
         (["inspect", "CONFIG", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),

@@ -386,7 +386,7 @@ def test_a_reward_without_an_opinion_is_said_once_and_a_start_without_a_checkpoi
 
 
 def test_a_model_that_is_nowhere_is_named(configure, tmp_path):
-    for place, missing in (("no/such-model", ", and there is no such directory"), (str(tmp_path), "")):
+    for place, missing in (("no/such-model", f", and there is no such directory in {Path.cwd()}"), (str(tmp_path), "")):
         config = replace(configure("nowhere").model, name_or_path=place, scratch=None)
         with (
             pytest.raises(OSError, match=rf"model.name_or_path must be .*got '{place}'{missing}\. no connection"),

@@ -28,6 +28,7 @@ def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world
         _method(config),
         _scale(config, objective),
         _unguided(config, objective),
+        _untrained(config, objective),
         _unclipped(config, objective),
         _unheld(objective),
         _without_beta(config),
@@ -84,6 +85,18 @@ def _unguided(config: RunConfig, objective: Objective) -> str | None:
     return (
         f"objective {objective.name} trains on rollouts too, so plan sft samples the problems that have no expert trace. Leave "
         "them out with objective.name=sft"
+    )
+
+
+def _untrained(config: RunConfig, objective: Objective) -> str | None:
+    """Sampling is most of a step's time."""
+    plan = config.plan
+    if objective.rollout_terms or objective.kl is not None or config.objective.chooser is not None or not plan.largest_request:
+        return None
+    return (
+        f"objective {objective.name} trains on expert tokens alone: of what plan {plan.name} samples at most the rewards count, "
+        "for how much of a trace is given. Set plan.name=sft to train on whole traces and sample nothing, or an objective that "
+        "trains on rollouts too, such as trapo"
     )
 
 

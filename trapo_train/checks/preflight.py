@@ -202,11 +202,19 @@ def check_places(config: ModelConfig) -> None:
     for key, place, files in places:
         is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")) or Path(place).is_dir())
         if is_path and not any((Path(place) / file).is_file() for file in files):
-            wanted, found = " or ".join(files), "which has none" if Path(place).is_dir() else "which does not exist"
+            wanted, found = (
+                " or ".join(files),
+                "which has none" if Path(place).is_dir() else f"which does not exist{_seen_from(place)}",
+            )
             raise UserError(
                 f"model.{key} must be a hub name such as owner/name or a directory with {wanted}, got {place!r}, {found}. "
                 "Give another; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
             )
+
+
+def _seen_from(place: str) -> str:
+    """Where a relative path counts from: a run may have been started elsewhere than it is exported or evaluated."""
+    return "" if Path(place).is_absolute() else f" in {Path.cwd()}"
 
 
 @contextmanager
@@ -217,7 +225,7 @@ def name_model_in_hub_errors(config: ModelConfig) -> Iterator[None]:
     except OSError as error:
         if config.name_or_path is None or error.errno is not None:  # a full disk is no missing model
             raise
-        missing = "" if Path(config.name_or_path).is_dir() else ", and there is no such directory"
+        missing = "" if Path(config.name_or_path).is_dir() else f", and there is no such directory{_seen_from(config.name_or_path)}"
         missing = missing if config.revision is None else f" at model.revision={config.revision}{missing}"
         raise OSError(
             f"model.name_or_path must be a model on the hub or a directory with its files, got {config.name_or_path!r}{missing}. "

@@ -76,6 +76,8 @@ class HeadroomReport:
     """Over problems, paired: the same problems with and without the prefix."""
     num_rejected: int
     """Problems left out because the verifier accepts none of their expert traces."""
+    section: str = "data"
+    """The section of the configuration that the problems come from: data, or an evaluation set such as eval_data.math."""
 
     def overall(self) -> list[HeadroomRow]:
         """Return the rows of all problems together, one per fraction."""
@@ -189,7 +191,8 @@ def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
     held_out = (entry.problems for entry in trainer.eval_sets.values() if len(entry.problems.with_experts()))
     problems, _ = next(held_out, trainer.problems).without_long_experts(trainer.config.rollout.max_response_tokens)
     with trainer.ready_to_generate():
-        return measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
+        found = measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
+    return replace(found, section=problems.section)
 
 
 def show_headroom(report: HeadroomReport, directory: Path, console: Console) -> bool:
@@ -202,7 +205,7 @@ def show_headroom(report: HeadroomReport, directory: Path, console: Console) -> 
     say(console, sentence, "green" if holds else "bold red")
     path = plot_headroom(report, directory / "headroom.png")
     rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in report.rows]
-    summary = {"verdict": holds, "sentence": sentence, "gain": report.gain, "rows": rows}
+    summary = {"verdict": holds, "sentence": sentence, "gain": report.gain, "section": report.section, "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     say(console, f"wrote {path} and {path.with_suffix('.json').name}", "dim")
     return holds

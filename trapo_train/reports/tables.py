@@ -125,13 +125,14 @@ def _gib(size: int) -> str:
 
 
 def headroom_table(report: HeadroomReport) -> Table:
-    """Pass rates by group and by share of the expert trace, ± 1 standard error."""
+    """Pass rates by group and by share of the expert trace, ± 1 standard error; whose, is in the caption."""
     table = Table("pass rate after …", *(f"{row.fraction:.0%}" for row in report.overall()))
     for group in dict.fromkeys(row.group for row in report.rows):
         rows = [row for row in report.rows if row.group == group]
         table.add_row(group_label(group), *(accuracy_cell(row.pass_rate, row.standard_error) for row in rows))
     stated = [f"{row.answer_in_prefix:.0%}" for row in report.overall()]
     table.add_row("answer in the prefix", *stated, style="dim")
+    table.caption = f"{report.overall()[0].n} problems of {report.section}"
     return table
 
 

@@ -34,6 +34,13 @@ def test_nothing_is_said_of_usual_settings(advised):
     assert advised("objective.name=sft", "plan.name=sft", "packing.aggregation=token_mean") == []
 
 
+@pytest.mark.parametrize("plan", ["paper", "luffy"])
+def test_samples_that_no_loss_reads_are_named(advised, plan):
+    said = [s for s in advised("objective.name=trsft", f"plan.name={plan}", "packing.aggregation=token_mean") if "samples" in s]
+    assert len(said) == 1 and f"of what plan {plan} samples" in said[0] and "plan.name=sft" in said[0]
+    assert not any("samples at most" in s for s in advised("objective.name=trapo", f"plan.name={plan}"))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_method_as_published_is_silent_and_any_other_is_named(advised, name):
     method = PUBLISHED[name]
