@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import EPSILON, Case, Problem, Result, textbook_loss
-from trapo_kernels import dispatch, linear_logprob, linear_policy_loss, policy_loss
+from trapo_kernels import dispatch, free_kept_memory, linear_logprob, linear_policy_loss, policy_loss
 
 Call = Callable[[], Result]
 
@@ -96,7 +96,7 @@ def _without_entropy(jobs: tuple[str, ...], why: str = "") -> Callable[[Case], s
 
 
 def _floor(gemms: int, new_gradients: bool = False) -> Contender:
-    """`new_gradients`: in memory that the system hands out in every call, as every contender's are; nobody is measured by that."""
+    """`new_gradients`: in memory that the system hands out in every call, as everyone's but ours; nobody is measured by that."""
 
     def prepare(problem: Problem) -> Call:
         hidden, weight = problem.hidden.detach(), problem.weight.detach()
@@ -118,17 +118,18 @@ def _floor(gemms: int, new_gradients: bool = False) -> Contender:
 
         return call
 
-    def absent(device: torch.device) -> str | None:
-        return "there torch keeps memory for the next call." if new_gradients and device.type == "cuda" else None
-
     def cannot(case: Case) -> str | None:
         return None if (case.job == "score") == (gemms == 1) else "is the floor of another path."
 
     products = f"{gemms} bare GEMM{'s' if gemms > 1 else ''} of torch.mm into preallocated outputs"
     name, about = f"floor, {gemms} GEMM{'s' if gemms > 1 else ''}", f"the floor: {products}"
     if new_gradients:
-        name, about = f"{name}, new gradients", f"{products} but for the gradients, which are new in every call, as everyone's are"
-    return Contender(name, about, prepare, absent, cannot, floor=True)
+        name, about = f"{name}, new gradients", f"{products} but for the gradients, whose memory is new in every call"
+    return Contender(name, about, prepare, _torch_keeps if new_gradients else _nothing_wrong, cannot, floor=True)
+
+
+def _torch_keeps(device: torch.device) -> str | None:
+    return "there torch keeps memory for the next call." if device.type == "cuda" else None
 
 
 # PyTorch
@@ -286,13 +287,17 @@ def _chunk(case: Case):
         yield
 
 
-def _ours(backend: str, single_pass: bool) -> Callable[[Problem], Call]:
+def _ours(backend: str, single_pass: bool, fresh: bool = False) -> Callable[[Problem], Call]:
+    """`fresh`: nothing is kept from the call before, as where its gradient is still alive."""
+
     def prepare(problem: Problem) -> Call:
         hidden, weight, batch, objective = problem.hidden, problem.weight, problem.batch, problem.job.objective
         settings = {"backend": backend, "logits_dtype": getattr(torch, problem.case.logits_dtype)}
         settings["batch_invariant"] = problem.case.setting == "batch_invariant"
 
         def call() -> Result:
+            if fresh:
+                free_kept_memory()
             with _chunk(problem.case):
                 if objective is None:
                     with torch.no_grad():
@@ -375,6 +380,14 @@ CONTENDERS: list[Contender] = [
     _floor(3, new_gradients=True),
     *(Contender(*peer) for peer in _THEIRS),
     *(ours for backend in ("triton", "torch", "native", "reference") for ours in _ours_both(backend)),
+    Contender(
+        "ours, nothing kept (native)",
+        "all of its memory is new, as everyone's is",
+        _ours("native", single_pass=True, fresh=True),
+        lambda device: _torch_keeps(device) or _backend_absent("native")(device),
+        _nothing_wrong,
+        ours=True,
+    ),
     *(_ours_fused(backend) for backend in ("triton_fused", "native_fused")),
 ]
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

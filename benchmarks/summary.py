@@ -122,7 +122,7 @@ def _above_target(group: list[Row]) -> list[str]:
     if target is None or mine["ratio"] <= target:
         return []
     bare = next((row for row in group if row["contender"] == NEW_GRADIENTS and row.get("ratio") is not None), None)
-    beside = "" if bare is None else f"; the bare GEMMs with new gradients, as ours are, {bare['ratio']:.2f}"
+    beside = "" if bare is None else f"; the bare GEMMs with new gradients {bare['ratio']:.2f}"
     return [f"{_title(group)}: {mine['contender']} takes {mine['ratio']:.2f} × floor, the target is {target:.2f}{beside}."]
 
 

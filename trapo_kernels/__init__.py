@@ -6,7 +6,7 @@ from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import Gate
 from trapo_kernels.heads import head_options
 from trapo_kernels.lora import LoraHead
-from trapo_kernels.memory import head_memory
+from trapo_kernels.memory import LEAST_KEPT_BYTES, free_kept_memory, head_memory
 from trapo_kernels.metrics import merged_metrics, metric_count
 from trapo_kernels.objective import KL, Objective, Term
 from trapo_kernels.outputs import LogprobOutput, PolicyLossOutput
@@ -16,6 +16,7 @@ from trapo_kernels.weights import LossTotals, aggregate, loss_totals, silenced_w
 __all__ = [
     "IGNORE_INDEX",
     "KL",
+    "LEAST_KEPT_BYTES",
     "Gate",
     "LogprobOutput",
     "LoraHead",
@@ -27,6 +28,7 @@ __all__ = [
     "TokenBatch",
     "aggregate",
     "corrections",
+    "free_kept_memory",
     "gates",
     "head_memory",
     "head_options",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from trapo_kernels import checks
-from trapo_kernels.backends import in_weight
+from trapo_kernels.backends import in_weight, kept_memory
 from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows, grad_weight_dtype, operand_dtype
+
+LEAST_KEPT_BYTES = kept_memory.LEAST_BYTES
 
 
 def head_memory(
@@ -69,6 +71,18 @@ def head_memory(
         "grad_weight": matrix * held.itemsize if grad_weight else 0,
         "rounding": max(0, rounded - sum(gone.values()), rounded_hidden - gone["logits"] - gone["hidden chunk"]),
     }
+
+
+def free_kept_memory() -> None:
+    """Give back what a CPU keeps for the next call: the memory of the last dWeight and of the last chunk of logits.
+
+    Returns: nothing. The next call keeps again: one dWeight, which is a gradient while one lives, and one chunk of logits, each
+        only where it has `LEAST_KEPT_BYTES`. On a GPU nothing is kept here; see `torch.cuda.empty_cache`.
+    Raises: nothing. Memory: a call's peak is the same with kept memory and without. Determinism: so are its results.
+    Source: the caching allocator that torch has for GPUs.
+    """
+    for kept in (kept_memory.GRADIENT, kept_memory.LOGITS):
+        kept.free()
 
 
 def _rows_and_logits(

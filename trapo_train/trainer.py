@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo_kernels import Objective
+from trapo_kernels import Objective, free_kept_memory
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.continuation import about_dates, set_learning_rate, split_settings, what_changed
 from trapo_train.checkpoints.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
@@ -239,6 +239,7 @@ class Trainer:
     @contextmanager
     def ready_to_generate(self) -> Iterator[None]:
         """Inside, the engine samples from the weights as they are now; every rank must enter."""
+        free_kept_memory()
         with ready_to_generate(self.engine, self.model, self.tokenizer, self.world, step=self.step):
             yield
 

@@ -32,7 +32,7 @@ CPU_MATRIX = [
 ]
 CPU_FLOORS = ("floor, 3 GEMMs", NEW_GRADIENTS)
 # Every contender at CPU_MAIN; elsewhere those that a user would choose between on a CPU, because of the time.
-CPU_CHOICE = (*CPU_FLOORS, "eager", "torch.compile", "ours (native)")
+CPU_CHOICE = (*CPU_FLOORS, "eager", "torch.compile", "ours (native)", "ours, nothing kept (native)")
 # Inactive rows and the longest context, where torch.compile would compile for every case, and TRL's chunks are of interest.
 CPU_UNCOMPILED = ("floor, 3 GEMMs", "eager", "TRL chunked logprob", "ours (native)")
 CPU_CROSS_ENTROPY = (*CPU_FLOORS, "eager", "F.linear_cross_entropy", "ours (native)")

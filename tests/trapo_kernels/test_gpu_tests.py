@@ -16,6 +16,7 @@ FILES = (
     "linear_policy_loss",
     "lora",
     "metrics",
+    "narrow_gradient",
     "padded",
     "presets",
     "row_selection",

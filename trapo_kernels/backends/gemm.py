@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trapo_kernels.backends import cpu_gemm
+from trapo_kernels.backends import cpu_gemm, kept_memory
 from trapo_kernels.backends.logits import statistics_dtype
 
 # Logits per chunk on a GPU: 4096 rows at a vocabulary of 152k, where every GEMM is fat enough to run at the speed of one large one.
@@ -263,7 +263,7 @@ class HeadGemm:
         """Room for a chunk of logits [rows, V], every row aligned as the first, so that odd V are loaded in whole vectors too."""
         vocab_size = self.weight.shape[0]
         stride = -(-vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        return torch.empty(rows, stride, dtype=self.logits_dtype, device=self.weight.device)[:, :vocab_size]
+        return kept_memory.LOGITS.empty((rows, stride), self.logits_dtype, self.weight.device)[:, :vocab_size]
 
     def grad_low_rank(self, grad_logits: Tensor) -> Tensor:
         """dLow_rank [C, R] as a GEMM operand."""

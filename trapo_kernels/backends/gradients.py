@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trapo_kernels.backends import kept_memory
 from trapo_kernels.backends.gemm import Head, HeadGemm, Operands
 from trapo_kernels.backends.vocab_parallel import VocabShard
 
@@ -34,21 +35,21 @@ class Gradients(NamedTuple):
 def empty_gradients(
     head: Head, gemm: HeadGemm, needs: Needs, weight_dtype: torch.dtype, shard: VocabShard | None, active_rows: Tensor | None
 ) -> Gradients:
-    """Room for the gradients; those of the head are uninitialised on a GPU where a first chunk will overwrite them.
-
-    On a CPU zeros cost less than they save: two threads that clear pages map them faster than a GEMM which runs into them
-    (dWeight of 512 rows, D = 896, V = 151936: 676 ms in fresh memory, 621 with the zeros, 499 in memory that is there).
-    """
+    """Room for the gradients; those of the head's matrices hold anything where a first chunk will overwrite them."""
     rows_dtype = head.hidden.dtype if shard is None else gemm.statistics_dtype  # the ranks' parts are summed, then rounded
     no_chunk = (head.hidden.shape[0] if active_rows is None else active_rows.shape[0]) == 0
-    new_factor = torch.zeros_like if no_chunk or head.hidden.device.type == "cpu" else torch.empty_like
 
-    def factor(like: Tensor | None, needed: bool, dtype: torch.dtype = gemm.statistics_dtype) -> Tensor | None:
-        return new_factor(like, dtype=dtype, memory_format=torch.contiguous_format) if needed else None
+    def factor(like: Tensor | None, needed: bool) -> Tensor | None:
+        new = torch.zeros_like if no_chunk else torch.empty_like
+        return new(like, dtype=gemm.statistics_dtype, memory_format=torch.contiguous_format) if needed else None
+
+    weight = kept_memory.GRADIENT.empty(head.weight.shape, weight_dtype, head.weight.device) if needs.weight else None
+    if weight is not None and no_chunk:
+        weight.zero_()
 
     return Gradients(
         hidden=torch.zeros_like(head.hidden, dtype=rows_dtype, memory_format=torch.contiguous_format) if needs.hidden else None,
-        weight=factor(head.weight, needs.weight, weight_dtype),
+        weight=weight,
         bias=head.weight.new_zeros(head.weight.shape[0], dtype=gemm.statistics_dtype) if needs.bias else None,
         lora_a=factor(head.lora_a, needs.lora_a),
         lora_b=factor(head.lora_b, needs.lora_b),

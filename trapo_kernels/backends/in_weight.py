@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from trapo_kernels.backends import kept_memory
 from trapo_kernels.backends.gemm import HeadGemm
 from trapo_kernels.backends.gradients import Gradients, put_rows
 from trapo_kernels.backends.vocab_parallel import VocabShard
@@ -126,7 +127,7 @@ def _room(grad_weight: Tensor, blocks: list[slice], num_rows: int) -> list[Tenso
     """A part [M, width] for the logits of each block."""
     flat, widths = grad_weight.view(-1).view(torch.float32), [block.stop - block.start for block in blocks]
     places = _places(blocks, num_rows, grad_weight.shape[1], grad_weight.dtype)
-    spare = flat.new_empty(num_rows * sum(widths[len(places) :]))
+    spare = kept_memory.LOGITS.empty((num_rows * sum(widths[len(places) :]),), torch.float32, flat.device)
     rooms = [flat[start:] for start in places]
     for width in widths[len(places) :]:
         rooms.append(spare)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from trapo_kernels import head_memory
+from trapo_kernels import LEAST_KEPT_BYTES, head_memory
 from trapo_train.checks.extras import is_installed
 from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
 from trapo_train.config import RunConfig
@@ -166,7 +166,8 @@ def _training(
     )
     vocab_size = text.vocab_size // ranks
     wide = memory["grad_weight"] == torch.float32.itemsize * text.hidden_size * vocab_size
-    head = HeadSizes(tokens * ranks, vocab_size, torch.float32 if wide else dtype)
+    kept = {name: size if device_type == "cpu" and size >= LEAST_KEPT_BYTES else 0 for name, size in memory.items()}
+    head = HeadSizes(tokens * ranks, vocab_size, torch.float32 if wide else dtype, kept["grad_weight"] > 0)
     segments = tuple([context] * (tokens // context) + ([tokens % context] if tokens % context else []))
     found = trace_pass(config.model, architecture, segments, head, cast=not sharded)
     of_others = tokens * (ranks - 1) * text.hidden_size * dtype.itemsize
@@ -181,6 +182,7 @@ def _training(
     yield "activations", {"loss": during_loss, "backward": found.backward_peak}
     for name, size in inside.items():
         yield name, {"loss": size}
+    yield "memory kept for the next head", {"backward": kept["logits"], "update": kept["logits"] + kept["grad_weight"]}
     if sharded:
         layer = (weights.total - weights.outside_layers) // text.num_hidden_layers
         head_unit, rest = 0 if vocab_parallel else weights.head, weights.outside_layers - weights.head

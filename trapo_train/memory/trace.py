@@ -66,6 +66,8 @@ class HeadSizes:
     """This rank's part."""
     grad_weight: torch.dtype = torch.float32
     """What the gradient of its weight is held in until backward."""
+    kept: bool = False
+    """Whether its memory is kept afterwards, as on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,11 @@ def _trace(
         known = [x for p in model.parameters() for x in (p, p.grad) if x is not None]
         live = LiveTensors([*known, *model.buffers(), micro_batch.input_ids, micro_batch.loss_positions])
         seen: dict[str, int] = {}
+        kept: list[Tensor] = []
 
         def loss_fn(hidden: Tensor, weight: Tensor, **_: Any) -> Tensor:
             seen.update(activations=live.now_bytes, forward_peak=live.peak_bytes)
-            return _HeadStandIn.apply(hidden, weight, head)
+            return _HeadStandIn.apply(hidden, weight, head, kept)
 
         with live:
             loss = model.run_head(micro_batch, loss_fn)
@@ -188,16 +191,18 @@ class _HeadStandIn(torch.autograd.Function):
     """Holds the gradients that the fused head computes in its forward until they are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: HeadSizes) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: HeadSizes, kept: list[Tensor]) -> Tensor:
         ctx.trained, ctx.dtype, ctx.rows = weight.requires_grad, weight.dtype, len(hidden)
         grad_weight = weight.new_empty(weight.shape if ctx.trained else 0, dtype=head.grad_weight)
+        if head.kept:
+            kept.append(grad_weight)
         ctx.save_for_backward(hidden.new_empty(head.rows, hidden.shape[1]), grad_weight)
         return hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden[: ctx.rows], grad_weight.to(ctx.dtype) if ctx.trained else None, None
+        return grad_hidden[: ctx.rows], grad_weight.to(ctx.dtype) if ctx.trained else None, None, None
 
 
 def trace_prefill(config: ModelConfig, architecture: PretrainedConfig, tokens: int) -> int:
