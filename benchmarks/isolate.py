@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from trapo_kernels import free_kept_memory
+
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed blocks go back to the system at once
 # into the fork server; the peers take seconds to import, and are left out where they are missing
 _PRELOAD = ("benchmarks.contenders", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss")
@@ -127,8 +129,7 @@ def _longest(send: Callable, case, contender: str, powers: range, limit_mib: int
     call(build(replace(case, num_rows=8), "cpu"))()  # makes the threads and whatever else is made once
     for k in powers:
         problem = build(replace(case, num_rows=2**k), "cpu")
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        _give_back()
         with _address_space(limit_mib):
             try:
                 call(problem)()
@@ -153,14 +154,20 @@ def _address_space(limit_mib: int):
 
 def _cpu_peak_mib(call) -> float:
     """High-water mark of the resident set during one call, above the resident set before it."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    _give_back()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present VmRSS
     before = _status_kib("VmRSS")
     result = call()
     peak = _status_kib("VmHWM") - before
     del result
     return peak / 1024
+
+
+def _give_back() -> None:
+    """What is not in use goes to the system, so that a call has to ask for all that it needs."""
+    gc.collect()
+    free_kept_memory()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_kib(field: str) -> int:

@@ -338,7 +338,7 @@ def test_regressions_between_two_result_sets_are_printed(small_run):
     row = next(row for group in new for row in group if row["contender"] == "ours (torch)" and "ratio" in row)
     row["ratio"] *= 2
     assert "No ratio" in regressions.compare(old, new), "within its spread"
-    row |= dict.fromkeys(("ratio_min", "ratio_p20", "ratio_p80", "ratio_max"), 100.0)
+    row |= dict.fromkeys(("ratio_min", "ratio_p20", "ratio_p80", "ratio_max"), 1e9)  # beyond any hiccup of the machine
     assert "+100% slower" in regressions.compare(old, new)
 
 
