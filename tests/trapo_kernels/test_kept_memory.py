@@ -147,9 +147,18 @@ def test_a_gradient_is_no_part_of_a_larger_memory():
 def test_logits_use_what_is_large_enough():
     room = kept_memory.KeptMemory(exact=False)
     places = []
-    for rows in (40, 8, 40, 41, 3):
+    for rows in (40, 20, 40, 41, 30):
         places.append(room.empty((rows, 96), torch.float32, CPU).data_ptr())
     assert places[0] == places[1] == places[2] and places[3] == places[4]
+
+
+def test_what_is_over_twice_as_large_as_needed_is_given_back(monkeypatch):
+    """Or the logits of a first pass would stay beside a backward pass that needs few."""
+    room = kept_memory.KeptMemory(exact=False)
+    monkeypatch.setattr(kept_memory, "LEAST_BYTES", 4 * 96 * 10)
+    for rows, kept in ((40, 40), (20, 40), (19, 19), (10, 19), (9, 0)):
+        room.empty((rows, 96), torch.float32, CPU)
+        assert (0 if room._storage is None else room._storage.nbytes()) == 4 * 96 * kept
 
 
 def test_two_threads_have_memory_of_their_own():

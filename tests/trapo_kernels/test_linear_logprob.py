@@ -139,12 +139,19 @@ def test_a_chunk_on_a_cpu_is_small_beside_eager_pytorch_or_beside_the_gradient_o
     for num_rows, hidden_size in ((512, 896), (512, 256), (1024, 2048), (700, 64), (5000, 4096), (128, 896), (100, 8192)):
         rows = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu")
         eighth = max(5 * num_rows - hidden_size, hidden_size) / 8
-        assert min(num_rows, 112) <= rows <= min(processor.most_rows, max(eighth, 128)), (num_rows, hidden_size)
+        assert min(num_rows, 112) <= rows <= min(processor.most_rows, 512, max(eighth, 128)), (num_rows, hidden_size)
         narrow = gemm.chunk_rows(num_rows, hidden_size, 151936, "cpu", operands=torch.bfloat16)
         assert rows <= narrow <= max(rows, hidden_size // 2), (num_rows, hidden_size)  # beside the rounding of dWeight
     assert gemm.chunk_rows(5000, 64, 40, "cpu") == 5000  # all logits are less than 4 MiB
+    assert gemm.chunk_rows(4096, 896, 32768, "cpu") == processor.most_rows  # 128 MiB of logits, or less
     of_either = [gemm.chunk_rows(512, 896, 151936, "cpu", operands=dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert of_either == [176, 256]  # an eighth of eager's, and half of dWeight
+
+
+def test_a_large_chunk_on_a_cpu_has_128_mib_of_logits_at_most():
+    for vocab_size in (1000, 16384, 32768, 50257, 128256, 151936):
+        rows = cpu_gemm.most_rows(vocab_size)
+        assert rows <= 512 or rows * vocab_size <= 2**25, vocab_size
 
 
 @pytest.mark.parametrize("vocab_size", [16, 37, 50257])

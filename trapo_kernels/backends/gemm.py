@@ -53,7 +53,7 @@ def chunk_rows(
         return _even_chunk(num_rows, _SHARDED_ROWS_CPU if device_type == "cpu" else _most_rows_gpu(vocab_size, True), multiple=128)
     if device_type == "cpu":
         beside_grad = hidden_size // (2 if operands == torch.bfloat16 else 8)
-        most = min(max((5 * num_rows - hidden_size) // 8, beside_grad, _LEAST_ROWS_CPU), cpu_gemm.tuning().most_rows)
+        most = min(max((5 * num_rows - hidden_size) // 8, beside_grad, _LEAST_ROWS_CPU), cpu_gemm.most_rows(vocab_size))
         return _even_chunk(num_rows, max(most, _LEAST_LOGITS_CPU // vocab_size), multiple=16)
     return _even_chunk(num_rows, _most_rows_gpu(vocab_size, False), multiple=128)
 

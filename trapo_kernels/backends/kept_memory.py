@@ -30,10 +30,13 @@ class KeptMemory:
         """A contiguous tensor that may hold anything: in kept memory that fits and that nobody holds, else in new memory, kept from
         now on. On a GPU, and where it is small, an ordinary one."""
         num_bytes = math.prod(shape) * dtype.itemsize
+        if device.type == "cpu":
+            self.trim(num_bytes)
         if device.type != "cpu" or num_bytes < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
         with self._lock:
             if not self._is_free(num_bytes):
+                self._storage = None  # before there is more
                 # Two threads that clear pages map them faster than a GEMM that runs into them.
                 self._storage = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu").untyped_storage()
                 self._alone = self._holders()
@@ -49,6 +52,12 @@ class KeptMemory:
     def _holders(self) -> tuple[int, int]:
         """How many tensors hold the storage, and how many Python variables."""
         return torch._C._storage_Use_Count(self._storage._cdata), sys.getrefcount(self._storage)
+
+    def trim(self, num_bytes: int) -> None:
+        """Give back what is over twice as large as the next tensor will be."""
+        with self._lock:
+            if self._storage is not None and self._storage.nbytes() > 2 * num_bytes:
+                self._storage = None
 
     def free(self) -> None:
         """Give the memory back, as soon as nobody holds it."""

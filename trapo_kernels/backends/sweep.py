@@ -4,7 +4,8 @@
                                   └──────rows──▶ grad_logits[C, V] ──GEMM──▶ grad_hidden[C, D]
                                                                    └─GEMM──▶ grad_weight[V, D] +=
 
-Memory: one chunk of logits beside the results (three with `rows_torch`, four with its softcap), or an eighth of all (`in_weight`).
+Memory: one chunk of logits beside the results (three with `rows_torch`, four with its softcap), or an eighth of all (`in_weight`);
+on a CPU some of it serves the next call (`kept_memory`).
 Order: chunks ascend and every sum has a fixed order, so results are bitwise repeatable.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import terms
-from trapo_kernels.backends import in_weight
+from trapo_kernels.backends import in_weight, kept_memory
 from trapo_kernels.backends.gemm import Head, HeadGemm, Operands, chunk_bounds, chunk_rows, grad_weight_dtype
 from trapo_kernels.backends.gradients import Gradients, Needs, accumulate, empty_gradients, reduced
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics, statistics_dtype
@@ -128,7 +129,7 @@ def score_backward(
     count = target.shape[0] if active_rows is None else active_rows.shape[0]
     what = (*head.weight.shape[::-1], head.weight.dtype, gemm.operand_dtype, head.weight.device.type)
     weight_dtype = grad_weight_dtype(count, *what, mode.batch_invariant, shard is not None)
-    grads = empty_gradients(head, gemm, needs, weight_dtype, shard, active_rows)
+    grads = _room(rows, head, gemm, needs, weight_dtype, shard, active_rows)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
     given = None if grad_entropy is None else terms.streams_from_gradients(grad_logprob, grad_entropy, target != IGNORE_INDEX)
 
@@ -166,7 +167,7 @@ def policy(
     out = _empty_statistics(target.shape[0], gemm.statistics_dtype, target.device)
     active = streams.role != Role.IGNORED
     active_rows = _active_rows(active) if active_rows is None else active_rows
-    grads = empty_gradients(head, gemm, needs, weight_dtype, shard, active_rows)
+    grads = _room(rows, head, gemm, needs, weight_dtype, shard, active_rows)
     grad_dtype = gemm.operand_dtype if any(needs) else None
     scored, target = target, torch.where(active, target, IGNORE_INDEX)
     policy_rows = rows.policy if shard is None else partial(_sharded_policy, rows, shard)
@@ -181,6 +182,23 @@ def policy(
     if scored_rows is not None:  # after the sweep, which may have put zeros there
         _score_rows(rows, gemm, head, scored, scored_rows, transform, True, shard, out)
     return out, reduced(grads, shard, head.hidden.dtype)
+
+
+def _room(
+    rows: ModuleType,
+    head: Head,
+    gemm: HeadGemm,
+    needs: Needs,
+    weight_dtype: torch.dtype,
+    shard: VocabShard | None,
+    active_rows: Tensor | None,
+) -> Gradients:
+    """Room for the gradients; a first pass may have left more logits than a sweep whose logits lie in dWeight needs beside it."""
+    count = head.hidden.shape[0] if active_rows is None else active_rows.shape[0]
+    if needs.weight and in_weight.applies(rows, gemm, shard, count, weight_dtype):
+        spare = in_weight.spare_logits(count, *head.weight.shape[::-1], weight_dtype)
+        kept_memory.LOGITS.trim(spare * torch.float32.itemsize)
+    return empty_gradients(head, gemm, needs, weight_dtype, shard, active_rows)
 
 
 def _sweep_gradients(
