@@ -76,9 +76,10 @@ def head_memory(
 def free_kept_memory() -> None:
     """Give back what a CPU keeps for the next call: the memory of the last dWeight and of the last chunk of logits.
 
-    Returns: nothing. The next call keeps again: one dWeight, which is a gradient while one lives, and one chunk of logits, each
-        only where it has `LEAST_KEPT_BYTES`. On a GPU nothing is kept here; see `torch.cuda.empty_cache`.
-    Raises: nothing. Memory: a call's peak is the same with kept memory and without. Determinism: so are its results.
+    Returns: nothing. The next call keeps again: one dWeight, used again once nobody holds it or a view of it, and one chunk of
+        logits, each only where it has `LEAST_KEPT_BYTES`. On a GPU nothing is kept here; see `torch.cuda.empty_cache`.
+    Raises: nothing. Determinism: results have the same bits with kept memory and without.
+    Memory: a call's peak is no higher for it, but for what a larger batch has left of its chunk of logits, less than twice as large.
     Source: the caching allocator that torch has for GPUs.
     """
     for kept in (kept_memory.GRADIENT, kept_memory.LOGITS):
