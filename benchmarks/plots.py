@@ -46,7 +46,7 @@ def _colour(name: str) -> str:
     if name.startswith("floor"):
         return FLOOR
     if name.startswith("ours"):
-        return OURS if "native" in name else OURS_TRITON if "triton" in name else OURS_LIGHT
+        return OURS if "native" in name and "nothing kept" not in name else OURS_TRITON if "triton" in name else OURS_LIGHT
     return COLOURS.get(name, "#999999")
 
 

@@ -79,7 +79,7 @@ def free_kept_memory() -> None:
     Returns: nothing. The next call keeps again: one dWeight, used again once nobody holds it or a view of it, and one chunk of
         logits, each only where it has `LEAST_KEPT_BYTES`. On a GPU nothing is kept here; see `torch.cuda.empty_cache`.
     Raises: nothing. Determinism: results have the same bits with kept memory and without.
-    Memory: a call's peak is no higher for it, but for what a larger batch has left of its chunk of logits, less than twice as large.
+    Memory: a call's peak is no higher for it, but for logits left by a larger batch, of which it keeps less than twice its own.
     Source: the caching allocator that torch has for GPUs.
     """
     for kept in (kept_memory.GRADIENT, kept_memory.LOGITS):
