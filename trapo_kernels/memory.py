@@ -8,7 +8,7 @@ from trapo_kernels import checks
 from trapo_kernels.backends import in_weight, kept_memory
 from trapo_kernels.backends.gemm import chunk_bounds, chunk_rows, grad_weight_dtype, operand_dtype
 
-LEAST_KEPT_BYTES = kept_memory.LEAST_BYTES
+LEAST_KEPT_BYTES = kept_memory.LEAST_BYTES  # of a dWeight, or a chunk of logits, whose memory a CPU keeps for the next call
 
 
 def head_memory(

@@ -177,6 +177,18 @@ def test_the_plan_adds_up(recipe):
     assert parts["chunk of logits and its gradient"] == {"loss": 4 * 4096 * 500}
 
 
+def test_what_a_cpu_keeps_for_the_next_head_is_there_until_it_samples(recipe, monkeypatch):
+    name, config = "memory kept for the next head", load_config(recipe)
+    assert name not in plan_memory(config, device_type="cpu").components  # it is small
+    before = plan_memory(config, device_type="cpu").components["activations"]["backward"]
+    monkeypatch.setattr("trapo_train.memory.plan.LEAST_KEPT_BYTES", 1)
+    assert name not in plan_memory(config).components
+    parts = plan_memory(config, device_type="cpu").components
+    logits, weight = parts["chunk of logits and its gradient"]["loss"], 4 * 500 * 64
+    assert parts[name] == {"backward": logits, "update": logits + weight}
+    assert before <= parts["activations"]["backward"] <= before + weight
+
+
 def test_what_samples_nothing_is_planned_no_responses(recipe):
     sft = ["plan.name=sft", "objective.name=sft", "reward=null", "evaluation.every=5", "eval_data={path: held_out.jsonl}"]
     plans = [plan_memory(load_config(recipe, [*sft, f"evaluation.sample={sample}"])) for sample in ("false", "true")]
