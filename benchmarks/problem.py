@@ -100,9 +100,9 @@ JOBS = {
 
 
 class Problem(NamedTuple):
-    """The tensors of a case: hidden [N, D] and weight [V, D] in its dtype (leaves that require grad unless the job only scores or,
-    of weight, the head is frozen),
-    target [N] int64 with -100 on inactive rows, and the batch, whose sequences are `sequence_length` rows each."""
+    """The tensors of a case: hidden [N, D] and weight [V, D] in its dtype (leaves that require grad unless the job only
+    scores or, of weight, the head is frozen), target [N] int64 with -100 on inactive rows, and the batch, whose sequences are
+    `sequence_length` rows each."""
 
     case: Case
     hidden: Tensor

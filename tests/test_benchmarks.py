@@ -158,11 +158,10 @@ def test_the_account_predicts_what_the_arithmetic_says():
 def test_the_memory_formula_is_what_is_allocated(name, job, active):
     if (reason := BY_NAME[name].absent(torch.device("cpu"))) is not None:
         pytest.skip(reason)  # a contender that cannot run here says why
-    case = Case("test", job, 600, 96, 16401, "bfloat16", peaked=False, active=active)
+    case = Case("test", job, 600, 96, 32801, "bfloat16", peaked=False, active=active)
     call = BY_NAME[name].prepare(build(case, "cpu"))
     call()
-    # The hidden states that count are copied, which the formula leaves out, as it does vectors of [N].
-    assert sum(account.memory_formula(name, case, "cpu").values()) == pytest.approx(allocated_peak(call), rel=0.03)
+    assert sum(account.memory_formula(name, case, "cpu").values()) == pytest.approx(allocated_peak(call), rel=0.02)
 
 
 def test_there_is_no_memory_formula_for_what_head_memory_does_not_state():

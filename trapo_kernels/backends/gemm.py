@@ -50,7 +50,7 @@ def chunk_rows(
     if batch_invariant:
         return _INVARIANT_ROWS_CPU if device_type == "cpu" else _INVARIANT_ROWS_GPU
     if sharded:
-        return _even_chunk(num_rows, _SHARDED_ROWS_CPU if device_type == "cpu" else _most_rows_gpu(vocab_size, True), multiple=128)
+        return _even_chunk(num_rows, _SHARDED_ROWS_CPU if device_type == "cpu" else _SHARDED_ROWS_GPU, multiple=128)
     if device_type == "cpu":
         beside_grad = hidden_size // (2 if operands == torch.bfloat16 else 8)
         most = min(max((5 * num_rows - hidden_size) // 8, beside_grad, _LEAST_ROWS_CPU), cpu_gemm.most_rows(vocab_size))
@@ -295,7 +295,8 @@ class HeadGemm:
             self._add_product(grad, grad_logits, self.weight[tokens], beta=0 if first else 1)
 
     def add_grad_factor(self, grad_out: Tensor, rows: Tensor, grad: Tensor, first: bool) -> None:
-        """grad [M, K] fp32 += grad_outᵀ [M, C] · rows [C, K], accumulated in fp32; the first chunk overwrites it unread."""
+        """grad [M, K] += grad_outᵀ [M, C] · rows [C, K], summed in fp32; the first chunk overwrites it unread. One of 16 bits takes
+        a single chunk (`grad_weight_dtype`), whose sums are rounded once."""
         with self._exact():
             self._add_product(grad, grad_out.t(), rows, beta=0 if first else 1)
 
