@@ -238,6 +238,8 @@ def sanitize(tool: str, name: str, match: str, until: float, output: Path) -> st
     text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
     summary = next((line.strip("= ") for line in reversed(text.splitlines()) if "SUMMARY" in line), "no summary")
     last = (text.strip().splitlines() or ["no output"])[-1]
+    if "Device not supported" in text:  # by a driver inside gVisor; the program's own first allocation fails then
+        return "cannot run on this machine: Device not supported"
     known = {
         0: f"clean ({summary})",
         None: "out of time",

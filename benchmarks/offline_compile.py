@@ -63,7 +63,8 @@ def variants(architecture: int) -> Iterator[Variant]:
             yield Variant(f"fused_scoring ({name}{more})", fused_scoring_kernel, flags | tile, fp32)
     heaviest = {"EXPERT_GATE": 9, "ROLLOUT_GATE": 9, "KL_CODE": 4, "WITH_ENTROPY_GRADIENT": True, "WITH_GRADIENT": True}
     yield Variant("row_policy (sapo/sapo, k3_corrected, bias+temperature+softcap)", row_policy.row_policy_kernel, full | heaviest)
-    yield Variant("scale (bf16)", scale.scale_kernel, dict(scale.TILE))
+    yield Variant("scale (in place, bf16)", scale.scale_kernel, {"IN_PLACE": True, **scale.TILE})
+    yield Variant("scale (fp32 to bf16)", scale.scale_kernel, {"IN_PLACE": False, **scale.TILE}, ("grad_ptr",))
     if architecture not in OF_DATA_CENTRES:  # gates change a few registers, and take long to compile
         return
     presets: dict[tuple[int, ...], list[str]] = {}  # presets with the same gates are the same compiled kernel
@@ -113,7 +114,7 @@ def _type_of(argument: str) -> str:
     if argument.isupper() and not re.fullmatch(r"[er]\d", argument):
         return "constexpr"
     if argument.endswith("_ptr"):
-        special = {"target_ptr": "*i64", "role_ptr": "*u8", "grad_ptr": "*bf16", "bias_ptr": "*bf16"}
+        special = {"target_ptr": "*i64", "role_ptr": "*u8", "grad_ptr": "*bf16", "out_ptr": "*bf16", "bias_ptr": "*bf16"}
         special |= {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
         return special.get(argument, "*fp32")
     counts = ("vocab_size", "num_tokens", "num_rows", "hidden_size", "tiles_per_split")

@@ -29,13 +29,15 @@ HOST_WITH = "90a"
 INTENDED = {
     "row_policy_kernel": {"80": ("LDG.E.128", "STG.E"), "90a": ("LDG.E.128", "STG.E"), "100": ("LDG.E.128", "STG.E")},
     "row_gradient_kernel": {"80": ("LDG.E.128", "STG.E"), "90a": ("LDG.E.128", "STG.E"), "100": ("LDG.E.128", "STG.E")},
-    "scale_kernel": {arch: ("LDG.E.128", "STG.E.128") for arch in ARCHITECTURES},
+    "scale_kernel": {arch: ("LDG.E.128", "STG.E") for arch in ARCHITECTURES},
+    "scale_kernel<fp32, fp32, 4>": {arch: ("STG.E.128",) for arch in ARCHITECTURES},
+    "scale_kernel<fp32, bf16, 4>": {arch: ("STG.E.64",) for arch in ARCHITECTURES},
     "cluster_policy_kernel": {arch: ("LDGSTS.E.BYPASS.128", "LDS.128", "UCGABAR", "LD.E ") for arch in ("90a", "100")},
     "hopper_scoring_kernel": {"90a": ("HGMMA", "UTMALDG", "SYNCS")},
     "hopper_scoring_kernel<2>": {"90a": ("UTMALDG.2D.MULTICAST",)},
 }
 COUNTED = ("LDG.E.128", "LDGSTS", "STG.E.128", "STG.E.64", "UCGABAR", "HGMMA", "UTMALDG", "UTMALDG.2D.MULTICAST")
-_DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16", "S1_": "same", "S_": "same"}
+_DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # else S_, S1_, …: the first again
 
 
 def compile_source(source: Path, architecture: str, directory: Path) -> tuple[Path, str]:
@@ -91,8 +93,8 @@ def readable(mangled: str) -> str:
     arguments = re.search(rf"{name}I(.*?)Li(\d+)E", mangled)
     if arguments is None:
         return name
-    dtypes = [_DTYPES[x] for x in re.findall(r"13__nv_bfloat16|6__half|S1_|S_|f", arguments.group(1))]
-    dtypes = [dtypes[0] if dtype == "same" else dtype for dtype in dtypes]
+    found = re.findall(r"13__nv_bfloat16|6__half|S\d*_|f", arguments.group(1))
+    dtypes = [_DTYPES.get(x, _DTYPES[found[0]]) for x in found]
     return f"{name}<{', '.join([*dtypes, arguments.group(2)])}>"
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import provenance, store
+from trapo_kernels.backends.fences import has_fences
 
 TABLE = provenance.ROOT / "trapo_kernels" / "scoring.json"
 CONTENDERS = {f"ours ({backend})": backend for backend in ("triton", "triton_fused", "native_fused")}
@@ -36,7 +37,7 @@ def entries(rows: list[store.Row]) -> list[dict[str, object]]:
             continue
         shape = [case["num_rows"], case["hidden_size"], case["vocab_size"]]
         measured = {"device": environment["device"], "dtype": case["dtype"], "shape": shape, "median_ms": median_ms}
-        found.append(measured | {"revision": environment["revision"]})
+        found.append(measured | {"fences": has_fences(environment["versions"]["triton"]), "revision": environment["revision"]})
     return found
 
 

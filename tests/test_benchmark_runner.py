@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -204,15 +203,6 @@ def test_inputs_that_do_not_fit_are_a_row_and_no_crash(monkeypatch):
     assert rows["eager"]["status"] == "out of memory" and "fp64 truth" in rows["eager"]["reason"]
 
 
-def test_clocks_are_read_while_calls_are_queued(monkeypatch):
-    done = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronised"))
-    monkeypatch.setattr(provenance, "smi", lambda fields: done.append("looked") or "1980 MHz, 1980 MHz, 3201 MHz, 690.1 W, 51")
-    found = provenance.clocks(lambda: done.append("call"), median_ms=200.0)
-    assert done == ["call"] * 12 + ["looked", "synchronised"]
-    assert found["sm_clock"] == "1980 MHz" and found["power"] == "690.1 W"
-
-
 def test_clocks_are_read_once_a_case_beside_the_floor(monkeypatch):
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -269,29 +259,6 @@ def test_a_wrong_contender_is_named_and_not_timed():
     assert not calls
 
 
-def test_a_call_that_fails_leaves_the_rounds_and_says_why():
-    def fails():
-        raise torch.OutOfMemoryError("no room")
-
-    turns = []
-    calls = {"good": lambda: None, "bad": fails}
-    timings, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3, announce=turns.append)
-    assert set(timings) == {"good"} and len(timings["good"].hot_ms) == 3
-    assert str(failed["bad"]) == "no room" and measure.out_of_memory(failed["bad"])
-    assert sorted(turns[:2]) == ["bad", "good"] and turns[2:] == ["good", "good"]
-
-
-def test_each_round_has_another_order_the_same_in_every_run():
-    def turns():
-        told = []
-        measure.interleave(dict.fromkeys("abcde", lambda: None), measure.CpuClock(), 0.0, 3, announce=told.append)
-        return told
-
-    first = turns()
-    rounds = [first[i : i + 5] for i in (0, 5, 10)]
-    assert first == turns() and all(sorted(one) == list("abcde") for one in rounds) and len({*map(tuple, rounds)}) == 3
-
-
 def test_rounds_that_are_whole_count_where_the_budget_ends_in_the_midst_of_one(monkeypatch):
     done = []
 
@@ -310,24 +277,6 @@ def test_rounds_that_are_whole_count_where_the_budget_ends_in_the_midst_of_one(m
     with pytest.raises(runner.BudgetSpent):
         bench._time(SMALL, [BY_NAME[name] for name in names], 1e9, rows)
     assert all(rows[name]["rounds"] == 6 and rows[name]["ratio"] > 0 for name in names)
-
-
-def test_nothing_of_a_failed_call_stays_in_memory_while_the_others_are_timed():
-    tensors, alive = [], []
-
-    def fails():
-        mine = torch.zeros(1000)
-        tensors.append(weakref.ref(mine))
-        cycle = [mine]
-        cycle.append(cycle)  # which the collector, off while calls are timed, would not see
-        try:
-            raise ValueError("in the middle")
-        except ValueError as error:
-            raise torch.OutOfMemoryError("no room") from error
-
-    calls = {"bad": fails, "good": lambda: alive.append(bool(tensors) and tensors[0]() is not None)}
-    _, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3)
-    assert alive == [False] * 3 and len(tensors) == 1 and str(failed["bad"]) == "no room"
 
 
 @pytest.mark.slow

@@ -191,6 +191,14 @@ def test_the_sanitizer_is_believed(tmp_path, code, said):
     assert "--kernel-regex kns=trapo" in output.read_text()
 
 
+def test_a_machine_that_hides_its_gpu_from_the_sanitizer_is_no_failed_test(tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "========= Device not supported. Please refer to the documentation."\nexit 1\n')
+    tool.chmod(0o755)
+    text = gpu_test.sanitize(str(tool), "memcheck", "4099", time.monotonic() + 30, tmp_path / "sanitizer.txt")
+    assert text == "cannot run on this machine: Device not supported"
+
+
 def test_the_record_names_failures_skips_and_the_sanitizer(tmp_path):
     report = gpu_test.Report(tmp_path, provenance.environment("cpu") | {"driver": "1.2"})
     report.outcomes = [

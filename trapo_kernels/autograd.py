@@ -41,16 +41,17 @@ def _refuse_batched(op: str, *grads: Tensor | None) -> None:
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """upstream · grad, multiplied in fp32, then rounded to `dtype`; the upstream gradient stays on its device.
 
-    Where the graph is not retained nobody reads `grad` again: it is scaled in its place, or not at all where upstream is 1. A GPU
-    multiplies and rounds in one pass instead, which a CPU has not.
+    Where the graph is not retained nobody reads `grad` again: it is scaled in its place, or not at all where upstream is 1. To
+    another dtype a GPU multiplies and rounds in one pass instead, which a CPU has not.
     """
     grad = grad.detach()  # an output of the op, which would take its graph along
-    traced = type(grad) is not Tensor  # torch.compile: what a tensor holds is not known, and the graph may run again
-    one_pass = grad.dtype != dtype and grad.device.type != "cpu"
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph() or one_pass:
+    if type(grad) is not Tensor:  # torch.compile: what a tensor holds is not known, and the graph may run again
         return torch.mul(grad, upstream.view([1] * grad.ndim), out=torch.empty_like(grad, dtype=dtype))
-    dispatch.scale_(grad, upstream, backend)
-    return grad.to(dtype)
+    one_pass = grad.dtype != dtype and grad.device.type != "cpu"
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(grad, dtype=dtype) if retained or one_pass else grad
+    dispatch.scale_to(grad, upstream, out, backend)
+    return out.to(dtype)
 
 
 def _or_empty(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trapo_kernels import checks
 from trapo_kernels.backends import native
+from trapo_kernels.backends.fences import has_fences
 
 ScoringBackend = Literal["auto", "reference", "torch", "triton", "triton_fused", "native", "native_fused"]
 BACKENDS = get_args(ScoringBackend)
@@ -40,6 +41,7 @@ def _load_triton() -> str | None:
 
 # Found out at import, so that choosing a backend inside torch.compile reads constants; triton reads the variable then, too.
 _WHY_NO_TRITON = _load_triton()
+_FENCES = _WHY_NO_TRITON is None and has_fences(importlib.import_module("triton").__version__)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -160,18 +162,20 @@ def _fastest(scoring: Scoring, device: torch.device, dtype: torch.dtype) -> str:
     Loops, because torch.compile traces it and knows no `min` with a key: compiled code must choose what eager code does.
     """
     gpu, name = _gpu_name(device), str(dtype).removeprefix("torch.")
-    nearest, distance = None, 2.0
+    nearest, distance = None, 2.0  # the entry, and the largest of its three factors
     for entry in _MEASURED:
         if entry["device"] == gpu and entry["dtype"] == name:
             factors = [max(1, mine) / measured for mine, measured in zip(scoring[:3], entry["shape"], strict=True)]
             apart = max([max(factor, 1 / factor) for factor in factors])
             if apart < distance or (apart == distance and nearest is None):
-                nearest, distance = entry["median_ms"], apart
+                nearest, distance = entry, apart
     if nearest is None:
         return "triton"
-    fastest = "triton"
-    for backend, median_ms in nearest.items():
-        if median_ms < nearest[fastest] and why_not(backend, device, dtype, scoring) is None:
+    fastest, measured = "triton", nearest["median_ms"]
+    for backend, median_ms in measured.items():
+        # the time of a kernel that Triton pipelined says nothing of one that it does not, nor the other way round
+        comparable = backend != "triton_fused" or nearest["fences"] == _FENCES
+        if comparable and median_ms < measured[fastest] and why_not(backend, device, dtype, scoring) is None:
             fastest = backend
     return fastest
 
@@ -193,15 +197,15 @@ def rows(backend: str) -> ModuleType:
     return rows_torch
 
 
-def scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
-    """Multiply `grad` in place, in fp32, by `factor`, 0-d on the same device. On a GPU the kernels of "triton" and "native" compare
-    the factor with 1 and return early where it is, so that the host never waits to know; "torch" multiplies."""
-    if grad.device.type == "cpu" and factor.item() == 1.0:
+def scale_to(grad: Tensor, factor: Tensor, out: Tensor, backend: str) -> None:
+    """out = grad · factor, 0-d on the same device, multiplied in fp32 and rounded once; `out` may be `grad`. The GPU kernels of
+    "triton" and "native" then compare the factor with 1 and return early where it is, so that the host never waits to know."""
+    if out is grad and grad.device.type == "cpu" and factor.item() == 1.0:
         return
     if grad.device.type == "cuda" and backend in ("triton", "native"):
-        rows(backend).scale_(grad, factor)
+        rows(backend).scale_to(grad, factor, out)
     else:
-        torch.mul(grad, factor.view([1] * grad.ndim), out=grad)
+        torch.mul(grad, factor.view([1] * grad.ndim), out=out)
 
 
 @functools.cache

@@ -25,8 +25,8 @@ def head_memory(
 ) -> dict[str, int]:
     """Bytes that a forward and backward of `linear_policy_loss` or `linear_logprob` hold at their peak, by what they hold.
 
-    Their sum is the peak of allocated memory during the call, above its inputs, up to vectors of [N] and, where some rows do not
-    count, up to a copy of the hidden states of a chunk.
+    Their sum is the peak of allocated memory during the call, above its inputs, up to vectors of [N] and, on a CPU where some rows
+    do not count, up to a copy of the hidden states of a chunk.
 
     Args:
         num_rows: rows that reach the head, N ≥ 1; with a sharded head those of all ranks.
@@ -38,9 +38,9 @@ def head_memory(
         in_place: False for backend "torch", which needs the chunk of logits three times (with a softcap four; not counted).
         vocab_parallel: whether the head is sharded over the vocabulary; on a CPU that takes a second chunk of logits.
 
-    Returns: "logits" (a chunk and its gradient, float32, but what lies where dWeight will), "hidden chunk" (hidden states and
-        their gradient), "grad_hidden", "grad_weight" (float32; 16 bits where all rows are one chunk of such), "weight" (a copy in
-        another dtype, which the GEMMs take) and "rounding" (what a narrow gradient takes beyond the room of chunk and copy).
+    Returns: "logits" (a chunk and its gradient, float32, but what lies where dWeight will), "hidden chunk" (hidden states, which a
+        GPU copies, and their gradient), "grad_hidden", "grad_weight" (float32; 16 bits where all rows are one chunk of such),
+        "weight" (a copy in another dtype, for the GEMMs) and "rounding" (of a narrow gradient, beyond the room of chunk and copy).
     Raises: ValueError for a size that is no whole number ≥ 1, a dtype that the head does not take, or another device.
     Memory: none; nothing is allocated.
     Determinism: a pure function of its arguments, as the chunk is; on a CPU also of the processor, whose make decides the chunk and
@@ -57,7 +57,7 @@ def head_memory(
     # dHidden takes over the room of what only the launches need. The ranks add it up in fp32 and round it after the last chunk.
     chunk = 4 * logits
     of_launches = ((not in_place) + (vocab_parallel and device_type == "cpu")) * chunk
-    operand = rows * hidden_size * (gemm_dtype.itemsize if gemm_dtype != dtype else 0)
+    operand = rows * hidden_size * (gemm_dtype.itemsize if gemm_dtype != dtype or device_type == "cuda" else 0)
     gone = {
         "logits": (1 if in_place else 2) * chunk + of_launches,
         "hidden chunk": operand + max(0, 4 * rows_of_grad * hidden_size - of_launches),

@@ -228,10 +228,17 @@ def check_refused_arguments(ops):
 
 
 def check_scale(kernels, dtype, elements, offset):
-    """`offset`: of the first element from 16-byte alignment."""
+    """`offset`: of the first element from 16-byte alignment. In its place, and fp32 to each dtype, with out at any alignment."""
     given = torch.randn(offset + elements).to(dtype).to(cases.DEVICE)
+    narrower = [torch.float32, torch.bfloat16, torch.float16] if dtype == torch.float32 else []
     for factor in (1.0, 3.0):
-        grad = given.clone()[offset:]
-        kernels.scale_(grad, torch.tensor(factor, device=cases.DEVICE))
-        expected = (given[offset:].float() * factor).to(dtype)
-        assert torch.equal(grad, expected)
+        grad, by = given.clone()[offset:], torch.tensor(factor, device=cases.DEVICE)
+        exact = grad.float() * factor
+        for to in narrower:
+            for first in {0, offset}:
+                out = torch.full((first + elements,), torch.nan, dtype=to, device=cases.DEVICE)
+                kernels.scale_to(grad, by, out[first:])
+                assert torch.equal(out[first:], exact.to(to)) and torch.equal(grad, given[offset:])
+                assert out[:first].isnan().all()
+        kernels.scale_to(grad, by, grad)
+        assert torch.equal(grad, exact.to(dtype))

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import scoring_table
 from csrc import build
 from tests.trapo_kernels import cases
 from trapo_kernels import (
@@ -37,7 +36,7 @@ GPU, CUDA = "NVIDIA H200", torch.device("cuda")
 
 
 def _entry(shape, device=GPU, dtype="bfloat16", **median_ms):
-    return {"device": device, "dtype": dtype, "shape": list(shape), "median_ms": median_ms}
+    return {"device": device, "dtype": dtype, "shape": list(shape), "median_ms": median_ms, "fences": True}
 
 
 @pytest.fixture
@@ -49,6 +48,7 @@ def measured(monkeypatch):
         _entry((4096, 4096, 128000), dtype="float32", triton=9.0, triton_fused=8.0),
     ]
     monkeypatch.setattr(dispatch, "_MEASURED", table)
+    monkeypatch.setattr(dispatch, "_FENCES", True)
     monkeypatch.setattr(dispatch, "_gpu_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(major=9, minor=0))
     monkeypatch.setitem(native._WHY_NOT, "cuda", None)
@@ -83,6 +83,16 @@ def _auto(num_rows, hidden_size=4096, vocab_size=128000, dtype=torch.bfloat16, *
 )
 def test_auto_follows_the_table(measured, call, chosen):
     assert _auto(**call) == chosen
+
+
+def test_a_triton_that_pipelines_is_not_chosen_by_the_time_of_one_that_does_not(measured, monkeypatch):
+    fused = {"num_rows": 4096, "bias": True}  # which only Triton's fused kernel has
+    assert _auto(**fused) == "triton_fused"
+    monkeypatch.setattr(dispatch, "_FENCES", False)
+    assert _auto(**fused) == "triton" and _auto(4096) == "native_fused"
+    for entry in measured:
+        entry["fences"] = False
+    assert _auto(**fused) == "triton_fused"
 
 
 def test_another_gpu_or_an_empty_table_leaves_the_chunked_path(measured, monkeypatch):
@@ -344,51 +354,6 @@ def test_a_loss_in_two_passes_scores_with_what_was_fastest(monkeypatch, known):
     )
 
 
-def _row(contender, num_rows, median_ms, job="score", gpu=True, **changes):
-    case = {"job": job, "num_rows": num_rows, "hidden_size": 64, "vocab_size": 1000, "dtype": "bfloat16", "logits_dtype": "float32"}
-    times = {"median_ms": median_ms} | ({"cold_median_ms": 2 * median_ms} if gpu else {})
-    environment = {"device": GPU, "revision": "abc"}
-    return {"contender": contender, "case": case, "environment": environment, "status": "ok"} | times | changes
-
-
-def test_the_table_is_made_from_the_scoring_results(tmp_path):
-    rows = [
-        _row("ours (triton)", 64, 9.9),
-        _row("ours (triton)", 64, 3.0),  # the latest measurement counts
-        _row("ours (triton_fused)", 64, 2.0),
-        _row("ours (native_fused)", 64, 0.1, status="wrong"),
-        _row("eager", 64, 0.01),
-        _row("ours (triton)", 128, 3.0),  # alone
-        _row("ours (triton)", 256, 3.0, job="trapo"),
-        _row("ours (triton_fused)", 256, 3.0, job="trapo"),
-        _row("ours (triton)", 512, 3.0, gpu=False),
-        _row("ours (triton_fused)", 512, 3.0, gpu=False),
-    ]
-    results, table = tmp_path / "results.jsonl", tmp_path / "scoring.json"
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    old = [_entry((1, 2, 3), triton=1.0, triton_fused=2.0), _entry((1, 2, 3), device="NVIDIA L4", triton=1.0, triton_fused=2.0)]
-    table.write_text(json.dumps({"command": None, "entries": old}))
-    assert scoring_table.main([str(results), "--table", str(table)]) == 0
-    written = json.loads(table.read_text())
-    expected = _entry((64, 64, 1000), triton=3.0, triton_fused=2.0) | {"revision": "abc"}
-    assert written["entries"] == [expected, old[1]] and "scoring_table" in written["command"]
-
-
-def test_results_without_a_gpu_make_no_table(tmp_path, capsys):
-    results = tmp_path / "results.jsonl"
-    results.write_text(json.dumps(_row("ours (triton)", 64, 1.0)) + "\n")
-    assert scoring_table.main([str(results), "--table", str(tmp_path / "none.json")]) == 1
-    assert "no GPU timings" in capsys.readouterr().err
-
-
 def test_the_docs_of_auto_say_whether_its_table_holds_a_measurement():
     table = json.loads((Path(dispatch.__file__).parent / "scoring.json").read_text())
     assert ("; it holds no measurement yet" in " ".join(linear_logprob.__doc__.split())) == (not table["entries"])
-
-
-def test_every_pinned_entry_was_measured():
-    table = json.loads(scoring_table.TABLE.read_text())
-    assert not table["entries"] or table["command"]
-    for entry in table["entries"]:
-        assert "triton" in entry["median_ms"] and len(entry["median_ms"]) > 1 and entry["revision"]
-        assert set(entry["median_ms"]) <= set(scoring_table.CONTENDERS.values())

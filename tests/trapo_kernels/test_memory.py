@@ -147,6 +147,7 @@ def test_logits_that_find_room_in_a_trained_weight_take_none_of_their_own(rows, 
 def test_a_gpu_keeps_its_gemms_in_bf16_and_its_chunk_larger():
     sizes = head_memory(32768, 3584, 152064, weight_dtype=torch.float32)
     assert sizes["logits"] == 4 * 4096 * 152064 and sizes["weight"] == 2 * 152064 * 3584
+    assert sizes["hidden chunk"] == (2 + 4) * 4096 * 3584  # a copy with zeros for rows that do not count, and its gradient
     assert all(head_memory(32768, 3584, 152064, dtype=dtype)["weight"] == 0 for dtype in (torch.bfloat16, torch.float16))
     assert head_memory(32768, 3584, 19008, vocab_parallel=True)["logits"] == 4 * 4096 * 19008  # and no copy of them
 

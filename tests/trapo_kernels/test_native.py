@@ -267,9 +267,8 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch, tmp_path):
 
 @needs_native
 def test_an_extension_of_an_earlier_version_is_named(monkeypatch):
-    argument = SimpleNamespace(type=torch.TensorType.get())  # logits were one tensor
-    row_policy = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=[argument])))
-    with_its_scalars = SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS, row_policy=row_policy)
+    scale = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=["x", "factor"])))  # always in its place
+    with_its_scalars = SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS, scale=scale)
     for ops in (SimpleNamespace(scale=None), SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS - 1), with_its_scalars):
         monkeypatch.setattr(native, "_OPS", ops)
         assert native._load() == "the native extension is older than this package. Install trapo again."

@@ -290,7 +290,8 @@ def test_arguments_of_another_shape_or_gpu_are_refused(library):
         ("role", "logprob", role, lambda: library.ops.token_coefficient(rows, role, *stats[:3], None, None, *gates)),
         ("weight", "hidden", weight, lambda: library.ops.scoring(hidden, weight, target, *transform)),
         ("target", "hidden", target, lambda: library.ops.scoring(hidden, weight, target, *transform)),
-        ("factor", "x", factor, lambda: library.ops.scale(rows, factor)),
+        ("factor", "x", factor, lambda: library.ops.scale(rows, factor, rows)),
+        ("out", "x", grad, lambda: library.ops.scale(rows, torch.tensor(2.0), grad)),
     ):
         message = rf"{name} must be on the GPU of {home}, cuda:0, got a tensor on cuda:1\. Pass {name}\.to\({home}\.device\)"
         library.functions.put_elsewhere(ctypes.c_void_p(elsewhere.data_ptr()))
@@ -307,12 +308,16 @@ def test_a_gradient_times_the_upstream_gradient(library, dtype, elements, offset
     cuda_checks.check_scale(HostGpu(library), dtype, elements, offset)
 
 
-def test_a_gradient_that_cannot_be_scaled_in_its_place_is_refused(library):
-    factor = torch.tensor(2.0)
-    for grad, by, message in (
-        (torch.ones(4, 3).t(), factor, r"scale: x must be contiguous, .* got shape \[3, 4\]"),
-        (torch.ones(4), torch.ones(2), r"factor must be one number, got shape \[2\]"),
-        (torch.ones(4, dtype=torch.float64), factor, "x must be float32, bfloat16 or float16, got torch.float64"),
+def test_a_gradient_that_cannot_be_scaled_is_refused(library):
+    factor, x = torch.tensor(2.0), torch.ones(3, 4)
+    dtypes = "x must be float32, bfloat16 or float16 and out of its dtype or narrower, got torch"
+    for grad, by, out, message in (
+        (x.t(), factor, torch.ones(4, 3), r"scale: x and out must be contiguous, got shape \[4, 3\]"),
+        (torch.ones(4, 3), factor, x.t(), r"scale: x and out must be contiguous, got shape \[4, 3\]"),
+        (x, torch.ones(2), x, r"factor must be one number, got shape \[2\]"),
+        (x, factor, torch.ones(4, 3), r"out must have the shape of x, \[3, 4\], got \[4, 3\]"),
+        (x.double(), factor, x, rf"{dtypes}\.float64 and torch\.float32"),
+        (x.half(), factor, x, rf"{dtypes}\.float16 and torch\.float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            HostGpu(library).scale_(grad, by)
+            HostGpu(library).scale_to(grad, by, out)

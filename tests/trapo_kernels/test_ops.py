@@ -307,7 +307,7 @@ def test_triton_launches_where_its_tensors_are(monkeypatch):
     linear_logprob(hidden, weight, b.target, backend="triton").logprob.sum().backward()
     policy_loss(out.logprob, out.entropy, b, objectives.trapo(), backend="triton")
     linear_policy_loss(hidden, weight, b, objectives.trapo(), backend="triton")
-    triton_ops.scale_(torch.ones(3, device=cases.DEVICE), torch.tensor(2.0, device=cases.DEVICE))
+    triton_ops.scale_to(grad := torch.ones(3, device=cases.DEVICE), torch.tensor(2.0, device=cases.DEVICE), grad)
     assert launched == {name: [hidden.device] for name in kernels}
 
 

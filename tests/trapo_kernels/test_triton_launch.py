@@ -57,7 +57,7 @@ def _launch_all(num_rows):
     triton_ops.coefficients(stats.logprob, streams, objective)
     triton_ops.logprob_gradient(logits, b.target, LogitTransform(), stats, stats.logprob, None, torch.bfloat16)
     triton_ops.policy(logits, b.target, LogitTransform(), streams, objective, False, torch.bfloat16)
-    triton_ops.scale_(hidden, torch.ones((), device=cases.DEVICE))
+    triton_ops.scale_to(hidden, torch.ones((), device=cases.DEVICE), hidden)
 
 
 def test_no_number_of_tokens_compiles_a_kernel_anew(launches):

@@ -18,35 +18,38 @@ SIGNALLING_NAN = 0x7F800001  # any multiplication makes it a quiet one, 0x7FC000
 def test_a_factor_of_one_touches_nothing(num_elements, monkeypatch):
     monkeypatch.setattr(scale, "MAX_PROGRAMS", 2)  # fewer than tiles, so that a program has several
     grad = torch.full((num_elements,), SIGNALLING_NAN, dtype=torch.int32, device=cases.DEVICE).view(torch.float32)
-    triton_ops.scale_(grad, torch.tensor(1.0, device=cases.DEVICE))
+    triton_ops.scale_to(grad, torch.tensor(1.0, device=cases.DEVICE), grad)
     assert (grad.view(torch.int32) == SIGNALLING_NAN).all()
-    triton_ops.scale_(grad, torch.tensor(2.0, device=cases.DEVICE))
+    triton_ops.scale_to(grad, torch.tensor(2.0, device=cases.DEVICE), grad)
     assert (grad.view(torch.int32) != SIGNALLING_NAN).all() and grad.isnan().all()
 
 
-@pytest.mark.parametrize("scaling", [triton_ops.scale_, *(partial(dispatch.scale_, backend=name) for name in cases.CHUNKED)])
+@pytest.mark.parametrize("scaling", [triton_ops.scale_to, *(partial(dispatch.scale_to, backend=name) for name in cases.CHUNKED)])
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factor", [1.0, 1 / 3, -1.0, 0.0])
-def test_every_element_is_multiplied_in_fp32_and_rounded_once(scaling, dtype, factor, monkeypatch):
+def test_every_element_is_multiplied_in_fp32_and_rounded_once(scaling, in_place, dtype, factor, monkeypatch):
     monkeypatch.setattr(scale, "MAX_PROGRAMS", 3)
-    grad = torch.randn(5, 3001, device=cases.DEVICE).to(dtype)
-    expected = (grad.float() * torch.tensor(factor)).to(dtype)
-    scaling(grad, torch.tensor(factor, device=cases.DEVICE))
-    if dtype == torch.bfloat16 and scaling is triton_ops.scale_ and cases.DEVICE == "cpu":  # whose interpreter cuts digits off
-        torch.testing.assert_close(grad, expected, rtol=torch.finfo(dtype).eps, atol=0)
+    grad = torch.randn(5, 3001, device=cases.DEVICE).to(dtype if in_place else torch.float32)
+    out, given = grad if in_place else torch.full_like(grad, torch.nan, dtype=dtype), grad.clone()
+    scaling(grad, torch.tensor(factor, device=cases.DEVICE), out)
+    expected = (given.float() * torch.tensor(factor)).to(dtype)
+    if dtype == torch.bfloat16 and scaling is triton_ops.scale_to and cases.DEVICE == "cpu":  # whose interpreter cuts digits off
+        torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=0)
     else:
-        assert torch.equal(grad, expected)
+        assert torch.equal(out, expected)
+    assert in_place or torch.equal(grad, given)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 def test_on_a_gpu_only_triton_launches_triton(backend, monkeypatch):
     """Who names another may have no C compiler, which Triton wants."""
     launched = []
-    monkeypatch.setattr(triton_ops, "scale_", lambda *_: launched.append("triton"))
-    monkeypatch.setattr(native, "scale_", lambda *_: launched.append("native"))
+    monkeypatch.setattr(triton_ops, "scale_to", lambda *_: launched.append("triton"))
+    monkeypatch.setattr(native, "scale_to", lambda *_: launched.append("native"))
     with FakeTensorMode():
         grad, factor = torch.ones(5, 7, device="cuda"), torch.ones((), device="cuda")
-        dispatch.scale_(grad, factor, backend)
+        dispatch.scale_to(grad, factor, grad, backend)
     assert launched == [backend] * (backend != "torch")
     assert grad._version == (backend == "torch")  # in place
 
@@ -54,14 +57,14 @@ def test_on_a_gpu_only_triton_launches_triton(backend, monkeypatch):
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_a_backward_scales_with_the_backend_of_its_call(backend, monkeypatch):
     named, hidden, weight = [], *cases.head(20, 6, 30, torch.float32)[:2]
-    monkeypatch.setattr(dispatch, "scale_", lambda grad, factor, backend: named.append(backend))
+    monkeypatch.setattr(dispatch, "scale_to", lambda grad, factor, out, backend: named.append(backend))
     linear_policy_loss(hidden, weight, cases.batch(20, 30, torch.float32), objectives.trapo(), backend=backend).loss.backward()
     assert named == [backend] * 2
 
 
 def test_no_gradient_of_an_empty_batch_is_scaled():
     grad = torch.zeros(0, 7, device=cases.DEVICE)
-    triton_ops.scale_(grad, torch.tensor(3.0, device=cases.DEVICE))
+    triton_ops.scale_to(grad, torch.tensor(3.0, device=cases.DEVICE), grad)
     assert grad.shape == (0, 7)
 
 

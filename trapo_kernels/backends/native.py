@@ -36,7 +36,7 @@ def _load() -> str | None:
         return f"the native extension does not load: {reason}. Install trapo again under this version of torch."
     if not hasattr(_OPS, "num_scalars") or _OPS.num_scalars() != terms.NUM_SCALARS:
         return _OLDER
-    if not isinstance(_OPS.row_policy.default._schema.arguments[0].type, torch.ListType):  # the newest change of a schema
+    if len(_OPS.scale.default._schema.arguments) != 3:  # the newest change of a schema
         return _OLDER
     return None
 
@@ -165,9 +165,10 @@ def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) 
     return _OPS.token_coefficient(logprob.contiguous(), *_streams(streams), *terms.gate_scalars(objective))
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply a dense `grad` on a GPU in place, in fp32, by a 0-d `factor`; where that is 1, nothing is read or written."""
-    _OPS.scale(grad, factor.float())
+def scale_to(grad: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = grad · factor of dense tensors on a GPU and a 0-d `factor`, multiplied in fp32 and rounded once. `out` may be `grad`;
+    where the factor is 1, nothing is read or written then."""
+    _OPS.scale(grad, factor.float(), out)
 
 
 def _for_tma(operand: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trapo_kernels.backends.fences import has_fences
 from trapo_kernels.backends.logits import LogitTransform, RowStatistics
 from trapo_kernels.backends.triton_ops.launch import OPTIONS, aligned, transform_arguments
 from trapo_kernels.backends.triton_ops.softmax import tanh
@@ -24,9 +25,7 @@ TILE_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
 # fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_100 spills (16
 # bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
 TILE_FP32 = OPTIONS | {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "GROUP": 16, "num_warps": 8, "num_stages": 2}
-# Whether Triton orders the copies of a pipeline before the asynchronous tensor cores of sm_90 to sm_110 that read them. Before
-# triton 3.8, some 3.7 excepted, a tile could be multiplied before it is there (triton-lang/triton#9610), so nothing is pipelined.
-FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+FENCES = has_fences(triton.__version__)  # else nothing is pipelined from sm_90 to sm_110
 MULTIPROCESSORS = 132  # of an H200; where the kernel is interpreted
 
 
