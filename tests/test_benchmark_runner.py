@@ -187,6 +187,7 @@ def test_a_run_goes_on_in_the_midst_of_a_case_that_takes_contenders_one_by_one(t
     assert store.whole(store.read(path), case, provenance.environment("cpu")).keys() == {"eager", "ours (torch)"}
 
 
+@pytest.mark.slow
 def test_the_longest_context_on_a_cpu_ends_at_the_limit():
     case = Case("test", "trapo", 16, 32, 4096, "float32", measure="longest")
     found = isolate.longest(case, "eager", range(8, 13), 48, seconds=60)
@@ -333,6 +334,7 @@ def test_unknown_names_are_refused(capsys):
     assert "'tarpo' is not one of: trapo, scoring" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_python_m_benchmarks_starts():
     out = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "QUESTION" in out.stdout

@@ -105,6 +105,7 @@ def test_a_backend_is_what_the_ways_of_a_contender_share():
     assert [*map(runner._backend, names)] == ["native", "native", "native_fused", "floor, 3 GEMMs", "Liger FLCE, fp32 dWeight"]
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_is_told_to_stop_takes_its_worker_along():
     worker = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})

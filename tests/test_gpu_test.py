@@ -73,6 +73,7 @@ def test_a_hanging_test_ends_with_the_time(file):
     assert set(_outcomes(outcomes).values()) in ({"running"}, {"not reached"})  # the latter where pytest took all the time to start
 
 
+@pytest.mark.slow
 def test_tests_are_chosen_by_name_and_none_are_begun_without_time(file):
     assert _outcomes(_run(file, "native")) == {"native_kernel": "passed"}
     file.with_suffix(".jsonl").unlink()

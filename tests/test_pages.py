@@ -52,6 +52,7 @@ def _model(name):
     return model
 
 
+@pytest.mark.slow
 def test_readme_python_runs(tmp_path):
     result = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr
@@ -145,6 +146,7 @@ def _rank(rank, wrapper):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_the_page_s_grpo_is_reduced_over_two_ranks(wrapper):
     ranks.start(_rank, 2, wrapper)

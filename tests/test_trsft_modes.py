@@ -15,6 +15,7 @@ def students():
     return {name: demo.fit_small_student(objective, expert) for name, objective in demo.FITS.items()}
 
 
+@pytest.mark.slow
 def test_sft_covers_every_mode_and_puts_mass_between_them(students):
     student = students["SFT"]
     assert (demo.mode_mass(student) > 0.1).all()
@@ -22,6 +23,7 @@ def test_sft_covers_every_mode_and_puts_mass_between_them(students):
     assert student[gap].sum() > 0.05 > 50 * demo.expert_on_the_line()[gap].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TrSFT, α = 0.01", "TrSFT, α = 0.1", "DFT (α = 1)", "reverse KL"])
 def test_the_others_seek_the_largest_mode(students, name):
     largest, *rest = demo.mode_mass(students[name]).tolist()
@@ -34,6 +36,7 @@ def test_a_tiny_alpha_is_sft_and_a_larger_one_is_narrower(students):
     assert peaks == sorted(peaks) and peaks[-1] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0])
 def test_a_free_student_ends_at_the_closed_form(alpha):
     expert = torch.tensor(demo.FREE_EXPERT, dtype=torch.float64)

@@ -14,9 +14,10 @@ PRETENDED = os.environ.get("TRAPO_TEST_ON") == "a pretended GPU"  # its device i
 DEVICE = "meta" if PRETENDED else "cuda" if torch.cuda.is_available() else "cpu"
 CHUNKED = ["torch", "triton", *([] if native.why_not(DEVICE) else ["native"])]
 COMPILED = CHUNKED[1:]
-# What takes seconds where Triton is interpreted runs by default on a GPU alone.
-SLOW_INTERPRETED = () if DEVICE == "cuda" else pytest.mark.slow
+# What takes seconds where Triton is interpreted, or a CPU compiles, runs by default on a GPU alone.
+SLOW_ON_A_CPU = pytest.mark.skipif(False, reason="no reason") if DEVICE == "cuda" else pytest.mark.slow
 QUICK = [name for name in CHUNKED if name != "triton" or DEVICE == "cuda"]  # where interpreted Triton would take minutes
+QUICK_BY_DEFAULT = [pytest.param(name, marks=() if name in QUICK else SLOW_ON_A_CPU) for name in CHUNKED]
 
 
 def backends(dtype):

@@ -130,7 +130,8 @@ def test_the_entropy_gradient_of_a_peaked_row_whose_neighbours_have_none(backend
     assert cases.error(gradient(torch.float32, backend), truth) <= 2 * cases.error(eager, truth) + 1e-5 * truth.abs().max()
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=cases.SLOW_INTERPRETED), 0.7])
+@cases.SLOW_ON_A_CPU
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=cases.SLOW_ON_A_CPU), 0.7])
 @pytest.mark.parametrize("backend", cases.CHUNKED)
 def test_the_gradient_through_a_softcap(backend, temperature):
     cuda_checks.check_softcap(dispatch.rows(backend), temperature)

@@ -9,7 +9,7 @@ from tests.trapo_kernels import cases
 from trapo_kernels import LoraHead, linear_logprob, linear_policy_loss, objectives
 
 CALLS = [
-    pytest.param(call, name, marks=() if name in cases.QUICK else cases.SLOW_INTERPRETED)
+    pytest.param(call, name, marks=() if name in cases.QUICK else cases.SLOW_ON_A_CPU)
     for call, name in itertools.product(["logprob", "policy"], cases.CHUNKED)
 ]
 
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_the_default_path_and_bitwise_repeatable():
         assert cases.error(a, other) < 1e-13
 
 
-@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("backend", cases.QUICK_BY_DEFAULT)
 def test_a_row_has_the_same_gradient_in_any_batch_with_a_lora(backend):
     hidden, weight, _ = cases.head(70, 48, 67, torch.float32)
     target = torch.randint(67, (70,), device=cases.DEVICE)

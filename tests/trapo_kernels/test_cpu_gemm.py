@@ -138,7 +138,7 @@ def test_what_suits_one_processor_is_right_on_another(make, strided, monkeypatch
 @on_a_cpu
 @pytest.mark.parametrize("backend", cases.COMPILED)
 @pytest.mark.parametrize("units", [pytest.param(True, marks=needs_bf16), False])
-@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 30.0], ids=["flat", "peaked"])
 def test_logits_are_exact_and_gradients_as_good_as_the_operands(backend, units, scale, monkeypatch):
     """Against fp64: logprobs to fp32; gradients unrounded without such units, with dLogits rounded to bf16 on them."""
     monkeypatch.setattr(native, "BF16_UNITS", native.BF16_UNITS if units else "")

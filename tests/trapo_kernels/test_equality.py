@@ -69,7 +69,7 @@ def test_gradient_is_that_of_the_published_loss_with_a_stop_gradient(name):
 
 
 @pytest.mark.parametrize("backend", cases.COMPILED)
-@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=cases.SLOW_ON_A_CPU), 30.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_compiled_backend_is_as_close_to_fp64_as_fp32_eager(name, scale, backend):
     shape = (19, 7, 2500)  # two tiles of the vocabulary, the second ragged

@@ -272,8 +272,8 @@ def test_rows_more_than_two_to_the_31_elements_apart(backend, vocab_size, grad_d
     cuda_checks.check_far_rows({"triton": triton_ops, "native": native}[backend], vocab_size, grad_dtype, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=cases.SLOW_INTERPRETED)])
-@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=cases.SLOW_INTERPRETED), 40.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=cases.SLOW_ON_A_CPU)])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=cases.SLOW_ON_A_CPU), 40.0], ids=["flat", "peaked"])
 def test_fused_scoring_equals_the_chunked_path_on_ragged_sizes(dtype, scale):
     hidden, weight, bias = cases.head(67, 29, 301, dtype, scale)
     target = torch.randint(301, (67,), device=cases.DEVICE)
@@ -312,6 +312,7 @@ def test_fused_scoring_whatever_the_tiles_of_a_split(tiles, monkeypatch):
     assert found.logprob[4].isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 5])
 def test_fused_scoring_whatever_the_blocks_of_a_group(group, monkeypatch):
     hidden, weight, _ = (x.detach() for x in cases.head(300, 16, 301, torch.float32, 3.0))  # 5 blocks of 64 rows, 5 of columns

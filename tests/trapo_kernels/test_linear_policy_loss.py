@@ -181,6 +181,7 @@ def test_low_precision_weight_gradient_is_accumulated_in_fp32(backend, monkeypat
     assert one <= torch.finfo(torch.bfloat16).eps / 2 and many <= 1.05 * one
 
 
+@cases.SLOW_ON_A_CPU
 @pytest.mark.parametrize("backend", SINGLE_PASS)
 @pytest.mark.parametrize("stream", ["advantage", "ref_logprob", "old_logprob"])
 def test_strided_and_expanded_streams_give_the_gradient_of_contiguous_ones(backend, stream):
@@ -236,7 +237,12 @@ def test_fp16_gradients_survive_a_small_loss_under_a_gradient_scaler():
 
 @pytest.mark.parametrize(
     "again",
-    [lambda b: b, replace, lambda b: b.to(cases.DEVICE), lambda b: b.with_active_rows(torch.tensor([0], device=cases.DEVICE))],
+    [
+        lambda b: b,
+        pytest.param(replace, marks=cases.SLOW_ON_A_CPU),
+        pytest.param(lambda b: b.to(cases.DEVICE), marks=cases.SLOW_ON_A_CPU),
+        pytest.param(lambda b: b.with_active_rows(torch.tensor([0], device=cases.DEVICE)), marks=cases.SLOW_ON_A_CPU),
+    ],
     ids=["new", "replace", "to", "with_active_rows"],
 )
 def test_a_batch_built_while_compiling_still_ignores_nan_rows(again):

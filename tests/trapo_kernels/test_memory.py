@@ -15,7 +15,10 @@ BOTH, SIZES = [True, False], (300, 48, 16001)
 CASES = list(itertools.product(["native", "torch"], [torch.float32, torch.bfloat16], BOTH, BOTH, [SIZES]))
 SEVERAL_CHUNKS = ("native", torch.float32, True, False, (2100, 48, 16001))
 OF_ROWS = (200, 240, 16400), (1600, 1600, 16384)
-IN_WEIGHT = [*itertools.product(["native"], [torch.float32, torch.bfloat16], [True], BOTH, OF_ROWS)]
+IN_WEIGHT = [
+    pytest.param(*case, marks=pytest.mark.slow if case[-1][0] == 1600 else ())
+    for case in itertools.product(["native"], [torch.float32, torch.bfloat16], [True], BOTH, OF_ROWS)
+]
 MOSTLY_HIDDEN = ("torch", torch.float32, False, False, (600, 16001, 48)), ("torch", torch.bfloat16, True, True, (600, 16001, 48))
 
 
@@ -94,7 +97,7 @@ def test_logits_at_hand_are_copied_by_the_chunk_and_their_gradient_is_made_in_it
     [(40, 512, 16001), (300, 48, 16001), (700, 300, 16001), (200, 512, 16400), (400, 512, 16400), (512, 512, 24000)],
 )
 @pytest.mark.parametrize("units", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_bias", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_narrow_weight_whose_gradient_is_rounded(rows, hidden_size, vocab_size, units, with_bias, monkeypatch):
     """At the end; where the processor multiplies bf16 and at most D rows are one chunk, by the GEMM itself."""
     if native.why_not("cpu") or (units and not native.BF16_UNITS):

@@ -69,6 +69,7 @@ def _rank(rank, path):
     dist.destroy_process_group()
 
 
+@cases.SLOW_ON_A_CPU
 @pytest.mark.skipif(cases.DEVICE != "cpu", reason="gloo, on CPU tensors")
 def test_the_ranks_of_a_group_merge_by_two_reductions(tmp_path):
     ranks.start(_rank, 2, str(tmp_path / "store"))

@@ -27,6 +27,7 @@ def library(host_gpu_library):
     return host_gpu_library
 
 
+@pytest.mark.slow
 def test_the_cuda_part_tells_what_it_was_compiled_for(library):
     assert library.ops.cuda_archs().split("_") == CUDA_ARCHS.split()
 

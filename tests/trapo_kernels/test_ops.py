@@ -48,7 +48,7 @@ def _scaled_out_of_place(grad, upstream, dtype, backend):
     return (grad * upstream).to(dtype)
 
 
-@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("backend", cases.QUICK_BY_DEFAULT)
 def test_opcheck(backend, monkeypatch):
     hidden, weight, bias = cases.head(6, 5, 20, torch.float32)
     target = torch.randint(20, (6,), device=cases.DEVICE)
@@ -65,8 +65,8 @@ def test_opcheck(backend, monkeypatch):
     torch.library.opcheck(autograd.linear_policy_loss, _policy_arguments(backend))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["auto", *cases.CHUNKED])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=cases.SLOW_ON_A_CPU), torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", *(pytest.param(name, marks=cases.SLOW_ON_A_CPU) for name in cases.CHUNKED)])
 def test_compile_fullgraph_gives_the_same_bits(backend, dtype):
     hidden, weight, _ = cases.head(12, 16, 20, dtype)
     b = cases.batch(12, 20, torch.float32)
@@ -82,6 +82,7 @@ def test_compile_fullgraph_gives_the_same_bits(backend, dtype):
         assert torch.equal(ours, expected)
 
 
+@cases.SLOW_ON_A_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compile_fullgraph_of_as_many_rows_as_have_a_target(dtype):
     """Their number is in the data, so no rule may branch on it; nor in token_logprob, whose logits are of those rows."""
@@ -123,6 +124,7 @@ def test_inductor_gives_the_same_loss_and_gradients(name):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@cases.SLOW_ON_A_CPU
 def test_compile_of_fewer_and_of_more_rows_than_a_chunk_gives_the_same_bits():
     """One chunk of 16-bit operands hands out dWeight in their dtype, several in fp32."""
     weight = cases.head(1, 16, 20, torch.bfloat16)[1]

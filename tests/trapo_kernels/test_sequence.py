@@ -320,7 +320,7 @@ def test_ignored_rows_filled_with_nan_change_no_bit(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["gspo", "prefix_rft"])
+@pytest.mark.parametrize("name", ["gspo", pytest.param("prefix_rft", marks=cases.SLOW_ON_A_CPU)])
 def test_compile_fullgraph(name):
     """A graph without breaks is also one without a host sync."""
     hidden, weight, _ = cases.head(12, 5, 20, torch.float32)

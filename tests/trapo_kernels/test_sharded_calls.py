@@ -75,6 +75,7 @@ def _check_remedies(rank):
     torch.testing.assert_close(shard.grad.full_tensor(), whole.grad)
 
 
+@pytest.mark.slow
 def test_the_remedies_for_a_distributed_weight_give_the_gradients_of_the_whole(tmp_path):
     _in_two_ranks(_check_remedies, tmp_path)
 
@@ -99,6 +100,7 @@ def _check_rows_that_differ(rank):
     assert policy.logprob.isnan().all() and policy.entropy.isnan().all() and x.grad.isnan().all()
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_vocabulary_and_have_rows_of_their_own_are_refused_and_on_a_gpu_get_nan(tmp_path):
     _in_two_ranks(_check_rows_that_differ, tmp_path)
 
@@ -144,6 +146,7 @@ merged_metrics([{"rollout/count": torch.ones(())}])
 """
 
 
+@pytest.mark.slow
 def test_a_torch_that_was_built_without_distributed_runs_what_one_process_can():
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", WITHOUT_RANKS], capture_output=True, text=True, cwd=root, check=False)

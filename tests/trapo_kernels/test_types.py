@@ -76,6 +76,7 @@ def _calls():
     }
 
 
+@cases.SLOW_ON_A_CPU
 @pytest.mark.parametrize("name", ["scored", "with entropy", "one pass", "no entropy"])
 def test_an_output_is_a_tuple_to_pickle_to_pytrees_and_to_compiled_code(name):
     hidden, calls = _calls()

@@ -99,6 +99,7 @@ def test_samples_do_not_depend_on_barriers_nor_on_the_room_in_the_batch(model):
     assert content(ladder(again)) == content(free) != content(ladder(again))  # another call draws anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_batch_tokens", "share"), [(10**9, 0.8), (128 * 1100, 0.75)])
 def test_without_barriers_a_ladder_takes_fewer_engine_steps(max_batch_tokens, share):
     """64 problems, 7 generated samples each, lengths geometric with mean 200, at most 1000 tokens: 2171 steps instead of 2887, and
@@ -126,6 +127,7 @@ def delayed(seconds):
     return reward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [lambda text: 0, lambda text: 0.002 * (len(text) % 7), lambda text: 0.02 if "a" in text else 0])
 def test_what_runs_together_does_not_depend_on_how_long_a_reward_takes(model, monkeypatch, seconds):
     """Equal shapes of all passes, hence equal bits."""

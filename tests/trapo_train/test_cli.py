@@ -76,6 +76,7 @@ def test_run_writes_metrics_plots_and_the_model(finished_run, capsys):
     assert (finished_run / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_is_documented(config, tmp_path):
     settings = ["reward=[{name: pointer_chasing}]", "evaluation.samples_per_prompt=2", "updates.correction={name: tis}"]
     assert cli.main(["run", config, "steps=1", *settings]) == 0
@@ -105,6 +106,7 @@ def test_overrides_reach_the_run_which_says_what_it_does_before_its_first_step(c
     assert said.count("evaluating") == 1  # before the first step alone
 
 
+@pytest.mark.slow
 def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, capsys):
     assert cli.main(["eval", str(finished_run)]) == 0
     last = [row for row in read_metrics(finished_run) if row["kind"] == "eval"][-1]
@@ -114,6 +116,7 @@ def test_eval_of_a_finished_run_agrees_with_its_last_evaluation(finished_run, ca
     assert f"{last['accuracy']:.3f}" in shown
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_run_that_was_moved_writes_beside_it(finished_run, tmp_path, monkeypatch, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(finished_run, moved)
@@ -125,6 +128,7 @@ def test_an_evaluation_of_a_run_that_was_moved_writes_beside_it(finished_run, tm
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.slow
 def test_evaluations_of_two_models_leave_two_files(finished_run, tmp_path, capsys):
     other = tmp_path / "base" / "model"
     shutil.copytree(finished_run / "model", other)
@@ -134,17 +138,7 @@ def test_evaluations_of_two_models_leave_two_files(finished_run, tmp_path, capsy
     assert files == {f"eval_of_{model_label(str(path))}.jsonl" for path in (finished_run / "model", other)} and len(files) == 2
 
 
-def test_no_two_models_have_one_label(tmp_path, monkeypatch):
-    places = [tmp_path / "a" / "run" / "model", tmp_path / "b" / "run" / "model", tmp_path / "a" / "run" / "model_step_3"]
-    for place in places:
-        place.mkdir(parents=True)
-    labels = [model_label(str(place)) for place in places]
-    assert [label[:-6] for label in labels] == ["run--model--", "run--model--", "run--model_step_3--"] and len(set(labels)) == 3
-    monkeypatch.chdir(tmp_path / "a")
-    assert model_label("run/model") == labels[0]
-    assert model_label("Qwen/Qwen2.5-0.5B") == "Qwen--Qwen2.5-0.5B" and model_label(None) == "scratch"
-
-
+@pytest.mark.slow
 def test_eval_needs_no_training_data(finished_run, tmp_path, capsys):
     problems = [{"prompt": f"ab?a{depth}:", "solution": "de", "depth": depth} for depth in (1, 2)]
     data = tmp_path / "held_out.jsonl"
@@ -173,6 +167,7 @@ def test_inspect_prints_a_group_without_training(config, tmp_path, capsys):
     assert out.count("⟦") == 1 and out.count("⟨") > 1
 
 
+@pytest.mark.slow
 def test_plot_and_compare(finished_run, tmp_path, capsys):
     assert cli.main(["plot", str(finished_run)]) == 0
     capsys.readouterr()
@@ -378,6 +373,7 @@ def test_both_modules_are_the_command_line(module):
     assert "usage: trapo-train" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_goes_on_where_it_is_or_not_at_all(config, tmp_path, capsys, monkeypatch):
     assert cli.main(["run", config, "steps=1", "checkpoint.every=1"]) == 0
     (tmp_path / "run").rename(tmp_path / "moved")

@@ -66,6 +66,7 @@ def test_a_demo_whose_run_was_stopped_ends_there(tmp_path, console, overrides, m
     assert "2/4 headroom" not in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_all_stages_run_and_a_run_that_did_not_learn_is_said(tmp_path, console, overrides, monkeypatch):
     show = demo.show_headroom
     monkeypatch.setattr(demo, "show_headroom", lambda *arguments: show(*arguments) or True)

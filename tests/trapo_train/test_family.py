@@ -68,7 +68,9 @@ def test_every_preset_trains_from_start_to_end(configure, name):
         assert metrics["skipped_step"] == 0
 
 
-@pytest.mark.parametrize("name", ["prefix_rft", "relift", "chooser", pytest.param("schedule", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["prefix_rft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relift", "chooser", "schedule"))]
+)
 def test_a_stopped_run_continues_to_the_same_bits(configure, name):
     whole = configure("whole", *RUNS[name])
     train_to_end(whole)

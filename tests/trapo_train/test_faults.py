@@ -122,6 +122,7 @@ def test_a_run_killed_between_saving_and_dropping_the_oldest_keeps_no_more_once_
     assert store.steps() == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "error", "words"),
     [
@@ -242,6 +243,7 @@ def test_metrics_that_cannot_be_written_wait_until_they_can(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4] and not log.waiting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until", [4, 100])
 def test_metrics_that_cannot_be_written_cost_no_step(until, tmp_path, monkeypatch, capsys):
     """Those of steps 2 and 3 are written with step 4, or with none."""

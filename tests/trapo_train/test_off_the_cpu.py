@@ -39,6 +39,7 @@ def on_a_pretended_gpu(monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_a_run_equals_that_on_the_cpu(tmp_path, on_a_pretended_gpu):
     def train(gpu=None):
         trainer = Trainer(build_config(tmp_path, "cpu" if gpu is None else "gpu", *OPTIONS))
@@ -52,6 +53,7 @@ def test_a_run_equals_that_on_the_cpu(tmp_path, on_a_pretended_gpu):
             assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-8), name
 
 
+@pytest.mark.slow
 def test_an_update_queues_all_of_its_uploads_then_its_passes_before_it_waits(tmp_path, on_a_pretended_gpu, monkeypatch):
     """Per mini-batch: logprobs of the old policy, of the reference; then per update one transfer of its metrics."""
 

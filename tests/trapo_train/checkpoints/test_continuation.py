@@ -43,6 +43,7 @@ def _events(config):
     return [row["text"] for row in read_metrics(config.output_dir) if row["kind"] == "event"]
 
 
+@pytest.mark.slow
 def test_a_continuation_may_lower_the_learning_rate_and_the_memory_it_needs_and_says_so(configure):
     train_to_end(configure("run", "steps=4"))
     changes = ("optimizer.learning_rate=0.001", "optimizer.max_grad_norm=0.5", "packing.max_tokens=150")
@@ -87,6 +88,7 @@ def test_a_new_peak_keeps_the_place_in_the_schedule(schedule, options):
         scheduler.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at_step", "call"), [(0, 2), (3, 2), (3, 4), (6, 2), (6, 4)])
 def test_a_signal_during_an_evaluation_ends_it_and_the_run_there(configure, monkeypatch, at_step, call):
     """Of four engine calls; with the last one the evaluation is whole."""
@@ -112,6 +114,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_run_there(configure, monk
     assert rows(config) == rows(whole) and exported(config) == exported(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("died", ["during", "after"])
 def test_a_run_that_dies_around_an_evaluation_goes_on_from_its_step_and_evaluates_it_once(configure, monkeypatch, died):
     settings = (*EVALUATED, "checkpoint={every: 3, keep_best: true}")
@@ -185,6 +188,7 @@ def test_a_signal_after_a_last_checkpoint_that_failed_stops_the_evaluation_and_n
     assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("export_fails", "act"), [(False, "save"), (True, "save"), (False, "rate")])
 def test_a_last_checkpoint_that_cannot_be_written_keeps_the_model_from_nothing(configure, monkeypatch, export_fails, act):
     done = getattr(CheckpointStore, act)
@@ -234,6 +238,7 @@ def test_a_chooser_that_fails_loses_nothing(configure):
     assert CheckpointStore(Path(config.output_dir) / "checkpoints", keep=2).steps() == [2]
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_recorded_once_however_often_the_run_was_stopped(configure, monkeypatch):
     config = configure("run", *EVALUATED, "checkpoint.every=0")
     run(config, StopAfter(config.output_dir, 3))

@@ -78,6 +78,7 @@ def test_the_best_evaluation_is_kept_and_exported(configure, tmp_path):
     assert step == best and directory.name == f"model_step_{best}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("learning_rate", "worse"), [(5.0, True), (1e-3, False)])
 def test_a_model_that_was_better_before_training_is_told_by_the_run_and_by_an_export_of_the_best(configure, learning_rate, worse):
     sft = ("plan.name=sft", "objective.name=sft", "packing.aggregation=token_mean")
@@ -96,6 +97,7 @@ def test_a_model_that_was_better_before_training_is_told_by_the_run_and_by_an_ex
     assert export_checkpoint(config.output_dir)[2] == []  # of the newest, as asked for
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_exported_then_evaluated(configure, capsys):
     config = configure("run", *EVALUATED)
     assert run(config, StopAfter(config.output_dir, 3)).interrupted

@@ -112,6 +112,7 @@ def test_a_fork_inside_leaves_the_lock_to_its_process(tmp_path):
             pytest.fail("two hold it")
 
 
+@pytest.mark.slow
 def test_what_only_reads_works_beside_a_run(configure):
     config = configure("run", "steps=3", "checkpoint.every=1")
 

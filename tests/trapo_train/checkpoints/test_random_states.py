@@ -101,6 +101,15 @@ def test_a_gpu_without_a_saved_state_keeps_its_own(monkeypatch):
     assert gpus.states == [torch.tensor([0])]
 
 
+@pytest.mark.slow
+def test_the_seed_decides_the_run(configure):
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        torch.manual_seed(len(name))  # whatever the process did before must not matter
+        train_to_end(configure(name, "steps=2", f"seed={seed}"))
+    assert exported(configure("first")) == exported(configure("second"))
+    assert exported(configure("first")) != exported(configure("other"))
+
+
 def test_the_seed_decides_what_a_reward_draws(configure):
     for name, seed in (("first", 2**40), ("second", 2**40), ("other", 1)):
         random.seed(len(name))  # whatever the process did before must not matter

@@ -118,6 +118,7 @@ def test_a_prompt_stays_open_whatever_ends_a_response(tmp_path):
         assert problem.prompt_ids == (0, 3, 4) and problem.experts[0].token_ids == (4, end)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_the_traces(load):
     rows = 2 * CACHED_PROBLEMS
     trace_tokens = 1500

@@ -141,6 +141,7 @@ def moody(prompts, completions, finish_reasons, **columns):
     return [VERDICTS[i % len(VERDICTS)] for i in range(len(completions))]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_traces_that_it_began_with(tmp_path, monkeypatch):
     settings = ("reward=tests.trapo_train.data.test_shared_data:moody", "data.on_rejected_expert=drop")
     whole, config = (build_config(tmp_path, name, *settings, "steps=4") for name in ("whole", "run"))

@@ -55,7 +55,7 @@ def drain(stream):
 
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("limit", [60, 130, 10**6])
+@pytest.mark.parametrize("limit", [pytest.param(60, marks=pytest.mark.slow), 130, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_what_a_prompt_draws_depends_on_neither_neighbours_nor_joins(name, limit):
     model, params = tiny_model(**MODELS[name]), SamplingParams(BUDGETS, temperature=1.5, stop_token_ids=(EOS, 2))
     completions = engine_of(model, max_batch_tokens=limit).generate(PROMPTS, params)

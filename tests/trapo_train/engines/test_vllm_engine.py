@@ -198,6 +198,7 @@ def test_a_request_has_a_seed_where_that_is_asked_for(vllm, tmp_path, monkeypatc
     assert asked == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_plans_go_on_one_by_one(vllm, tmp_path):
     model, config = tiny(), replace(CONFIG, max_response_tokens=200)  # about 28 tokens each
     problems, plan = [problem(i, f"ab,bc?a{1 + i % 8}:") for i in range(12)], build_plan(PlanConfig("paper"))
@@ -227,6 +228,7 @@ def test_errors_of_vllm_are_engine_errors_and_what_is_unfinished_is_called_off(v
         assert not llm.requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "call", "name"),
     [
@@ -312,6 +314,7 @@ def test_bad_settings(field, value):
 TIED = pytest.param(("model.scratch.tie_word_embeddings=true",), marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("model.lora={rank: 2}",), TIED])
 def test_a_run_samples_from_the_weights_that_it_has_just_trained(vllm, tmp_path, more):
     config = build_config(tmp_path, "run", "rollout.engine=vllm", "rollout.vllm.max_model_len=80", "steps=4", *more)
@@ -330,6 +333,7 @@ def test_a_response_beyond_what_vllm_can_hold_is_refused_before_any_work(vllm, t
     assert vllm.built == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(vllm, tmp_path):
     overrides = ("rollout.engine=vllm", "rollout.vllm.max_model_len=80")
     whole = build_config(tmp_path, "whole", *overrides, "steps=4")

@@ -110,7 +110,7 @@ def test_a_request_has_a_seed_where_that_is_asked_for(server, engine):
     assert [body.get("seed") is None for path, body in server.requests if path == "/v1/completions"] == [True] * 3 + [False] * 3
 
 
-@pytest.mark.parametrize("fault", [500, 429, "garbage", "die", "hang"])
+@pytest.mark.parametrize("fault", [500, 429, "garbage", "die", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_fault_that_passes_is_retried(engine, server, fault):
     server.faults = [fault, fault]
     (completion,) = engine.generate([[5, 6]], SamplingParams(3))
@@ -123,7 +123,7 @@ def test_a_fault_that_passes_is_retried(engine, server, fault):
         (500, "failed 3 times, at last with HTTP 500"),
         ("garbage", "failed 3 times, at last with JSONDecodeError"),
         ("die", "failed 3 times, at last with RemoteDisconnected"),
-        ("hang", "failed 3 times, at last with TimeoutError"),
+        pytest.param("hang", "failed 3 times, at last with TimeoutError", marks=pytest.mark.slow),
         (400, "was refused: HTTP 400"),
         ("short", "a logprob each.* got 3 tokens, 2 logprobs"),
         ("not a number", "logits of vLLM are not finite: token 0 has the logprob nan. Look for NaN in the weights"),
@@ -157,6 +157,7 @@ def test_many_requests_are_in_flight_at_once_and_come_back_in_any_order(server, 
     assert server.most_at_once <= 2
 
 
+@pytest.mark.slow
 def test_a_quick_problem_moves_on_while_a_slow_one_is_in_flight(server, engine):
     quick, slow = problem(0, "ab?a1:"), problem(1, "ab,bc?a2:")
     engine._config = replace(engine._config, timeout_s=60.0)
@@ -231,7 +232,9 @@ def test_the_server_reads_weights_in_the_dtype_that_training_computes_in(tmp_pat
     assert model.lm_head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("fault", "reloads"), [(503, 1), ("hang", 1), ("garbage", 1), (429, 0)])
+@pytest.mark.parametrize(
+    ("fault", "reloads"), [(503, 1), pytest.param("hang", 1, marks=pytest.mark.slow), ("garbage", 1), (429, 0)]
+)
 def test_any_failure_but_a_busy_server_brings_the_weights_back_on_every_rank(server, engine, weights, fault, reloads):
     other = VllmServerEngine(engine._config, MODEL, weights, build_tokenizer(), seed=3)  # a rank that did not hand them over
     other.loaded_step = 0
@@ -288,6 +291,7 @@ def server_settings(server):
     )
 
 
+@pytest.mark.slow
 def test_a_run_samples_from_the_weights_that_it_has_just_trained(server, tmp_path):
     config = build_config(tmp_path, "run", *server_settings(server))
     train_to_end(config)
@@ -319,6 +323,7 @@ def test_a_server_that_dies_loses_nothing(server, tmp_path, monkeypatch, where):
     assert (tmp_path / "run" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_written_for_the_server_lose_nothing(server, tmp_path, monkeypatch):
     config, writes = build_config(tmp_path, "run", *server_settings(server), "checkpoint.every=0"), []
 
@@ -367,6 +372,7 @@ def test_a_reward_that_fails_loses_nothing_either(tmp_path):
     assert [path.name for path in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_loses_nothing_either(server, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
     held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 4}"

@@ -22,7 +22,7 @@ from trapo_train.checks.preflight import check_lengths
 from trapo_train.data.dataset import DataReport
 from trapo_train.evaluation import held_out
 from trapo_train.evaluation.evaluate import EvalConfig, EvalSet
-from trapo_train.evaluation.held_out import expert_nll
+from trapo_train.evaluation.held_out import expert_nll, model_label
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
@@ -306,3 +306,14 @@ def test_ranks_find_what_one_process_does(settings, tmp_path):
     assert len(found[1]) == 3 and all(math.isfinite(value) for value in found[1])
     same = 1 if settings and "dropout" in settings[0] else 3  # masks differ from rank to rank, so training does
     assert found[2][:same] == pytest.approx(found[1][:same], rel=1e-5)
+
+
+def test_no_two_models_have_one_label(tmp_path, monkeypatch):
+    places = [tmp_path / "a" / "run" / "model", tmp_path / "b" / "run" / "model", tmp_path / "a" / "run" / "model_step_3"]
+    for place in places:
+        place.mkdir(parents=True)
+    labels = [model_label(str(place)) for place in places]
+    assert [label[:-6] for label in labels] == ["run--model--", "run--model--", "run--model_step_3--"] and len(set(labels)) == 3
+    monkeypatch.chdir(tmp_path / "a")
+    assert model_label("run/model") == labels[0]
+    assert model_label("Qwen/Qwen2.5-0.5B") == "Qwen--Qwen2.5-0.5B" and model_label(None) == "scratch"

@@ -45,6 +45,7 @@ def test_live_tensors_counts_what_lives():
     assert live.peak_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_a_pass_on_fake_tensors_is_that_of_real_ones(dtype, checkpointing, monkeypatch):
@@ -68,6 +69,7 @@ def _mixture(name):
     return AutoConfig.for_model(name, **sizes, **heads, tie_word_embeddings=False, **EXPERTS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", [True, False], ids=["one process", "several"])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_mixture_of_experts_is_planned_as_it_runs(name, cast, monkeypatch):
@@ -87,6 +89,7 @@ def test_what_depends_on_values_is_not_planned():
         trace_pass(ModelConfig(name_or_path="none"), loops, (32,), HeadSizes(32, 500), cast=True)
 
 
+@pytest.mark.slow
 def test_a_training_pass_keeps_no_second_copy_of_the_weights():
     config = ModelConfig(name_or_path="none", dtype="bfloat16", gradient_checkpointing=True)
     shallow, deep = (trace._trace(config, SHAPE, layers, (8,), HeadSizes(8, 500), torch.float32) for layers in (2, 4))
@@ -177,6 +180,7 @@ def test_the_plan_adds_up(recipe):
     assert parts["chunk of logits and its gradient"] == {"loss": 4 * 4096 * 500}
 
 
+@pytest.mark.slow
 def test_what_a_cpu_keeps_for_the_next_head_is_there_until_it_samples(recipe, monkeypatch):
     name, config = "memory kept for the next head", load_config(recipe)
     assert name not in plan_memory(config, device_type="cpu").components  # it is small
@@ -203,6 +207,7 @@ def test_what_is_not_counted_depends_on_the_device(recipe, device, outside):
     assert told.endswith(f"Not counted: {outside}, the allocator's fragmentation.")
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_longer_responses_counts(recipe):
     held_out = ["eval_data={path: held_out.jsonl}", "evaluation.responses_per_call=16", "rollout.max_batch_tokens=131072"]
     same = plan_memory(load_config(recipe, held_out))
@@ -215,6 +220,7 @@ def test_an_evaluation_of_longer_responses_counts(recipe):
     assert plan_memory(load_config(recipe, [*held_out, "evaluation.max_response_tokens=9999"])).generated == 4096  # the positions
 
 
+@pytest.mark.slow
 def test_more_gpus_share_weights_and_state(recipe):
     alone, eight = (plan_memory(load_config(recipe), gpus=gpus) for gpus in (1, 8))
     for name in ("weights", "optimizer state", "gradients, float32"):
@@ -252,6 +258,7 @@ def test_vllm_takes_its_share_while_it_generates(recipe):
     assert awake.components["vLLM"]["update"] == 500
 
 
+@pytest.mark.slow
 def test_changes_lower_the_peak(recipe):
     config = load_config(recipe)
     plan = plan_memory(config)
@@ -264,6 +271,7 @@ def test_changes_lower_the_peak(recipe):
         assert (table.title, len(table.columns), table.row_count) == (title, columns, len(found))
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_cut_at_the_positions_from_its_own_length(recipe):
     """Rollouts that are cut to the positions, 5000 to 4096, make no evaluation shorter; nor is it in the plans of changes."""
     held_out = ["eval_data={path: held_out.jsonl}", "evaluation={responses_per_call: 64, max_response_tokens: 500}"]

@@ -145,6 +145,7 @@ def test_frozen_weights_are_held_in_the_type_of_their_gemms_and_give_the_same_bi
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_run_saves_adapters_alone_and_resumes_to_the_same_bits(configure):
     whole = configure("whole", *RUN)
     train_to_end(whole)

@@ -52,6 +52,7 @@ def _cached(hub, name, revisions):
         tokenizer.save_pretrained(snapshot)
 
 
+@pytest.mark.slow
 def test_model_and_tokenizer_are_of_the_revision(tmp_path):
     first, second, third = build_tokenizer().convert_ids_to_tokens([3, 4, 5])
     _cached(tmp_path / "hub", "owner/name", {"main": (2.0, first), "old": (3.0, second)})

@@ -85,6 +85,7 @@ def _place(rank, directory):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_every_rank_gets_the_model_that_the_first_has_read(published):
     ranks.start(_place, 2, published)
 
@@ -134,6 +135,7 @@ def _refuse(rank):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_ranks_that_would_make_another_model_are_refused():
     ranks.start(_refuse, 2)
 
@@ -145,6 +147,7 @@ def _load_what_is_not_there(rank, config):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_what_keeps_the_first_rank_from_loading_ends_all(published, tmp_path):
     directory = tmp_path / "tied"
     (directory / "model.safetensors").unlink()
@@ -166,6 +169,7 @@ def _measure(rank, directory):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_not_the_first_never_holds_the_whole_model(tmp_path):
     ranks.start(_measure, 4, tmp_path)
     (first, size), *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(4))

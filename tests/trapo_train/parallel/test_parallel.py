@@ -95,10 +95,10 @@ def _worker(rank, parallel, tied, directory):
     ("size", "settings", "tied"),
     [
         (2, {}, False),
-        (3, {}, True),
-        (4, {"replicate": 2}, False),
-        (2, {"vocab_parallel_head": True}, False),
-        (3, {"vocab_parallel_head": True}, False),
+        pytest.param(3, {}, True, marks=pytest.mark.slow),
+        pytest.param(4, {"replicate": 2}, False, marks=pytest.mark.slow),
+        pytest.param(2, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
+        pytest.param(3, {"vocab_parallel_head": True}, False, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_path):
@@ -120,6 +120,7 @@ def test_ranks_train_and_save_what_one_process_does(size, settings, tied, tmp_pa
             assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [SETTINGS, OptimizerConfig(name="SGD", options={"momentum": 0.9}), OptimizerConfig(name="SGD")]
 )

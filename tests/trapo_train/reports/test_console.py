@@ -37,6 +37,7 @@ def command(monkeypatch):
     return lambda body: monkeypatch.setattr(cli, "_recipes", lambda args, console: body(console) or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("opener", "number", "code"),
     [(os.pipe, None, 0), (os.pipe, signal.SIGINT, 130), (os.openpty, None, 0), (os.openpty, signal.SIGHUP, 129)],
@@ -66,6 +67,7 @@ def test_a_run_goes_on_or_saves_without_its_reader(
     assert capfd.readouterr().err.count("stdout takes nothing more") == 1
 
 
+@pytest.mark.slow
 def test_what_a_reward_prints_does_not_end_the_run_either(tmp_path, left, monkeypatch):
     reader = left(os.pipe)
     calls = iter(range(100))

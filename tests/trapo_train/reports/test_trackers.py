@@ -50,6 +50,7 @@ def test_hosted_trackers_get_project_name_settings_and_numbers(name, monkeypatch
     assert calls[1:] == [("log", 3, {"loss": 0.5}), ("finish",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_run_that_resumes_goes_on_in_its_hosted_run(name, monkeypatch, configure):
     calls = _stand_in(name, monkeypatch)
@@ -151,6 +152,7 @@ def test_a_run_writes_tensorboard_and_samples(configure):
     assert tables[0].read_text().count("## Problem") == config.prompts_per_step
 
 
+@pytest.mark.slow
 def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(monkeypatch, configure):
     made = []
 

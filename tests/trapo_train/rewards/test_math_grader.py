@@ -135,6 +135,7 @@ def test_a_response_that_repeats_itself_is_read_at_once(text):
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("completion", "solution"), [("\\boxed{9^{9^{9^{9}}}}", "5"), ("\\boxed{5}", "9^{9^{9^{9}}}")])
 def test_a_limit_of_math_verify_is_a_timeout(monkeypatch, completion, solution):
     monkeypatch.setattr(math_grader, "TIME_LIMIT_S", 1)

@@ -359,6 +359,7 @@ def risky(tmp_path, monkeypatch):
     return load_reward([RewardTerm("risky_rewards:risky", in_worker=True, time_limit_s=1.0, memory_limit_mib=4096)])
 
 
+@pytest.mark.slow
 def test_an_own_reward_in_workers_survives_itself(risky):
     texts = ["ab", "hang", "exit", "none", "abort", "memory", "abc"]
     assert judge(risky, problems(7), texts) == [2.0, 0.0, 0.0, None, 0.0, 0.0, 9.0]

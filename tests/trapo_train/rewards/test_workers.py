@@ -85,6 +85,7 @@ def test_answers_come_in_order_from_workers_that_stay(pool):
     assert 1 <= len({answer.value[1] for answer in answers}) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "outcome"), [("hang", "timeout"), ("exit", "crash"), ("memory", "crash")])
 def test_a_faulty_request_is_told_and_the_others_are_answered(pool, fault, outcome):
     started = time.monotonic()

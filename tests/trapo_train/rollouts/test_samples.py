@@ -57,6 +57,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     assert lines(path) == [{"text": "é\u2028"}]
 
 
+@pytest.mark.slow
 def test_a_sum_leaves_its_parts_in_samples_and_metrics_and_a_resumed_run_the_same_lines_and_bits(configure):
     terms = "reward=[{name: pointer_chasing}, {name: 'tests.trapo_train.step.test_updates:coin', weight: 0.5}]"
     settings = (*EVALUATED, terms, "tracking.samples_every=1", "steps=3")

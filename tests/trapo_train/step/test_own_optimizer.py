@@ -81,6 +81,7 @@ def _resumed(tmp_path, settings):
     assert [row for row in rows(halves) if row["kind"] == "train"] == [row for row in rows(whole) if row["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_run_with_one_trains_and_resumes_with_the_same_bits(module, tmp_path):
     _resumed(tmp_path, [LION])
 
