@@ -17,6 +17,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or the bindings of triton would be told as leaks
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
