@@ -63,6 +63,7 @@ doctor: $(VENV)/.ready  ## what is installed, which backends run here and why th
 	@$(RUN) -m trapo_kernels.doctor
 
 gpu-native:  ## build the native backend's CUDA part in place, for this machine's GPU; then gpu-test and gpu-bench include it
+	@$(GPU_RUN) -c 'import setuptools; v = setuptools.__version__; raise SystemExit(0 if int(v.split(".")[0]) >= 77 else f"gpu-native: setuptools must be 77 or newer, which can read pyproject.toml, got {v}. Put a newer one on PYTHONPATH.")'
 	@TRAPO_WERROR=0 TRAPO_CUDA=1 TRAPO_CUDA_ARCHS="$${TRAPO_CUDA_ARCHS:-$(GPU_ARCH)}" $(GPU_RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 gpu-test:  ## kernel correctness and compute-sanitizer on a CUDA device, under 9 minutes; writes OUT/<gpu>/tests.md, sanitizer.txt

@@ -183,6 +183,13 @@ def test_small_tensors_are_left_to_malloc_and_all_can_be_given_back(monkeypatch)
     assert kept_memory.GRADIENT._storage is kept_memory.LOGITS._storage is None
 
 
+def test_a_torch_that_counts_no_holders_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(kept_memory, "_COUNT", "a function that a later torch may drop")
+    inputs = _problem(torch.float32)
+    assert torch.equal(_gradients(*inputs)[1], _gradients(*inputs)[1])
+    assert kept_memory.GRADIENT._storage is None and kept_memory.LOGITS._storage is None
+
+
 def test_memory_from_inference_mode_serves_training():
     hidden, weight, batch = _problem(torch.float32, 100)
     with torch.inference_mode():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 LEAST_BYTES = 2**25  # what is smaller malloc keeps by itself: glibc's largest threshold for memory of its own
+_COUNT = "_storage_Use_Count"  # no public name; torch's own CUDA graph trees use it
 
 
 class KeptMemory:
@@ -28,11 +29,11 @@ class KeptMemory:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor that may hold anything: in kept memory that fits and that nobody holds, else in new memory, kept from
-        now on. On a GPU, and where it is small, an ordinary one."""
+        now on. On a GPU, where it is small, and where torch does not count holders, an ordinary one."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if device.type == "cpu":
             self.trim(num_bytes)
-        if device.type != "cpu" or num_bytes < LEAST_BYTES:
+        if device.type != "cpu" or num_bytes < LEAST_BYTES or not hasattr(torch._C, _COUNT):
             return torch.empty(shape, dtype=dtype, device=device)
         with self._lock:
             if not self._is_free(num_bytes):
@@ -51,7 +52,7 @@ class KeptMemory:
 
     def _holders(self) -> tuple[int, int]:
         """How many tensors hold the storage, and how many Python variables."""
-        return torch._C._storage_Use_Count(self._storage._cdata), sys.getrefcount(self._storage)
+        return getattr(torch._C, _COUNT)(self._storage._cdata), sys.getrefcount(self._storage)
 
     def trim(self, num_bytes: int) -> None:
         """Give back what is over twice as large as the next tensor will be."""
