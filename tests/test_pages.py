@@ -1,9 +1,9 @@
 """The public pages: their Python runs and is the model's own loss, or the frameworks', on one rank, under DDP and under FSDP2."""
 
+import dataclasses
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,7 +221,8 @@ def test_the_page_s_normalisers_are_the_frameworks(setting):
 def test_the_page_s_entropy_weight_is_trl_s():
     mask = (torch.arange(6) < torch.tensor([6, 1, 4])[:, None]).long()
     batch = TokenBatch.from_padded(torch.zeros_like(mask), mask, aggregation="sequence_mean")
-    weight = eval(re.search(r"`entropy_weight=(.*?)`", PAGE)[1], {"mask": mask, "ga": 3})
+    weighted = re.search(r"`(dataclasses\.replace\(batch, entropy_weight=.*?)`", PAGE)[1]
     entropy = torch.rand(3, 6)
-    found = (replace(batch, entropy_weight=weight).weight_of_entropy * entropy.flatten()).sum()
+    found = eval(weighted, {"dataclasses": dataclasses, "batch": batch, "mask": mask, "ga": 3})
+    found = (found.weight_of_entropy * entropy.flatten()).sum()
     torch.testing.assert_close(found, (entropy * mask).sum() / mask.sum() / 3)

@@ -142,8 +142,8 @@ def linear_policy_loss(
         objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
         bias, lora, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
 
-    Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences whose
-        ratios are not all 1, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
+    Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences
+        with an `old_logprob`, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
         in two, 4 GEMMs, and says so in `passes`; see `Objective.why_two_passes`.
     Raises: as `linear_logprob`; ValueError when the objective reads a stream that the batch lacks.
     Memory: as `linear_logprob` and its backward, and both gradients from forward until backward. A factor on the loss costs one

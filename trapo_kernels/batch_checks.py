@@ -84,6 +84,10 @@ def padded(
                 remedy = "Cut it to the tokens that are scored, and move it with .to(target.device)."
                 shape, device = (tuple(value.shape), value.device) if isinstance(value, Tensor) else (None, target.device)
                 moved = "" if device == target.device else ".to(target.device)"
+                if value is None:
+                    remedy = "Pass the loss mask, 1 where a token counts."
+                elif not isinstance(value, Tensor):
+                    remedy = f"Make it a tensor, torch.as_tensor({name}, device=target.device)."
                 if sequences in shapes and shape == (*sequences, 1):
                     remedy = f"Drop its last axis with {name}.squeeze(1){moved}."
                 if tokens in shapes and shape == (target.numel(),):

@@ -396,4 +396,5 @@ def is_a(where: str, name: str, value: object, expected: type, example: str) -> 
     """`value` must be an instance of `expected`."""
     if not isinstance(value, expected):
         article = "an" if expected.__name__[0] in "AEIO" else "a"
+        example = f"what it returns, {value.__name__}()" if type(value).__name__ == "function" else example
         raise TypeError(f"{where}: {name} must be {article} {expected.__name__}, got {type(value).__name__}. Pass {example}.")

@@ -268,7 +268,9 @@ def _override_value(key: str, text: str, where: str) -> Any:
     try:
         value, first = _parse_yaml(text, where), text.lstrip()[:1]
     except ConfigError as error:
-        raise ConfigError(f"{error}\n{quotes_for(key)}") from error
+        is_part = any(text.count(left) > text.count(right) for left, right in ("{}", "[]"))
+        remedy = f"A shell splits words at spaces: quote the whole override, '{key}={text} …'." if is_part else quotes_for(key)
+        raise ConfigError(f"{error}\n{remedy}") from error
     if value is None and first != "#" and text.strip().lower() not in ("", "~", "null"):  # an anchor, or a document's start
         raise ConfigError(f"{where}: {key} would be null. {quotes_for(key)}")
     is_quoted = first in tuple("'\"|>!")

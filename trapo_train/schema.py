@@ -22,7 +22,10 @@ _CALLED_HERE = {  # what is spelt quite differently: the plan of the TRAPO paper
     "train_batch_size": "prompts_per_step",
     "per_device_train_batch_size": "packing.max_tokens",
     "num_generations": "plan.num_samples",
+    "n": "plan.num_samples",
     "max_completion_length": "rollout.max_response_tokens",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_tokens": "rollout.max_response_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
     "reward_funcs": "reward",
     "model_name_or_path": "model.name_or_path",
@@ -209,8 +212,9 @@ def _wrong_type(
     got = "null" if value is None else f"{value!r} ({_type_name(type(value))})"
     known = {item.name for item in fields(section)} if section is not None and isinstance(value, str) else set()
     named = [name for name in ("path", "name_or_path", "name") if name in known]
-    meant = f" Did you mean {key}.{named[0]}={value}?" if named else ""
-    if "text" in expected.split(" or ") and value is not None and not path[-1].isdigit():
+    in_list = bool(path) and path[-1].isdigit()  # whose entries are no settings of their own
+    meant = f" Did you mean {f'{{{named[0]}: {value}}}' if in_list else f'{key}.{named[0]}={value}'}?" if named else ""
+    if "text" in expected.split(" or ") and value is not None and not in_list:
         meant = f" {quotes_for(key)}"
     return ConfigError(f"{origin(path)}: {key} must be {expected}, got {got}.{meant}")
 
@@ -223,8 +227,9 @@ def quotes_for(key: str) -> str:
 def _unknown_key(key: str, known: dict[str, Any], origin: Callable[[KeyPath], str], path: KeyPath) -> str:
     """`known`: the types of the keys of this section."""
     full, prefix = ".".join((*path, key)), "".join(f"{part}." for part in path)
-    renamed = "" if path else _CALLED_HERE.get(key, "")
-    elsewhere = [renamed] if "." in renamed else [prefix + inner for inner in _inside(key, known)]
+    renamed = _CALLED_HERE.get(key, "")
+    renamed = renamed if not path or renamed.startswith(prefix) else ""
+    elsewhere = [*(prefix + inner for inner in _inside(key, known)), *([renamed] if "." in renamed else [])]
     near = f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else did_you_mean(key, known, prefix)
     section = f"section {'.'.join(path)!r}" if path else "the configuration"
     return f"{origin((*path, key))}: unknown key {full!r}.{near} The keys of {section} are: {', '.join(known)}."

@@ -23,16 +23,22 @@ def test_bf16_head_of_a_large_vocabulary(backend, scale):
     assert ((out.logprob - logprob).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("vocab_size", [4096, pytest.param(152_064, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", cases.CHUNKED)
-def test_bf16_head_of_a_large_hidden_size_is_as_exact_as_a_plain_fp32_gemm(backend, vocab_size):
-    """Logits to ±50 that are sums of 3584 products: fp32 itself errs by about 1e-5 there, whoever adds them up."""
-    generator, num_rows = torch.Generator().manual_seed(0), 4 if backend == "triton" else 8
-    weight = torch.cat([torch.randn(rows, 3584, generator=generator).bfloat16() / 60 for rows in vocab_size // 64 * [64]])
-    hidden, weight = (11 * torch.randn(num_rows, 3584, generator=generator)).bfloat16().to(cases.DEVICE), weight.to(cases.DEVICE)
+@pytest.fixture(scope="module", params=[4096, pytest.param(152_064, marks=pytest.mark.slow)])
+def large_head(request):
+    """hidden [8, 3584] and weight [V, 3584] in bf16, and their logits [8, V] in fp64 and in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.cat([torch.randn(64, 3584, generator=generator).bfloat16() / 60 for _ in range(request.param // 64)])
+    hidden, weight = (11 * torch.randn(8, 3584, generator=generator)).bfloat16().to(cases.DEVICE), weight.to(cases.DEVICE)
     parts = [part.t() for part in weight.split(8192)]
-    exact, plain = (torch.cat([hidden.to(x) @ part.to(x) for part in parts], 1) for x in (torch.float64, torch.float32))
-    target = torch.randint(vocab_size, (num_rows,), device=cases.DEVICE)
+    return hidden, weight, *(torch.cat([hidden.to(x) @ part.to(x) for part in parts], 1) for x in (torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_bf16_head_of_a_large_hidden_size_is_as_exact_as_a_plain_fp32_gemm(large_head, backend):
+    """Logits to ±50 that are sums of 3584 products: fp32 itself errs by about 1e-5 there, whoever adds them up."""
+    weight, num_rows = large_head[1], 4 if backend == "triton" else 8
+    hidden, exact, plain = (x[:num_rows] for x in (large_head[0], *large_head[2:]))
+    target = torch.randint(weight.shape[0], (num_rows,), device=cases.DEVICE)
     target[::2] = exact[::2].argmax(-1)
     out = linear_logprob(hidden, weight, target, backend=backend)
     truth, theirs = (x.double().log_softmax(-1).gather(1, target[:, None])[:, 0] for x in (exact, plain))

@@ -349,10 +349,12 @@ def test_what_reads_no_advantage_silences_nothing_without_one_and_what_reads_it_
         silenced_weight(role > 0, weight, weight, objectives.grpo())
 
 
-@pytest.mark.parametrize(("given", "kind"), [("grpo", "str"), (objectives.grpo, "function")])
+@pytest.mark.parametrize(
+    ("given", "kind"), [("grpo", r"str\. Pass objectives\.grpo"), (objectives.grpo, r"function\. Pass what it returns, grpo")]
+)
 def test_what_is_no_objective_is_refused_by_its_kind(given, kind):
     role, weight = torch.tensor([1], dtype=torch.uint8), torch.ones(1)
-    with pytest.raises(TypeError, match=rf"objective must be an Objective, got {kind}\. Pass objectives\.grpo\(\)\.$"):
+    with pytest.raises(TypeError, match=rf"objective must be an Objective, got {kind}\(\)\.$"):
         silenced_weight(role, weight, weight, given)
 
 

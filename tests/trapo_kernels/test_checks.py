@@ -377,8 +377,9 @@ def test_a_0_d_target_and_totals_of_another_type():
         aggregate(role, sequence, mode="token_mean", totals=3)
     with pytest.raises(ValueError, match=r"role must be Role.IGNORED, ROLLOUT or EXPERT \(0, 1, 2\), got 3"):
         aggregate(role * 3, sequence, mode="token_mean")
-    with pytest.raises(TypeError, match="must be an Objective, got int"):
-        linear_policy_loss(HIDDEN, WEIGHT, None, 3)
+    for given, said in ((3, r"int\. Pass objectives\.trapo\(\)"), (objectives.grpo, r"function\. Pass what it returns, grpo\(\)")):
+        with pytest.raises(TypeError, match=rf"must be an Objective, got {said}\."):
+            linear_policy_loss(HIDDEN, WEIGHT, None, given)
 
 
 def test_a_share_of_nan_on_an_ignored_token_is_not_read():

@@ -68,7 +68,7 @@ def test_the_table_has_a_row_per_preset_and_says_how_many_passes():
     head, _, *rows = objectives.table().splitlines()
     assert head == "| system | preset | passes | source |" and len(rows) == len(objectives.PRESETS)
     passes = {row.split("|")[2].strip(" `"): row.split("|")[3].strip() for row in rows}
-    assert passes["trapo"] == "1" and passes["gspo"] == "2, but 1 when old = current" and passes["srft"] == "2"
+    assert passes["trapo"] == "1" and passes["gspo"] == "2, but 1 without `old_logprob`" and passes["srft"] == "2"
     assert all(row.count("|") == 5 and "  " not in row for row in rows)
 
 

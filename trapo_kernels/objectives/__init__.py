@@ -124,4 +124,4 @@ def table() -> str:
 def _passes(objective: Objective) -> str:
     if objective.why_two_passes(on_policy=False) is None:
         return "1"
-    return "2, but 1 when old = current" if objective.why_two_passes(on_policy=True) is None else "2"
+    return "2, but 1 without `old_logprob`" if objective.why_two_passes(on_policy=True) is None else "2"

@@ -52,6 +52,8 @@ def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world
 
 def _method(config: RunConfig) -> str | None:
     """An objective is a method's ratio loss alone; its advantages and its normaliser are settings of their own."""
+    if config.objective.name in ("ppo", "reft"):
+        return f"{config.objective.name} as published has a critic's advantages (GAE); there is none here, they are the group's"
     method = objectives.PUBLISHED.get(config.objective.name)
     if method is None:
         return None
@@ -251,8 +253,8 @@ def _unsaved(config: RunConfig) -> str | None:
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
     return (
-        "no checkpoint is saved, but on SIGTERM, SIGHUP or Ctrl-C and when sampling, a reward, the chooser, non-finite steps or "
-        "the export end the run. Set checkpoint.every=N"
+        "checkpoints are saved only where a signal or a failure (of sampling, a reward, the chooser, the export, non-finite steps) "
+        "ends the run. Set checkpoint.every=N to save while it trains"
     )
 
 

@@ -137,7 +137,11 @@ def check_reward(reward: RewardFn | WeightedSum | None, problems: Mapping[str, P
     if reward is None:
         return
     terms = _terms(reward)
-    check_takes(terms, {section: [*RESERVED_COLUMNS, *entry[0].columns] for section, entry in problems.items()})
+    given = {
+        section: [name for name in (*RESERVED_COLUMNS, *entry[0].columns) if name != "solution" or entry.has_solutions]
+        for section, entry in problems.items()
+    }
+    check_takes(terms, given, {section: entry.passed_as for section, entry in problems.items()})
     for section, entry in problems.items():
         for term in terms.values():
             if isinstance(term, WorkerReward):

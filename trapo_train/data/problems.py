@@ -113,6 +113,19 @@ class ProblemSet(Sequence[Problem]):
         return self._reader.section
 
     @property
+    def has_solutions(self) -> bool:
+        """Whether there is a column of solutions, which rewards get as `solution`."""
+        return self._reader.has_solutions
+
+    @property
+    def passed_as(self) -> dict[str, str]:
+        """Columns that rewards get under another name, and that name."""
+        config = self._reader.config
+        return {
+            column: name for column, name in ((config.prompt_column, "prompts"), (config.solution_column, "solution")) if column
+        }
+
+    @property
     def longest_prompt_tokens(self) -> int:
         """Tokens of the longest prompt."""
         return max((entry.prompt_tokens for entry in self._entries), default=0)
@@ -176,7 +189,7 @@ class RowReader:
         self._told = False  # of prompts that begin twice
         self._are_conversations = config.prompt_column == config.expert_column
         self._has_experts = _has(columns, config.expert_column)
-        self._has_solutions = config.solution_column is not None and (
+        self.has_solutions = config.solution_column is not None and (
             config.preset != "messages" or _has(columns, config.solution_column)
         )
         further = _further_columns(config, columns, self.where, section)
@@ -226,7 +239,7 @@ class RowReader:
                 f"{self.section}.max_prompt_tokens, or drop such rows with {self.section}.on_long_prompt=drop."
             )
         solution = None
-        if self._has_solutions and self._examples[index].ends_row:
+        if self.has_solutions and self._examples[index].ends_row:
             solution = solution_text(cell(row, config.solution_column, at), at)
         traces: list[str] = []
         for text in trace_texts(expert, at):
@@ -235,7 +248,7 @@ class RowReader:
         columns = {column: with_files(row[column], at) for column in self.columns}
         problem = Problem(index, prompt, tuple(prompt_ids), solution, columns=columns)
         counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not rendered}
-        counts["without_solution"] = self._has_solutions and self._examples[index].ends_row and solution is None
+        counts["without_solution"] = self.has_solutions and self._examples[index].ends_row and solution is None
         if traces and self._are_conversations and config.learned_turns == "last":
             counts["context_turns"] = sum(message["role"] == "assistant" for message in value)
         if config.system_prompt is not None:

@@ -53,9 +53,12 @@ def load_tokenizer(
         # A plain tokenizer file is what it says: beside a qwen2 model AutoTokenizer would make it a Qwen2Tokenizer, with
         # that one's pre-tokenisation and an extra token (transformers 5.23; test_scratch_model_exports_and_loads_again).
         hub = {"revision": config.revision if source == config.name_or_path else None}
-        plain = get_tokenizer_config(source, **hub).get("tokenizer_class") == "TokenizersBackend"
-        loader = PreTrainedTokenizerFast if plain else AutoTokenizer
-        with refused(f"The tokenizer of {source} cannot be loaded", ValueError, ImportError):
+        # A model's own that is not there is told as the model that is not; another is named by its setting.
+        own = config.tokenizer is None
+        what = f"The tokenizer of {source}" if own else f"model.tokenizer={source}"
+        with refused(f"{what} cannot be loaded", ValueError, ImportError, *(() if own else (OSError,))):
+            plain = get_tokenizer_config(source, **hub).get("tokenizer_class") == "TokenizersBackend"
+            loader = PreTrainedTokenizerFast if plain else AutoTokenizer
             tokenizer = loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **hub)
             tokenizer = tokenizer if plain else _as_published(tokenizer, source, hub, tell)
     if config.eos_token is not None:

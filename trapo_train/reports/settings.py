@@ -54,13 +54,19 @@ def _settings(cls: type, prefix: str) -> Iterator[Setting]:
 
 
 def _sections(cls: type) -> Iterator[tuple[str, type]]:
-    """The fields that are dataclasses of their own, or may be."""
+    """The fields that are dataclasses of their own, or may be, or may hold some."""
     hints = typing.get_type_hints(cls)
     for item in fields(cls):
-        for kind in (hints[item.name], *typing.get_args(hints[item.name])):
-            if is_dataclass(kind):
-                yield item.name, kind
-                break
+        kind = next(_dataclasses(hints[item.name]), None)
+        if kind is not None:
+            yield item.name, kind
+
+
+def _dataclasses(kind: Any) -> Iterator[type]:
+    if is_dataclass(kind):
+        yield kind
+    for inner in typing.get_args(kind):
+        yield from _dataclasses(inner)
 
 
 def _docstrings(cls: type) -> dict[str, str]:

@@ -138,9 +138,15 @@ def judge(
         raise RewardError(_describe_exception(reward, problems, texts, about, error)) from error
     name = _name(reward)
     if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-        raise RewardError(f"Reward {name} must return a list with one number per row, got {type(values).__name__}.")
+        raise RewardError(
+            f"Reward {name} must return a list with one number per completion, got {type(values).__name__}. Return a list as "
+            "long as the completions it is called with."
+        )
     if len(values) != len(texts):
-        raise RewardError(f"Reward {name} must return one number per row = {len(texts)}, got {len(values)}.")
+        raise RewardError(
+            f"Reward {name} must return one number per completion = {len(texts)}, got {len(values)}. Return a list as long as the "
+            "completions it is called with."
+        )
     return [_check_value(value, name, problem) for value, problem in zip(values, problems, strict=True)]
 
 

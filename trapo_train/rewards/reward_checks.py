@@ -29,12 +29,17 @@ def check_is_no_class(name: str, reward: Callable[..., Any]) -> None:
         )
 
 
-def check_takes(rewards: Mapping[str, Callable[..., Any]], columns: Mapping[str, Iterable[str]]) -> None:
+def check_takes(
+    rewards: Mapping[str, Callable[..., Any]],
+    columns: Mapping[str, Iterable[str]],
+    passed_as: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Raise UserError for a reward with an argument that it must get and does not.
 
     Args:
         rewards: by name.
         columns: what a reward is called with, by the section of the data that it comes from.
+        passed_as: by section the columns that a reward gets under another name, and that name.
     """
     for name, reward in rewards.items():
         needed = [
@@ -45,12 +50,20 @@ def check_takes(rewards: Mapping[str, Callable[..., Any]], columns: Mapping[str,
         ]
         for section, given in columns.items():
             missing = [argument for argument in needed if argument not in given]
-            if missing:
-                raise UserError(
-                    f"reward {name!r} must take what it is called with, got one that needs {', '.join(missing)} as well, which are "
-                    f"no columns of {section}; there it is called with {', '.join(given)}. Give these arguments defaults, or take "
-                    "**columns in their place."
-                )
+            if not missing:
+                continue
+            names_here = (passed_as or {}).get(section, {})
+            renamed = [f"the column {column!r} arrives as {names_here[column]!r}" for column in missing if column in names_here]
+            if "solution" in missing:
+                remedy = f"Set {section}.solution_column to the column that holds the solutions, or give the argument a default."
+            elif renamed:
+                remedy = f"Rename the argument: {', '.join(renamed)}."
+            else:
+                remedy = "Give these arguments defaults, or take **columns in their place."
+            raise UserError(
+                f"reward {name!r} must take what it is called with, got one that needs {', '.join(missing)} as well; for "
+                f"{section} it is called with {', '.join(given)}. {remedy}"
+            )
 
 
 def _parameters(reward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

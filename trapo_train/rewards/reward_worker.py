@@ -15,7 +15,7 @@ def reward_of_one(reward: RewardFn, arguments: dict[str, list[Any]]) -> float | 
     """
     values = called(reward, arguments)
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 1:
-        raise ValueError(f"a reward must return a list with one number per row = 1, got {values!r}")
+        raise ValueError(f"a reward must return a list with one number per completion = 1, got {values!r}")
     return None if values[0] is None else float(values[0])
 
 

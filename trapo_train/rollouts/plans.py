@@ -121,17 +121,20 @@ class PlanConfig:
             value = getattr(self, setting)
             if value is not None and self.name not in readers:
                 if setting == "num_samples":
+                    ladder = "" if self.name == "ladder" else ' of the plan "ladder"'
                     raise UserError(
                         f"num_samples is fixed by the plan {self.name!r}, got {value}. "
-                        'Leave it out, or give the micro-groups as rungs of the plan "ladder".'
+                        f"Leave it out, or give the micro-groups as rungs{ladder}."
                     )
                 raise UserError(
                     f"{setting} belongs to {', '.join(readers)}, got {value} with the plan {self.name!r}. Leave it out."
                 )
         self._check_ranges()
         if (self.name == "ladder") != bool(self.rungs):
+            remedy = "Give its micro-groups, plan.rungs=[{samples: 4}, …]." if self.name == "ladder" else "Set plan.name=ladder."
             raise UserError(
-                f'rungs belong to the plan "ladder" and it needs at least one, got {len(self.rungs)} with the plan {self.name!r}.'
+                f'rungs belong to the plan "ladder" and it needs at least one, got {len(self.rungs)} with the plan {self.name!r}. '
+                f"{remedy}"
             )
         if self.rungs and self.rungs[0].threshold is not None:
             raise UserError(f"The first rung has no earlier samples, so its threshold must be null, got {self.rungs[0].threshold}.")

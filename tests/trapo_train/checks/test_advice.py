@@ -63,6 +63,11 @@ def test_a_mean_over_the_tokens_of_each_role_is_advised_where_the_method_has_one
     assert sentence == f"{name} as published has packing.aggregation=role_mean; this run has constant"
 
 
+def test_a_method_with_a_critic_is_said_to_have_none(advised):
+    said = [advised("plan.name=grpo", f"objective.name={name}") for name in ("ppo", "reft")]
+    assert all(any("a critic's advantages (GAE); there is none here" in sentence for sentence in found) for found in said)
+
+
 def test_grpo_with_the_defaults_of_dr_grpo(advised):
     (sentence,) = advised("plan.name=grpo", "objective.name=grpo")
     assert sentence == (
@@ -162,7 +167,7 @@ def test_the_example_of_the_readme_needs_no_advice(tmp_path):
     config = load_config(tmp_path / "my.yaml")
     assert config.updates.per_step > 1
     assert advice(config, build_objective(config.objective, 0), [1] * 1000, ALONE) == []
-    sentence = r"`objective={name: (\w+), kl: {beta: ([\d.]+)}}`, or the option `beta` of"
+    sentence = r"`'objective={name: (\w+), kl: {beta: ([\d.]+)}}'`, or the option `beta` of"
     (name, beta) = re.search(sentence, " ".join((ROOT / "trapo_train" / "README.md").read_text().split())).groups()
     assert build_objective(ObjectiveConfig(name, kl=KLConfig(float(beta)))).kl.beta == float(beta)
     takes_beta = {name for name, preset in PRESETS.items() if "beta" in inspect.signature(preset).parameters}
@@ -248,7 +253,7 @@ def test_held_out_prompts_that_are_made_otherwise(advised):
 
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
     pretrained = ("model={name_or_path: some/model}", "checkpoint.every=0")
-    assert ["no checkpoint is saved, but on SIGTERM" in sentence for sentence in advised(*pretrained)] == [True]
+    assert ["checkpoints are saved only where a signal or a failure" in sentence for sentence in advised(*pretrained)] == [True]
     on_gpu = SimpleNamespace(size=1, device=torch.device("cuda"))
     assert any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, world=on_gpu))
     assert not any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, "rollout.engine=vllm", world=on_gpu))

@@ -22,6 +22,7 @@ from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
 from trapo_train.models.tokenizer import end_ids, load_tokenizer, other_endings
 from trapo_train.parallel.world import World
+from trapo_train.schema import UserError
 from trapo_train.train import Trainer
 
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=80)
@@ -181,3 +182,14 @@ def test_a_run_says_so_unless_the_choice_was_made(directory, tmp_path, own_cache
     for problems in (trainer.problems, trainer.eval_sets[""].problems):
         assert problems[0].experts[0].text == "b<|end|>"  # which a response may end with either way
     assert sum("""set 'model.eos_token=["<|end|>", "</s>"]'""" in note for note in trainer.notes) == count
+
+
+def test_a_tokenizer_that_is_not_there_is_named_by_its_setting(monkeypatch):
+    def gone(*_, **__):
+        raise OSError("no such repository")
+
+    monkeypatch.setattr("trapo_train.models.tokenizer.get_tokenizer_config", gone)
+    with pytest.raises(UserError, match=r"model\.tokenizer=owner/other cannot be loaded: .*no such repository"):
+        load_tokenizer(ModelConfig(name_or_path="owner/name", tokenizer="owner/other"), None)
+    with pytest.raises(OSError, match="no such repository"):  # told as the model that is missing
+        load_tokenizer(ModelConfig(name_or_path="owner/name"), None)

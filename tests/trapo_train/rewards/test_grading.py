@@ -99,7 +99,7 @@ def test_a_column_that_no_worker_can_be_sent_is_named_before_anything_is_sampled
     problem = SimpleNamespace(columns={"day": date(2021, 5, 4), "image": b"GIF"})
 
     class Problems(list):
-        report = SimpleNamespace(unread_columns=())
+        report, has_solutions, passed_as = SimpleNamespace(unread_columns=()), True, {}
 
     check_reward(_worker(_of_day), {"data": Problems([problem])})
     with pytest.raises(UserError, match=r"reward 'odd:reward' with in_worker must .* column 'image' cannot be sent: got bytes"):

@@ -17,6 +17,7 @@ from trapo_train.rewards import functions as rewards
 from trapo_train.rewards.functions import RewardError, RewardTerm, judge, load_reward
 from trapo_train.rewards.grading import FAILED_SHARE, MathVerify
 from trapo_train.schema import UserError
+from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer
 
 MODULE = """
@@ -32,6 +33,9 @@ def of_ids(completion_ids, completions, **columns):
     return [0.0 for _ in completions]
 
 def of_depth(completions, *, depth):
+    return [0.0 for _ in completions]
+
+def of_answer(completions, answer, **columns):
     return [0.0 for _ in completions]
 
 def of_all(prompts, completions, solution, completion_tokens, finish_reasons, level=None):
@@ -63,7 +67,7 @@ def configure(tmp_path, monkeypatch):
     [
         ("odd_rewards:Format", r"must be a function or an object that can be called, got the class Format\. Make an instance in"),
         ("odd_rewards:of_ids", "reward 'of_ids' must take what it is called with, got one that needs completion_ids as well"),
-        ("[{name: odd_rewards:of_ids}]", "reward 'odd_rewards:of_ids' must take .* completion_ids .* no columns of data; there"),
+        ("[{name: odd_rewards:of_ids}]", "reward 'odd_rewards:of_ids' must take .* completion_ids as well; for data it is"),
         ("[{name: odd_rewards:of_ids, in_worker: true}]", "needs completion_ids as well"),
     ],
 )
@@ -82,10 +86,27 @@ def test_a_reward_may_need_what_the_data_brings_in_every_set(configure, tmp_path
         Trainer(configure(f"reward={reward}"))
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "ab?a1:", "solution": "b"}')
     held_out = (*EVALUATED, "reward=odd_rewards:of_depth", "eval_data={aime: {path: held_out.jsonl}}")
-    with pytest.raises(
-        ValueError, match=r"needs depth as well, .* no columns of eval_data\.aime; there it is called with prompts, "
-    ):
+    with pytest.raises(ValueError, match=r"needs depth as well; for eval_data\.aime it is called with prompts, "):
         Trainer(configure(*held_out))
+
+
+@pytest.mark.parametrize(
+    ("reward", "column", "message"),
+    [
+        ("exact_match", "null", r"needs solution as well; .*\. Set data\.solution_column to the column that holds the solutions"),
+        (
+            "odd_rewards:of_answer",
+            "answer",
+            r"needs answer as well; .*\. Rename the argument: the column 'answer' arrives as 'solution'",
+        ),
+    ],
+)
+def test_a_reward_that_never_gets_the_solution_is_told_where_it_is(configure, tmp_path, reward, column, message):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "ab?a1:", "answer": "b", "expert": "ab#ab$"}')
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = f"data={{path: train.jsonl, task: null, num_problems: null, solution_column: {column}, expert_column: expert}}"
+    with pytest.raises(ValueError, match=message):
+        Trainer(configure(data, "model.tokenizer=tokenizer", "eval_data=null", f"reward={reward}"))
 
 
 def _counted(calls, error, seconds=0.0):

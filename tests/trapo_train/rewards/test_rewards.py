@@ -106,15 +106,15 @@ def test_none_is_no_opinion():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([1.0], "one number per row = 2, got 1"),
-        ([1.0, 2.0, 3.0], "one number per row = 2, got 3"),
+        ([1.0], "one number per completion = 2, got 1"),
+        ([1.0, 2.0, 3.0], "one number per completion = 2, got 3"),
         ([1.0, float("nan")], "finite numbers, got nan on row 11"),
         ([float("inf"), 1.0], "finite numbers, got inf on row 10"),
         ([1.0, "1"], "numbers or None, got '1' (str) on row 11"),
         ([[1.0], 1.0], "got [1.0] (list) on row 10"),
-        (None, "a list with one number per row, got NoneType"),
-        (1.0, "a list with one number per row, got float"),
-        ("ab", "a list with one number per row, got str"),
+        (None, "a list with one number per completion, got NoneType"),
+        (1.0, "a list with one number per completion, got float"),
+        ("ab", "a list with one number per completion, got str"),
     ],
 )
 def test_bad_returns(values, words):
@@ -283,7 +283,7 @@ def test_a_term_of_several_is_named_when_it_is_wrong():
     total = WeightedSum([("exact", exact_match, 1.0), ("mine", returning([1.0, float("nan")]), 0.0)])
     with pytest.raises(RewardError, match="'fixed_reward' must return finite numbers, got nan on row 11"):
         judge(total, problems(2), ["a", "b"])
-    with pytest.raises(RewardError, match="one number per row = 2, got 1"):
+    with pytest.raises(RewardError, match="one number per completion = 2, got 1"):
         judge(WeightedSum([("short", returning([1.0]), 1.0)]), problems(2), ["a", "b"])
 
 
