@@ -253,7 +253,8 @@ def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
 
 
 def _initials(name: str) -> str:
-    return "".join(part[:1] for part in name.split("_"))
+    """lr of learning_rate; "" of a single word."""
+    return "".join(part[:1] for part in name.split("_")) if "_" in name else ""
 
 
 def _listed(cls: type) -> str:

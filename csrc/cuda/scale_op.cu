@@ -46,8 +46,9 @@ void launch_scale(const char* op, const Tensor& x, const float* factor, const Te
   constexpr int kWidth = kVectorBytes / sizeof(T);
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   auto* to = static_cast<Out*>(out.mutable_data_ptr());
-  const bool whole = reinterpret_cast<uintptr_t>(from) % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(to) % (kWidth * sizeof(Out)) == 0;
-  const auto kernel = whole ? scale_kernel<T, Out, kWidth> : scale_kernel<T, Out, 1>;
+  const bool in_vectors = reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, kWidth>) == 0 &&
+                          reinterpret_cast<uintptr_t>(to) % sizeof(Pack<Out, kWidth>) == 0;
+  const auto kernel = in_vectors ? scale_kernel<T, Out, kWidth> : scale_kernel<T, Out, 1>;
   const int64_t elements = x.numel(), per_block = int64_t{kScaleThreads} * kWidth;
   const int64_t blocks = std::min(kMostBlocks, (elements + per_block - 1) / per_block);
   launch_blocks(op, kernel, blocks, kScaleThreads, current_stream(x), from, factor, to, elements);

@@ -121,9 +121,8 @@ class ProblemSet(Sequence[Problem]):
     def passed_as(self) -> dict[str, str]:
         """Columns that rewards get under another name, and that name."""
         config = self._reader.config
-        return {
-            column: name for column, name in ((config.prompt_column, "prompts"), (config.solution_column, "solution")) if column
-        }
+        columns = {"prompts": config.prompt_column, "solution": config.solution_column}
+        return {column: name for name, column in columns.items() if column is not None}
 
     @property
     def longest_prompt_tokens(self) -> int:
