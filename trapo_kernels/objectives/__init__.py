@@ -59,6 +59,8 @@ class Published(NamedTuple):
     "none"."""
     baseline: str | None = None
     """Over which of the prompt's samples mean and deviation are: "unguided", those without anything of an expert."""
+    critic: bool = False
+    """Whether its advantages come from a critic (GAE) in place of the rewards of a prompt's samples."""
 
 
 PUBLISHED = {
@@ -74,6 +76,8 @@ PUBLISHED = {
     "chord_mu": Published("role_mean", "group_std", "mean", "unguided"),
     "chord_phi": Published("role_mean", "group_std", "mean", "unguided"),
     "uft": Published("role_mean"),
+    "ppo": Published(None, critic=True),
+    "reft": Published(None, critic=True),
 }
 
 __all__ = [

@@ -151,7 +151,8 @@ def hpt(entropy_coef: float = 0.0) -> Objective:
 
 
 def reft(epsilon_low: float = 0.2, epsilon_high: float = 0.2, entropy_coef: float = 0.0) -> Objective:
-    """ReFT: SFT on expert tokens as the warm-up, then PPO's clip on rollouts with GAE and a k1 KL in the reward.
+    """ReFT: SFT on expert tokens as the warm-up, then PPO's clip on rollouts with a critic, as `PUBLISHED` says, and a k1 KL in the
+    reward.
 
     Ranges: `epsilon_low` in [0, 1], `epsilon_high` in [0, inf], `entropy_coef` finite; ValueError outside.
     Source: arXiv 2401.08967.

@@ -12,7 +12,7 @@ from trapo_kernels.sequence import MeanRatio
 
 
 def ppo(epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual: float = math.inf, entropy_coef: float = 0.0) -> Objective:
-    """PPO: -min(r·A, clip(r, 1-ε_low, 1+ε_high)·A), on advantages from GAE or anywhere else.
+    """PPO: -min(r·A, clip(r, 1-ε_low, 1+ε_high)·A), on advantages from a critic, as `PUBLISHED` says, or elsewhere.
 
     `dual` also caps r at it where A < 0: the dual clip of arXiv 1912.09729.
 

@@ -52,11 +52,11 @@ def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world
 
 def _method(config: RunConfig) -> str | None:
     """An objective is a method's ratio loss alone; its advantages and its normaliser are settings of their own."""
-    if config.objective.name in ("ppo", "reft"):
-        return f"{config.objective.name} as published has a critic's advantages (GAE); there is none here, they are the group's"
     method = objectives.PUBLISHED.get(config.objective.name)
     if method is None:
         return None
+    if method.critic:
+        return f"{config.objective.name} as published has a critic's advantages (GAE); there is none here, they are the group's"
     settings = {
         "advantage.normalise": (method.normalise, config.advantage.normalise),
         "advantage.center": (method.center, config.advantage.center),
