@@ -5,6 +5,7 @@ from trapo_kernels.api import linear_logprob, linear_policy_loss, policy_loss, t
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.gates import Gate
 from trapo_kernels.heads import head_options
+from trapo_kernels.huggingface import fuse_loss
 from trapo_kernels.lora import LoraHead
 from trapo_kernels.memory import LEAST_KEPT_BYTES, free_kept_memory, head_memory
 from trapo_kernels.metrics import merged_metrics, metric_count
@@ -29,6 +30,7 @@ __all__ = [
     "aggregate",
     "corrections",
     "free_kept_memory",
+    "fuse_loss",
     "gates",
     "head_memory",
     "head_options",

@@ -1,0 +1,196 @@
+"""A causal LM of transformers that computes its loss from hidden states, whoever trains it; transformers is imported where used."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trapo_kernels import checks
+from trapo_kernels.api import linear_policy_loss, policy_loss, token_logprob
+from trapo_kernels.batch import TokenBatch
+from trapo_kernels.dispatch import Backend
+from trapo_kernels.heads import head_options
+from trapo_kernels.objective import Objective
+from trapo_kernels.roles import IGNORE_INDEX, Role
+from trapo_kernels.weights import LossTotals, aggregate
+
+_PROBED_TOKENS = 8
+
+
+def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "auto") -> None:
+    """Let a causal LM of transformers compute its loss without logits, under any objective that learns from labels, in place.
+
+    From then on `model(input_ids, labels=labels)`, as Hugging Face's Trainer, Accelerate or your own loop call it, has `.loss` and
+    no `.logits`, in training and in evaluation; every label but -100 is an expert token. Without labels, and so in `generate`, the
+    model is what it was. `model.loss_metrics` has the metrics of its last loss, `del model.forward` undoes it all. Where a trainer
+    passes num_items_in_batch (else these are the labels of the batch), the loss is that of
+
+        target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        role = torch.where(target == -100, Role.IGNORED, Role.EXPERT).to(torch.uint8)
+        weight = aggregate(role, mode="token_mean", totals=LossTotals(expert_tokens=num_items_in_batch))
+        hidden = model.base_model(input_ids).last_hidden_state.flatten(0, 1)
+        batch = TokenBatch(target, role, None, weight)
+        loss = linear_policy_loss(hidden, model.lm_head.weight, batch, objective, **head_options(model)).loss
+
+    which with `sft()` is the model's own. It is computed inside the model's forward, as DDP and FSDP need it: call this before
+    they, a Trainer or Accelerate wrap the model. Eight tokens go through the model, unless its weights are meta tensors, to compare
+    the loss with that of its logits.
+
+    Args:
+        model: a causal LM of `from_pretrained` or `from_config`, or PEFT's model of one.
+        objective: `objectives.sft()`, `trsft(alpha=0.1)`, `dft()` or another whose expert tokens need neither an advantage nor a
+            logprob of before, and no whole sequences.
+        backend: as in `linear_policy_loss`.
+
+    Returns: None. Raises: TypeError or ValueError for a model or an objective that cannot be used so, or a loss that is not that of
+        the model's logits; at a call for `logits_to_keep`, or a router's auxiliary loss, beside labels.
+    Memory: `head_memory`. On a GPU the host waits once per call, to learn which labels are -100: those rows reach no GEMM.
+    Determinism: that of `linear_policy_loss`. Source: the forward and loss of the causal LMs in transformers 5.23.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    _check_arguments(model, objective)
+    own = model.forward
+    own = getattr(own, "__func__", functools.partial(_call_bare, own))  # of a copy of the model, not of the model that was copied
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    @functools.wraps(type(model).forward)  # transformers reads the signature: `generate`, and a Trainer its columns
+    def forward(self, *args, **given):
+        given = dict(zip(names, args, strict=False)) | given
+        if given.get("labels") is None and given.get("shift_labels") is None:
+            return own(self, **given)
+        return _with_loss(self, objective, backend, **given)
+
+    before = vars(model).get("forward")
+    model.forward = forward.__get__(model)
+    try:
+        _compare(model, objective)
+    except BaseException:
+        del model.forward
+        if before is not None:
+            model.forward = before
+        raise
+
+
+def _call_bare(forward, _, **given):
+    """A `forward` that somebody put on the model as a plain function, which takes no self."""
+    return forward(**given)
+
+
+def _with_loss(
+    model: nn.Module,
+    objective: Objective,
+    backend: Backend,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    return_dict: bool | None = None,
+    **given,
+):
+    """The fused forward: the backbone of `model` on what was given, and the loss of `labels` [B, T], or of shifted ones."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    _check_call(model, logits_to_keep, given)
+    outputs = model.base_model(**{"use_cache": False} | given, return_dict=True)
+    head = model.get_output_embeddings()
+    hidden = outputs.last_hidden_state.flatten(0, 1).to(head.weight.device)  # which `device_map` may have put elsewhere
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
+    batch = _batch(target.flatten().to(head.weight.device), num_items_in_batch)
+    out = linear_policy_loss(hidden, head.weight, batch, objective, backend=backend, **head_options(model))
+    model.loss_metrics = out.metrics
+    answer = CausalLMOutputWithPast(loss=out.loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+    return answer.to_tuple() if return_dict is False else answer
+
+
+def _batch(target: Tensor, num_items: int | Tensor | None) -> TokenBatch:
+    """Expert tokens wherever target [N] is not -100; `num_items`: how many the optimizer step has, None for those here."""
+    role = torch.where(target == IGNORE_INDEX, Role.IGNORED, Role.EXPERT).to(torch.uint8)
+    totals = None if num_items is None else LossTotals(expert_tokens=num_items)
+    batch = TokenBatch(target, role, None, aggregate(role, mode="token_mean", totals=totals))
+    if batch.active_rows is not None or torch.compiler.is_compiling():  # whose shapes are fixed
+        return batch
+    return batch.with_active_rows(batch.active.nonzero().squeeze(1))
+
+
+def _check_arguments(model: nn.Module, objective: Objective) -> None:
+    where = "fuse_loss"
+    checks.is_a(where, "objective", objective, Objective, "objectives.sft()")
+    head_options(model)
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "base_model"):
+        raise TypeError(
+            f"{where}: model must be a causal LM of transformers, got {type(model).__name__}. Call linear_policy_loss on "
+            "the hidden states of another model yourself."
+        )
+    if hasattr(model, "_original_forward"):
+        raise ValueError(
+            f"{where}: model must not be prepared by Accelerate, whose autocast the loss would miss, got a {type(model).__name__} "
+            "that is. Call this before accelerator.prepare and before a Trainer trains."
+        )
+    needed = sorted(objective.reads() & {"advantage", "old_logprob", "ref_logprob", "rollout_logprob"})
+    found = "one that pools over sequences" if objective.pools else f"one that reads {' and '.join(needed)}" if needed else ""
+    if found or not objective.expert_terms:
+        raise ValueError(
+            f"{where}: objective must be one that learns from labels alone, token by token, got {objective.name!r}, "
+            f"{found or 'which has no loss on expert tokens'}. Pass objectives.sft() or trsft(alpha=0.1), or call "
+            "linear_policy_loss with a TokenBatch that has what it needs."
+        )
+
+
+def _check_call(model: nn.Module, logits_to_keep: int | Tensor, given: dict) -> None:
+    where = type(model).__name__
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+        raise ValueError(
+            f"{where}: logits_to_keep must be absent beside labels, got {logits_to_keep}. Set the other labels to -100: rows "
+            "without a label cost nothing."
+        )
+    wanted = given.get("output_router_logits")
+    if wanted or (wanted is None and getattr(model.config.get_text_config(), "output_router_logits", False)):
+        raise ValueError(
+            f"{where}: output_router_logits must be off under fuse_loss, which adds no auxiliary loss of a router, got True. Set "
+            "model.config.output_router_logits = False, or del model.forward to have the model's own loss back."
+        )
+    if "fused_lm_head" in given:
+        raise TypeError(
+            f"{where}: fused_lm_head is TRL's, whose trainers compute their own loss, got it under fuse_loss. Use a Trainer of "
+            "transformers, or override compute_loss by `return model(**inputs).loss`."
+        )
+    weight = model.get_output_embeddings().weight
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{where}: the head must be whole where the loss is computed, got a weight that DeepSpeed ZeRO-3 has partitioned. Use "
+            "FSDP2 or ZeRO-2."
+        )
+
+
+def _compare(model: nn.Module, objective: Objective) -> None:
+    """Raise where the fused loss of a few tokens is not that of the model's logits, as with a layer that `head_options` misses."""
+    weight = model.get_output_embeddings().weight
+    if weight.is_meta:
+        return
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(_PROBED_TOKENS, device=device).remainder(model.config.get_text_config().vocab_size)[None]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            fused = model(input_ids=ids, labels=ids, use_cache=False).loss
+            batch = _batch(F.pad(ids[0, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device), None)
+            logprob, entropy, _ = token_logprob(logits, batch.target, with_entropy=True)
+            expected = policy_loss(logprob, entropy, batch, objective).loss
+    finally:
+        for module, training in modes:
+            module.training = training
+        vars(model).pop("loss_metrics", None)
+    close = 1e-3 + 2 * torch.finfo(weight.dtype).eps * float(logits.abs().max())
+    if not abs(fused - expected) <= close:
+        raise ValueError(
+            f"fuse_loss: the loss of {_PROBED_TOKENS} tokens must be that of the model's logits, {float(expected):.6g} ± "
+            f"{close:.2g}, got {float(fused):.6g}: {type(model).__name__} does something to its logits that head_options does not "
+            "know. Call linear_policy_loss with options of your own."
+        )
