@@ -9,7 +9,6 @@ Ctrl-C was pressed twice. Where stdout or stderr takes nothing more, as when `te
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from trapo_train.reports.console import outlived_readers
 from trapo_train.reports.display import say
-from trapo_train.schema import UserError, refused
+from trapo_train.schema import UserError, build, refused
 
 if TYPE_CHECKING:
     from trapo_train.config import RunConfig
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("trapo-train: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except Exception as error:  # told apart below, where those classes are imported: most commands never need them
-            if not isinstance(error, _user_errors()):
+            if not isinstance(error, UserError | OSError) and not isinstance(error, _failures()):
                 raise
             if args.traceback:
                 traceback.print_exc()
@@ -62,15 +61,15 @@ def run_and_exit() -> NoReturn:
     sys.exit(code)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can correct: our own errors, and OSError, which files, disks and the hub raise. Anything else is a bug."""
+def _failures() -> tuple[type[Exception], ...]:
+    """What a user can correct beside UserError, and OSError, which files, disks and the hub raise. Anything else is a bug."""
     from trapo_train.checkpoints.checkpoint import CheckpointError
     from trapo_train.engines.engine import EngineError
     from trapo_train.parallel.world import RankError
     from trapo_train.rewards.functions import RewardError
     from trapo_train.step.optimizer_step import NonFiniteError
 
-    return (UserError, OSError, CheckpointError, EngineError, RankError, RewardError, NonFiniteError)
+    return (CheckpointError, EngineError, RankError, RewardError, NonFiniteError)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,12 +150,12 @@ def _step(text: str) -> int | str:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    config = _load(args, finished_run=False)
     from trapo_train import train
     from trapo_train.checkpoints.output_dir import check_in_place
     from trapo_train.reports.display import NullReporter, Reporter
     from trapo_train.reports.plots import plot_run
 
-    config = _load(args, finished_run=False)
     if not any(override.startswith("output_dir=") for override in args.overrides):
         check_in_place(args.config, config)
     if args.dry_run:
@@ -184,7 +183,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.config import recipes
+    from trapo_train.config_file import recipes
     from trapo_train.reports.tables import recipes_table
 
     console.print(recipes_table(recipes()))
@@ -200,6 +199,7 @@ def _settings(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    config = _load(args)
     from trapo_train.checks.symptoms import about_evaluation
     from trapo_train.evaluation.held_out import model_label, responses_file
     from trapo_train.reports.tables import evaluation_table
@@ -209,7 +209,6 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.step.optimizer import OptimizerConfig
     from trapo_train.step.updates import UpdateConfig
 
-    config = _load(args)
     if config.eval_data is None:
         raise UserError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
     held_out = next(iter(config.eval_data.values())) if isinstance(config.eval_data, dict) else config.eval_data
@@ -252,9 +251,9 @@ def _export(args: argparse.Namespace, console: Console) -> int:
 
 
 def _headroom(args: argparse.Namespace, console: Console) -> int:
+    config = _load(args)
     from trapo_train.evaluation.headroom import HeadroomConfig, measure, show_headroom
 
-    config = _load(args)
     if config.reward is None:
         raise UserError("headroom: reward must be set, for it judges responses, got null. Add reward=math_verify, for example.")
     with refused(f"output_dir must be a directory that can be written to, got {config.output_dir}", OSError):
@@ -269,13 +268,13 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
+    if args.max_tokens < 1:
+        raise UserError(f"inspect: --max-tokens must be at least 1, got {args.max_tokens}.")
+    trainer = _trainer(_load(args), console)
     from trapo_train.reports.inspect import render_group
     from trapo_train.rollouts.rollout import run_plans
     from trapo_train.step.advantages import assign_advantages, assign_prefix_weights
 
-    if args.max_tokens < 1:
-        raise UserError(f"inspect: --max-tokens must be at least 1, got {args.max_tokens}.")
-    trainer = _trainer(_load(args), console)
     if not 0 <= args.problem < len(trainer.problems):
         raise UserError(f"inspect: --problem must be in [0, {len(trainer.problems) - 1}], got {args.problem}.")
     config = trainer.config
@@ -297,10 +296,10 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
 
 
 def _plan_memory(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.memory.plan import GIB, changes, plan_memory
-    from trapo_train.reports.tables import changes_table, memory_summary, memory_table
-
     config = _load(args)
+    from trapo_train.memory.plan import GIB, changes, plan_memory
+    from trapo_train.memory.tables import changes_table, memory_summary, memory_table
+
     if args.memory_gib is not None and not 0 < args.memory_gib < float("inf"):
         raise UserError(f"plan-memory: --memory-gib must be a finite number above 0, got {args.memory_gib}.")
     gpu_bytes = None if args.memory_gib is None else int(args.memory_gib * GIB)
@@ -351,7 +350,8 @@ def _trainer(config: RunConfig, console: Console, **options: Any) -> Trainer:
 
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
-    """The configuration, with the allocator set as suits it."""
+    """The configuration, with the allocator set as suits it. Commands ask for it before they import what brings torch: a mistake in
+    a file is told at once."""
     config = _read_config(args, finished_run)
     # Micro-batches differ in length: segments of fixed sizes would leave holes that nothing fits into. torch reads this when CUDA
     # starts, a user's own first. vLLM's sleep moves memory of its own, for which it refuses such segments.
@@ -363,24 +363,14 @@ def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
 
 def _read_config(args: argparse.Namespace, finished_run: bool) -> RunConfig:
     """The configuration; for the directory of a finished run its own, with the model that it trained."""
-    from trapo_train.checkpoints.export import MODEL_DIR
-    from trapo_train.config import CONFIG_FILE, load_config
+    from trapo_train.config_file import read_config, read_finished_run
+
+    read = read_finished_run if finished_run and Path(args.config).is_dir() else read_config
+    given = read(args.config, args.overrides)
+    from trapo_train.config import RunConfig
 
     _quiet_libraries()
-    directory = Path(args.config)
-    if not (finished_run and directory.is_dir()):
-        return load_config(args.config, args.overrides)
-    if not (directory / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{directory}: the directory of a finished run holds {CONFIG_FILE}, this one does not.")
-    chosen = any(override.startswith("model.name_or_path=") for override in args.overrides)
-    if not (chosen or (directory / MODEL_DIR).exists()):
-        raise FileNotFoundError(
-            f"{directory}: the directory of a finished run holds {MODEL_DIR}, this one does not. Export a checkpoint first, "
-            f"`trapo-train export {directory}`, and add model.name_or_path={directory / MODEL_DIR}_step_N."
-        )
-    trained = ["model.scratch=null", "model.revision=null", f"model.name_or_path={json.dumps(str(directory / MODEL_DIR))}"]
-    trained.append(f"output_dir={json.dumps(str(directory))}")  # wherever it was when it trained
-    return load_config(directory / CONFIG_FILE, [*trained, *args.overrides])
+    return build(RunConfig, *given)
 
 
 def _quiet_libraries() -> None:

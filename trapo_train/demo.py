@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from trapo_train.checkpoints.export import MODEL_DIR
 from trapo_train.config import RunConfig, load_config
+from trapo_train.config_file import MODEL_DIR
 from trapo_train.evaluation.headroom import HeadroomConfig, measure, show_headroom
 from trapo_train.records import Sample
 from trapo_train.reports.display import Reporter, format_seconds, say

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.checkpoints.export import MODEL_DIR, export_model, other_tokenizer
+from trapo_train.checkpoints.export import export_model, other_tokenizer
 from trapo_train.checkpoints.lock import held
 from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps
 from trapo_train.checkpoints.postmortem import save_batch
@@ -25,7 +25,8 @@ from trapo_train.checkpoints.signals import StopSignal
 from trapo_train.checks.extras import check_packages
 from trapo_train.checks.preflight import check_disk
 from trapo_train.checks.symptoms import Symptoms
-from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
+from trapo_train.config import RunConfig, to_yaml
+from trapo_train.config_file import CONFIG_FILE, MODEL_DIR
 from trapo_train.data.rejected import Place, read_rejected, write_rejected
 from trapo_train.evaluation.evaluate import EvaluationStopped
 from trapo_train.files import replace_text

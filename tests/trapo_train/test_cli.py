@@ -392,3 +392,9 @@ def test_a_run_that_was_moved_goes_on_where_it_is_or_not_at_all(config, tmp_path
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert cli.main(["run", "../here/config.yaml", "checkpoint.resume=true", "steps=2"]) == 2
     assert f"output_dir is {tmp_path / 'elsewhere' / 'here'}. Add" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["run", "nowhere"], ["run", "demo_base", "steps"], ["eval", ".", "a"]])
+def test_what_needs_no_torch_does_not_wait_for_it(arguments):
+    code = f"import sys; from trapo_train import cli; cli.main({arguments}); sys.exit({{'torch', 'transformers'}} & {{*sys.modules}} or 0)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -254,7 +254,7 @@ def test_mistakes_in_files(tmp_path, text, words):
 def test_a_path_may_name_a_recipe(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "small.yaml").write_text(TEXT)
-    monkeypatch.setattr("trapo_train.config.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("trapo_train.config_file.resources.files", lambda package: tmp_path)
     assert load("small", "steps=5").steps == 5
     with pytest.raises(ConfigError, match="recipe small with override 'steps=0': steps must be at least 1"):
         load("small", "steps=0")

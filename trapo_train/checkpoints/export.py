@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
-from trapo_train.config import CONFIG_FILE, load_config
+from trapo_train.config import load_config
+from trapo_train.config_file import CONFIG_FILE, MODEL_DIR
 from trapo_train.files import UNFINISHED
 from trapo_train.models.loading import write_processor
 from trapo_train.models.lora import has_lora, names_as_they_are, other_layers
@@ -27,7 +28,6 @@ from trapo_train.parallel.world import World
 from trapo_train.schema import UserError
 from trapo_train.tasks import tokenizer_of
 
-MODEL_DIR = "model"  # in output_dir
 _MARKER = ".exported_by_trapo"
 
 

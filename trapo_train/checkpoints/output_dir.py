@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from trapo_train.checkpoints.checkpoint import CheckpointStore
-from trapo_train.checkpoints.export import MODEL_DIR, check_replaceable
-from trapo_train.config import CONFIG_FILE, RunConfig, to_yaml
+from trapo_train.checkpoints.export import check_replaceable
+from trapo_train.config import RunConfig, to_yaml
+from trapo_train.config_file import CONFIG_FILE, MODEL_DIR
 from trapo_train.parallel.world import World
 from trapo_train.reports.metrics_log import METRICS_FILE
 from trapo_train.schema import UserError

@@ -16,10 +16,10 @@ from trapo_train import cli
 from trapo_train.config import load_config
 from trapo_train.memory import trace
 from trapo_train.memory.plan import _candidates, changes, plan_memory
+from trapo_train.memory.tables import changes_table, memory_summary
 from trapo_train.memory.trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig
-from trapo_train.reports.tables import changes_table, memory_summary
 from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig
 
