@@ -396,5 +396,5 @@ def test_a_run_that_was_moved_goes_on_where_it_is_or_not_at_all(config, tmp_path
 
 @pytest.mark.parametrize("arguments", [["recipes"], ["run", "nowhere"], ["run", "demo_base", "steps"], ["eval", ".", "a"]])
 def test_what_needs_no_torch_does_not_wait_for_it(arguments):
-    code = f"import sys; from trapo_train import cli; cli.main({arguments}); sys.exit({{'torch', 'transformers'}} & {{*sys.modules}} or 0)"
+    code = f"import sys; from trapo_train import cli; cli.main({arguments}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
