@@ -20,6 +20,7 @@ from trapo_train.rewards.builtin import REWARDS, Overlong
 from trapo_train.rewards.grading import MathVerify, WorkerReward
 from trapo_train.rewards.math_grader import load_library
 from trapo_train.rewards.reward_checks import check_is_no_class, takes
+from trapo_train.rewards.reward_values import RewardError, number, one_per_completion
 from trapo_train.rewards.surroundings import current_gpu, no_autocast, use_gpu
 from trapo_train.schema import UserError, check, did_you_mean
 from trapo_train.user_code import in_words, note_place, resolve
@@ -107,10 +108,6 @@ class RewardFn(Protocol):
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float | None]: ...
 
 
-class RewardError(RuntimeError):
-    """A reward function raised, or returned something that is not one finite number (or None) per row."""
-
-
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -134,20 +131,13 @@ def judge(
         return reward.judge(problems, texts, about)
     try:
         values = called(reward, _arguments(problems, texts, about))
+    except RewardError:  # of a worker, which has checked what it got
+        raise
     except Exception as error:  # the user's code may raise anything
         raise RewardError(_describe_exception(reward, problems, texts, about, error)) from error
     name = _name(reward)
-    if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-        raise RewardError(
-            f"Reward {name} must return a list with one number per completion, got {type(values).__name__}. Return a list as "
-            "long as the completions it is called with."
-        )
-    if len(values) != len(texts):
-        raise RewardError(
-            f"Reward {name} must return one number per completion = {len(texts)}, got {len(values)}. Return a list as long as the "
-            "completions it is called with."
-        )
-    return [_check_value(value, name, problem) for value, problem in zip(values, problems, strict=True)]
+    given = zip(one_per_completion(values, name, len(texts)), problems, strict=True)
+    return [number(value, name, problem.index) for value, problem in given]
 
 
 def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedSum | None:
@@ -336,23 +326,6 @@ def _describe_exception(
             more = ". --traceback shows how it got there" if hasattr(single, "__notes__") else ""  # not in a worker
             return f"{what} row {problem.index}: {in_words(single)}. Its completion: {text[:200]!r}{more}"
     return f"{what} {len(texts)} rows, though on none of them alone: {in_words(error)}."
-
-
-def _check_value(value: Any, name: str, problem: Problem) -> float | None:
-    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch, or a truth value
-        value = value.item()
-    if value is None:
-        return None
-    if not isinstance(value, Real):
-        raise RewardError(
-            f"Reward {name} must return numbers or None, got {value!r} ({type(value).__name__}) on row {problem.index}."
-        )
-    if not math.isfinite(value):
-        raise RewardError(
-            f"Reward {name} must return finite numbers, got {float(value)} on row {problem.index}. "
-            "Return None where it has no opinion."
-        )
-    return float(value)
 
 
 def _name(reward: RewardFn) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from trapo_train.metrics import Mean
 from trapo_train.records import THINK
 from trapo_train.rewards.reward_checks import takes
+from trapo_train.rewards.reward_values import RewardError
 from trapo_train.rewards.workers import Answer, WorkerPool
 from trapo_train.schema import UserError
 
@@ -61,7 +62,8 @@ class WorkerReward(Grader):
 
     A row that takes longer than `time_limit_s`, crashes the worker or outgrows `memory_limit_mib` earns 0.0 and is counted.
 
-    Raises: RuntimeError for an exception of the function; UserError for a column whose values cannot be sent.
+    Raises: RuntimeError for an exception of the function, RewardError where it returns no list of one value; UserError for a
+    column whose values cannot be sent.
     """
 
     def __init__(self, path: str, reward: Callable[..., Any], *, time_limit_s: float, memory_limit_mib: int) -> None:
@@ -75,7 +77,9 @@ class WorkerReward(Grader):
         for answer in answers:
             if answer.outcome == "error":
                 raise RuntimeError(answer.value)
-        return [answer.value if answer.outcome == "ok" else 0.0 for answer in answers]
+            if isinstance(answer.value, str):
+                raise RewardError(answer.value)
+        return [answer.value[0] if answer.outcome == "ok" else 0.0 for answer in answers]
 
     def sent(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What a worker is sent of a row's columns."""
