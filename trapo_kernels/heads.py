@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TypedDict
 
 from torch import Tensor, nn
 
 from trapo_kernels.lora import LoraHead
 
-# (model type, text model type) whose own forward applies the cap or scale in its text model's configuration; many others ignore
-# theirs. tests/test_vision_language.py has each of these.
+# (model type, text model type) whose own forward applies the cap or scale in its text model's configuration, with the version
+# of transformers that began to; many others ignore theirs. tests/test_vision_language.py has each of these.
 _APPLIED = {
-    ("gemma3n", "gemma3n_text"),
-    ("gemma4", "gemma4_text"),
-    ("gemma4_unified", "gemma4_unified_text"),
-    ("hyperclovax_vision_v2", "hyperclovax"),
-    ("muse_glimmer", "muse_glimmer_text"),
-    ("muse_spark", "muse_spark_text"),
-    ("paligemma", "gemma2"),
+    ("gemma3n", "gemma3n_text"): (5, 17),
+    ("gemma4", "gemma4_text"): (5, 17),
+    ("gemma4_unified", "gemma4_unified_text"): (5, 17),
+    ("hyperclovax_vision_v2", "hyperclovax"): (5, 18),
+    ("muse_glimmer", "muse_glimmer_text"): (5, 17),
+    ("muse_spark", "muse_spark_text"): (5, 20),
+    ("paligemma", "gemma2"): (5, 23),
 }
 
 
@@ -81,13 +82,18 @@ def head_options(model: nn.Module) -> ModelOptions:
     cap = next((cap for cap in caps if cap is not None), None)
     softcap, temperature = None if cap is None else cap / before, 1.0 / (before * after)
     types = (model.config.model_type, config.model_type)
-    if config is not model.config and types not in _APPLIED and (softcap, temperature) != (None, 1.0):
+    if config is not model.config and (softcap, temperature) != (None, 1.0) and not _is_applied(types):
         raise ValueError(
             "head_options: a cap or a scale in the configuration of a model's text must be one that the model itself applies, got "
             f"softcap = {softcap} and temperature = {temperature:g} of {types[1]} in {types[0]}, which may ignore them. Pass the "
             f"options yourself: these, or none where the forward of {type(model).__name__} returns lm_head(hidden)."
         )
     return {"bias": head.bias, "softcap": softcap, "temperature": temperature, "lora": lora}
+
+
+def _is_applied(types: tuple[str, str]) -> bool:
+    """Whether the installed transformers is known to apply what the text of such a model says of its logits."""
+    return types in _APPLIED and tuple(int(part) for part in version("transformers").split(".")[:2]) >= _APPLIED[types]
 
 
 def _without_adapter(head: nn.Module | None) -> tuple[nn.Module | None, LoraHead | None]:
