@@ -334,7 +334,7 @@ def test_every_setting_is_listed_with_its_default_and_what_it_does(capsys):
             seen.add(setting.key)
             assert setting.about, f"{setting.key} says nothing"
         sections += [name for name in (entry.key for entry in settings(section)) if _is_section(name)]
-    some = "steps data.max_prompt_tokens plan.name evaluation.pass_at model.lora.alpha rollout.vllm.sleep reward.in_worker"
+    some = "steps data.max_prompt_tokens plan.name evaluation.pass_at model.lora.alpha rollout.vllm.sleep reward[].in_worker"
     assert set(some.split()) <= seen
     assert cli.main(["settings", "rolout"]) == 2 and "Did you mean 'rollout'" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ class Setting(NamedTuple):
     """One key of a configuration."""
 
     key: str
-    """Its path, `rollout.temperature`."""
+    """Its path, `rollout.temperature`; `reward[].name` in each entry of a list, which overrides replace as a whole."""
     type: str
     """As it is annotated."""
     default: str
@@ -34,13 +34,15 @@ def settings(section: str = "") -> list[Setting]:
     Raises: UserError for what is no section.
     """
     cls: Any = RunConfig
+    prefix = ""
     for part in filter(None, section.split(".")):
         inner = {name: kind for name, kind in _sections(cls)}
         if part not in inner:
             known = ", ".join(inner) or "none"
             raise UserError(f"settings: {section} must name a section, got {part!r}; there are {known}.{did_you_mean(part, inner)}")
+        prefix += f"{part}[]." if _is_of_a_list(typing.get_type_hints(cls)[part]) else f"{part}."
         cls = inner[part]
-    return list(_settings(cls, f"{section}." if section else ""))
+    return list(_settings(cls, prefix))
 
 
 def _settings(cls: type, prefix: str) -> Iterator[Setting]:
@@ -67,6 +69,13 @@ def _dataclasses(kind: Any) -> Iterator[type]:
         yield kind
     for inner in typing.get_args(kind):
         yield from _dataclasses(inner)
+
+
+def _is_of_a_list(kind: Any) -> bool:
+    """Whether the dataclass in this type is that of a list's entries."""
+    return not is_dataclass(kind) and any(
+        typing.get_origin(inner) is list and any(_dataclasses(inner)) for inner in (kind, *typing.get_args(kind))
+    )
 
 
 def _docstrings(cls: type) -> dict[str, str]:
