@@ -1,9 +1,11 @@
 """Clocks and rounds: what is timed, in which order, and what a failed call leaves behind."""
 
 import weakref
+from importlib import metadata
 from types import SimpleNamespace
 
 import torch
+import triton
 
 from benchmarks import measure, provenance
 
@@ -90,3 +92,15 @@ def test_nothing_of_a_failed_call_stays_in_memory_while_the_others_are_timed():
     calls = {"bad": fails, "good": lambda: alive.append(bool(tensors) and tensors[0]() is not None)}
     _, failed = measure.interleave(calls, measure.CpuClock(), 0.0, 3)
     assert alive == [False] * 3 and len(tensors) == 1 and str(failed["bad"]) == "no room"
+
+
+def test_a_triton_that_was_installed_under_another_name_has_its_version(monkeypatch):
+    known = metadata.version
+
+    def without_triton(name):
+        if name == "triton":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", without_triton)
+    assert provenance.versions()["triton"] == triton.__version__

@@ -158,9 +158,10 @@ def test_a_compiled_model_has_the_same_loss():
 
 
 class _Doubled(transformers.Qwen2ForCausalLM):
-    def forward(self, *args, **given):
+    def forward(self, *args, labels=None, **given):
         out = super().forward(*args, **given)
         out.logits = 2 * out.logits
+        out.loss = None if labels is None else self.loss_function(out.logits, labels, vocab_size=50)
         return out
 
 
@@ -172,6 +173,24 @@ def test_a_model_that_does_more_to_its_logits_is_refused_and_stays_as_it_was():
         fuse_loss(model, objectives.sft())
     assert "forward" not in vars(model) and not hasattr(model, "loss_metrics")
     assert model.training and model.lm_head.training and not model.model.layers[0].training
+
+
+def test_a_model_whose_labels_are_shifted_already_is_refused():
+    shape = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 50}
+    model = transformers.BartForCausalLM(transformers.BartConfig(**shape, pad_token_id=0, is_encoder_decoder=False)).eval()
+    with pytest.raises(ValueError, match=r"must be the cross-entropy of next tokens, .* of BartForCausalLM\. Call"):
+        fuse_loss(model, objectives.sft())
+
+
+def test_positional_arguments_are_those_of_the_model_s_forward():
+    model = small_model("Qwen2")
+    own = _result(model)
+    fuse_loss(model, objectives.sft())
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = [INPUT_IDS, *[None] * (names.index("labels") - 1), LABELS]
+    torch.testing.assert_close(model(*given).loss.detach(), own[0])
+    with pytest.raises(TypeError, match="multiple values"):
+        model(INPUT_IDS, input_ids=INPUT_IDS, labels=LABELS)
 
 
 @pytest.mark.parametrize(

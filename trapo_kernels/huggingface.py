@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +57,14 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
     _check_arguments(model, objective)
     own = model.forward
     own = getattr(own, "__func__", functools.partial(_call_bare, own))  # of a copy of the model, not of the model that was copied
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(type(model).forward)  # transformers reads the signature: `generate`, and a Trainer its columns
     def forward(self, *args, **given):
-        given = dict(zip(names, args, strict=False)) | given
+        if len(args) > len(names) or any(name in given for name in names[: len(args)]):
+            return own(self, *args, **given)  # which says what is wrong with them
+        given |= dict(zip(names, args, strict=False))
         if given.get("labels") is None and given.get("shift_labels") is None:
             return own(self, **given)
         return _with_loss(self, objective, backend, **given)
@@ -67,7 +72,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
     before = vars(model).get("forward")
     model.forward = forward.__get__(model)
     try:
-        _compare(model, objective)
+        _compare(model, own, objective)
     except BaseException:
         del model.forward
         if before is not None:
@@ -96,14 +101,16 @@ def _with_loss(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     _check_call(model, logits_to_keep, given)
-    outputs = model.base_model(**{"use_cache": False} | given, return_dict=True)
+    backbone = model.model if model.base_model is model else model.base_model  # which Llama4ForCausalLM names wrongly
+    outputs = backbone(**{"use_cache": False} | given, return_dict=True)
     head = model.get_output_embeddings()
     hidden = outputs.last_hidden_state.flatten(0, 1).to(head.weight.device)  # which `device_map` may have put elsewhere
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
     batch = _batch(target.flatten().to(head.weight.device), num_items_in_batch)
     out = linear_policy_loss(hidden, head.weight, batch, objective, backend=backend, **head_options(model))
     model.loss_metrics = out.metrics
-    answer = CausalLMOutputWithPast(loss=out.loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+    kept = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+    answer = CausalLMOutputWithPast(loss=out.loss, **kept)
     return answer.to_tuple() if return_dict is False else answer
 
 
@@ -167,8 +174,9 @@ def _check_call(model: nn.Module, logits_to_keep: int | Tensor, given: dict) -> 
         )
 
 
-def _compare(model: nn.Module, objective: Objective) -> None:
-    """Raise where the fused loss of a few tokens is not that of the model's logits, as with a layer that `head_options` misses."""
+def _compare(model: nn.Module, own: Callable[..., Any], objective: Objective) -> None:
+    """Raise where the fused loss of a few tokens is not that of the model's logits, as with a layer that `head_options` misses, or
+    the model's own loss is none of next tokens, as where its labels are shifted already."""
     weight = model.get_output_embeddings().weight
     if weight.is_meta:
         return
@@ -178,16 +186,23 @@ def _compare(model: nn.Module, objective: Objective) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            theirs = own(model, input_ids=ids, labels=ids, use_cache=False)
             fused = model(input_ids=ids, labels=ids, use_cache=False).loss
-            batch = _batch(F.pad(ids[0, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device), None)
-            logprob, entropy, _ = token_logprob(logits, batch.target, with_entropy=True)
+            batch = _batch(F.pad(ids[0, 1:], (0, 1), value=IGNORE_INDEX).to(theirs.logits.device), None)
+            logprob, entropy, _ = token_logprob(theirs.logits[0], batch.target, with_entropy=True)
             expected = policy_loss(logprob, entropy, batch, objective).loss
+            of_next_tokens = -(batch.weight * logprob).sum()
     finally:
         for module, training in modes:
             module.training = training
         vars(model).pop("loss_metrics", None)
-    close = 1e-3 + 2 * torch.finfo(weight.dtype).eps * float(logits.abs().max())
+    close = 1e-3 + 2 * torch.finfo(weight.dtype).eps * float(theirs.logits.abs().max())
+    if not abs(theirs.loss - of_next_tokens) <= close:
+        raise ValueError(
+            f"fuse_loss: the model's own loss of {_PROBED_TOKENS} tokens must be the cross-entropy of next tokens, "
+            f"{float(of_next_tokens):.6g} ± {close:.2g}, got {float(theirs.loss):.6g} of {type(model).__name__}. Call "
+            "linear_policy_loss with the targets that its labels are."
+        )
     if not abs(fused - expected) <= close:
         raise ValueError(
             f"fuse_loss: the loss of {_PROBED_TOKENS} tokens must be that of the model's logits, {float(expected):.6g} ± "

@@ -285,6 +285,8 @@ def install_policy_head(model: PreTrainedModel, *, compute_dtype: torch.dtype, c
             f"model: the output head must be a torch.nn.Linear, {type(model).__name__} has {type(linear).__name__}. "
             "Load the model without quantisation or adapters on its head."
         )
+    if model.base_model is model:  # Llama4ForCausalLM names a body that it does not have
+        raise UserError(f"model: {type(model).__name__} must name its body in base_model_prefix, got none. Choose another model.")
     try:
         options = head_options(model)
     except ValueError as error:
