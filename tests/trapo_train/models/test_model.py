@@ -295,6 +295,13 @@ def test_logits_that_are_no_multiple_of_the_heads_are_refused(monkeypatch):
         install_policy_head(model, compute_dtype=torch.float32)
 
 
+def test_a_model_that_names_no_body_is_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(type(model), "base_model_prefix", "language_model")  # of Llama4ForCausalLM, which has no such part
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM must name its body in base_model_prefix, got none\. Choose another"):
+        install_policy_head(model, compute_dtype=torch.float32)
+
+
 def test_head_that_is_not_linear_is_refused():
     model = build("llama")
 
