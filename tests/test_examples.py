@@ -8,11 +8,22 @@ import torch
 import transformers
 from datasets import Dataset
 
+import trapo_kernels
 from trapo_train.tasks import build_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra [bench])")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def sft_example(monkeypatch):
+    """examples/trl_sft.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import trl_sft
+
+    yield trl_sft
+    del sys.modules["trl_sft"]
 
 
 @pytest.fixture
@@ -99,3 +110,35 @@ def test_the_trl_example_trains(example, model, tmp_path, monkeypatch, capsys):
 def test_a_trainer_that_wants_what_the_head_does_not_have_is_refused(example):
     with pytest.raises(ValueError, match=r"outputs must be among \['entropy', 'log_probs'\], got \('log_probs', 'is_top1'\)"):
         example.add_trapo_head(torch.nn.Module(), outputs=("log_probs", "is_top1"))
+
+
+def _trained(trainer, model, fuse=None):
+    """The weights after two steps of two micro-batches on prompts and completions of several lengths, by one of TRL's SFT trainers."""
+    given = {
+        "output_dir": f"{model}/run",
+        "use_cpu": True,
+        "report_to": "none",
+        "bf16": False,
+        "save_strategy": "no",
+        "optim": "sgd",
+    }
+    args = trl.SFTConfig(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.1, **given)
+    rows = [{"prompt": "ab" * (1 + i % 3), "completion": "cd" * (1 + i % 2)} for i in range(8)]
+    made = trainer(model, args=args, train_dataset=Dataset.from_list(rows))
+    if fuse:
+        trapo_kernels.fuse_loss(made.model, fuse)
+    made.train()
+    return made, {name: weight.detach() for name, weight in made.model.named_parameters()}
+
+
+def test_trl_s_sft_trainer_ends_with_the_same_weights_under_fuse_loss(sft_example, model):
+    _, theirs = _trained(trl.SFTTrainer, model)
+    made, ours = _trained(sft_example.FusedSFTTrainer, model, trapo_kernels.objectives.sft())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert made.state.log_history[-1].keys() >= {"train_loss", "expert/logprob"}
+
+
+def test_the_trl_sft_example_trains(sft_example, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trl_sft.py", "--model", model, "--steps", "2", "--output-dir", str(tmp_path / "run")])
+    sft_example.main()
+    assert "expert/trsft_weight" in capsys.readouterr().out
