@@ -113,16 +113,10 @@ def test_a_trainer_that_wants_what_the_head_does_not_have_is_refused(example):
 
 
 def _trained(trainer, model, fuse=None):
-    """The weights after two steps of two micro-batches on prompts and completions of several lengths, by one of TRL's SFT trainers."""
-    given = {
-        "output_dir": f"{model}/run",
-        "use_cpu": True,
-        "report_to": "none",
-        "bf16": False,
-        "save_strategy": "no",
-        "optim": "sgd",
-    }
-    args = trl.SFTConfig(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.1, **given)
+    """An SFT trainer of TRL's after two steps of two micro-batches of unequal lengths, and its weights."""
+    given = {"output_dir": f"{model}/run", "use_cpu": True, "report_to": "none", "bf16": False, "save_strategy": "no"}
+    steps = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = trl.SFTConfig(optim="sgd", learning_rate=0.1, **given, **steps)
     rows = [{"prompt": "ab" * (1 + i % 3), "completion": "cd" * (1 + i % 2)} for i in range(8)]
     made = trainer(model, args=args, train_dataset=Dataset.from_list(rows))
     if fuse:
