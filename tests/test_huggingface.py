@@ -83,6 +83,19 @@ def test_without_labels_the_model_is_what_it_was_and_a_copy_is_a_model_of_its_ow
     assert model(INPUT_IDS, labels=LABELS).logits is not None
 
 
+def test_another_call_replaces_the_objective_and_a_refused_one_does_not():
+    model = small_model("Qwen2")
+    fuse_loss(model, objectives.trsft(alpha=0.1))
+    loss = model(INPUT_IDS, labels=LABELS).loss
+    with pytest.raises(ValueError, match="pools over sequences"):
+        fuse_loss(model, objectives.iw_sft())
+    assert model(INPUT_IDS, labels=LABELS).loss == loss
+    fuse_loss(model, objectives.sft())
+    found = model(INPUT_IDS, labels=LABELS).loss
+    del model.forward
+    torch.testing.assert_close(found, model(INPUT_IDS, labels=LABELS).loss)
+
+
 def test_a_batch_without_labels_of_its_own_has_a_loss_of_zero_and_gradients():
     model = small_model("Qwen2")
     fuse_loss(model, objectives.sft())

@@ -40,7 +40,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
 
     which with `sft()` is the model's own. It is computed inside the model's forward, as DDP and FSDP need it: call this before
     they, a Trainer or Accelerate wrap the model. Eight tokens go through the model, unless its weights are meta tensors, to compare
-    the loss with that of its logits.
+    the loss with its own and with that of its logits. Another call replaces the objective.
 
     Args:
         model: a causal LM of `from_pretrained` or `from_config`, or PEFT's model of one.
@@ -48,15 +48,14 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
             logprob of before, and no whole sequences.
         backend: as in `linear_policy_loss`.
 
-    Returns: None. Raises: TypeError or ValueError for a model or an objective that cannot be used so, or a loss that is not that of
-        the model's logits; at a call for `logits_to_keep`, or a router's auxiliary loss, beside labels.
+    Returns: None. Raises: TypeError or ValueError for a model or an objective that cannot be used so, such as one whose own loss is
+        not that of its head's logits and next tokens; at a call for `logits_to_keep`, or a router's auxiliary loss, beside labels.
     Memory: `head_memory`. On a GPU the host waits once per call, to learn which labels are -100: those rows reach no GEMM.
     Determinism: that of `linear_policy_loss`. Source: the forward and loss of the causal LMs in transformers 5.23.
     """
     model = getattr(model, "get_base_model", lambda: model)()
     _check_arguments(model, objective)
-    own = model.forward
-    own = getattr(own, "__func__", functools.partial(_call_bare, own))  # of a copy of the model, not of the model that was copied
+    own = getattr(model.forward, "replaced", None) or _unbound(model.forward)
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
@@ -69,6 +68,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
             return own(self, **given)
         return _with_loss(self, objective, backend, **given)
 
+    forward.replaced = own  # for another call of this, with another objective
     before = vars(model).get("forward")
     model.forward = forward.__get__(model)
     try:
@@ -80,9 +80,10 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
         raise
 
 
-def _call_bare(forward, _, **given):
-    """A `forward` that somebody put on the model as a plain function, which takes no self."""
-    return forward(**given)
+def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward as a function of the model, so that a copy of the model calls its own; what somebody put there as a plain
+    function takes no model."""
+    return getattr(forward, "__func__", lambda _, *args, **given: forward(*args, **given))
 
 
 def _with_loss(
