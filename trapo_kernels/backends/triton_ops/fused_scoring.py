@@ -20,8 +20,9 @@ from trapo_kernels.roles import IGNORE_INDEX
 # GROUP: blocks of rows whose programs, of all splits, run before those of the next group. So their hidden states stay in L2, 15 MB
 # at D = 3584 beside 7 of weight tiles; those of 32768 rows, all at once, would not, and each tile would read them from memory.
 TILE = OPTIONS | {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
-# At a depth of 64 sm_120 spills (40 bytes of stack in that table's compiler). Half as deep, four stages are 48 KiB of its 99.
-TILE_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
+# At a depth of 64 sm_120 spills (40 bytes of stack in that table's compiler), and so do sm_86 and 89 (8 bytes in Triton 3.6's). Half
+# as deep, four stages are 48 KiB of their 99.
+TILE_SM80_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
 # fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_100 spills (16
 # bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
 TILE_FP32 = OPTIONS | {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "GROUP": 16, "num_warps": 8, "num_stages": 2}
@@ -111,9 +112,9 @@ def tile_of(dtype: torch.dtype, major: int) -> dict[str, int]:
     """The pinned tile for operands of `dtype` on GPUs of compute capability `major`.x."""
     if dtype == torch.float32:
         return TILE_FP32
-    if major == 12:
-        return TILE_SM120
-    return TILE if FENCES or major < 9 else TILE | {"num_stages": 1}
+    if major in (8, 12):
+        return TILE_SM80_SM120
+    return TILE if FENCES else TILE | {"num_stages": 1}
 
 
 @functools.cache
