@@ -168,10 +168,8 @@ def totals(value: object, here: LossTotals, divisors: tuple[str, ...]) -> None:
 
 def whole_number(value: object) -> int | None:
     """A whole number of any kind, numpy's and 0-d tensors among them, as an int; None for anything else."""
-    if value is None:  # which Dynamo of torch 2.11 does not see raise
-        return None
     try:
-        return operator.index(value)
+        return None if value is None else operator.index(value)  # whose TypeError for None Dynamo of torch 2.11 does not catch
     except TypeError:
         return None
 
