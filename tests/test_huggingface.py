@@ -251,6 +251,15 @@ def test_a_call_that_the_fused_loss_cannot_answer_is_refused(given, error, messa
         model(INPUT_IDS, labels=LABELS, **given)
 
 
+def test_a_head_that_deepspeed_has_partitioned_is_refused():
+    model = small_model("Qwen2")
+    fuse_loss(model, objectives.sft())
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it between the calls of its own module
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"got a weight that DeepSpeed ZeRO-3 has partitioned\. Use FSDP2 or ZeRO-2\."):
+        model(INPUT_IDS, labels=LABELS)
+
+
 def test_a_model_on_meta_tensors_is_fused_without_being_run():
     config = small_model("Qwen2").config
     with torch.device("meta"):
