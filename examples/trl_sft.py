@@ -13,21 +13,29 @@ from datasets import Dataset
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from trapo_kernels import fuse_loss, objectives
+from trapo_kernels import Objective, fuse_loss, objectives
 
 OBJECTIVES = {"sft": objectives.sft(), "trsft": objectives.trsft(alpha=0.1), "dft": objectives.dft()}
 
 
 class FusedSFTTrainer(SFTTrainer):
-    """An SFTTrainer of a model after `fuse_loss`."""
+    """An SFTTrainer whose loss is `objective`, asked of the model itself."""
 
     compute_loss = Trainer.compute_loss
 
+    def __init__(self, *args, objective: Objective, **settings):
+        super().__init__(*args, **settings)
+        if self.args.loss_type != "nll" or self.compute_metrics is not None:
+            raise ValueError("loss_type must be 'nll' and compute_metrics None: the objective is the loss, without logits.")
+        fuse_loss(self.model, objective)  # after TRL has put its own head into the model, which would come between
+
     def log(self, logs: dict[str, float], *args) -> None:
+        """With the metrics of the last micro-batch."""
         model = self.accelerator.unwrap_model(self.model)
         model = getattr(model, "get_base_model", lambda: model)()  # PEFT's
+        prefix = "" if self.model.training else "eval_"
         metrics = getattr(model, "loss_metrics", {})
-        super().log(logs | {name: float(value) for name, value in metrics.items() if name.startswith("expert/")}, *args)
+        super().log(logs | {prefix + name: float(x) for name, x in metrics.items() if name.startswith("expert/")}, *args)
 
 
 def main() -> None:
@@ -48,9 +56,7 @@ def main() -> None:
         report_to="none",
     )
     sums = Dataset.from_list([{"prompt": f"How much is {a} + {a + 1}?", "completion": f" {2 * a + 1}."} for a in range(64)])
-    trainer = FusedSFTTrainer(args.model, args=settings, train_dataset=sums)
-    fuse_loss(trainer.model, OBJECTIVES[args.objective])
-    trainer.train()
+    FusedSFTTrainer(args.model, args=settings, train_dataset=sums, objective=OBJECTIVES[args.objective]).train()
 
 
 if __name__ == "__main__":

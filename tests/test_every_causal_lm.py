@@ -72,4 +72,6 @@ def test_a_fused_model_has_its_own_loss_or_is_refused():
             (kept if same else other).append(type(model).__name__)
     assert not other
     assert len(kept) > 90, f"{len(kept)} of transformers {transformers.__version__}, {len(refused)} refused"
+    if transformers.__version__.startswith("5.23."):
+        assert (len(kept), len(refused)) == (110, 28)  # as trapo_kernels/README.md says
     assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "Gemma2ForCausalLM", "DeepseekV3ForCausalLM"} <= {*kept}

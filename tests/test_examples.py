@@ -8,7 +8,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-import trapo_kernels
+from trapo_kernels import objectives
 from trapo_train.tasks import build_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra [bench])")
@@ -112,22 +112,20 @@ def test_a_trainer_that_wants_what_the_head_does_not_have_is_refused(example):
         example.add_trapo_head(torch.nn.Module(), outputs=("log_probs", "is_top1"))
 
 
-def _trained(trainer, model, fuse=None):
+def _trained(trainer, model, **more):
     """An SFT trainer of TRL's after two steps of two micro-batches of unequal lengths, and its weights."""
     given = {"output_dir": f"{model}/run", "use_cpu": True, "report_to": "none", "bf16": False, "save_strategy": "no"}
     steps = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     args = trl.SFTConfig(optim="sgd", learning_rate=0.1, **given, **steps)
     rows = [{"prompt": "ab" * (1 + i % 3), "completion": "cd" * (1 + i % 2)} for i in range(8)]
-    made = trainer(model, args=args, train_dataset=Dataset.from_list(rows))
-    if fuse:
-        trapo_kernels.fuse_loss(made.model, fuse)
+    made = trainer(model, args=args, train_dataset=Dataset.from_list(rows), **more)
     made.train()
     return made, {name: weight.detach() for name, weight in made.model.named_parameters()}
 
 
 def test_trl_s_sft_trainer_ends_with_the_same_weights_under_fuse_loss(sft_example, model):
     _, theirs = _trained(trl.SFTTrainer, model)
-    made, ours = _trained(sft_example.FusedSFTTrainer, model, trapo_kernels.objectives.sft())
+    made, ours = _trained(sft_example.FusedSFTTrainer, model, objective=objectives.sft())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert made.state.log_history[-1].keys() >= {"train_loss", "expert/logprob"}
 
@@ -136,3 +134,14 @@ def test_the_trl_sft_example_trains(sft_example, model, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["trl_sft.py", "--model", model, "--steps", "2", "--output-dir", str(tmp_path / "run")])
     sft_example.main()
     assert "expert/trsft_weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings", [{"args": {"loss_type": "dft"}}, {"compute_metrics": len}], ids=["loss_type", "compute_metrics"]
+)
+def test_what_the_sft_example_would_not_do_is_refused(settings, sft_example, model, tmp_path):
+    more = dict(settings)
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **more.pop("args", {}))
+    rows = Dataset.from_list([{"prompt": "ab", "completion": "cd"}])
+    with pytest.raises(ValueError, match="loss_type must be 'nll' and compute_metrics None"):
+        sft_example.FusedSFTTrainer(model, args=args, train_dataset=rows, objective=objectives.dft(), **more)

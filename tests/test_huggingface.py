@@ -6,6 +6,7 @@ import math
 import os
 import re
 import textwrap
+import types
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_a_batch_without_labels_of_its_own_has_a_loss_of_zero_and_gradients():
     assert loss == 0 and not any(grad.any() for grad in gradients)
 
 
-def _trained(objective, tmp_path, peft=False):
+def _trained(objective, tmp_path, peft=False, **more):
     """The weights after two optimizer steps of four micro-batches by Hugging Face's Trainer, and what it logged last."""
     torch.manual_seed(0)
     model = small_model("Qwen2")
@@ -124,7 +125,7 @@ def _trained(objective, tmp_path, peft=False):
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
-    args = transformers.TrainingArguments(output_dir=str(tmp_path), logging_steps=1, disable_tqdm=True, **settings)
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), logging_steps=1, disable_tqdm=True, **settings | more)
     trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     logged = [{key: value for key, value in row.items() if "loss" in key} for row in trainer.state.log_history]
@@ -139,25 +140,38 @@ def test_hugging_face_s_trainer_ends_with_the_same_weights_and_losses(peft, tmp_
         assert found == pytest.approx(expected, abs=2e-4)  # the trainer rounds to four digits
 
 
+def _sharded(model):
+    return fully_shard(model)
+
+
+def _sharded_as_accelerate_does_under_peft(model):
+    """The head in a unit of its own, whose module is not called."""
+    fully_shard(model.lm_head)
+    return fully_shard(model)
+
+
+WRAPPERS = {"DDP": DistributedDataParallel, "FSDP2": _sharded, "FSDP2, head apart": _sharded_as_accelerate_does_under_peft}
+
+
 def _rank(rank, wrapper):
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = small_model("Gemma2")
+    model = small_model("Phi")
     exact = _result(model)[1]
     model.zero_grad()
     fuse_loss(model, objectives.sft())
-    wrapped = {"DDP": DistributedDataParallel, "FSDP2": fully_shard}[wrapper](model)
+    wrapped = WRAPPERS[wrapper](model)
     mine = slice(0, 1) if rank == 0 else slice(1, 3)
     items = (LABELS[:, 1:] != -100).sum()
     (wrapped(INPUT_IDS[mine], labels=LABELS[mine], num_items_in_batch=items).loss * 2).backward()
-    found = [weight.grad.full_tensor() if wrapper == "FSDP2" else weight.grad for weight in model.parameters()]
+    found = [weight.grad.full_tensor() if "FSDP2" in wrapper else weight.grad for weight in model.parameters()]
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
     dist.destroy_process_group()
     os._exit(0)  # while the wrapped model still lives: to free it here can wait forever for gloo's threads (torch 2.13)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_ranks_have_the_gradient_of_one(wrapper):
     ranks.start(_rank, 2, wrapper)
 
@@ -227,6 +241,10 @@ def test_models_that_cannot_be_used_so_are_refused():
     model = small_model("Qwen2")
     with pytest.raises(TypeError, match=r"no output head in DataParallel\. Unwrap the model"):
         fuse_loss(torch.nn.DataParallel(model), objectives.sft())
+    with pytest.raises(
+        TypeError, match=r"must not be compiled yet, got what torch\.compile returns\. Compile it after this call\."
+    ):
+        fuse_loss(torch.compile(model), objectives.sft())
     model._original_forward = model.forward  # as Accelerate leaves it
     with pytest.raises(ValueError, match=r"must not be prepared by Accelerate, .* Call this before accelerator\.prepare"):
         fuse_loss(model, objectives.sft())
@@ -251,13 +269,49 @@ def test_a_call_that_the_fused_loss_cannot_answer_is_refused(given, error, messa
         model(INPUT_IDS, labels=LABELS, **given)
 
 
-def test_a_head_that_deepspeed_has_partitioned_is_refused():
+def test_a_head_that_is_elsewhere_is_refused():
     model = small_model("Qwen2")
     fuse_loss(model, objectives.sft())
     model.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it between the calls of its own module
     model.lm_head.weight.ds_id = 0
     with pytest.raises(ValueError, match=r"got a weight that DeepSpeed ZeRO-3 has partitioned\. Use FSDP2 or ZeRO-2\."):
         model(INPUT_IDS, labels=LABELS)
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(50, 16, device="meta"))
+    with pytest.raises(ValueError, match=r"got a weight that Accelerate has offloaded\. Keep lm_head on a device in device_map\."):
+        model(INPUT_IDS, labels=LABELS)
+
+
+def test_a_loss_that_a_trainer_computes_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"got num_items_in_batch alone, as from a Trainer with label_smoothing_factor or"):
+        _trained(objectives.trsft(alpha=0.1), tmp_path, label_smoothing_factor=0.1)
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    model = small_model("Qwen2")
+    fuse_loss(model, objectives.sft())
+    with pytest.raises(ValueError, match=r"must have a process per GPU, got torch\.nn\.DataParallel.*Launch it with torchrun"):
+        model._replicate_for_data_parallel()  # which DataParallel asks of every module
+    del model.forward
+    assert type(model._replicate_for_data_parallel()) is type(model)
+
+
+def test_what_accelerate_unwraps_is_still_fused():
+    from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+
+    model = small_model("Qwen2")
+    fuse_loss(model, objectives.trsft(alpha=0.1))
+    model._original_forward = model.forward  # as Accelerate prepares a model for mixed precision
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    unwrapped = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert unwrapped(INPUT_IDS, labels=LABELS).logits is None
+
+
+def test_a_model_without_finite_logits_is_refused():
+    model = small_model("Qwen2")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"must have finite logits, got a loss of nan for 8 tokens\. Look at its weights"):
+        fuse_loss(model, objectives.sft())
 
 
 def test_a_model_on_meta_tensors_is_fused_without_being_run():

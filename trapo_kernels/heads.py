@@ -99,7 +99,8 @@ def _is_applied(types: tuple[str, str]) -> bool:
 def _without_adapter(head: nn.Module | None) -> tuple[nn.Module | None, LoraHead | None]:
     """The layer of an output head that PEFT has wrapped, and the LoRA that it adds to that."""
     if hasattr(head, "modules_to_save"):
-        return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]], None
+        active = [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
+        return head.modules_to_save[active[0]] if active else head.original_module, None
     if hasattr(head, "lora_A"):
         return head.base_layer, None if head.disable_adapters or head.merged else LoraHead.from_peft(head)
     return head, None

@@ -28,8 +28,8 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
 
     From then on `model(input_ids, labels=labels)`, as Hugging Face's Trainer, Accelerate or your own loop call it, has `.loss` and
     no `.logits`, in training and in evaluation; every label but -100 is an expert token. Without labels, and so in `generate`, the
-    model is what it was. `model.loss_metrics` has the metrics of its last loss, `del model.forward` undoes it all. Where a trainer
-    passes num_items_in_batch (else these are the labels of the batch), the loss is that of
+    model is what it was. `model.loss_metrics` has the metrics of its last loss. Where a trainer passes num_items_in_batch (else
+    these are the labels of the batch), the loss is that of
 
         target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         role = torch.where(target == -100, Role.IGNORED, Role.EXPERT).to(torch.uint8)
@@ -39,8 +39,10 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
         loss = linear_policy_loss(hidden, model.lm_head.weight, batch, objective, **head_options(model)).loss
 
     which with `sft()` is the model's own. It is computed inside the model's forward, as DDP and FSDP need it: call this before
-    they, a Trainer or Accelerate wrap the model. Eight tokens go through the model, unless its weights are meta tensors, to compare
-    the loss with its own and with that of its logits. Another call replaces the objective.
+    torch.compile, before they or Accelerate wrap the model and before a Trainer trains, but after one of TRL's is made, whose own
+    head would come between. Eight tokens go through the model, unless its weights are meta tensors, to compare the loss with its
+    own and with that of its logits. Another call replaces the objective, `del model.forward` (of PEFT's model, that of its
+    `get_base_model()`) undoes it; a copy of the model keeps it, a saved one does not.
 
     Args:
         model: a causal LM of `from_pretrained` or `from_config`, or PEFT's model of one.
@@ -59,18 +61,22 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
-    @functools.wraps(type(model).forward)  # transformers reads the signature: `generate`, and a Trainer its columns
+    @functools.wraps(type(model).forward)
     def forward(self, *args, **given):
         if len(args) > len(names) or any(name in given for name in names[: len(args)]):
             return own(self, *args, **given)  # which says what is wrong with them
         given |= dict(zip(names, args, strict=False))
         if given.get("labels") is None and given.get("shift_labels") is None:
+            _check_no_loss_is_due(self, given)
             return own(self, **given)
         return _with_loss(self, objective, backend, **given)
 
+    forward.__signature__ = inspect.signature(type(model).forward)  # transformers reads it: `generate`, and a Trainer its columns
+    del forward.__wrapped__  # down which Accelerate unwraps
     forward.replaced = own  # for another call of this, with another objective
     before = vars(model).get("forward")
     model.forward = forward.__get__(model)
+    model._replicate_for_data_parallel = _replicate.__get__(model)
     try:
         _compare(model, own, objective)
     except BaseException:
@@ -84,6 +90,17 @@ def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A model's forward as a function of the model, so that a copy of the model calls its own; what somebody put there as a plain
     function takes no model."""
     return getattr(forward, "__func__", lambda _, *args, **given: forward(*args, **given))
+
+
+def _replicate(model: nn.Module) -> nn.Module:
+    """What torch.nn.DataParallel asks of a module: a replica would run the forward, and so the weights, of the first GPU."""
+    if hasattr(model.forward, "replaced"):
+        raise ValueError(
+            f"{type(model).__name__}: a model after fuse_loss must have a process per GPU, got torch.nn.DataParallel, which a "
+            "Trainer takes where one process sees several. Launch it with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    return type(model)._replicate_for_data_parallel(model)
 
 
 def _with_loss(
@@ -104,15 +121,26 @@ def _with_loss(
     _check_call(model, logits_to_keep, given)
     backbone = model.model if model.base_model is model else model.base_model  # which Llama4ForCausalLM names wrongly
     outputs = backbone(**{"use_cache": False} | given, return_dict=True)
-    head = model.get_output_embeddings()
-    hidden = outputs.last_hidden_state.flatten(0, 1).to(head.weight.device)  # which `device_map` may have put elsewhere
+    weight, options = _whole(model.get_output_embeddings().weight), head_options(model)
+    options["bias"] = _whole(options["bias"])
+    hidden = outputs.last_hidden_state.flatten(0, 1).to(weight.device)  # which `device_map` may have put elsewhere
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
-    batch = _batch(target.flatten().to(head.weight.device), num_items_in_batch)
-    out = linear_policy_loss(hidden, head.weight, batch, objective, backend=backend, **head_options(model))
+    batch = _batch(target.flatten().to(weight.device), num_items_in_batch)
+    out = linear_policy_loss(hidden, weight, batch, objective, backend=backend, **options)
     model.loss_metrics = out.metrics
-    kept = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+    kept = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
     answer = CausalLMOutputWithPast(loss=out.loss, **kept)
     return answer.to_tuple() if return_dict is False else answer
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    """A head's weight or bias, gathered where FSDP2 has it in a unit of its own, as Accelerate lays it out under PEFT: that unit's
+    module is never called. The gradient is the mean over ranks, as FSDP2's is."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def _batch(target: Tensor, num_items: int | Tensor | None) -> TokenBatch:
@@ -134,6 +162,8 @@ def _check_arguments(model: nn.Module, objective: Objective) -> None:
             f"{where}: model must be a causal LM of transformers, got {type(model).__name__}. Call linear_policy_loss on "
             "the hidden states of another model yourself."
         )
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(f"{where}: model must not be compiled yet, got what torch.compile returns. Compile it after this call.")
     if hasattr(model, "_original_forward"):
         raise ValueError(
             f"{where}: model must not be prepared by Accelerate, whose autocast the loss would miss, got a {type(model).__name__} "
@@ -146,6 +176,15 @@ def _check_arguments(model: nn.Module, objective: Objective) -> None:
             f"{where}: objective must be one that learns from labels alone, token by token, got {objective.name!r}, "
             f"{found or 'which has no loss on expert tokens'}. Pass objectives.sft() or trsft(alpha=0.1), or call "
             "linear_policy_loss with a TokenBatch that has what it needs."
+        )
+
+
+def _check_no_loss_is_due(model: nn.Module, given: dict) -> None:
+    """A Trainer that computes the loss itself takes the labels out, and leaves their number."""
+    if given.get("num_items_in_batch") is not None:
+        raise ValueError(
+            f"{type(model).__name__}: labels must be there after fuse_loss, got num_items_in_batch alone, as from a Trainer with "
+            "label_smoothing_factor or compute_loss_func: its loss would take the place of the objective. Leave both out."
         )
 
 
@@ -168,10 +207,12 @@ def _check_call(model: nn.Module, logits_to_keep: int | Tensor, given: dict) -> 
             "transformers, or override compute_loss by `return model(**inputs).loss`."
         )
     weight = model.get_output_embeddings().weight
-    if hasattr(weight, "ds_id") and weight.numel() == 0:
+    partitioned = hasattr(weight, "ds_id") and weight.numel() == 0
+    if partitioned or weight.is_meta:
+        found = "DeepSpeed ZeRO-3 has partitioned" if partitioned else "Accelerate has offloaded"
         raise ValueError(
-            f"{where}: the head must be whole where the loss is computed, got a weight that DeepSpeed ZeRO-3 has partitioned. Use "
-            "FSDP2 or ZeRO-2."
+            f"{where}: the head must be whole where the loss is computed, got a weight that {found}. "
+            f"{'Use FSDP2 or ZeRO-2.' if partitioned else 'Keep lm_head on a device in device_map.'}"
         )
 
 
@@ -197,6 +238,11 @@ def _compare(model: nn.Module, own: Callable[..., Any], objective: Objective) ->
         for module, training in modes:
             module.training = training
         vars(model).pop("loss_metrics", None)
+    if not expected.isfinite():
+        raise ValueError(
+            f"fuse_loss: the model must have finite logits, got a loss of {float(expected)} for {_PROBED_TOKENS} tokens. Look at "
+            "its weights, or at their dtype."
+        )
     close = 1e-3 + 2 * torch.finfo(weight.dtype).eps * float(theirs.logits.abs().max())
     if not abs(theirs.loss - of_next_tokens) <= close:
         raise ValueError(

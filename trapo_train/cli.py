@@ -350,8 +350,8 @@ def _trainer(config: RunConfig, console: Console, **options: Any) -> Trainer:
 
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:
-    """The configuration, with the allocator set as suits it. Commands ask for it before they import what brings torch: a mistake in
-    a file is told at once."""
+    """The configuration, with the allocator set as suits it. Commands ask for it before they import what brings torch: a file
+    that cannot be read is told at once."""
     config = _read_config(args, finished_run)
     # Micro-batches differ in length: segments of fixed sizes would leave holes that nothing fits into. torch reads this when CUDA
     # starts, a user's own first. vLLM's sleep moves memory of its own, for which it refuses such segments.

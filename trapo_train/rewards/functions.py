@@ -137,7 +137,7 @@ def judge(
         raise RewardError(_describe_exception(reward, problems, texts, about, error)) from error
     name = _name(reward)
     given = zip(one_per_completion(values, name, len(texts)), problems, strict=True)
-    return [number(value, name, problem.index) for value, problem in given]
+    return [number(value, name, f" on row {problem.index}") for value, problem in given]
 
 
 def load_reward(name: str | Sequence[RewardTerm] | None) -> RewardFn | WeightedSum | None:

@@ -30,8 +30,9 @@ def one_per_completion(values: Any, name: str, count: int) -> Sequence[Any]:
     return values
 
 
-def number(value: Any, name: str, row: int) -> float | None:
-    """The value of one row as a number, one of numpy or torch, or a truth value, included; None where it has none.
+def number(value: Any, name: str, where: str) -> float | None:
+    """The value of one row as a number, one of numpy or torch, or a truth value, included; None where it has none. `where`, such as
+    " on row 3", is in the errors.
 
     Raises: RewardError for anything else, and for what is not finite.
     """
@@ -39,12 +40,14 @@ def number(value: Any, name: str, row: int) -> float | None:
     if value is None:
         return None
     if not isinstance(value, Real):
-        raise RewardError(f"Reward {name} must return numbers or None, got {value!r} ({type(value).__name__}) on row {row}.")
-    if not math.isfinite(value):
-        raise RewardError(
-            f"Reward {name} must return finite numbers, got {float(value)} on row {row}. Return None where it has no opinion."
-        )
-    return float(value)
+        raise RewardError(f"Reward {name} must return numbers or None, got {value!r} ({type(value).__name__}){where}.")
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        found = math.inf
+    if not math.isfinite(found):
+        raise RewardError(f"Reward {name} must return finite numbers, got {found}{where}. Return None where it has no opinion.")
+    return found
 
 
 def plain(value: Any) -> Any:

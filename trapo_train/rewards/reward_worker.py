@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from typing import Any
 
 from trapo_train.rewards.functions import RewardFn, called, load_reward
-from trapo_train.rewards.reward_values import RewardError, one_per_completion, plain
+from trapo_train.rewards.reward_values import RewardError, number, one_per_completion, plain
 
 
-def reward_of_one(reward: RewardFn, name: str, arguments: dict[str, list[Any]]) -> list[Any] | str:
-    """What the reward returns for a single row, as JSON can say it; where that is no list of one, what is wrong with it, as a text.
+def reward_of_one(reward: RewardFn, name: str, arguments: dict[str, list[Any]]) -> list[float | str | None] | str:
+    """The reward of a single row, in a list; as a text, what is wrong with it. `arguments` are the columns, lists of one value.
 
-    `arguments` are the columns, each a list of one value.
+    A text and a number that is not finite go back as they are: who knows the row refuses them.
     """
     values = called(reward, arguments)
     try:
-        (value,) = one_per_completion(values, repr(name), 1)
+        value = plain(one_per_completion(values, repr(name), 1)[0])
+        is_left = isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))
+        return [value if is_left else number(value, repr(name), "")]
     except RewardError as error:
         return str(error)
-    return [json.loads(json.dumps(plain(value), default=repr))]
 
 
 if __name__ == "__main__":

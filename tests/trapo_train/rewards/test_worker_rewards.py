@@ -9,12 +9,13 @@ from trapo_train.rewards.functions import RewardError, RewardTerm, judge, load_r
 
 RISKY = """
 import os, time
+from fractions import Fraction
 
 def tokens(completions, completion_tokens, depth, solution, prompts):
     return completion_tokens
 
 def careless(completions, **columns):
-    return {"number": 1.0, "two": [1.0, 2.0], "text": ["good"], "object": [object()]}[completions[0]]
+    return {"number": 1.0, "two": [1.0, 2.0], "text": ["good"], "object": [object()], "fraction": [Fraction(1, 2)]}[completions[0]]
 
 def risky(prompts, completions, depth, **columns):
     print("noise")
@@ -68,13 +69,17 @@ def test_a_reward_in_workers_is_told_about_the_responses_too(risky):
         ("number", "must return a list with one number per completion, got float. Return a list"),
         ("two", "must return one number per completion = 1, got 2. Return a list"),
         ("text", r"must return numbers or None, got 'good' \(str\) on row 10"),
-        ("object", "must return numbers or None, got '<object object at .*on row 10"),
+        ("object", r"must return numbers or None, got <object object at .*> \(object\)\."),
     ],
 )
 def test_what_a_reward_in_workers_returns_is_refused_in_the_same_words(returned, message, risky):
     reward = load_reward([RewardTerm("risky_rewards:careless", in_worker=True)])
     with pytest.raises(RewardError, match=f"^Reward 'risky_rewards:careless' {message}"):
         judge(reward, problems(1), [returned])
+
+
+def test_a_reward_in_workers_may_return_any_kind_of_number(risky):
+    assert judge(load_reward([RewardTerm("risky_rewards:careless", in_worker=True)]), problems(1), ["fraction"]) == [0.5]
 
 
 def test_a_reward_that_raises_is_named_by_its_path_with_the_line(risky):
