@@ -79,7 +79,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
     model._replicate_for_data_parallel = _replicate.__get__(model)
     try:
         _compare(model, own, objective)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well: the model stays what it was
         del model.forward
         if before is not None:
             model.forward = before
