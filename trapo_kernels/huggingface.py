@@ -47,8 +47,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
     Args:
         model: a causal LM of `from_pretrained` or `from_config`, or PEFT's model of one.
         objective: `objectives.sft()`, `trsft(alpha=0.1)`, `dft()` or another whose expert tokens need neither an advantage nor a
-            logprob of before, and no whole sequences.
-        backend: as in `linear_policy_loss`.
+            logprob of before, and no whole sequences. backend: as in `linear_policy_loss`.
 
     Returns: None. Raises: TypeError or ValueError for a model or an objective that cannot be used so, such as one whose own loss is
         not that of its head's logits and next tokens; at a call for `logits_to_keep`, or a router's auxiliary loss, beside labels.

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trapo_train.files import UNFINISHED, replace_text
-from trapo_train.parallel.world import World
+from trapo_train.parallel.world import RankError, World
 from trapo_train.schema import UserError
 
 FORMAT = 7
@@ -153,24 +153,27 @@ class CheckpointStore:
         if any(self._ranks.gather(self.path(step).exists())):
             raise CheckpointError(f"checkpoint: {self.path(step)} exists already. Save each step once.")
         try:
-            self._on_first_rank(lambda: self._begin(unfinished, state))
-            if tensors:
-                writer = dcp.HuggingFaceStorageWriter(str(unfinished / TENSOR_DIR), save_distributed=True)
-                # Copying ahead goes through pinned memory, where CUDA is: the whole state, each tensor rounded up to a power of two
-                # and kept by torch for good. Without, the copies are pageable and freed.
-                writer.per_thread_copy_ahead = 0
-                with _quiet():
-                    dcp.save(
-                        {name: tensor.contiguous() for name, tensor in tensors.items()},
-                        storage_writer=writer,
-                        no_dist=self._ranks.size == 1,
-                    )
-            manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
-            manifest |= {"score": _finite(score), "score_before": _finite(score_before)}
-            self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
+            with self._ranks.together():  # a rank that is lost meanwhile is no fault of the disk
+                self._on_first_rank(lambda: self._begin(unfinished, state))
+                if tensors:
+                    writer = dcp.HuggingFaceStorageWriter(str(unfinished / TENSOR_DIR), save_distributed=True)
+                    # Copying ahead goes through pinned memory, where CUDA is: the whole state, each tensor rounded up to a power of
+                    # two and kept by torch for good. Without, the copies are pageable and freed.
+                    writer.per_thread_copy_ahead = 0
+                    with _quiet():
+                        dcp.save(
+                            {name: tensor.contiguous() for name, tensor in tensors.items()},
+                            storage_writer=writer,
+                            no_dist=self._ranks.size == 1,
+                        )
+                manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
+                manifest |= {"score": _finite(score), "score_before": _finite(score_before)}
+                self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save turns a full disk into a RuntimeError
             if self._ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, RankError):
+                raise
             kept = f"The last one is {self.path(self.steps()[-1])}." if self.steps() else "There is no earlier one."
             remedy = "Mend that" if isinstance(error, CheckpointError) else "Free space or make the directory writable"
             raise CheckpointError(

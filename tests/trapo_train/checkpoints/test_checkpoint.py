@@ -22,7 +22,7 @@ from trapo_train.checkpoints.checkpoint import (
     compare_fingerprints,
 )
 from trapo_train.checkpoints.random_states import rng_state
-from trapo_train.parallel.world import World
+from trapo_train.parallel.world import RankError, World
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
 
@@ -234,6 +234,22 @@ def test_a_failed_save_leaves_the_last_one(store, monkeypatch):
     assert store.steps() == [1]
     assert store.load(FINGERPRINT)[0] == 1
     assert [path.name for path in store.directory.iterdir()] == ["step_00000001"]
+
+
+def test_a_rank_that_is_lost_while_saving_is_no_fault_of_the_disk(store, monkeypatch):
+    store.save(1, make_state(), FINGERPRINT)
+
+    def lost(action, *kinds):
+        raise RuntimeError(
+            "[/pytorch/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
+        )
+
+    monkeypatch.setattr(store._ranks, "size", 2)
+    monkeypatch.setattr(store._ranks, "gather", lambda value: [value])
+    monkeypatch.setattr(store._ranks, "attempt", lost)
+    with pytest.raises(RankError, match=r"^parallel: rank 0 has lost another rank: .* Timed out .* checkpoint\.resume=true"):
+        store.save(2, make_state(), FINGERPRINT)
+    assert store.steps() == [1] and [path.name for path in store.directory.iterdir()] == ["step_00000001"]
 
 
 def test_an_old_one_that_cannot_be_deleted_is_told_and_the_new_one_is_saved(store, monkeypatch):
