@@ -131,6 +131,6 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    if "triton" not in found and importlib.util.find_spec("triton"):  # a torch of the night brings it under another name
+    if "triton" not in found and importlib.util.find_spec("triton"):  # a nightly torch brings it under another name
         found["triton"] = importlib.import_module("triton").__version__
     return found

@@ -26,7 +26,10 @@ class FusedSFTTrainer(SFTTrainer):
     def __init__(self, *args, objective: Objective, **settings):
         super().__init__(*args, **settings)
         if self.args.loss_type != "nll" or self.compute_metrics is not None:
-            raise ValueError("loss_type must be 'nll' and compute_metrics None: the objective is the loss, without logits.")
+            raise ValueError(
+                f"loss_type must be 'nll' and compute_metrics None, got {self.args.loss_type!r} and {self.compute_metrics}: the "
+                "objective is the loss, without logits. Leave both out, and choose the loss by objective=."
+            )
         fuse_loss(self.model, objective)  # after TRL has put its own head into the model, which would come between
 
     def log(self, logs: dict[str, float], *args) -> None:

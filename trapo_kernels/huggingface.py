@@ -50,7 +50,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
             logprob of before, and no whole sequences. backend: as in `linear_policy_loss`.
 
     Returns: None. Raises: TypeError or ValueError for a model or an objective that cannot be used so, such as one whose own loss is
-        not that of its head's logits and next tokens; at a call for `logits_to_keep`, or a router's auxiliary loss, beside labels.
+        not that of its head's logits and next tokens; at a call, for what this loss cannot do, such as a router's auxiliary loss.
     Memory: `head_memory`. On a GPU the host waits once per call, to learn which labels are -100: those rows reach no GEMM.
     Determinism: that of `linear_policy_loss`. Source: the forward and loss of the causal LMs in transformers 5.23.
     """

@@ -17,7 +17,7 @@ def reward_of_one(reward: RewardFn, name: str, arguments: dict[str, list[Any]]) 
     """
     values = called(reward, arguments)
     try:
-        value = plain(one_per_completion(values, repr(name), 1)[0])
+        (value,) = map(plain, one_per_completion(values, repr(name), 1))  # iterated, as outside: a pandas Series may have no [0]
         is_left = isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))
         return [value if is_left else number(value, repr(name), "")]
     except RewardError as error:

@@ -15,7 +15,8 @@ def tokens(completions, completion_tokens, depth, solution, prompts):
     return completion_tokens
 
 def careless(completions, **columns):
-    return {"number": 1.0, "two": [1.0, 2.0], "text": ["good"], "object": [object()], "fraction": [Fraction(1, 2)]}[completions[0]]
+    odd = {"object": [object()], "fraction": [Fraction(1, 2)], "set": {0.5}}
+    return ({"number": 1.0, "two": [1.0, 2.0], "text": ["good"]} | odd)[completions[0]]
 
 def risky(prompts, completions, depth, **columns):
     print("noise")
@@ -79,7 +80,8 @@ def test_what_a_reward_in_workers_returns_is_refused_in_the_same_words(returned,
 
 
 def test_a_reward_in_workers_may_return_any_kind_of_number(risky):
-    assert judge(load_reward([RewardTerm("risky_rewards:careless", in_worker=True)]), problems(1), ["fraction"]) == [0.5]
+    reward = load_reward([RewardTerm("risky_rewards:careless", in_worker=True)])
+    assert judge(reward, problems(2), ["fraction", "set"]) == [0.5, 0.5]
 
 
 def test_a_reward_that_raises_is_named_by_its_path_with_the_line(risky):

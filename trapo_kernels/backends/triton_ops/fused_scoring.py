@@ -21,7 +21,7 @@ from trapo_kernels.roles import IGNORE_INDEX
 # at D = 3584 beside 7 of weight tiles; those of 32768 rows, all at once, would not, and each tile would read them from memory.
 TILE = OPTIONS | {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
 # At a depth of 64 sm_120 spills (40 bytes of stack in that table's compiler), and sm_86 and 89 do in Triton 3.6 (8 bytes). Half as
-# deep, four stages are 48 KiB of their 99.
+# deep, four stages are 48 KiB of their 99. sm_80, which would not spill, goes with them: tiles are of a major version.
 TILE_SM80_SM120 = TILE | {"BLOCK_D": 32, "num_stages": 4}
 # fp32 operands multiply without tensor cores, out of registers: a quarter of the tile, 16 deep. At a depth of 32 sm_100 spills (16
 # bytes of stack in that table's compiler); half of BLOCK_V would not, but would read hidden twice as often.
