@@ -16,11 +16,10 @@ import trl.trainer.grpo_trainer
 import trl.trainer.rloo_trainer
 from datasets import Dataset
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trapo_kernels import IGNORE_INDEX, head_options, linear_logprob
+from trapo_kernels import IGNORE_INDEX, head_options, linear_logprob, unsharded
 
 FIELDS = {"log_probs", "entropy"}  # of the output, that the kernels compute
 
@@ -50,9 +49,7 @@ def add_trapo_head(
         scored = target != IGNORE_INDEX
         options = head_options(self) | {"active_rows": scored.flatten().nonzero().squeeze(1), "with_entropy": "entropy" in outputs}
         options["temperature"] *= temperature
-        weight, precision = self.get_output_embeddings().weight, contextlib.nullcontext()
-        if isinstance(weight, DTensor):  # FSDP2 has the head in a unit of its own, as under PEFT; its gradients are means
-            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+        weight, precision = unsharded(self.get_output_embeddings().weight), contextlib.nullcontext()
         if cast_lm_head_to_fp32:
             hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with precision:

@@ -104,15 +104,17 @@ def test_a_batch_without_labels_of_its_own_has_a_loss_of_zero_and_gradients():
     assert loss == 0 and not any(grad.any() for grad in gradients)
 
 
+def _with_lora(model):
+    """PEFT's model of one, with LoRA on its head as well."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+
+
 def _trained(objective, tmp_path, peft=False, **more):
     """The weights after two optimizer steps of four micro-batches by Hugging Face's Trainer, and what it logged last."""
     torch.manual_seed(0)
     model = small_model("Qwen2")
-    if peft:
-        library = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
-        model = library.get_peft_model(
-            model, library.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-        )
+    model = _with_lora(model) if peft else model
     if objective:
         fuse_loss(model, objective)
     rows = [{"input_ids": INPUT_IDS[i % 3], "labels": LABELS[i % 3]} for i in range(8)]
@@ -146,25 +148,40 @@ def _sharded(model):
 
 def _sharded_as_accelerate_does_under_peft(model):
     """The head in a unit of its own, whose module is not called."""
-    fully_shard(model.lm_head)
+    fully_shard(model.get_output_embeddings())
     return fully_shard(model)
 
 
-WRAPPERS = {"DDP": DistributedDataParallel, "FSDP2": _sharded, "FSDP2, head apart": _sharded_as_accelerate_does_under_peft}
+def _sharded_with_what_is_trained_apart(model):
+    """Each factor of LoRA in a unit of its own, and the head's weight and bias in one: of those on the head none is called."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            fully_shard(module)
+    return _sharded_as_accelerate_does_under_peft(model)
+
+
+WRAPPERS = {
+    "DDP": DistributedDataParallel,
+    "FSDP2": _sharded,
+    "FSDP2, head apart": _sharded_as_accelerate_does_under_peft,
+    "FSDP2, head and LoRA apart": _sharded_with_what_is_trained_apart,
+}
 
 
 def _rank(rank, wrapper):
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = small_model("Phi")
-    exact = _result(model)[1]
+    model = _with_lora(model) if "LoRA" in wrapper else model
+    exact = [grad for grad in _result(model)[1] if grad is not None]
     model.zero_grad()
     fuse_loss(model, objectives.sft())
     wrapped = WRAPPERS[wrapper](model)
     mine = slice(0, 1) if rank == 0 else slice(1, 3)
     items = (LABELS[:, 1:] != -100).sum()
     (wrapped(INPUT_IDS[mine], labels=LABELS[mine], num_items_in_batch=items).loss * 2).backward()
-    found = [weight.grad.full_tensor() if "FSDP2" in wrapper else weight.grad for weight in model.parameters()]
+    trained = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    found = [grad.full_tensor() if "FSDP2" in wrapper else grad for grad in trained]
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
     dist.destroy_process_group()
     os._exit(0)  # while the wrapped model still lives: to free it here can wait forever for gloo's threads (torch 2.13)

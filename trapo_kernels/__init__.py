@@ -3,6 +3,7 @@
 from trapo_kernels import corrections, flops, gates, objectives, sequence  # noqa: F401  flops registers its formulas
 from trapo_kernels.api import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from trapo_kernels.batch import TokenBatch
+from trapo_kernels.fsdp import unsharded
 from trapo_kernels.gates import Gate
 from trapo_kernels.heads import head_options
 from trapo_kernels.huggingface import fuse_loss
@@ -44,4 +45,5 @@ __all__ = [
     "sequence",
     "silenced_weight",
     "token_logprob",
+    "unsharded",
 ]

@@ -63,9 +63,9 @@ def may_look(x: Tensor) -> bool:
 
 NO_COUNT = "A normaliser n that is no such count goes into the weight: TokenBatch(..., weight=mask / n)."
 _WHOLE_HEAD = (
-    "Call inside the forward of the FSDP unit that has it; or pass "
-    '.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim), which averages as FSDP does; or .to_local() of '
-    "vocabulary shards, with process_group=mesh.get_group(), where all its ranks pass the same rows (tensor parallel, not FSDP)."
+    "Call inside the forward of the FSDP unit that has it; or pass trapo_kernels.unsharded(...) of it, whose gradient averages as "
+    "FSDP does; or .to_local() of vocabulary shards, with process_group=mesh.get_group(), where all its ranks pass the same rows "
+    "(tensor parallel, not FSDP)."
 )
 _WHOLE_HIDDEN = "Pass hidden.full_tensor()."
 

@@ -1,4 +1,4 @@
-"""What a model of Hugging Face does to its logits, as options of the head functions; transformers is not imported."""
+"""What a model of Hugging Face has for a head, as arguments of the head functions; transformers is not imported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
+from trapo_kernels.fsdp import unsharded
 from trapo_kernels.lora import LoraHead
 
 # (model type, text model type) whose own forward applies the cap or scale in its text model's configuration, with the version
@@ -51,11 +52,12 @@ def head_options(model: nn.Module) -> ModelOptions:
     Args:
         model: what `from_pretrained` of a causal LM returns, not wrapped: DDP's `.module`, PEFT's `.get_base_model()`.
 
-    Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1.
+    Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1. Bias and LoRA come gathered where
+        FSDP2 has them in a unit that nobody calls; pass `unsharded(weight)` beside them.
     Raises: TypeError where the output head is no torch.nn.Linear, nor that with PEFT's LoRA; ValueError where it has an adapter
         that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a scale is in the configuration of its
         text and it is not known to apply that itself.
-    Memory: none; the bias is the model's own. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.23.
+    Memory: none, but what is gathered. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.23.
     """
     head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
     if not isinstance(head, nn.Linear):
@@ -88,7 +90,7 @@ def head_options(model: nn.Module) -> ModelOptions:
             f"softcap = {softcap} and temperature = {temperature:g} of {types[1]} in {types[0]}, which may ignore them. Pass the "
             f"options yourself: these, or none where the forward of {type(model).__name__} returns lm_head(hidden)."
         )
-    return {"bias": head.bias, "softcap": softcap, "temperature": temperature, "lora": lora}
+    return {"bias": unsharded(head.bias), "softcap": softcap, "temperature": temperature, "lora": lora}
 
 
 def _is_applied(types: tuple[str, str]) -> bool:

@@ -15,6 +15,7 @@ from trapo_kernels import checks
 from trapo_kernels.api import linear_policy_loss, policy_loss, token_logprob
 from trapo_kernels.batch import TokenBatch
 from trapo_kernels.dispatch import Backend
+from trapo_kernels.fsdp import unsharded
 from trapo_kernels.heads import head_options
 from trapo_kernels.objective import Objective
 from trapo_kernels.roles import IGNORE_INDEX, Role
@@ -120,8 +121,7 @@ def _with_loss(
     _check_call(model, logits_to_keep, given)
     backbone = model.model if model.base_model is model else model.base_model  # which Llama4ForCausalLM names wrongly
     outputs = backbone(**{"use_cache": False} | given, return_dict=True)
-    weight, options = _whole(model.get_output_embeddings().weight), head_options(model)
-    options["bias"] = _whole(options["bias"])
+    weight, options = unsharded(model.get_output_embeddings().weight), head_options(model)
     hidden = outputs.last_hidden_state.flatten(0, 1).to(weight.device)  # which `device_map` may have put elsewhere
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
     batch = _batch(target.flatten().to(weight.device), num_items_in_batch)
@@ -130,16 +130,6 @@ def _with_loss(
     kept = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
     answer = CausalLMOutputWithPast(loss=out.loss, **kept)
     return answer.to_tuple() if return_dict is False else answer
-
-
-def _whole(x: Tensor | None) -> Tensor | None:
-    """A head's weight or bias, gathered where FSDP2 has it in a unit of its own, as Accelerate lays it out under PEFT: that unit's
-    module is never called. The gradient is the mean over ranks, as FSDP2's is."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    from torch.distributed.tensor import Partial
-
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def _batch(target: Tensor, num_items: int | Tensor | None) -> TokenBatch:

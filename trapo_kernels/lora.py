@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trapo_kernels import checks
+from trapo_kernels.fsdp import unsharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,9 @@ class LoraHead:
         Args:
             layer: `model.get_output_embeddings()`, where the adapter's target_modules name the head.
 
-        Returns: the factors themselves, which get their gradients.
+        Returns: the factors themselves, which get their gradients, or what `unsharded` gathers of them under FSDP2.
         Raises: TypeError for what is no LoRA layer of PEFT; ValueError for one that adds no plain LoRA to its base.
-        Memory: none. Determinism: reads attributes. Source: PEFT's `LoraLayer`.
+        Memory: none, but what is gathered. Determinism: reads attributes. Source: PEFT's `LoraLayer`.
         """
         if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling", "active_adapters")):
             raise TypeError(
@@ -65,7 +66,8 @@ class LoraHead:
         ):
             if there:
                 raise ValueError(f"LoraHead.from_peft: layer must add one plain LoRA to its base, got {actual}. {remedy}.")
-        return cls(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+        a, b = unsharded(layer.lora_A[name].weight), unsharded(layer.lora_B[name].weight)
+        return cls(a, b, float(layer.scaling[name]))
 
     def scaled_a(self, dtype: torch.dtype) -> Tensor:
         """scaling · a [R, D] in `dtype`, differentiable."""

@@ -233,7 +233,7 @@ def test_a_dtensor_is_refused_with_the_ways_out():
     class Shard(torch.Tensor):
         placements, full_tensor = (), None
 
-    with pytest.raises(TypeError, match=r"lm_head_weight must be a plain tensor, got a DTensor.*full_tensor\(grad_placements"):
+    with pytest.raises(TypeError, match=r"lm_head_weight must be a plain tensor, got a DTensor.*unsharded\(\.\.\.\) of it"):
         linear_logprob(HIDDEN, WEIGHT.as_subclass(Shard), TARGET)
     with pytest.raises(TypeError, match=r"hidden must be a plain tensor, got a DTensor. Pass hidden.full_tensor\(\).$"):
         linear_logprob(HIDDEN.as_subclass(Shard), WEIGHT, TARGET)

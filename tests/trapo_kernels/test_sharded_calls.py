@@ -1,7 +1,6 @@
 """What a caller with several ranks can get wrong: a distributed weight, rows of its own, a target that no rank has."""
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests import ranks
 from tests.trapo_kernels import cases
-from trapo_kernels import Role, TokenBatch, checks, linear_logprob, linear_policy_loss, objectives
+from trapo_kernels import Role, TokenBatch, checks, linear_logprob, linear_policy_loss, objectives, unsharded
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="the group is one of CPU processes")
 N, D, V = 10, 16, 97
@@ -55,20 +54,22 @@ def _worker(rank, check, path):
 def _check_remedies(rank):
     hidden, weight, target = _inputs()
     b, objective = _batch(target), objectives.grpo(entropy_coef=0.1)
-    whole = weight.clone().requires_grad_()
-    linear_policy_loss(hidden, whole, b, objective).loss.backward()
+    whole, whole_bias = weight.clone().requires_grad_(), torch.zeros(V, requires_grad=True)
+    linear_policy_loss(hidden, whole, b, objective, bias=whole_bias).loss.backward()
     half = slice(5 * rank, 5 * rank + 5)
     for shape in ((1, 2), (2, 1)):
-        head = torch.nn.Linear(D, V, bias=False)
+        head = torch.nn.Linear(D, V)
         head.weight.data.copy_(weight)
+        head.bias.data.zero_()
         fully_shard(head, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
-        with pytest.raises(TypeError, match="got a DTensor") as refused:
+        with pytest.raises(TypeError, match=r"got a DTensor.*; or pass trapo_kernels\.unsharded\(\.\.\.\) of it"):
             linear_policy_loss(hidden[half], head.weight, _rows(b, half), objective)
-        remedy = re.search(r"\.full_tensor\(.*?ndim\)", str(refused.value))[0]
-        gathered = eval("weight" + remedy, {"weight": head.weight, "Partial": Partial})
-        loss = linear_policy_loss(hidden[half].clone().requires_grad_(), gathered, _rows(b, half), objective).loss
+        mine, gathered = hidden[half].clone().requires_grad_(), (unsharded(head.weight), unsharded(head.bias))
+        loss = linear_policy_loss(mine, gathered[0], _rows(b, half), objective, bias=gathered[1]).loss
         (loss * dist.get_world_size()).backward()
         torch.testing.assert_close(head.weight.grad.full_tensor(), whole.grad)
+        torch.testing.assert_close(head.bias.grad.full_tensor(), whole_bias.grad)
+        assert unsharded(gathered[0]) is gathered[0] and unsharded(None) is None
     mesh = init_device_mesh("cpu", (2,))
     shard = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
     linear_policy_loss(hidden, shard.to_local(), b, objective, process_group=mesh.get_group()).loss.backward()
