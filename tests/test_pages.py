@@ -148,7 +148,7 @@ def test_the_page_s_packed_grpo_is_that_of_padded_sequences(name):
 
 TRL = {"max_completion_length": 9, "ga": 3, "num_items_in_batch": 67.0, "num_processes": 2, "steps_per_generation": 4}
 VERL = {"batch_num_tokens": 40, "global_batch_size": 11, "loss_scale_factor": 8}
-# As TRL 1.16 and verl's agg_loss write them; `x` [B, T] are the losses of tokens.
+# As TRL 1.16 and the agg_loss of verl 0.9 write them; `x` [B, T] are the losses of tokens.
 FRAMEWORKS = {
     "TRL grpo, sapo": lambda x, mask: ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / TRL["ga"],
     "TRL bnpo": lambda x, mask: (x * mask).sum() / mask.sum().clamp(min=1.0) / TRL["ga"],
@@ -156,6 +156,7 @@ FRAMEWORKS = {
     "TRL luspo": lambda x, mask: (x * mask).sum(-1).mean() / TRL["ga"],
     "TRL dapo, cispo": lambda x, mask: (x * mask).sum() / (67.0 / 2 * TRL["ga"] / 4),
     "verl token-mean": lambda x, mask: (x * mask).sum() / 40,
+    "verl token-sum": lambda x, mask: (x * mask).sum(),
     "verl seq-mean-token-mean": lambda x, mask: ((x * mask).sum(-1) / (mask.sum(-1) + 1e-8)).sum() / 11,
     "verl seq-mean-token-sum": lambda x, mask: (x * mask).sum(-1).sum() / 11,
     "verl seq-mean-token-sum-norm": lambda x, mask: (x * mask).sum(-1).sum() / 11 / 8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -127,8 +128,8 @@ def _with_loss(
     batch = _batch(target.flatten().to(weight.device), num_items_in_batch)
     out = linear_policy_loss(hidden, weight, batch, objective, backend=backend, **options)
     model.loss_metrics = out.metrics
-    kept = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-    answer = CausalLMOutputWithPast(loss=out.loss, **kept)
+    names = {field.name for field in fields(CausalLMOutputWithPast)}  # the cache's is another since transformers 5.24
+    answer = CausalLMOutputWithPast(loss=out.loss, **{name: value for name, value in outputs.items() if name in names})
     return answer.to_tuple() if return_dict is False else answer
 
 

@@ -7,12 +7,13 @@ lose rows.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 128  # columns
@@ -91,6 +92,11 @@ def new_cache(config: PretrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24, but maybe not in a model's own code."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def can_move(cache: DynamicCache, config: PretrainedConfig) -> bool:

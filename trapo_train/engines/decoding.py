@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from trapo_train.engines.cache import can_move, keep_rows, lay_below, new_cache
+from trapo_train.engines.cache import cache_name, can_move, keep_rows, lay_below, new_cache
 from trapo_train.engines.draws import draw_token, uniforms
 from trapo_train.records import Completion
 from trapo_train.schema import UserError
@@ -62,7 +62,7 @@ class RunningBatch:
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
         self._stop_ids = frozenset(stop_ids)
         self._length = 0  # columns of the cache, padding included
-        self._cache = new_cache(model.config)
+        self._cache, self._cache_name = new_cache(model.config), cache_name(model)
         self._movable = can_move(self._cache, model.config)
         self._mask: Tensor | None = None  # [B, columns to the last budget], None without padding
         self._token = self._position = self._key = torch.empty(0, dtype=torch.int64, device=model.device)  # [B]
@@ -169,9 +169,9 @@ class RunningBatch:
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: cache},
         )
         return out.logits[:, -1].float()
 

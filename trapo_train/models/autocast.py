@@ -32,7 +32,8 @@ def cast_embeddings(model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def cast_routers(model: PreTrainedModel) -> None:
-    """Have the routers of a mixture of experts run without autocast, on weights in its type, where that is on.
+    """Have the routers of a mixture of experts run without autocast, on weights in its type, or in that of their input where
+    FSDP has left them in float32; but for what transformers keeps in float32.
 
     Most raise input and weight to float32 (DeepSeek, GLM), which autocast would undo: tokens would reach other experts than on
     several ranks and in a sampler.
@@ -49,10 +50,7 @@ def cast_routers(model: PreTrainedModel) -> None:
 
 def _route(router: nn.Module, *arguments: Any, **options: Any) -> Any:
     hidden, *others = arguments
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return type(router).forward(router, *arguments, **options)
-    dtype = torch.get_autocast_dtype(kind)
+    kind, dtype = hidden.device.type, computed_in(hidden)
     weights = {
         f"router.{name}": weight if name in router.kept_in_float32 else weight.to(dtype)
         for name, weight in router.named_parameters()
@@ -70,6 +68,11 @@ class _OwnForward(nn.Module):
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         return type(self.router).forward(self.router, *arguments, **options)
+
+
+def routers_in_float32(layer: nn.Module) -> list[nn.Module]:
+    """The routers in a layer, after `cast_routers`, that transformers keeps something of in float32."""
+    return [module for module in layer.modules() if getattr(module, "kept_in_float32", None)]
 
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:

@@ -13,7 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from trapo_train.models.autocast import routers_in_float32
 from trapo_train.models.loading import decoder_layers
 from trapo_train.models.model import policy_head
 from trapo_train.parallel.first_rank import broadcast_from_first, match_first_rank
@@ -178,13 +179,14 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
 
 def place_model(model: PreTrainedModel, world: World) -> None:
     """Move a model from host memory to this rank's device; of several ranks, each unit to its shards, so that no GPU ever holds
-    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest. Values are the first rank's: the
-    others need none (see `first_rank.meta_model`).
+    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest; in a layer a router of which
+    transformers keeps something in float32. Values are the first rank's: the others need none (see `first_rank.meta_model`).
 
     Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
     inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
     With `vocab_parallel_head` FSDP leaves the head alone and it stays sharded (see `vocab_parallel`).
-    Weights travel and compute in the model's compute type; those that are trained are float32, and so are sums of gradients.
+    Weights travel and compute in the model's compute type, those of such routers travel in float32; those that are trained are
+    float32, and so are sums of gradients.
 
     Raises, on every rank: UserError for a vocabulary-parallel head that is the embedding, too, a model without a list of layers, or
         a rank whose model has other tensors than the first rank's; RankError.
@@ -211,11 +213,13 @@ def _shard(model: PreTrainedModel, world: World) -> None:
         head.shard_over_vocabulary(mesh)
         head_parameters = set(head.parameters())
     # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
-    policy = MixedPrecisionPolicy(
-        head.compute_dtype, reduce_dtype=torch.promote_types(head.compute_dtype, torch.float32), cast_forward_inputs=False
-    )
+    at_least_32_bits = torch.promote_types(head.compute_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(head.compute_dtype, reduce_dtype=at_least_32_bits, cast_forward_inputs=False)
+    exact = replace(policy, param_dtype=at_least_32_bits)
     for layer in decoder_layers(model):
         broadcast_from_first(layer, world.device)
+        for router in routers_in_float32(layer) if exact != policy else ():
+            fully_shard(router, mesh=mesh, mp_policy=exact)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if not _is_tied(model) and not world.vocab_parallel_head:
         broadcast_from_first(head, world.device)

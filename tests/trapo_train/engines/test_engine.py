@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from trapo_train.engines.cache import cache_name
 from trapo_train.engines.engine import SamplingParams, TransformersEngine
 
 EOS, VOCAB = 1, 23
@@ -112,7 +113,7 @@ def test_batches_respect_the_token_limit_and_keep_the_order(model, monkeypatch):
     forward = model.forward
 
     def recording(**kwargs):
-        if kwargs["past_key_values"].get_seq_length() == 0:
+        if kwargs[cache_name(model)].get_seq_length() == 0:
             sizes.append(kwargs["input_ids"].shape)
         return forward(**kwargs)
 
@@ -130,7 +131,7 @@ def test_batches_count_the_largest_budget_of_their_rows(model, monkeypatch):
     forward = model.forward
 
     def recording(**kwargs):
-        if kwargs["past_key_values"].get_seq_length() == 0:
+        if kwargs[cache_name(model)].get_seq_length() == 0:
             rows.append(len(kwargs["input_ids"]))
         return forward(**kwargs)
 

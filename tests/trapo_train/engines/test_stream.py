@@ -114,7 +114,7 @@ def test_the_batch_never_holds_more_than_its_limit(monkeypatch):
 
     def recording(**kwargs):
         out = forward(**kwargs)
-        held.append(kwargs["input_ids"].shape[0] * kwargs["past_key_values"].get_seq_length())
+        held.append(kwargs["input_ids"].shape[0] * kwargs[cache.cache_name(model)].get_seq_length())
         return out
 
     monkeypatch.setattr(model, "forward", recording)
@@ -128,7 +128,7 @@ def test_padding_that_no_row_needs_is_cut_off(monkeypatch):
     forward = model.forward
 
     def recording(**kwargs):
-        columns.append((kwargs["past_key_values"].get_seq_length(), kwargs["attention_mask"] is not None))
+        columns.append((kwargs[cache.cache_name(model)].get_seq_length(), kwargs["attention_mask"] is not None))
         return forward(**kwargs)
 
     monkeypatch.setattr(model, "forward", recording)
@@ -198,11 +198,13 @@ class ConstantModel:
     def eval(self):
         return self
 
-    def __call__(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep):
+    def forward(self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep):
         self.passes += 1
         states = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
-        past_key_values.update(states, states, 0)
+        cache.update(states, states, 0)
         return SimpleNamespace(logits=self.logits.expand(len(input_ids), 1, -1))
+
+    __call__ = forward
 
 
 class CountSyncs(TorchDispatchMode):
