@@ -66,13 +66,17 @@ def test_a_fused_model_has_its_own_loss_or_is_refused():
             model, own = found
             try:
                 fuse_loss(model, objectives.sft())
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 refused.append((type(model).__name__, str(error)))
                 continue
             same = abs(model(input_ids=INPUT_IDS, labels=LABELS).loss / own - 1) < 1e-4
+            for weight in model.parameters():  # as training does, with factors that are 1 at first
+                weight += 0.02 * torch.randn_like(weight)
+            own = model.forward.replaced(model, input_ids=INPUT_IDS, labels=LABELS).loss
+            same &= abs(model(input_ids=INPUT_IDS, labels=LABELS).loss / own - 1) < 1e-4
             (kept if same else other).append(type(model).__name__)
     assert not other
     assert len(kept) > 90, f"{len(kept)} of transformers {transformers.__version__}, {len(refused)} refused"
-    if transformers.__version__.startswith("5.23."):
-        assert (len(kept), len(refused)) == (110, 28)  # as trapo_kernels/README.md says
+    if transformers.__version__.startswith("5.24."):
+        assert (len(kept), len(refused)) == (116, 29)  # as trapo_kernels/README.md says
     assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "Gemma2ForCausalLM", "DeepseekV3ForCausalLM"} <= {*kept}

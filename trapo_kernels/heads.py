@@ -54,14 +54,16 @@ def head_options(model: nn.Module) -> ModelOptions:
 
     Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1. Bias and LoRA come gathered where
         FSDP2 has them in a unit that nobody calls; pass `unsharded(weight)` beside them.
-    Raises: TypeError where the output head is no torch.nn.Linear, nor that with PEFT's LoRA; ValueError where it has an adapter
-        that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a scale is in the configuration of its
-        text and it is not known to apply that itself.
-    Memory: none, but what is gathered. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.23.
+    Raises: TypeError where the output head is no torch.nn.Linear of weight and bias, nor that with PEFT's LoRA; ValueError where it
+        has an adapter that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a scale is in the
+        configuration of its text and it is not known to apply that itself.
+    Memory: none, but what is gathered. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.24.
     """
     head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
-    if not isinstance(head, nn.Linear):
+    more = [name for name, _ in head.named_parameters() if name not in ("weight", "bias")] if isinstance(head, nn.Linear) else []
+    if not isinstance(head, nn.Linear) or more:  # Dory's has a factor for every token, which training moves away from 1
         found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
+        found += f" with {', '.join(more)}" if more else ""
         raise TypeError(
             f"head_options: the model must have an output head that is a torch.nn.Linear, got {found} in {type(model).__name__}. "
             "Unwrap the model (DDP's .module, PEFT's .get_base_model()), or pass the options yourself."

@@ -54,7 +54,7 @@ def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "aut
     Returns: None. Raises: TypeError or ValueError for a model or an objective that cannot be used so, such as one whose own loss is
         not that of its head's logits and next tokens; at a call, for what this loss cannot do, such as a router's auxiliary loss.
     Memory: `head_memory`. On a GPU the host waits once per call, to learn which labels are -100: those rows reach no GEMM.
-    Determinism: that of `linear_policy_loss`. Source: the forward and loss of the causal LMs in transformers 5.23.
+    Determinism: that of `linear_policy_loss`. Source: the forward and loss of the causal LMs in transformers 5.24.
     """
     model = getattr(model, "get_base_model", lambda: model)()
     _check_arguments(model, objective)

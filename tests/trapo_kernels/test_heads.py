@@ -50,6 +50,21 @@ def test_a_wrapped_model_and_a_head_that_is_no_linear_layer_are_refused():
         head_options(_model(nn.Embedding(V, D)))
 
 
+def test_a_head_that_learns_more_than_weight_and_bias_is_refused():
+    class Scaled(nn.Linear):
+        """Dory's: a factor for every token, 1 at first, so that no comparison of logits before training shows it."""
+
+        def __init__(self):
+            super().__init__(D, V)
+            self.logit_scale = nn.Parameter(torch.ones(V))
+
+        def forward(self, hidden):
+            return super().forward(hidden) * self.logit_scale
+
+    with pytest.raises(TypeError, match=r"that is a torch\.nn\.Linear, got .*Scaled with logit_scale in SimpleNamespace\."):
+        head_options(_model(Scaled()))
+
+
 def _with_peft(**settings):
     """A model whose head PEFT has wrapped, its adapters no longer zero."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
