@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from trapo_kernels.roles import IGNORE_INDEX, Role
 from trapo_kernels.weights import LossTotals, aggregate
 
 _PROBED_TOKENS = 8
+_KEPT = ("past_key_values", "cache", "hidden_states", "attentions")  # of a body's outputs; the second since transformers 5.24
 
 
 def fuse_loss(model: nn.Module, objective: Objective, *, backend: Backend = "auto") -> None:
@@ -128,8 +128,8 @@ def _with_loss(
     batch = _batch(target.flatten().to(weight.device), num_items_in_batch)
     out = linear_policy_loss(hidden, weight, batch, objective, backend=backend, **options)
     model.loss_metrics = out.metrics
-    names = {field.name for field in fields(CausalLMOutputWithPast)}  # the cache's is another since transformers 5.24
-    answer = CausalLMOutputWithPast(loss=out.loss, **{name: value for name, value in outputs.items() if name in names})
+    kept = {name: value for name, value in outputs.items() if name in _KEPT}
+    answer = CausalLMOutputWithPast(loss=out.loss, **kept)
     return answer.to_tuple() if return_dict is False else answer
 
 
