@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def unsharded(x: Tensor | None) -> Tensor | None:
-    """A head's weight or bias whole, where FSDP2 has it in a unit of its own that nobody calls: the head functions take its weight.
+    """A head's weight or bias whole, where FSDP2 has it in a unit of its own: the head functions take tensors, so nobody calls it.
 
     So Accelerate lays the head out under PEFT, and verl wherever it is not tied. Every rank must call this. It is not for a head
     inside the unit whose forward is running, which is whole there, nor for shards of a vocabulary, which `process_group` takes as

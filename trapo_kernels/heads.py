@@ -60,8 +60,9 @@ def head_options(model: nn.Module) -> ModelOptions:
     Memory: none, but what is gathered. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.24.
     """
     head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
-    more = [name for name, _ in head.named_parameters() if name not in ("weight", "bias")] if isinstance(head, nn.Linear) else []
-    if not isinstance(head, nn.Linear) or more:  # Dory's has a factor for every token, which training moves away from 1
+    linear = isinstance(head, nn.Linear)
+    more = [name for name, _ in head.named_parameters() if name not in ("weight", "bias")] if linear else []
+    if not linear or more:  # Dory's has a factor for every token, which training moves away from 1
         found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
         found += f" with {', '.join(more)}" if more else ""
         raise TypeError(
