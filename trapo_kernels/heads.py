@@ -59,16 +59,7 @@ def head_options(model: nn.Module) -> ModelOptions:
         configuration of its text and it is not known to apply that itself.
     Memory: none, but what is gathered. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.24.
     """
-    head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
-    linear = isinstance(head, nn.Linear)
-    more = [name for name, _ in head.named_parameters() if name not in ("weight", "bias")] if linear else []
-    if not linear or more:  # Dory's has a factor for every token, which training moves away from 1
-        found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
-        found += f" with {', '.join(more)}" if more else ""
-        raise TypeError(
-            f"head_options: the model must have an output head that is a torch.nn.Linear, got {found} in {type(model).__name__}. "
-            "Unwrap the model (DDP's .module, PEFT's .get_base_model()), or pass the options yourself."
-        )
+    head, lora = _head(model)
     config = model.config.get_text_config()
     used = getattr(config, "unpadded_vocab_size", None) or head.out_features
     if used < head.out_features:
@@ -99,6 +90,21 @@ def head_options(model: nn.Module) -> ModelOptions:
 def _is_applied(types: tuple[str, str]) -> bool:
     """Whether the installed transformers is known to apply what the text of such a model says of its logits."""
     return types in _APPLIED and tuple(int(part) for part in version("transformers").split(".")[:2]) >= _APPLIED[types]
+
+
+def _head(model: nn.Module) -> tuple[nn.Linear, LoraHead | None]:
+    """The output head, which must be linear, and the LoRA on it."""
+    head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
+    linear = isinstance(head, nn.Linear)
+    more = [name for name, _ in head.named_parameters() if name not in ("weight", "bias")] if linear else []
+    if not linear or more:  # Dory's has a factor for every token, which training moves away from 1
+        found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
+        found += f" with {', '.join(more)}" if more else ""
+        raise TypeError(
+            f"head_options: the model must have an output head that is a torch.nn.Linear, got {found} in {type(model).__name__}. "
+            "Unwrap the model (DDP's .module, PEFT's .get_base_model()), or pass the options yourself."
+        )
+    return head, lora
 
 
 def _without_adapter(head: nn.Module | None) -> tuple[nn.Module | None, LoraHead | None]:
