@@ -322,7 +322,10 @@ def _plan_memory(args: argparse.Namespace, console: Console) -> int:
 def _plot(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.reports.plots import plot_run
 
-    _print_paths(plot_run(args.run_dir), console)
+    paths = plot_run(args.run_dir)
+    if not paths:
+        raise UserError(f"{args.run_dir}: no row of its metrics holds one that can be plotted. Train some steps first.")
+    _print_paths(paths, console)
     return EXIT_OK
 
 

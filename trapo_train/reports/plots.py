@@ -331,19 +331,16 @@ RUN_PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row], Path], Path
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:
-    """Draw every plot whose metrics the run recorded into `run_dir`/plots; returns the paths.
+    """Draw every plot whose metrics the run recorded into `run_dir`/plots; returns the paths, none of a run that trained nothing.
 
-    Raises FileNotFoundError where there are no metrics, UserError where none of them can be plotted.
+    Raises FileNotFoundError where there are no metrics.
     """
     rows = read_metrics(run_dir)
     recorded = {key for row in rows for key, value in row.items() if value not in (None, [])}
     if set(_series(rows, "guided_share")[1]) in ({0.0}, {1.0}):  # by the plan, which needs no figure
         recorded.remove("guided_share")
     directory = Path(run_dir) / "plots"
-    paths = [draw(rows, directory / name) for name, (metrics, draw) in RUN_PLOTS.items() if recorded.intersection(metrics)]
-    if not paths:
-        raise UserError(f"{run_dir}: none of the {len(rows)} rows holds a metric that can be plotted. Train some steps first.")
-    return paths
+    return [draw(rows, directory / name) for name, (metrics, draw) in RUN_PLOTS.items() if recorded.intersection(metrics)]
 
 
 def compare_runs(run_dirs: Sequence[str | Path], path: str | Path) -> Path:

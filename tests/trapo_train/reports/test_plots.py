@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.trapo_train.test_train import build_config
+from trapo_train import cli
 from trapo_train.reports import figures, plots
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -70,10 +72,13 @@ def test_plot_run_without_guidance_leaves_those_figures_out(tmp_path):
     assert [path.name for path in plots.plot_run(tmp_path)] == ["unguided_reward.png"]
 
 
-def test_plot_run_with_nothing_to_plot_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "event", "step": 0, "text": "started"}\n')
-    with pytest.raises(ValueError, match="none of the 1 rows"):
-        plots.plot_run(tmp_path)
+def test_nothing_to_plot_is_told_who_asks_and_does_not_fail_a_run_that_trained_nothing(tmp_path, capsys):
+    overrides = ["plan={name: sft}", "objective={name: prefix_rft}", "steps=1"]  # advantages of problems with one sample are 0
+    config = build_config(tmp_path, "run")
+    assert cli.main(["run", f"{tmp_path}/run.yaml", f"output_dir={config.output_dir}", *overrides]) == 0
+    assert "nothing was trained" in capsys.readouterr().out and plots.plot_run(config.output_dir) == []
+    assert cli.main(["plot", config.output_dir]) == 2
+    assert "run: no row of its metrics holds one that can be plotted. Train" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_missing_metric_is_named(tmp_path):
