@@ -11,6 +11,8 @@ for their head. Importing this file replaces it. What else changes beside memory
   and DTensor".
 - A model that does more to its logits than multiply by its head's weight, such as Gemma 2 or Granite, is refused: verl's fused
   forward leaves cap, scale and bias out, and trains on other logprobs than the model has.
+
+An adapter on the head, where `target_modules` names lm_head, is left out as in verl's own: it comes after the model is looked at.
 """
 
 import torch

@@ -6,22 +6,30 @@ from torch import Tensor
 
 
 def unsharded(x: Tensor | None) -> Tensor | None:
-    """A head's weight or bias whole, where FSDP2 has it in a unit of its own: the head functions take tensors, so nobody calls it.
+    """A head's weight or bias whole, where FSDP2 has it in a unit of its own, as under Accelerate with PEFT, or untied in verl.
 
-    So Accelerate lays the head out under PEFT, and verl wherever it is not tied. Every rank must call this. It is not for a head
-    inside the unit whose forward is running, which is whole there, nor for shards of a vocabulary, which `process_group` takes as
-    they are. Of a DTensor it is `x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)`.
+    That unit's module is never called, because the head functions take tensors.
+
+    Equivalent to, for a DTensor:
+
+        from torch.distributed.tensor import Partial
+        on_device = x.to(x.device_mesh.device_type)  # from host memory, where FSDP2's CPUOffloadPolicy has it
+        weight = on_device.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+    It is not for a head inside the unit whose forward is running, which is whole there, nor for shards of a vocabulary, which
+    `process_group` takes as they are.
 
     Args:
         x: a DTensor of FSDP2, or a plain tensor or None, which are returned as they are.
 
-    Returns: the whole tensor; its gradient reaches the shards as the mean over ranks, as all of FSDP2's do, where `full_tensor()`
-        alone would leave each shard its own rank's part.
-    Raises: what the all-gather raises, such as a timeout where a rank does not call this.
+    Returns: the whole tensor, for one forward and its backward. Its gradient reaches the shards as the mean over ranks, as FSDP2's
+        do by default, where `full_tensor()` alone would leave each shard its own rank's part.
+    Raises: what the all-gather raises, such as a timeout where a rank does not call this: every rank must.
     Memory: the whole tensor. Determinism: an all-gather, in backward a reduce-scatter. Source: torch.distributed.tensor.
     """
     if not hasattr(x, "full_tensor"):
         return x
     from torch.distributed.tensor import Partial  # a torch built without torch.distributed has none
 
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+    on_device = x.to(x.device_mesh.device_type)
+    return on_device.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)

@@ -52,12 +52,12 @@ def head_options(model: nn.Module) -> ModelOptions:
     Args:
         model: what `from_pretrained` of a causal LM returns, not wrapped: DDP's `.module`, PEFT's `.get_base_model()`.
 
-    Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1. Bias and LoRA come gathered where
-        FSDP2 has them in a unit that nobody calls; pass `unsharded(weight)` beside them.
-    Raises: TypeError where the output head is no torch.nn.Linear of weight and bias, nor that with PEFT's LoRA; ValueError where it
-        has an adapter that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a scale is in the
-        configuration of its text and it is not known to apply that itself.
-    Memory: none, but what is gathered. Determinism: reads numbers. Source: the `forward` of each model in transformers 5.24.
+    Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1. Bias and LoRA are what `unsharded`
+        gives: where FSDP2 has them in a unit that nobody calls, every rank must call this, in each forward anew.
+    Raises: TypeError where the output head is no torch.nn.Linear, nor that with PEFT's LoRA, or learns more than weight and bias;
+        ValueError where it has an adapter that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a
+        scale is in the configuration of its text and it is not known to apply that itself.
+    Memory: none, but what is gathered. Determinism: reads, or gathers. Source: the `forward` of each model in transformers 5.24.
     """
     head, lora = _head(model)
     config = model.config.get_text_config()
@@ -95,14 +95,19 @@ def _is_applied(types: tuple[str, str]) -> bool:
 def _head(model: nn.Module) -> tuple[nn.Linear, LoraHead | None]:
     """The output head, which must be linear, and the LoRA on it."""
     head, lora = _without_adapter(getattr(model, "get_output_embeddings", lambda: None)())
-    linear = isinstance(head, nn.Linear)
-    more = [name for name, _ in head.named_parameters() if name not in ("weight", "bias")] if linear else []
-    if not linear or more:  # Dory's has a factor for every token, which training moves away from 1
-        found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
-        found += f" with {', '.join(more)}" if more else ""
+    found = "no output head" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
+    if not isinstance(head, nn.Linear):
         raise TypeError(
             f"head_options: the model must have an output head that is a torch.nn.Linear, got {found} in {type(model).__name__}. "
             "Unwrap the model (DDP's .module, PEFT's .get_base_model()), or pass the options yourself."
+        )
+    # Dory's has a factor for every token, which training moves away from 1; a parametrized weight is a weight.
+    names = [name for name, _ in head.named_parameters() if not name.startswith("parametrizations.")]
+    more = [name for name in names if name not in ("weight", "bias")]
+    if more:
+        raise TypeError(
+            f"head_options: the output head must learn a weight and a bias alone, got {', '.join(more)} in {found} of "
+            f"{type(model).__name__}. Call the head function with a weight that has them folded in, and options of your own."
         )
     return head, lora
 

@@ -45,9 +45,9 @@ class LoraHead:
         Args:
             layer: `model.get_output_embeddings()`, where the adapter's target_modules name the head.
 
-        Returns: the factors themselves, which get their gradients, or what `unsharded` gathers of them under FSDP2.
+        Returns: the factors themselves, which get their gradients, or what `unsharded` gathers of them, for one forward.
         Raises: TypeError for what is no LoRA layer of PEFT; ValueError for one that adds no plain LoRA to its base.
-        Memory: none, but what is gathered. Determinism: reads attributes. Source: PEFT's `LoraLayer`.
+        Memory: none, but what is gathered. Determinism: reads attributes, or gathers. Source: PEFT's `LoraLayer`.
         """
         if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling", "active_adapters")):
             raise TypeError(

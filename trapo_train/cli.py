@@ -324,7 +324,7 @@ def _plot(args: argparse.Namespace, console: Console) -> int:
 
     paths = plot_run(args.run_dir)
     if not paths:
-        raise UserError(f"{args.run_dir}: no row of its metrics holds one that can be plotted. Train some steps first.")
+        raise UserError(f"plot: a run must have trained a step, got metrics of {args.run_dir} without one. Train some steps first.")
     _print_paths(paths, console)
     return EXIT_OK
 

@@ -52,8 +52,24 @@ def _arguments():
         "aggregate": ({"role": role, "mode": "token_mean"}, {}),
         "loss_totals": ({"role": role}, {}),
         "head_options": ({"model": _model(bias)}, {}),
+        "unsharded": ({"x": _Shard()}, {}),
         "merged_metrics": ({"parts": [_metrics(-3 * entropy, batch), _metrics(-4 * entropy, batch)]}, {}),
     }
+
+
+class _Shard:
+    """A DTensor that has two ranks: what it becomes says how it was asked."""
+
+    device_mesh = SimpleNamespace(device_type="cuda", ndim=2)
+    device = None
+
+    def to(self, device):
+        there = _Shard()
+        there.device = device
+        return there
+
+    def full_tensor(self, grad_placements):
+        return (self.device, *map(repr, grad_placements))
 
 
 def _model(bias):

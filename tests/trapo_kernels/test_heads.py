@@ -61,8 +61,9 @@ def test_a_head_that_learns_more_than_weight_and_bias_is_refused():
         def forward(self, hidden):
             return super().forward(hidden) * self.logit_scale
 
-    with pytest.raises(TypeError, match=r"that is a torch\.nn\.Linear, got .*Scaled with logit_scale in SimpleNamespace\."):
+    with pytest.raises(TypeError, match=r"must learn a weight and a bias alone, got logit_scale in .*Scaled of SimpleNamespace\."):
         head_options(_model(Scaled()))
+    assert head_options(_model(nn.utils.parametrizations.weight_norm(nn.Linear(D, V))))["temperature"] == 1.0
 
 
 def _with_peft(**settings):

@@ -76,5 +76,5 @@ def routers_in_float32(layer: nn.Module) -> list[nn.Module]:
 
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:
-    """Parts of the names of parameters that transformers keeps in float32 in a model of 16 bits."""
-    return {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    """Parts of the names of parameters that transformers keeps in float32 in a model of bfloat16; its other list is for float16."""
+    return {*(model._keep_in_fp32_modules_strict or ())}

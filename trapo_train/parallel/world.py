@@ -179,8 +179,8 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
 
 def place_model(model: PreTrainedModel, world: World) -> None:
     """Move a model from host memory to this rank's device; of several ranks, each unit to its shards, so that no GPU ever holds
-    all of it. Each decoder layer is a unit, so is a head that is not the embedding, and the rest; in a layer a router of which
-    transformers keeps something in float32. Values are the first rank's: the others need none (see `first_rank.meta_model`).
+    all of it. Each decoder layer is a unit, within it each router with parameters that transformers keeps in float32, so is a head
+    that is not the embedding, and the rest. Values are the first rank's: the others need none (see `first_rank.meta_model`).
 
     Backward begins with the head, whose weight and gradient are then given up while the layers compute. The policy head runs
     inside the model's own `run_head`, which FSDP treats as a forward: the weight that the fused op sees is whole, tied or not.
@@ -215,11 +215,11 @@ def _shard(model: PreTrainedModel, world: World) -> None:
     # Inputs stay as they are: FSDP would round the loss weights inside a micro-batch, too.
     at_least_32_bits = torch.promote_types(head.compute_dtype, torch.float32)
     policy = MixedPrecisionPolicy(head.compute_dtype, reduce_dtype=at_least_32_bits, cast_forward_inputs=False)
-    exact = replace(policy, param_dtype=at_least_32_bits)
+    unrounded = replace(policy, param_dtype=at_least_32_bits)
     for layer in decoder_layers(model):
         broadcast_from_first(layer, world.device)
-        for router in routers_in_float32(layer) if exact != policy else ():
-            fully_shard(router, mesh=mesh, mp_policy=exact)
+        for router in routers_in_float32(layer) if unrounded != policy else ():
+            fully_shard(router, mesh=mesh, mp_policy=unrounded)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if not _is_tied(model) and not world.vocab_parallel_head:
         broadcast_from_first(head, world.device)

@@ -30,19 +30,20 @@ def build(name, keep=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "keep", "options"),
     [
-        ("glm4_moe", {"first_k_dense_replace": 0, "head_dim": 8}),  # raises both to float32
-        ("dots1", {"first_k_dense_replace": 0}),
-        ("qwen3_moe", {"head_dim": 8}),  # does not
-        ("mixtral", {}),
+        ("glm4_moe", [], {"first_k_dense_replace": 0, "head_dim": 8}),  # raises both to float32
+        ("glm4_moe", ["gate.weight"], {"first_k_dense_replace": 0, "head_dim": 8}),  # its own since transformers 5.24
+        ("dots1", [], {"first_k_dense_replace": 0}),
+        ("qwen3_moe", [], {"head_dim": 8}),  # does not
+        ("mixtral", [], {}),
     ],
 )
-def test_under_autocast_a_router_is_that_of_a_model_in_16_bits(name, options):
-    model, router = build(name, **options)
+def test_under_autocast_a_router_is_that_of_a_model_in_16_bits(name, keep, options):
+    model, router = build(name, keep, **options)
     hidden = torch.randn(200, 64)
     rounded = copy.deepcopy(router).bfloat16()
-    if any("gate.weight" in part for part in kept_in_float32(model)):  # of these two since transformers 5.24
+    if keep:
         rounded.weight.data = router.weight.data
     expected = rounded(hidden.bfloat16())
     with body_autocast(model):
@@ -79,7 +80,7 @@ class TopKGating(Gate):
 def test_a_gate_is_a_router_beside_experts_and_may_have_no_weight():
     blocks = {"attention": {"gate": Gate()}, "mixture": {"gate": Gate(), "experts": Experts()}, "jetmoe": {"gate": TopKGating()}}
     model = torch.nn.ModuleDict({name: torch.nn.ModuleDict(block) for name, block in blocks.items()})
-    model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = None
+    model._keep_in_fp32_modules_strict = None
     cast_routers(model)
     with torch.autocast("cpu", torch.bfloat16):
         types = {name: block["gate"](torch.randn(3)).dtype for name, block in model.items()}
@@ -88,11 +89,18 @@ def test_a_gate_is_a_router_beside_experts_and_may_have_no_weight():
     assert experts == torch.float32
 
 
-def test_what_a_model_keeps_in_float32_has_two_lists():
-    model = torch.nn.Module()
-    for rounded, never in ((["bias"], ["norm"]), (None, ["norm"]), (["bias"], None)):
-        model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = rounded, never
-        assert kept_in_float32(model) == {*(rounded or ()), *(never or ())}
+def test_what_a_model_keeps_in_float32_is_what_loading_it_in_bfloat16_does(tmp_path):
+    """LongCat's list is for float16: its routers are in bfloat16 in a sampler, and so here."""
+    sizes = {"ffn_hidden_size": 16, "expert_ffn_hidden_size": 8, "n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 2}
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = AutoConfig.for_model("longcat_flash", **SHAPE | sizes | heads | {"num_hidden_layers": 2}, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model._keep_in_fp32_modules and not kept_in_float32(model)
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "classifier" in name} == {torch.bfloat16}
+    strict = torch.nn.Module()
+    for strict._keep_in_fp32_modules_strict in (["norm"], None):
+        assert kept_in_float32(strict) == {*(strict._keep_in_fp32_modules_strict or ())}
 
 
 def test_what_transformers_keeps_in_float32_is_not_rounded():

@@ -5,10 +5,12 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import ranks
 from tests.trapo_train.models.test_autocast import build
-from trapo_train.parallel.world import ParallelConfig, World, place_model
+from trapo_train.models.model import enable_gradient_checkpointing
+from trapo_train.parallel.world import ParallelConfig, World, gathered, place_model, reshard
 
 BIAS = "moe_statics.e_score_correction_bias"
 CASES = [  # a model, what it keeps in float32, and which parameters of its router that names
@@ -17,6 +19,20 @@ CASES = [  # a model, what it keeps in float32, and which parameters of its rout
     ("ernie4_5_moe", ["gate.weight", "moe_statics"], {"weight", BIAS}, {"moe_k": 2, "moe_layer_start_index": 0}),
     ("qwen3_moe", [], set(), {"head_dim": 8}),
 ]
+
+
+def _check_a_second_pass(model, router, hidden, found):
+    """Recomputed, the gradients are the same; gathered, a rank runs the router without the other."""
+    gradients = {name: weight.grad.full_tensor() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    enable_gradient_checkpointing(model.train())
+    model(torch.arange(20)[None], use_cache=False).logits.float().square().sum().backward()
+    for name, weight in model.named_parameters():
+        assert name not in gradients or torch.equal(weight.grad.full_tensor(), gradients[name]), name
+    reshard(model)
+    with gathered(model), torch.no_grad():
+        if dist.get_rank() == 0:
+            assert all(map(torch.equal, router(hidden), found))
 
 
 def _rank(rank):
@@ -34,6 +50,7 @@ def _rank(rank):
         ((hidden, found),) = seen
         assert hidden.dtype == torch.bfloat16 and all(map(torch.equal, found, alone(hidden))), (name, keep)
         assert router.weight.grad.dtype == torch.float32 and router.weight.grad.full_tensor().any()
+        _check_a_second_pass(model, router, hidden, found)
     os._exit(0)  # while the models still live: to free them here can wait forever for gloo's threads (torch 2.13)
 
 
