@@ -6,7 +6,7 @@
 verl 0.9 imports `external_lib` in every worker, and the forwards that it gives its models, of text and of images, have one function
 for their head. Importing this file replaces it. What else changes beside memory and time:
 
-- Logits of a bf16 head, and entropies, are fp32, where verl rounds both to bf16.
+- Logits of a bf16 head, and entropies, are fp32, where verl's "torch" rounds both to bf16.
 - An untied head under FSDP2 works: verl has it in a unit of its own and multiplies by its shard, which ends in "mixed torch.Tensor
   and DTensor".
 - A model that does more to its logits than multiply by its head's weight, such as Gemma 2 or Granite, is refused: verl's fused
@@ -39,7 +39,7 @@ def forward(
 def patch_forward(model: nn.Module, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None) -> None:
     """verl's `patch_forward_with_backends`, for models alone whose logits are what its fused forwards compute."""
     if use_fused_kernels and fused_kernels_backend in BACKENDS:
-        more = {name: value for name, value in head_options(model).items() if value != PLAIN[name]}
+        more = [name for name, value in head_options(model).items() if value != PLAIN[name]]
         if more:
             raise ValueError(
                 f"use_fused_kernels: the logits must be hidden · lm_head.weightᵀ alone, got {', '.join(more)} in "

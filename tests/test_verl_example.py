@@ -32,7 +32,7 @@ def _verl():
 
 @pytest.fixture
 def verl(monkeypatch):
-    """verl, with what the example and verl itself replace put back afterwards; `use_trapo_head()` imports the example."""
+    """verl's module of patches, with what verl and the example, once a test imports it, replace put back afterwards."""
     verl_stand_in.install()
     patches, head = _verl()
     monkeypatch.setattr(patches, "patch_forward_with_backends", patches.patch_forward_with_backends)
@@ -45,10 +45,10 @@ def verl(monkeypatch):
     verl_stand_in.uninstall()
 
 
-def _result(model, ids=IDS, weight=0.1):
+def _result(model, ids=IDS):
     """logprobs, entropies and gradients of a model as verl's workers call it."""
     out = model(input_ids=ids, temperature=0.7, return_dict=True, shift_labels=ids.roll(-1, -1))
-    (-(out.log_probs - weight * out.entropy).mean()).backward()
+    (-(out.log_probs - 0.1 * out.entropy).mean()).backward()
     return out.log_probs.detach(), out.entropy.detach(), [parameter.grad for parameter in model.parameters()]
 
 

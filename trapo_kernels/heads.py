@@ -102,8 +102,7 @@ def _head(model: nn.Module) -> tuple[nn.Linear, LoraHead | None]:
             "Unwrap the model (DDP's .module, PEFT's .get_base_model()), or pass the options yourself."
         )
     # Dory's has a factor for every token, which training moves away from 1; a parametrized weight is a weight.
-    names = [name for name, _ in head.named_parameters() if not name.startswith("parametrizations.")]
-    more = [name for name in names if name not in ("weight", "bias")]
+    more = [name for name, _ in head.named_parameters() if name.partition(".")[0] not in ("weight", "bias", "parametrizations")]
     if more:
         raise TypeError(
             f"head_options: the output head must learn a weight and a bias alone, got {', '.join(more)} in {found} of "

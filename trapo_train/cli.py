@@ -324,7 +324,9 @@ def _plot(args: argparse.Namespace, console: Console) -> int:
 
     paths = plot_run(args.run_dir)
     if not paths:
-        raise UserError(f"plot: a run must have trained a step, got metrics of {args.run_dir} without one. Train some steps first.")
+        raise UserError(
+            f"plot: metrics must hold what can be drawn, got those of {args.run_dir}, where no step trained anything. Train more."
+        )
     _print_paths(paths, console)
     return EXIT_OK
 

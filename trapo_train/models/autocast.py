@@ -51,6 +51,8 @@ def cast_routers(model: PreTrainedModel) -> None:
 def _route(router: nn.Module, *arguments: Any, **options: Any) -> Any:
     hidden, *others = arguments
     kind, dtype = hidden.device.type, computed_in(hidden)
+    if not router.kept_in_float32 and not torch.is_autocast_enabled(kind):  # its weights have the type of its input
+        return type(router).forward(router, *arguments, **options)
     weights = {
         f"router.{name}": weight if name in router.kept_in_float32 else weight.to(dtype)
         for name, weight in router.named_parameters()
