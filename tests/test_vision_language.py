@@ -17,8 +17,15 @@ _PER_LAYER = {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8
 _GEMMA3N = _PER_LAYER | {"laurel_rank": 4, "activation_sparsity_pattern": None, "altup_num_inputs": 2}
 _MUSE = {"output_multiplier": 4.0, "final_logit_softcapping": 2.0}
 _EXPERTS = {"moe_intermediate_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_hidden_size": 16}
-_IMAGES = {"vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}}
-_SOUND = {"audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 16}}
+_ROUTED = {"moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
+_SLIDING = {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 8}
+_INKLING = _ROUTED | _SLIDING | {"d_rel": 4, "rel_extent": 8}
+_INKLING2 = _INKLING | {"unpadded_vocab_size": 50, "final_logit_softcapping": 0.5}
+_HEADS = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 2}
+_INDEX = {"index_topk": 4, "index_head_dim": 4, "index_n_heads": 2}
+_MISTRAL = _ROUTED | _HEADS | _INDEX | {"kv_lora_rank": 8, "q_lora_rank": 8, "final_logit_softcapping": 0.5}
+_IMAGES, _SOUND = ({name: {"text_hidden_size": 16}} for name in ("vision_config", "audio_config"))
+_LAYERED_SOUND = {"audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 16}}
 # (model, its text, the configuration of the text, that of the towers where they are not left out)
 APPLIED = [
     ("Gemma3n", "Gemma3nText", _CAP | _GEMMA3N, {}),
@@ -26,8 +33,11 @@ APPLIED = [
     ("Gemma4Unified", "Gemma4UnifiedText", _CAP | {"global_head_dim": 8}, {}),
     ("PaliGemma", "Gemma2", _CAP, {}),
     ("HyperCLOVAXVisionV2", "HyperCLOVAX", {"logits_scaling": 4.0}, {}),
-    ("MuseGlimmer", "MuseGlimmerText", _MUSE, _IMAGES),
-    ("MuseSpark", "MuseSparkText", _MUSE | _EXPERTS, _IMAGES | _SOUND),
+    ("MuseGlimmer", "MuseGlimmerText", _MUSE, {}),
+    ("MuseSpark", "MuseSparkText", _MUSE | _EXPERTS, _LAYERED_SOUND),
+    ("Inkling", "InklingText", _INKLING, _IMAGES | _SOUND),
+    ("Inkling2", "Inkling2Text", _INKLING2, _IMAGES),
+    ("MistralLarge4", "MistralLarge4Text", _MISTRAL, {}),
 ]
 IGNORED = [
     ("AyaVision", "Cohere2", _LAYERS | {"logit_scale": 4.0}, {}),
@@ -35,6 +45,14 @@ IGNORED = [
     ("Llava", "Gemma2", _CAP, {}),
     ("PaliGemma", "Granite", {"logits_scaling": 0.5, "use_bidirectional_attention": False}, {}),  # which would apply a cap
 ]
+
+
+class _NoTower(nn.Identity):
+    """In place of a vision tower, which may need timm or scipy, or be large."""
+
+    @classmethod
+    def _from_config(cls, config):
+        return cls()
 
 
 def _model(name, text, settings, towers):
@@ -47,10 +65,12 @@ def _model(name, text, settings, towers):
     make = transformers.AutoModel.from_config
 
     def language_model_alone(config):
-        return make(config) if config is text_config else nn.Identity()  # a tower, which may need timm or be large
+        return make(config) if config is text_config else _NoTower()
 
-    with mock.patch.object(transformers.AutoModel, "from_config", language_model_alone):
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    made = getattr(transformers, f"{name}ForConditionalGeneration")
+    tower = mock.patch(f"{made.__module__}.{name}VisionModel", _NoTower, create=True)
+    with mock.patch.object(transformers.AutoModel, "from_config", language_model_alone), tower:
+        model = made(config).eval()
     nn.init.normal_(model.lm_head.weight, std=0.2)  # logits that a cap and a scale change
     return model
 
