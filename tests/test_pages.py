@@ -21,8 +21,8 @@ from trapo_kernels import LossTotals, TokenBatch
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = (ROOT / "README.md").read_text(), (ROOT / "trapo_kernels" / "README.md").read_text()
-# The first example and SFT; of the kernels' page the module, and a GRPO step from padded tensors and from packed ones.
-FIRST, SFT, MODULE, PADDED, PACKED = re.findall(r"```python\n(.*?)```", README + PAGE, re.S)
+# The first example and SFT; of the kernels' page the module, a GRPO step from padded tensors and from packed ones, and DPO.
+FIRST, SFT, MODULE, PADDED, PACKED, DPO = re.findall(r"```python\n(.*?)```", README + PAGE, re.S)
 
 
 @pytest.mark.slow
@@ -144,6 +144,24 @@ def test_the_page_s_packed_grpo_is_that_of_padded_sequences(name):
     exec(PACKED, names)
     assert names["totals"] == LossTotals(rollout_tokens=int(given["mask"].sum()), sequences=7)
     _check_gradient(_gradients(model), exact)
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Phi", "Gemma4"])
+def test_the_page_s_dpo_is_that_of_whole_logits(name):
+    """As TRL writes its sigmoid loss; of three pairs the last has an empty rejected response."""
+    model, given = small_model(name), {key: x[[0, 1, 3, 4, 5, 2]] for key, x in _sequences().items()}
+    response, reference = torch.nn.functional.pad(given["mask"], (4, 0)), -20 * torch.rand(6)
+    inputs = (given["input_ids"], given["attention_mask"])
+    logits = model(inputs[0], attention_mask=inputs[1]).logits[:, 3:-1]
+    logprob = logits.log_softmax(-1).gather(-1, inputs[0][:, 4:, None])[..., 0]
+    chosen, rejected = ((logprob * given["mask"]).sum(1) - reference).chunk(2)
+    exact = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    names = vars(trapo_kernels) | {"torch": torch}
+    exec(DPO, names)
+    ours = names["dpo_loss"](model, *inputs, response, reference)
+    torch.testing.assert_close(ours, exact)
+    weights = list(model.parameters())
+    _check_gradient(*(torch.autograd.grad(loss, weights, materialize_grads=True) for loss in (ours, exact)))
 
 
 TRL = {"max_completion_length": 9, "ga": 3, "num_items_in_batch": 67.0, "num_processes": 2, "steps_per_generation": 4}
