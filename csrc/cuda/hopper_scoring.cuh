@@ -157,7 +157,7 @@ __device__ __forceinline__ void sum_tiles(const Stages& stages, const ScoringArg
     };
     ThreadRow rows[2] = {thread_row(0), thread_row(2)};
     for (int tile = item.first_column_tile; tile < item.last_column_tile; ++tile) {
-      float logits[kAccumulators];
+      float logits[kAccumulators] = {};  // defined, or ptxas 12.8 waits after every wgmma
       for (int k = 0; k < depth_steps; ++k, ++step) {
         const uint32_t stage = step % kStages;
         barrier_wait(&stages.full[stage], step / kStages % 2);
@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(kScoringThreads, 1)
   extern __shared__ __align__(16) unsigned char memory[];
   const Stages stages(memory);
   const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-  const int warpgroup = threadIdx.x / 128, rank = static_cast<int>(cluster.block_rank());
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // so the compiler knows that a warp has one
+  const int rank = static_cast<int>(cluster.block_rank());
   const int depth_steps = static_cast<int>((a.hidden_size + kTileDepth - 1) / kTileDepth);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {

@@ -28,6 +28,7 @@ TRAPO_HD float power_of_2(float x) {  // 2 ulp in one instruction; 0 where it wo
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+TRAPO_HD float difference(float a, float b) { return __fsub_rn(a, b); }  // never fused with a product that b is
 TRAPO_HD float at_least_floor(float x) {  // NaN stays NaN
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(kFloor));
@@ -36,6 +37,7 @@ TRAPO_HD float at_least_floor(float x) {  // NaN stays NaN
 #else
 TRAPO_HD float quotient(float a, float b) { return fabsf(b) > 0x1p126f ? 0.0f : a / b; }
 TRAPO_HD float power_of_2(float x) { return exp2f(x); }
+TRAPO_HD float difference(float a, float b) { return a - b; }
 TRAPO_HD float at_least_floor(float x) { return x < kFloor ? kFloor : x; }
 #endif
 
@@ -43,7 +45,7 @@ TRAPO_HD RunningSoftmax empty_softmax() { return {kFloor, 0.0f, 0.0f}; }
 
 // Bring the sums to a larger maximum.
 TRAPO_HD void raise_max(RunningSoftmax& s, float new_max) {
-  const float shift = s.max - new_max, scale = power_of_2(shift);
+  const float shift = difference(s.max, new_max), scale = power_of_2(shift);
   s.moment = s.others == 0.0f ? 0.0f : scale * (s.moment + shift * s.others);
   s.others *= scale;
   s.max = new_max;
