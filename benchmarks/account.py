@@ -33,6 +33,7 @@ class Rates(NamedTuple):
 
 
 H200, H100 = Rates("H200", 790.0, 4.3), Rates("H100", 798.0, 3.0)
+MULTIPROCESSORS, TILE = 132, (128, 256)  # of either, and of the GEMMs of a chunk, as far as known
 L2_TBPS = 5.5  # what the L2 of either gives to all multiprocessors: a cautious guess
 
 
@@ -49,7 +50,9 @@ def memory_formula(contender: str, case: Case, device_type: str) -> dict[str, in
     sizes, how = (rows, case.hidden_size, case.vocab_size), {"grad_weight": not scores, "in_place": "torch" not in contender}
     parts = head_memory(*sizes, dtype=dtype, device_type=device_type, **how)
     if scores:
-        return {name: parts[name] for name in ("logits", "weight")}
+        held = {name: parts[name] for name in ("logits", "weight")}
+        copied = chunk_rows(*sizes, device_type) * case.hidden_size * dtype.itemsize
+        return held if device_type == "cpu" else held | {"hidden chunk": copied}
     return parts | {"grad_hidden": case.num_rows * case.hidden_size * dtype.itemsize}
 
 
@@ -94,6 +97,7 @@ class Prediction(NamedTuple):
     rounding_ms: float
     wide_logits_ms: float
     grad_weight_ms: float
+    waves_ms: float
     l2_ms: float
     chunks: int
 
@@ -103,13 +107,21 @@ class Prediction(NamedTuple):
 
     @property
     def exposed(self) -> float:
-        return max(self.hidden + (self.wide_logits_ms + self.grad_weight_ms) / self.floor_ms, self.l2_ms / self.floor_ms)
+        more_ms = self.wide_logits_ms + self.grad_weight_ms + self.waves_ms
+        return max(self.hidden + more_ms / self.floor_ms, self.l2_ms / self.floor_ms)
+
+
+def rounds(rows: int, columns: int) -> float:
+    """How much longer than its work a GEMM of [rows, columns] takes whose last round of tiles leaves multiprocessors idle."""
+    tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
+    return -(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS * TILE[0] * TILE[1] / (rows * columns)
 
 
 def predict(case: Case, plan: Plan = SINGLE_PASS, rates: Rates = H200) -> Prediction:
     """The account of a plan with fp32 logits and bf16 inputs on one GPU."""
     n, d, v = round(case.num_rows * plan.active), case.hidden_size, case.vocab_size
-    chunks = -(-n // (plan.chunk or chunk_rows(n, d, v, "cuda")))
+    rows = min(n, plan.chunk or chunk_rows(n, d, v, "cuda"))
+    chunks = -(-n // rows)
     one = rates.gemm_ms(case.gemm_flop)
     forward_only = plan.gemms == 1
     held = grad_weight_dtype(n, d, v, torch.bfloat16, torch.bfloat16, "cuda", batch_invariant=plan.chunk > 0)
@@ -121,6 +133,7 @@ def predict(case: Case, plan: Plan = SINGLE_PASS, rates: Rates = H200) -> Predic
         rounding_ms=0.0 if forward_only else rates.copy_ms(6 * n * d + (6 * v * d if in_fp32 else 0)),
         wide_logits_ms=rates.copy_ms(2 * n * v * plan.wide_gemms),
         grad_weight_ms=rates.copy_ms((2 * chunks - 1) * 4 * v * d) if in_fp32 else 0.0,
+        waves_ms=0.0 if forward_only else max(0.0, rounds(rows, d) / rounds(case.num_rows, d) - 1) * one * plan.active,
         l2_ms=plan.l2_bytes * (n * v * d / (128 * 128 * 64)) / (L2_TBPS * 1e12) * 1e3,
         chunks=chunks,
     )
@@ -191,11 +204,13 @@ def arithmetic(case: Case, plan: Plan, rates: Rates) -> list[str]:
         lines += [
             f"- fp32 dWeight written by {p.chunks} chunks and read by all but the first: {2 * p.chunks - 1}·4·{v}·{d} B = "
             f"{p.grad_weight_ms:.2f} ms, unless hidden in that GEMM",
+            f"- dHidden of a chunk: its {TILE[0]} × {TILE[1]} tiles fill {MULTIPROCESSORS} multiprocessors worse than the floor's: "
+            f"{p.waves_ms:.2f} ms, unless cuBLAS has other tiles or splits V",
             f"- both gradients rounded from fp32 to bf16, dWeight with the upstream factor: {p.rounding_ms:.2f} ms",
         ]
     return [
         *lines,
-        f"- predicted ratio to the floor: **{p.hidden:.2f}** if all of the GEMMs' traffic hides, **{p.exposed:.2f}** if none",
+        f"- predicted ratio to the floor: **{p.hidden:.2f}** if all of what has an 'unless' hides, **{p.exposed:.2f}** if none",
     ]
 
 
@@ -237,8 +252,9 @@ def todo() -> str:
         "## Predictions, bf16 inputs, fp32 logits, entropy gradient on",
         "",
         "Times the floor: the bare GEMMs of all rows, three for a loss, one for scoring. The range is from all of the GEMMs' own",
-        "extra traffic hidden behind their arithmetic to none of it; of the kernels whose logits stay on the chip from arithmetic",
-        f"alone to operands from the L2 alone, at {L2_TBPS} TB/s, a cautious guess.",
+        "extra traffic hidden behind their arithmetic, and chunks that fill the GPU as well as the whole, to none of that; of the",
+        f"kernels whose logits stay on the chip from arithmetic alone to operands from the L2 alone, at {L2_TBPS} TB/s, a cautious",
+        "guess.",
         "",
         *_table([(case, SINGLE_PASS) for case in cases]),
         "",
@@ -254,7 +270,8 @@ def todo() -> str:
         "",
         "What would disprove the account: a ratio above the range means that the row kernel does not reach the copy rate (look at "
         "`BLOCK_V` and the number of warps in `launch.py`, or at `row_kernels.cuh`) or that the GEMMs of a chunk do not reach the "
-        "rate of whole ones. The row kept in shared memory may miss its range: see `offline_native.md` for why.",
+        "rate of whole ones (`chunk` times chunks of 4736 rows, 3.9 rounds of dHidden's tiles at D = 3584, against 4096, 3.4 of "
+        "them). The row kept in shared memory may miss its range: see `offline_native.md` for why.",
         "",
         "To be timed before the tile of `launch.py` is pinned: the first sweep of the Triton row kernels reduces over the block in "
         "every tile and starts no load before that (read off the SASS). `tl.range(0, whole, BLOCK_V, num_stages=3)` in `row_sweep` "

@@ -24,10 +24,12 @@ Rows = dict[str, dict]  # by contender; None for one that still has to be measur
 
 
 class Bench:
-    """How to measure on one device: at most `rounds` rounds, tiny shapes if `small`; `journal` is told who runs."""
+    """How to measure on one device: at most `rounds` rounds, tiny shapes if `small`; `journal` is told who runs; `counts`: on a GPU
+    launches and host syncs are counted, too."""
 
-    def __init__(self, device: str, rounds: int, small: bool, journal: Journal):
+    def __init__(self, device: str, rounds: int, small: bool, journal: Journal, counts: bool = True):
         self.device, self.rounds, self.small, self.journal = device, rounds, small, journal
+        self.counts = counts and device == "cuda"
 
     def run(self, case: Case, able: list[Contender], seconds: float, rows: Rows) -> None:
         """Fill `rows` with the figures of `able`, in about `seconds`; what is there stays there when it is interrupted."""
@@ -53,17 +55,15 @@ class Bench:
         for name, error in failed.items():
             rows[name] |= self._failure(name, error)
             rows[name]["reason"] += " (while it was timed, beside the floor's buffers)"
-        if self.device == "cuda":
-            for name in timings:
-                failed, found = self._attempt(name, lambda name=name: measure.cuda_counts(calls[name]))
-                rows[name] |= found if failed is None else {"note": f"counts: {failed['reason']}"}
-            if floor in timings:  # clocks once per case: to start nvidia-smi takes about a second
-                failed, found = self._attempt(floor, lambda: provenance.clocks(calls[floor], rows[floor]["median_ms"]))
-                rows[floor] |= found if failed is None else {"note": f"clocks: {failed['reason']}"}
-        if case.with_memory or self.device == "cuda":
-            for contender in able:
-                if contender.name in timings and not contender.floor:
-                    rows[contender.name] |= self._memory(case, contender.name, calls[contender.name])
+        if self.device == "cuda" and floor in timings:  # clocks once per case: to start nvidia-smi takes about a second
+            failed, found = self._attempt(floor, lambda: provenance.clocks(calls[floor], rows[floor]["median_ms"]))
+            rows[floor] |= found if failed is None else {"note": f"clocks: {failed['reason']}"}
+        weighed = [c.name for c in able if c.name in timings and not c.floor] if case.with_memory or self.device == "cuda" else []
+        for name in weighed:
+            rows[name] |= self._memory(case, name, calls[name])
+        for name in weighed if self.counts else ():  # last: where the profiler hangs, all else is known by then
+            failed, found = self._attempt(name, lambda name=name: measure.cuda_counts(calls[name]))
+            rows[name] |= found if failed is None else {"note": f"counts: {failed['reason']}"}
 
     def _checked(self, case: Case, able: list[Contender], rows: Rows) -> tuple[Problem | None, dict[str, Callable]]:
         """The case's inputs and the calls that agree with fp64; `rows` gets every contender's errors, or why it does not run."""

@@ -47,6 +47,8 @@ MATCH = "not sharded_equals_whole"
 DOCTOR_SECONDS = 60.0
 RESTARTS = 8  # of a file whose tests take their process along, before the rest of it is given up
 BACKENDS, MOST_CRASHES = ("triton", "native"), 2  # after so many crashes of a backend in a file its other tests there are left out
+# Plugins of the machine's own stay out, and so does TF32, which some images let cuBLAS take for fp32.
+ENVIRONMENT = {"OMP_NUM_THREADS": "2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
 TAIL_LINES = 20  # of the output of a process that did not end well
 SANITIZED = {  # tool and kernels: which tests of NATIVE
     "memcheck, rows": "4099 or 57000",
@@ -175,7 +177,7 @@ def _run(command: list[str], until: float, output: Path, **variables: str) -> in
     """Exit code of a command; None where `until` came first, and it was killed. What it says is added to `output`."""
     if until <= time.monotonic():
         return None
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | variables
+    environment = os.environ | ENVIRONMENT | variables
     with output.open("a") as file:
         process = subprocess.Popen(
             command, cwd=provenance.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -28,7 +28,13 @@ class Journal:
         """`contender` runs from now on; `reason` is why it is about to take the process down, where that is known."""
         if self._path is not None and self._case is not None:
             known = {name: row for name, row in store.ran(self._rows).items() if name != contender}
-            said = {"contender": contender, "reason": reason, "since": time.time(), "known": known}
+            said = {
+                "contender": contender,
+                "reason": reason,
+                "since": time.time(),
+                "known": known,
+                "own": self._rows.get(contender),
+            }
             self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".new")
             written.write_text(json.dumps(self._case | said))
@@ -66,5 +72,8 @@ class Journal:
 
 
 def _crash(found: dict, reason: str) -> store.Row:
-    row = {"contender": found["contender"], "status": "crashed", "reason": found["reason"] or reason, "note": ""}
-    return row | found["shared"]
+    """The row of a contender that has taken its process along; figures that it had by then stay."""
+    own, reason = found.get("own") or {}, found["reason"] or reason
+    crashed = {"status": "crashed", "reason": reason, "note": ""}
+    what = own | {"reason": reason, "note": f"after it was timed: {reason}"} if "median_ms" in own else crashed
+    return {"contender": found["contender"], **what, **found["shared"]}

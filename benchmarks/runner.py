@@ -127,7 +127,7 @@ def work(options: argparse.Namespace) -> int:
     work, done = _pending(options, path)
     _say(f"{len(work)} cases to measure, {done} of this revision are there already: {path}")
     budget, journal = Budget(seconds - RESERVE_SECONDS), _journal(options)
-    bench = Bench(options.device, options.rounds, options.small, journal)
+    bench = Bench(options.device, options.rounds, options.small, journal, counts=not options.brief)
     left = len(work)
     try:
         with budget:
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip", action="append", default=[], metavar="CONTENDER", type=_one_of(list(BY_NAME)), help="leave one out; repeatable"
     )
-    parser.add_argument("--brief", action="store_true", help=f"leave out {', '.join(_BRIEFLY_LEFT_OUT)}")
+    parser.add_argument("--brief", action="store_true", help=f"count no launches, leave out {', '.join(_BRIEFLY_LEFT_OUT)}")
     parser.add_argument("--rounds", type=int, default=measure.MAX_ROUNDS, help="at most this many timed rounds per case")
     parser.add_argument("--no-report", dest="report", action="store_false", help="leave it to python -m benchmarks.report")
     parser.add_argument(provenance.WORKER_FLAG, type=float, help=argparse.SUPPRESS)

@@ -76,6 +76,8 @@ class PretendedGpu(TorchDispatchMode):
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         inner_args, inner_kwargs = tree_map(lambda x: x.values if isinstance(x, _Pretended) else x, (args, kwargs))
+        if name in ("aten::addmm", "aten::addmm_"):
+            _check_lengths(op, inner_args, inner_kwargs)
         wider = op.name() in _WIDER
         values = _multiply(op, inner_args, inner_kwargs) if wider else op(*inner_args, **inner_kwargs)
         if name == "aten::copy_":
@@ -94,9 +96,23 @@ class PretendedGpu(TorchDispatchMode):
         return masks or name in _HOST_WAITS
 
 
+def _given(op, args, kwargs) -> dict:
+    return dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+
+
+def _check_lengths(op, args, kwargs):
+    """torch adds a product to one row by cuBLASLt, unless its right factor is a row or a column, too; that refuses a matrix, be it
+    of one row, whose rows are longer than its stride."""
+    given = _given(op, args, kwargs)
+    left, right = given["mat1"], given["mat2"]
+    by_lt = given["self"].squeeze().dim() == 1 and min(right.shape) > 1
+    if by_lt and left.is_contiguous() and left.stride(0) < left.shape[1]:
+        raise RuntimeError(f"cuBLASLt refuses rows of {left.shape[1]} with a stride of {left.stride(0)} in {op}")
+
+
 def _multiply(op, args, kwargs):
     """mm or addmm with `out_dtype`: operands are widened, then multiplied."""
-    given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    given = _given(op, args, kwargs)
     dtype = given["out_dtype"]
     left, right = (given.get("mat1", given["self"]), given["mat2"])
     result = given.get("alpha", 1) * (left.to(dtype) @ right.to(dtype))
@@ -108,12 +124,15 @@ def _multiply(op, args, kwargs):
 @contextlib.contextmanager
 def pretend(monkeypatch):
     """A PretendedGpu, and what torch must be told of its device: autocast is off there, and fused optimizers run."""
-    enabled, autocast, from_data = torch.is_autocast_enabled, torch.autocast, torch.tensor
+    enabled, autocast = torch.is_autocast_enabled, torch.autocast
     fused = [*_foreach_utils._get_fused_kernels_supported_devices(), DEVICE]
 
-    def tensor(data, *, device=None, **options):
-        made = from_data(data, **options)
-        return made if device is None else made.to(device)
+    def put_there(from_data):
+        def there(data, *, device=None, **options):
+            made = from_data(data, **options)
+            return made if device is None else made.to(device)
+
+        return there
 
     def autocast_unless_pretended(device_type, *args, **options):
         return contextlib.nullcontext() if device_type == DEVICE else autocast(device_type, *args, **options)
@@ -125,7 +144,8 @@ def pretend(monkeypatch):
 
     with monkeypatch.context() as patch, PretendedGpu() as gpu:
         patch.setattr(torch.Tensor, "pin_memory", pin_memory)  # which asks for a real one
-        patch.setattr(torch, "tensor", tensor)  # torch makes it without asking the mode
+        for from_data in (torch.tensor, torch.as_tensor):  # which torch makes without asking the mode
+            patch.setattr(torch, from_data.__name__, put_there(from_data))
         patch.setattr(torch, "is_autocast_enabled", lambda device_type="cpu": device_type != DEVICE and enabled(device_type))
         patch.setattr(torch, "autocast", autocast_unless_pretended)
         patch.setattr(_Pretended, "tolist", lambda x: gpu.waits.append("tolist") or x.values.tolist(), raising=False)

@@ -132,3 +132,13 @@ def test_an_error_that_breaks_the_cuda_context_ends_the_worker_and_leaves_its_re
     assert (checked["contender"], checked["status"], checked["partial"]) == ("eager", "ok", True)
     assert (row["contender"], row["status"], row["reason"]) == ("peer", "crashed", "RuntimeError: an illegal memory access")
     assert journal.blame("again") is None
+
+
+def test_a_contender_that_hangs_after_it_was_timed_keeps_its_figures(tmp_path):
+    journal = Journal(tmp_path / "cuda.running.json")
+    rows = {"eager": {"status": "ok", "median_ms": 2.0, "note": ""}}
+    journal.begin(tmp_path / "results.jsonl", {"case": {}, "title": "t", "environment": {}}, rows, {"partial": True})
+    journal.enter("eager")
+    journal.blame("hung: one call did not return within 30 s.")
+    (row,) = store.read(tmp_path / "results.jsonl")
+    assert (row["status"], row["median_ms"]) == ("ok", 2.0) and row["note"].startswith("after it was timed: hung")

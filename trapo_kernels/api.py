@@ -53,7 +53,7 @@ def linear_logprob(
 
         logits = hidden.float() @ lm_head_weight.to(hidden.dtype).float().T + (0 if bias is None else bias)
         capped = logits if softcap is None else softcap * (logits / softcap).tanh()
-        log_p = (capped / torch.as_tensor(temperature).view(-1, 1)).log_softmax(-1)
+        log_p = (capped / torch.as_tensor(temperature, device=hidden.device).view(-1, 1)).log_softmax(-1)
         logprob = log_p.gather(1, target[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
 
@@ -268,7 +268,7 @@ def token_logprob(
     Equivalent to:
 
         capped = logits.float() if softcap is None else softcap * (logits.float() / softcap).tanh()
-        log_p = (capped / torch.as_tensor(temperature)[..., None]).log_softmax(-1)
+        log_p = (capped / torch.as_tensor(temperature, device=logits.device)[..., None]).log_softmax(-1)
         logprob = log_p.gather(-1, target[..., None])[..., 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
 

@@ -14,7 +14,7 @@ def cases(device: str, small: bool) -> list[Case]:
     if small:
         sizes, shape, dtypes, dtype = (128,), (256, *SMALL[1:]), ("float32",), "float32"
     elif device == "cuda":
-        sizes, shape, dtypes, dtype = (4096, 2048, 8192, 1024), TRAPO_MICRO_BATCH, ("float32", "bfloat16"), "bfloat16"
+        sizes, shape, dtypes, dtype = (4096, 4736, 2048, 8192, 1024), TRAPO_MICRO_BATCH, ("float32", "bfloat16"), "bfloat16"
     else:
         sizes, shape, dtypes, dtype = (128, 256, 512), (1024, 256, 32768), ("float32",), "float32"
     return [

@@ -339,6 +339,16 @@ def test_the_doctor_tells_a_wrong_backend(monkeypatch):
     assert not healthy and any("WRONG" in line and "5.0e-01" in line for line in lines)
 
 
+def test_the_doctor_s_self_test_is_in_float32_whatever_is_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # on a CPU with AMX or AVX512_BF16 torch then multiplies in bf16
+    try:
+        lines, healthy = doctor.report()
+        assert healthy and torch.get_float32_matmul_precision() == "medium", lines
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_the_doctor_tells_that_float32_logits_are_tf32(monkeypatch, allowed):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

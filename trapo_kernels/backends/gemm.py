@@ -252,6 +252,7 @@ class HeadGemm:
 
     def _add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         """out = beta · out + a · b, accumulated in the dtype of `out`; with beta 0 `out` is not read."""
+        a = a.reshape(a.shape)  # one row, of a transposed column, gets its length for stride, without which cuBLASLt refuses it
         if not self.mixed or out.dtype != torch.float32:
             out.addmm_(a, b, beta=beta)
         elif self.on_cpu:
