@@ -226,8 +226,9 @@ class TokenBatch:
         return torch.where(wanted, torch.where(self.target == IGNORE_INDEX, _NO_TOKEN, self.target), IGNORE_INDEX)
 
     def cut_sequence(self) -> int | None:
-        """The label of a sequence of which `rows` on a CPU has left a token with a role behind; None where none is known."""
-        if self._cut_from is None:
+        """The label of a sequence of which `rows` on a CPU has left a token with a role behind; None where none is known, as in
+        compiled code, which looks at no values."""
+        if self._cut_from is None or torch.compiler.is_compiling():
             return None
         sequence_id, real, index = self._cut_from
         left = real.clone()

@@ -76,7 +76,6 @@ def padded(
         checks.one_of(where, "role", role, (Role.ROLLOUT, Role.EXPERT))
     tokens, sequences = tuple(target.shape), tuple(target.shape[:1])
     for streams, shapes in (({"mask": mask} | of_tokens, [tokens]), (of_either, [sequences, tokens]), (of_sequences, [sequences])):
-        rule = " or ".join(f"{'[B, T]' if len(shape) == 2 else '[B]'} = {list(shape)}" for shape in shapes)
         for name, value in streams.items():
             if value is None and name != "mask":
                 continue
@@ -92,6 +91,7 @@ def padded(
                     remedy = f"Drop its last axis with {name}.squeeze(1){moved}."
                 if tokens in shapes and shape == (target.numel(),):
                     remedy = f"Restore its axes with {name}.reshape(target.shape){moved}."
+                rule = " or ".join(f"{'[B, T]' if len(shape) == 2 else '[B]'} = {list(shape)}" for shape in shapes)
                 raise ValueError(
                     f"{where}: {name} must be a tensor of shape {rule} on {target.device}, as target is, got "
                     f"{checks.described(value)}. {remedy}"
@@ -132,7 +132,8 @@ def loss_totals(totals: LossTotals) -> None:
         if one and not checks.may_look(value):
             continue
         number = value.item() if one else value
-        if not (isinstance(number, numbers.Real) and number >= 0 and float(number).is_integer()):
+        whole = isinstance(number, int) or (isinstance(number, numbers.Real) and float(number).is_integer())
+        if not (whole and number >= 0):  # torch.compile would compile anew for every int that is made a float
             raise ValueError(
                 f"LossTotals: {name} must be a whole number ≥ 0, got {value!r}. Pass the count over all micro-batches and ranks, "
                 f"or totals=None to aggregate where there is none. {checks.NO_COUNT}"

@@ -1,5 +1,4 @@
-"""Input rules and error sentences of the kernels, each once: the rule, the actual value, the remedy. Those of a batch are in
-`batch_checks`."""
+"""Input rules and error sentences of the kernels, each once: rule, actual value, remedy. A batch's are in `batch_checks`."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trapo_kernels.fsdp import is_dtensor
 from trapo_kernels.roles import IGNORE_INDEX, Role
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ _WHOLE_HIDDEN = "Pass hidden.full_tensor()."
 
 def whole(where: str, name: str, value: object, remedy: str = "Pass .full_tensor() of it.") -> None:
     """`value` must not be a shard of a distributed tensor."""
-    if hasattr(value, "placements") and hasattr(value, "full_tensor"):
+    if is_dtensor(value):
         raise TypeError(f"{where}: {name} must be a plain tensor, got a DTensor. {remedy}")
 
 

@@ -27,9 +27,14 @@ def unsharded(x: Tensor | None) -> Tensor | None:
     Raises: what the all-gather raises, such as a timeout where a rank does not call this: every rank must.
     Memory: the whole tensor. Determinism: an all-gather, in backward a reduce-scatter. Source: torch.distributed.tensor.
     """
-    if not hasattr(x, "full_tensor"):
+    if not is_dtensor(x):
         return x
     from torch.distributed.tensor import Partial  # a torch built without torch.distributed has none
 
     on_device = x.to(x.device_mesh.device_type)
     return on_device.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+def is_dtensor(x: object) -> bool:
+    """By its name, too: in compiled code a DTensor has no attributes to ask for. Nothing is imported for it."""
+    return isinstance(x, Tensor) and (type(x).__name__ == "DTensor" or hasattr(x, "full_tensor"))

@@ -57,7 +57,7 @@ def _arguments():
     }
 
 
-class _Shard:
+class _Shard(torch.Tensor):
     """A DTensor that has two ranks: what it becomes says how it was asked."""
 
     device_mesh = SimpleNamespace(device_type="cuda", ndim=2)

@@ -351,3 +351,42 @@ def test_cuda_graph_capture_replays_the_same_bits(backend):
     graph.replay()
     for ours, eager in zip(captured, expected, strict=True):
         assert torch.equal(ours, eager)
+
+
+def _compiled(function, **how):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="eager", **how)
+
+
+@pytest.mark.parametrize("function", [linear_logprob, token_logprob])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_temperature_that_is_a_number_may_change_in_compiled_code(function, dynamic):
+    hidden, weight, _ = cases.head(6, 5, 20, torch.float32)
+    target, x = torch.arange(6, device=cases.DEVICE), (hidden, weight) if function is linear_logprob else (hidden @ weight.t(),)
+
+    def scored(temperature):
+        return function(*x, target, temperature=temperature).logprob
+
+    compiled = _compiled(scored, dynamic=dynamic)
+    for temperature in (0.9, 0.8, 0.7):
+        assert torch.equal(compiled(temperature), scored(temperature))
+
+
+def test_a_compiled_step_builds_a_batch_of_any_shape_from_padded_tensors():
+    def weight(target, mask, old_logprob):
+        return TokenBatch.from_padded(target, mask, aggregation="sequence_mean", old_logprob=old_logprob).weight
+
+    compiled = _compiled(weight)
+    for shape in ((3, 4), (5, 7), (4, 6)):
+        given = torch.ones(shape, dtype=torch.int64), torch.rand(shape).round(), -torch.rand(shape)
+        assert torch.equal(compiled(*given), weight(*given))
+
+
+def test_a_part_of_a_batch_goes_into_compiled_code_that_pools_over_sequences():
+    hidden, weight, _ = cases.head(8, 5, 20, torch.float32)
+    b = cases.batch(12, 20, torch.float32, sequence_id=torch.arange(12, device=cases.DEVICE) // 4).rows(slice(0, 8))
+
+    def loss(h):
+        return linear_policy_loss(h, weight, b, objectives.gspo()).loss
+
+    torch.testing.assert_close(_compiled(loss)(hidden), loss(hidden))
