@@ -169,7 +169,7 @@ def totals(value: object, here: LossTotals, divisors: tuple[str, ...]) -> None:
 def whole_number(value: object) -> int | None:
     """A whole number of any kind, numpy's and 0-d tensors among them, as an int; None for anything else."""
     try:
-        return None if value is None else operator.index(value)  # whose TypeError for None Dynamo of torch 2.11 does not catch
+        return value if value is None or isinstance(value, int) else operator.index(value)  # of which Dynamo makes a constant
     except TypeError:
         return None
 

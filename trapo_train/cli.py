@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_and_exit() -> NoReturn:
     """Run one command and exit with its code."""
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # whoever started the ranks
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "vllm" in sys.modules:  # whoever started the ranks
         # A rank leaves without tearing the interpreter down: a gloo thread that drops a tensor meanwhile aborts the process
-        # (pytorch/pytorch#179291), and the exit code of a finished run would be lost. Files are closed by now, and all is printed.
+        # (pytorch/pytorch#179291), as the memory pools of a vLLM that sleeps do (pytorch/pytorch#145168), and the exit code of a
+        # finished run would be lost. Files are closed by now, and all is printed.
         os._exit(code)
     sys.exit(code)
 

@@ -333,8 +333,10 @@ def test_expert_traces_that_are_too_long_are_left_out_and_said(configure):
 
 
 @pytest.mark.slow
-def test_kl_term_compares_with_the_model_before_training(configure):
-    config = configure("kl", "plan.name=grpo", "objective={name: grpo, options: {beta: 0.1, entropy_coef: 1.0}}")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in which the reference's matrices are stored
+def test_kl_term_compares_with_the_model_before_training(configure, dtype):
+    options = "objective={name: grpo, options: {beta: 0.1, entropy_coef: 1.0}}"
+    config = configure("kl", "plan.name=grpo", options, f"model.dtype={dtype}")
     train_to_end(config)
     divergence = [row["rollout/kl_ref"] for row in rows(config) if "rollout/kl_ref" in row]
     assert divergence[0] == pytest.approx(0.0, abs=1e-9)

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `step_<n>`:
 
-- `tensors/`: weights and optimizer state, one safetensors file per rank with its shards (torch.distributed.checkpoint), which
+- `tensors/`: weights and optimizer state, safetensors files of each rank with its shards (torch.distributed.checkpoint), which
   any number of ranks can read;
 - `state.pt`: everything else, read with weights_only; neither format can run code when it is loaded;
 - `manifest.json`: step, fingerprint of the run, size and SHA-256 of every file. What does not match it is refused.
@@ -29,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trapo_train.checkpoints.tensor_files import tensor_writer
 from trapo_train.files import UNFINISHED, replace_text
 from trapo_train.parallel.world import RankError, World
 from trapo_train.schema import UserError
@@ -144,7 +145,7 @@ class CheckpointStore:
             score: how good the model is, if that is known; higher is better, and one that is not finite is none.
             score_before: how good it was before training.
 
-        Memory: each rank holds its shards on the CPU, unpinned, once as tensors and once as the bytes of its file.
+        Memory: each rank holds one file of its shards on the CPU, unpinned: up to three times 2 GiB, or the largest shard.
 
         Raises: CheckpointError, on every rank, when the disk is full or not writable, or the step has a checkpoint; earlier ones
             stay.
@@ -156,14 +157,10 @@ class CheckpointStore:
             with self._ranks.together():  # a rank that is lost meanwhile is no fault of the disk
                 self._on_first_rank(lambda: self._begin(unfinished, state))
                 if tensors:
-                    writer = dcp.HuggingFaceStorageWriter(str(unfinished / TENSOR_DIR), save_distributed=True)
-                    # Copying ahead goes through pinned memory, where CUDA is: the whole state, each tensor rounded up to a power of
-                    # two and kept by torch for good. Without, the copies are pageable and freed.
-                    writer.per_thread_copy_ahead = 0
                     with _quiet():
                         dcp.save(
                             {name: tensor.contiguous() for name, tensor in tensors.items()},
-                            storage_writer=writer,
+                            storage_writer=tensor_writer(unfinished / TENSOR_DIR, tensors, self._ranks.size),
                             no_dist=self._ranks.size == 1,
                         )
                 manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}

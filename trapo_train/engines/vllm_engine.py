@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo_train.checkpoints.random_states import keep_generators
+from trapo_train.checkpoints.random_states import keep_generators, seed_generators
 from trapo_train.engines.draws import request_seed
 from trapo_train.engines.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
 from trapo_train.records import Completion
@@ -161,6 +161,7 @@ class VllmEngine(Engine):
                 raise ours[0] from None
             raise
         if self._sleeps:
+            torch.cuda.empty_cache()  # of the gathered weights: vLLM before 0.28 does not ask for it back
             with _vllm_errors("wake_up"):
                 self._llm.wake_up(tags=["kv_cache"])
         with _vllm_errors("reset_prefix_cache"):
@@ -239,10 +240,9 @@ class VllmStream:
         return {"rollout/engine_steps": float(self._steps), "rollout/rows_in_flight": self._rows / self._steps}
 
     def __enter__(self) -> Self:
-        if not self._seeded:  # vLLM then draws from torch's generators, which are the trainer's and equal on all ranks
-            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-            self._generators.enter_context(torch.random.fork_rng(devices))
-            torch.manual_seed(self._key)
+        if not self._seeded:  # vLLM then draws from the generators of torch and numpy, which are the trainer's
+            self._generators.enter_context(keep_generators())
+            seed_generators(self._key)
         return self
 
     def __exit__(self, *error: object) -> None:

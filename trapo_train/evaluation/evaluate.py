@@ -294,15 +294,16 @@ def evaluate(
 
 
 def _calls(eval_set: EvalSet, most: int, ranks: int) -> Iterator[list[int]]:
-    """The positions of each engine call's problems, in order: of at most `most` responses or one problem, and no more problems
-    than make up a rank's share of all responses."""
-    share = math.ceil(sum(eval_set.samples) / ranks)
+    """The positions of each engine call's problems, in order: of at most `most` responses or one problem, and as many calls for
+    every rank, of about as many responses, so that none waits long for the others."""
+    total = sum(eval_set.samples)
+    calls = math.ceil(total / (most * ranks)) * ranks
     positions: list[int] = []
-    responses = 0
+    before, responses, made = 0, 0, 0
     for position, samples in enumerate(eval_set.samples):
-        if positions and (responses >= share or responses + samples > most):
+        if positions and ((before + responses) * calls >= total * (made + 1) or responses + samples > most):
             yield positions
-            positions, responses = [], 0
+            positions, before, responses, made = [], before + responses, 0, made + 1
         positions.append(position)
         responses += samples
     yield positions

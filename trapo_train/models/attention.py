@@ -65,6 +65,9 @@ def choose_attention(
     obstacles = {"flash_attention_2": _flash_obstacle(config), "varlen": varlen_obstacle(config)}
     if device.type != "cuda":
         obstacles = dict.fromkeys(obstacles, f"it needs a CUDA device, got {device}")
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        obstacles = dict.fromkeys(obstacles, f"it needs a GPU of compute capability 8.0, {name} has less")
     elif compute_dtype != torch.bfloat16:
         obstacles = dict.fromkeys(obstacles, f"it needs model.dtype=bfloat16, got {str(compute_dtype).removeprefix('torch.')}")
     if obstacles.get(attention):

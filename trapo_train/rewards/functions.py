@@ -45,7 +45,7 @@ class RewardTerm:
     time_limit_s: float = 20.0
     """Seconds that a row may take in a worker, above 0. math-verify ends a parse or a comparison after 5 s by itself."""
     memory_limit_mib: int = 8192
-    """Address space of a worker in MiB, at least 64."""
+    """Address space of a worker in MiB, at least 64. CUDA reserves far more: ask a server for what needs a GPU."""
 
     def __post_init__(self) -> None:
         check(

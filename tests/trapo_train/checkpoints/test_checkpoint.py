@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from trapo_train.checkpoints import checkpoint
+from trapo_train.checkpoints import checkpoint, tensor_files
 from trapo_train.checkpoints.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -46,7 +46,9 @@ def test_load_returns_what_was_saved(store):
     assert state["rates"] == (0.1, None, "x")
 
 
-def test_tensors_come_back_in_place(store):
+@pytest.mark.parametrize(("file_bytes", "files"), [(2**31, 1), (58, 2), (1, 4)])
+def test_tensors_come_back_in_place(store, monkeypatch, file_bytes, files):
+    monkeypatch.setattr(tensor_files, "FILE_BYTES", file_bytes)
     saved = {
         "matrix": torch.randn(3, 4),
         "half": torch.randn(5).bfloat16(),
@@ -56,6 +58,7 @@ def test_tensors_come_back_in_place(store):
     store.save(5, make_state(), FINGERPRINT, saved)
     live = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
     views = dict(live)
+    assert len(list((store.path(5) / "tensors").iterdir())) == files
     store.load_tensors(5, live)
     for name, tensor in saved.items():
         assert torch.equal(views[name], tensor), name

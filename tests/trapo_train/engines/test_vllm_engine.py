@@ -130,9 +130,9 @@ def test_it_sleeps_while_training_and_wakes_in_the_right_order(vllm, tmp_path, m
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: llm.log.append("empty cache"))
     assert llm.log == ["sleep"] and llm.sleep_mode and llm.memory == set()
     with ready(engine, model):
-        assert llm.log[1:] == ["empty cache", "wake weights", "load", "wake kv_cache", "reset"]
+        assert llm.log[1:] == ["empty cache", "wake weights", "load", "empty cache", "wake kv_cache", "reset"]
         engine.generate(PROMPTS, SamplingParams(3))
-    assert llm.log[6:] == ["sleep"] and llm.memory == set()
+    assert llm.log[7:] == ["sleep"] and llm.memory == set()
     with pytest.raises(ZeroDivisionError), ready(engine, model):
         raise ZeroDivisionError
     assert llm.log[-1] == "sleep"
