@@ -12,6 +12,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
+import numpy
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -199,11 +200,18 @@ class FakeVllm(ModuleType):
 
 
 class FakeSamplingParams:
+    def draw(self):
+        """Of torch's generator, as vLLM's runner does, or of numpy's, as its second one (`numpy_draw`)."""
+        return int(torch.randint(2**62, ()))
+
+    def numpy_draw(self):
+        return int(numpy.random.randint(2**62))
+
     def __init__(
         self, *, max_tokens, seed, temperature, top_p, top_k, stop_token_ids, ignore_eos, logprobs, detokenize, output_kind
     ):
         assert ignore_eos and logprobs == 0 and not detokenize and output_kind == 2
-        seed = int(torch.randint(2**62, ())) if seed is None else seed  # as vLLM, which then draws from torch's generator
+        seed = self.draw() if seed is None else seed
         assert 0 <= seed < 2**63
         self.budget, self.params = max_tokens, SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop_token_ids), seed)
 

@@ -8,12 +8,13 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.trapo_train.engines.fake_vllm import FakeLLM, FakeVllm
+from tests.trapo_train.engines.fake_vllm import FakeLLM, FakeSamplingParams, FakeVllm
 from tests.trapo_train.rollouts.test_rollout import CONFIG, TOKENIZER, problem
 from tests.trapo_train.scripted import Rounds
 from tests.trapo_train.test_train import build_config, train_to_end
@@ -169,11 +170,14 @@ def test_further_arguments_reach_vllm_and_those_that_are_not_free_are_refused(vl
             VllmConfig(options={name: 2})
 
 
-@pytest.mark.parametrize("seed_requests", [False, True])
-def test_equal_states_ask_for_equal_samples_and_leave_the_trainers_generator_alone(vllm, tmp_path, seed_requests):
+@pytest.mark.parametrize(("seed_requests", "draw"), [(False, "draw"), (False, "numpy_draw"), (True, "draw")])
+def test_equal_states_ask_for_equal_samples_and_leave_the_trainers_generator_alone(
+    vllm, tmp_path, monkeypatch, seed_requests, draw
+):
+    monkeypatch.setattr(FakeSamplingParams, "draw", getattr(FakeSamplingParams, draw))
     model = tiny()
     engine = build(model, tmp_path, seed_requests=seed_requests)
-    before = torch.get_rng_state()
+    before, in_numpy = torch.get_rng_state(), numpy.random.get_state()[1].copy()
     with ready(engine, model):
         first, state = engine.generate(PROMPTS, SamplingParams(8)), engine.state_dict()
         second = engine.generate(PROMPTS, SamplingParams(8))
@@ -184,7 +188,7 @@ def test_equal_states_ask_for_equal_samples_and_leave_the_trainers_generator_alo
         assert engine.generate(PROMPTS, SamplingParams(8)) == first
         engine.reseed(4)  # another rank's
         assert engine.generate(PROMPTS, SamplingParams(8)) != first
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and (numpy.random.get_state()[1] == in_numpy).all()
 
 
 def test_a_request_has_a_seed_where_that_is_asked_for(vllm, tmp_path, monkeypatch):
