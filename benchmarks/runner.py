@@ -78,8 +78,8 @@ def supervise(worker: list[str], journal: Journal, seconds: float) -> int:
             print(f"benchmarks: the worker ended while no contender ran: {death}", file=sys.stderr)
             return 1
         path, row = blamed
-        deaths[_backend(row["contender"])] += 1
-        _say(f"    {row['contender']}: crashed: {row['reason']}")
+        deaths[_backend(row["contender"])] += row["status"] == "crashed"
+        _say(f"    {row['contender']}: {'crashed' if row['status'] == 'crashed' else 'after it was timed'}: {row['reason']}")
         if end - time.monotonic() < RESERVE_SECONDS:
             _say(f"the budget is spent. The same command goes on. Report: {report.write(path)}")
             return 0

@@ -245,8 +245,9 @@ class TokenBatch:
 
         Weights stay as they are, normalised over the whole optimizer step, so that losses, and gradients, of parts that cover the
         batch add up to its own. An objective that pools over sequences needs whole ones: it refuses a part that cuts one, where
-        the batch was split on the CPU and the part was not copied since (pickle, deepcopy, `replace`). Split before `to`: what a
-        batch on a GPU knows of active and silent rows does not reach its parts, and one with `scored_rows` is refused.
+        the batch was split on the CPU and the part not copied since (pickle, deepcopy, `replace`); compiled code, which looks at no
+        values, does not. Split before `to`: what a batch on a GPU knows of active and silent rows does not reach its parts, and one
+        with `scored_rows` is refused.
         """
         batch_checks.row_index(self, index)
         streams = {stream.name: getattr(self, stream.name) for stream in fields(self)}

@@ -28,8 +28,7 @@ from trapo_train.engines.configured import build_engine, ready_to_generate
 from trapo_train.evaluation.evaluate import evaluation_score, load_eval_sets, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.models.loading import check_token_ids
-from trapo_train.models.lora import hold_frozen
-from trapo_train.models.model import DTYPES, load_model_and_tokenizer
+from trapo_train.models.model import load_model_and_tokenizer
 from trapo_train.models.model_state import load_training_state, training_state
 from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches
@@ -104,7 +103,7 @@ class Trainer:
             self.reference = self.model  # with LoRA: without its adapters the model is its own reference
             if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
                 self.reference = self._load_model(task_tokenizer, check_logits=False)[0]
-                hold_frozen(self.reference.requires_grad_(False).eval(), DTYPES[config.model.dtype])
+                self.reference.requires_grad_(False).eval()
                 place_model(self.reference, self.world)
         torch.manual_seed(self._rank_seed(0))  # loading has seeded it, on every rank alike
         self.optimizer = build_optimizer(self.model, config.optimizer)

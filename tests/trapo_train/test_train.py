@@ -333,7 +333,7 @@ def test_expert_traces_that_are_too_long_are_left_out_and_said(configure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in which the reference's matrices are stored
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kl_term_compares_with_the_model_before_training(configure, dtype):
     options = "objective={name: grpo, options: {beta: 0.1, entropy_coef: 1.0}}"
     config = configure("kl", "plan.name=grpo", options, f"model.dtype={dtype}")

@@ -294,10 +294,11 @@ def evaluate(
 
 
 def _calls(eval_set: EvalSet, most: int, ranks: int) -> Iterator[list[int]]:
-    """The positions of each engine call's problems, in order: of at most `most` responses or one problem, and as many calls for
-    every rank, of about as many responses, so that none waits long for the others."""
-    total = sum(eval_set.samples)
-    calls = math.ceil(total / (most * ranks)) * ranks
+    """The positions of each engine call's problems, in order: of at most `most` responses or one problem, and as far as problems
+    divide as many calls for every rank, of as many responses, so that none waits long for the others."""
+    total, largest = sum(eval_set.samples), max(eval_set.samples)
+    fitting = max(most // largest, 1) * largest  # responses of whole problems
+    calls = math.ceil(total / (fitting * ranks)) * ranks
     positions: list[int] = []
     before, responses, made = 0, 0, 0
     for position, samples in enumerate(eval_set.samples):

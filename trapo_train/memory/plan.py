@@ -106,7 +106,7 @@ def plan_memory(
         "optimizer state": state // shards,
     }
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
-        always["reference model"] = weights.frozen_bytes // shards
+        always["reference model, float32"] = 4 * weights.total // shards
     rollout, *responses = _most_generated(config, architecture, weights, gpus, lengths, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [

@@ -31,7 +31,6 @@ from transformers.initialization import meta_device_safe_creation_ops
 
 from trapo_train.models.attention import PACKED_IMPLEMENTATION
 from trapo_train.models.loading import decoder_layers, replace_tensors
-from trapo_train.models.lora import hold_frozen
 from trapo_train.models.model import DTYPES, ModelConfig, body_autocast, policy_head, prepare
 from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer
@@ -44,8 +43,6 @@ class Weights:
 
     held_bytes: int
     """As they are stored."""
-    frozen_bytes: int
-    """As a model would store them of which nothing is trained, such as a reference."""
     total: int
     trained: int
     head: int
@@ -127,7 +124,6 @@ def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
     embedding, head = model.get_input_embeddings().weight, policy_head(model).weight
     return Weights(
         held_bytes=sum(p.nbytes for p in parameters),
-        frozen_bytes=_frozen_bytes(config, architecture),
         total=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         head=0 if head is embedding else sum(p.numel() for p in policy_head(model).parameters()),
@@ -136,15 +132,6 @@ def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
         outside_layers=sum(p.numel() for p in parameters) - sum(p.numel() for p in decoder_layers(model).parameters()),
         cast=sum(p.numel() for p in parameters if p.requires_grad and p.ndim == 2 and (p is not embedding or p is head)),
     )
-
-
-def _frozen_bytes(config: ModelConfig, architecture: PretrainedConfig) -> int:
-    with torch.device("meta"), meta_device_safe_creation_ops():
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(architecture), dtype=torch.float32, trust_remote_code=config.trust_remote_code
-        )
-    hold_frozen(model.requires_grad_(False), DTYPES[config.dtype])
-    return sum(p.nbytes for p in model.parameters())
 
 
 def trace_pass(

@@ -250,8 +250,9 @@ def test_any_number_of_ranks_draws_the_same(size, most, temperature):
         ((8,) * 30, 16, 8, [2, 2, 2, 2, 2, 2, 2, 1] * 2),
         ((32,) * 5, 256, 8, [1] * 5),
         ((32,) * 83, 256, 8, [6, 5, 5, 5, 5, 6, 5, 5, 5, 5, 6, 5, 5, 5, 5, 5]),  # two for each
+        ((32,) * 112, 100, 3, [3, 3, 3, 3, 3, 3, 3, 2] * 4 + [3, 3, 3, 3, 3, 3, 2]),  # 13 for each
         ((1,) * 1000, 256, 2, [250] * 4),
-        ((2, 9, 1, 1, 1), 4, 2, [1, 1, 1, 2]),
+        ((2, 9, 1, 1, 1), 4, 2, [1, 1, 3]),
     ],
 )
 def test_calls_are_large_and_leave_no_rank_without_one(samples, most, ranks, sizes):
