@@ -25,6 +25,7 @@ def unsharded(x: Tensor | None) -> Tensor | None:
     Returns: the whole tensor, for one forward and its backward. Its gradient reaches the shards as the mean over ranks, as FSDP2's
         do by default, where `full_tensor()` alone would leave each shard its own rank's part.
     Raises: what the all-gather raises, such as a timeout where a rank does not call this: every rank must.
+    In compiled code torch 2.13 and newer gather inside of the graph; older ones break it there.
     Memory: the whole tensor. Determinism: an all-gather, in backward a reduce-scatter. Source: torch.distributed.tensor.
     """
     if not is_dtensor(x):
