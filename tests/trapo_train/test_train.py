@@ -21,7 +21,7 @@ from trapo_train.config import RunConfig, load_config
 from trapo_train.records import Sample
 from trapo_train.reports.display import Reporter
 from trapo_train.reports.metrics_log import read_metrics
-from trapo_train.schema import ConfigError
+from trapo_train.schema import ConfigError, UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer, run
 
@@ -377,6 +377,9 @@ def test_a_reward_without_an_opinion_is_said_once_and_a_start_without_a_checkpoi
     assert told == [f"eval_data: {silence}", f"step 1: {silence}"]
     assert all(row["reward/none_count"] == 4 for row in rows if row["kind"] == "eval")
     again = configure("silent", *overrides, "checkpoint.resume=true")
+    with pytest.raises(UserError, match="must hold a checkpoint to continue from, it has none, and training anew would replace"):
+        run(again, None)
+    shutil.rmtree(Path(again.output_dir) / "model")
     with Reporter(again.output_dir) as reporter:
         run(again, reporter)
     texts = [row["text"] for row in read_metrics(again.output_dir) if row["kind"] == "event"]

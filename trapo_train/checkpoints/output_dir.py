@@ -37,6 +37,12 @@ def check_output_dir(config: RunConfig) -> None:
         saved = CheckpointStore.of(output_dir).steps()
         go_on = "Continue it with checkpoint.resume=true, delete" if saved else "It has no checkpoint to continue from: delete"
         raise UserError(f"output_dir {config.output_dir} already holds a run. {go_on} it, or choose another output_dir.")
+    if _is_used(output_dir) and not CheckpointStore.of(output_dir).steps() and (output_dir / MODEL_DIR).exists():
+        raise UserError(
+            f"output_dir {config.output_dir} must hold a checkpoint to continue from, it has none, and training anew would replace "
+            f"the model that it holds. Start from that one, model.name_or_path={output_dir / MODEL_DIR}, in another output_dir, or "
+            "delete this one. checkpoint.every keeps checkpoints."
+        )
     if config.steps is not None:  # those of epochs are known once the problems are loaded
         check_steps(config, config.steps)
     check_replaceable((output_dir / MODEL_DIR).resolve())

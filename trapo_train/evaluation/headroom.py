@@ -100,6 +100,8 @@ class HeadroomReport:
             remedy = "The model cannot continue from these traces: first train it on some, or take traces closer to it."
             rule = f"an expert prefix must raise the pass rate by at least {100 * MIN_GAIN:.0f} points"
             return False, f"No headroom: {rule}, {found}. {remedy}"
+        if self.gain < 2 * self.gain_standard_error:
+            return False, f"Headroom is not shown: the gain must be twice its error, {found}. Take more problems or samples."
         return True, f"Headroom: an expert prefix raises the pass rate, {found}."
 
     def _best(self) -> HeadroomRow:

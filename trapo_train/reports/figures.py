@@ -77,10 +77,15 @@ def new_figure(
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write the figure, wider by what its labels reach beyond its right edge, and return its path."""
+    """Write the figure, wider by what its labels reach beyond its right edge, and return its path; without a suffix it is a PNG.
+
+    Raises: UserError for a suffix of no kind of picture.
+    """
     from matplotlib.transforms import Bbox
 
-    path = Path(path)
+    path = Path(path) if Path(path).suffix else Path(f"{path}.png")
+    if path.suffix[1:] not in (kinds := figure.canvas.get_supported_filetypes()):
+        raise UserError(f"a plot must be one of {', '.join(sorted(kinds))}, got {path}. Choose another suffix.")
     path.parent.mkdir(parents=True, exist_ok=True)
     (width, height), reached = figure.get_size_inches(), figure.get_tightbbox().x1
     figure.savefig(path, bbox_inches=Bbox([[0, 0], [reached + 0.1, height]]) if reached > width else None)

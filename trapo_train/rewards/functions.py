@@ -133,7 +133,7 @@ def judge(
         values = called(reward, _arguments(problems, texts, about))
     except RewardError:  # of a worker, which has checked what it got
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and must not end the run without a word
         raise RewardError(_describe_exception(reward, problems, texts, about, error)) from error
     name = _name(reward)
     given = zip(one_per_completion(values, name, len(texts)), problems, strict=True)
@@ -225,7 +225,7 @@ def take_metrics(reward: RewardFn | WeightedSum) -> dict[str, float]:
         found = reward.take_metrics()
     except RewardError:  # of one of several
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise RewardError(f"Reward {_name(reward)} raised in take_metrics: {error!r}.") from error
     numbers = isinstance(found, Mapping) and all(
         isinstance(name, str) and (isinstance(value, Real) or getattr(value, "ndim", None) == 0) for name, value in found.items()
@@ -263,7 +263,7 @@ def called(reward: RewardFn, arguments: dict[str, Any]) -> Sequence[float | None
         if not inspect.isawaitable(values):
             return values
         return asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop(current_gpu())).result()
-    except Exception as error:  # the user's code may raise anything, and nothing is kept from the caller
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and nothing is kept from the caller
         note_place(error, reward)
         raise
 
@@ -322,7 +322,7 @@ def _describe_exception(
             return f"{what} a call with {len(texts)} rows: {in_words(error)}."
         try:
             called(reward, _arguments([problem], [text], {name: [values[i]] for name, values in (about or {}).items()}))
-        except Exception as single:
+        except (Exception, SystemExit) as single:
             more = ". --traceback shows how it got there" if hasattr(single, "__notes__") else ""  # not in a worker
             return f"{what} row {problem.index}: {in_words(single)}. Its completion: {text[:200]!r}{more}"
     return f"{what} {len(texts)} rows, though on none of them alone: {in_words(error)}."

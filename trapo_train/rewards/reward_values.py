@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -17,7 +17,7 @@ def one_per_completion(values: Any, name: str, count: int) -> Sequence[Any]:
 
     Raises: RewardError for what is no list, and for one of another length.
     """
-    if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+    if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
         raise RewardError(
             f"Reward {name} must return a list with one number per completion, got {type(values).__name__}. Return a list as long "
             "as the completions it is called with."

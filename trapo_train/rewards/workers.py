@@ -150,7 +150,8 @@ class _Worker:
         drain.join(1)
         said = b"".join(self._complaints).decode(errors="replace").strip()
         ended = f"it was not ready after {START_LIMIT_S} s" if late else "it ended"
-        raise WorkerError(f"worker {' '.join(command[1:])} must start, {ended}: {said[-500:]}")
+        remedy = "It may need a larger memory_limit_mib."
+        raise WorkerError(f"worker {' '.join(command[1:])} must start, {ended}: {said[-500:]}. {remedy}")
 
     def ask(self, request: Sequence[Any], time_limit_s: float) -> Answer:
         """Send one request and wait for its answer."""

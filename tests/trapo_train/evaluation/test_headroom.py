@@ -112,6 +112,14 @@ def test_verdict_refuses_with_rule_actual_and_remedy(rights, message):
     assert re.search(message, sentence)
 
 
+def test_a_gain_within_its_error_is_not_shown():
+    report, _ = measure(lambda depth, prefix: 4 if prefix and depth == 4 else 1)
+    good, sentence = report.verdict()
+    assert not good and re.search(
+        r"must be twice its error, got 25\.0% .*\+37\.5 ± 37\.5 points, 2 problems\)\. Take more", sentence
+    )
+
+
 def test_only_problems_with_an_accepted_expert_are_measured_each_with_its_first_accepted_one():
     problems = [
         problem(0, experts=()),

@@ -12,6 +12,7 @@ import pytest
 from tests.trapo_train.test_train import build_config
 from trapo_train import cli
 from trapo_train.reports import figures, plots
+from trapo_train.schema import UserError
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -215,6 +216,10 @@ def test_compare_runs_tells_equal_names_apart(tmp_path, drawn):
         (tmp_path / parent / "seed" / "run" / "metrics.jsonl").write_text(json.dumps(eval_row(1)) + "\n")
     plots.compare_runs([tmp_path / "a" / "seed" / "run", tmp_path / "b" / "seed" / "run"], tmp_path / "compare.png")
     assert {"a/seed/run", "b/seed/run"} <= set(texts(drawn[1]))
+    runs = [tmp_path / "a" / "trapo", tmp_path / "b" / "trapo"]
+    assert plots.compare_runs(runs, tmp_path / "named").name == "named.png" and (tmp_path / "named.png").exists()
+    with pytest.raises(UserError, match=r"a plot must be one of .*png, .*, got .*x\.foo\. Choose another suffix"):
+        plots.compare_runs(runs, tmp_path / "x.foo")
     with pytest.raises(ValueError, match="each run must be given once"):
         plots.compare_runs([tmp_path / "a" / "trapo", tmp_path / "a" / ".." / "a" / "trapo"], tmp_path / "compare.png")
 

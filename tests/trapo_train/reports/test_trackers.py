@@ -175,7 +175,8 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(monkeypatch,
     with pytest.raises(RuntimeError, match="power cut"):
         run(config, StopAfter(config.output_dir, 3, RuntimeError("power cut")))
     train_to_end(configure("run", *settings, "checkpoint.resume=true"))
-    shutil.rmtree(Path(config.output_dir) / "checkpoints")
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(Path(config.output_dir) / name)
     train_to_end(configure("run", *settings, "checkpoint.resume=true"))  # there is nothing to go on from
     assert [(purge_step, sorted(set(steps))) for purge_step, steps in made] == [
         (None, [1, 2, 3]),

@@ -249,6 +249,19 @@ def test_an_async_reward_is_awaited():
     assert judge(later, problems(2), ["a", "bcd"]) == [1.0, 3.0]
 
 
+def test_a_reward_that_ends_the_process_is_an_error_of_its_row():
+    def leaves(completions, **columns):
+        return sys.exit(3) if "bad" in completions else [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'leaves' raised on row 11: SystemExit\(3\)"):
+        judge(leaves, problems(2), ["good", "bad"])
+
+
+def test_a_dict_is_no_list_of_rewards():
+    with pytest.raises(RewardError, match="must return a list with one number per completion, got dict"):
+        judge(lambda completions, **_: dict.fromkeys(range(2), 1.0), problems(2), ["a", "b"])
+
+
 def test_an_async_reward_that_raises_names_its_row():
     async def broken(prompts, completions, **columns):
         if "bad" in completions:
