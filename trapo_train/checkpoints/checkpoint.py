@@ -54,7 +54,8 @@ class CheckpointConfig:
     expert_nll without sampling. evaluation.every must be a multiple of `every`. The model before training has no checkpoint: where
     its evaluation was better, the run and `trapo-train export --step best` say so."""
     resume: bool = False
-    """Continue from the newest checkpoint in output_dir, or start where there is none; false refuses a used output_dir."""
+    """Continue from the newest checkpoint in output_dir, or start where there is neither one nor a trained model; false refuses a
+    used output_dir."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
