@@ -146,7 +146,7 @@ class CheckpointStore:
             score: how good the model is, if that is known; higher is better, and one that is not finite is none.
             score_before: how good it was before training.
 
-        Memory: each rank holds one file of its shards on the CPU, unpinned: up to three times 2 GiB, or the largest shard.
+        Memory: each rank holds one file of its shards on the CPU, unpinned: up to three times 2 GiB, or its largest shard.
 
         Raises: CheckpointError, on every rank, when the disk is full or not writable, or the step has a checkpoint; earlier ones
             stay.

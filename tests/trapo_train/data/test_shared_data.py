@@ -1,6 +1,7 @@
 """All ranks train on the same problems, and a run that resumes on those that it began with, whatever a reward says by then."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,7 @@ def test_a_start_without_a_checkpoint_asks_again(tmp_path, monkeypatch):
     train_to_end(config)
     before = json.loads(kept.read_text())
     monkeypatch.setattr("tests.trapo_train.data.test_shared_data.VERDICTS", [0.0, 1.0])
+    shutil.rmtree(Path(config.output_dir) / "model")  # beside which nothing starts anew
     train_to_end(config)
     assert before and json.loads(kept.read_text()) and json.loads(kept.read_text()) != before
 
