@@ -28,7 +28,7 @@ TRAPO_HD float power_of_2(float x) {  // 2 ulp in one instruction; 0 where it wo
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-TRAPO_HD float difference(float a, float b) { return __fsub_rn(a, b); }  // never fused with a product that b is
+TRAPO_HD float difference(float a, float b) { return __fsub_rn(a, b); }  // rounded as it stands, where b is a product too
 TRAPO_HD float at_least_floor(float x) {  // NaN stays NaN
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(kFloor));
