@@ -16,7 +16,7 @@ import yaml
 
 from trapo_train.schema import ConfigError, KeyPath, quotes_for
 
-CONFIG_FILE, MODEL_DIR = "config.yaml", "model"  # of a run, in its output_dir
+CONFIG_FILE, MODEL_DIR, ADAPTER_DIR = "config.yaml", "model", "adapter"  # of a run, in its output_dir
 
 Given = tuple[dict[Any, Any], Callable[[KeyPath], str]]  # values, and where each key was set
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.checkpoints.export import export_model, other_tokenizer
+from trapo_train.checkpoints.export import export_adapter, export_model, other_tokenizer
 from trapo_train.checkpoints.lock import held
 from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps
 from trapo_train.checkpoints.postmortem import save_batch
@@ -26,7 +26,7 @@ from trapo_train.checks.extras import check_packages
 from trapo_train.checks.preflight import check_disk
 from trapo_train.checks.symptoms import Symptoms
 from trapo_train.config import RunConfig, to_yaml
-from trapo_train.config_file import CONFIG_FILE, MODEL_DIR
+from trapo_train.config_file import ADAPTER_DIR, CONFIG_FILE, MODEL_DIR
 from trapo_train.data.rejected import Place, read_rejected, write_rejected
 from trapo_train.evaluation.evaluate import EvaluationStopped
 from trapo_train.files import replace_text
@@ -162,9 +162,13 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
 
     `unsaved`: why that checkpoint could not be written, where it was tried already; raised once the model is there.
     """
-    directory, error = Path(trainer.config.output_dir) / MODEL_DIR, None
+    config, error = trainer.config, None
+    directory = Path(config.output_dir) / MODEL_DIR
     try:
         export_model(trainer.model, trainer.tokenizer, directory, trainer.world)
+        if config.model.lora is not None and config.model.name_or_path is not None:  # of a model that PEFT finds again
+            adapter = directory.with_name(ADAPTER_DIR)
+            export_adapter(trainer.model, trainer.tokenizer, adapter, trainer.world, revision=config.model.revision)
     except CheckpointError as raised:
         error = raised
     except Exception as raised:  # whatever gathering the weights raises, such as for too little memory, must not lose the run
@@ -172,7 +176,6 @@ def _export(trainer: Trainer, store: CheckpointStore, reporter: Reporter, unsave
             raise
         error = CheckpointError(f"model: could not be written to {directory}: {type(raised).__name__}: {raised}.")
     failed = next((found for found in trainer.world.gather(error) if found is not None), None)
-    config = trainer.config
     if trainer.world.first and error is None and config.data.task is None:  # a generated task brings its tokenizer, too
         note = other_tokenizer(directory, trainer.tokenizer, config.model.trust_remote_code)
         if note is not None:

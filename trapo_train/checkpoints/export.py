@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -81,7 +82,7 @@ def export_checkpoint(
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     if adapter:
         notes.append(other_layers(model))
-        export_adapter(model, tokenizer, directory, DTYPES[dtype], config.model.revision)
+        export_adapter(model, tokenizer, directory, dtype=DTYPES[dtype], revision=config.model.revision)
         return directory.resolve(), step, [note for note in notes if note is not None]
     export_model(model, tokenizer, directory, dtype=DTYPES[dtype])
     # A generated task brings its tokenizer, too.
@@ -141,13 +142,15 @@ def export_adapter(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: str | Path,
+    world: World | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> Path:
     """Write LoRA's adapter alone, as PEFT saves and loads one, with the tokenizer; it names the model that it belongs to.
 
+    Every rank of `world` must call this; the first one writes.
+
     Args:
-        model: with an adapter, whole in this process.
         revision: of the model that it belongs to, on the hub.
 
     Raises: CheckpointError, as `export_model`.
@@ -155,6 +158,10 @@ def export_adapter(
     import peft
 
     directory = Path(directory).resolve()
+    adapter = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in adapter.items()}
+    if world is not None and not world.first:
+        return directory
     with (
         torch.device("meta"),
         names_as_they_are(),
@@ -162,7 +169,7 @@ def export_adapter(
     ):  # PEFT saves the adapter of a model that it wrapped itself; this one has no weights
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT 0.21 asks for it
         wrapped = peft.get_peft_model(type(model)(model.config), model.peft_config["default"], revision=revision)
-    weights = {f"base_model.model.{name}": p.detach().to(dtype) for name, p in model.named_parameters() if ".lora_" in name}
+    weights = {f"base_model.model.{name}": value.to(dtype) for name, value in whole.items()}
     with _in_place_of(directory) as unfinished:
         wrapped.save_pretrained(unfinished, state_dict=weights, save_embedding_layers=False)
         tokenizer.save_pretrained(unfinished)

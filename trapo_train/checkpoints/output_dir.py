@@ -8,7 +8,7 @@ from pathlib import Path
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.export import check_replaceable
 from trapo_train.config import RunConfig, to_yaml
-from trapo_train.config_file import CONFIG_FILE, MODEL_DIR
+from trapo_train.config_file import ADAPTER_DIR, CONFIG_FILE, MODEL_DIR
 from trapo_train.parallel.world import World
 from trapo_train.reports.metrics_log import METRICS_FILE
 from trapo_train.schema import UserError
@@ -45,7 +45,8 @@ def check_output_dir(config: RunConfig) -> None:
         )
     if config.steps is not None:  # those of epochs are known once the problems are loaded
         check_steps(config, config.steps)
-    check_replaceable((output_dir / MODEL_DIR).resolve())
+    for exported in (MODEL_DIR, ADAPTER_DIR) if config.model.lora is not None else (MODEL_DIR,):
+        check_replaceable((output_dir / exported).resolve())
 
 
 def check_in_place(file: str | Path, config: RunConfig) -> None:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
@@ -74,6 +76,7 @@ class World:
                 "Start as many ranks as replicas times shards."
             )
         self._shape = (config.replicate, self.size // config.replicate)
+        self._timeout = timedelta(seconds=config.timeout_s)
         self.vocab_parallel_head = config.vocab_parallel_head and self.size > 1
         if self.size > 1:
             if cuda:
@@ -82,7 +85,7 @@ class World:
                 # Objects travel over gloo, gradients over NCCL where there is CUDA.
                 backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
                 with self.together():
-                    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+                    dist.init_process_group(backend, timeout=self._timeout)
 
     @classmethod
     def alone(cls) -> World:
@@ -152,12 +155,16 @@ class World:
             self.barrier()
             dist.destroy_process_group()
 
+    @cached_property
     def mesh(self) -> DeviceMesh:
-        """[shards], or [replicas, shards]."""
+        """[shards], or [replicas, shards], whose process groups wait for a rank as long as all others do."""
         replicas, shards = self._shape
         if replicas == 1:
             return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
-        return init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(self._timeout, group)  # they are made with torch's default, 10 minutes for NCCL
+        return mesh
 
 
 def _portable(error: Exception) -> Exception:
@@ -206,7 +213,7 @@ def _shard(model: PreTrainedModel, world: World) -> None:
             "parallel.vocab_parallel_head needs an output head of its own, this model's is its embedding, which every rank needs "
             "whole. Set parallel.vocab_parallel_head=false."
         )
-    mesh = world.mesh()
+    mesh = world.mesh
     head_parameters: set[nn.Parameter] = set()
     if world.vocab_parallel_head:
         broadcast_from_first(head, world.device)

@@ -185,6 +185,8 @@ def test_an_adapter_alone_is_what_peft_loads_beside_the_base(configure, finished
     directory = Path(config.output_dir) / "adapter_step_2"
     assert f"step 2: wrote {directory}" in capsys.readouterr().out.replace("\n", "")
     saved = load_file(directory / "adapter_model.safetensors")
+    of_the_run = load_file(Path(config.output_dir) / "adapter" / "adapter_model.safetensors")
+    assert equal(saved, of_the_run), "a finished run has it without a checkpoint"
     assert len(saved) == 4 and all(".lora_" in name for name in saved)  # A and B of two layers, nothing of the base
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
     assert loaded.peft_config["default"].base_model_name_or_path == base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -256,9 +258,20 @@ def test_ranks_with_a_chooser_that_ranks_disagree_on_and_an_optimizer_without_a_
 
 @pytest.mark.slow
 def test_ranks_with_lora_and_a_reference(tmp_path):
-    lora = ("model.lora={rank: 2}", "model.dtype=bfloat16", "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo")
-    ranks_train(2, tmp_path, "steps=2", "reward=tests.trapo_train.step.test_updates:coin", *lora)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra [peft])")
+    (tmp_path / "base").mkdir()
+    ranks_train(2, tmp_path / "base", "steps=1")
+    base = tmp_path / "base" / "run" / "model"
+    model = f"model={{name_or_path: {json.dumps(str(base))}, lora: {{rank: 2}}, dtype: bfloat16}}"
+    settings = (model, "objective={name: grpo, options: {beta: 0.1}}", "plan.name=grpo", "optimizer.warmup_steps=0")
+    ranks_train(2, tmp_path, "steps=2", "reward=tests.trapo_train.step.test_updates:coin", *settings)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    held = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).float()  # as frozen weights are
+    loaded = peft.PeftModel.from_pretrained(held, tmp_path / "run" / "adapter").merge_and_unload().state_dict()
+    for name, value in loaded.items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(value.any() for name, value in adapter.items() if "lora_B" in name), "these start as zeros"
 
 
 @pytest.mark.slow

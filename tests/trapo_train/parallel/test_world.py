@@ -1,10 +1,13 @@
 """What ranks tell each other: shares put together, errors that end all of them."""
 
+import os
 import pickle
+import time
 
 import pytest
 import torch.distributed as dist
 
+from tests import ranks
 from tests.trapo_train.test_train import EVALUATED, build_config
 from trapo_train import train, trainer
 from trapo_train.checkpoints.checkpoint import CheckpointError
@@ -48,6 +51,24 @@ def test_ranks_that_do_not_divide_into_replicas(monkeypatch):
             ParallelConfig(timeout_s=never)
     with pytest.raises(ValueError, match="vocab_parallel_head needs replicate = 1, got 3"):
         ParallelConfig(replicate=3, vocab_parallel_head=True)
+
+
+def _wait_for_replicas(rank):
+    world = World(ParallelConfig(replicate=2, timeout_s=2))
+    mesh = world.mesh
+    assert mesh is world.mesh, "a second one would have process groups of its own"
+    if rank == 0:  # the others never come
+        for name in mesh.mesh_dim_names:
+            # A rank that ends is noticed, too, in other words.
+            with pytest.raises(RankError, match="rank 0 has lost another rank.*2000 ?ms"), world.together():
+                dist.barrier(mesh.get_group(name))
+    else:
+        time.sleep(10)
+    os._exit(0)
+
+
+def test_the_groups_of_replicas_wait_as_long_as_is_configured():
+    ranks.start(_wait_for_replicas, 4)
 
 
 class Unsendable(Exception):
