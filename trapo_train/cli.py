@@ -22,6 +22,7 @@ from rich.console import Console
 
 from trapo_train.reports.console import outlived_readers
 from trapo_train.reports.display import say
+from trapo_train.reports.status import StatusLine, Tell
 from trapo_train.schema import UserError, build, refused
 
 if TYPE_CHECKING:
@@ -220,9 +221,10 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
     config = replace(config, data=held_out, **nothing)
-    trainer = _trainer(config, console, trains=False)
     label = f"of_{model_label(config.model.name_or_path, config.model.revision)}"
-    evaluations = trainer.evaluate(label)
+    with StatusLine(console) as progress:
+        trainer = _trainer(config, console, progress, trains=False)
+        evaluations = trainer.evaluate(label)
     if trainer.world.first:
         console.print(evaluation_table(evaluations))
         for name, metrics in evaluations.items():
@@ -261,8 +263,9 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.output_dir).close()  # asked before it samples for minutes
     settings = HeadroomConfig(num_problems=args.num_problems, samples_per_prompt=args.samples, group_by=config.evaluation.group_by)
-    trainer = _trainer(config, console)
-    report = measure(trainer, settings)
+    with StatusLine(console) as progress:
+        trainer = _trainer(config, console, progress)
+        report = measure(trainer, settings)
     found = show_headroom(report, Path(config.output_dir), console) if trainer.world.first else report.verdict()[0]
     trainer.close()
     return EXIT_OK if found else EXIT_NEGATIVE
@@ -271,7 +274,8 @@ def _headroom(args: argparse.Namespace, console: Console) -> int:
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     if args.max_tokens < 1:
         raise UserError(f"inspect: --max-tokens must be at least 1, got {args.max_tokens}.")
-    trainer = _trainer(_load(args), console)
+    with StatusLine(console) as progress:
+        trainer = _trainer(_load(args), console, progress)
     from trapo_train.reports.inspect import render_group
     from trapo_train.rollouts.rollout import run_plans
     from trapo_train.step.advantages import assign_advantages, assign_prefix_weights
@@ -348,11 +352,11 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
     return EXIT_OK if learned else EXIT_NEGATIVE
 
 
-def _trainer(config: RunConfig, console: Console, **options: Any) -> Trainer:
+def _trainer(config: RunConfig, console: Console, progress: Tell, **options: Any) -> Trainer:
     """One that says what it loads."""
     from trapo_train.trainer import Trainer
 
-    return Trainer(config, tell=lambda text: say(console, text, "dim"), **options)
+    return Trainer(config, tell=lambda text: say(console, text, "dim"), progress=progress, **options)
 
 
 def _load(args: argparse.Namespace, finished_run: bool = True) -> RunConfig:

@@ -13,7 +13,7 @@ import yaml
 from trapo_train.checkpoints.checkpoint import CheckpointConfig
 from trapo_train.config_file import read_config
 from trapo_train.data.dataset import DataConfig
-from trapo_train.evaluation.evaluate import EvalConfig
+from trapo_train.evaluation.eval_sets import EvalConfig
 from trapo_train.models.model import ModelConfig
 from trapo_train.parallel.world import ParallelConfig
 from trapo_train.reports.trackers import TrackingConfig

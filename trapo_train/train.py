@@ -88,7 +88,7 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     # What output_dir holds is looked at inside: loading may take an hour, in which another run could begin and end there.
     with world.together(), held(Path(config.output_dir), world) as of_lock:
         rejected = world.attempt(lambda: _look_at_output_dir(config), Exception)[0]
-        trainer = Trainer(config, rejected=rejected, tell=reporter.doing)
+        trainer = Trainer(config, rejected=rejected, tell=reporter.doing, progress=reporter.progress)
         check_steps(config, trainer.config.steps)
         store = CheckpointStore.of(config.output_dir, config.checkpoint, world)
         of_disk = check_disk(trainer.config, trainer.model, store)

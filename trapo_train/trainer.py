@@ -25,7 +25,8 @@ from trapo_train.data.dataset import ProblemOrder, load_problems
 from trapo_train.data.problems import ProblemSet
 from trapo_train.data.rejected import Place
 from trapo_train.engines.configured import build_engine, ready_to_generate
-from trapo_train.evaluation.evaluate import evaluation_score, load_eval_sets, never
+from trapo_train.evaluation.eval_sets import load_eval_sets
+from trapo_train.evaluation.evaluate import evaluation_score, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.models.loading import check_token_ids
 from trapo_train.models.model import load_model_and_tokenizer
@@ -34,6 +35,7 @@ from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches
 from trapo_train.parallel.world import World, place_model
 from trapo_train.records import Sample
+from trapo_train.reports.status import Tell, silent
 from trapo_train.rewards.functions import load_reward
 from trapo_train.rollouts.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.rollouts.refill import sample_with_refill
@@ -47,24 +49,29 @@ from trapo_train.step.packing import MicroBatch, pack
 from trapo_train.step.updates import merge_updates, split_groups, with_old_policy, with_reference
 from trapo_train.tasks import tokenizer_of
 
-Tell = Callable[[str], None]
-
 
 class Trainer:
     """Everything a run consists of, and its state: model, optimizer, schedule, order of the problems, random states.
 
     Building one loads data and model and checks that they fit together. `trains`: false where no step will be taken. `rejected`:
-    see `load_problems`. `tell` gets a line before what takes a while, on the first rank.
+    see `load_problems`. `tell` gets a line before what takes a while, `progress` how far it is, on the first rank.
 
     Raises: UserError for what cannot be trained, with rule, actual value and remedy.
     """
 
     def __init__(
-        self, config: RunConfig, *, trains: bool = True, rejected: Collection[Place] | None = None, tell: Tell = lambda text: None
+        self,
+        config: RunConfig,
+        *,
+        trains: bool = True,
+        rejected: Collection[Place] | None = None,
+        tell: Tell = silent,
+        progress: Tell = silent,
     ) -> None:
         self.config = config
         self.world = World(config.parallel)
-        tell = tell if self.world.first else lambda text: None
+        tell = tell if self.world.first else silent
+        self.progress = progress if self.world.first else silent
         seed_generators(self._rank_seed(0))  # for what draws in rewards and choosers
         self.step = 0
         self.notes: list[str] = []
@@ -86,7 +93,7 @@ class Trainer:
         ends = end_ids(config.model.eos_token, self.model, self.tokenizer)
         with self.world.together():
             self.problems = self._load_problems(ends, rejected)
-            self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends, self.world)
+            self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends, self.world, self.progress)
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)
@@ -98,13 +105,8 @@ class Trainer:
         preflight.check_reward(self.reward, judged)
         self.notes += preflight.about_solutions(self.reward, judged)
         place_model(self.model, self.world)
-        self.reference = None
-        if any("ref_logprob" in objective.reads() for objective in extremes):
-            self.reference = self.model  # with LoRA: without its adapters the model is its own reference
-            if config.model.lora is None:  # loaded only now, so that no rank holds two whole models
-                self.reference = self._load_model(task_tokenizer, check_logits=False)[0]
-                self.reference.requires_grad_(False).eval()
-                place_model(self.reference, self.world)
+        with_reference = any("ref_logprob" in objective.reads() for objective in extremes)
+        self.reference = self._load_reference(task_tokenizer) if with_reference else None
         torch.manual_seed(self._rank_seed(0))  # loading has seeded it, on every rank alike
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
@@ -130,6 +132,15 @@ class Trainer:
         with self.world.together():
             self.world.attempt(load, Exception)
         return loaded[0]
+
+    def _load_reference(self, task_tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+        """The model as it is before any step, of its own; with LoRA the model, which is that without its adapters."""
+        if self.config.model.lora is not None:
+            return self.model
+        reference = self._load_model(task_tokenizer, check_logits=False)[0]
+        reference.requires_grad_(False).eval()
+        place_model(reference, self.world)  # loaded once the model is placed: no rank holds two whole ones
+        return reference
 
     @property
     def objective(self) -> Objective:
@@ -363,6 +374,7 @@ class Trainer:
     def _load_problems(self, ends: Sequence[int], rejected: Collection[Place] | None) -> ProblemSet:
         """The training problems; expert traces and problems that cannot be used are left out and noted."""
         how = {"correct_by": self.config.rollout.correct_by, "end_ids": ends, "world": self.world, "rejected": rejected}
+        how["progress"] = self.progress
         loaded = load_problems(self.config.data, self.tokenizer, self.reward, **how)
         self.data_report, self.data_fingerprint = loaded.report, loaded.fingerprint
         longest = self.config.rollout.max_response_tokens

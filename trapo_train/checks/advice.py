@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
-from trapo_train.evaluation.evaluate import section_of
+from trapo_train.evaluation.eval_sets import section_of
 from trapo_train.parallel.world import World
 from trapo_train.step.objective import extreme_objectives
 from trapo_train.step.optimizer import OptimizerConfig

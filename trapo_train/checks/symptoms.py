@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from trapo_train.evaluation.evaluate import section_of
+from trapo_train.evaluation.eval_sets import section_of
 from trapo_train.rewards.grading import FAILED_SHARE, about_failed_gradings
 
 REJECTED_STEPS = 3

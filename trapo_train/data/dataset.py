@@ -18,6 +18,7 @@ from trapo_train.data.rows import RENDERING
 from trapo_train.data.sources import bad_line
 from trapo_train.parallel.world import World
 from trapo_train.records import Problem
+from trapo_train.reports.status import Tell, silent
 from trapo_train.rewards.functions import RewardFn, WeightedSum, take_metrics
 from trapo_train.rewards.reward_checks import names
 from trapo_train.schema import UserError, check, expand_home
@@ -163,6 +164,7 @@ def load_problems(
     world: World | None = None,
     rejected: Collection[Place] | None = None,
     section: str = "data",
+    progress: Tell = silent,
 ) -> ProblemSet:
     """Read, check and tokenise the configured problems; with `on_rejected_expert: drop`, `reward` says which
     expert traces stay (None: all), of several rewards the one named `correct_by` (None: their weighted sum).
@@ -175,6 +177,7 @@ def load_problems(
         world: the ranks that load these problems together, each asking the reward about its share; None for a single process.
         rejected: the traces that an earlier start rejected, in place of asking again.
         section: what errors call this part of the configuration.
+        progress: told how many rows are read.
 
     Raises, on every rank, what is raised on one:
         UserError: for a missing column, an empty dataset, a prompt that is empty or over the budget, a chat prompt
@@ -190,7 +193,7 @@ def load_problems(
     def read() -> _Told:
         nonlocal found
         try:
-            found = _read(RowReader(config, tokenizer, end_ids, section), reward, verifier, correct_by, world)
+            found = _read(RowReader(config, tokenizer, end_ids, section), reward, verifier, correct_by, world, progress)
         except UnicodeDecodeError as error:  # of a row, where it is read
             raise UserError(f"{section}: {bad_line(config.path or '') or error}. Save the file as UTF-8.") from error
         return found.told
@@ -237,6 +240,7 @@ def _read(
     verifier: RewardFn | WeightedSum | None,
     correct_by: str | None,
     world: World,
+    progress: Tell,
 ) -> _Found:
     """Read all rows; their traces are asked about where there is a `verifier`. The fingerprint is of the data alone, whatever is
     rejected: a verdict may be another next time."""
@@ -262,6 +266,7 @@ def _read(
             digest.update(fingerprint(problem))
             traces = tuple(Trace(i, len(expert.token_ids)) for i, expert in enumerate(problem.experts))
             entries.append(Entry(problem.index, len(problem.prompt_ids), hash(problem.prompt_ids), traces))
+        progress(f"{reader.section}: read {rows:,} rows")
     if not entries:
         raise UserError(
             f"{reader.where} has no problem to offer: it has {rows} rows, and no prompt in them is within "

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trapo_train.engines.engine import Engine
-from trapo_train.evaluation.evaluate import group_problems, standard_error
-from trapo_train.records import Problem, Request, Sample
+from trapo_train.evaluation.eval_sets import group_problems
+from trapo_train.evaluation.evaluate import engine_calls, in_turn, standard_error
+from trapo_train.parallel.world import World, interleave
+from trapo_train.records import Problem, Request
 from trapo_train.reports.display import say
+from trapo_train.reports.status import silent
 from trapo_train.rewards.functions import RewardFn
 from trapo_train.rewards.judging import judge_samples
-from trapo_train.rollouts.rollout import RolloutConfig, complete, draft
+from trapo_train.rollouts.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
 from trapo_train.schema import UserError, check
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ ALL = "all"
 FRACTIONS = (0.0, 0.25, 0.5, 0.75)  # of the expert trace, to start from
 MIN_GAIN = 0.10  # smallest rise of the pass rate that counts as headroom
 UNGUIDED = (0.05, 0.60)  # below it samples without a prefix teach nothing, above it there is little left to learn
+RESPONSES_PER_CALL = 256  # of the engine
 SEED = 0  # of the samples, so that models are compared on equal draws
 
 
@@ -115,43 +119,90 @@ def measure_headroom(
     tokenizer: PreTrainedTokenizerBase,
     config: HeadroomConfig,
     rollout: RolloutConfig,
+    world: World | None = None,
+    progress: Callable[[float], None] = silent,
 ) -> HeadroomReport:
-    """Sample every problem after each fraction of its expert trace, in one engine call, and return the pass rates.
+    """Sample every problem after each fraction of its expert trace, and return the pass rates.
 
     Only problems with an expert trace that the verifier accepts are measured, each with its first such trace: a wrong
-    trace would say nothing about the model. The engine's own random state is left alone.
+    trace would say nothing about the model. The engine's own random state is left alone, and what a response draws depends on its
+    problem's place alone: ranks that share the engine calls find what a single process would (see `evaluate`).
 
     Args:
         problems: with expert traces of at most rollout.max_response_tokens tokens.
         rollout: its temperature, max_response_tokens, top_p, top_k, verify, correct_at, correct_by and how traces are cut.
+        world: the ranks that call this together; None for a single process.
+        progress: told before each engine call what share of this rank's calls is done.
 
-    Raises:
+    Raises, on every rank:
         UserError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
+        EngineError or RewardError of any rank.
     """
-    chosen, num_rejected = _accepted(problems, reward, tokenizer, config, rollout)
+    world = world or World.alone()
+    # The first rank's answer: a verifier may answer another rank otherwise.
+    answers = world.attempt(
+        lambda: _accepted(problems, reward, tokenizer, config, rollout) if world.first else ({}, 0), *SAMPLING_ERRORS
+    )
+    accepted, num_rejected = answers[0]
+    chosen = [replace(problems[i], experts=(problems[i].experts[trace],)) for i, trace in accepted.items()]
     if len(chosen) < 2:
         raise UserError(
             f"headroom: needs at least 2 problems with an expert trace of at most {rollout.max_response_tokens} tokens that "
             f"the verifier accepts, got {len(chosen)} of {len(problems)}. Check the expert column and the reward."
         )
     groups = {**group_problems(chosen, config.group_by), ALL: list(range(len(chosen)))}
-    drafts = [
-        [draft(problem, Request(config.samples_per_prompt, fraction), 1, tokenizer, rollout) for problem in chosen]
-        for fraction in FRACTIONS
-    ]
-    samples = [sample for per_fraction in drafts for group in per_fraction for sample in group]
-    complete(samples, engine, rollout, temperature=rollout.temperature, seed=SEED)
-    judge_samples(samples, reward, tokenizer, rollout)
+    responses = len(FRACTIONS) * config.samples_per_prompt  # of each problem
+    mine = world.share(list(engine_calls([responses] * len(chosen), RESPONSES_PER_CALL, world.size)))
 
+    def sampled(positions: Sequence[int]) -> list[_Found]:
+        asked = [chosen[i] for i in positions]
+        return _sample(engine, asked, reward, tokenizer, config, rollout, first_key=positions[0] * responses)
+
+    parts = world.attempt(lambda: in_turn(mine, sampled, progress), *SAMPLING_ERRORS)
+    found = [problem for call in interleave(parts) for problem in call]
     rows, overall_rates = [], []
-    for fraction, per_problem in zip(FRACTIONS, drafts, strict=True):
-        rates = [fmean(sample.correct for sample in group) for group in per_problem]
+    for place, fraction in enumerate(FRACTIONS):
+        rates = [problem.pass_rates[place] for problem in found]
+        stated = [problem.answer_in_prefix[place] for problem in found]
         for name, positions in groups.items():
-            rows.append(_row(fraction, name, [rates[i] for i in positions], [per_problem[i][0] for i in positions]))
+            rows.append(_row(fraction, name, [rates[i] for i in positions], [stated[i] for i in positions]))
         overall_rates.append(rates)
     best = max(overall_rates[1:], key=fmean)
     gains = [guided - unguided for guided, unguided in zip(best, overall_rates[0], strict=True)]
     return HeadroomReport(tuple(rows), fmean(gains), standard_error(gains), num_rejected)
+
+
+class _Found(NamedTuple):
+    """Of one problem, a value for each fraction."""
+
+    pass_rates: list[float]
+    answer_in_prefix: list[bool]
+
+
+def _sample(
+    engine: Engine,
+    problems: Sequence[Problem],
+    reward: RewardFn,
+    tokenizer: PreTrainedTokenizerBase,
+    config: HeadroomConfig,
+    rollout: RolloutConfig,
+    first_key: int,
+) -> list[_Found]:
+    """One engine call for these problems, of which the first response draws as that of `first_key`."""
+    drafts = [
+        [draft(problem, Request(config.samples_per_prompt, fraction), 1, tokenizer, rollout) for fraction in FRACTIONS]
+        for problem in problems
+    ]
+    samples = [sample for per_fraction in drafts for group in per_fraction for sample in group]
+    complete(samples, engine, rollout, temperature=rollout.temperature, seed=SEED, first_key=first_key)
+    judge_samples(samples, reward, tokenizer, rollout)
+    return [
+        _Found(
+            [fmean(sample.correct for sample in group) for group in per_fraction],
+            [group[0].answer_in_prefix for group in per_fraction],
+        )
+        for per_fraction in drafts
+    ]
 
 
 def _accepted(
@@ -160,10 +211,10 @@ def _accepted(
     tokenizer: PreTrainedTokenizerBase,
     config: HeadroomConfig,
     rollout: RolloutConfig,
-) -> tuple[list[Problem], int]:
-    """Return the first problems with an accepted trace, each with that trace only, and how many had none."""
+) -> tuple[dict[int, int], int]:
+    """Return the first problems with an accepted trace, by position, each with the place of that trace, and how many had none."""
     limit = config.num_problems or len(problems)
-    chosen: list[Problem] = []
+    chosen: dict[int, int] = {}
     num_rejected = 0
     while len(chosen) < limit and len(chosen) + num_rejected < len(problems):
         start = len(chosen) + num_rejected
@@ -173,19 +224,17 @@ def _accepted(
             [draft(problem, Request(1, 1.0, i), 1, tokenizer, rollout)[0] for i in range(len(problem.experts))] for problem in block
         ]
         judge_samples([trace for per_problem in traces for trace in per_problem], reward, tokenizer, rollout)
-        for problem, per_problem in zip(block, traces, strict=True):
-            judged = zip(problem.experts, per_problem, strict=True)
-            accepted = [expert for expert, trace in judged if trace.correct]
-            if accepted:
-                chosen.append(replace(problem, experts=(accepted[0],)))
+        for position, per_problem in enumerate(traces, start):
+            accepted = next((place for place, trace in enumerate(per_problem) if trace.correct), None)
+            if accepted is not None:
+                chosen[position] = accepted
             else:
                 num_rejected += 1
     return chosen, num_rejected
 
 
-def _row(fraction: float, group: str, rates: list[float], samples: list[Sample]) -> HeadroomRow:
-    stated = fmean(sample.answer_in_prefix for sample in samples)
-    return HeadroomRow(fraction, group, fmean(rates), len(rates), standard_error(rates), stated)
+def _row(fraction: float, group: str, rates: list[float], stated: list[bool]) -> HeadroomRow:
+    return HeadroomRow(fraction, group, fmean(rates), len(rates), standard_error(rates), fmean(stated))
 
 
 def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
@@ -193,7 +242,12 @@ def measure(trainer: Trainer, config: HeadroomConfig) -> HeadroomReport:
     held_out = (entry.problems for entry in trainer.eval_sets.values() if len(entry.problems.with_experts()))
     problems, _ = next(held_out, trainer.problems).without_long_experts(trainer.config.rollout.max_response_tokens)
     with trainer.ready_to_generate():
-        found = measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, config, trainer.config.rollout)
+
+        def progress(share: float) -> None:
+            trainer.progress(f"sampling after expert prefixes: {share:.0%}")
+
+        settings = (config, trainer.config.rollout, trainer.world, progress)
+        found = measure_headroom(trainer.engine, problems, trainer.reward, trainer.tokenizer, *settings)
     return replace(found, section=problems.section)
 
 

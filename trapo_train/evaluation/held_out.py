@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from trapo_kernels import Role, objectives
-from trapo_train.evaluation.evaluate import EvalSet, evaluate, never
+from trapo_train.evaluation.eval_sets import EvalSet
+from trapo_train.evaluation.evaluate import evaluate, never
 from trapo_train.models.model import score_all
 from trapo_train.parallel.vocab_parallel import own_micro_batches
 from trapo_train.parallel.world import World, reshard
@@ -43,7 +44,11 @@ def evaluate_sets(trainer: Trainer, label: str, stopped: Callable[[], bool] = ne
         with trainer.ready_to_generate():
             for name, entry in trainer.eval_sets.items():
                 save_to = responses_file(config.output_dir, name, label)
-                settings = (config.evaluation, config.rollout, trainer.world, save_to, stopped)
+
+                def progress(share: float, section: str = entry.problems.section) -> None:
+                    trainer.progress(f"evaluating {section}: {share:.0%}")
+
+                settings = (config.evaluation, config.rollout, trainer.world, save_to, stopped, progress)
                 found[name] = evaluate(trainer.engine, entry, trainer.reward, trainer.tokenizer, *settings)
     for name, entry in trainer.eval_sets.items():
         found[name] |= expert_nll(trainer.model, entry, config.packing, config.rollout, trainer.world)

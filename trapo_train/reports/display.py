@@ -20,6 +20,7 @@ from rich.text import Text
 
 from trapo_train.reports.columns import COLUMNS, Column, value_of, written
 from trapo_train.reports.metrics_log import METRICS_FILE, MetricsLog, group_accuracies, group_label, metrics_row
+from trapo_train.reports.status import StatusLine
 from trapo_train.reports.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class NullReporter:
     def _ignore(self, *args: Any, **kwargs: Any) -> None:
         """Whatever it is."""
 
-    start = doing = step = evaluation = event = finish = rewind = _ignore
+    start = doing = progress = step = evaluation = event = finish = rewind = _ignore
 
 
 def format_seconds(seconds: float) -> str:
@@ -77,6 +78,7 @@ class Reporter:
         self._live = "starting"  # what stands beside the bar between steps
         self._started = self._last_row = time.monotonic()
         self._progress: Progress | None = None
+        self._status = StatusLine(self.console, row_seconds)
         self._output_dir = Path(output_dir)
         self._trackers: Trackers | None = None
 
@@ -96,6 +98,7 @@ class Reporter:
         for note in self._trackers.notes:
             self.event(note)
         self._started = self._last_row = time.monotonic()
+        self._status.close()
         self._say(str(report), "dim")
         if self.console.is_terminal:
             self._progress = Progress(
@@ -118,6 +121,13 @@ class Reporter:
             self._progress.update(self._progress.task_ids[0], description=text)
         elif not self._steps_seen:
             self._say(text, "dim")
+
+    def progress(self, text: str) -> None:
+        """Say how far it is with that, as often as it changes."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=text)
+        else:
+            self._status(text)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record one training step; `metrics` holds at least "step" (counted from 1)."""
@@ -169,6 +179,7 @@ class Reporter:
 
     def close(self) -> None:
         """Restore the terminal and close the file; rows that it still does not take are told."""
+        self._status.close()
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -7,7 +7,7 @@ import pytest
 from tests.trapo_train.test_train import build_config
 from trapo_train.config import load_config, to_yaml
 from trapo_train.data.dataset import DataConfig, load_problems
-from trapo_train.evaluation.evaluate import EvalConfig, load_eval_sets
+from trapo_train.evaluation.eval_sets import EvalConfig, load_eval_sets
 from trapo_train.schema import UserError
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 

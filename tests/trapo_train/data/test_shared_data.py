@@ -14,7 +14,7 @@ from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows
 from trapo_train.checkpoints.checkpoint import CheckpointError
 from trapo_train.data import dataset as problems_of
 from trapo_train.data.dataset import DataConfig, load_problems
-from trapo_train.evaluation.evaluate import EvalConfig, load_eval_sets
+from trapo_train.evaluation.eval_sets import EvalConfig, load_eval_sets
 from trapo_train.parallel.world import World
 from trapo_train.rewards.functions import RewardError
 from trapo_train.schema import UserError
@@ -121,10 +121,10 @@ def test_what_one_rank_cannot_read_or_judge_is_raised_on_all(write):
 
 
 def test_a_rank_that_has_too_little_memory_for_the_data_ends_all(write, monkeypatch):
-    def read(reader, reward, verifier, correct_by, world, real=problems_of._read):
+    def read(reader, reward, verifier, correct_by, world, progress, real=problems_of._read):
         if world.rank == 1:
             raise MemoryError("of this rank")
-        return real(reader, reward, verifier, correct_by, world)
+        return real(reader, reward, verifier, correct_by, world, progress)
 
     monkeypatch.setattr(problems_of, "_read", read)
     errors = on_ranks(*[partial(load_problems, write("rows.jsonl", ROWS), TOKENIZER, None)] * 2)

@@ -15,16 +15,8 @@ from trapo_train import cli
 from trapo_train.cli import main
 from trapo_train.data.dataset import DataConfig
 from trapo_train.engines.engine import TransformersEngine
-from trapo_train.evaluation.evaluate import (
-    EvalConfig,
-    EvalSet,
-    _calls,
-    evaluate,
-    group_problems,
-    load_eval_sets,
-    pass_at_k,
-    standard_error,
-)
+from trapo_train.evaluation.eval_sets import EvalConfig, EvalSet, group_problems, load_eval_sets
+from trapo_train.evaluation.evaluate import engine_calls, evaluate, pass_at_k, standard_error
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
 from trapo_train.parallel.world import World
@@ -256,8 +248,7 @@ def test_any_number_of_ranks_draws_the_same(size, most, temperature):
     ],
 )
 def test_calls_are_large_and_leave_no_rank_without_one(samples, most, ranks, sizes):
-    eval_set = EvalSet([], tuple(range(len(samples))), samples, {})
-    calls = list(_calls(eval_set, most, ranks))
+    calls = list(engine_calls(samples, most, ranks))
     assert [len(call) for call in calls] == sizes
     assert [position for call in calls for position in call] == list(range(len(samples)))
 

@@ -1,11 +1,14 @@
 """Headroom with a scripted engine whose success depends on the length of the prefix that it is given."""
 
+import os
 import re
 from dataclasses import replace
 
 import pytest
 
+from tests import ranks
 from tests.trapo_train.test_train import build_config
+from trapo_train.evaluation import headroom
 from trapo_train.evaluation.evaluate import standard_error
 from trapo_train.evaluation.headroom import HeadroomConfig, measure_headroom
 from trapo_train.evaluation.headroom import measure as measure_trainer
@@ -85,10 +88,42 @@ def test_rows_and_gain():
     assert report.gain_standard_error == 0.0  # paired: both problems gain the same
     [params] = engine.calls
     assert (params.temperature, params.seed) == (0.7, 0)
-    assert params.budgets(32) == [20] * 8 + [17] * 8 + [13] * 8 + [10] * 8
+    assert params.budgets(32) == ([20] * 4 + [17] * 4 + [13] * 4 + [10] * 4) * 2
     good, sentence = report.verdict()
     assert good
     assert re.search(r"got 12\.5% without and 87\.5% after 75% .*\+75\.0 ± 0\.0 points, 2 problems", sentence)
+
+
+def test_calls_of_the_engine_and_ranks_that_share_them_change_no_figure(monkeypatch):
+    def num_right(depth, prefix):
+        return min(4, {4: 1, 6: 0}[depth] + len(prefix) // 3)
+
+    problems = [problem(i, 4 + 2 * (i % 2)) for i in range(5)]
+    whole, _ = measure(num_right, problems)
+    monkeypatch.setattr(headroom, "RESPONSES_PER_CALL", 32)
+    report, engine = measure(num_right, problems)
+    assert report == whole
+    assert [(params.first_key, len(params.max_new_tokens)) for params in engine.calls] == [(0, 32), (32, 32), (64, 16)]
+    told = []
+    measure_headroom(PrefixEngine(num_right), problems, pointer_chasing_reward, TOKENIZER, CONFIG, ROLLOUT, progress=told.append)
+    assert told == [0, 1 / 3, 2 / 3]
+
+
+def _headroom(rank, size, config, directory):
+    headroom.RESPONSES_PER_CALL = 64  # of this process, which ends with it
+    report = measure_trainer(Trainer(config), HeadroomConfig(samples_per_prompt=2))
+    (directory / f"{rank}_of_{size}").write_text(repr(report))
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_ranks_find_what_one_process_does(tmp_path):
+    held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 20, task_options: {depths: [1, 2]}}"
+    config = build_config(tmp_path, "run", held_out)
+    for size in (1, 2):
+        ranks.start(_headroom, size, size, config, tmp_path)
+    reports = {path.name: path.read_text() for path in tmp_path.glob("*_of_*")}
+    assert reports["0_of_2"] == reports["1_of_2"] == reports["0_of_1"]
 
 
 def test_gain_is_that_of_the_best_fraction():

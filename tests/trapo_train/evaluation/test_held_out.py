@@ -21,7 +21,7 @@ from trapo_train.checkpoints.export import export_model
 from trapo_train.checks.preflight import check_lengths
 from trapo_train.data.dataset import DataReport
 from trapo_train.evaluation import held_out
-from trapo_train.evaluation.evaluate import EvalConfig, EvalSet
+from trapo_train.evaluation.eval_sets import EvalConfig, EvalSet
 from trapo_train.evaluation.held_out import expert_nll, model_label
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer

@@ -10,7 +10,8 @@ import pytest
 from tests.trapo_train.evaluation.test_evaluate import ROLLOUT, CyclingEngine, problem
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, train_to_end
 from trapo_train import cli
-from trapo_train.evaluation.evaluate import EvalConfig, EvalSet, evaluate
+from trapo_train.evaluation.eval_sets import EvalConfig, EvalSet
+from trapo_train.evaluation.evaluate import evaluate
 from trapo_train.files import replace_text
 from trapo_train.records import Problem, Sample
 from trapo_train.rewards.functions import RewardTerm, load_reward
