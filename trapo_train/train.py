@@ -232,7 +232,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             unsaved = error
         except SAMPLING_ERRORS:  # they leave the state as it was
             if trainer.step > 0 and saved_at != trainer.step:
-                _save(trainer, store, reporter)
+                _rescue(trainer, store, reporter)
             raise
 
 
@@ -251,7 +251,8 @@ def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, symptoms
         error = _given_up(trainer)
         trainer.skipped_in_a_row = 0  # of the run that goes on from here: nothing was taken from the updates that were skipped
         with suppress(NonFiniteError):  # of the weights
-            _save(trainer, store, reporter)
+            _rescue(trainer, store, reporter)
+        _keep_batch(trainer, reporter)
         raise error
 
 
@@ -293,6 +294,27 @@ def _save(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
         reporter.event(store.undeleted)
 
 
+def _rescue(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> None:
+    """Save before an error ends the run, which says why; that this fails, too, is told beside it."""
+    try:
+        _save(trainer, store, reporter)
+    except CheckpointError as error:
+        reporter.event(f"step {trainer.step} could not be saved: {error}")
+
+
+def _keep_batch(trainer: Trainer, reporter: Reporter) -> None:
+    """Write what the last step was trained on, for a look at it; where that fails, it is told."""
+    directory = _batch_directory(trainer)
+    try:
+        save_batch(directory, trainer)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reporter.event(f"the batch of step {trainer.step} could not be written to {directory}: {error}")
+
+
+def _batch_directory(trainer: Trainer) -> Path:
+    return Path(trainer.config.output_dir) / f"non_finite_step_{trainer.step}"
+
+
 def _report_non_finite(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
     """Report updates that were skipped, and a loss alone that is not finite."""
     config = trainer.config
@@ -313,14 +335,12 @@ def _report_non_finite(trainer: Trainer, metrics: dict[str, Any], reporter: Repo
 
 
 def _given_up(trainer: Trainer) -> NonFiniteError:
-    """Why the run ends after so many steps of nothing else, the last batch of which is kept."""
+    """Why the run ends after so many steps of nothing else."""
     config = trainer.config
-    directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
-    save_batch(directory, trainer)
     return NonFiniteError(
         f"train: {trainer.skipped_in_a_row} steps in a row had a gradient that is not finite, at most "
         f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
-        f"{directory} (see trapo_train.checkpoints.postmortem). Resume from the last checkpoint with a lower "
+        f"{_batch_directory(trainer)} (see trapo_train.checkpoints.postmortem). Resume from the last checkpoint with a lower "
         "optimizer.learning_rate or max_grad_norm."
     )
 

@@ -20,7 +20,7 @@ from trapo_train.data.problems import RESERVED_COLUMNS, ProblemSet
 from trapo_train.engines.vllm_server import longest_of_server
 from trapo_train.models.attention import longrope_limit
 from trapo_train.models.lora import check_no_adapter
-from trapo_train.models.model import ModelConfig
+from trapo_train.models.model import ModelConfig, policy_head
 from trapo_train.rewards.functions import RewardFn, WeightedSum
 from trapo_train.rewards.grading import WorkerReward
 from trapo_train.rewards.reward_checks import check_takes, names
@@ -308,7 +308,8 @@ def check_disk(config: RunConfig, model: PreTrainedModel, store: CheckpointStore
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     handed_over = config.rollout.engine == "vllm_server" and config.rollout.vllm_server.sync_dir is None
-    exported = sum(size for size, _ in sizes) * (2 if handed_over else 1)  # to the server, as files beside the model
+    in_files = 4 + (policy_head(model).compute_dtype.itemsize if handed_over else 0)  # the model's, and beside it the server's
+    exported = in_files * sum(p.numel() for p in model.parameters())
     share = _optimizer_share(config.optimizer, next(model.parameters()).device)
     checkpoint = int((1 + share) * sum(size for size, trained in sizes if trained))
     free = shutil.disk_usage(place).free + store.unfinished_bytes()  # which the next save deletes

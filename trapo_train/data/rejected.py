@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trapo_train.files import replace_text
+from trapo_train.models.tokenizer import decode
 from trapo_train.parallel.world import World
 from trapo_train.records import THINK, Problem
 from trapo_train.rewards.functions import RewardFn, WeightedSum, judge, opinion_of
@@ -33,7 +34,7 @@ def rejected_experts(
     """Of this rank's share of the traces those with a reward of 0 or less; no opinion rejects nothing."""
     pairs = world.share([(problem, number) for problem in problems for number in range(len(problem.experts))])
     traces = [problem.experts[number] for problem, number in pairs]
-    texts = [trace.text.removesuffix(tokenizer.convert_ids_to_tokens(trace.token_ids[-1])) for trace in traces]
+    texts = [decode(tokenizer, trace.token_ids, special=False) for trace in traces]  # as a step shows it to the reward
     lengths = [len(trace.token_ids) for trace in traces]
     opened = [problem.prompt.rstrip().endswith(THINK) for problem, _ in pairs]
     about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs), "thoughts_open": opened}

@@ -17,7 +17,6 @@ from transformers import DynamicCache, PreTrainedModel
 from trapo_train.engines.cache import cache_name, can_move, keep_rows, lay_below, new_cache
 from trapo_train.engines.draws import draw_token, uniforms
 from trapo_train.records import Completion
-from trapo_train.schema import UserError
 
 _DRAWS_AT_ONCE = 32  # positions whose draws are computed together
 
@@ -153,7 +152,7 @@ class RunningBatch:
         live = []
         for i, (row, token_id, value) in enumerate(zip(rows, tokens, values, strict=True)):
             if value != value:  # one logit of the row is NaN or +inf, or all are -inf
-                raise UserError(
+                raise FloatingPointError(
                     "generate: the model's logits must be finite, got NaN or infinity. The weights have diverged: resume from an "
                     "earlier checkpoint with a lower learning rate."
                 )

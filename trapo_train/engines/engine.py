@@ -279,8 +279,24 @@ class TransformersStream:
     def advance(self, others: Collection[Future] = ()) -> list[tuple[int, Completion]]:
         """Generate until a row is done; [] if nothing is left to generate. `others` are not waited for.
 
-        Raises: UserError for logits that are NaN or infinite.
+        Raises: EngineError for logits that are NaN or infinite, or too little memory of the GPU.
         """
+        try:
+            done, too_little = self._until_one_is_done(), None
+        except FloatingPointError as error:
+            raise EngineError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            done, too_little = [], str(error).split(". ")[0]  # not the error, whose frames hold what fills the memory
+        if too_little is not None:
+            raise EngineError(
+                f"generate: the GPU must hold the cache of max_batch_tokens = {self._max_batch_tokens} beside the model, got "
+                f"{too_little}. Lower rollout.max_batch_tokens or rollout.max_response_tokens; `trapo-train plan-memory` says what "
+                "they take."
+            )
+        self._generated += sum(len(row.token_ids) for row in done)
+        return [(row.ticket, self._batch.completion(row)) for row in done]
+
+    def _until_one_is_done(self) -> list[Row]:
         done: list[Row] = []
         # no_grad, not inference_mode: tensors that FSDP2 gathers under inference_mode break the next training step
         # ("Inference tensors do not track version counter", torch 2.13).
@@ -292,8 +308,7 @@ class TransformersStream:
                     self._low_water = len(self._batch.rows) // 2
                 else:
                     done = self._batch.step()
-        self._generated += sum(len(row.token_ids) for row in done)
-        return [(row.ticket, self._batch.completion(row)) for row in done]
+        return done
 
     def metrics(self) -> dict[str, float]:
         """Forward passes, those over prompts included, and the mean number of rows that generate in one."""

@@ -38,13 +38,10 @@ def cast_routers(model: PreTrainedModel) -> None:
     Most raise input and weight to float32 (DeepSeek, GLM), which autocast would undo: tokens would reach other experts than on
     several ranks and in a sampler.
     """
-    kept = kept_in_float32(model)
     for path, module in model.named_modules():
         name, holder = type(module).__name__, model.get_submodule(path.rpartition(".")[0])
         if name.endswith(_JETMOE) or (name.endswith(_ROUTERS) and hasattr(holder, "experts")):
-            module.kept_in_float32 = {
-                name for name, _ in module.named_parameters() if any(part in f"{path}.{name}" for part in kept)
-            }
+            module.kept_in_float32 = {name for name, _ in module.named_parameters() if stays_in_float32(model, f"{path}.{name}")}
             module.forward = types.MethodType(_route, module)
 
 
@@ -77,6 +74,7 @@ def routers_in_float32(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if getattr(module, "kept_in_float32", None)]
 
 
-def kept_in_float32(model: PreTrainedModel) -> set[str]:
-    """Parts of the names of parameters that transformers keeps in float32 in a model of bfloat16; its other list is for float16."""
-    return {*(model._keep_in_fp32_modules_strict or ())}
+def stays_in_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps the parameter or buffer of this name in float32 in a model of bfloat16; its other list is for
+    float16."""
+    return any(part in name for part in model._keep_in_fp32_modules_strict or ())

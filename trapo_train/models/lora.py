@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from trapo_train.checks.extras import why_no_peft
-from trapo_train.models.autocast import kept_in_float32
+from trapo_train.models.autocast import stays_in_float32
 from trapo_train.schema import MissingPackage, UserError, check
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,6 @@ def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Store frozen matrices, those of fused experts included, and the biases of linear layers in `compute_dtype`, which they are
     computed in anyway: half the memory in bfloat16, and no cast per pass and generated token. What transformers keeps in float32
     stays, such as some routers."""
-    kept = kept_in_float32(model)
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
             module.to(compute_dtype)
@@ -189,7 +188,7 @@ def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             # An expert's bias, which no GEMM takes, is added in its own type.
             is_matrix = parameter.is_floating_point() and parameter.ndim >= 2 and not name.endswith("bias")
-            if is_matrix and not parameter.requires_grad and not any(part in f"{path}.{name}" for part in kept):
+            if is_matrix and not parameter.requires_grad and not stays_in_float32(model, f"{path}.{name}"):
                 parameter.data = parameter.data.to(compute_dtype)
 
 
@@ -225,20 +224,22 @@ def without_lora(model: PreTrainedModel) -> Iterator[None]:
 def merged_weights(
     model: PreTrainedModel, names: Iterable[str], whole: Callable[..., Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors `names` (of parameters and buffers) in `dtype`, with every adapter added to its layer before that is rounded,
-    under the names of the plain model.
+    """The tensors `names` (of parameters and buffers) in `dtype`, but for what transformers keeps in float32 in a 16-bit model, as
+    some routers and their biases; with every adapter added to its layer before that is rounded, under the names of the plain model.
 
     `whole` gives a tensor by its name, in a type that is given or its own; it is asked for them one after the other.
     """
     layers = {f"{name}.base_layer.weight": (name, module) for name, module in adapted_layers(model)}
+    at_least_32_bits = torch.promote_types(dtype, torch.float32)
     for name in names:
         if ".lora_" in name:
             continue
+        rounded = at_least_32_bits if stays_in_float32(model, name) else dtype
         if name in layers:
             path, layer = layers[name]
             (adapter,) = layer.active_adapters
             weight, a, b = (whole(n) for n in (name, *(f"{path}.lora_{part}.{adapter}.weight" for part in "AB")))
-            weight = (weight + layer.scaling[adapter] * b @ a).to(dtype)
+            weight = (weight + layer.scaling[adapter] * b @ a).to(rounded)
         else:
-            weight = whole(name, dtype)
+            weight = whole(name, rounded)
         yield name.replace(".base_layer.", "."), weight

@@ -6,6 +6,7 @@ The names are those of the parameters, so that a checkpoint does not depend on h
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from trapo_train.parallel.world import World
 from trapo_train.step.optimizer_step import NonFiniteError
 
 _TRAINED, _INCOMPLETE = StateDictOptions(ignore_frozen_params=True), StateDictOptions(strict=False)
-# What changes in an optimizer's groups during a run; the rest is configured, or chosen for how the parameters are held (fused).
-_SCHEDULED = ("lr", "initial_lr")
+# What an optimizer's groups hold and a checkpoint does not: the parameters, and what is chosen for how these are held. Steps may
+# change all else, as Prodigy and schedule-free AdamW do.
+_NOT_SAVED = {"params", "param_names", "fused", "foreach", "capturable", "differentiable"}
+_PLAIN = (bool, int, float, str, tuple, list, Tensor, NoneType)  # what a checkpoint takes
 
 
 def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,7 +51,10 @@ def training_state(model: PreTrainedModel, optimizer: Optimizer) -> tuple[dict[s
                 home[f"optimizer.{name}.{key}"] = value
         # What never had a gradient, as an expert that no token was routed to, has none.
         stateless = [name for name, p in model.named_parameters() if p.requires_grad and name not in states]
-    groups = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
+    groups = [
+        {key: value for key, value in group.items() if key not in _NOT_SAVED and isinstance(value, _PLAIN)}
+        for group in optimizer.param_groups
+    ]
     return tensors, {"values": values, "groups": groups, "stateful": bool(optimizer.state), "stateless": stateless}
 
 
@@ -83,7 +89,9 @@ def load_training_state(
         }
         set_optimizer_state_dict(model, optimizer, nested, options=_INCOMPLETE)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update({key: saved[key] for key in _SCHEDULED if key in saved})
+        for key, value in saved.items():
+            held = group.get(key)
+            group[key] = value.to(held.device) if isinstance(value, Tensor) and isinstance(held, Tensor) else value
 
 
 def load_trained_weights(model: PreTrainedModel, store: CheckpointStore, step: int) -> None:
@@ -119,9 +127,9 @@ def check_finite(model: PreTrainedModel, world: World, store: CheckpointStore, s
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the plain model under its names, as they are now: whole, rounded to `dtype` and with LoRA's adapters added; a
-    tied weight once. Every rank must go through all of them: a sharded weight is put together when its turn
-    comes, from shards that were rounded before they travel."""
+    """The weights of the plain model under its names, as they are now: whole, rounded to `dtype` (see `merged_weights`) and with
+    LoRA's adapters added; a tied weight once. Every rank must go through all of them: a sharded weight is put together when its
+    turn comes, from shards that were rounded before they travel."""
     names = _names(model)
     tensors = {name: value for name, value in model.state_dict().items() if name in names}
 

@@ -16,6 +16,7 @@ from tests.trapo_train.test_train import StopAfter, build_config, rows, train_to
 from trapo_kernels import objectives
 from trapo_train import train, trainer
 from trapo_train.checkpoints import postmortem
+from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.engines.engine import EngineError
 from trapo_train.models import model_state
 from trapo_train.models.model import policy_forward
@@ -59,6 +60,33 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(configure, monkeypatch, 
         broken.model.lm_head.weight[0, 0] = float("nan")
     assert not torch.isfinite(policy_forward(broken.model, micro_batch, objectives.sft()).loss)
     assert [row["skipped_step"] for row in rows(config)] == [0, 0, 1, 1]
+
+
+def test_a_full_disk_for_the_batch_or_the_checkpoint_changes_nothing_of_why_the_run_ends(configure, monkeypatch):
+    real = trainer.optimizer_step
+
+    def infinite(*arguments):
+        return real(*arguments) | {"skipped_step": 1, "grad_norm": float("inf")}
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    def refused(*arguments, **options):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(trainer, "optimizer_step", infinite)
+    monkeypatch.setattr(train, "save_batch", full)
+    settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
+    config = configure("batch", *settings)
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row"):
+        train_to_end(config)
+    assert (Path(config.output_dir) / "checkpoints" / "step_00000002").is_dir()
+    assert "could not be written to" in (Path(config.output_dir) / "metrics.jsonl").read_text()
+    monkeypatch.setattr(CheckpointStore, "save", refused)
+    config = configure("both", *settings)
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row"):
+        train_to_end(config)
+    assert "step 2 could not be saved: the disk is full" in (Path(config.output_dir) / "metrics.jsonl").read_text()
 
 
 def count_checks(monkeypatch):

@@ -9,8 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from trapo_train.checks.preflight import check_reward
 from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.records import Request
 from trapo_train.rewards.builtin import exact_match
 from trapo_train.rewards.functions import RewardError, WeightedSum
+from trapo_train.rewards.judging import judge_samples
+from trapo_train.rollouts.rollout import RolloutConfig, draft
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -121,6 +124,20 @@ def test_rejected_experts_are_dropped_and_counted(load):
     assert (dropped.report.experts, dropped.report.dropped_experts, dropped.report.without_expert) == (2, 1, 2)
     assert [len(problem.experts) for problem in dropped] == [1, 0, 0]
     assert "2 expert traces (1 rejected by the reward and dropped)" in str(dropped.report)
+
+
+def test_a_trace_is_judged_by_the_text_that_a_step_shows_to_the_reward(load, tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>"]})
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        return [1.0] * len(prompts)
+
+    problems = load([{"prompt": "1+1=", "solution": "2", "expert": "so<|channel|>2"}], reward, on_rejected_expert="drop")
+    samples = draft(problems[0], Request(1, 1.0), 1, tokenizer, RolloutConfig())
+    judge_samples(samples, reward, tokenizer, RolloutConfig())
+    assert seen == ["so2", "so2"]
 
 
 def test_of_several_rewards_the_one_that_says_what_is_correct_rejects_an_expert(load):

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from trapo_train.engines.cache import cache_name
-from trapo_train.engines.engine import SamplingParams, TransformersEngine
+from trapo_train.engines.engine import EngineError, SamplingParams, TransformersEngine
 
 EOS, VOCAB = 1, 23
 TOKENIZER = SimpleNamespace(eos_token_id=EOS)
@@ -290,5 +290,5 @@ def test_diverged_weights_are_reported():
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"logits must be finite.*earlier checkpoint"):
+    with pytest.raises(EngineError, match=r"logits must be finite.*earlier checkpoint"):
         engine_of(model).generate([[3]], SamplingParams(2))

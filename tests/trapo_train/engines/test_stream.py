@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 
 from tests.trapo_train.engines.test_engine import EOS, RAGGED, VOCAB, engine_of, full_logprobs, tiny_model
 from trapo_train.engines import cache
-from trapo_train.engines.engine import SamplingParams, TransformersEngine
+from trapo_train.engines.engine import EngineError, SamplingParams, TransformersEngine
 
 PROMPTS = [[2 + (7 * i + k) % 20 for k in range(length)] for i, length in enumerate([3, 9, 1, 5, 12, 2, 7, 4])]
 BUDGETS = (4, 17, 9, 2, 11, 30, 1, 23)
@@ -179,8 +180,22 @@ def test_logits_that_break_on_the_way_are_reported(monkeypatch):
         return out
 
     monkeypatch.setattr(model, "forward", breaking)
-    with pytest.raises(ValueError, match=r"logits must be finite.*earlier checkpoint"):
+    with pytest.raises(EngineError, match=r"logits must be finite.*earlier checkpoint"):
         engine_of(model).generate(RAGGED, SamplingParams(6, stop_token_ids=()))
+
+
+def test_too_little_memory_of_a_gpu_names_what_to_lower_and_lets_go_of_what_fills_it(monkeypatch):
+    model, frames = tiny_model(), []
+
+    def full(**kwargs):
+        cache = torch.zeros(8)
+        frames.append(weakref.ref(cache))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(EngineError, match=r"the cache of max_batch_tokens = .* CUDA out of memory. Lower"):
+        engine_of(model).generate(RAGGED, SamplingParams(6, stop_token_ids=()))
+    assert frames[0]() is None
 
 
 class ConstantModel:

@@ -30,6 +30,7 @@ from trapo_train.models.lora import (
     without_lora,
 )
 from trapo_train.models.model import ModelConfig, body_autocast, install_policy_head, load_model_and_tokenizer
+from trapo_train.models.model_state import whole_weights
 from trapo_train.schema import ConfigError, MissingPackage
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer
@@ -204,6 +205,8 @@ def test_frozen_experts_are_held_in_the_type_of_their_gemms_and_give_the_same_bi
         float32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
         assert any("experts" in name for name in dtypes)
         assert float32 == ({"model.layers.1.mlp.gate.weight"} if keeps else set())
+        handed_over = {name for name, weight in whole_weights(model, torch.bfloat16) if weight.dtype == torch.float32}
+        assert handed_over == float32, "a sampler would route tokens to other experts"
         held = sum(parameter.nbytes for parameter in model.parameters())
         planned = weigh(ModelConfig(name_or_path="none", dtype="bfloat16", lora=LoraConfig(rank=2)), config)
         assert planned.held_bytes == held or keeps

@@ -41,6 +41,19 @@ class Lion(Optimizer):
                 state["momentum"].copy_(momentum.lerp(p.grad, 1 - slow))
                 state["step"] += 1
 
+class Prodigious(Lion):  # keeps in its groups what steps change
+    def __init__(self, params, lr=1e-4):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group |= {"k": 0, "d": torch.ones(())}
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] = group["d"] / group["k"]
+            group["weight_decay"] = group["d"].item()
+        super().step()
+
 class Wrapped(torch.Tensor):
     pass
 
@@ -79,6 +92,10 @@ def _resumed(tmp_path, settings):
     train_to_end(halves)
     assert exported(halves) == exported(whole)
     assert [row for row in rows(halves) if row["kind"] == "train"] == [row for row in rows(whole) if row["kind"] == "train"]
+
+
+def test_what_steps_change_in_its_groups_is_resumed_too(module, tmp_path):
+    _resumed(tmp_path, ["optimizer={name: 'odd_optimizers:Prodigious', learning_rate: 1e-3}"])
 
 
 @pytest.mark.slow
