@@ -102,6 +102,11 @@ def test_a_disk_too_small_for_the_model_and_a_checkpoint_is_refused_before_the_f
     store.path(5).mkdir(parents=True)  # what an export that failed leaves
     with_free(int(1.1 * weights))
     assert preflight.check_disk(config, trainer.model, store) is None
+    for parameter in trainer.model.parameters():  # as the frozen weights beside an adapter are held
+        parameter.data = parameter.data.bfloat16()
+    with_free(int(0.9 * weights))
+    with pytest.raises(ValueError, match="must have room for the trained model"):  # which is exported in float32
+        preflight.check_disk(config, trainer.model, store)
     trainer.close()
 
 

@@ -313,7 +313,10 @@ class CheckpointStore:
 
     def _digests(self, path: Path) -> dict[str, dict[str, Any]]:
         """Digest of every file by its name; the ranks share the work."""
-        names = [STATE_FILE, *sorted(f"{TENSOR_DIR}/{file.name}" for file in (path / TENSOR_DIR).iterdir())]
+        # The first rank's list, for all: a network disk may show another rank a file late.
+        names = self._on_every_rank(
+            lambda: [STATE_FILE, *sorted(f"{TENSOR_DIR}/{file.name}" for file in (path / TENSOR_DIR).iterdir())]
+        )[0]
         parts = self._on_every_rank(lambda: {name: _digest(path / name) for name in self._ranks.share(names)})
         found = {name: digest for part in parts for name, digest in part.items()}
         return {name: found[name] for name in names}

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_RETRIES_AT_START = 3  # of a server that perhaps nobody has started
 # Said, because a server takes from the model's generation_config what a request leaves out: Qwen2.5's names a repetition penalty.
 _NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -55,9 +56,9 @@ class VllmServerConfig:
     """Folder that the trainer writes weights to and the server reads them from; null for vllm_weights in output_dir."""
     timeout_s: float = 1800.0
     """Longest wait for one answer, in seconds, above 0; it includes the time that a request waits in the server's queue."""
-    max_retries: int = 3
+    max_retries: int = 10
     """Further attempts after a failed connection, an error of the server or timeout_s, at least 0; the first after 0.5 s, each
-    further one after twice the time, at most 30 s."""
+    further one after twice the time, at most 30 s: with 10 a server has 151 s to start anew. At the start of a run 3 at most."""
     max_in_flight: int = 256
     """Most requests sent at once, at least 1."""
     seed_requests: bool = False
@@ -121,7 +122,7 @@ class VllmServerEngine(Engine):
 
     def check(self) -> None:
         """Raise EngineError unless the server answers, offers the model and reports the logprobs that the trainer compares with."""
-        _Client(self._config).call("GET", "/health")
+        _first_contact(self._config).call("GET", "/health")
         longest_of_server(self._config, self._model)
         # After top_k = 1 one token is left, whose processed logprob is 0 and whose raw one is not; three times, as tokens may tie.
         words = [[len(self._tokenizer) // part] for part in (2, 3, 4)]
@@ -173,6 +174,10 @@ class VllmServerEngine(Engine):
         return VllmServerStream(_Client(self._config, weights), self._config.max_in_flight, body, key if seeded else None)
 
 
+def _first_contact(config: VllmServerConfig) -> _Client:
+    return _Client(replace(config, max_retries=min(config.max_retries, _RETRIES_AT_START)))
+
+
 def longest_of_server(config: VllmServerConfig, model: str | None) -> int | None:
     """The server's max_model_len: tokens of the longest prompt with its response that it takes; None where it does not say.
 
@@ -182,7 +187,7 @@ def longest_of_server(config: VllmServerConfig, model: str | None) -> int | None
     Raises: EngineError unless the server answers and offers the model.
     """
     name = config.model or model
-    offered = {entry.get("id"): entry for entry in (_Client(config).call("GET", "/v1/models") or {}).get("data", [])}
+    offered = {entry.get("id"): entry for entry in (_first_contact(config).call("GET", "/v1/models") or {}).get("data", [])}
     if name not in offered:
         raise EngineError(
             f"vllm_server: the server must offer the model {name!r}, it offers {list(offered)}. Set rollout.vllm_server.model."
