@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
@@ -41,6 +42,7 @@ def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world
         _unused_traces(config, traces),
         _correct(config),
         _unsampled(config),
+        *_unread(config),
         *_rendered(config),
         _unsaved(config),
         _engine(config, world),
@@ -234,6 +236,23 @@ def _unsampled(config: RunConfig) -> str | None:
         f"evaluation.sample=false samples no responses, and nothing reads evaluation.{', evaluation.'.join(ignored)}. Set "
         "evaluation.sample=true for accuracy"
     )
+
+
+def _unread(config: RunConfig) -> list[str]:
+    """Sections that this run has no use for; `trapo-train headroom` groups by a column without held-out problems, too."""
+    rollout = config.rollout
+    sections = {
+        "evaluation": (config.evaluation, config.eval_data is not None, "eval_data is null"),
+        "rollout.vllm": (rollout.vllm, rollout.engine == "vllm", f"rollout.engine is {rollout.engine}"),
+        "rollout.vllm_server": (rollout.vllm_server, rollout.engine == "vllm_server", f"rollout.engine is {rollout.engine}"),
+    }
+    found = []
+    for section, (settings, is_read, why) in sections.items():
+        default = type(settings)()
+        given = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name) and f.name != "group_by"]
+        if given and not is_read:
+            found.append(f"nothing reads {', '.join(f'{section}.{name}' for name in given)}: {why}")
+    return found
 
 
 def _rendered(config: RunConfig) -> list[str]:

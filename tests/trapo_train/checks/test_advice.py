@@ -175,6 +175,19 @@ def test_the_example_of_the_readme_needs_no_advice(tmp_path):
     assert takes_beta == {"grpo", "reinforce_pp", "uft"}  # which the trainer's page names
 
 
+def test_sections_that_nothing_reads(advised):
+    server = "rollout.vllm_server={timeout_s: 5, max_retries: 1}"
+    (sentence,) = advised("rollout.vllm={sleep: false}")
+    assert sentence == "nothing reads rollout.vllm.sleep: rollout.engine is transformers"
+    (sentence,) = advised(server)
+    assert "rollout.vllm_server.timeout_s, rollout.vllm_server.max_retries: rollout" in sentence
+    assert not any("nothing reads" in sentence for sentence in advised(server, "rollout.engine=vllm_server"))
+    (sentence,) = advised("evaluation={every: 5, group_by: depth}", "eval_data=null")
+    assert sentence == "nothing reads evaluation.every: eval_data is null"
+    held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 2}"
+    assert advised("evaluation={every: 5, group_by: depth}", held_out) == []
+
+
 def test_more_prompts_in_a_step_than_there_are(advised):
     (sentence,) = advised(num_problems=2)
     assert "prompts_per_step = 3 is more than the 2 problems" in sentence
@@ -227,7 +240,7 @@ def test_settings_of_responses_where_an_evaluation_samples_none(advised):
         "evaluation.sample=false samples no responses, and nothing reads evaluation.samples_per_prompt, evaluation.pass_at, "
         "evaluation.temperature. Set evaluation.sample=true for accuracy"
     )
-    assert advised(*leftover) == advised(*EVALUATED, "evaluation.sample=false") == []
+    assert advised(*EVALUATED, "evaluation.sample=false") == []
 
 
 def test_held_out_chats_that_are_rendered_otherwise(advised):
