@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trapo_train.data.conversations import Endings, answer_text, examples, split_conversation
 from trapo_train.data.rows import (
     cell,
+    check_thoughts,
     prompt_text,
     solution_text,
     tools_of,
@@ -243,7 +244,9 @@ class RowReader:
         traces: list[str] = []
         for text in trace_texts(expert, at):
             text = with_think_tags(text, config.think_tags, prompt, at)
-            traces.append(without_start(text, prompt, config.response_start, rendered))
+            text = without_start(text, prompt, config.response_start, rendered)
+            check_thoughts(text, prompt, at)
+            traces.append(text)
         columns = {column: with_files(row[column], at) for column in self.columns}
         problem = Problem(index, prompt, tuple(prompt_ids), solution, columns=columns)
         counts = {"bare_answers": is_bare, "plain_prompts": bool(tokenizer.chat_template) and not rendered}

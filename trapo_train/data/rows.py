@@ -200,6 +200,16 @@ def without_start(trace: str, prompt: str, response_start: str, rendered: bool) 
     return rest.removeprefix(gap) if rest.startswith(gap) else rest.lstrip()
 
 
+def check_thoughts(trace: str, prompt: str, where: str) -> None:
+    """Raise UserError for a trace with thoughts behind a prompt that has ended them: the model would learn to think twice."""
+    if trace.lstrip().startswith(THINK) and re.search(rf"{THINK}\s*{END_THINK}\s*$", prompt):
+        raise UserError(
+            f"{where}: an expert trace must have no thoughts where the prompt ends with empty ones, got {shown(trace)} behind "
+            f"{prompt.rstrip()[-24:]!r}. Have the chat template leave thoughts to the model, as with chat_template_kwargs="
+            "{enable_thinking: true}, or set think_tags=strip."
+        )
+
+
 def checked_messages(value: Any, what: str) -> list[Message]:
     """The messages without null fields (a dataset gives every row the fields of all), text parts of a content joined."""
     good = isinstance(value, list) and all(isinstance(message, dict) for message in value)

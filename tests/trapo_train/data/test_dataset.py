@@ -140,6 +140,13 @@ def test_a_trace_is_judged_by_the_text_that_a_step_shows_to_the_reward(load, tok
     assert seen == ["so2", "so2"]
 
 
+def test_thoughts_behind_a_prompt_that_has_ended_them_are_refused(load):
+    row = {"prompt": "p<think>\n\n</think>\n\n", "solution": "2", "expert": "<think>\nlong</think>2"}
+    with pytest.raises(ValueError, match=r"row 0.*must have no thoughts where the prompt ends with empty ones.*think_tags=strip"):
+        load([row])
+    assert load([row], think_tags="strip")[0].experts[0].text.startswith("long2")
+
+
 def test_of_several_rewards_the_one_that_says_what_is_correct_rejects_an_expert(load):
     def pleased(prompts, completions, **columns):
         return [1.0] * len(prompts)
