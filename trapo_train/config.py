@@ -45,7 +45,7 @@ class RunConfig:
     where steps is given. The configuration that a run leaves in its output_dir has the steps."""
     eval_data: DataConfig | dict[str, DataConfig] | None = None
     """Held-out problems: one set, or several by name, {aime: {path: aime.parquet}, math: {path: math.parquet}}; null for no
-    evaluation."""
+    evaluation, or in place of a set to leave it out."""
     reward: str | list[RewardTerm] | None = None
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
     [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]. Null where no response is sampled: SFT. See

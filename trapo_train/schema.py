@@ -150,7 +150,10 @@ def _convert(value: Any, expected: Any, origin: Callable[[KeyPath], str], path: 
         return kind(_convert(entry, item, origin, (*path, str(i))) for i, (entry, item) in pairs)
     if kind is dict and isinstance(value, dict):
         item = arguments[1] if arguments else Any
-        return {str(key): _convert(entry, item, origin, (*path, str(key))) for key, entry in value.items()}
+        present = {
+            key: entry for key, entry in value.items() if entry is not None or not is_dataclass(item)
+        }  # null: no such section
+        return {str(key): _convert(entry, item, origin, (*path, str(key))) for key, entry in present.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind in (bool, int, str) and type(value) is kind:
@@ -190,7 +193,8 @@ def _is_meant(value: Any, member: Any) -> bool:
         return typing.get_origin(member) is list
     if isinstance(value, dict):
         of_sections = typing.get_origin(member) is dict and is_dataclass(typing.get_args(member)[1])
-        nested = bool(value) and all(isinstance(entry, dict) for entry in value.values())
+        entries = [entry for entry in value.values() if entry is not None]
+        nested = bool(entries) and all(isinstance(entry, dict) for entry in entries)
         return of_sections if nested else is_dataclass(member)
     return False
 

@@ -65,6 +65,8 @@ def test_overrides_replace_create_and_are_yaml(file):
 def test_evaluation_sets_by_name(file, tmp_path):
     config = load(file, "eval_data={aime: {path: a.parquet}, math: {path: m}}", "evaluation.samples_per_prompt={aime: 32, math: 1}")
     assert config.eval_data == {"aime": DataConfig(path="a.parquet"), "math": DataConfig(path="m")}
+    config = load(file, "eval_data={aime: {path: a.parquet}, math: {path: m}}", "eval_data.math=null")
+    assert config.eval_data == {"aime": DataConfig(path="a.parquet")}
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "resolved.yaml") == config
 
