@@ -211,16 +211,15 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     from trapo_train.step.optimizer import OptimizerConfig
     from trapo_train.step.updates import UpdateConfig
 
-    if config.eval_data is None:
+    if not config.held_out:
         raise UserError("eval: the configuration must have held-out problems. Set eval_data.path=<dataset>, or eval_data.task.")
-    held_out = next(iter(config.eval_data.values())) if isinstance(config.eval_data, dict) else config.eval_data
     # Nothing is trained: neither the training data nor a reference model nor the plan for traces is needed.
     plan, objective = ("grpo", "dr_grpo") if config.reward is not None else ("sft", "sft")  # which ask for no reward
     nothing = {"plan": PlanConfig(plan), "objective": ObjectiveConfig(objective), "updates": UpdateConfig()}
     nothing |= {"optimizer": OptimizerConfig()}
     nothing |= {"advantage": AdvantageConfig(), "rollout": replace(config.rollout, on_truncated="keep")}
     nothing["packing"] = replace(config.packing, train_on_prompt=False)
-    config = replace(config, data=held_out, **nothing)
+    config = replace(config, data=next(iter(config.held_out.values())), **nothing)
     label = f"of_{model_label(config.model.name_or_path, config.model.revision)}"
     with StatusLine(console) as progress:
         trainer = _trainer(config, console, progress, trains=False)

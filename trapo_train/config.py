@@ -13,7 +13,7 @@ import yaml
 from trapo_train.checkpoints.checkpoint import CheckpointConfig
 from trapo_train.config_file import read_config
 from trapo_train.data.dataset import DataConfig
-from trapo_train.evaluation.eval_sets import EvalConfig
+from trapo_train.evaluation.eval_sets import UNNAMED, EvalConfig
 from trapo_train.models.model import ModelConfig
 from trapo_train.parallel.world import ParallelConfig
 from trapo_train.reports.trackers import TrackingConfig
@@ -120,10 +120,17 @@ class RunConfig:
             )
         if self.checkpoint.keep_best:
             self._check_keep_best()
-        names = list(self.eval_data) if isinstance(self.eval_data, dict) else []
+        names = [name for name in self.held_out if name != UNNAMED]
         if any(not re.fullmatch(r"[\w.-]+", name) for name in names):
             raise UserError(f"eval_data must name its sets with letters, digits, '_', '.' and '-', got {names}.")
         self.evaluation.check_names(names)
+
+    @property
+    def held_out(self) -> dict[str, DataConfig]:
+        """The sets of held-out problems by name, an only one as UNNAMED; empty without eval_data."""
+        if isinstance(self.eval_data, dict):
+            return self.eval_data
+        return {} if self.eval_data is None else {UNNAMED: self.eval_data}
 
     def for_problems(self, num_problems: int) -> RunConfig:
         """With the steps that epochs come to for this many training problems."""

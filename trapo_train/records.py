@@ -11,6 +11,11 @@ from typing import Any
 THINK, END_THINK = "<think>", "</think>"  # around the thoughts of a response
 
 
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a response to the prompt begins inside thoughts."""
+    return prompt.rstrip().endswith(THINK)
+
+
 @dataclass(frozen=True)
 class ExpertTrace:
     """One expert solution of a problem: the response only, without the prompt, with the token that ends it."""

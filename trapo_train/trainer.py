@@ -93,7 +93,7 @@ class Trainer:
         ends = end_ids(config.model.eos_token, self.model, self.tokenizer)
         with self.world.together():
             self.problems = self._load_problems(ends, rejected)
-            self.eval_sets = load_eval_sets(config.eval_data, config.evaluation, self.tokenizer, ends, self.world, self.progress)
+            self.eval_sets = load_eval_sets(config.held_out, config.evaluation, self.tokenizer, ends, self.world, self.progress)
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)

@@ -257,11 +257,10 @@ def _unread(config: RunConfig) -> list[str]:
 
 def _rendered(config: RunConfig) -> list[str]:
     """A section of held-out problems takes nothing over from that of the training problems."""
-    sets = config.eval_data if isinstance(config.eval_data, dict) else {"": config.eval_data} if config.eval_data else {}
     return [
         f"data.{setting} is {getattr(config.data, setting)!r}, that of {section_of(name)} {getattr(entry, setting)!r}: "
         "the model is evaluated on other prompts than it is trained on. Set the same in both, unless the data brings it"
-        for name, entry in sets.items()
+        for name, entry in config.held_out.items()
         for setting in ("chat_template_kwargs", "system_prompt", "response_start")
         if getattr(entry, setting) != getattr(config.data, setting)
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trapo_train.files import replace_text
 from trapo_train.models.tokenizer import decode
 from trapo_train.parallel.world import World
-from trapo_train.records import THINK, Problem
+from trapo_train.records import Problem, opens_thoughts
 from trapo_train.rewards.functions import RewardFn, WeightedSum, judge, opinion_of
 from trapo_train.schema import UserError
 
@@ -36,7 +36,7 @@ def rejected_experts(
     traces = [problem.experts[number] for problem, number in pairs]
     texts = [decode(tokenizer, trace.token_ids, special=False) for trace in traces]  # as a step shows it to the reward
     lengths = [len(trace.token_ids) for trace in traces]
-    opened = [problem.prompt.rstrip().endswith(THINK) for problem, _ in pairs]
+    opened = [opens_thoughts(problem.prompt) for problem, _ in pairs]
     about = {"completion_tokens": lengths, "finish_reasons": ["expert"] * len(pairs), "thoughts_open": opened}
     opinions = [opinion_of(value, correct_by) for value in judge(reward, [problem for problem, _ in pairs], texts, about)]
     judged = zip(pairs, opinions, strict=True)

@@ -15,7 +15,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from trapo_train.records import END_THINK, THINK
+from trapo_train.records import END_THINK, THINK, opens_thoughts
 from trapo_train.schema import UserError, refused
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def trace_texts(value: Any, where: str) -> list[str]:
 
 def with_think_tags(trace: str, mode: str, prompt: str, where: str) -> str:
     """The expert trace with its <think> tags treated as `DataConfig.think_tags` says; the prompt may have opened them."""
-    opened = trace.lstrip().startswith(THINK) or prompt.rstrip().endswith(THINK)
+    opened = trace.lstrip().startswith(THINK) or opens_thoughts(prompt)
     if mode == "strip":
         return re.sub(f"^{THINK}\\s*|{THINK}|{END_THINK}", "", trace.lstrip())
     if mode == "add" and not opened:

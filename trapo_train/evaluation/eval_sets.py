@@ -156,22 +156,24 @@ def section_of(name: str) -> str:
 
 
 def load_eval_sets(
-    data: DataConfig | Mapping[str, DataConfig] | None,
+    configured: Mapping[str, DataConfig],
     config: EvalConfig,
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Sequence[int] | None = None,
     world: World | None = None,
     progress: Tell = silent,
 ) -> dict[str, EvalSet]:
-    """The configured sets by name, their expert traces ending with one of `end_ids`; one without a name is called UNNAMED. `world`:
-    the ranks that load them together. `progress`: told how many rows are read.
+    """The sets that are `configured` by name (see `RunConfig.held_out`), their expert traces ending with one of `end_ids`.
+
+    Args:
+        world: the ranks that load them together.
+        progress: told how many rows are read.
 
     Raises: UserError for data that cannot be used (see `load_problems`), a k of pass@k beyond the samples of every set, a
         column group_by that no set has, or a set that has nothing to report.
     """
-    named = data if isinstance(data, Mapping) else {} if data is None else {UNNAMED: data}
     sets: dict[str, EvalSet] = {}
-    for name, entry in named.items():
+    for name, entry in configured.items():
         problems = load_problems(entry, tokenizer, None, end_ids=end_ids, world=world, section=section_of(name), progress=progress)
         sets[name] = EvalSet.of(problems, config, name)
     if not sets:

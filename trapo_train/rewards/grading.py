@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trapo_train.metrics import Mean
-from trapo_train.records import THINK
+from trapo_train.records import opens_thoughts
 from trapo_train.rewards.reward_checks import takes
 from trapo_train.rewards.reward_values import RewardError
 from trapo_train.rewards.workers import Answer, WorkerPool
@@ -120,7 +120,7 @@ class MathVerify(Grader):
         **columns: Any,
     ) -> list[float | None]:
         asked = [i for i, truth in enumerate(solution) if truth is not None]
-        opened = [prompt.rstrip().endswith(THINK) for prompt in prompts] if thoughts_open is None else thoughts_open
+        opened = [opens_thoughts(prompt) for prompt in prompts] if thoughts_open is None else thoughts_open
         answers = self.ask([(completions[i], solution[i], opened[i]) for i in asked])
         values: list[float | None] = [None] * len(completions)
         for i, answer in zip(asked, answers, strict=True):

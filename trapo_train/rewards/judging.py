@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from trapo_train.models.tokenizer import decode
-from trapo_train.records import END_THINK, THINK, Sample
+from trapo_train.records import END_THINK, THINK, Sample, opens_thoughts
 from trapo_train.rewards.functions import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
 from trapo_train.rewards.surroundings import current_gpu, use_gpu
 from trapo_train.rollouts.prefix import answer_in_prefix
@@ -130,7 +130,7 @@ def _about(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config
 
 
 def _begins_in_thoughts(sample: Sample, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> bool:
-    opened = sample.problem.prompt.rstrip().endswith(THINK)
+    opened = opens_thoughts(sample.problem.prompt)
     if not _is_alone(sample, config):
         return opened
     prefix = decode(tokenizer, sample.prefix_ids, special=False)

@@ -7,7 +7,7 @@ import pytest
 from tests.trapo_train.test_train import build_config
 from trapo_train.config import load_config, to_yaml
 from trapo_train.data.dataset import DataConfig, load_problems
-from trapo_train.evaluation.eval_sets import EvalConfig, load_eval_sets
+from trapo_train.evaluation.eval_sets import UNNAMED, EvalConfig, load_eval_sets
 from trapo_train.schema import UserError
 from trapo_train.tasks import PointerChasingConfig, build_tokenizer, pointer_chasing_reward
 
@@ -77,7 +77,7 @@ def test_an_error_names_the_section_whose_key_it_is_about(options, words, tmp_pa
     config, tokenizer = DataConfig(**{"path": "rows.jsonl"} | options), build_tokenizer()
     for section, load in {
         "data": lambda: load_problems(config, tokenizer, None),
-        "eval_data": lambda: load_eval_sets(config, EvalConfig(), tokenizer),
+        "eval_data": lambda: load_eval_sets({UNNAMED: config}, EvalConfig(), tokenizer),
         "eval_data.aime": lambda: load_eval_sets({"aime": config}, EvalConfig(), tokenizer),
     }.items():
         with pytest.raises(UserError) as raised:

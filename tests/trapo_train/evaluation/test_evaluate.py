@@ -15,7 +15,7 @@ from trapo_train import cli
 from trapo_train.cli import main
 from trapo_train.data.dataset import DataConfig
 from trapo_train.engines.engine import TransformersEngine
-from trapo_train.evaluation.eval_sets import EvalConfig, EvalSet, group_problems, load_eval_sets
+from trapo_train.evaluation.eval_sets import UNNAMED, EvalConfig, EvalSet, group_problems, load_eval_sets
 from trapo_train.evaluation.evaluate import engine_calls, evaluate, pass_at_k, standard_error
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
 from trapo_train.models.scratch import ScratchConfig
@@ -262,8 +262,8 @@ def test_named_sets_with_their_own_number_of_samples():
     sets = load_eval_sets(data, config, TOKENIZER)
     assert {name: entry.samples for name, entry in sets.items()} == {"easy": (1, 1, 1), "hard": (4, 4)}
     assert list(sets["easy"].groups) == ["depth_1"]
-    assert list(load_eval_sets(data["easy"], EvalConfig(), TOKENIZER)) == [""]
-    assert load_eval_sets(None, EvalConfig(), TOKENIZER) == {}
+    assert list(load_eval_sets({UNNAMED: data["easy"]}, EvalConfig(), TOKENIZER)) == [UNNAMED]
+    assert load_eval_sets({}, EvalConfig(), TOKENIZER) == {}
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_named_sets_with_their_own_number_of_samples():
 )
 def test_what_no_set_has_is_refused_before_sampling(fields, message):
     with pytest.raises(ValueError, match=message):
-        load_eval_sets(DataConfig(task="pointer_chasing", num_problems=2), EvalConfig(**fields), TOKENIZER)
+        load_eval_sets({UNNAMED: DataConfig(task="pointer_chasing", num_problems=2)}, EvalConfig(**fields), TOKENIZER)
     with pytest.raises(ValueError, match=r"got 'level'; problem 0 has \['depth'\]"):
         group_problems([problem(0, 1)], "level")
 
