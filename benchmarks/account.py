@@ -44,9 +44,7 @@ def memory_formula(contender: str, case: Case, device_type: str) -> dict[str, in
     if not ours or case.chunk_rows or case.logits_dtype != "float32" or case.setting:
         return None
     dtype, scores = getattr(torch, case.dtype), case.job == "score"
-    # A CPU finds the rows that count; a GPU is told by the batch, which only the single pass sees.
-    told = device_type == "cpu" or not (scores or "two-phase" in contender)
-    rows = max(1, int(case.num_rows * case.active)) if told else case.num_rows
+    rows = max(1, int(case.num_rows * case.active))
     sizes, how = (rows, case.hidden_size, case.vocab_size), {"grad_weight": not scores, "in_place": "torch" not in contender}
     parts = head_memory(*sizes, dtype=dtype, device_type=device_type, **how)
     if scores:
@@ -180,11 +178,11 @@ NOTES = """
 Each `make` call ends within 9 minutes and writes into `OUT` (an environment variable serves), else into `benchmarks/results`:
 three small files per GPU, as things become known; in `tests.md` `crashed` is followed by what the process said last, `running` is
 what the end of the time cut off. `gpu-bench` goes on from `benchmarks/results/<gpu>/results.jsonl`, so put what
-came back there before the next call. Peers are measured where they import: put liger-kernel, cut-cross-entropy, trl with datasets,
-quack-kernels and verl on PYTHONPATH. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets tests
-and benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for half a minute (2
-minutes for a peer, which may try many settings first), is recorded and passed over in that case; after the second time, in a call
-of under 6 minutes after the first, so are all contenders of its backend in what follows of the call.
+came back there before the next call. Peers are measured where they import: put liger-kernel[cutedsl], cut-cross-entropy, trl with
+datasets, quack-kernels and verl on PYTHONPATH. The GPU machine's own `python3` with torch, triton and pytest is enough; `-k` lets
+tests and benchmarks run where the CUDA part does not build. A contender that crashes the GPU, or whose call hangs for half a
+minute (2 minutes for a peer, which may try many settings first), is recorded and passed over in that case; after the second time,
+in a call of under 6 minutes after the first, so are all contenders of its backend in what follows of the call.
 """
 
 

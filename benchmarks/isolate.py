@@ -23,7 +23,7 @@ from trapo_kernels import free_kept_memory
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed blocks go back to the system at once
 # into the fork server; the peers take seconds to import, and are left out where they are missing
-_PRELOAD = ("benchmarks.contenders", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss")
+_PRELOAD = ("benchmarks.contenders", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss", "liger_kernel.ops")
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 

@@ -27,7 +27,8 @@ CLOCKS = {  # name in a row: field of nvidia-smi
     "power": "power.draw",
     "temperature_c": "temperature.gpu",
 }
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "verl")
+PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "verl", "nvidia-cutlass-dsl")  # the last: their compiler
+PACKAGES = ("torch", "triton", "transformers", *PEERS)
 
 
 def folder(device: str) -> str:

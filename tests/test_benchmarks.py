@@ -164,6 +164,13 @@ def test_the_memory_formula_is_what_is_allocated(name, job, active):
     assert sum(account.memory_formula(name, case, "cpu").values()) == pytest.approx(allocated_peak(call), rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["ours (triton)", "ours, two-phase (triton)"])
+def test_on_a_gpu_too_only_rows_with_a_target_have_logits(name):
+    case = Case("test", "trapo", 2048, 896, 151936, "bfloat16")
+    whole, half = (account.memory_formula(name, replace(case, active=active), "cuda")["logits"] for active in (1.0, 0.5))
+    assert half == whole / 2
+
+
 def test_there_is_no_memory_formula_for_what_head_memory_does_not_state():
     case = Case("test", "trapo", 600, 96, 16001, "bfloat16")
     for other in (replace(case, chunk_rows=64), replace(case, logits_dtype="bfloat16")):

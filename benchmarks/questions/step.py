@@ -12,7 +12,8 @@ from benchmarks.problem import Case, Problem, Result
 
 ABOUT = __doc__
 BODY = "body alone"
-_HEADS = ("eager", "torch.compile", "TRL chunked logprob", "verl", "ours (triton)", "ours (native)", "ours (torch)")
+_PEERS = ("eager", "torch.compile", "TRL chunked logprob", "Liger scaled CE, sm_90", "verl")
+_HEADS = (*_PEERS, "ours (triton)", "ours (native)", "ours (torch)")
 # (layers, heads, key-value heads, intermediate size) by hidden size: Qwen2.5-1.5B's, and a toy with its proportions
 _BODIES = {1536: (28, 12, 2, 8960), 256: (4, 4, 2, 1024), 32: (1, 2, 1, 64)}
 
