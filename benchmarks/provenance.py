@@ -49,7 +49,7 @@ def environment(device: str) -> dict[str, object]:
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),  # whether idle threads spin; it moves ratios on a busy machine
-        "driver": smi("driver_version") if device == "cuda" else None,
+        "driver": _nvidia_smi("--query-gpu=driver_version") if device == "cuda" else None,
         "revision": revision(),
         "command": command(),
         "python": platform.python_version(),
@@ -80,14 +80,17 @@ def _cpu_name() -> str:
 
 def smi(field: str) -> str | None:
     """One field of nvidia-smi for the current GPU, or several with commas between; None where it is missing or refuses."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # nvidia-smi numbers GPUs that are not visible, too
+    return _nvidia_smi("-i", f"GPU-{uuid}", f"--query-gpu={field}")
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    """The first line of its answer; None where it is missing or refuses."""
     try:
-        out = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, check=True
-        )
+        out = subprocess.run(["nvidia-smi", *arguments, "--format=csv,noheader"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    lines = out.stdout.strip().splitlines()
-    return lines[torch.cuda.current_device()] if lines else None
+    return next(iter(out.stdout.strip().splitlines()), None)
 
 
 def clocks(call: Callable[[], object], median_ms: float) -> dict[str, str | None]:

@@ -41,15 +41,17 @@ def ran(rows: dict[str, Row | None]) -> dict[str, Row]:
     return {name: row for name, row in rows.items() if row is not None and row["status"] not in ("absent", "cannot")}
 
 
+SAME = ("device", "revision", "versions", "threads", "wait_policy")  # of two environments whose rows are one measurement
+
+
 def whole(rows: list[Row], case: Case, environment: Row) -> dict[str, Row]:
-    """By contender, the whole rows of this case at the same revision, on the same device, with the same versions."""
-    same = ("device", "revision", "versions", "threads")
+    """By contender, the whole rows of this case at the same revision, on the same device, with the same versions and threads."""
     return {
         row["contender"]: row
         for row in rows
         if not row.get("partial")
         and row["case"] == case.key
-        and all(row["environment"].get(name) == environment[name] for name in same)
+        and all(row["environment"].get(name) == environment[name] for name in SAME)
     }
 
 

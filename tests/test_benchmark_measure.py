@@ -53,6 +53,21 @@ def test_clocks_are_read_while_calls_are_queued(monkeypatch):
     assert found["sm_clock"] == "1980 MHz" and found["power"] == "690.1 W"
 
 
+def test_nvidia_smi_is_asked_about_the_gpu_that_torch_has(monkeypatch):
+    """Under CUDA_VISIBLE_DEVICES=1 torch's number 0 is nvidia-smi's 1."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="1980 MHz\n" if "-i" in command else "345 MHz\n1980 MHz\n")
+
+    monkeypatch.setattr(provenance.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="5c9f"))
+    assert provenance.smi("clocks.sm") == "1980 MHz"
+    assert asked[0][asked[0].index("-i") + 1] == "GPU-5c9f"
+
+
 def test_a_call_that_fails_leaves_the_rounds_and_says_why():
     def fails():
         raise torch.OutOfMemoryError("no room")

@@ -143,6 +143,13 @@ def test_figures_of_an_interrupted_case_are_kept_and_measured_again(tmp_path, mo
     assert store.whole(store.read(path), case, provenance.environment("cpu")) == {}
 
 
+def test_rows_of_threads_that_wait_in_another_way_are_measured_again():
+    environment = provenance.environment("cpu")
+    row = {"contender": "eager", "case": SMALL.key, "environment": environment}
+    assert store.whole([row], SMALL, environment) == {"eager": row}
+    assert store.whole([row], SMALL, environment | {"wait_policy": "ACTIVE"}) == {}
+
+
 def test_what_was_absent_is_measured_once_it_is_there_beside_a_floor_and_nothing_else(tmp_path, monkeypatch):
     names = ("floor, 3 GEMMs", "eager", "ours (torch)")
     case, path, gone = Case("trapo", "trapo", 48, 32, 264, "float32"), tmp_path / "results.jsonl", {"ours (torch)"}

@@ -41,6 +41,23 @@ def test_the_table_is_made_from_the_scoring_results(tmp_path):
     assert written["entries"] == [expected, old[1]] and "scoring_table" in written["command"]
 
 
+def test_milliseconds_of_other_conditions_are_left_out_and_said(tmp_path, capsys):
+    """A run without one contender, as after a crash, leaves its older row standing."""
+    then = {"device": GPU, "revision": "old", "versions": {"triton": "3.6.0"}}
+    now = {"device": GPU, "revision": "new", "versions": {"triton": "3.8.0"}}
+    rows = [_row(name, 64, ms, environment=then) for name, ms in (("ours (triton_fused)", 9.0), ("ours (native_fused)", 8.0))]
+    rows += [_row("ours (triton)", 64, 6.0, environment=now | {"command": "a"})]
+    rows += [_row("ours (native_fused)", 64, 5.0, environment=now | {"command": "b"})]
+    rows += [_row("ours (triton_fused)", 128, 9.0, environment=then), _row("ours (triton)", 128, 6.0, environment=now)]
+    results, table = tmp_path / "results.jsonl", tmp_path / "scoring.json"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table.write_text(json.dumps({"command": None, "entries": []}))
+    assert scoring_table.main([str(results), "--table", str(table)]) == 0
+    (entry,) = json.loads(table.read_text())["entries"]
+    assert entry == _entry((64, 64, 1000), triton=6.0, native_fused=5.0) | {"revision": "new"}
+    assert capsys.readouterr().err.count("bfloat16: triton_fused is left out") == 2
+
+
 def test_results_without_a_gpu_make_no_table(tmp_path, capsys):
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps(_row("ours (triton)", 64, 1.0)) + "\n")
