@@ -20,6 +20,16 @@ TIMED_SHARE = 0.2  # of a case's time goes to rounds beyond the first ones; inpu
 LONGEST_LIMIT_MIB = 512  # on a CPU, which swaps instead of refusing, the longest context is asked within a limit
 LONGEST_POWERS = {"cpu": range(8, 14), "cuda": range(12, 20)}  # beyond these building the inputs is what takes long
 
+
+def wrong(found: dict[str, float]) -> list[str]:
+    """What is too far from fp64 to be timed; [] where nothing is."""
+    return [
+        f"{name} {error:.2g}, at most {WRONG[name]:g}"
+        for name, error in found.items()
+        if name in WRONG and not error <= WRONG[name]
+    ]
+
+
 Rows = dict[str, dict]  # by contender; None for one that still has to be measured
 
 
@@ -88,8 +98,7 @@ class Bench:
                 row, calls[contender.name] = {"status": "ok"}, call
             elif row is None:
                 row = {"status": "ok", "errors": errors(result, exact, problem.batch), "data": data}
-                bad = [f"{k} {v:.2g}, at most {WRONG[k]:g}" for k, v in row["errors"].items() if k in WRONG and not v <= WRONG[k]]
-                if bad:
+                if bad := wrong(row["errors"]):
                     row |= {"status": "wrong", "reason": "; ".join(bad)}
                 else:
                     calls[contender.name] = call

@@ -21,7 +21,7 @@ import torch
 
 from trapo_kernels import free_kept_memory
 
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed blocks go back to the system at once
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed blocks go back to the system at once
 # into the fork server; the peers take seconds to import, and are left out where they are missing
 _PRELOAD = ("benchmarks.contenders", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss", "liger_kernel.ops")
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -52,7 +52,7 @@ def _last_message(target: Callable, arguments: tuple, contender: str, method: st
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(list(_PRELOAD))
-    changes = _MALLOC | changes
+    changes = MALLOC | changes
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     receiver, sender = context.Pipe(duplex=False)
@@ -145,7 +145,7 @@ def _longest(send: Callable, case, contender: str, powers: range, limit_mib: int
 def _address_space(limit_mib: int):
     """No more than `limit_mib` beyond what this process has now."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_status_kib("VmSize") * 1024 + limit_mib * 2**20, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (status_kib("VmSize") * 1024 + limit_mib * 2**20, before[1]))
     try:
         yield
     finally:
@@ -156,9 +156,9 @@ def _cpu_peak_mib(call) -> float:
     """High-water mark of the resident set during one call, above the resident set before it."""
     _give_back()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present VmRSS
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     result = call()
-    peak = _status_kib("VmHWM") - before
+    peak = status_kib("VmHWM") - before
     del result
     return peak / 1024
 
@@ -170,8 +170,9 @@ def _give_back() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
+    """A field of /proc/self/status in KiB; RuntimeError where there is none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}; peak memory on a CPU is measured on Linux only.")
+    raise RuntimeError(f"/proc/self/status has no {field}: memory on a CPU is measured on Linux only.")

@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import isolate
 from benchmarks.provenance import ROOT, environment, folder
 from trapo_kernels import free_kept_memory
 
@@ -153,11 +154,11 @@ def measure(arguments: list[str], head: str) -> dict[str, float]:
     with _head(head):
         trainer.train_step()  # makes the optimizer's state
         free_kept_memory()
-        before = 0.0 if on_gpu else _resident_mib("VmRSS") - _held_mib(trainer)
+        before = 0.0 if on_gpu else isolate.status_kib("VmRSS") / 1024 - _held_mib(trainer)
         metrics = trainer.train_step()
         peaks = {"update_tokens_per_s": metrics["response_tokens"] / metrics["time/update_s"]}
         if not on_gpu:
-            peaks["resident_mib"] = _resident_mib("VmHWM") - before
+            peaks["resident_mib"] = isolate.status_kib("VmHWM") / 1024 - before
         if trainer.config.plan.largest_request:
             peaks["rollout_mib"] = _peak(trainer, rollout)
         peaks["step_mib"] = _peak(trainer, trainer.train_step)
@@ -210,22 +211,11 @@ def _head(name: str) -> AbstractContextManager[Any]:
     return mock.patch("trapo_train.step.optimizer_step.policy_forward", eager)
 
 
-def _resident_mib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: the resident set is read on Linux only.")
-
-
 def in_a_process(run: Run, head: str, arguments: list[str], device: str) -> dict[str, float]:
     """`measure` in fresh processes, one for each rank; nothing where the GPU's memory did not suffice."""
     module = ["-m", "benchmarks.memory_plan", "--child", head, *arguments]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.ranks}"] if run.ranks > 1 else []
-    variables = {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }  # freed is given back
+    variables = isolate.MALLOC | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, *module],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (variables if device == "cpu" else {}),

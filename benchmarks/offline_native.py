@@ -8,6 +8,7 @@ Registers, stack, spills and shared memory come from ptxas, instructions from th
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -170,7 +171,11 @@ row tiles: at V = 128256 the busiest cluster has 1.004 × the mean from N = 8192
 """
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m benchmarks.offline_native`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compile and check, but write nothing")
+    check = parser.parse_args(arguments).check
     rows = table()
     columns = [name for name in rows[0] if name != "sass"]
     version = re.search(
@@ -182,7 +187,7 @@ def main() -> int:
     lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
     text = "\n".join(lines) + "\n" + ACCOUNT
     print(text)
-    if "--check" not in sys.argv:
+    if not check:
         RESULTS.write_text(text, encoding="utf-8")
     bad = [f"{row['kernel']} on sm_{row['sm']} {fault(row)}" for row in rows if fault(row)]
     print(*bad, sep="\n", file=sys.stderr)

@@ -9,6 +9,7 @@ All losses are the project's own, summed over the vocabulary with the expert's p
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,7 +207,9 @@ def _draw_push(axis: Any, palette: tuple[str, ...], grey: str) -> None:
     axis.set_title("The pull on unlikely tokens is bounded", fontsize=11.5, fontweight="bold", loc="left")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m benchmarks.trsft_modes`."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(arguments)
     expert = expert_on_the_line()
     students = {name: fit_small_student(objective, expert) for name, objective in FITS.items()}
     free_expert = torch.tensor(FREE_EXPERT, dtype=torch.float64)

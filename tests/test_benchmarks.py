@@ -9,7 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import account, gpu_test, offline_compile, questions, readme, report, runner, store, summary, trained
+from benchmarks import (
+    account,
+    cell,
+    gpu_test,
+    isolate,
+    memory_plan,
+    offline_compile,
+    offline_native,
+    questions,
+    readme,
+    report,
+    runner,
+    store,
+    summary,
+    todo,
+    trained,
+    trsft_modes,
+)
 from benchmarks.contenders import BY_NAME, CONTENDERS, _chunk
 from benchmarks.memory_plan import allocated_peak
 from benchmarks.problem import JOBS, Case, Result, build, errors, statistics, truth
@@ -40,7 +57,17 @@ def test_a_report_is_what_its_results_give(folder):
 
 def test_the_todo_is_what_the_account_says():
     remedy = "run python -m benchmarks.account > benchmarks/results/TODO.md"
-    assert (RESULTS / "TODO.md").read_text() == account.todo(), remedy
+    assert (RESULTS / "TODO.md").read_text() == todo.todo(), remedy
+
+
+@pytest.mark.parametrize(("module", "works"), [(trsft_modes, "figure"), (offline_native, "table")])
+def test_help_is_given_and_what_is_unknown_refused_before_anything_runs(module, works, monkeypatch, capsys):
+    monkeypatch.setattr(module, works, lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(module, "RESULT" if module is trsft_modes else "RESULTS", None)
+    for arguments, code in ((["--help"], 0), (["--unknown"], 2)):
+        with pytest.raises(SystemExit, match=str(code)):
+            module.main(arguments)
+    assert module.__doc__.splitlines()[0] in capsys.readouterr().out
 
 
 def test_a_fused_gemm_needs_a_fence_between_copies_and_asynchronous_tensor_cores():
@@ -183,6 +210,18 @@ def test_without_a_gpu_the_gpu_commands_say_so(capsys):
     assert gpu_test.main([]) == 2
     assert runner.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.count("needs a CUDA device") == 2
+
+
+def test_what_is_too_far_from_fp64_is_named():
+    assert cell.wrong({"logprob_max_nats": 0.25, "loss_relative": 9.0}) == []
+    said = cell.wrong({"logprob_max_nats": float("nan"), "grad_weight_relative": 0.06, "grad_hidden_relative": 0.01})
+    assert said == ["logprob_max_nats nan, at most 0.25", "grad_weight_relative 0.06, at most 0.05"]
+
+
+def test_the_resident_set_is_read_in_one_place():
+    assert memory_plan.isolate is isolate and isolate.status_kib("VmHWM") >= isolate.status_kib("VmRSS") > 0
+    with pytest.raises(RuntimeError, match="has no Vm: memory on a CPU is measured on Linux only"):
+        isolate.status_kib("Vm")
 
 
 def test_errors_see_a_nan():
