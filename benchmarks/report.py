@@ -101,9 +101,10 @@ def _contenders(groups: list[list[Row]]) -> list[str]:
     names = dict.fromkeys(row["contender"] for group in groups for row in group if row["contender"] in BY_NAME)
     lines = ["", "## Who competes", "", *(f"- {name}: {BY_NAME[name].about}" for name in names)]
     reasons = {row["contender"]: row["reason"] for group in groups for row in group if row["status"] == "absent"}
-    if reasons:
-        lines += ["", "## Not measured here", "", *(f"- {name}: {reason}" for name, reason in reasons.items())]
-    return lines
+    missing = "; ".join(name for name in BY_NAME if name not in names)
+    said = [f"- {name}: {reason}" for name, reason in reasons.items()]
+    said += [f"- No row in these results, left out of the run or newer than it: {missing}."] if missing else []
+    return [*lines, "", "## Not measured here", "", *said] if said else lines
 
 
 def main() -> int:

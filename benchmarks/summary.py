@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from benchmarks import tables
+from benchmarks import peers, tables
 from benchmarks.store import Row
 
 GPU_TARGETS = {"score": 1.10, "sft": 1.12, "grpo": 1.12, "trapo": 1.14}  # ratio to the floor on one H200, N ≥ 4096, D ≥ 3584
@@ -38,6 +38,7 @@ def in_short(groups: list[list[Row]]) -> list[str]:
     """One sentence on time and one on memory: each peer over ours, from the smallest to the largest among the cases."""
     times: dict[str, list[float]] = {}
     extras: dict[str, list[float]] = {}
+    untiled: set[int] = set()  # vocabularies that TRL does not divide
     name = ""
     for group in groups:
         mine = ours(group)
@@ -48,16 +49,21 @@ def in_short(groups: list[list[Row]]) -> list[str]:
             times.setdefault(row["contender"], []).append(median(tables.over(row, mine)))
             if tables.extra_mib(row) is not None and tables.extra_mib(mine) is not None:
                 extras.setdefault(row["contender"], []).append(tables.extra_mib(row) / max(1.0, tables.extra_mib(mine)))
+                vocab_size = row["case"]["vocab_size"]
+                untiled |= {vocab_size} if row["contender"] == peers.TRL and vocab_size <= peers.TRL_TILE else set()
     if not times:
         return []
-    said = f"Peers over {name} in time: {_ranges(times)}."
+    said = f"Peers over {name}, time: {_ranges(times)}."
     if extras:
-        said += f" In memory beyond the gradients: {_ranges(extras)}."
+        widths = " and ".join(f"V={size}" for size in sorted(untiled))
+        whole = f" (its tile of {peers.TRL_TILE} columns is the whole vocabulary at {widths})" if untiled else ""
+        said += f" Memory beyond the gradients: {_ranges(extras, {peers.TRL: whole})}."
     return [said]
 
 
-def _ranges(values: dict[str, list[float]]) -> str:
-    return "; ".join(f"{name} {_range(found)}" for name, found in sorted(values.items(), key=lambda item: -max(item[1])))
+def _ranges(values: dict[str, list[float]], notes: dict[str, str] | None = None) -> str:
+    ranked = sorted(values.items(), key=lambda item: -max(item[1]))
+    return "; ".join(f"{name} {_range(found)}{(notes or {}).get(name, '')}" for name, found in ranked)
 
 
 def _range(values: list[float]) -> str:

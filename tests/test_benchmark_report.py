@@ -49,9 +49,21 @@ GROUPS = [group(trapo(512), RATIOS | {"ours (torch)": 1.3}), group(trapo(2048), 
 
 def test_direct_ratios_are_said_first():
     assert summary.in_short(GROUPS) == [
-        "Peers over ours (native) in time: eager 1.25 ×; torch.compile 0.87 ×. "
-        "In memory beyond the gradients: eager 4.00 × (one case)."
+        "Peers over ours (native), time: eager 1.25 ×; torch.compile 0.87 ×. Memory beyond the gradients: eager 4.00 × (one case)."
     ]
+
+
+def test_where_trl_has_one_tile_its_memory_says_so():
+    def said(vocab_size):
+        case = Case("trapo", "trapo", 2048, 896, vocab_size, "float32")
+        held = tables.required_mib({"case": case.key})
+        ratios = {"floor, 3 GEMMs": 1.0, "TRL chunked logprob": 4.0, "eager": 2.0, NATIVE: 1.0}
+        return summary.in_short(
+            [group(case, ratios, {"TRL chunked logprob": held + 600, "eager": held + 900, NATIVE: held + 100})]
+        )[0]
+
+    note = "TRL chunked logprob 6.00 × (one case) (its tile of 32768 columns is the whole vocabulary at V=32768)."
+    assert said(32768).endswith(note) and "tile" not in said(151936)
 
 
 def test_every_kind_of_loss_is_said():
@@ -87,7 +99,7 @@ def test_peers_are_compared_with_us_round_by_round():
     rows = group(trapo(512), {"floor, 3 GEMMs": 1.0, "eager": 1.06, "torch.compile": 1.2, NATIVE: 1.05})
     rounds = {"eager": [10.2, 20.6, 9.9], "torch.compile": [12, 24, 12], NATIVE: [10, 20, 10]}
     measured = [row | {"rounds_ms": rounds.get(row["contender"], [9, 18, 9])} for row in rows]
-    assert summary.in_short([measured])[0].endswith("in time: torch.compile 1.20 × (one case); eager 1.02 × (one case).")
+    assert summary.in_short([measured])[0].endswith("time: torch.compile 1.20 × (one case); eager 1.02 × (one case).")
     assert "A peer is faster" not in "\n".join(summary.losses([measured]))
     measured[1]["rounds_ms"] = [9.9, 20.6, 9.8]
     assert (
@@ -111,9 +123,28 @@ def test_the_readme_table_has_no_holes():
     assert "| torch.compile | 1.04 | 1.04 | – |" in text and "| **ours (native)** | 1.20 | 1.20 | 200 |" in text
     assert "| **ours (torch)**" not in text and "Measured at some of these shapes only (see the report): ours (torch)." in text
     assert "Not in the table: quack (has no entropy)." in text
+    untried = text.partition("Not measured here (see the report): ")[2]
+    assert (
+        "Liger FLCE; Liger FLCE, fp32 dWeight; " in untried and "quack" not in untried and "ours" not in untried.partition(".")[0]
+    )
     assert text.index("floor, 3 GEMMs") < text.index("torch.compile") < text.index("| **ours")
     with pytest.raises(ValueError, match="run python -m benchmarks trapo"):
         readme.table([])
+
+
+def test_the_readme_labels_say_what_is_not_reused():
+    extra = {"floor, 3 GEMMs, new gradients": 1.1, "ours, nothing kept (native)": 1.2}
+    text = readme.table([group(trapo(512), RATIOS | extra), group(trapo(2048), RATIOS)])
+    assert "see the report): ours, buffers not reused (native)." in text
+    text = readme.table([group(trapo(n), RATIOS | extra) for n in (512, 2048)])
+    assert "| floor, outputs not reused | 1.10 |" in text and "| **ours, buffers not reused (native)** | 1.20 |" in text
+    assert "nothing kept" not in text and "new gradients" not in text
+
+
+def test_who_has_no_row_is_said_to_be_not_measured():
+    text = report.render(GROUPS, [])
+    (line,) = (line for line in text.splitlines() if line.startswith("- No row in these results"))
+    assert "Liger scaled CE, sm_90" in line and "eager" not in line and "quack" not in line
 
 
 def test_the_readme_names_every_command_that_measured_its_table():
