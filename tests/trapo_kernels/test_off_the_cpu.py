@@ -190,9 +190,9 @@ def test_logprob_of_named_rows_puts_no_other_through_a_gemm(gpu, monkeypatch, ba
 
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
-def test_a_batch_built_on_a_gpu_is_told_its_rows_as_the_readme_says(gpu, monkeypatch, preset):
+def test_a_batch_built_on_a_gpu_is_told_its_rows_as_the_page_says(gpu, monkeypatch, preset):
     """At the price of a wait for either kind; 60 active ones of 300 then reach a GEMM, and 40 silent ones where they are pooled."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "trapo_kernels" / "README.md").read_text()
     (told,) = re.findall(r"`(batch\.with_active_rows\(.*?)\)`", text)
     (silent,) = re.findall(r"`(\(\(batch\.role.*?\))`", text)
     told, waits = (f"{told})", 1) if preset == "grpo" else (f"{told}, {silent})", 2)
