@@ -162,12 +162,16 @@ def test_samples_of_another_arithmetic_that_nothing_corrects(advised, engine):
     assert advised(f"rollout.engine={engine}", "updates.correction={name: tis}") == []
 
 
-def test_the_example_of_the_readme_needs_no_advice(tmp_path):
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+@pytest.mark.parametrize("page", ["README.md", "trapo_train/README.md"])
+def test_the_example_of_a_page_needs_no_advice(page, tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.S)
     (tmp_path / "my.yaml").write_text(example)
     config = load_config(tmp_path / "my.yaml")
-    assert config.updates.per_step > 1
+    assert config.updates.per_step > 1 or page == "README.md"
     assert advice(config, build_objective(config.objective, 0), [1] * 1000, ALONE) == []
+
+
+def test_the_kl_that_the_page_writes_is_read_as_it_says():
     sentence = r"`'objective={name: (\w+), kl: {beta: ([\d.]+)}}'`, or the option `beta` of"
     (name, beta) = re.search(sentence, " ".join((ROOT / "trapo_train" / "README.md").read_text().split())).groups()
     assert build_objective(ObjectiveConfig(name, kl=KLConfig(float(beta)))).kl.beta == float(beta)
