@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer with the logprobs and entropies of trapo_kernels: every loss, option and metric of TRL stays what it is.
+"""TRL's GRPOTrainer with the logprobs and entropies of trapo_kernels: TRL's losses and metrics; what is not computed is refused.
 
-    pip install trl && python examples/trl_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct
+    pip install 'trl>=1.16,<1.17' && python examples/trl_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct
 
 TRL 1.16 gives a model its head through one function, `add_fused_lm_head`, on which GRPO and RLOO do the rest of their work. This
 file replaces it: `use_trapo_head()` before the trainer is made is all that a script of yours needs. Four GEMMs; a loss that is

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with TrSFT, DFT or plain SFT computed without logits: TRL's data handling, our loss.
 
-    pip install trl && python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B-Instruct --objective trsft
+    pip install 'trl>=1.16,<1.17' && python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B-Instruct --objective trsft
 
 `fuse_loss` puts the loss into the model's forward, and `transformers.Trainer.compute_loss` asks the model for it, with the
 normaliser of the whole optimizer step. TRL's own metrics, entropy and token accuracy, give way to those of the loss.

@@ -1,4 +1,4 @@
-"""verl's FSDP workers with the logprobs and entropies of trapo_kernels: every loss, option and metric of verl stays what it is.
+"""verl's FSDP workers with the logprobs and entropies of trapo_kernels: verl's losses and metrics; what is not computed is refused.
 
     PYTHONPATH=examples python -m verl.trainer.main_ppo ... actor_rollout_ref.model.external_lib=verl_head \\
         actor_rollout_ref.model.use_fused_kernels=true actor_rollout_ref.model.fused_kernel_options.impl_backend=torch
@@ -7,8 +7,8 @@ verl 0.9 imports `external_lib` in every worker, and the forwards that it gives 
 for their head. Importing this file replaces it. What else changes beside memory and time:
 
 - Logits of a bf16 head, and entropies, are fp32, where verl's "torch" rounds both to bf16.
-- An untied head under FSDP2 works: verl has it in a unit of its own and multiplies by its shard, which ends in "mixed torch.Tensor
-  and DTensor".
+- An untied head under FSDP2 works: verl wraps it separately and multiplies by its shard, which ends in "mixed torch.Tensor and
+  DTensor".
 - A model that does more to its logits than multiply by its head's weight, such as Gemma 2 or Granite, is refused: verl's fused
   forward leaves cap, scale and bias out, and trains on other logprobs than the model has.
 

@@ -90,9 +90,9 @@ def linear_logprob(
 
     Returns: `LogprobOutput`; logprob and entropy [N] are differentiable in hidden, lm_head_weight, bias and lora.
     Raises: TypeError, ValueError for bad input; RuntimeError for a backend that cannot run, and on double backward.
-    Memory: one chunk of logits (three with backend "torch"); on a GPU at most 4096·152064, 2.3 GiB in fp32, on a CPU 256 rows
-        (Intel's: 512, or 1024 up to 2^25) or 2^20. Backward adds dWeight in fp32, or in 16 bits where such operands are one chunk,
-        on a CPU up to D rows; there "native" holds their logits in it, but for a block or what finds no room (V ≥ 16384).
+    Memory: one chunk of logits (three with backend "torch"): on a GPU at most 4096·152064, 2.3 GiB in fp32; on a CPU 256 rows
+        (Intel: 512, or to 1024 within 2^25 logits), or 2^20 logits. Backward adds dWeight in fp32, or in 16 bits if 16-bit operands
+        are one chunk (on a CPU: N ≤ D). There, if V ≥ 16384, "native" keeps logits in dWeight, but for a block or an overflow.
     Determinism: bitwise repeatable for the same inputs on the same machine and installation; no atomics.
     Source: the chunked cross-entropy of arXiv 2411.09009 and 2410.10989, with entropy gradient.
     """
@@ -263,7 +263,7 @@ def token_logprob(
     with_entropy: bool = False,
     backend: Backend = "auto",
 ) -> LogprobOutput[Tensor | None]:
-    """logprob and entropy from logits at hand; contiguous ones are not copied whole in the forward pass.
+    """logprob and entropy from logits you have; contiguous ones are not copied whole in the forward pass.
 
     Equivalent to:
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def unsharded(x: Tensor | None) -> Tensor | None:
-    """A head's weight or bias whole, where FSDP2 has it in a unit of its own, as under Accelerate with PEFT, or untied in verl.
+    """A head's weight or bias whole, where FSDP2 wraps it separately, as under Accelerate with PEFT, or untied in verl.
 
     That unit's module is never called, because the head functions take tensors.
 

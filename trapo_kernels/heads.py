@@ -56,7 +56,7 @@ def head_options(model: nn.Module) -> ModelOptions:
         model: what `from_pretrained` of a causal LM returns, not wrapped: DDP's `.module`, PEFT's `.get_base_model()`.
 
     Returns: a dict for `**`. Multiply `temperature` by that of the sampler where it is not 1. Bias and LoRA are what `unsharded`
-        gives: where FSDP2 has them in a unit that nobody calls, every rank must call this, in each forward anew.
+        gives: where FSDP2 wraps them in a unit that nobody calls, every rank must call this, in each forward anew.
     Raises: TypeError where the output head is no torch.nn.Linear, nor that with PEFT's LoRA, or learns more than weight and bias;
         ValueError where it has an adapter that is no plain LoRA, where the model leaves rows of its head out, or where a cap or a
         scale is in the configuration of its text and it is not known to apply that itself.

@@ -132,9 +132,9 @@ def aggregate(
         totals: denominators over all micro-batches and ranks of the optimizer step; None counts this call alone. DDP and FSDP
             average gradients over ranks: multiply the weight, or the loss before its backward, by their number. A normaliser n
             that is no such count, such as an average over ranks or steps, needs no aggregate: weight = mask / n, [N] fp32.
-        share: [N] fp32 factor; it multiplies the weight and is not counted. 1/k for each of k copies of an expert prefix makes a
-            mean too small: for each mean, over the whole step and before any split, pass
-            torch.where(mine, share / share[mine].mean(), share), `mine` the tokens of that mean.
+        share: [N] fp32 factor; it multiplies the weight and is not counted. 1/k on k copies of an expert prefix shrinks a mean: per
+            mean, over the whole step and before splitting, pass torch.where(mine, share / share[mine].mean(), share), `mine` being
+            that mean's tokens.
         prompt_id: [N] int64, which prompt a token belongs to, for "prompt_mean"; a prompt is never split over calls.
 
     Returns: weight [N] fp32, zero on ignored tokens.

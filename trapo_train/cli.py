@@ -1,4 +1,4 @@
-"""The command line: `trapo-train run | eval | export | headroom | inspect | plan-memory | plot | compare | demo | recipes`.
+"""Commands: `trapo-train run | eval | export | headroom | inspect | plan-memory | plot | compare | demo | recipes | settings`.
 
 What the user can correct (a configuration, a file, a reward, a missing package) is told in one line, with exit code 2;
 `--traceback` shows where it came from. Exit code 1 means that the command ran and its finding is negative,
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, common, "Train a base model from scratch, then TRAPO from it, and show that it learned.")
     demo.add_argument("--output", metavar="DIR", default="runs/demo", help="where everything goes (runs/demo)")
     demo.add_argument(
-        "--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="of TRAPO's problems and samples; repeat for each (0)"
+        "--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="one or more, of TRAPO's problems and samples (0)"
     )
     demo.add_argument("--compare", action="store_true", help="also train GRPO and SFT from the same base")
     return parser

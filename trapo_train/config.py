@@ -49,7 +49,7 @@ class RunConfig:
     reward: str | list[RewardTerm] | None = None
     """exact_match, math_verify, pointer_chasing, or a path to your own function: my_rewards:my_reward. Or several, with weights:
     [{name: math_verify, weight: 1.0}, {name: my_rewards:brevity, weight: 0.1}]. Null where no response is sampled: SFT. See
-    `rewards.RewardFn` for what one gets."""
+    `trapo_train.rewards.functions.RewardFn` for what one gets."""
     seed: int = 0
     """Seed of everything random in the run, at least 0; data sections have their own for generated problems."""
     model: ModelConfig = field(default_factory=ModelConfig)

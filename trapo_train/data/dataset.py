@@ -106,8 +106,8 @@ class DataConfig:
     on_duplicate: Literal["keep", "drop"] = "keep"
     """What happens to a row that equals an earlier one in prompt, solution, expert traces and the columns that the reward has as
     arguments by name: keep makes it a problem of its own, visited as often in an epoch; drop leaves it out and counts it. Other
-    columns, such as an id, make no difference, but where a row has none of solution, traces and such columns. Evaluation makes rows
-    of equal prompt and solution one problem in any case."""
+    columns, such as an id, count only in rows without solution, traces and such columns. Evaluation makes rows of equal prompt and
+    solution one problem in any case."""
     num_problems: int | None = None
     """Read at most this many rows, at least 1; null for all. A task generates so many, 1000 if null."""
     seed: int = 0

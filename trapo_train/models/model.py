@@ -80,8 +80,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory for about a third more time."""
     attention: Literal["auto", "sdpa_packed", "varlen", "flash_attention_2"] = "auto"
-    """auto (the first that can run of flash_attention_2, which is the package flash-attn, varlen, which is torch's own
-    FlashAttention, both on CUDA in bfloat16, and sdpa_packed), or one of these."""
+    """flash_attention_2 (the package flash-attn) or varlen (torch's own FlashAttention), both for CUDA in bfloat16, or sdpa_packed;
+    auto takes the first of them that can run."""
     liger: bool | Literal["auto"] = False
     """Liger's kernels for norms, rotary embeddings and MLP (extra [liger], CUDA): true, false, or auto where they can run."""
     lora: LoraConfig | None = None
