@@ -259,7 +259,8 @@ class TokenBatch:
         if self.sequence_id is not None and checks.may_look(self.role):
             whole = (self.sequence_id, self.role != Role.IGNORED, slice(None)) if self._cut_from is None else self._cut_from
             sequence_id, real, rows = whole  # a part of a part is one of the whole
-            object.__setattr__(part, "_cut_from", (sequence_id, real, torch.arange(len(real))[rows][index]))
+            places = torch.arange(len(real), device=real.device)[rows][index]
+            object.__setattr__(part, "_cut_from", (sequence_id, real, places))
         return part
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenBatch:

@@ -97,7 +97,8 @@ def _largest_error(backend: str, device: torch.device) -> float:
     results = []
     for dtype, name in ((torch.float64, "reference"), (torch.float32, backend)):
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((37, 24), (1003, 24))]
+        shapes = ((37, 24), (1003, 24))
+        drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
         hidden, weight = (x.to(device, dtype).requires_grad_() for x in drawn)
         role = torch.arange(37, device=device) % 3
         batch = TokenBatch(

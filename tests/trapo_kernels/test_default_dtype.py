@@ -1,4 +1,4 @@
-"""The default dtype of the process changes no bit: what the code makes for itself says its dtype."""
+"""The defaults of the process change no bit: what the code makes for itself says its dtype and its device."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from trapo_kernels import (
     TokenBatch,
     aggregate,
     corrections,
+    doctor,
     linear_logprob,
     linear_policy_loss,
     loss_totals,
@@ -28,7 +29,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 @pytest.fixture
 def check():
-    """Runs a function under every default dtype and compares, bit by bit, with what it returns under float32."""
+    """Runs a function under every default dtype, and under a default device that is no data's, and compares, bit by bit, with what
+    it returns under float32 and "cpu"."""
     default = torch.get_default_dtype()
 
     def compare(run):
@@ -39,6 +41,9 @@ def check():
             torch.set_default_dtype(default)
             assert [x.dtype for x in found] == [x.dtype for x in expected], dtype
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), dtype
+        with torch.device("meta"):
+            found = run()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), "default device"
 
     yield compare
     torch.set_default_dtype(default)
@@ -142,3 +147,8 @@ def test_padded_batches(check, role):
         return [b.role, b.advantage, b.weight, b.sequence_id]
 
     check(run)
+
+
+def test_the_doctor_s_self_test_draws_on_the_cpu(check):
+    device = torch.device(cases.DEVICE)
+    check(lambda: [torch.tensor(doctor._self_test("torch", device), dtype=torch.float32, device="cpu")])

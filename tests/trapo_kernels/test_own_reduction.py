@@ -62,6 +62,8 @@ def test_a_part_that_cuts_a_sequence_is_refused_where_an_objective_pools():
     policy_loss(logprob[:4], None, whole[1], objectives.gspo())
     twice = [b.rows(slice(0, 4)).rows(index).rows(slice(None)) for index in (slice(0, 3), torch.tensor([3]), slice(3, 4))]
     assert [part.cut_sequence() for part in twice] == [None, 7, 7]
+    with torch.device("meta"):  # a default device that is not the batch's
+        assert b.rows(slice(0, 4)).cut_sequence() == 7
 
 
 @pytest.mark.parametrize(
