@@ -38,17 +38,17 @@ def _refuse_batched(op: str, *grads: Tensor | None) -> None:
         )
 
 
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str, hooked: bool) -> Tensor:
     """upstream · grad, multiplied in fp32, then rounded to `dtype`; the upstream gradient stays on its device.
 
-    Where the graph is not retained nobody reads `grad` again: it is scaled in its place, or not at all where upstream is 1. To
-    another dtype a GPU multiplies and rounds in one pass instead, which a CPU has not.
+    Where the graph is not retained, nor `grad` a hook's own (`hooked`), nobody reads it again: it is scaled in its place, or not at
+    all where upstream is 1. To another dtype a GPU multiplies and rounds in one pass instead, which a CPU has not.
     """
     grad = grad.detach()  # an output of the op, which would take its graph along
     if type(grad) is not Tensor:  # torch.compile: what a tensor holds is not known, and the graph may run again
         return torch.mul(grad, upstream.view([1] * grad.ndim), out=torch.empty_like(grad, dtype=dtype))
     one_pass = grad.dtype != dtype and grad.device.type != "cpu"
-    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    retained = hooked or torch._C._autograd._get_current_graph_task_keep_graph()
     out = torch.empty_like(grad, dtype=dtype) if retained or one_pass else grad
     dispatch.scale_to(grad, upstream, out, backend)
     return out.to(dtype)
@@ -260,10 +260,10 @@ def _(*args):
 
 def _linear_policy_loss_setup(ctx, inputs, output):
     given = LinearPolicyLoss(*inputs)
+    ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ctx.needs, ctx.backend = given.needs, given.backend
     ctx.dtypes = [None if x is None else x.dtype for x in _head(given)]
-    _, _, _, *grads = output
-    ctx.save_for_backward(*grads)
+    ctx.save_for_backward(*output[3:])
     ctx.set_materialize_grads(False)
 
 
@@ -274,7 +274,7 @@ def _linear_policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return tuple(none)
     hidden, weight, bias, lora_a, lora_b = (
-        _scaled(grad, grad_loss, dtype, ctx.backend) if need else None
+        _scaled(grad, grad_loss, dtype, ctx.backend, ctx.hooked) if need else None
         for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     )
     return tuple(none._replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))
@@ -307,8 +307,7 @@ def _(logprob, *args):
 
 def _policy_loss_setup(ctx, inputs, output):
     given = PolicyLoss(*inputs)
-    _, grad_logprob = output
-    ctx.save_for_backward(grad_logprob, given.streams[terms.GRAD_ENTROPY])
+    ctx.save_for_backward(output[1], given.streams[terms.GRAD_ENTROPY])
     ctx.entropy_dtype = given.entropy.dtype
     ctx.set_materialize_grads(False)
 

@@ -44,7 +44,7 @@ def _policy_arguments(backend):
     return hidden, weight, bias, None, None, b.target, streams, b.active_rows, None, *settings
 
 
-def _scaled_out_of_place(grad, upstream, dtype, backend):
+def _scaled_out_of_place(grad, upstream, dtype, backend, hooked):
     return (grad * upstream).to(dtype)
 
 

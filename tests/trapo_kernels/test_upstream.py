@@ -86,6 +86,20 @@ def test_gradients_in_their_dtype_are_handed_out_as_they_are(dtype, monkeypatch)
     assert handed_out == [True, dtype == torch.float32]
 
 
+@pytest.mark.parametrize("backend", cases.CHUNKED)
+def test_what_a_hook_of_saved_tensors_keeps_is_left_as_it_is(backend):
+    """The caller's own tensors, of which several backward passes may be made, and of which the op knows nothing."""
+    kept, (hidden, weight, _) = [], cases.head(20, 6, 30, torch.float32)
+    b = cases.batch(20, 30, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.clone()) or len(kept) - 1, lambda k: kept[k]):
+        loss = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss
+    before = [x.clone() for x in kept]
+    grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
+    assert len(kept) >= 2 and all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
+    plain = linear_policy_loss(hidden, weight, b, objectives.trapo(), backend=backend).loss
+    assert all(torch.equal(x, y) for x, y in zip(grads, cases.gradients(3.0 * plain, (hidden, weight)), strict=True))
+
+
 @pytest.mark.parametrize("retained", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
