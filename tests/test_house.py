@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "trapo_kernels/roles.py": set(),
     "trapo_kernels/checks.py": {"fsdp", "roles"},
+    "trapo_kernels/rank_checks.py": {"checks"},
     "trapo_kernels/batch_checks.py": {"checks", "roles"},
     "trapo_kernels/batch.py": {"batch_checks", "checks", "roles", "weights"},
     "trapo_kernels/weights.py": {"batch_checks", "checks", "objective", "roles", "sequence"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "trapo_kernels/objectives": {"checks", "gates", "objective", "sequence", "objectives"},
     "trapo_kernels/terms.py": {"batch", "gates", "objective", "roles", "sequence"},
     "trapo_kernels/dispatch.py": {"checks", "backends"},
-    "trapo_kernels/backends": {"terms", "objective", "batch", "checks", "roles", "backends"},
+    "trapo_kernels/backends": {"terms", "objective", "batch", "checks", "rank_checks", "roles", "backends"},
     "trapo_kernels/autograd.py": {"dispatch", "terms", "backends"},
     "trapo_kernels/flops.py": {"autograd"},
     "trapo_kernels/doctor.py": {"TokenBatch", "Role", "dispatch", "linear_policy_loss", "objectives", "backends"},

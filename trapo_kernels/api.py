@@ -71,9 +71,10 @@ def linear_logprob(
         logits_dtype: what hidden · lm_head_weightᵀ is rounded to, before bias and softmax: float32, or the dtype of hidden to match
             a sampler that does.
         process_group: the ranks over which the vocabulary is sharded, in order; each passes its own rows of the weight (and of the
-            bias) and the same hidden, target and settings. Results are equal on all ranks; dHidden and the gradient of `lora.a`
-            arrive summed over them: do not all-reduce these again. Targets that differ between the ranks raise on a CPU and make
-            every result NaN on a GPU.
+            bias), the same hidden, target and settings, and must compute the same loss of the results, which are equal on all
+            ranks: the upstream gradients must be equal, too. dHidden and the gradient of `lora.a` arrive summed over the ranks: do
+            not all-reduce these again, nor divide the loss by the number of ranks. Targets or upstream gradients that differ raise
+            on a CPU; on a GPU they make every result, or every gradient, NaN, and the ranks hang where N differs.
         batch_invariant: give a row's logprob the same bits whatever else is in the batch, by GEMMs of one fixed number of rows. Not
             promised in float64 on a CPU, where MKL's products of few columns do not allow it.
         active_rows: [K] int64, ascending, rows with a target; all others are ignored like those of target -100, whatever theirs is,
@@ -140,7 +141,8 @@ def linear_policy_loss(
         lm_head_weight: [V, D], the dtype of hidden, or float32 master weights, as in `linear_logprob`.
         batch: `TokenBatch` of N tokens; its weights carry every normaliser, nothing is divided by a count here.
         objective: from `trapo_kernels.objectives`, or an `Objective` of your own.
-        bias, lora, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`.
+        bias, lora, temperature, softcap, logits_dtype, process_group, batch_invariant, backend: as in `linear_logprob`; the ranks
+            of a process_group pass the same batch, and what they do to the loss must be the same, which one pass does not check.
 
     Returns: `PolicyLossOutput`. What cannot run in the single pass (a gate of your own, a reduction over whole sequences
         with an `old_logprob`, two terms on one role, fp16 inputs, whose gradients a scaler must reach before they are rounded) runs
@@ -335,13 +337,7 @@ def _policy_loss(
 
 
 def _policy_output(
-    loss: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    batch: TokenBatch,
-    s: terms.Streams,
-    objective: Objective,
-    passes: int,
+    loss: Tensor, logprob: Tensor, entropy: Tensor, batch: TokenBatch, s: terms.Streams, objective: Objective, passes: int
 ) -> PolicyLossOutput[Tensor]:
     with torch.no_grad():
         logprob, entropy = logprob.detach(), entropy.detach()

@@ -173,9 +173,11 @@ def _linear_logprob_setup(ctx, inputs, output):
 def _linear_logprob_backward(ctx, grad_logprob, grad_entropy, *_):
     _refuse_double_backward("linear_logprob")
     _refuse_batched("linear_logprob", grad_logprob, grad_entropy)
-    if grad_logprob is None and grad_entropy is None:
+    if grad_logprob is None and grad_entropy is None and not ctx.mode[-1]:
         return tuple(LinearLogprob())
     *tensors, logprob, entropy, row_max, log_sum = ctx.saved_tensors
+    if ctx.mode[-1]:  # a process group, whose ranks meet once per chunk where the entropy has a gradient: then on all of them
+        grad_logprob, grad_entropy = (torch.zeros_like(logprob) if x is None else x for x in (grad_logprob, grad_entropy))
     needs = list(_head(LinearLogprob(*ctx.needs_input_grad)))
     grads = linear_logprob_backward(
         grad_logprob,

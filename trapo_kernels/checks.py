@@ -269,8 +269,8 @@ def lora_fits(where: str, a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor) 
 
 def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, device: torch.device) -> None:
     """target [N] int64 in [0, V), or -100 for a row to ignore. The range is checked on the CPU only (no sync): on a GPU a target
-    outside it gives that row a NaN logprob. Where V is the sum over the ranks of a process group (None here), `shared_target` has
-    it."""
+    outside it gives that row a NaN logprob. Where V is the sum over the ranks of a process group (None here),
+    `rank_checks.shared_target` has it."""
     vector(where, "target", value, num_rows, device, (torch.int64,))
     if vocab_size is None or not may_look(value) or value.numel() == 0:
         return
@@ -282,20 +282,6 @@ def target(where: str, value: Tensor, num_rows: int, vocab_size: int | None, dev
             f"{where}: target must lie in [0, V) = [0, {vocab_size}), or be -100 to ignore a row, got {int(value[row])} at row "
             f"{row}. Check that the tokenizer and the head have the same vocabulary."
         )
-
-
-def shared_target(where: str, value: Tensor, vocab_sizes: Tensor, marks: Tensor) -> None:
-    """All ranks of a process group must pass the same target [N], in the vocabulary of them all; looked at on the CPU only.
-    `vocab_sizes` [ranks] are those of their shards, `marks` [ranks, 2] the N and a checksum of their targets."""
-    if not may_look(value):
-        return
-    if len(marks.unique(dim=0)) > 1:
-        raise ValueError(
-            f"{where}: all ranks of process_group must pass the same hidden and target, got targets that differ, of N = "
-            f"{marks[:, 0].tolist()} rows on its ranks. Gather the rows first; or, where each rank has rows of its own as in FSDP, "
-            "pass the whole weight without process_group."
-        )
-    target(where, value, len(value), int(vocab_sizes.sum()), value.device)
 
 
 def described(rows: object) -> str:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests import ranks
 from tests.trapo_kernels import cases
 from trapo_kernels import Role, TokenBatch, checks, linear_logprob, linear_policy_loss, objectives, unsharded
+from trapo_kernels.backends import native
 
 pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="the group is one of CPU processes")
 N, D, V = 10, 16, 97
@@ -44,7 +47,8 @@ def _in_two_ranks(check, path):
 
 def _worker(rank, check, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    waits = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=waits)
     check(rank)
     dist.barrier()  # a rank that leaves first would take the connection down under the other
     dist.destroy_process_group()
@@ -107,6 +111,73 @@ def _check_rows_that_differ(rank):
 @pytest.mark.slow
 def test_ranks_that_share_a_vocabulary_and_have_rows_of_their_own_are_refused_and_on_a_gpu_get_nan(tmp_path):
     _in_two_ranks(_check_rows_that_differ, tmp_path)
+
+
+def _sharded_gradients(rank, loss, backend, num_rows=600, with_entropy=True):
+    """Of rank's own `loss` of what all ranks score, on so many rows that ranks which chose them apart would have other chunks."""
+    torch.manual_seed(0)
+    hidden, weight, _ = (x.detach() for x in cases.head(num_rows, D, V, torch.float32))
+    mine, target = (weight[:50] if rank == 0 else weight[50:]).clone().requires_grad_(), torch.randint(V, (num_rows,))
+    target[::7] = -100
+    x, whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = linear_logprob(x, mine, target, with_entropy=with_entropy, process_group=dist.group.WORLD, backend=backend)
+    grads = torch.autograd.grad(loss(out), (x, mine))
+    reference = linear_logprob(hidden.requires_grad_(), whole, target, with_entropy=with_entropy, backend="reference")
+    grad_hidden, grad_weight = torch.autograd.grad(loss(reference), (hidden, whole), materialize_grads=True)
+    return grads, (grad_hidden, grad_weight[:50] if rank == 0 else grad_weight[50:])
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes on what it gets, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def _check_losses_that_differ(rank, backend):
+    first = rank == 0
+    unequal = [
+        lambda out: (out.logprob.sum() + out.entropy.sum()) * (1.0 if first else 0.0),
+        lambda out: out.logprob.sum() * (0.0 if first else 1.0),
+        lambda out: out.logprob.mean() * (1.0 if first else 0.5),
+        lambda out: out.entropy.sum() * (1.0 if first else -1.0),
+        lambda out: out.logprob[:300].sum() if first else out.logprob[300:].sum(),
+        lambda out: out.logprob.sum() if first else out.entropy.sum(),
+        lambda out: out.logprob.sum() if first else _NoGradient.apply(out.logprob).sum(),
+        lambda out: out.logprob.sum() * (1.0 if first else float("nan")),
+    ]
+    for loss in unequal:
+        said = "linear_logprob: all ranks of process_group must have the same loss, got .* that differ, of .* divide it by no"
+        with pytest.raises(ValueError, match=said):
+            _sharded_gradients(rank, loss, backend)
+    a_zero = torch.ones(600).index_fill(0, torch.arange(0, 600, 3), 0.0)
+    equal = [
+        lambda out: (out.logprob * a_zero).sum() + out.entropy.sum() * 0.1,
+        lambda out: (out.logprob * (a_zero if first else (a_zero + 1e-9))).sum() * (1.0 + 1e-7 * rank),
+        lambda out: out.logprob.sum() if first else out.logprob.sum() + 0.0 * out.entropy.sum(),
+        lambda out: (0.0 * out.logprob).sum() if first else _NoGradient.apply(out.entropy).sum(),
+    ]
+    for loss in equal:
+        for ours, truth in zip(*_sharded_gradients(rank, loss, backend), strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+    checks.may_look = lambda x: False  # as of a GPU's tensors, in this process
+    for with_entropy, losses in ((True, unequal), (False, unequal[1:3])):
+        for loss in losses:
+            grads, _ = _sharded_gradients(rank, loss, backend, with_entropy=with_entropy)
+            counted = torch.arange(600) % 7 != 0
+            assert grads[0][counted].isnan().all() and not grads[0][~counted].any() and grads[1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_ranks_that_share_a_vocabulary_and_have_other_losses_are_refused_and_on_a_gpu_get_nan(tmp_path, backend):
+    if backend == "native" and native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+    _in_two_ranks(partial(_check_losses_that_differ, backend=backend), tmp_path)
 
 
 def _with_bad_targets(target):

@@ -37,9 +37,9 @@ class Mode(NamedTuple):
     batch_invariant: bool
     group_name: str  # of the process group that the vocabulary is sharded over; "" for a whole head
 
-    def shard(self, where: str, weight: Tensor, target: Tensor) -> VocabShard | None:
+    def shard(self, where: str, weight: Tensor, target: Tensor, *grads: Tensor | None) -> VocabShard | None:
         """This rank's shard of the vocabulary, or None."""
-        return VocabShard(where, self.group_name, weight.shape[0], target) if self.group_name else None
+        return VocabShard(where, self.group_name, weight.shape[0], target, *grads) if self.group_name else None
 
 
 def score(
@@ -118,12 +118,15 @@ def score_backward(
     """Gradients of Σ grad_logprob · logprob + Σ grad_entropy · entropy, logits recomputed chunk by chunk, and their statistics too
     where the entropy has a gradient.
 
-    Rows whose both gradients are zero are left out: on a CPU they are found here, on a GPU `active_rows` names the others.
+    Rows whose both gradients are zero are left out: on a CPU they are found here, on a GPU `active_rows` names the others; so it
+    does on ranks that share the vocabulary, whose gradients may differ in the last digit, and whose chunks must not.
     """
     gemm = HeadGemm(head, mode.logits_dtype, mode.batch_invariant)
-    shard = mode.shard("linear_logprob", head.weight, target)
+    shard = mode.shard("linear_logprob", head.weight, target, grad_logprob, grad_entropy)
     target = target if shard is None else shard.local_target(target)
-    if target.device.type == "cpu":
+    if shard is not None:
+        active_rows = _active_rows(target != IGNORE_INDEX) if active_rows is None else active_rows
+    elif target.device.type == "cpu":
         wanted = [grad != 0 for grad in (grad_logprob, grad_entropy) if grad is not None]
         active_rows = _active_rows((target != IGNORE_INDEX) & torch.stack(wanted).any(0))
     count = target.shape[0] if active_rows is None else active_rows.shape[0]
@@ -137,7 +140,7 @@ def score_backward(
         which = target[index], transform.rows(index)
         if given is None:
             c, known = grad_logprob[index], RowStatistics(*(part[index] for part in stats))
-            c = c if shard is None else nan_where_unknown(c, known)
+            c = c if shard is None else nan_where_unknown(c, known) + shard.discord
             return rows.logprob_gradient(logits, *which, known, c, None, gemm.operand_dtype)
         # p (log p + H) cancels where p → 1, so with the statistics of these logits: another GEMM has other last bits
         return policy_rows(logits, *which, _streams_of_rows(given[0], index), given[1], True, gemm.operand_dtype)[1]

@@ -10,26 +10,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trapo_kernels import checks
+from trapo_kernels import rank_checks
 from trapo_kernels.backends.logits import RowStatistics
 from trapo_kernels.roles import IGNORE_INDEX
 
 _ELSEWHERE = -1  # the target's column lies on another rank
+# How far the checksums of the ranks' gradients may lie apart, relative to those of their absolute values: a loss that sums with
+# atomics, or on another number of threads, has other last digits on each rank.
+_NEAR = 1e-3
 
 
 class VocabShard:
-    """This rank's part of the vocabulary, and the collectives that make the parts one softmax. No host sync."""
+    """This rank's part of the vocabulary, and the collectives that make the parts one softmax. No host sync.
 
-    def __init__(self, where: str, group_name: str, local_vocab_size: int, target: Tensor):
+    Target [N] and the gradients [N] that backward begins with must be the same on all ranks; a missing gradient is zeros.
+    """
+
+    def __init__(self, where: str, group_name: str, local_vocab_size: int, target: Tensor, *grads: Tensor | None):
         from torch.distributed.distributed_c10d import _resolve_process_group  # absent where torch has no torch.distributed
 
         self.group = _resolve_process_group(group_name)
         checksum = (target * torch.arange(1, len(target) + 1, device=target.device)).sum()
         own = torch.stack([torch.full_like(checksum, size) for size in (local_vocab_size, len(target))] + [checksum])
-        every = self._gather(own)  # [world, 3]
-        sizes, marks = every[:, 0], every[:, 1:]
-        checks.shared_target(where, target, sizes, marks)
-        self.discord = torch.where((marks == marks[0]).all(), 0.0, float("nan"))  # NaN where the ranks' targets differ
+        every = self._gather(torch.cat([own, *(_bits_of_sums(grad, target) for grad in grads)]))  # [world, 3 + 2 per gradient]
+        sizes, marks, sums = every[:, 0], every[:, 1:3], every[:, 3:].contiguous().view(torch.float64).unflatten(1, (len(grads), 2))
+        rank_checks.shared_target(where, target, sizes, marks)
+        same = _near(sums)
+        rank_checks.shared_gradients(where, same, sums[:, :, 1].sum(1))
+        # NaN where the ranks' targets or gradients differ
+        self.discord = torch.where((marks == marks[0]).all() & same, 0.0, float("nan"))
         rank = torch.distributed.get_rank(self.group)
         self.offset = sizes[:rank].sum()
         self.end = self.offset + sizes[rank]
@@ -42,7 +51,7 @@ class VocabShard:
     def combine(self, local: RowStatistics, local_target: Tensor) -> RowStatistics:
         """Global statistics [C] from the local ones; identical on every rank, zeros on ignored rows.
 
-        A target that no rank has makes its row's logprob NaN; targets that differ between the ranks make everything NaN.
+        A target that no rank has makes its row's logprob NaN; what differs between the ranks makes everything NaN.
         """
         owns = local_target >= 0
         mean = local.log_sum - local.entropy  # E[z - row_max] over the local columns
@@ -74,6 +83,23 @@ class VocabShard:
         out = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size(self.group))]
         torch.distributed.all_gather(out, value, group=self.group)
         return torch.stack(out)
+
+
+def _bits_of_sums(grad: Tensor | None, target: Tensor) -> Tensor:
+    """[2] the sums of grad [N] and of its absolute value over the rows with a target, each row with a factor of its place; the bits
+    of fp64 as int64, to travel with the checksum of the targets."""
+    if grad is None:
+        return target.new_zeros(2)
+    place = 1 + torch.arange(len(target), dtype=torch.float64, device=target.device) / max(1, len(target))
+    grad = torch.where(target == IGNORE_INDEX, 0.0, grad.double()) * place
+    return torch.stack([grad.sum(), grad.abs().sum()]).view(torch.int64)
+
+
+def _near(sums: Tensor) -> Tensor:
+    """Whether all ranks have the same gradients, as a 0-d bool, from their sums [ranks, gradients, 2]; NaN and inf are the same
+    where every rank has some."""
+    apart = (sums - sums[0]).abs() > _NEAR * sums[:, :, 1:].amax(0)
+    return ~apart.any() & (sums.isfinite() == sums[0].isfinite()).all()
 
 
 def target_for_statistics(local_target: Tensor) -> Tensor:
