@@ -167,7 +167,8 @@ class HeadGemm:
     the call. A float32 master weight beside bf16 or fp16 hidden states is rounded to their dtype for the call; its gradient is not.
 
     A LoRA'd head adds two thin GEMMs: low_rank = hidden · lora_aᵀ, and low_rank · lora_bᵀ into the same logits. What is fp32 in
-    them goes through GEMMs of 16 bits in three parts of 8 bits or more each, so that the logits lose nothing there either.
+    them goes through GEMMs of 16 bits in three parts of 8 bits or more each, so that the logits lose nothing there either, but
+    beside fp16 hidden states what of a factor is below fp16's smallest number, 6e-8.
 
     With `batch_invariant` every GEMM must get the same number of rows.
     """
@@ -314,7 +315,7 @@ class HeadGemm:
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Matrices in `dtype` that add up to x: itself, or x rounded, what rounding took from it rounded, and so on."""
+    """Matrices in `dtype` that add up to x: itself, or x rounded, what rounding took from it rounded, and so on; in fp16 up to 3e-8."""
     if dtype.itemsize >= x.dtype.itemsize:
         return [x.to(dtype)]
     parts = []

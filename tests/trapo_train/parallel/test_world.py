@@ -119,7 +119,7 @@ def test_an_error_of_ours_that_names_a_path_of_gloo_is_no_lost_rank():
 def test_all_ranks_go_by_what_the_first_finds_in_output_dir_and_end_where_one_cannot_look(tmp_path, monkeypatch):
     config, given = build_config(tmp_path, "run"), []
 
-    def load(config, *, rejected, tell):
+    def load(config, *, rejected, **telling):
         given.append(rejected)
         raise KeyboardInterrupt
 
