@@ -315,7 +315,8 @@ class HeadGemm:
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Matrices in `dtype` that add up to x: itself, or x rounded, what rounding took from it rounded, and so on; in fp16 up to 3e-8."""
+    """Matrices in `dtype` that add up to x: itself, or x rounded, what rounding took from it rounded, and so on (in
+    fp16 but for 3e-8)."""
     if dtype.itemsize >= x.dtype.itemsize:
         return [x.to(dtype)]
     parts = []

@@ -15,6 +15,7 @@ from trapo_train.step.objective import extreme_objectives
 from trapo_train.step.optimizer import OptimizerConfig
 
 MANY_PASSES = 10
+_FOR_LATER = {("evaluation", "every"), ("evaluation", "sample"), ("evaluation", "group_by")}
 
 
 def advice(config: RunConfig, objective: Objective, traces: Sequence[int], world: World) -> list[str]:
@@ -239,7 +240,8 @@ def _unsampled(config: RunConfig) -> str | None:
 
 
 def _unread(config: RunConfig) -> list[str]:
-    """Sections that this run has no use for; `trapo-train headroom` groups by a column without held-out problems, too."""
+    """Settings of sections that this run has no use for. Recipes set `every` and `sample` for the eval_data that may be added, and
+    `trapo-train headroom` groups by a column without any."""
     rollout = config.rollout
     sections = {
         "evaluation": (config.evaluation, config.eval_data is not None, "eval_data is null"),
@@ -249,7 +251,8 @@ def _unread(config: RunConfig) -> list[str]:
     found = []
     for section, (settings, is_read, why) in sections.items():
         default = type(settings)()
-        given = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name) and f.name != "group_by"]
+        given = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name)]
+        given = [name for name in given if (section, name) not in _FOR_LATER]
         if given and not is_read:
             found.append(f"nothing reads {', '.join(f'{section}.{name}' for name in given)}: {why}")
     return found

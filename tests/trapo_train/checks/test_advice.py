@@ -186,10 +186,10 @@ def test_sections_that_nothing_reads(advised):
     (sentence,) = advised(server)
     assert "rollout.vllm_server.timeout_s, rollout.vllm_server.max_retries: rollout" in sentence
     assert not any("nothing reads" in sentence for sentence in advised(server, "rollout.engine=vllm_server"))
-    (sentence,) = advised("evaluation={every: 5, group_by: depth}", "eval_data=null")
-    assert sentence == "nothing reads evaluation.every: eval_data is null"
+    (sentence,) = advised("evaluation={every: 5, group_by: depth, temperature: 0.6}", "eval_data=null")
+    assert sentence == "nothing reads evaluation.temperature: eval_data is null"
     held_out = "eval_data={task: pointer_chasing, split: test, num_problems: 2}"
-    assert advised("evaluation={every: 5, group_by: depth}", held_out) == []
+    assert advised("evaluation={every: 5, group_by: depth, temperature: 0.6}", held_out) == []
 
 
 def test_more_prompts_in_a_step_than_there_are(advised):
