@@ -1,5 +1,5 @@
 // Schemas of the native operations. csrc/cpu and csrc/cuda both implement those on rows of logits, row_* and token_coefficient;
-// scoring and scale are of csrc/cuda alone, and gemm, bf16_units, num_scalars and instruction_set are of csrc/cpu alone.
+// scoring and scale are of csrc/cuda alone, and gemm, bf16_units, num_scalars and *instruction_set are of csrc/cpu alone.
 // trapo_kernels/backends/native.py is their only caller and says what the arguments mean.
 //
 // Shapes: logits [C, V] with unit stride in a row, bias [V], all other tensors [C]; in place of logits scoring has hidden [C, D] and
@@ -27,11 +27,12 @@ STABLE_TORCH_LIBRARY(trapo_native, m) {
       "token_coefficient(Tensor logprob, Tensor role, Tensor anchor, Tensor signal, Tensor advantage, Tensor? kl_weight, "
       "Tensor? ref_logprob, int[] codes, float[] scalars) -> Tensor");
   m.def(
-      "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? row_temperature, float temperature, "
-      "float softcap) -> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
+      "scoring(Tensor hidden, Tensor weight, Tensor target, Tensor? row_temperature, float temperature) "
+      "-> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)");
   m.def("scale(Tensor x, Tensor factor, Tensor(a!) out) -> ()");
   m.def("gemm(Tensor a, Tensor b, Tensor(a!) out, float beta) -> ()");
   m.def("bf16_units() -> str");
   m.def("num_scalars() -> int");
-  m.def("instruction_set(str? use=None) -> str");
+  m.def("instruction_set() -> str");
+  m.def("_use_instruction_set(str name) -> ()");  // for tests
 }

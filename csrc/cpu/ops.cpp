@@ -280,10 +280,11 @@ Tensor token_coefficient(Tensor logprob_tensor, Tensor role, Tensor anchor, Tens
   return out;
 }
 
-std::string choose_instruction_set(std::optional<std::string> use) {
-  STD_TORCH_CHECK(!use.has_value() || use_instruction_set(use->c_str()), "instruction_set: this processor or build has no ",
-                  use.value_or(""), ". Choose another, or none to see which is in use.");
-  return instruction_set();
+std::string instruction_set_in_use() { return instruction_set(); }
+
+void choose_instruction_set(std::string name) {
+  STD_TORCH_CHECK(use_instruction_set(name.c_str()), "_use_instruction_set: this processor or build has no ", name,
+                  ". Choose another: portable is everywhere.");
 }
 
 int64_t num_scalars() { return kNumScalars; }
@@ -300,7 +301,8 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trapo_native, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&trapo::choose_instruction_set));
+  m.impl("instruction_set", TORCH_BOX(&trapo::instruction_set_in_use));
+  m.impl("_use_instruction_set", TORCH_BOX(&trapo::choose_instruction_set));
   m.impl("bf16_units", TORCH_BOX(&trapo::bf16_units));
   m.impl("num_scalars", TORCH_BOX(&trapo::num_scalars));
 }

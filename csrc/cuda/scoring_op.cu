@@ -40,8 +40,7 @@ CUtensorMap tensor_map(const char* name, const Tensor& x, uint32_t box_rows) {
   return map;
 }
 
-Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
-                   double temperature, double softcap) {
+Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Tensor> row_temperature, double temperature) {
   const char* op = "scoring";
   const Device device = check_device(op, "hidden", hidden);
   check_same_device(op, device, "weight", weight);
@@ -53,8 +52,6 @@ Statistics scoring(Tensor hidden, Tensor weight, Tensor target, std::optional<Te
   check_cuda(op, cudaSetDevice(device.gpu));  // tensor maps want a context, which the guard need not give to a thread that is new
   const int major = device_attribute(op, cudaDevAttrComputeCapabilityMajor);
   STD_TORCH_CHECK(major == 9, op, ": the kernel is for sm_90, got sm_", major, "x. Use backend=\"triton\".");
-  STD_TORCH_CHECK(!bias.has_value() && softcap == 0.0, op, ": the kernel has neither bias nor softcap, got ",
-                  bias.has_value() ? "a bias" : "no bias", " and softcap ", softcap, ". Use backend=\"triton\".");
   const int64_t rows = hidden.size(0), vocab_size = weight.size(0);
   const Schedule schedule(rows > 0 ? rows : 1, vocab_size, device_attribute(op, cudaDevAttrMultiProcessorCount));
   StatisticsOutput out;

@@ -201,12 +201,12 @@ def check_scoring_of_nan(kernels):
         assert part[3] == 0
 
 
-def check_refused_scoring(kernels, message, hidden_size=64, dtype=torch.bfloat16, bias=False):
+def check_refused_scoring(kernels, message, hidden_size=64, dtype=torch.bfloat16):
     """The op raises with this message."""
-    hidden, weight, head_bias = (x.detach() for x in cases.head(3, hidden_size, 300, dtype))
+    hidden, weight, _ = (x.detach() for x in cases.head(3, hidden_size, 300, dtype))
     target = torch.zeros(3, dtype=torch.int64, device=cases.DEVICE)
     with pytest.raises(RuntimeError, match=message):
-        kernels.fused_scoring(hidden, weight, target, LogitTransform(bias=head_bias.float() if bias else None))
+        kernels.fused_scoring(hidden, weight, target, LogitTransform())
 
 
 def check_refused_arguments(ops):
@@ -224,7 +224,7 @@ def check_refused_arguments(ops):
     hidden, weight = (torch.zeros(2, size, dtype=torch.bfloat16, device=cases.DEVICE) for size in (64, 72))
     message = r"scoring: weight must have shape \[V, D\] with the D of hidden, 64, got \[2, 72\]\. Pass the head"
     with pytest.raises(RuntimeError, match=message):
-        ops.scoring(hidden, weight, target, *transform)
+        ops.scoring(hidden, weight, target, None, 1.0)
 
 
 def check_scale(kernels, dtype, elements, offset):

@@ -51,11 +51,11 @@ def test_a_source_distribution_holds_no_test_without_its_helpers(monkeypatch):
 def instruction_set(request):
     widest = native.instruction_set()
     try:
-        torch.ops.trapo_native.instruction_set(request.param)
+        torch.ops.trapo_native._use_instruction_set(request.param)
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
     yield request.param
-    torch.ops.trapo_native.instruction_set(widest)
+    torch.ops.trapo_native._use_instruction_set(widest)
 
 
 def _problem(vocab_size, dtype, scale=3.0, rows=9):
@@ -244,7 +244,7 @@ def test_no_rows(instruction_set):
 @needs_native
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(RuntimeError, match="no sse9"):
-        torch.ops.trapo_native.instruction_set("sse9")
+        torch.ops.trapo_native._use_instruction_set("sse9")
 
 
 @needs_native
@@ -267,9 +267,10 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch, tmp_path):
 
 @needs_native
 def test_an_extension_of_an_earlier_version_is_named(monkeypatch):
-    scale = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=["x", "factor"])))  # always in its place
-    with_its_scalars = SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS, scale=scale)
-    for ops in (SimpleNamespace(scale=None), SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS - 1), with_its_scalars):
+    with_bias = ["hidden", "weight", "target", "bias", "row_temperature", "temperature", "softcap"]
+    scoring = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=with_bias)))
+    with_its_scalars = SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS, scoring=scoring)
+    for ops in (SimpleNamespace(scoring=None), SimpleNamespace(num_scalars=lambda: terms.NUM_SCALARS - 1), with_its_scalars):
         monkeypatch.setattr(native, "_OPS", ops)
         assert native._load() == "the native extension is older than this package. Install trapo again."
 

@@ -81,7 +81,6 @@ def test_scoring_of_a_nan_logit_is_nan():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bias": True}, "neither bias nor softcap"),
         ({"dtype": torch.float32}, "must be torch.bfloat16"),
         ({"hidden_size": 63}, "multiples of 16 bytes"),
     ],

@@ -183,7 +183,6 @@ def test_no_rows_launch_nothing(library):
     ("major", "change", "message"),
     [
         (10, {}, "for sm_90, got sm_10x"),
-        (9, {"bias": True}, "neither bias nor softcap"),
         (9, {"dtype": torch.float32}, "must be torch.bfloat16"),
         (9, {"hidden_size": 63}, "multiples of 16 bytes"),
     ],
@@ -289,8 +288,8 @@ def test_arguments_of_another_shape_or_gpu_are_refused(library):
         ("target", "logits", target, lambda: library.ops.row_statistics(logits, target, *transform)),
         ("grad", "logits", grad := torch.zeros(2, 3), lambda: gradient([logits], target, *transform, *stats, None, None, [grad])),
         ("role", "logprob", role, lambda: library.ops.token_coefficient(rows, role, *stats[:3], None, None, *gates)),
-        ("weight", "hidden", weight, lambda: library.ops.scoring(hidden, weight, target, *transform)),
-        ("target", "hidden", target, lambda: library.ops.scoring(hidden, weight, target, *transform)),
+        ("weight", "hidden", weight, lambda: library.ops.scoring(hidden, weight, target, None, 1.0)),
+        ("target", "hidden", target, lambda: library.ops.scoring(hidden, weight, target, None, 1.0)),
         ("factor", "x", factor, lambda: library.ops.scale(rows, factor, rows)),
         ("out", "x", grad, lambda: library.ops.scale(rows, torch.tensor(2.0), grad)),
     ):

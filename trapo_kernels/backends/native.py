@@ -36,7 +36,7 @@ def _load() -> str | None:
         return f"the native extension does not load: {reason}. Install trapo again under this version of torch."
     if not hasattr(_OPS, "num_scalars") or _OPS.num_scalars() != terms.NUM_SCALARS:
         return _OLDER
-    if len(_OPS.scale.default._schema.arguments) != 3:  # the newest change of a schema
+    if len(_OPS.scoring.default._schema.arguments) != 5:  # the newest change of a schema
         return _OLDER
     return None
 
@@ -84,7 +84,7 @@ def why_no_code(gpu: torch.device) -> str | None:
 
 def instruction_set() -> str:
     """The instruction set that the CPU rows run on: avx512, avx2 or portable."""
-    return _OPS.instruction_set(None)
+    return _OPS.instruction_set()
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
@@ -157,7 +157,8 @@ def policy(
 
 def fused_scoring(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform) -> RowStatistics:
     """Statistics [N] of bf16 hidden [N, D] and weight [V, D] from a kernel that writes no logits; sm_90, no bias, no softcap."""
-    return RowStatistics(*_OPS.scoring(_for_tma(hidden), _for_tma(weight), target.contiguous(), *_transform(transform)))
+    _, row_temperature, temperature, _ = _transform(transform)
+    return RowStatistics(*_OPS.scoring(_for_tma(hidden), _for_tma(weight), target.contiguous(), row_temperature, temperature))
 
 
 def coefficients(logprob: Tensor, streams: terms.Streams, objective: Objective) -> Tensor:
