@@ -35,7 +35,7 @@ def folder(device: str) -> str:
     """The name of this device's folder under results/: the GPU's name in lower case with dashes, or "cpu-" and the processor's."""
     if device == "cuda":
         return _dashed(torch.cuda.get_device_name())
-    return "cpu-" + _dashed(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", _cpu_name()))
+    return "cpu-" + _dashed(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@", " ", _cpu_name()))
 
 
 def _dashed(name: str) -> str:

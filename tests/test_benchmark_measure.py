@@ -4,6 +4,7 @@ import weakref
 from importlib import metadata
 from types import SimpleNamespace
 
+import pytest
 import torch
 import triton
 
@@ -119,3 +120,16 @@ def test_a_triton_that_was_installed_under_another_name_has_its_version(monkeypa
 
     monkeypatch.setattr(metadata, "version", without_triton)
     assert provenance.versions()["triton"] == triton.__version__
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("Intel(R) Xeon(R) Processor", "cpu-intel-xeon"),
+        ("Intel(R) Xeon(R) Processor @ 2.80GHz", "cpu-intel-xeon-2-80ghz"),  # another one
+        ("AMD EPYC", "cpu-amd-epyc"),
+    ],
+)
+def test_processors_that_differ_have_folders_of_their_own(name, folder, monkeypatch):
+    monkeypatch.setattr(provenance, "_cpu_name", lambda: name)
+    assert provenance.folder("cpu") == folder
