@@ -119,6 +119,12 @@ def expand_home(config: Any, *names: str) -> None:
         object.__setattr__(config, name, expanded)
 
 
+def changed(section: Any) -> list[str]:
+    """The names of a section's settings that are not at their defaults."""
+    default = type(section)()
+    return [item.name for item in fields(section) if getattr(section, item.name) != getattr(default, item.name)]
+
+
 def _is_listed(value: Any, expected: Any) -> bool:
     """Whether `value` is among those that a type with a Literal lists; true for any other type, which is not looked at."""
     kind, arguments = typing.get_origin(expected), typing.get_args(expected)

@@ -248,12 +248,11 @@ def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, symptoms
         _write_samples(trainer, reporter)
     _report_non_finite(trainer, metrics, reporter)
     if trainer.skipped_in_a_row > trainer.config.optimizer.max_skipped_steps:
-        error = _given_up(trainer)
-        trainer.skipped_in_a_row = 0  # of the run that goes on from here: nothing was taken from the updates that were skipped
+        # 0 of the run that goes on from here: nothing was taken from the updates that were skipped
+        skipped, trainer.skipped_in_a_row = trainer.skipped_in_a_row, 0
         with suppress(NonFiniteError):  # of the weights
             _rescue(trainer, store, reporter)
-        _keep_batch(trainer, reporter)
-        raise error
+        raise _given_up(trainer, skipped)
 
 
 def _evaluate(
@@ -302,19 +301,6 @@ def _rescue(trainer: Trainer, store: CheckpointStore, reporter: Reporter) -> Non
         reporter.event(f"step {trainer.step} could not be saved: {error}")
 
 
-def _keep_batch(trainer: Trainer, reporter: Reporter) -> None:
-    """Write what the last step was trained on, for a look at it; where that fails, it is told."""
-    directory = _batch_directory(trainer)
-    try:
-        save_batch(directory, trainer)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reporter.event(f"the batch of step {trainer.step} could not be written to {directory}: {error}")
-
-
-def _batch_directory(trainer: Trainer) -> Path:
-    return Path(trainer.config.output_dir) / f"non_finite_step_{trainer.step}"
-
-
 def _report_non_finite(trainer: Trainer, metrics: dict[str, Any], reporter: Reporter) -> None:
     """Report updates that were skipped, and a loss alone that is not finite."""
     config = trainer.config
@@ -334,14 +320,19 @@ def _report_non_finite(trainer: Trainer, metrics: dict[str, Any], reporter: Repo
     )
 
 
-def _given_up(trainer: Trainer) -> NonFiniteError:
-    """Why the run ends after so many steps of nothing else."""
+def _given_up(trainer: Trainer, skipped: int) -> NonFiniteError:
+    """Why the run ends after so many steps of nothing else, the last batch of which is kept where there is room for it."""
     config = trainer.config
+    directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
+    batch = f"The last batch is in {directory} (see trapo_train.checkpoints.postmortem)"
+    try:
+        save_batch(directory, trainer)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        batch = f"The last batch could not be written to {directory}: {str(error).rstrip('.')}"
     return NonFiniteError(
-        f"train: {trainer.skipped_in_a_row} steps in a row had a gradient that is not finite, at most "
-        f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. The last batch is in "
-        f"{_batch_directory(trainer)} (see trapo_train.checkpoints.postmortem). Resume from the last checkpoint with a lower "
-        "optimizer.learning_rate or max_grad_norm."
+        f"train: {skipped} steps in a row had a gradient that is not finite, at most "
+        f"optimizer.max_skipped_steps = {config.optimizer.max_skipped_steps} are skipped. {batch}. Resume from the last "
+        "checkpoint with a lower optimizer.learning_rate or max_grad_norm."
     )
 
 

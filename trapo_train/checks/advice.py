@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 
 from trapo_kernels import Objective, gates, objectives
 from trapo_train.config import RunConfig
 from trapo_train.evaluation.eval_sets import section_of
 from trapo_train.parallel.world import World
+from trapo_train.schema import changed
 from trapo_train.step.objective import extreme_objectives
 from trapo_train.step.optimizer import OptimizerConfig
 
@@ -250,9 +250,7 @@ def _unread(config: RunConfig) -> list[str]:
     }
     found = []
     for section, (settings, is_read, why) in sections.items():
-        default = type(settings)()
-        given = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name)]
-        given = [name for name in given if (section, name) not in _FOR_LATER]
+        given = [name for name in changed(settings) if (section, name) not in _FOR_LATER]
         if given and not is_read:
             found.append(f"nothing reads {', '.join(f'{section}.{name}' for name in given)}: {why}")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trapo_train.data.dataset import DataConfig, load_problems
@@ -12,7 +12,7 @@ from trapo_train.parallel.world import World
 from trapo_train.records import Problem
 from trapo_train.reports.status import Tell, silent
 from trapo_train.rollouts.rollout import RolloutConfig
-from trapo_train.schema import UserError, check
+from trapo_train.schema import UserError, changed, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +85,7 @@ class EvalConfig:
     @property
     def ignored(self) -> list[str]:
         """The settings of responses that are not at their defaults, where no responses are sampled; else none."""
-        named = [entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default]
-        return [name for name in named if not self.sample and name not in ("sample", "every", "num_problems")]
+        return [name for name in changed(self) if not self.sample and name not in ("sample", "every", "num_problems")]
 
     def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
         """How an evaluation samples and judges responses, but for the temperature: as `rollout`, unless it is set here."""

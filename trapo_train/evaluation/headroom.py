@@ -144,7 +144,8 @@ def measure_headroom(
         lambda: _accepted(problems, reward, tokenizer, config, rollout) if world.first else ({}, 0), *SAMPLING_ERRORS
     )
     accepted, num_rejected = answers[0]
-    chosen = [replace(problems[i], experts=(problems[i].experts[trace],)) for i, trace in accepted.items()]
+    read = [problems[i] for i in accepted]  # each from its dataset, once
+    chosen = [replace(problem, experts=(problem.experts[trace],)) for problem, trace in zip(read, accepted.values(), strict=True)]
     if len(chosen) < 2:
         raise UserError(
             f"headroom: needs at least 2 problems with an expert trace of at most {rollout.max_response_tokens} tokens that "

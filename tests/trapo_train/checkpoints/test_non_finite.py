@@ -78,10 +78,9 @@ def test_a_full_disk_for_the_batch_or_the_checkpoint_changes_nothing_of_why_the_
     monkeypatch.setattr(train, "save_batch", full)
     settings = ("plan.name=sft", "objective.name=sft", "optimizer.max_skipped_steps=1", "checkpoint.every=0")
     config = configure("batch", *settings)
-    with pytest.raises(NonFiniteError, match=r"2 steps in a row"):
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*The last batch could not be written to .*No space.*Resume"):
         train_to_end(config)
     assert (Path(config.output_dir) / "checkpoints" / "step_00000002").is_dir()
-    assert "could not be written to" in (Path(config.output_dir) / "metrics.jsonl").read_text()
     monkeypatch.setattr(CheckpointStore, "save", refused)
     config = configure("both", *settings)
     with pytest.raises(NonFiniteError, match=r"2 steps in a row"):

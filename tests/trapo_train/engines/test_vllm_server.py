@@ -259,11 +259,11 @@ def test_an_error_does_not_wait_for_other_requests_that_hang(server, weights, mo
 
 def test_a_server_that_is_not_there_and_one_with_another_model(server, weights, monkeypatch):
     monkeypatch.setattr(vllm_server, "_FIRST_PAUSE_S", 0.01)
-    tokenizer = build_tokenizer()
-    absent = VllmServerEngine(VllmServerConfig(base_url="http://127.0.0.1:9", max_retries=1), MODEL, weights, tokenizer, seed=0)
-    with pytest.raises(EngineError, match="failed 2 times.*Check that the server runs"):
-        absent.check()
-    other = VllmServerEngine(VllmServerConfig(base_url=server.url), "other", weights, tokenizer, seed=0)
+    for settings, attempts in (({"max_retries": 1}, 2), ({}, 4)):  # at the start 3 further ones at most
+        absent = VllmServerConfig(base_url="http://127.0.0.1:9", **settings)
+        with pytest.raises(EngineError, match=f"failed {attempts} times.*Check that the server runs"):
+            VllmServerEngine(absent, MODEL, weights, build_tokenizer(), seed=0).check()
+    other = VllmServerEngine(VllmServerConfig(base_url=server.url), "other", weights, build_tokenizer(), seed=0)
     with pytest.raises(EngineError, match=r"must offer the model 'other', it offers \['tiny'\]"):
         other.check()
 
