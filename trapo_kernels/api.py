@@ -182,20 +182,16 @@ def linear_policy_loss(
     loss, logprob, entropy, *_ = autograd.linear_policy_loss(
         *inputs,
         target,
-        terms.pack(seen),
-        active,
-        scored,
-        *split_temperature(temperature),
-        softcap,
-        codes,
-        parameters,
-        objective.entropy_coef != 0.0,
-        logits_dtype,
-        batch_invariant,
-        settings.group_name,
-        needs,
-        settings.grad_weight_dtype(len(batch) if active is None else len(active), inputs),
-        chosen,
+        streams=terms.pack(seen),
+        active_rows=active,
+        scored_rows=scored,
+        codes=codes,
+        parameters=parameters,
+        with_entropy_gradient=objective.entropy_coef != 0.0,
+        needs=needs,
+        grad_weight_dtype=settings.grad_weight_dtype(len(batch) if active is None else len(active), inputs),
+        backend=chosen,
+        **settings.of_op(),
     )
     return _policy_output(loss, logprob, entropy, batch, s, objective, passes=1)
 
@@ -366,15 +362,11 @@ def _linear_logprob(
         logprob, entropy, row_max, log_sum = autograd.linear_logprob(
             *inputs,
             target,
-            active_rows,
-            scored_rows,
-            *split_temperature(settings.temperature),
-            settings.softcap,
-            with_entropy,
-            settings.logits_dtype,
-            settings.batch_invariant,
-            settings.group_name,
-            chosen,
+            active_rows=active_rows,
+            scored_rows=scored_rows,
+            with_entropy=with_entropy,
+            backend=chosen,
+            **settings.of_op(),
         )
         logsumexp = (row_max + log_sum).detach()
     return LogprobOutput(logprob, entropy if with_entropy else None, logsumexp)

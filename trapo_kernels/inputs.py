@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trapo_kernels import checks, dispatch
 from trapo_kernels.backends.gemm import grad_weight_dtype, operand_dtype
-from trapo_kernels.backends.logits import statistics_dtype
+from trapo_kernels.backends.logits import split_temperature, statistics_dtype
 from trapo_kernels.dispatch import ScoringBackend
 from trapo_kernels.lora import LoraHead
 
@@ -83,10 +83,17 @@ class Settings(NamedTuple):
         what = (*weight.shape[::-1], weight.dtype, operand_dtype(inputs.hidden.dtype, device_type), device_type)
         return grad_weight_dtype(num_rows, *what, self.batch_invariant, self.process_group is not None)
 
-    @property
-    def group_name(self) -> str:
-        """The name of the process group as an op takes it; "" for none."""
-        return "" if self.process_group is None else self.process_group.group_name
+    def of_op(self) -> dict[str, object]:
+        """What the ops of a head take of these by name: plain values and tensors."""
+        row_temperature, temperature = split_temperature(self.temperature)
+        return {
+            "row_temperature": row_temperature,
+            "temperature": temperature,
+            "softcap": self.softcap,
+            "logits_dtype": self.logits_dtype,
+            "batch_invariant": self.batch_invariant,
+            "group_name": "" if self.process_group is None else self.process_group.group_name,
+        }
 
 
 def per_row(temperature: float | Tensor, num_rows: int) -> float | Tensor:
