@@ -6,7 +6,7 @@ Nothing of the extra [train] is imported here before it is known to be there: `p
 import sys
 from typing import NoReturn
 
-from trapo_train.checks.extras import is_installed
+from trapo_train.extras import is_installed
 
 NEEDED = ("rich", "yaml", "jinja2", "transformers", "datasets", "matplotlib")
 

@@ -161,8 +161,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if not any(override.startswith("output_dir=") for override in args.overrides):
         check_in_place(args.config, config)
     if args.dry_run:
-        from trapo_train.checks.dry_run import dry_run
-        from trapo_train.checks.extras import missing_packages
+        from trapo_train.dry_run import dry_run
+        from trapo_train.extras import missing_packages
 
         metrics = dry_run(config).metrics
         for missing in missing_packages(config):

@@ -22,13 +22,13 @@ from trapo_train.checkpoints.lock import held
 from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps
 from trapo_train.checkpoints.postmortem import save_batch
 from trapo_train.checkpoints.signals import StopSignal
-from trapo_train.checks.extras import check_packages
 from trapo_train.checks.preflight import check_disk
 from trapo_train.checks.symptoms import Symptoms
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.config_file import ADAPTER_DIR, CONFIG_FILE, MODEL_DIR
 from trapo_train.data.rejected import Place, read_rejected, write_rejected
 from trapo_train.evaluation.evaluate import EvaluationStopped
+from trapo_train.extras import check_packages
 from trapo_train.files import replace_text
 from trapo_train.models.model_state import check_finite
 from trapo_train.parallel.world import World

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.trapo_train.step.test_optimizer_step import make_model
-from trapo_train import cli, train
-from trapo_train.checks import dry_run
+from trapo_train import cli, dry_run, train
 from trapo_train.data import sources
 from trapo_train.evaluation.held_out import model_label
 from trapo_train.reports.metrics_log import read_metrics

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from tests.trapo_train.test_train import build_config, train_to_end
-from trapo_train.checks.dry_run import dry_config
 from trapo_train.config import RunConfig, load_config, to_yaml
 from trapo_train.data.dataset import DataConfig
+from trapo_train.dry_run import dry_config
 from trapo_train.rollouts.plans import PlanConfig, Rung
 from trapo_train.schema import ConfigError
 from trapo_train.trainer import Trainer

@@ -5,10 +5,10 @@ import socket
 import pytest
 
 from trapo_kernels import objectives
-from trapo_train.checks.dry_run import dry_config
 from trapo_train.cli import main
 from trapo_train.config import load_config
 from trapo_train.config_file import recipes
+from trapo_train.dry_run import dry_config
 from trapo_train.rollouts.plans import plan_rungs
 from trapo_train.step.objective import build_objective
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trapo_train.checks.extras import lacks
+from trapo_train.extras import lacks
 from trapo_train.schema import MissingPackage, UserError
 from trapo_train.tasks import generate_rows
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trapo_train.checks.extras import lacks
+from trapo_train.extras import lacks
 from trapo_train.schema import MissingPackage, UserError
 
 logger = logging.getLogger(__name__)

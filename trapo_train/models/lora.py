@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from trapo_train.checks.extras import why_no_peft
+from trapo_train.extras import why_no_peft
 from trapo_train.models.autocast import stays_in_float32
 from trapo_train.schema import MissingPackage, UserError, check
 

@@ -14,7 +14,7 @@ import threading
 from itertools import product
 from typing import Any
 
-from trapo_train.checks.extras import lacks
+from trapo_train.extras import lacks
 from trapo_train.records import END_THINK, THINK
 from trapo_train.rewards.workers import OutOfTime
 from trapo_train.schema import MissingPackage

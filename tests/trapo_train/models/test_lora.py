@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from tests.trapo_train.step.test_optimizer_step import make_model
 from tests.trapo_train.test_train import build_config, exported, train_to_end
+from trapo_train import extras
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.export import export_adapter, export_model
-from trapo_train.checks import extras
-from trapo_train.checks.extras import check_packages
 from trapo_train.config import load_config
+from trapo_train.extras import check_packages
 from trapo_train.memory import plan as memory
 from trapo_train.memory.plan import load_architecture
 from trapo_train.memory.trace import weigh

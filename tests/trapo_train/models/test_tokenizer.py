@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tests.trapo_train.test_train import build_config
 from trapo_train.checkpoints.export import export_model
-from trapo_train.checks.dry_run import dry_config
 from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.dry_run import dry_config
 from trapo_train.engines.configured import build_engine
 from trapo_train.engines.engine import SamplingParams, stop_ids
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer

@@ -16,7 +16,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 from tests import ranks
 from tests.trapo_train.models.test_loading import SMALL, gemma, publish, set_generation
 from tests.trapo_train.test_train import build_config
-from trapo_train.checks.extras import is_installed
+from trapo_train.extras import is_installed
 from trapo_train.memory.trace import weigh
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer

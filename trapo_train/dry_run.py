@@ -27,7 +27,7 @@ _SHAPE = ScratchConfig(
     architecture="qwen2", hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, max_position=_POSITIONS
 )
 
-STAND_IN = "trapo_train.checks.dry_run:stand_in_reward"
+STAND_IN = "trapo_train.dry_run:stand_in_reward"
 
 
 def stand_in_reward(completions: Sequence[str], **columns: Any) -> list[float]:

@@ -7,9 +7,9 @@ import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train.__main__ import NEEDED
-from trapo_train.checks.extras import is_installed, missing_packages
 from trapo_train.cli import main
 from trapo_train.data.dataset import DataConfig, load_problems
+from trapo_train.extras import is_installed, missing_packages
 from trapo_train.schema import MissingPackage
 from trapo_train.tasks import build_tokenizer
 
