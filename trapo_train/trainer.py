@@ -28,6 +28,7 @@ from trapo_train.engines.configured import build_engine, ready_to_generate
 from trapo_train.evaluation.eval_sets import load_eval_sets
 from trapo_train.evaluation.evaluate import evaluation_score, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.loading import check_token_ids
 from trapo_train.models.model import load_model_and_tokenizer
 from trapo_train.models.model_state import load_training_state, training_state
@@ -45,7 +46,7 @@ from trapo_train.step.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.step.objective import build_objective, extreme_objectives, scheduled_options
 from trapo_train.step.optimizer import build_optimizer, build_scheduler
 from trapo_train.step.optimizer_step import optimizer_step
-from trapo_train.step.packing import MicroBatch, pack
+from trapo_train.step.packing import pack
 from trapo_train.step.updates import merge_updates, split_groups, with_old_policy, with_reference
 from trapo_train.tasks import tokenizer_of
 

@@ -7,9 +7,9 @@ import torch
 
 from tests.pretended_gpu import DEVICE, pretend
 from tests.trapo_train.test_train import build_config
+from trapo_train import micro_batch
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.parallel import world
-from trapo_train.step import upload
-from trapo_train.step.packing import MicroBatch
 from trapo_train.train import Trainer
 
 OPTIONS = [
@@ -33,7 +33,7 @@ def on_a_pretended_gpu(monkeypatch):
     def call(run):
         with pretend(monkeypatch) as gpu, monkeypatch.context() as patch:
             patch.setattr(world.World, "__init__", init)
-            patch.setattr(upload, "_PINNED_FOR", DEVICE)
+            patch.setattr(micro_batch, "_PINNED_FOR", DEVICE)
             return run(gpu)
 
     return call

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trapo_kernels import TokenBatch
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.rollouts.samples import sample_record, write_lines
-from trapo_train.step.packing import MicroBatch
 
 if TYPE_CHECKING:
     from trapo_train.trainer import Trainer

@@ -29,12 +29,12 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
 
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.attention import PACKED_IMPLEMENTATION
 from trapo_train.models.loading import decoder_layers, replace_tensors
 from trapo_train.models.model import DTYPES, ModelConfig, body_autocast, policy_head, prepare
 from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer
-from trapo_train.step.packing import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
+from trapo_train.micro_batch import upload
 from trapo_train.models.varlen import WIDEST_HEAD, computed_in, head_widths, varlen_forward, varlen_obstacle
 from trapo_train.schema import UserError
-from trapo_train.step.upload import upload
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, PolicyLossOutput, head_options, linear_logprob, linear_policy_loss
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.attention import (
     check_architecture,
     check_attention,
@@ -53,7 +54,6 @@ from trapo_train.models.tokenizer import end_generation_too, end_ids, load_token
 from trapo_train.parallel.first_rank import meta_model
 from trapo_train.parallel.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 from trapo_train.schema import UserError, check, expand_home, refused
-from trapo_train.step.packing import MicroBatch
 
 logger = logging.getLogger(__name__)
 

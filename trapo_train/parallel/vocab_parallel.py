@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from trapo_kernels import TokenBatch
-from trapo_train.step.packing import MicroBatch
+from trapo_train.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     from trapo_train.parallel.world import World

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from trapo_kernels import Objective
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.model import policy_forward
 from trapo_train.parallel.world import World
-from trapo_train.step.packing import MicroBatch
 from trapo_train.step.tally import Tally
 
 

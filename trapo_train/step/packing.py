@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trapo_kernels import Objective, Role, TokenBatch, aggregate, silenced_weight
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.records import Sample
 from trapo_train.schema import UserError, check
-from trapo_train.step.upload import upload, upload_batch
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,6 @@ class PackingConfig:
 
     def __post_init__(self) -> None:
         check(self, ("max_tokens", self.max_tokens >= 1, "at least 1"))
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """One packed row of T tokens and its N loss rows.
-
-    `input_ids` and `position_ids` are [1, T]; `segment_lengths` are the tokens of each sequence, summing to T.
-    `loss_positions` [N] are the positions in the row whose next token is scored; `batch` holds those N tokens. With a head sharded
-    over the vocabulary it holds those of all ranks, `rows_per_rank` of each (see `vocab_parallel`). `correction`: what
-    updates.correction found and did, [N] each: log_ratio (trainer's logprob less the sampler's), factor, and capped, 1 where the
-    factor is less than the ratio because of a cap, else 0; all of the `counted` tokens alone, those of rollouts in the loss.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    segment_lengths: tuple[int, ...]
-    loss_positions: Tensor
-    batch: TokenBatch
-    rows_per_rank: tuple[int, ...] | None = None
-    correction: dict[str, Tensor] | None = None
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on `device`."""
-        return replace(
-            self,
-            input_ids=upload(self.input_ids, device),
-            position_ids=upload(self.position_ids, device),
-            loss_positions=upload(self.loss_positions, device),
-            batch=upload_batch(self.batch, device),
-            correction=self.correction and {name: upload(x, device) for name, x in self.correction.items()},
-        )
 
 
 @dataclass(frozen=True)

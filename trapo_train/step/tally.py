@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trapo_kernels import Objective, PolicyLossOutput, Role, merged_metrics, metric_count
 from trapo_train.metrics import Mean
-from trapo_train.step.packing import MicroBatch
+from trapo_train.micro_batch import MicroBatch
 
 HISTOGRAM_BINS = 10
 

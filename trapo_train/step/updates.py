@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from trapo_kernels import Objective, Role, TokenBatch, corrections
 from trapo_train.metrics import Mean, merge_metrics
+from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.lora import without_lora
 from trapo_train.models.model import score_all
 from trapo_train.parallel.world import reshard
 from trapo_train.records import Sample
 from trapo_train.schema import UserError, check, refused
-from trapo_train.step.packing import MicroBatch
 
 _STREAMS = ("role", "old_logprob", "rollout_logprob", "sequence_id", "advantage")  # what the trainer gives to a correction
 
