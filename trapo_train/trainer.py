@@ -32,9 +32,10 @@ from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.loading import check_token_ids
 from trapo_train.models.model import load_model_and_tokenizer
 from trapo_train.models.model_state import load_training_state, training_state
+from trapo_train.models.placement import place_model
 from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches
-from trapo_train.parallel.world import World, place_model
+from trapo_train.parallel.world import World
 from trapo_train.records import Sample
 from trapo_train.reports.status import Tell, silent
 from trapo_train.rewards.functions import load_reward

@@ -16,8 +16,9 @@ from trapo_train.engines.vllm_engine import VllmEngine
 from trapo_train.engines.vllm_server import VllmServerEngine
 from trapo_train.models.model import body_autocast, policy_head
 from trapo_train.models.model_state import weights_as_saved
+from trapo_train.models.placement import gathered
 from trapo_train.models.tokenizer import end_ids
-from trapo_train.parallel.world import World, gathered
+from trapo_train.parallel.world import World
 
 AnyEngine = TransformersEngine | VllmServerEngine | VllmEngine
 

@@ -16,8 +16,9 @@ from trapo_train.evaluation.eval_sets import EvalSet
 from trapo_train.evaluation.evaluate import evaluate, never
 from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.model import score_all
+from trapo_train.models.placement import reshard
 from trapo_train.parallel.vocab_parallel import own_micro_batches
-from trapo_train.parallel.world import World, reshard
+from trapo_train.parallel.world import World
 from trapo_train.records import Sample
 from trapo_train.rollouts.rollout import RolloutConfig
 from trapo_train.rollouts.samples import SAMPLES_DIR

@@ -35,6 +35,7 @@ from trapo_train.models.attention import (
 )
 from trapo_train.models.autocast import cast_embeddings, cast_routers
 from trapo_train.models.dropout import check_one_policy, switch_off_dropout
+from trapo_train.models.first_rank import meta_model
 from trapo_train.models.liger import apply_liger
 from trapo_train.models.loading import (
     check_ends,
@@ -51,7 +52,6 @@ from trapo_train.models.loading import (
 from trapo_train.models.lora import LoraConfig, add_lora, check_no_adapter, hold_frozen
 from trapo_train.models.scratch import ScratchConfig
 from trapo_train.models.tokenizer import end_generation_too, end_ids, load_tokenizer
-from trapo_train.parallel.first_rank import meta_model
 from trapo_train.parallel.vocab_parallel import gather_rows, scale_gradient, shard_over_vocabulary
 from trapo_train.schema import UserError, check, expand_home, refused
 
@@ -182,7 +182,7 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model into host memory, its output head replaced by a `PolicyHead`, and its tokenizer.
 
-    Weights are float32; once a LoRA is added, frozen matrices are in the compute type. `parallel.place_model` moves them.
+    Weights are float32; once a LoRA is added, frozen matrices are in the compute type. `placement.place_model` moves them.
 
     Args:
         config: where the model comes from and how it runs.

@@ -16,7 +16,7 @@ from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.lora import without_lora
 from trapo_train.models.model import score_all
-from trapo_train.parallel.world import reshard
+from trapo_train.models.placement import reshard
 from trapo_train.records import Sample
 from trapo_train.schema import UserError, check, refused
 

@@ -16,8 +16,9 @@ from tests.trapo_train.step.test_optimizer_step import make_samples
 from trapo_kernels import objectives
 from trapo_train.models.liger import apply_liger
 from trapo_train.models.model import ModelConfig, PolicyHead, load_model_and_tokenizer, policy_forward, policy_head
+from trapo_train.models.placement import place_model
 from trapo_train.models.scratch import ScratchConfig
-from trapo_train.parallel.world import World, place_model
+from trapo_train.parallel.world import World
 from trapo_train.step.packing import PackingConfig, pack
 from trapo_train.tasks import build_tokenizer
 

@@ -24,8 +24,9 @@ from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.models.model_state import load_training_state, training_state
+from trapo_train.models.placement import gathered, place_model
 from trapo_train.parallel.vocab_parallel import join_micro_batches
-from trapo_train.parallel.world import ParallelConfig, World, gathered, place_model
+from trapo_train.parallel.world import ParallelConfig, World
 from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.step.optimizer_step import optimizer_step

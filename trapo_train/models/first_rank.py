@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.initialization import meta_device_safe_creation_ops
 
 from trapo_train.models.loading import replace_tensors
+from trapo_train.parallel.world import World
 from trapo_train.schema import UserError
 
 if TYPE_CHECKING:
     from trapo_train.models.model import ModelConfig
-    from trapo_train.parallel.world import World
 
 
 def meta_model(

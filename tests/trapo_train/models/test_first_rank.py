@@ -20,8 +20,9 @@ from trapo_train.extras import is_installed
 from trapo_train.memory.trace import weigh
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, load_model_and_tokenizer
+from trapo_train.models.placement import place_model
 from trapo_train.models.scratch import ScratchConfig
-from trapo_train.parallel.world import ParallelConfig, World, place_model
+from trapo_train.parallel.world import ParallelConfig, World
 from trapo_train.schema import UserError
 from trapo_train.tasks import build_tokenizer
 from trapo_train.trainer import Trainer

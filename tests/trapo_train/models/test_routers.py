@@ -10,7 +10,8 @@ import torch.distributed as dist
 from tests import ranks
 from tests.trapo_train.models.test_autocast import build
 from trapo_train.models.model import enable_gradient_checkpointing
-from trapo_train.parallel.world import ParallelConfig, World, gathered, place_model, reshard
+from trapo_train.models.placement import gathered, place_model, reshard
+from trapo_train.parallel.world import ParallelConfig, World
 
 BIAS = "moe_statics.e_score_correction_bias"
 CASES = [  # a model, what it keeps in float32, and which parameters of its router that names
