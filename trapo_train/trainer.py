@@ -29,7 +29,7 @@ from trapo_train.evaluation.eval_sets import load_eval_sets
 from trapo_train.evaluation.evaluate import evaluation_score, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.micro_batch import MicroBatch
-from trapo_train.models.loading import check_token_ids
+from trapo_train.models.loading import check_places, name_model_in_hub_errors
 from trapo_train.models.model import load_model_and_tokenizer
 from trapo_train.models.model_state import load_training_state, training_state
 from trapo_train.models.placement import place_model
@@ -82,11 +82,11 @@ class Trainer:
         self.reward = load_reward(config.reward)
         extremes = extreme_objectives(config.objective)  # refuses what no schedule may reach before anything is loaded
         preflight.check_objective(config, self.objective)
-        preflight.check_places(config.model)
+        check_places(config.model)
         build_optimizer(nn.Linear(1, 1, bias=False), config.optimizer)  # one's own had not been asked for
         task_tokenizer = tokenizer_of(config.data.task)
         tell(f"loading {config.model.name_or_path or 'a model from scratch'}")
-        with preflight.name_model_in_hub_errors(config.model):
+        with name_model_in_hub_errors(config.model):
             self.model, self.tokenizer = self._load_model(task_tokenizer, tell=self.notes.append)
         note = other_endings(self.model, self.tokenizer) if config.model.eos_token is None else None
         self.notes += [note] if note else []
@@ -102,7 +102,7 @@ class Trainer:
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {entry.problems.section: entry.problems for entry in self.eval_sets.values()}
         preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
-        check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
+        preflight.check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
         judged = {"data": self.problems} | (held_out if config.evaluation.sample else {})
         preflight.check_reward(self.reward, judged)
         self.notes += preflight.about_solutions(self.reward, judged)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.soak import soak
 from trapo_kernels import objectives
 from trapo_train import trainer
-from trapo_train.checks.preflight import name_model_in_hub_errors
 from trapo_train.config import RunConfig, load_config
+from trapo_train.models.loading import name_model_in_hub_errors
 from trapo_train.records import Sample
 from trapo_train.reports.display import Reporter
 from trapo_train.reports.metrics_log import read_metrics

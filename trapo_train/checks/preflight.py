@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective
 from trapo_train.checkpoints.checkpoint import CheckpointStore
@@ -19,8 +18,7 @@ from trapo_train.config import RunConfig
 from trapo_train.data.problems import RESERVED_COLUMNS, ProblemSet
 from trapo_train.engines.vllm_server import longest_of_server
 from trapo_train.models.attention import longrope_limit
-from trapo_train.models.lora import check_no_adapter
-from trapo_train.models.model import ModelConfig, policy_head
+from trapo_train.models.model import policy_head
 from trapo_train.rewards.functions import RewardFn, WeightedSum
 from trapo_train.rewards.grading import WorkerReward
 from trapo_train.rewards.reward_checks import check_takes, names
@@ -187,54 +185,25 @@ def check_traces(config: RunConfig, problems: ProblemSet) -> None:
     )
 
 
-_MODEL_FILES, _TOKENIZER_FILES = ("config.json",), ("tokenizer_config.json", "tokenizer.json", "config.json")
+def check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Mapping[str, ProblemSet]) -> None:
+    """Raise UserError for a token in `problems`, by the section of the data, that the model has no embedding for.
 
-
-def check_places(config: ModelConfig) -> None:
-    """Raise UserError for a directory that does not hold what it should, LoRA's adapter in place of a model, or a revision of what
-    is not on the hub; a name there, at most owner/name, passes."""
-    is_here = config.name_or_path is not None and Path(config.name_or_path).is_dir()
-    if config.revision is not None and (is_here or config.name_or_path is None):
-        given = f"the directory {config.name_or_path}" if is_here else "model.scratch"
-        raise UserError(
-            f"model.revision must be null but for a model on the hub, got {config.revision!r} with {given}. Set "
-            "model.revision=null, or model.name_or_path to a name on the hub."
-        )
-    if is_here:
-        check_no_adapter(config.name_or_path)
-    places = (("name_or_path", config.name_or_path, _MODEL_FILES), ("tokenizer", config.tokenizer, _TOKENIZER_FILES))
-    for key, place, files in places:
-        is_path = place is not None and (place.count("/") > 1 or place.startswith(("/", ".", "~")) or Path(place).is_dir())
-        if is_path and not any((Path(place) / file).is_file() for file in files):
-            wanted, found = (
-                " or ".join(files),
-                "which has none" if Path(place).is_dir() else f"which does not exist{_seen_from(place)}",
-            )
-            raise UserError(
-                f"model.{key} must be a hub name such as owner/name or a directory with {wanted}, got {place!r}, {found}. "
-                "Give another; the recipes demo_* start from the base that `trapo-train demo` leaves in runs/demo."
-            )
-
-
-def _seen_from(place: str) -> str:
-    """Where a relative path counts from: a run may have been started elsewhere than it is exported or evaluated."""
-    return "" if Path(place).is_absolute() else f" in {Path.cwd()}"
-
-
-@contextmanager
-def name_model_in_hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Say which model it was that could not be read: the hub's own errors do not."""
-    try:
-        yield
-    except OSError as error:
-        if config.name_or_path is None or error.errno is not None:  # a full disk is no missing model
-            raise
-        missing = "" if Path(config.name_or_path).is_dir() else f", and there is no such directory{_seen_from(config.name_or_path)}"
-        missing = missing if config.revision is None else f" at model.revision={config.revision}{missing}"
-        raise OSError(
-            f"model.name_or_path must be a model on the hub or a directory with its files, got {config.name_or_path!r}{missing}. "
-            f"{error}"
-        ) from error
+    All of them are tokenised once more for that, but only where the tokenizer has such tokens.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) < embeddings:
+        return
+    remedy = "Remove it from the data, or set model.tokenizer to the one the model was trained with."
+    for section, entry in problems.items():
+        for problem in entry:
+            texts = {"prompt": problem.prompt_ids} | {"expert trace": [i for expert in problem.experts for i in expert.token_ids]}
+            for what, token_ids in texts.items():
+                found = next((token_id for token_id in token_ids if token_id >= embeddings), None)
+                if found is not None:
+                    raise UserError(
+                        f"{section}: the model must have an embedding for every token, it has {embeddings}; the {what} of problem "
+                        f"{problem.index} has {tokenizer.convert_ids_to_tokens(found)!r}, token {found}. {remedy}"
+                    )
 
 
 def check_lengths(config: RunConfig, model: PreTrainedModel, problems: ProblemSet | None, held_out: Sequence[ProblemSet]) -> None:

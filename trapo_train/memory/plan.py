@@ -17,12 +17,11 @@ import torch
 from transformers import PretrainedConfig
 
 from trapo_kernels import LEAST_KEPT_BYTES, head_memory
-from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
 from trapo_train.config import RunConfig
 from trapo_train.engines.cache import ROOM, SMALL
 from trapo_train.extras import is_installed
 from trapo_train.memory.trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
-from trapo_train.models.loading import read_architecture
+from trapo_train.models.loading import check_places, name_model_in_hub_errors, read_architecture
 from trapo_train.models.lora import LoraConfig, check_no_adapter
 from trapo_train.models.model import DTYPES
 from trapo_train.models.tokenizer import load_tokenizer

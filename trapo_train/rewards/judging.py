@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from trapo_train.models.tokenizer import decode
 from trapo_train.records import END_THINK, THINK, Sample, opens_thoughts
 from trapo_train.rewards.functions import RewardFn, Total, WeightedSum, judge, may_overlap, opinion_of
 from trapo_train.rewards.surroundings import current_gpu, use_gpu
-from trapo_train.rollouts.prefix import answer_in_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,6 +106,23 @@ def judge_samples(
     problems = [sample.problem for sample in samples]
     values = judge(reward, problems, _texts(samples, tokenizer, config), _about(samples, tokenizer, config))
     return _settle(samples, values, tokenizer, config)
+
+
+def answer_in_prefix(prefix_text: str, solution: str | None) -> bool:
+    """Return whether the solution already stands in the prefix, so that a completion may earn its reward for nothing.
+
+    The solution must stand there whole: "5" is found in "x = 5." but not in "15", "5.2" or "0.5". White space counts as
+    one space. The prefix may name the value for another reason, so this is an upper bound.
+    """
+    words = (solution or "").split()
+    if not words:
+        return False
+    pattern = r"\s+".join(re.escape(word) for word in words)
+    if re.match(r"\w", words[0]):
+        pattern = r"(?<!\w)(?<!\d[.,])" + pattern
+    if re.match(r"\w", words[-1][-1]):
+        pattern += r"(?!\w)(?![.,]\d)"
+    return re.search(pattern, prefix_text) is not None
 
 
 def _texts(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -65,23 +64,6 @@ def cut_prefix(
     cut = max(1, math.floor(ratio * len(body) + 1e-9))
     limit = min(math.ceil((ratio + snap_window) * len(body) - 1e-9), len(body))  # the first boundary too far
     return body[: _between_characters(body, _snap_forward(body, cut, limit, tokenizer, paragraph_break), tokenizer)]
-
-
-def answer_in_prefix(prefix_text: str, solution: str | None) -> bool:
-    """Return whether the solution already stands in the prefix, so that a completion may earn its reward for nothing.
-
-    The solution must stand there whole: "5" is found in "x = 5." but not in "15", "5.2" or "0.5". White space counts as
-    one space. The prefix may name the value for another reason, so this is an upper bound.
-    """
-    words = (solution or "").split()
-    if not words:
-        return False
-    pattern = r"\s+".join(re.escape(word) for word in words)
-    if re.match(r"\w", words[0]):
-        pattern = r"(?<!\w)(?<!\d[.,])" + pattern
-    if re.match(r"\w", words[-1][-1]):
-        pattern += r"(?!\w)(?![.,]\d)"
-    return re.search(pattern, prefix_text) is not None
 
 
 def _snap_forward(body: tuple[int, ...], cut: int, limit: int, tokenizer: PreTrainedTokenizerBase, paragraph_break: str) -> int:

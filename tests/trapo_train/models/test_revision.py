@@ -14,10 +14,10 @@ from tests.trapo_train.step.test_optimizer_step import make_model
 from tests.trapo_train.test_train import build_config
 from trapo_train import cli, train
 from trapo_train.checkpoints.export import export_adapter
-from trapo_train.checks.preflight import check_places, name_model_in_hub_errors
 from trapo_train.data.dataset import DataConfig
 from trapo_train.data.sources import load_rows
 from trapo_train.evaluation.held_out import model_label
+from trapo_train.models.loading import check_places, name_model_in_hub_errors
 from trapo_train.models.lora import LoraConfig, add_lora
 from trapo_train.models.model import ModelConfig
 from trapo_train.schema import UserError

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from trapo_train.models.tokenizer import decode
 from trapo_train.records import ExpertTrace
 from trapo_train.rollouts import prefix
-from trapo_train.rollouts.prefix import answer_in_prefix, cut_prefix
+from trapo_train.rollouts.prefix import cut_prefix
 from trapo_train.tasks import build_tokenizer
 
 TRACE = (
@@ -234,26 +234,3 @@ def test_bad_arguments(options, words):
     with pytest.raises(ValueError) as error:
         cut_prefix(expert(tokenizer, "ab"), tokenizer=tokenizer, **options)
     assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("prefix", "solution", "expected"),
-    [
-        ("so x = 5.", "5", True),
-        ("so x = 15", "5", False),
-        ("so x = 5.2", "5", False),
-        ("so x = 0.5", "5", False),
-        ("so x = 51", "5", False),
-        ("5", "5", True),
-        ("it is $\\frac{1}{2}$, so", "\\frac{1}{2}", True),
-        ("x\\frac{1}{2}", "\\frac{1}{2}", True),
-        ("a  walk\nhome", "walk home", True),
-        ("ac|cb|bd|", "bd", True),
-        ("ac|cb|", "bd", False),
-        ("", "5", False),
-        ("anything", None, False),
-        ("anything", "  ", False),
-    ],
-)
-def test_answer_in_prefix(prefix, solution, expected):
-    assert answer_in_prefix(prefix, solution) is expected
