@@ -193,8 +193,8 @@ def _recipes(args: argparse.Namespace, console: Console) -> int:
 
 
 def _settings(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.reports.settings import settings
     from trapo_train.reports.tables import settings_table
+    from trapo_train.settings import settings
 
     console.print(settings_table(settings(args.section)))
     return EXIT_OK

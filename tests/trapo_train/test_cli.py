@@ -15,8 +15,8 @@ from trapo_train import cli, dry_run, train
 from trapo_train.data import sources
 from trapo_train.evaluation.held_out import model_label
 from trapo_train.reports.metrics_log import read_metrics
-from trapo_train.reports.settings import settings
 from trapo_train.schema import UserError
+from trapo_train.settings import settings
 from trapo_train.step.optimizer import OptimizerConfig
 from trapo_train.tasks import build_tokenizer
 

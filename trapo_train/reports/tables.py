@@ -16,7 +16,7 @@ from trapo_train.reports.metrics_log import group_accuracies, group_label
 
 if TYPE_CHECKING:
     from trapo_train.evaluation.headroom import HeadroomReport
-    from trapo_train.reports.settings import Setting
+    from trapo_train.settings import Setting
 
 
 def evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Group:
