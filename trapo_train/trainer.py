@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trapo_kernels import Objective, free_kept_memory
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.continuation import about_dates, set_learning_rate, split_settings, what_changed
-from trapo_train.checkpoints.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
 from trapo_train.checks import preflight
 from trapo_train.checks.advice import advice
 from trapo_train.config import RunConfig
@@ -25,6 +24,7 @@ from trapo_train.data.dataset import ProblemOrder, load_problems
 from trapo_train.data.problems import ProblemSet
 from trapo_train.data.rejected import Place
 from trapo_train.engines.configured import build_engine, ready_to_generate
+from trapo_train.engines.draws import rank_seed
 from trapo_train.evaluation.eval_sets import load_eval_sets
 from trapo_train.evaluation.evaluate import evaluation_score, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
@@ -36,6 +36,7 @@ from trapo_train.models.placement import place_model
 from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches
 from trapo_train.parallel.world import World
+from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
 from trapo_train.records import Sample
 from trapo_train.reports.status import Tell, silent
 from trapo_train.rewards.functions import load_reward

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _GAMMA, _MIX_1, _MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
 
 
 def request_key(*parts: int) -> int:
@@ -65,6 +66,14 @@ def _invert(prob: Tensor, uniform: Tensor) -> Tensor:
 def request_seed(*parts: int) -> int:
     """`request_key` as others take a seed, at least 0 and below 2^63."""
     return request_key(*parts) & (2**63 - 1)
+
+
+def rank_seed(seed: int, step: int, size: int, rank: int) -> int:
+    """Of the engine and the global generators of a rank of `size` that starts at `step` of a run, at least 0.
+
+    At step 0 ranks have the same whatever their number; a later start, on another number of ranks, has seeds of its own.
+    """
+    return seed + _RANK_SEED * rank if step == 0 else request_seed(seed, step, size, rank)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

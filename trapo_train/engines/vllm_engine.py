@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo_train.checkpoints.random_states import keep_generators, seed_generators
 from trapo_train.engines.draws import request_seed
 from trapo_train.engines.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
+from trapo_train.random_states import keep_generators, seed_generators
 from trapo_train.records import Completion
 from trapo_train.schema import UserError, check
 

@@ -21,8 +21,8 @@ from trapo_train.checkpoints.checkpoint import (
     CheckpointStore,
     compare_fingerprints,
 )
-from trapo_train.checkpoints.random_states import rng_state
 from trapo_train.parallel.world import RankError, World
+from trapo_train.random_states import rng_state
 
 FINGERPRINT = {"config": {"seed": 1, "optimizer": {"learning_rate": 0.1}}, "data": "abc"}
 

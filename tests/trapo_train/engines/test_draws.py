@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trapo_train.engines.draws import draw_token, request_key, uniforms
+from trapo_train.engines.draws import draw_token, rank_seed, request_key, uniforms
+from trapo_train.random_states import keep_generators, seed_generators
 
 KEYS = [request_key(3, i) for i in range(4)] + [0, -1, 2**63 - 1, -(2**63)]
 
@@ -80,3 +81,14 @@ def test_top_k_and_top_p_cut_the_tail():
 def test_not_a_number_stays_in_range():
     token = draw_token(torch.full((2, 7), torch.nan), torch.tensor([0.1, 0.9], dtype=torch.float64), top_k=0, top_p=1.0)
     assert ((token >= 0) & (token < 7)).all()
+
+
+def test_no_start_of_a_run_uses_the_seeds_of_another():
+    fresh = {rank_seed(3, 0, 64, rank) for rank in range(64)}
+    starts = [(step, size, rank) for step in (1, 5, 99, 100, 200, 400) for size in range(1, 65) for rank in range(size)]
+    resumed = {rank_seed(3, *start) for start in starts}
+    assert len(fresh) == 64 and len(resumed) == len(starts) and not fresh & resumed
+    with keep_generators():
+        seed_generators(max(resumed))  # torch and numpy take them
+    assert min(resumed) >= 0
+    assert [rank_seed(3, 0, size, 2) for size in (3, 8)] == [3 + 2 * 1_000_003] * 2  # runs start as they always did

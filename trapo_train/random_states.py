@@ -10,18 +10,6 @@ from typing import Any
 import numpy
 import torch
 
-from trapo_train.engines.draws import request_seed
-
-_RANK_SEED = 1_000_003  # between the seeds of neighbouring ranks
-
-
-def rank_seed(seed: int, step: int, size: int, rank: int) -> int:
-    """Of the engine and the global generators of a rank of `size` that starts at `step` of a run, at least 0.
-
-    At step 0 ranks have the same whatever their number; a later start, on another number of ranks, has seeds of its own.
-    """
-    return seed + _RANK_SEED * rank if step == 0 else request_seed(seed, step, size, rank)
-
 
 def seed_generators(seed: int) -> None:
     """Start every global generator, those of all CUDA devices too, from `seed`, at least 0."""

@@ -11,7 +11,7 @@ import torch
 
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, train_to_end
 from trapo_train.checkpoints.checkpoint import CheckpointStore
-from trapo_train.checkpoints.random_states import keep_generators, rank_seed, restore_rng_state, rng_state, seed_generators
+from trapo_train.random_states import restore_rng_state, rng_state
 from trapo_train.rewards.functions import RewardError
 from trapo_train.trainer import Trainer
 
@@ -162,14 +162,3 @@ def test_evaluations_leave_to_training_what_it_draws(configure):
     for name, every in (("rarely", 3), ("often", 1)):
         train_to_end(configure(name, *DICE, "steps=3", EVALUATED[0], f"evaluation.every={every}"))
     assert exported(configure("rarely")) == exported(configure("often"))
-
-
-def test_no_start_of_a_run_uses_the_seeds_of_another():
-    fresh = {rank_seed(3, 0, 64, rank) for rank in range(64)}
-    starts = [(step, size, rank) for step in (1, 5, 99, 100, 200, 400) for size in range(1, 65) for rank in range(size)]
-    resumed = {rank_seed(3, *start) for start in starts}
-    assert len(fresh) == 64 and len(resumed) == len(starts) and not fresh & resumed
-    with keep_generators():
-        seed_generators(max(resumed))  # torch and numpy take them
-    assert min(resumed) >= 0
-    assert [rank_seed(3, 0, size, 2) for size in (3, 8)] == [3 + 2 * 1_000_003] * 2  # runs start as they always did
