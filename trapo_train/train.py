@@ -18,8 +18,7 @@ from typing import Any
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checkpoints.export import export_adapter, export_model, other_tokenizer
-from trapo_train.checkpoints.lock import held
-from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps
+from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps, held
 from trapo_train.checkpoints.postmortem import save_batch
 from trapo_train.checkpoints.signals import StopSignal
 from trapo_train.checks.preflight import check_disk

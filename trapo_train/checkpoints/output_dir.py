@@ -1,18 +1,23 @@
-"""Which directory a run may write to: a new one, or that of the run that it continues."""
+"""Which directory a run may write to: a new one, or that of the run that it continues, and one run at a time: two would overwrite
+each other's metrics and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.export import check_replaceable
 from trapo_train.config import RunConfig, to_yaml
 from trapo_train.config_file import ADAPTER_DIR, CONFIG_FILE, MODEL_DIR
+from trapo_train.files import lock, sign
 from trapo_train.parallel.world import World
 from trapo_train.reports.metrics_log import METRICS_FILE
-from trapo_train.schema import UserError
+from trapo_train.schema import UserError, refused
 
+LOCK_FILE = ".lock"
 SHARED_WITHIN_S = 20.0
 
 
@@ -31,7 +36,7 @@ def check_place(config: RunConfig) -> None:
 
 def check_output_dir(config: RunConfig) -> None:
     """Raise UserError, or CheckpointError for a model/ that is no export, where the run may not write to its output_dir because of
-    what that holds. What is found holds as long as no other run writes there (see `lock`)."""
+    what that holds. What is found holds as long as no other run writes there (see `held`)."""
     output_dir = Path(config.output_dir)
     if _is_used(output_dir) and not config.checkpoint.resume:
         saved = CheckpointStore.of(output_dir).steps()
@@ -47,6 +52,37 @@ def check_output_dir(config: RunConfig) -> None:
         check_steps(config, config.steps)
     for exported in (MODEL_DIR, ADAPTER_DIR) if config.model.lora is not None else (MODEL_DIR,):
         check_replaceable((output_dir / exported).resolve())
+
+
+@contextmanager
+def held(output_dir: Path, world: World) -> Iterator[str | None]:
+    """Inside, no other run can begin in `output_dir`; every rank enters. Gives a note where the disk takes no locks. The lock ends
+    with the process, whatever ends that and whatever it has forked.
+
+    Raises: UserError, on every rank, where another run writes there or the directory cannot be written to.
+    """
+    writable = f"output_dir must be a directory that can be written to, got {output_dir}. Choose another, or mend what it lacks"
+    with ExitStack() as files:
+
+        def take() -> str | None:
+            note = None
+            with refused(writable, OSError):
+                output_dir.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context((output_dir / LOCK_FILE).open("a+", encoding="utf-8"))
+                try:
+                    other = lock(file)
+                except OSError as error:  # as of some network disks
+                    note, other = f"nothing keeps a second run out of output_dir: its disk takes no locks ({error})", None
+                if other is None:
+                    sign(file)
+            if other is not None:
+                raise UserError(
+                    f"output_dir must belong to one run at a time, got {output_dir}, to which {other} writes. Wait for its end, "
+                    "stop it, or choose another output_dir."
+                )
+            return note
+
+        yield world.attempt(take if world.first else lambda: None, UserError)[0]
 
 
 def check_in_place(file: str | Path, config: RunConfig) -> None:

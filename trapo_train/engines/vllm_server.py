@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 from urllib.parse import urlsplit
 
-from trapo_train.checkpoints.lock import lock, sign
 from trapo_train.engines.draws import request_seed
 from trapo_train.engines.engine import Engine, EngineError, SamplingParams, finite_logprobs, stop_ids
+from trapo_train.files import lock, sign
 from trapo_train.records import Completion
 from trapo_train.schema import check, expand_home
 
