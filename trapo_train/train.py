@@ -18,6 +18,7 @@ from typing import Any
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checkpoints.export import export_adapter, export_model, other_tokenizer
+from trapo_train.checkpoints.model_state import check_finite
 from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps, held
 from trapo_train.checkpoints.postmortem import save_batch
 from trapo_train.checkpoints.signals import StopSignal
@@ -29,7 +30,6 @@ from trapo_train.data.rejected import Place, read_rejected, write_rejected
 from trapo_train.evaluation.evaluate import EvaluationStopped
 from trapo_train.extras import check_packages
 from trapo_train.files import replace_text
-from trapo_train.models.model_state import check_finite
 from trapo_train.parallel.world import World
 from trapo_train.records import Sample
 from trapo_train.reports.display import NullReporter, Reporter

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trapo_kernels import Objective, free_kept_memory
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.continuation import about_dates, set_learning_rate, split_settings, what_changed
+from trapo_train.checkpoints.model_state import load_training_state, training_state
 from trapo_train.checks import preflight
 from trapo_train.checks.advice import advice
 from trapo_train.config import RunConfig
@@ -31,7 +32,6 @@ from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, traine
 from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.loading import check_places, name_model_in_hub_errors
 from trapo_train.models.model import load_model_and_tokenizer
-from trapo_train.models.model_state import load_training_state, training_state
 from trapo_train.models.placement import place_model
 from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches

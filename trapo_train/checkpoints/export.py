@@ -17,13 +17,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
+from trapo_train.checkpoints.model_state import load_trained_weights, whole_weights
 from trapo_train.config import load_config
 from trapo_train.config_file import CONFIG_FILE, MODEL_DIR
 from trapo_train.files import UNFINISHED
 from trapo_train.models.loading import check_places, name_model_in_hub_errors, write_processor
 from trapo_train.models.lora import has_lora, names_as_they_are, other_layers
 from trapo_train.models.model import DTYPES, load_model_and_tokenizer
-from trapo_train.models.model_state import load_trained_weights, whole_weights
 from trapo_train.parallel.world import World
 from trapo_train.schema import UserError
 from trapo_train.tasks import tokenizer_of

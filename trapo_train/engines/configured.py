@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from trapo_train.checkpoints.checkpoint import CheckpointError
 from trapo_train.checkpoints.export import check_replaceable, export_model
-from trapo_train.config import RunConfig
+from trapo_train.checkpoints.model_state import whole_weights
 from trapo_train.engines.engine import EngineError, TransformersEngine
 from trapo_train.engines.vllm_engine import VllmEngine
 from trapo_train.engines.vllm_server import VllmServerEngine
 from trapo_train.models.model import body_autocast, policy_head
-from trapo_train.models.model_state import weights_as_saved
 from trapo_train.models.placement import gathered
 from trapo_train.models.tokenizer import end_ids
 from trapo_train.parallel.world import World
+
+if TYPE_CHECKING:
+    from trapo_train.config import RunConfig
 
 AnyEngine = TransformersEngine | VllmServerEngine | VllmEngine
 
@@ -64,7 +70,7 @@ def ready_to_generate(
             yield
     elif isinstance(engine, VllmEngine):
         world.attempt(engine.wake, EngineError)  # before the weights, which all ranks put together
-        world.attempt(lambda: engine.load(weights_as_saved(model, policy_head(model).compute_dtype)), EngineError)
+        world.attempt(lambda: engine.load(_weights_as_saved(model, policy_head(model).compute_dtype)), EngineError)
         try:
             yield
         except BaseException:  # perhaps of this rank alone, while the others are elsewhere
@@ -79,6 +85,24 @@ def ready_to_generate(
         world.attempt(engine.load_weights if world.first else lambda: None, EngineError)
         engine.loaded_step = step
         yield
+
+
+def _weights_as_saved(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """`whole_weights` under the names and in the shapes of the model's files, which is what vLLM reads: transformers holds the
+    experts of a layer as one tensor, files have one for each.
+
+    Raises: EngineError for a model of which several weights are one in its files, as here each is turned back alone.
+    """
+    seen: set[str] = set()
+    for name, weight in whole_weights(model, dtype):
+        for saved_name, saved in revert_weight_conversion(model, {name: weight}).items():
+            if saved_name in seen:
+                raise EngineError(
+                    f"vllm: each tensor of the model's files must come from one weight of the model, got {saved_name} of several, "
+                    f"{name} the last. Use rollout.engine=vllm_server, which reads whole files."
+                )
+            seen.add(saved_name)
+            yield saved_name, saved
 
 
 def _write_for(engine: VllmServerEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> None:

@@ -100,7 +100,7 @@ def test_a_model_of_which_files_hold_several_weights_as_one_is_refused(vllm, tmp
     def fused(model, weights):
         return {re.sub("[qkv]_proj", "qkv_proj", name): weight for name, weight in weights.items()}
 
-    monkeypatch.setattr("trapo_train.models.model_state.revert_weight_conversion", fused)
+    monkeypatch.setattr("trapo_train.engines.configured.revert_weight_conversion", fused)
     model = tiny()
     engine = build(model, tmp_path)
     message = (

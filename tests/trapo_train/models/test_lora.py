@@ -14,6 +14,7 @@ from tests.trapo_train.test_train import build_config, exported, train_to_end
 from trapo_train import extras
 from trapo_train.checkpoints.checkpoint import CheckpointStore
 from trapo_train.checkpoints.export import export_adapter, export_model
+from trapo_train.checkpoints.model_state import whole_weights
 from trapo_train.config import load_config
 from trapo_train.extras import check_packages
 from trapo_train.memory import plan as memory
@@ -30,7 +31,6 @@ from trapo_train.models.lora import (
     without_lora,
 )
 from trapo_train.models.model import ModelConfig, body_autocast, install_policy_head, load_model_and_tokenizer
-from trapo_train.models.model_state import whole_weights
 from trapo_train.schema import ConfigError, MissingPackage
 from trapo_train.tasks import build_tokenizer
 from trapo_train.train import Trainer

@@ -23,7 +23,7 @@ from tests.trapo_train.step.test_optimizer_step import make_model, make_samples
 from tests.trapo_train.test_train import EVALUATED, TINY, build_config
 from trapo_kernels import objectives
 from trapo_train.checkpoints.checkpoint import CheckpointStore
-from trapo_train.models.model_state import load_training_state, training_state
+from trapo_train.checkpoints.model_state import load_training_state, training_state
 from trapo_train.models.placement import gathered, place_model
 from trapo_train.parallel.vocab_parallel import join_micro_batches
 from trapo_train.parallel.world import ParallelConfig, World

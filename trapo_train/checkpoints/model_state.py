@@ -20,10 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from trapo_train.checkpoints.checkpoint import CheckpointStore
-from trapo_train.engines.engine import EngineError
 from trapo_train.models.lora import merged_weights
 from trapo_train.parallel.world import World
 from trapo_train.step.optimizer_step import NonFiniteError
@@ -139,21 +137,3 @@ def whole_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
         return value.full_tensor() if isinstance(value, DTensor) else value
 
     return merged_weights(model, tensors, whole, dtype)
-
-
-def weights_as_saved(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """`whole_weights` under the names and in the shapes of the model's files, which is what vLLM reads: transformers holds the
-    experts of a layer as one tensor, files have one for each.
-
-    Raises: EngineError for a model of which several weights are one in its files, as here each is turned back alone.
-    """
-    seen: set[str] = set()
-    for name, weight in whole_weights(model, dtype):
-        for saved_name, saved in revert_weight_conversion(model, {name: weight}).items():
-            if saved_name in seen:
-                raise EngineError(
-                    f"vllm: each tensor of the model's files must come from one weight of the model, got {saved_name} of several, "
-                    f"{name} the last. Use rollout.engine=vllm_server, which reads whole files."
-                )
-            seen.add(saved_name)
-            yield saved_name, saved
