@@ -154,9 +154,9 @@ def _step(text: str) -> int | str:
 def _run(args: argparse.Namespace, console: Console) -> int:
     config = _load(args, finished_run=False)
     from trapo_train import train
-    from trapo_train.checkpoints.output_dir import check_in_place
     from trapo_train.reports.display import NullReporter, Reporter
     from trapo_train.reports.plots import plot_run
+    from trapo_train.run.output_dir import check_in_place
 
     if not any(override.startswith("output_dir=") for override in args.overrides):
         check_in_place(args.config, config)
@@ -236,7 +236,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
 
 
 def _export(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.checkpoints.export import export_checkpoint
+    from trapo_train.run.export_checkpoint import export_checkpoint
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"export: must run in one process, got {os.environ['WORLD_SIZE']} ranks. Start it without torchrun.")

@@ -19,9 +19,6 @@ from typing import Any
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checkpoints.export import export_adapter, export_model, other_tokenizer
 from trapo_train.checkpoints.model_state import check_finite
-from trapo_train.checkpoints.output_dir import check_output_dir, check_place, check_shared, check_steps, held
-from trapo_train.checkpoints.postmortem import save_batch
-from trapo_train.checkpoints.signals import StopSignal
 from trapo_train.checks.preflight import check_disk
 from trapo_train.checks.symptoms import Symptoms
 from trapo_train.config import RunConfig, to_yaml
@@ -35,6 +32,9 @@ from trapo_train.records import Sample
 from trapo_train.reports.display import NullReporter, Reporter
 from trapo_train.rollouts.rollout import SAMPLING_ERRORS
 from trapo_train.rollouts.samples import write_samples
+from trapo_train.run.output_dir import check_output_dir, check_place, check_shared, check_steps, held
+from trapo_train.run.postmortem import save_batch
+from trapo_train.run.signals import StopSignal
 from trapo_train.schema import UserError
 from trapo_train.step.objective import ObjectiveConfig, cap_of_ratios
 from trapo_train.step.optimizer_step import NonFiniteError
@@ -323,7 +323,7 @@ def _given_up(trainer: Trainer, skipped: int) -> NonFiniteError:
     """Why the run ends after so many steps of nothing else, the last batch of which is kept where there is room for it."""
     config = trainer.config
     directory = Path(config.output_dir) / f"non_finite_step_{trainer.step}"
-    batch = f"The last batch is in {directory} (see trapo_train.checkpoints.postmortem)"
+    batch = f"The last batch is in {directory} (see trapo_train.run.postmortem)"
     try:
         save_batch(directory, trainer)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError

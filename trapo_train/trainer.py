@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo_kernels import Objective, free_kept_memory
 from trapo_train.checkpoints.checkpoint import CheckpointStore
-from trapo_train.checkpoints.continuation import about_dates, set_learning_rate, split_settings, what_changed
 from trapo_train.checkpoints.model_state import load_training_state, training_state
 from trapo_train.checks import preflight
 from trapo_train.checks.advice import advice
@@ -43,6 +42,7 @@ from trapo_train.rewards.functions import load_reward
 from trapo_train.rollouts.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.rollouts.refill import sample_with_refill
 from trapo_train.rollouts.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
+from trapo_train.run.continuation import about_dates, set_learning_rate, split_settings, what_changed
 from trapo_train.step.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.step.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.step.objective import build_objective, extreme_objectives, scheduled_options

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tests.trapo_train.test_train import build_config
 from trapo_kernels import KL
-from trapo_train.checkpoints.continuation import split_settings
+from trapo_train.run.continuation import split_settings
 from trapo_train.schedules import Constant, Cosine, Linear, WarmUp, build_schedule, is_schedule
 from trapo_train.step.objective import ObjectiveConfig, build_objective
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler

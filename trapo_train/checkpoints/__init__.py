@@ -1,1 +1,1 @@
-"""What a run keeps: its directory, checkpoints, random states, the exported model; and how one goes on."""
+"""What of a run is kept: checkpoints, and the model as Hugging Face files."""

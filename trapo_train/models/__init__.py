@@ -1,1 +1,1 @@
-"""Loading a model with its tokenizer, what is changed in it, and running it on packed rows."""
+"""Loading a model with its tokenizer, what is changed in it, its place on the ranks, and running it on packed rows."""

@@ -1,1 +1,1 @@
-"""Many ranks: what they tell each other, FSDP2, and a head sharded over the vocabulary."""
+"""Many ranks: what they tell each other, and a head sharded over the vocabulary."""

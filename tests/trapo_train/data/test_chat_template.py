@@ -6,7 +6,7 @@ from tests.trapo_train.data import test_dataset as test_data
 from tests.trapo_train.data.test_dataset import ROWS, TURNS
 from tests.trapo_train.test_train import build_config
 from trapo_train.checkpoints.checkpoint import compare_fingerprints
-from trapo_train.checkpoints.continuation import split_settings
+from trapo_train.run.continuation import split_settings
 from trapo_train.schema import UserError
 
 load, tokenizer = test_data.load, test_data.tokenizer  # fixtures

@@ -10,7 +10,7 @@ import pytest
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_kernels import KL, Objective, objectives
 from trapo_train import cli, dry_run
-from trapo_train.checkpoints.export import export_checkpoint
+from trapo_train.run.export_checkpoint import export_checkpoint
 from trapo_train.schema import UserError
 from trapo_train.step.objective import KLConfig, ObjectiveConfig, build_objective, extreme_objectives
 from trapo_train.tasks import build_tokenizer

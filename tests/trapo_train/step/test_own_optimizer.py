@@ -9,9 +9,9 @@ import pytest
 from tests.trapo_train.step.test_optimizer import sharded_model as sharded_model
 from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import cli
-from trapo_train.checkpoints.export import export_checkpoint
 from trapo_train.memory.plan import load_architecture
 from trapo_train.memory.trace import trace_optimizer
+from trapo_train.run.export_checkpoint import export_checkpoint
 from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer
 from trapo_train.trainer import Trainer

@@ -10,8 +10,8 @@ import pytest
 
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, rows, train_to_end
 from trapo_train.checkpoints.checkpoint import CheckpointStore
-from trapo_train.checkpoints.signals import StopSignal
 from trapo_train.parallel.world import World
+from trapo_train.run.signals import StopSignal
 from trapo_train.train import run
 
 

@@ -2,7 +2,7 @@
 
 from trapo_train.config import load_config
 from trapo_train.models.model import policy_forward
-from trapo_train.checkpoints.postmortem import load_batch
+from trapo_train.run.postmortem import load_batch
 from trapo_train.trainer import Trainer
 
 trainer = Trainer(load_config("runs/my/config.yaml"))  # the model of before training

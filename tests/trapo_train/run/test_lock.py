@@ -12,12 +12,12 @@ import pytest
 
 from tests.trapo_train.test_train import build_config, train_to_end
 from trapo_train import train
-from trapo_train.checkpoints.export import export_checkpoint
-from trapo_train.checkpoints.output_dir import held
 from trapo_train.parallel.world import World
 from trapo_train.reports.display import Reporter
 from trapo_train.reports.metrics_log import read_metrics
 from trapo_train.reports.plots import plot_run
+from trapo_train.run.export_checkpoint import export_checkpoint
+from trapo_train.run.output_dir import held
 from trapo_train.schema import UserError
 
 OWN = rf"process {os.getpid()} on {socket.gethostname()} writes\. Wait for its end"

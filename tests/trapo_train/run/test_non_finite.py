@@ -15,13 +15,14 @@ from tests.trapo_train.step.test_optimizer_step import make_model
 from tests.trapo_train.test_train import StopAfter, build_config, rows, train_to_end
 from trapo_kernels import objectives
 from trapo_train import train, trainer
-from trapo_train.checkpoints import model_state, postmortem
+from trapo_train.checkpoints import model_state
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checkpoints.model_state import non_finite_weight
 from trapo_train.engines.engine import EngineError
 from trapo_train.models.model import policy_forward
 from trapo_train.reports.display import Reporter
 from trapo_train.reports.metrics_log import read_metrics
+from trapo_train.run import postmortem
 from trapo_train.step.optimizer import OptimizerConfig
 from trapo_train.step.optimizer_step import NonFiniteError
 from trapo_train.train import run

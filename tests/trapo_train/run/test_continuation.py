@@ -18,15 +18,15 @@ from tests.trapo_train.parallel.test_parallel import ranks_train
 from tests.trapo_train.test_train import EVALUATED, StopAfter, build_config, exported, rows, train_to_end
 from trapo_train import train
 from trapo_train import trainer as trainer_module
-from trapo_train.checkpoints import output_dir
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
-from trapo_train.checkpoints.continuation import about_dates, set_learning_rate
 from trapo_train.data.dataset import DataConfig
 from trapo_train.evaluation import evaluate
 from trapo_train.models.attention import PACKED_IMPLEMENTATION
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig, prepare
 from trapo_train.reports.metrics_log import read_metrics
+from trapo_train.run import output_dir
+from trapo_train.run.continuation import about_dates, set_learning_rate
 from trapo_train.step.chooser import ChooserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer, build_scheduler
 from trapo_train.tasks import build_tokenizer
@@ -231,7 +231,7 @@ def failing(step, metrics):
 
 def test_a_chooser_that_fails_loses_nothing(configure):
     config = configure(
-        "run", "objective={name: trapo, chooser: 'tests.trapo_train.checkpoints.test_continuation:failing'}", "checkpoint.every=0"
+        "run", "objective={name: trapo, chooser: 'tests.trapo_train.run.test_continuation:failing'}", "checkpoint.every=0"
     )
     with pytest.raises(ChooserError, match=r"test_continuation:failing' failed at step 2: .*must answer one of"):
         train_to_end(config)
