@@ -63,6 +63,26 @@ ALLOWED = {
     },
 }
 
+# The packages and top-level files of the trainer, lowest first: one imports from lower lines, a package from itself, too. What is
+# given to it from above it may name in annotations, under TYPE_CHECKING.
+LAYERS = [
+    "schema files metrics micro_batch random_states records",
+    "config_file extras parallel schedules tasks user_code",
+    "models",
+    "step rewards reports",
+    "checkpoints data",
+    "engines",
+    "rollouts",
+    "evaluation",
+    "config",
+    "settings checks memory run",
+    "trainer",
+    "train",
+    "demo dry_run",
+    "cli",
+    "__main__",
+]
+
 
 def _imports(path):
     """(module, names) of every import at run time; `if TYPE_CHECKING:` blocks draw no arrow."""
@@ -77,16 +97,16 @@ def _imports(path):
             yield node.module or "", [alias.name for alias in node.names]
 
 
-def _rooms(module, names):
-    """The parts of trapo_kernels that an import reaches."""
+def _rooms(module, names, package):
+    """The parts of a package that an import reaches."""
     parts = module.split(".")
-    if parts[0] != "trapo_kernels":
+    if parts[0] != package:
         return set()
     return {parts[1]} if len(parts) > 1 else set(names)
 
 
-def _arrows(path):
-    return set().union(*(_rooms(module, names) for module, names in _imports(path)), set())
+def _arrows(path, package="trapo_kernels"):
+    return set().union(*(_rooms(module, names, package) for module, names in _imports(path)), set())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "trapo_kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -116,6 +136,17 @@ def test_trainer_uses_public_names_only(path):
         assert not module.startswith("trapo_kernels."), f"{path.name} reaches into {module}"
         if module == "trapo_kernels":
             assert set(names) <= set(trapo_kernels.__all__), f"{path.name} imports {set(names) - set(trapo_kernels.__all__)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trapo_train").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_trainer_imports_flow_down(path):
+    name = path.relative_to(ROOT / "trapo_train")
+    room = name.with_suffix("").parts[0]
+    height = {part: i for i, line in enumerate(LAYERS) for part in line.split()}
+    assert room in [*height, "__init__"], f"{name} is in no layer: say in LAYERS what it stands on"
+    within = {room} if len(name.parts) > 1 else set()
+    for other in _arrows(path, "trapo_train") - within:
+        assert height[other] < height[room], f"{name} imports {other}, which is not below {room} in LAYERS: that arrow turns back"
 
 
 def test_only_dispatch_reads_the_environment():
