@@ -24,6 +24,9 @@ GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | he
 # The GPU machine's own interpreter serves where no environment was made: it brings a CUDA torch.
 GPU_RUN := $(shell [ -x $(VENV)/bin/python ] && echo $(VENV)/bin/python || command -v python3)
 
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) -m pytest -q
+
 .PHONY: help demo test test-fast lint format asan doctor gpu-native gpu-test gpu-bench clean
 
 help:  ## list the commands
@@ -56,8 +59,8 @@ format: $(VENV)/.ready  ## ruff, in place
 asan: $(VENV)/.ready  ## the native tests, CUDA kernels on the host included, with address and undefined-behaviour sanitizers; about 2 minutes
 	@rm -rf build/asan && mkdir -p build/asan && cp -r benchmarks csrc trapo_kernels tests pyproject.toml build/asan/ && rm -f build/asan/trapo_kernels/*.so
 	@TRAPO_SANITIZE=1 $(RUN) -c 'import setuptools; setuptools.setup()' --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
-	@cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		../../$(RUN) -m pytest -q -m "not slow" -k "native or auto or cpu_gemm or in_weight" tests/trapo_kernels
+	@cd build/asan && $(SANITIZED) -m "not slow" -k "native or auto or cpu_gemm or in_weight" tests/trapo_kernels
+	@cd build/asan && $(SANITIZED) -k "not missing_barrier and not registers" tests/trapo_kernels/test_native_on_host.py
 
 doctor: $(VENV)/.ready  ## what is installed, which backends run here and why the others do not
 	@$(RUN) -m trapo_kernels.doctor

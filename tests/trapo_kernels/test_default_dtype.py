@@ -49,7 +49,11 @@ def check():
     torch.set_default_dtype(default)
 
 
-CALLS = [(dtype, backend) for dtype in DTYPES for backend in ["reference", *cases.backends(dtype)]]
+CALLS = [
+    pytest.param(dtype, backend, marks=() if backend in ("reference", *cases.QUICK) else cases.SLOW_ON_A_CPU)
+    for dtype in DTYPES
+    for backend in ["reference", *cases.backends(dtype)]
+]
 
 
 @pytest.mark.parametrize(("dtype", "backend"), CALLS, ids=str)

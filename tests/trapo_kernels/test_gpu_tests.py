@@ -32,7 +32,7 @@ REFUSED = ("Expected all tensors to be on the same device", "cuBLASLt refuses")
 def test_the_tests_of_a_gpu_keep_to_it():
     """Only what a GPU refuses counts: kernels, compilers and addresses of memory are not pretended."""
     folder = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-m", "not slow"]
     command += ["-k", "not triton and not native and not compil and not sharded and not (any_split and not gspo)"]
     run = subprocess.run(
         [*command, *(str(folder / f"test_{name}.py") for name in FILES)],

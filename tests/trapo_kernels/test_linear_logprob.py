@@ -272,7 +272,9 @@ def test_rows_more_than_two_to_the_31_elements_apart(backend, vocab_size, grad_d
     cuda_checks.check_far_rows({"triton": triton_ops, "native": native}[backend], vocab_size, grad_dtype, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=cases.SLOW_ON_A_CPU)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(low, marks=cases.SLOW_ON_A_CPU) for low in (torch.bfloat16, torch.float16))]
+)
 @pytest.mark.parametrize("scale", [pytest.param(1.0, marks=cases.SLOW_ON_A_CPU), 40.0], ids=["flat", "peaked"])
 def test_fused_scoring_equals_the_chunked_path_on_ragged_sizes(dtype, scale):
     hidden, weight, bias = cases.head(67, 29, 301, dtype, scale)

@@ -18,7 +18,10 @@ from trapo_kernels import dispatch, terms
 from trapo_kernels.backends import rows_torch, sweep
 from trapo_kernels.backends.logits import LogitTransform
 
-pytestmark = pytest.mark.skipif(cases.DEVICE != "cpu", reason="the kernels run on the GPU itself: test_native_gpu.py")
+pytestmark = [
+    pytest.mark.slow,  # to compile
+    pytest.mark.skipif(cases.DEVICE != "cpu", reason="the kernels run on the GPU itself: test_native_gpu.py"),
+]
 SEEDS = range(3)
 
 
@@ -27,7 +30,6 @@ def library(host_gpu_library):
     return host_gpu_library
 
 
-@pytest.mark.slow
 def test_the_cuda_part_tells_what_it_was_compiled_for(library):
     assert library.ops.cuda_archs().split("_") == CUDA_ARCHS.split()
 
@@ -259,7 +261,6 @@ def faulty(compiler, tmp_path_factory):
     return host_gpu.build(tmp_path_factory.mktemp("faulty"), [change for _, _, change in FAULTS.values()])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_emulator_sees_a_missing_barrier(faulty, fault):
     check, message, _ = FAULTS[fault]
@@ -270,7 +271,6 @@ def test_the_emulator_sees_a_missing_barrier(faulty, fault):
         check(faulty)
 
 
-@pytest.mark.slow
 def test_consumers_cannot_ask_for_registers_that_nobody_gives(tmp_path, capfd):
     """They would wait for ever."""
     with pytest.raises(subprocess.CalledProcessError):

@@ -103,7 +103,7 @@ def test_what_a_hook_of_saved_tensors_keeps_is_left_as_it_is(backend):
 @pytest.mark.parametrize("retained", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize("backend", ["reference", *cases.QUICK_BY_DEFAULT])
 def test_a_gradient_is_no_part_of_a_graph(backend, dtype, factor, retained):
     hidden, weight, bias = cases.head(20, 6, 30, dtype)
     b, out = cases.batch(20, 30, torch.float32), []
