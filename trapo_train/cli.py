@@ -108,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dry-run", action="store_true", help="one step of a tiny model on generated problems: do the settings fit together?"
     )
-    add("recipes", _recipes, common, "List the packaged configurations.")
+    shown = add("recipes", _recipes, common, "List the packaged configurations, or print one for a file of your own.")
+    shown.add_argument("name", metavar="NAME", nargs="?", help="print this one (list all)")
     settings = add("settings", _settings, common, "Every setting with its default and what it does.")
     settings.add_argument("section", metavar="SECTION", nargs="?", default="", help="such as rollout.vllm (the top level)")
     add("eval", _eval, configured, "Accuracy on the held-out problems (eval_data), without training.")
@@ -138,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", metavar="PNG", help="the figure (compare.png beside the first run)")
     demo = add("demo", _demo, common, "Train a base model from scratch, then TRAPO from it, and show that it learned.")
     demo.add_argument("--output", metavar="DIR", default="runs/demo", help="where everything goes (runs/demo)")
-    demo.add_argument(
-        "--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="one or more, of TRAPO's problems and samples (0)"
-    )
+    demo.add_argument("--seeds", metavar="SEED", type=int, nargs="+", default=[0], help="one or more, of problems and samples (0)")
     demo.add_argument("--compare", action="store_true", help="also train GRPO and SFT from the same base")
     return parser
 
@@ -185,10 +184,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _recipes(args: argparse.Namespace, console: Console) -> int:
-    from trapo_train.config_file import recipes
+    from trapo_train.config_file import read_recipe, recipes
     from trapo_train.reports.tables import recipes_table
 
-    console.print(recipes_table(recipes()))
+    if args.name is None:
+        console.print(recipes_table(recipes()))
+    else:
+        print(read_recipe(args.name), end="")
     return EXIT_OK
 
 
@@ -246,9 +248,8 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     say(console, f"step {step}: wrote {directory}")
     for note in notes:
         say(console, note, "dim")
-    if args.adapter:
-        return EXIT_OK
-    say(console, f"trapo-train eval {args.run_dir} model.name_or_path={directory}", "dim")
+    if not args.adapter:
+        say(console, f"trapo-train eval {args.run_dir} model.name_or_path={directory}", "dim")
     return EXIT_OK
 
 

@@ -72,13 +72,17 @@ def read_finished_run(directory: str | Path, overrides: Sequence[str] = ()) -> G
 
 
 def recipes() -> dict[str, str]:
-    """The packaged configurations by name, each with its first comment line."""
-    found = {}
-    for entry in sorted((resources.files("trapo_train") / "recipes").iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".yaml"):
-            first = entry.read_text(encoding="utf-8").split("\n", 1)[0]
-            found[entry.name.removesuffix(".yaml")] = first.removeprefix("# ")
-    return found
+    """The packaged configurations by name, as they are written; the first line is a comment on what it is."""
+    files = sorted((resources.files("trapo_train") / "recipes").iterdir(), key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files if entry.name.endswith(".yaml")}
+
+
+def read_recipe(name: str) -> str:
+    """The text of a packaged configuration. Raises ConfigError for one that is not there."""
+    found = recipes()
+    if name not in found:
+        raise ConfigError(f"There is no recipe {name!r}. The recipes are: {', '.join(found)}.")
+    return found[name]
 
 
 _NUMBERS = {  # of YAML 1.1 without 010, there an 8, and 1:30, there 90, and with 1e-6
@@ -125,13 +129,13 @@ def _read(path: str) -> tuple[str, str]:
             return path, Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: a configuration must be text in UTF-8: {error}. Save it in that encoding.") from error
-    recipe = resources.files("trapo_train") / "recipes" / f"{path}.yaml"
-    if "/" not in path and recipe.is_file():
-        return f"recipe {path}", recipe.read_text(encoding="utf-8")
+    found = recipes()
+    if path in found:
+        return f"recipe {path}", found[path]
     own = Path(path) / CONFIG_FILE
     if own.is_file():
         raise ConfigError(f"{path} is the directory of a run. Continue it with {own} checkpoint.resume=true.")
-    raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(recipes())}.")
+    raise ConfigError(f"There is no file {path!r} and no recipe of that name. The recipes are: {', '.join(found)}.")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:

@@ -238,7 +238,7 @@ def test_what_the_user_can_correct_is_one_line_and_exit_code_2(arguments, words,
 def test_overrides_may_stand_behind_options(config, capsys):
     assert cli.main(["plan-memory", config, "--gpus", "1", "packing.max_tokens=3000"]) == 0
     assert "micro-batches of 3000 tokens" in " ".join(capsys.readouterr().out.split())
-    for wrong in (["plan-memory", config, "--gpu", "1", "word"], ["recipes", "steps=1"]):
+    for wrong in (["plan-memory", config, "--gpu", "1", "word"], ["settings", "model", "steps=1"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(wrong)
         error = capsys.readouterr().err
@@ -393,7 +393,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is_or_not_at_all(config, tmp_path
     assert f"output_dir is {tmp_path / 'elsewhere' / 'here'}. Add" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["recipes"], ["run", "nowhere"], ["run", "demo_base", "steps"], ["eval", ".", "a"]])
-def test_what_needs_no_torch_does_not_wait_for_it(arguments):
-    code = f"import sys; from trapo_train import cli; cli.main({arguments}); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("line", ["recipes", "recipes sft", "run nowhere", "run demo_base steps", "eval . a"])
+def test_what_needs_no_torch_does_not_wait_for_it(line):
+    code = f"import sys; from trapo_train import cli; cli.main({line.split()}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

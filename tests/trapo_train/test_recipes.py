@@ -36,7 +36,16 @@ def test_recipes_are_listed_with_a_line_each(capsys, monkeypatch):
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
     assert {line.split("  ")[0] for line in printed.splitlines()} == {*recipes(), ""}  # what is wrapped is indented
-    assert all(name in printed for name in recipes()) and all(about for about in recipes().values())
+    assert all(name in printed for name in recipes()) and all(text.startswith("# ") for text in recipes().values())
+
+
+def test_a_recipe_is_printed_as_the_start_of_a_file_of_one_s_own(capsys, tmp_path):
+    assert main(["recipes", "sft"]) == 0
+    own = tmp_path / "own.yaml"
+    own.write_text(capsys.readouterr().out)
+    assert own.read_text() == recipes()["sft"] and load_config(own) == load_config("sft")
+    assert main(["recipes", "stf"]) == 2
+    assert "There is no recipe 'stf'. The recipes are: demo_base, " in capsys.readouterr().err
 
 
 # Of the models on the hub, which a dry run does not look at.

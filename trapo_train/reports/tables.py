@@ -56,10 +56,10 @@ def _error(value: float | None) -> str:
 
 
 def recipes_table(found: Mapping[str, str]) -> Table:
-    """Each recipe with what it says of itself."""
+    """Each recipe, by its name, with its first comment line."""
     table = Table.grid("", "", padding=(0, 2))
-    for name, about in found.items():
-        table.add_row(f"[bold]{name}[/]", about)
+    for name, text in found.items():
+        table.add_row(f"[bold]{name}[/]", text.partition("\n")[0].removeprefix("# "))
     return table
 
 
