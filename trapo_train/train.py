@@ -14,6 +14,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
@@ -30,7 +31,6 @@ from trapo_train.files import replace_text
 from trapo_train.parallel.world import World
 from trapo_train.records import Sample
 from trapo_train.reports.display import NullReporter, Reporter
-from trapo_train.rollouts.rollout import SAMPLING_ERRORS
 from trapo_train.rollouts.samples import write_samples
 from trapo_train.run.output_dir import check_output_dir, check_place, check_shared, check_steps, held
 from trapo_train.run.postmortem import save_batch
@@ -77,9 +77,10 @@ def run(config: RunConfig, reporter: Reporter) -> RunSummary:
     saves a checkpoint after the current step and returns, and gives up an evaluation before its next engine call; a second
     SIGINT interrupts it at once. Under torchrun every rank calls this; the first one writes and reports.
 
-    Raises: UserError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError or
-        EngineError, each with a checkpoint of the state before; NonFiniteError in their place, and before any other checkpoint or
-        the model is written, where weights are not finite; RankError when another rank dies or hangs.
+    Raises: UserError for what cannot be trained; CheckpointError; NonFiniteError after too many skipped steps, RewardError,
+        EngineError, and anything else that a step or an evaluation raises, on all ranks and not between two updates of a step,
+        each with a checkpoint of the state before; NonFiniteError in their place, and before any other checkpoint or the model is
+        written, where weights are not finite; RankError when another rank dies or hangs.
     """
     check_place(config)
     check_packages(config)
@@ -229,8 +230,11 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
             if not finished:
                 raise
             unsaved = error
-        except SAMPLING_ERRORS:  # they leave the state as it was
-            if trainer.step > 0 and saved_at != trainer.step:
+        except NonFiniteError:  # of weights, or with all saved that can be
+            raise
+        except Exception as error:  # whatever it is: the last whole step is not lost, if all ranks are here to save it
+            if trainer.undo.intact and trainer.step > 0 and saved_at != trainer.step and trainer.world.all_raise(error):
+                clear_frames(error.__traceback__)  # what a pass holds, for want of memory it may have ended
                 _rescue(trainer, store, reporter)
             raise
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,13 +35,14 @@ from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches
 from trapo_train.parallel.world import World
 from trapo_train.random_states import keep_generators, restore_rng_state, rng_state, seed_generators
-from trapo_train.records import Sample
+from trapo_train.records import Problem, Sample
 from trapo_train.reports.status import Tell, silent
 from trapo_train.rewards.functions import load_reward
 from trapo_train.rollouts.plans import ONE_TRACE, DeferredProblems, Plan, PlanConfig, build_plan
 from trapo_train.rollouts.refill import sample_with_refill
-from trapo_train.rollouts.rollout import SAMPLING_ERRORS, RolloutResult, merge_results, run_plans
+from trapo_train.rollouts.rollout import RolloutResult, merge_results, run_plans
 from trapo_train.run.continuation import about_dates, set_learning_rate, split_settings, what_changed
+from trapo_train.run.undo import Undo
 from trapo_train.step.advantages import assign_advantages, assign_prefix_weights
 from trapo_train.step.chooser import ChooserError, apply_choice, load_chooser
 from trapo_train.step.objective import build_objective, extreme_objectives, scheduled_options
@@ -114,6 +114,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, steps=config.steps * config.updates.per_step)
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._rank_seed(0))
+        self.undo = Undo(self.optimizer, self.scheduler)
         self.order = ProblemOrder(len(self.problems), config.seed)
         self.evaluated_at, self.skipped_in_a_row = -1, 0
         self.score_before: float | None = None  # what the evaluation of step 0 found
@@ -161,24 +162,19 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Sample, score and learn from the next problems; returns the metrics of the step.
 
-        Raises: EngineError, RewardError or ChooserError, on every rank, with all state as it was before the step.
+        Whatever it raises before an update of the weights leaves all state as it was before the step (see `undo`). What a reward,
+        a chooser or sampling raises on one rank every rank raises.
         """
+        with self.undo.step(self.order, self.deferred, self.chooser, self.engine):
+            return self._train_step()
+
+    def _train_step(self) -> dict[str, Any]:
         config = self.config
         started = time.perf_counter()
-        stateful = [part for part in (self.order, self.deferred, self.chooser, self.engine) if hasattr(part, "state_dict")]
-        # The order's has all problems that are left of an epoch, in a tensor that nobody writes to: it is not copied.
-        before = [part.state_dict() if part is self.order else copy.deepcopy(part.state_dict()) for part in stateful]
-        generators = rng_state()
-        try:
-            positions, plan, objective = self._next()
-            rounds = config.plan.refill
-            sample = partial(self._sample, plan)
-            positions, rollout = sample_with_refill(positions, sample, self.order, rounds, config.advantage, objective)
-        except SAMPLING_ERRORS:
-            for part, state in zip(stateful, before, strict=True):
-                part.load_state_dict(state)
-            restore_rng_state(generators)
-            raise
+        positions, plan, objective = self._next()
+        rounds = config.plan.refill
+        sample = partial(self._sample, plan)
+        positions, rollout = sample_with_refill(positions, sample, self.order, rounds, config.advantage, objective)
         self.deferred.add(positions[i] for i in rollout.deferred)
         assign_advantages(rollout.groups, config.advantage)
         for group in rollout.groups:
@@ -238,17 +234,22 @@ class Trainer:
     def _sample(self, plan: PlanConfig, positions: list[int]) -> RolloutResult:
         """The samples of the problems at `positions`; each rank generates for its share and hands its samples to the others.
 
-        Raises: EngineError or RewardError of any rank, on every rank.
+        Raises: what reading, sampling or a reward raises on any rank, on every rank.
         """
-        problems = [self.problems[i] for i in self.world.share(positions)]
+        problems: list[Problem] = []
+
+        def read() -> bool:
+            problems.extend(self.problems[i] for i in self.world.share(positions))
+            return any(not problem.experts for problem in problems)
+
         # What has no trace is sampled, whatever the plan; expert traces alone need no gathered model and no export.
-        generates = plan.largest_request > 0 or any(self.world.gather(any(not problem.experts for problem in problems)))
+        generates = any(self.world.attempt(read, Exception)) or plan.largest_request > 0
 
         def sampled() -> RolloutResult:
             return run_plans(problems, self._built(plan), self.engine, self.reward, self.tokenizer, self.config.rollout)
 
         with self.ready_to_generate() if generates else nullcontext():  # which all ranks leave in one way
-            return merge_results(self.world.attempt(sampled, *SAMPLING_ERRORS))
+            return merge_results(self.world.attempt(sampled, Exception))
 
     @contextmanager
     def ready_to_generate(self) -> Iterator[None]:

@@ -74,8 +74,8 @@ def test_a_problem_without_a_trace_on_another_rank_has_this_one_gather_the_model
     inner = trainer.ready_to_generate
     monkeypatch.setattr(trainer, "ready_to_generate", lambda: entered.append(1) or inner())
     for on_the_other, count in ((False, 0), (True, 1)):
-        others = [on_the_other]
-        monkeypatch.setattr(trainer.world, "gather", lambda mine, others=others: [mine] + others * isinstance(mine, bool))
+        others = [(on_the_other, None)]
+        monkeypatch.setattr(trainer.world, "gather", lambda mine, others=others: [mine] + others * (mine == (False, None)))
         trainer.train_step()
         assert len(entered) == count
 

@@ -44,9 +44,9 @@ class CheckpointConfig:
     """When a run saves its state and how many states it keeps."""
 
     every: int = 0
-    """Rollout steps between checkpoints, at least 0. 0 saves no periodic checkpoints; one is still saved on a signal (SIGTERM,
-    SIGHUP or Ctrl-C), when an error in sampling, reward, chooser or export, or too many non-finite steps, ends the run, and by
-    several ranks after the last step. Weights that are not finite are never saved: they end the run with an error."""
+    """Rollout steps between checkpoints, at least 0. 0 saves none while it trains; the last whole step is still saved on a signal
+    (SIGTERM, SIGHUP or Ctrl-C), by several ranks at the end, and when an error ends the run, unless that comes between updates of
+    one step or, of several ranks, to one in its passes of the model. Weights that are not finite are never saved: they end it."""
     keep: int = 2
     """Newest checkpoints to keep, at least 1."""
     keep_best: bool = False
@@ -167,7 +167,7 @@ class CheckpointStore:
                 manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
                 manifest |= {"score": _finite(score), "score_before": _finite(score_before)}
                 self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
-        except (OSError, RuntimeError, CheckpointException) as error:  # torch.save turns a full disk into a RuntimeError
+        except (OSError, RuntimeError, MemoryError, CheckpointException) as error:
             if self._ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, RankError):

@@ -272,8 +272,8 @@ def _unsaved(config: RunConfig) -> str | None:
     if config.checkpoint.every or config.model.name_or_path is None:
         return None
     return (
-        "checkpoints are saved only where a signal or a failure (of sampling, a reward, the chooser, the export, non-finite steps) "
-        "ends the run. Set checkpoint.every=N to save while it trains"
+        "checkpoints are saved only where a signal or an error ends the run: kill -9, or what ends one of several ranks alone, "
+        "would lose all. Set checkpoint.every=N to save while it trains"
     )
 
 

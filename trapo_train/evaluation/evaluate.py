@@ -17,7 +17,7 @@ from trapo_train.records import Request, Sample
 from trapo_train.reports.status import silent
 from trapo_train.rewards.functions import RewardFn, take_metrics
 from trapo_train.rewards.judging import judge_samples
-from trapo_train.rollouts.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
+from trapo_train.rollouts.rollout import RolloutConfig, complete, draft
 from trapo_train.rollouts.samples import sample_record, write_lines
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def evaluate(
         such as "accuracy/depth_3"; "reward/mean", "completion_tokens_mean", "finished_share", "num_problems" and
         "samples_per_problem", their mean.
 
-    Raises: EngineError, RewardError or EvaluationStopped of any rank, on every rank.
+    Raises: EvaluationStopped, or what sampling or a reward raises, of any rank on every rank.
     """
     world = world or World.alone()
     mine = world.share(list(engine_calls(eval_set.samples, config.responses_per_call, world.size)))
@@ -92,7 +92,7 @@ def evaluate(
     def answers_to(positions: Sequence[int]) -> _Answers:
         return _answers(engine, eval_set, positions, reward, tokenizer, config, rollout)
 
-    parts = world.attempt(lambda: in_turn(mine, answers_to, progress, stopped), *SAMPLING_ERRORS, EvaluationStopped)
+    parts = world.attempt(lambda: in_turn(mine, answers_to, progress, stopped), Exception)
     found: list[_Answers] = interleave(parts)
     problems = [problem for answers in found for problem in answers.problems]
     responses = [response for problem in problems for response in problem]

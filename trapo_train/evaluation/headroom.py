@@ -18,7 +18,7 @@ from trapo_train.reports.display import say
 from trapo_train.reports.status import silent
 from trapo_train.rewards.functions import RewardFn
 from trapo_train.rewards.judging import judge_samples
-from trapo_train.rollouts.rollout import SAMPLING_ERRORS, RolloutConfig, complete, draft
+from trapo_train.rollouts.rollout import RolloutConfig, complete, draft
 from trapo_train.schema import UserError, check
 
 if TYPE_CHECKING:
@@ -136,13 +136,11 @@ def measure_headroom(
 
     Raises, on every rank:
         UserError: fewer than two problems with an accepted expert trace; a missing column `group_by`.
-        EngineError or RewardError of any rank.
+        what sampling or a reward raises on any rank.
     """
     world = world or World.alone()
     # The first rank's answer: a verifier may answer another rank otherwise.
-    answers = world.attempt(
-        lambda: _accepted(problems, reward, tokenizer, config, rollout) if world.first else ({}, 0), *SAMPLING_ERRORS
-    )
+    answers = world.attempt(lambda: _accepted(problems, reward, tokenizer, config, rollout) if world.first else ({}, 0), Exception)
     accepted, num_rejected = answers[0]
     read = [problems[i] for i in accepted]  # each from its dataset, once
     chosen = [replace(problem, experts=(problem.experts[trace],)) for problem, trace in zip(read, accepted.values(), strict=True)]
@@ -159,7 +157,7 @@ def measure_headroom(
         asked = [chosen[i] for i in positions]
         return _sample(engine, asked, reward, tokenizer, config, rollout, first_key=positions[0] * responses)
 
-    parts = world.attempt(lambda: in_turn(mine, sampled, progress), *SAMPLING_ERRORS)
+    parts = world.attempt(lambda: in_turn(mine, sampled, progress), Exception)
     found = [problem for call in interleave(parts) for problem in call]
     rows, overall_rates = [], []
     for place, fraction in enumerate(FRACTIONS):

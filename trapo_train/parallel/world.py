@@ -128,8 +128,14 @@ class World:
         parts = self.gather((value, error and _portable(error)))
         for rank, (_, failed) in enumerate(parts):
             if failed is not None:
-                raise error if rank == self.rank else failed  # its own has a traceback
+                raised = error if rank == self.rank else failed  # its own has a traceback
+                raised.of_all_ranks = True
+                raise raised
         return [part for part, _ in parts]
+
+    def all_raise(self, error: Exception) -> bool:
+        """Whether every rank has this error, as after `attempt`, so that they can do something together before they end."""
+        return self.size == 1 or getattr(error, "of_all_ranks", False)
 
     def peak_memory_mib(self) -> float:
         """Most memory that a rank has held at once so far, MiB: by tensors on a GPU, by the process on a CPU."""

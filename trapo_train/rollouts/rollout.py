@@ -10,25 +10,23 @@ from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Literal
 
-from trapo_train.engines.engine import Engine, EngineError, SamplingParams, Stream
+from trapo_train.engines.engine import Engine, SamplingParams, Stream
 from trapo_train.engines.vllm_engine import VllmConfig
 from trapo_train.engines.vllm_server import VllmServerConfig
 from trapo_train.metrics import Mean, merge_metrics
 from trapo_train.parallel.world import interleave
 from trapo_train.records import Completion, Problem, Request, Sample
-from trapo_train.rewards.functions import RewardError, RewardFn, take_metrics, without_rewards
+from trapo_train.rewards.functions import RewardFn, take_metrics, without_rewards
 from trapo_train.rewards.judging import Judging
 from trapo_train.rollouts.plans import Outcome, Plan, PlanSteps
 from trapo_train.rollouts.prefix import cut_prefix
 from trapo_train.schema import UserError, check
 from trapo_train.step.advantages import equal_rewards
-from trapo_train.step.chooser import ChooserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SAMPLING_ERRORS = (EngineError, RewardError, ChooserError)  # after which nothing is trained, and everything before is intact
 _MOST_SAMPLES = 2**20  # of one problem, so that every sample of a call has a key of its own
 
 

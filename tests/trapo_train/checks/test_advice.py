@@ -271,7 +271,7 @@ def test_held_out_prompts_that_are_made_otherwise(advised):
 
 def test_a_pretrained_model_without_checkpoints(advised, tmp_path):
     pretrained = ("model={name_or_path: some/model}", "checkpoint.every=0")
-    assert ["checkpoints are saved only where a signal or a failure" in sentence for sentence in advised(*pretrained)] == [True]
+    assert ["checkpoints are saved only where a signal or an error" in sentence for sentence in advised(*pretrained)] == [True]
     on_gpu = SimpleNamespace(size=1, device=torch.device("cuda"))
     assert any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, world=on_gpu))
     assert not any("samples in plain PyTorch" in sentence for sentence in advised(*pretrained, "rollout.engine=vllm", world=on_gpu))

@@ -125,12 +125,12 @@ def test_a_run_that_dies_around_an_evaluation_goes_on_from_its_step_and_evaluate
     def dying(trainer, **options):
         steps.append(trainer.step)
         if died == "during" and steps == [0, 3]:
-            raise OSError("power cut")
+            raise KeyboardInterrupt("power cut")
         return evaluate(trainer, **options)
 
     monkeypatch.setattr(Trainer, "evaluate", dying)
-    with pytest.raises(OSError, match="power cut"):
-        run(config, StopAfter(config.output_dir, 5, OSError("power cut")))
+    with pytest.raises(KeyboardInterrupt, match="power cut"):
+        run(config, StopAfter(config.output_dir, 5, KeyboardInterrupt("power cut")))
     assert CheckpointStore(Path(config.output_dir) / "checkpoints", keep=2).steps() == [3]
     resumed = configure("run", *settings, "checkpoint={every: 3, keep_best: true, resume: true}")
     train_to_end(resumed)
@@ -243,8 +243,8 @@ def test_an_evaluation_is_recorded_once_however_often_the_run_was_stopped(config
     config = configure("run", *EVALUATED, "checkpoint.every=0")
     run(config, StopAfter(config.output_dir, 3))
     resumed = configure("run", *EVALUATED, "checkpoint={every: 0, resume: true}")
-    with pytest.raises(OSError, match="power cut"):
-        run(resumed, StopAfter(config.output_dir, 5, OSError("power cut")))
+    with pytest.raises(KeyboardInterrupt, match="power cut"):
+        run(resumed, StopAfter(config.output_dir, 5, KeyboardInterrupt("power cut")))
     summary = train_to_end(resumed)
     assert [row["step"] for row in rows(config) if row["kind"] == "eval"] == [0, 3, 6]
     assert train_to_end(resumed).evaluation == summary.evaluation != {}
