@@ -29,7 +29,8 @@ from trapo_train.evaluation.evaluate import evaluation_score, never
 from trapo_train.evaluation.held_out import evaluate_sets, loading_notes, trained_too
 from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.loading import check_places, name_model_in_hub_errors
-from trapo_train.models.model import load_model_and_tokenizer
+from trapo_train.models.lora import hold_frozen
+from trapo_train.models.model import DTYPES, load_model_and_tokenizer
 from trapo_train.models.placement import place_model
 from trapo_train.models.tokenizer import end_ids, other_endings
 from trapo_train.parallel.vocab_parallel import own_micro_batches
@@ -142,7 +143,7 @@ class Trainer:
         if self.config.model.lora is not None:
             return self.model
         reference = self._load_model(task_tokenizer, check_logits=False)[0]
-        reference.requires_grad_(False).eval()
+        hold_frozen(reference.requires_grad_(False).eval(), DTYPES[self.config.model.dtype])
         place_model(reference, self.world)  # loaded once the model is placed: no rank holds two whole ones
         return reference
 
@@ -162,8 +163,7 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Sample, score and learn from the next problems; returns the metrics of the step.
 
-        Whatever it raises before an update of the weights leaves all state as it was before the step (see `undo`). What a reward,
-        a chooser or sampling raises on one rank every rank raises.
+        What it raises before it updates the weights leaves all state as it was (see `Undo`), and in sampling every rank raises it.
         """
         with self.undo.step(self.order, self.deferred, self.chooser, self.engine):
             return self._train_step()

@@ -20,7 +20,7 @@ from trapo_kernels import LEAST_KEPT_BYTES, head_memory
 from trapo_train.config import RunConfig
 from trapo_train.engines.cache import ROOM, SMALL
 from trapo_train.extras import is_installed
-from trapo_train.memory.trace import HeadSizes, Weights, trace_optimizer, trace_pass, trace_prefill, weigh
+from trapo_train.memory.trace import HeadSizes, Weights, frozen_bytes, trace_optimizer, trace_pass, trace_prefill, weigh
 from trapo_train.models.loading import check_places, name_model_in_hub_errors, read_architecture
 from trapo_train.models.lora import LoraConfig, check_no_adapter
 from trapo_train.models.model import DTYPES
@@ -105,7 +105,7 @@ def plan_memory(
         "optimizer state": state // shards,
     }
     if config.model.lora is None and any("ref_logprob" in objective.reads() for objective in extreme_objectives(config.objective)):
-        always["reference model, float32"] = 4 * weights.total // shards
+        always["reference model"] = frozen_bytes(config.model, architecture) // shards
     rollout, *responses = _most_generated(config, architecture, weights, gpus, lengths, device_type)
     components = {name: dict.fromkeys(PHASES, size) for name, size in always.items()}
     parts = [

@@ -32,6 +32,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from trapo_train.micro_batch import MicroBatch
 from trapo_train.models.attention import PACKED_IMPLEMENTATION
 from trapo_train.models.loading import decoder_layers, replace_tensors
+from trapo_train.models.lora import hold_frozen
 from trapo_train.models.model import DTYPES, ModelConfig, body_autocast, policy_head, prepare
 from trapo_train.schema import UserError
 from trapo_train.step.optimizer import OptimizerConfig, build_optimizer
@@ -94,9 +95,11 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-def fake_model(config: ModelConfig, architecture: PretrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """The model as it will be trained, cut to `layers` layers, with weights in `dtype`; to be called inside `fake_tensors`. Without
-    Liger's kernels, which need somewhat less.
+def fake_model(
+    config: ModelConfig, architecture: PretrainedConfig, layers: int, dtype: torch.dtype, *, frozen: bool = False
+) -> PreTrainedModel:
+    """The model as it will be trained, or `frozen` as a reference is, cut to `layers` layers, with weights in `dtype`; to be called
+    inside `fake_tensors`. Without Liger's kernels, which need somewhat less.
 
     Raises: UserError as `prepare`.
     """
@@ -109,6 +112,8 @@ def fake_model(config: ModelConfig, architecture: PretrainedConfig, layers: int,
     with unset_fake_temporarily(), torch.device("meta"), meta_device_safe_creation_ops():
         model = AutoModelForCausalLM.from_config(shallow, **options)
         prepare(model, replace(config, liger=False), device=model.device, check_logits=False)
+        if frozen:
+            hold_frozen(model.requires_grad_(False), DTYPES[config.dtype])
     replace_tensors(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     return model.train()
 
@@ -132,6 +137,14 @@ def weigh(config: ModelConfig, architecture: PretrainedConfig) -> Weights:
         outside_layers=sum(p.numel() for p in parameters) - sum(p.numel() for p in decoder_layers(model).parameters()),
         cast=sum(p.numel() for p in parameters if p.requires_grad and p.ndim == 2 and (p is not embedding or p is head)),
     )
+
+
+def frozen_bytes(config: ModelConfig, architecture: PretrainedConfig) -> int:
+    """What the parameters of a reference take."""
+    with fake_tensors():
+        layers = architecture.get_text_config().num_hidden_layers
+        model = fake_model(config, architecture, layers, torch.float32, frozen=True)
+    return sum(p.nbytes for p in model.parameters())
 
 
 def trace_pass(

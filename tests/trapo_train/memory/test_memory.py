@@ -17,7 +17,7 @@ from trapo_train.config import load_config
 from trapo_train.memory import trace
 from trapo_train.memory.plan import _candidates, changes, plan_memory
 from trapo_train.memory.tables import changes_table, memory_summary
-from trapo_train.memory.trace import HeadSizes, LiveTensors, trace_optimizer, trace_pass, weigh
+from trapo_train.memory.trace import HeadSizes, LiveTensors, frozen_bytes, trace_optimizer, trace_pass, weigh
 from trapo_train.models.lora import LoraConfig
 from trapo_train.models.model import ModelConfig
 from trapo_train.schema import UserError
@@ -259,6 +259,12 @@ def test_vllm_takes_its_share_while_it_generates(recipe):
 
 
 @pytest.mark.slow
+def test_a_reference_holds_its_matrices_in_the_compute_type():
+    config = ModelConfig(name_or_path="none", dtype="bfloat16")
+    assert frozen_bytes(config, SHAPE) == 2 * (MATRICES + 4 * (64 + 2 * 32)) + 4 * (VECTORS - 4 * (64 + 2 * 32))
+    assert frozen_bytes(replace(config, dtype="float32"), SHAPE) == 4 * (MATRICES + VECTORS)
+
+
 def test_changes_lower_the_peak(recipe):
     config = load_config(recipe)
     plan = plan_memory(config)

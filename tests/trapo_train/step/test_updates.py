@@ -276,6 +276,15 @@ def test_the_reference_of_a_model_with_lora_is_the_model_without_its_adapters(co
     assert not torch.allclose(score(trainer.model, scored), before[0], atol=1e-3)
 
 
+def test_the_reference_holds_its_matrices_in_the_compute_type_and_scores_as_before(configure):
+    trainer = Trainer(configure("run", "model.dtype=bfloat16", "objective={name: grpo, options: {beta: 0.1}}"))
+    held = {p.dtype for p in trainer.reference.parameters() if p.ndim == 2}
+    assert held == {torch.bfloat16} and {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    micro_batches = packed(make_samples(), trainer.objective)
+    (scored,) = with_reference(trainer.reference, micro_batches, trainer.objective, 1.0)
+    assert torch.equal(scored.batch.ref_logprob, score_all(trainer.model, micro_batches, 1.0)[0])
+
+
 def test_a_run_with_four_updates_per_step_leaves_the_old_policy(configure):
     overrides = (
         "reward='tests.trapo_train.step.test_updates:coin'",
