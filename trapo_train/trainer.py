@@ -77,7 +77,7 @@ class Trainer:
         tell = tell if self.world.first else silent
         self.progress = progress if self.world.first else silent
         seed_generators(self._rank_seed(0))  # for what draws in rewards and choosers
-        self.step = 0
+        self.step, self.evaluated_at, self.skipped_in_a_row = 0, -1, 0
         self.notes: list[str] = []
         self.chooser = load_chooser(config.objective.chooser) if config.objective.chooser else None
         self.deferred = DeferredProblems(config.plan.setting("buffer_size"))
@@ -96,16 +96,17 @@ class Trainer:
         tell(f"reading {' and '.join(read)}")
         ends = end_ids(config.model.eos_token, self.model, self.tokenizer)
         with self.world.together():
-            self.problems = self._load_problems(ends, rejected)
             self.eval_sets = load_eval_sets(config.held_out, config.evaluation, self.tokenizer, ends, self.world, self.progress)
+            self.problems = self._load_problems(ends, rejected)
         self.notes += advice(config, self.objective, self.problems.traces, self.world)
         self.config = config = config.for_problems(len(self.problems))
         self.notes += loading_notes(self.eval_sets, config.rollout.max_response_tokens, self.data_report if trains else None)
         self.notes += trained_too(self.eval_sets, self.problems) if trains else []
         held_out = {entry.problems.section: entry.problems for entry in self.eval_sets.values()}
         preflight.check_lengths(config, self.model, self.problems if trains else None, list(held_out.values()))
-        preflight.check_token_ids(self.model, self.tokenizer, {"data": self.problems} | held_out)
-        judged = {"data": self.problems} | (held_out if config.evaluation.sample else {})
+        trained = {"data": self.problems} if trains else {}
+        preflight.check_token_ids(self.model, self.tokenizer, trained | held_out)
+        judged = trained | (held_out if config.evaluation.sample else {})
         preflight.check_reward(self.reward, judged)
         self.notes += preflight.about_solutions(self.reward, judged)
         place_model(self.model, self.world)
@@ -117,7 +118,6 @@ class Trainer:
         self.engine = build_engine(config, self.model, self.tokenizer, self.world, seed=self._rank_seed(0))
         self.undo = Undo(self.optimizer, self.scheduler)
         self.order = ProblemOrder(len(self.problems), config.seed)
-        self.evaluated_at, self.skipped_in_a_row = -1, 0
         self.score_before: float | None = None  # what the evaluation of step 0 found
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, dict[str, float]] = {}
@@ -161,10 +161,8 @@ class Trainer:
         return build_plan(plan, step=self.step, seed=self.config.seed)
 
     def train_step(self) -> dict[str, Any]:
-        """Sample, score and learn from the next problems; returns the metrics of the step.
-
-        What it raises before it updates the weights leaves all state as it was (see `Undo`), and in sampling every rank raises it.
-        """
+        """Sample, score and learn from the next problems; returns the metrics of the step. What it raises before it updates the
+        weights leaves all state as it was (see `Undo`), and in sampling every rank raises it."""
         with self.undo.step(self.order, self.deferred, self.chooser, self.engine):
             return self._train_step()
 

@@ -267,6 +267,27 @@ def test_a_held_out_prompt_needs_room_for_what_an_evaluation_makes_of_it(setting
         check_lengths(config, model, problems, [entry])
 
 
+def graded(prompts, completions, level, **columns):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["eval_data={path: DATA, solution_column: answer}"], "Set eval_data.solution_column to one of them"),
+        (["eval_data={path: DATA}", f"reward='{__name__}:graded'"], "needs level as well; for eval_data it is called with"),
+    ],
+)
+def test_what_eval_misses_is_a_setting_of_the_held_out_problems(settings, words, configure, tmp_path, capsys):
+    configure("run")
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "ab?a1:", "solution": "de"}) + "\n")
+    settings = [setting.replace("DATA", str(tmp_path / "test.jsonl")) for setting in settings]
+    places = [f"output_dir={tmp_path / 'run'}", f"model.tokenizer={tmp_path / 'tokenizer'}"]
+    assert cli.main(["eval", str(tmp_path / "run.yaml"), *places, *settings]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_where_nothing_is_sampled_the_longest_trace_counts_not_the_longest_response(configure):
     model = SimpleNamespace(config=Qwen2Config(max_position_embeddings=512))
     problems = SimpleNamespace(
