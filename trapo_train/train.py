@@ -17,6 +17,8 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import Any
 
+import torch
+
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.checkpoints.export import export_adapter, export_model, other_tokenizer
 from trapo_train.checkpoints.model_state import check_finite
@@ -242,7 +244,7 @@ def _loop(trainer: Trainer, store: CheckpointStore, reporter: Reporter, stop: St
 def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, symptoms: Symptoms) -> None:
     """Train a step and report it. After too many skipped steps in a row a checkpoint is saved, unless weights are not finite,
     before NonFiniteError is raised."""
-    metrics = trainer.train_step()
+    metrics = _trained(trainer)
     reporter.step(metrics)
     for text in symptoms.of_step(metrics):
         reporter.event(text)
@@ -256,6 +258,19 @@ def _step(trainer: Trainer, store: CheckpointStore, reporter: Reporter, symptoms
         with suppress(NonFiniteError):  # of the weights
             _rescue(trainer, store, reporter)
         raise _given_up(trainer, skipped)
+
+
+def _trained(trainer: Trainer) -> dict[str, Any]:
+    """The metrics of a step that was taken. Raises: UserError for too little memory of the GPU; what `Trainer.train_step` does."""
+    try:
+        return trainer.train_step()
+    except torch.OutOfMemoryError as error:
+        too_little = str(error).split(". ")[0]  # not the error, whose frames hold what fills the memory
+    raise UserError(
+        f"train: step {trainer.step + 1} must fit into the memory of the GPU, got {too_little}. Lower packing.max_tokens = "
+        f"{trainer.config.packing.max_tokens} or set model.gradient_checkpointing=true, which a run that goes on with "
+        "checkpoint.resume=true may change; `trapo-train plan-memory` says what takes how much."
+    )
 
 
 def _evaluate(

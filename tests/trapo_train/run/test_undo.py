@@ -19,6 +19,7 @@ from trapo_train import trainer
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.data.problems import ProblemSet
 from trapo_train.reports.display import Reporter
+from trapo_train.schema import UserError
 from trapo_train.step import optimizer_step
 from trapo_train.trainer import Trainer
 
@@ -54,7 +55,7 @@ def saved(config) -> list[int]:
 
 
 FAILURES = {
-    "in a pass": ((optimizer_step, "policy_forward", 3, torch.OutOfMemoryError("out of memory")), 2),
+    "in a pass": ((optimizer_step, "policy_forward", 3, MemoryError()), 2),
     "before the passes": ((trainer, "pack", 3, ZeroDivisionError("a bug")), 2),
     "in clipping": ((optimizer_step.nn.utils, "clip_grad_norm_", 3, RuntimeError("a kernel failed")), 2),
     "a row": ((ProblemSet, "__getitem__", 24, OSError("Stale file handle")), 2),
@@ -78,6 +79,18 @@ def test_an_error_of_any_kind_loses_no_whole_step(name, configure, failing, monk
     train_to_end(configure("failed", *SETTINGS, *DROPPED_OUT, "checkpoint.resume=true"))
     assert exported(config) == exported(whole)
     assert name == "a report" or rows(config) == rows(whole)
+
+
+def test_a_gpu_that_is_full_is_told_with_what_may_change_where_the_run_goes_on(configure, failing, monkeypatch):
+    settings = (*DICE, "steps=3", "checkpoint.every=0")
+    config = configure("run", *settings, "packing.max_tokens=2000")
+    failing(optimizer_step, "policy_forward", 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"))
+    with pytest.raises(UserError, match=r"step 3 must fit .* got CUDA out of memory\. Lower packing\.max_tokens = 2000 or"):
+        train_to_end(config)
+    assert saved(config) == [2]
+    monkeypatch.undo()
+    narrower = ("packing.max_tokens=200", "model.gradient_checkpointing=true", "checkpoint.resume=true")
+    assert train_to_end(configure("run", *settings, *narrower)).steps == 3
 
 
 @pytest.mark.parametrize(
