@@ -258,13 +258,13 @@ def test_vllm_takes_its_share_while_it_generates(recipe):
     assert awake.components["vLLM"]["update"] == 500
 
 
-@pytest.mark.slow
 def test_a_reference_holds_its_matrices_in_the_compute_type():
     config = ModelConfig(name_or_path="none", dtype="bfloat16")
     assert frozen_bytes(config, SHAPE) == 2 * (MATRICES + 4 * (64 + 2 * 32)) + 4 * (VECTORS - 4 * (64 + 2 * 32))
     assert frozen_bytes(replace(config, dtype="float32"), SHAPE) == 4 * (MATRICES + VECTORS)
 
 
+@pytest.mark.slow
 def test_changes_lower_the_peak(recipe):
     config = load_config(recipe)
     plan = plan_memory(config)
