@@ -64,13 +64,14 @@ class VocabShard:
         mass = shift + log_sum
         share = mass.exp()  # Σ exp(z - global_max) of each shard
         total = share.sum(0)
-        global_log_sum = total.log()
-        # p → 1 keeps its digits: the owner's logprob is exact there, and the other shards enter through log(1 + their mass).
+        # p → 1 keeps its digits: logprob and sum of the owner are exact there, the other shards enter through log(1 + their mass).
+        known = owner.sum(0) == 1
         owner_mass = torch.where(owner > 0, mass, 0.0).sum(0)
         nothing = (owner > 0) | (mass == float("-inf"))
         others = torch.where(nothing, float("-inf"), mass - owner_mass).logsumexp(0)
-        global_logprob = logprob.sum(0) - torch.logaddexp(torch.zeros_like(others), others)
-        global_logprob = torch.where(owner.sum(0) == 1, global_logprob, float("nan"))
+        beyond_owner = torch.logaddexp(torch.zeros_like(others), others)
+        global_logprob = torch.where(known, logprob.sum(0) - beyond_owner, float("nan"))
+        global_log_sum = torch.where(known & (others < 0), owner_mass + beyond_owner, total.log())
         moment = torch.where(share > 0, share * (mean + shift), 0.0).sum(0)
         stats = RowStatistics(global_logprob, global_log_sum - moment / total, global_max, global_log_sum)
         return RowStatistics(*(torch.where(local_target == IGNORE_INDEX, 0.0, value) for value in stats))
