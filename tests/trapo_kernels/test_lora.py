@@ -184,3 +184,16 @@ def test_what_is_not_a_lora_is_refused():
         linear_logprob(hidden, weight, target, lora=(weight, weight))
     with pytest.raises(ValueError, match="scaling must be a finite number"):
         LoraHead(torch.zeros(3, 6), torch.zeros(40, 3), float("nan"))
+
+
+def test_the_references_gradient_of_16_bit_hidden_states_is_rounded_once():
+    """The factors take back most of the weight: parts rounded before they are added would leave the rounding of the weight's."""
+    hidden, weight, _ = cases.head(9, 6, 40, torch.bfloat16)
+    lora = LoraHead(torch.eye(6, device=cases.DEVICE), -weight.detach().float() * 63 / 64)
+    target = torch.arange(9, device=cases.DEVICE)
+    exact = hidden.detach().double().requires_grad_()
+    summed = linear_logprob(exact, weight.detach().double() / 64, target, backend="reference")
+    (truth,) = cases.gradients(summed.logprob.sum(), (exact,))
+    out = linear_logprob(hidden, weight, target, lora=lora, backend="reference")
+    (grad,) = cases.gradients(out.logprob.sum(), (hidden,))
+    torch.testing.assert_close(grad.double(), truth, rtol=2**-8, atol=1e-5)

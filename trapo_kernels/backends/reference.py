@@ -26,11 +26,11 @@ def head_logits(
     Hidden states of rows with target -100 are replaced by zeros first: 0 · NaN in dWeight would still be NaN.
     """
     exact = statistics_dtype(hidden)
-    hidden = torch.where((target != IGNORE_INDEX)[:, None], hidden, 0)
+    rows = torch.where((target != IGNORE_INDEX)[:, None], hidden, 0).to(exact)  # once: each cast rounds a gradient of its own
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(exact) @ _rounded_in_value(weight, hidden.dtype).to(exact).T
+        logits = rows @ _rounded_in_value(weight, hidden.dtype).to(exact).T
         if lora_a is not None:
-            logits = logits + (hidden.to(exact) @ lora_a.T) @ lora_b.to(exact).T
+            logits = logits + (rows @ lora_a.T) @ lora_b.to(exact).T
     if logits_dtype != torch.float32:
         logits = _rounded_in_value(logits, logits_dtype)
     return logits if bias is None else logits + bias.to(exact)
