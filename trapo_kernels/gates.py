@@ -76,7 +76,7 @@ class One(Gate):
     """V = d, G = 1: the plain log-likelihood of SFT and REINFORCE."""
 
     code: ClassVar[int] = 1
-    formula: ClassVar[str] = "logp"
+    formula: ClassVar[str] = "log r"
 
     def value(self, d, advantage):
         return d
@@ -192,7 +192,7 @@ class Band(Gate):
     low: float = 0.5
     high: float = 5.0
     code: ClassVar[int] = 5
-    formula: ClassVar[str] = "r·1[{low:g} ≤ r ≤ {high:g}]"
+    formula: ClassVar[str] = "clamp(r, {low:g}, {high:g})"
 
     def __post_init__(self):
         checks.in_range("Band", "low", self.low, 0.0, math.inf)

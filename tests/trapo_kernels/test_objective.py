@@ -378,7 +378,7 @@ def test_gradients_keep_their_digits_where_a_gate_saturates(gate, log_ratio, bac
 
 
 def test_a_scale_of_any_sign_prints_once():
-    assert str(Term(One(), scale=-0.5)) == "0.5·logp, r = p" and str(Term(One())) == "-logp, r = p"
+    assert str(Term(One(), scale=-0.5)) == "0.5·log r, r = p" and str(Term(One())) == "-log r, r = p"
     assert "  entropy  0.3 · " in str(Objective(expert=Term(One()), entropy_coef=-0.3))
     assert "the 0.005 of" in str(TopEntropy(0.005))
 

@@ -50,6 +50,16 @@ def test_a_preset_names_its_parameters_with_their_ranges(name):
             assert f"`{parameter}` finite" in doc
 
 
+@pytest.mark.parametrize(
+    "gate", [gates.One(), gates.Ratio(), gates.Band(0.5, 2.0), gates.Shape(), gates.Power(), gates.Phi()], ids=str
+)
+def test_a_gate_prints_the_value_that_it_computes(gate):
+    d = torch.linspace(-3.0, 2.0, 101, dtype=torch.float64)
+    python = str(gate).replace("log r", "log(r)").replace("²", "**2").replace("^", "**")
+    printed = eval(python, {"r": d.exp(), "log": torch.log, "clamp": torch.clamp})
+    torch.testing.assert_close(gate.value(d, torch.ones_like(d)), printed)
+
+
 def test_the_presets_are_those_of_the_field():
     wanted = """trapo sft dft iw_sft_token psft ppo grpo dr_grpo dapo cispo sapo rloo reinforce_pp gspo luffy exgrpo prefix_rft
         chord_mu chord_phi srft uft relift hpt reft gmpo iw_sft trsft"""
