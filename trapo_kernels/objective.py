@@ -145,12 +145,13 @@ class KL:
             return torch.where(beyond, self.cap, k3(torch.where(beyond, 0.0, d)))
         if self.estimator == "k3":
             return k3(d)
-        ratio = log_ratio.exp()
-        if not log_ratio.requires_grad:
-            return ratio * k3(d)
-        # Autograd of the product would take π_ref/π_old = r·e^(-d), which no logprob moves, from itself: the slope r·d were lost.
-        far = (d < -1.0) & (d > -self.clamp)
-        return torch.where(far, (log_ratio - d).detach().exp() + ratio * (d - 1.0), ratio * k3(torch.where(far, 0.0, d)))
+        # r·k3 as π_ref/π_old + r (d - 1): e^(-d) can overflow where r·e^(-d) does not. Where r is the token's own, no logprob moves
+        # π_ref/π_old, and autograd that took it from itself would lose the slope r·d.
+        ratio, far, of_ref = log_ratio.exp(), d < -1.0, log_ratio - d
+        if log_ratio.requires_grad:
+            of_ref = torch.where(d > -self.clamp, of_ref.detach(), of_ref)
+        apart = torch.where(far, of_ref, 0.0).exp() + ratio * (d - 1.0)
+        return torch.where(far, apart, ratio * k3(torch.where(far, 0.0, d)))
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -352,6 +352,23 @@ def test_the_slope_of_a_corrected_kl_far_below_the_reference_is_exact_in_two_pas
         torch.testing.assert_close(out.loss.cpu(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("logprob", [-95.0, -130.0])
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
+def test_a_corrected_kl_is_finite_where_the_policy_has_left_its_reference_and_its_sampler(backend, preset, logprob):
+    """r·k3 tends to π_ref/π_old: 0 · inf where k3, or r, leaves fp32."""
+    one = torch.ones(1, device=cases.DEVICE)
+    streams = {"old_logprob": -3 * one, "ref_logprob": -2.5 * one, "sequence_id": one.long()}
+    b = TokenBatch(one.long(), one.to(torch.uint8), 0 * one, one, **streams)
+    policy = torch.full_like(one, logprob).requires_grad_()
+    objective = replace(objectives.PRESETS[preset](), kl=KL(1.0, "k3_corrected"))
+    out = policy_loss(policy, None, b, objective, backend=backend)
+    expected = torch.tensor(math.exp(0.5))
+    torch.testing.assert_close(out.loss.cpu(), expected)
+    torch.testing.assert_close(out.metrics["rollout/kl_ref"].cpu(), expected)
+    assert abs(cases.gradients(out.loss, (policy,))[0]) < 1e-37
+
+
 def test_a_cap_holds_where_the_policy_finds_a_token_impossible():
     one = torch.ones(2, device=cases.DEVICE)
     policy = torch.tensor([-math.inf, -1.0], device=cases.DEVICE).requires_grad_()
