@@ -68,7 +68,7 @@ def mis(
     """Masked importance sampling: ρ where low ≤ ρ ≤ high, else 0; arguments as in `tis`.
 
     Returns: factors [N] in the dtype of old_logprob, 0 or in [low, high]; 1 on tokens that are no rollout.
-    Raises: as `tis`; ValueError for bounds without low ≤ high, low ≥ 0 and high > 0.
+    Raises: as `tis`; ValueError for bounds without 0 ≤ low < high.
     Memory: O(N). Determinism: bitwise repeatable, without a host sync on a GPU.
     Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference mismatch".
     """
@@ -103,7 +103,7 @@ def sequence_mask(
 
     Args:
         role, old_logprob, rollout_logprob, sequence_id: as in `tis`, whole sequences.
-        low, high: the bounds, 0 ≤ low ≤ high.
+        low, high: the bounds, 0 ≤ low < high.
         advantage: [N]; given, only tokens with a negative advantage are masked, as in DeepSeek-V3.2's off-policy sequence mask.
 
     Returns: 0 or 1, [N] in the dtype of old_logprob; 1 on tokens that are no rollout.
