@@ -99,6 +99,7 @@ def linear_logprob(
     """
     where = "linear_logprob"
     checks.is_a(where, "target", target, Tensor, "the token ids [N]")
+    checks.yes_or_no(where, "with_entropy", with_entropy)
     inputs = prepared(where, hidden, lm_head_weight, bias, lora, backend)
     temperature = per_row(temperature, target.numel())
     settings = Settings(temperature, softcap, logits_dtype, process_group, batch_invariant, backend)
@@ -281,6 +282,7 @@ def token_logprob(
     where = "token_logprob"
     checks.is_a(where, "logits", logits, Tensor, "the model's logits [..., V]")
     checks.is_a(where, "target", target, Tensor, "the token ids [...]")
+    checks.yes_or_no(where, "with_entropy", with_entropy)
     for name, x in (("logits", logits), ("target", target), ("temperature", temperature)):
         checks.whole(where, name, x)
     if logits.ndim < 1 or logits.shape[:-1] != target.shape or logits.shape[-1] == 0:

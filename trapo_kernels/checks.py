@@ -186,8 +186,8 @@ def head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     for name, value in (("hidden", hidden), ("lm_head_weight", weight)):
         shape = "[N, D]" if name == "hidden" else "[V, D]"
         if not isinstance(value, Tensor):
-            remedy = " Pass its .weight." if isinstance(value, torch.nn.Module) else ""
-            raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}.{remedy}")
+            remedy = "Pass its .weight." if isinstance(value, torch.nn.Module) else "Pass torch.as_tensor(...) of it."
+            raise TypeError(f"{where}: {name} must be a tensor of shape {shape}, got {type(value).__name__}. {remedy}")
         whole(where, name, value, _WHOLE_HIDDEN if name == "hidden" else _WHOLE_HEAD)
         if value.ndim != 2:
             flatten = "Flatten batch and sequence with hidden.reshape(-1, hidden.shape[-1])."
@@ -338,6 +338,12 @@ def logits_dtype(where: str, value: torch.dtype, hidden: Tensor) -> None:
         )
 
 
+def yes_or_no(where: str, name: str, value: object) -> None:
+    """`value` must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {value!r}. Pass bool(...) of it.")
+
+
 def mode(where: str, process_group: object, batch_invariant: object, backend: str) -> None:
     """process_group: None or a torch.distributed group; batch_invariant: a bool; both need a chunked backend."""
     if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
@@ -345,8 +351,7 @@ def mode(where: str, process_group: object, batch_invariant: object, backend: st
             f"{where}: process_group must be a torch.distributed.ProcessGroup whose ranks hold the shards of the vocabulary, or "
             f"None, got {type(process_group).__name__}. Pass torch.distributed.group.WORLD, new_group(...) or mesh.get_group()."
         )
-    if not isinstance(batch_invariant, bool):
-        raise TypeError(f"{where}: batch_invariant must be True or False, got {batch_invariant!r}. Pass bool(...) of it.")
+    yes_or_no(where, "batch_invariant", batch_invariant)
     if backend == "reference" and (process_group is not None or batch_invariant):
         raise ValueError(
             f'{where}: backend "reference" has the whole head and one GEMM, got process_group={process_group}, batch_invariant='

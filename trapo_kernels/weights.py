@@ -34,6 +34,8 @@ class LossTotals:
         batch_checks.loss_totals(self)
 
     def __add__(self, other: LossTotals) -> LossTotals:
+        if not isinstance(other, LossTotals):
+            return NotImplemented
         return LossTotals(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property

@@ -86,6 +86,8 @@ def test_totals_add_up_with_sum():
     parts = [loss_totals(ROLE, SEQUENCE, PROMPT)] * 2
     assert sum(parts) == sum(parts, LossTotals()) == parts[0] + parts[1]
     assert sum([], LossTotals()) == LossTotals()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        LossTotals(1) + 3
     with pytest.raises(TypeError, match="loss_totals: role must be torch.uint8, got torch.bool"):
         loss_totals(ROLE > 0, SEQUENCE)
     with pytest.raises(ValueError, match=r"loss_totals: prompt_id must have shape .*, got"):

@@ -81,6 +81,12 @@ def _batch(**changes):
             "process_group must be a torch.distributed.ProcessGroup.*got object",
         ),
         ((HIDDEN, WEIGHT, TARGET), {"batch_invariant": 1}, "batch_invariant must be True or False, got 1"),
+        (
+            (HIDDEN, WEIGHT, TARGET),
+            {"with_entropy": "no"},
+            r"with_entropy must be True or False, got 'no'\. Pass bool",
+        ),
+        ((HIDDEN.tolist(), WEIGHT, TARGET), {}, r"hidden must be a tensor of shape \[N, D\], got list\. Pass torch\.as_tensor"),
         ((HIDDEN, WEIGHT, TARGET), {"batch_invariant": True, "backend": "reference"}, 'backend "reference" has the whole head'),
         ((HIDDEN.double(), WEIGHT.double(), TARGET), {"backend": "triton"}, 'backend="triton" cannot run: .*float64'),
     ],
