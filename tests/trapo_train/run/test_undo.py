@@ -95,7 +95,7 @@ def test_a_gpu_that_is_full_is_told_with_what_may_change_where_the_run_goes_on(c
 
 @pytest.mark.parametrize(
     ("where", "name", "call"),
-    [(optimizer_step, "policy_forward", 6), (torch.optim.Adam, "_init_group", 5), (optimizer_step, "_advance", 5)],
+    [(optimizer_step, "policy_forward", 6), (torch.optim.AdamW, "_init_group", 5), (optimizer_step, "_advance", 5)],
     ids=["second update", "within an update", "after an update"],
 )
 def test_what_is_between_two_steps_is_not_saved(where, name, call, configure, failing):
