@@ -40,7 +40,7 @@ def test_policy_loss_equals_that_of_the_summed_weight(backend, name):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("backend", cases.QUICK_BY_DEFAULT)
 def test_logprob_equals_that_of_the_summed_weight(backend, batch_invariant):
     dtype = torch.float64 if backend == "torch" else torch.float32
     hidden, weight, _ = cases.head(19, 6, 40, dtype)
@@ -73,7 +73,7 @@ def test_a_frozen_weight_gets_no_gradient_and_the_factors_do(backend):
 
 @pytest.mark.parametrize("wide_factors", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", cases.CHUNKED)
+@pytest.mark.parametrize("backend", cases.QUICK_BY_DEFAULT)
 def test_the_logits_of_a_16_bit_head_are_exact_in_its_low_rank_part_too(backend, dtype, wide_factors):
     """The product with lora_a is not rounded on its way to lora_b, nor is scaling · a, nor are fp32 factors."""
     hidden, weight, _ = (x.detach() for x in cases.head(40, 64, 300, dtype))

@@ -22,7 +22,7 @@ def _logprob(hidden, weight, backend):
 
 @pytest.mark.parametrize("call", [_policy, _logprob])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize("backend", ["reference", *cases.QUICK_BY_DEFAULT])
 def test_values_are_those_of_the_rounded_weight_and_its_gradient_is_not_rounded(backend, dtype, call):
     master = cases.head(19, 6, 40, torch.float32)[1]
     hidden = cases.head(19, 6, 40, dtype)[0]

@@ -145,7 +145,7 @@ def test_the_kls_in_the_metrics_are_of_each_tokens_own_ratio(name, backend):
 
 
 @pytest.mark.parametrize("name", ["gspo", "gmpo"])
-@pytest.mark.parametrize("backend", ["reference", *cases.CHUNKED])
+@pytest.mark.parametrize("backend", ["reference", *cases.QUICK_BY_DEFAULT])
 def test_fast_path_where_old_is_current(name, backend):
     dtype = torch.float32
     hidden, weight, _ = cases.head(30, 6, 50, dtype)
@@ -243,7 +243,7 @@ POOLING = [name for name in REDUCED if objectives.PRESETS[name]().rollout]
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("backend", [*cases.CHUNKED, "reference"])
+@pytest.mark.parametrize("backend", [*cases.QUICK_BY_DEFAULT, "reference"])
 @pytest.mark.parametrize("name", POOLING)
 def test_the_logprobs_of_a_pass_are_the_old_ones_of_the_next_in_silent_tokens_too(name, backend, known, monkeypatch):
     """Without a change of parameters every ratio is 1, whatever a mask took out; `known`: as where a GPU was told the rows."""
