@@ -35,6 +35,7 @@ class Rates(NamedTuple):
 H200, H100 = Rates("H200", 790.0, 4.3), Rates("H100", 798.0, 3.0)
 MULTIPROCESSORS, TILE = 132, (128, 256)  # of either, and of the GEMMs of a chunk, as far as known
 L2_TBPS = 5.5  # what the L2 of either gives to all multiprocessors: a cautious guess
+LAUNCHES, LAUNCH_US = 150, 2.0  # of a loss at most, on vectors of N (scoring: a dozen); of each behind another, a guess
 
 
 def memory_formula(contender: str, case: Case, device_type: str) -> dict[str, int] | None:
@@ -97,6 +98,7 @@ class Prediction(NamedTuple):
     grad_weight_ms: float
     waves_ms: float
     l2_ms: float
+    launches_ms: float
     chunks: int
 
     @property
@@ -105,7 +107,7 @@ class Prediction(NamedTuple):
 
     @property
     def exposed(self) -> float:
-        more_ms = self.wide_logits_ms + self.grad_weight_ms + self.waves_ms
+        more_ms = self.wide_logits_ms + self.grad_weight_ms + self.waves_ms + self.launches_ms
         return max(self.hidden + more_ms / self.floor_ms, self.l2_ms / self.floor_ms)
 
 
@@ -133,6 +135,7 @@ def predict(case: Case, plan: Plan = SINGLE_PASS, rates: Rates = H200) -> Predic
         grad_weight_ms=rates.copy_ms((2 * chunks - 1) * 4 * v * d) if in_fp32 else 0.0,
         waves_ms=0.0 if forward_only else max(0.0, rounds(rows, d) / rounds(case.num_rows, d) - 1) * one * plan.active,
         l2_ms=plan.l2_bytes * (n * v * d / (128 * 128 * 64)) / (L2_TBPS * 1e12) * 1e3,
+        launches_ms=0.0 if forward_only else LAUNCHES * LAUNCH_US / 1e3,
         chunks=chunks,
     )
 

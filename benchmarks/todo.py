@@ -6,6 +6,8 @@ from benchmarks.account import (
     H100,
     H200,
     L2_TBPS,
+    LAUNCH_US,
+    LAUNCHES,
     MULTIPROCESSORS,
     PLANS,
     SCORING,
@@ -86,6 +88,8 @@ def arithmetic(case: Case, plan: Plan, rates: Rates) -> list[str]:
             f"- dHidden of a chunk: its {TILE[0]} × {TILE[1]} tiles fill {MULTIPROCESSORS} multiprocessors worse than the floor's: "
             f"{p.waves_ms:.2f} ms, unless cuBLAS has other tiles or splits V",
             f"- both gradients rounded from fp32 to bf16, dWeight with the upstream factor: {p.rounding_ms:.2f} ms",
+            f"- {LAUNCHES} launches at most for the arithmetic of tokens, {LAUNCH_US:g} µs each: {p.launches_ms:.2f} ms, unless "
+            "they take less",
         ]
     return [
         *lines,
@@ -131,9 +135,9 @@ def todo() -> str:
         "## Predictions, bf16 inputs, fp32 logits, entropy gradient on",
         "",
         "Times the floor: the bare GEMMs of all rows, three for a loss, one for scoring. The range is from all of the GEMMs' own",
-        "extra traffic hidden behind their arithmetic, and chunks that fill the GPU as well as the whole, to none of that; of the",
-        f"kernels whose logits stay on the chip from arithmetic alone to operands from the L2 alone, at {L2_TBPS} TB/s, a cautious",
-        "guess.",
+        "extra traffic hidden behind their arithmetic, and chunks that fill the GPU as well as the whole, to none of that and",
+        f"{LAUNCH_US:g} µs, a guess, for each of the small launches between; of the kernels whose logits stay on the chip from",
+        f"arithmetic alone to operands from the L2 alone, at {L2_TBPS} TB/s, a cautious guess.",
         "",
         *_table([(case, SINGLE_PASS) for case in cases]),
         "",
