@@ -34,7 +34,7 @@ class Undo:
         generators, updates, self._updating = rng_state(), self._scheduler.last_epoch, False
         try:
             yield
-        except Exception:
+        except Exception:  # whatever it is; a second Ctrl-C is to end the run at once
             self.intact = not self._updating and self._scheduler.last_epoch == updates  # which counts updates that are skipped, too
             if self.intact:
                 self._optimizer.zero_grad(set_to_none=True)
