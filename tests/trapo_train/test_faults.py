@@ -188,15 +188,20 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+def saved_by_two_ranks(directory: Path, program: str, message: str, *settings: str) -> list[int]:
+    """The steps that a run without periodic checkpoints has saved which ends in an error with `message`; `program` is its CLI."""
+    (directory / "run.yaml").write_text(yaml.safe_dump(TINY))
+    (directory / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(directory / "program.py")]
+    command += ["run", str(directory / "run.yaml"), f"output_dir={directory / 'run'}", "checkpoint.every=0", *settings]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode != 0 and message in ended.stderr, ended.stderr[-3000:]
+    return CheckpointStore(directory / "run" / "checkpoints", keep=2).steps()
+
+
 @pytest.mark.slow
 def test_ranks_of_which_one_cannot_gather_the_model_have_saved_the_last_step(tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "program.py").write_text(RANK_WITHOUT_MEMORY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")]
-    command += ["run", str(tmp_path / "run.yaml"), f"output_dir={tmp_path / 'run'}", "steps=2", "checkpoint.every=0"]
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode != 0 and "OutOfMemoryError: out of memory" in ended.stderr, ended.stderr[-3000:]
-    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).steps() == [2]
+    assert saved_by_two_ranks(tmp_path, RANK_WITHOUT_MEMORY, "OutOfMemoryError: out of memory", "steps=2") == [2]
 
 
 @pytest.mark.slow

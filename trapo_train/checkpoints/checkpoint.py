@@ -167,7 +167,7 @@ class CheckpointStore:
                 manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": self._digests(unfinished)}
                 manifest |= {"score": _finite(score), "score_before": _finite(score_before)}
                 self._on_first_rank(lambda: self._finish(unfinished, step, manifest))
-        except (OSError, RuntimeError, MemoryError, CheckpointException) as error:
+        except (OSError, RuntimeError, MemoryError, CheckpointException) as error:  # RuntimeError: torch.save's, of a full disk
             if self._ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, RankError):

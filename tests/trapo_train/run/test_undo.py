@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
-from tests.trapo_train.test_faults import ENVIRONMENT
+from tests.trapo_train.test_faults import saved_by_two_ranks
 from tests.trapo_train.test_random_states import DICE
-from tests.trapo_train.test_train import EVALUATED, TINY, build_config, exported, rows, train_to_end
+from tests.trapo_train.test_train import EVALUATED, build_config, exported, rows, train_to_end
 from trapo_train import trainer
 from trapo_train.checkpoints.checkpoint import CheckpointError, CheckpointStore
 from trapo_train.data.problems import ProblemSet
@@ -146,7 +142,7 @@ import os, sys
 from trapo_train import cli
 from trapo_train.data.problems import ProblemSet
 from trapo_train.trainer import Trainer
-step, read = Trainer._train_step, ProblemSet.__getitem__
+step = Trainer._train_step
 def takes(trainer):
     if trainer.step == 2 and os.environ["RANK"] == "1":
         def fails(problems, place):
@@ -160,10 +156,4 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_of_two_ranks_of_which_one_cannot_read_a_row_both_save(tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "program.py").write_text(UNREADABLE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")]
-    command += ["run", str(tmp_path / "run.yaml"), f"output_dir={tmp_path / 'run'}", "checkpoint.every=0", "prompts_per_step=4"]
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode != 0 and "Stale file handle" in ended.stderr, ended.stderr[-3000:]
-    assert CheckpointStore(Path(tmp_path) / "run" / "checkpoints", keep=2).steps() == [2]
+    assert saved_by_two_ranks(tmp_path, UNREADABLE, "Stale file handle", "prompts_per_step=4") == [2]
